@@ -1,0 +1,79 @@
+# Needs GNU make and bash; `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup pretrain test check format clean
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+PYTEST_ARGS ?=
+
+# DeepSpeed compiles its CPU communication when it is first used on a CPU. Here it stays with the checkout.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+# Activates the virtual environment in a recipe. On PATH too: torch's extension builder looks for ninja there.
+ACTIVATE = VIRTUAL_ENV="$$(cd "$(VENV)" && pwd)"; PATH="$$VIRTUAL_ENV/bin:$$PATH"; export VIRTUAL_ENV PATH
+
+# $(call stage,LABEL,COMMAND): one line of progress with the time taken; what COMMAND prints is shown if it fails.
+stage = printf '%s' "$(1) ..."; start=$$SECONDS; \
+	out=$$( { $(2); } 2>&1) || { code=$$?; printf ' failed\n%s\n' "$$out" >&2; exit $$code; }; \
+	echo " $$((SECONDS - start)) s"
+
+help: ## list the targets (this is the default)
+	@echo "make TARGET [VARIABLE=value ...]"
+	@echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while read -r target text; do printf '  %-9s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo "Variables:"
+	@echo "  CONFIG       configuration file of pretrain; now $(CONFIG)"
+	@echo "  ARGS         overrides for pretrain, as in ARGS='train.steps=20 run.name=try'"
+	@echo "  NPROC        processes of pretrain; default: one for each visible GPU, or 2 on a CPU"
+	@echo "  PYTEST_ARGS  arguments for pytest, as in PYTEST_ARGS='-x -k mosa'"
+	@echo "  PYTHON       Python 3.11, 3.12 or 3.13 to set up with; now $(PYTHON)"
+	@echo "  VENV         the virtual environment; now $(VENV)"
+	@echo "  TORCH        the torch to install, a requirement or a wheel; now $(TORCH)"
+	@echo "  PIP_ARGS     added to every pip install. pip's default torch is a large CUDA build; for the build of"
+	@echo "               another CUDA release, or the much smaller one for CPU only, name the package index that"
+	@echo "               has it: PIP_ARGS='--extra-index-url URL' (torch's installation page lists the URLs)"
+	@echo "  TORCH and PIP_ARGS count at set-up: to set up anew, remove $(VENV) first."
+
+setup: $(VENV)/.installed ## make the virtual environment with the pinned dependencies
+
+# torch is left out of the pins once it is installed: it may be another one by the user's choice. The pins are also
+# given in the environment (which pip reads as PIP_CONSTRAINT before 25.3, as PIP_BUILD_CONSTRAINT since) because
+# only so do they hold for setuptools in pip's isolated builds. Those stay isolated: where DeepSpeed's setup finds a
+# CUDA build of torch, it demands the CUDA toolkit.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(call stage,[1/4] prerequisites,launch/prerequisites.sh "$(PYTHON)")
+	@$(call stage,[2/4] virtual environment $(VENV),"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || \
+		"$(PYTHON)" -m venv --clear "$(VENV)")
+	@$(call stage,[3/4] $(TORCH) (the largest download),"$(VENV)/bin/python" -m pip install -qq $(PIP_ARGS) "$(TORCH)")
+	@sed '/^torch==/d' constraints.txt > "$(VENV)/constraints.txt"
+	@$(call stage,[4/4] all other dependencies,PIP_CONSTRAINT="$(VENV)/constraints.txt" \
+		PIP_BUILD_CONSTRAINT="$(VENV)/constraints.txt" DS_BUILD_OPS=0 \
+		"$(VENV)/bin/python" -m pip install -qq --use-pep517 $(PIP_ARGS) -c "$(VENV)/constraints.txt" -e '.[dev]')
+	@touch $@
+
+pretrain: setup ## build corpus, tokenizer and dataset, pretrain a model, write its report
+	@$(ACTIVATE); mosa data build "$(CONFIG)" $(ARGS)
+	@$(ACTIVATE); launch/torchrun/local.sh "$(CONFIG)" $(ARGS)
+
+test: setup ## run all tests
+	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests
+
+check: setup ## lint, formatting and types: ruff and pyright
+	@$(ACTIVATE); ruff check . && ruff format --check . && pyright
+
+format: setup ## let ruff repair formatting and what else it can
+	@$(ACTIVATE); ruff check --fix . && ruff format .
+
+clean: ## remove caches and build output; data, runs and the virtual environment stay
+	rm -rf .cache .pytest_cache .ruff_cache build dist site *.egg-info
+	find . -type d \( -path ./.git -o -path "./$(VENV)" -o -path ./data -o -path ./runs \) -prune \
+		-o -type d -name __pycache__ -exec rm -rf {} +

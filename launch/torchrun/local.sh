@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Usage: launch/torchrun/local.sh CONFIG [section.key=value ...]
+# Pretrains on this machine: one process for each visible GPU, or two on the CPU. NPROC=n in the environment
+# overrides the number. With an odd number of processes tensor parallelism is off unless an override asks for it.
+set -euo pipefail
+
+if (($# < 1)) || [[ $1 == -* || $1 == *=* ]]; then
+    echo "usage: [NPROC=n] $0 CONFIG [section.key=value ...]" >&2
+    exit 2
+fi
+config=$1
+shift
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
+    PATH=$root/.venv/bin:$PATH # on PATH for ninja, too, which torch needs to compile extensions
+    export PATH
+fi
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC=$nproc: it must be a positive number of processes" >&2
+    exit 2
+fi
+
+cores=$(nproc)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
+
+overrides=("$@") # the user's own come last, so that they win
+if ((nproc % 2 == 1)); then
+    overrides=(parallel.tensor_model_parallel_size=1 "$@")
+fi
+
+if ((gpus > 0)); then where="$gpus visible GPU(s)"; else where="CPU (gloo)"; fi
+echo "local.sh: $nproc process(es) on $where, $OMP_NUM_THREADS thread(s) each: $config ${overrides[*]}"
+
+# A mistake in the configuration ends here, with one line and exit code 2, before processes are started.
+python "$root/pretrain_mosa.py" "$config" "${overrides[@]}" --check-only --world-size "$nproc"
+
+exec python -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+    "$root/pretrain_mosa.py" "$config" "${overrides[@]}"

@@ -1,0 +1,58 @@
+"""Megatron-core's TransformerConfig with what MoSA adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mosa.attention.functional import num_selected_tokens
+
+
+@dataclass
+class MosaTransformerConfig(TransformerConfig):
+    """A TransformerConfig whose attention is dense heads beside MoSA heads.
+
+    ``num_attention_heads`` counts the dense heads alone (0: pure MoSA) and ``kv_channels`` is the width of every head,
+    so set it explicitly. Build GPTModel with ``position_embedding_type="none"``: the layer rotates by itself, because a
+    MoSA head needs the original positions of its selected tokens.
+    """
+
+    num_mosa_heads: int = 0
+    """E, over all tensor-parallel ranks."""
+
+    mosa_sparsity: float = 16.0
+    """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
+
+    mosa_include_first_token: bool = False
+    """Token 0 is always among the selected."""
+
+    mosa_rotary_percent: float = 0.5
+    """Share of the head dimension that is rotated, in dense and MoSA heads alike."""
+
+    mosa_rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    mosa_backend: str = "auto"
+    """Implementation of the MoSA heads: auto, or the name of a kernel backend."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.tensor_model_parallel_size
+        if self.num_attention_heads + self.num_mosa_heads < 1:
+            raise ValueError("num_attention_heads=0 and num_mosa_heads=0 leave no head; legal: at least one of them above 0")
+        if self.num_mosa_heads % size:
+            raise ValueError(f"num_mosa_heads={self.num_mosa_heads} is not divisible by tensor_model_parallel_size={size}")
+        if self.mosa_sparsity < 1:
+            raise ValueError(f"mosa_sparsity={self.mosa_sparsity} is below 1; legal: 1 or more")
+        if self.add_bias_linear or self.add_qkv_bias:
+            raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")
+
+    def num_selected(self, sequence_length: int) -> int:
+        """k for a sequence of ``sequence_length`` tokens."""
+        return num_selected_tokens(sequence_length, self.mosa_sparsity)

@@ -1,0 +1,93 @@
+"""MoSA attention as one function of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.kernels import get_backend
+
+
+def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
+    """k = max(floor(T / rho), 2), never more than T (paper, section 3.1)."""
+    return min(max(int(sequence_length / sparsity), 2), sequence_length)
+
+
+def mosa_attention(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    *,
+    num_selected: int,
+    include_first_token: bool = False,
+    rotary_percent: float = 0.5,
+    rotary_base: float = 10000.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1).
+
+    Each of E heads scores all T tokens, selects its own ``num_selected``, lets them attend to one another causally
+    with rotary positions of the original sequence, multiplies the result by the scores, and adds its projection
+    back at the selected places. Membership is NOT causal: it depends on the whole sequence.
+
+    Args:
+        hidden_states: [B, T, h], any floating type.
+        router_weight: [E, h].
+        qkv_weight: [E, h, 3h'], columns q, k, v in that order.
+        proj_weight: [E, h', h].
+        num_selected: k, 1 to T.
+        include_first_token: token 0 is always among the selected.
+        rotary_percent: share of the head dimension that is rotated, 0 to 1.
+        rotary_base: base of the rotary frequencies.
+        backend: "auto", "naive" or "triton".
+
+    Returns:
+        [B, T, h], the sum over the heads, in the type of ``hidden_states``.
+
+    Raises:
+        ValueError: an argument of the wrong rank, shape or range, or a backend that is not available.
+    """
+    _check(hidden_states, router_weight, qkv_weight, proj_weight, num_selected, rotary_percent)
+    kernels = get_backend(backend)
+    scores = kernels.router_scores(hidden_states, router_weight)
+    indices = kernels.select_tokens(scores, num_selected, include_first_token)
+    return kernels.selected_attention(
+        hidden_states, scores, indices, qkv_weight, proj_weight, rotary_percent=rotary_percent, rotary_base=rotary_base
+    )
+
+
+def _check(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    num_selected: int,
+    rotary_percent: float,
+) -> None:
+    if hidden_states.dim() != 3:
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; legal: [B, T, h]")
+    length, width = hidden_states.shape[1:]
+    if router_weight.dim() != 2 or router_weight.shape[0] < 1 or router_weight.shape[1] != width:
+        raise ValueError(f"router_weight has shape {tuple(router_weight.shape)}; legal: [E, {width}] with E >= 1")
+    heads = router_weight.shape[0]
+    if proj_weight.dim() != 3 or proj_weight.shape[0] != heads or proj_weight.shape[2] != width:
+        raise ValueError(f"proj_weight has shape {tuple(proj_weight.shape)}; legal: [{heads}, h', {width}]")
+    head_dim = proj_weight.shape[1]
+    if qkv_weight.shape != (heads, width, 3 * head_dim):
+        raise ValueError(
+            f"qkv_weight has shape {tuple(qkv_weight.shape)}; legal beside this proj_weight: "
+            f"{(heads, width, 3 * head_dim)}"
+        )
+    for name, tensor in (("router_weight", router_weight), ("qkv_weight", qkv_weight), ("proj_weight", proj_weight)):
+        if tensor.device != hidden_states.device:
+            raise ValueError(f"{name} is on {tensor.device}; legal: {hidden_states.device}, as hidden_states")
+    for name, tensor in (("qkv_weight", qkv_weight), ("proj_weight", proj_weight)):
+        if tensor.dtype != hidden_states.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; legal: {hidden_states.dtype}, as hidden_states")
+    if not torch.is_floating_point(hidden_states):
+        raise ValueError(f"hidden_states is {hidden_states.dtype}; legal: a floating type")
+    if not 1 <= num_selected <= length:
+        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
+    if not 0.0 <= rotary_percent <= 1.0:
+        raise ValueError(f"rotary_percent={rotary_percent} is out of range; legal: 0 to 1")

@@ -1,0 +1,73 @@
+"""The hybrid attention layer: dense heads and MoSA heads between one gather and one reduction."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_mosa.attention.config import MosaTransformerConfig
+from megatron_mosa.attention.heads import DenseHeads, MosaHeads
+
+
+class MosaSelfAttention(MegatronModule):
+    """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense and MoSA heads.
+
+    Heads are partitioned over the tensor-parallel group. With sequence parallelism the input is gathered once and the
+    output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in;
+    ``attention_mask`` is ignored, as a causal Megatron layer ignores it.
+    """
+
+    def __init__(
+        self,
+        config: MosaTransformerConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if not isinstance(config, MosaTransformerConfig):
+            raise ValueError(f"config is a {type(config).__name__}; legal: MosaTransformerConfig")
+        self.layer_number = layer_number
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.tp_group = groups.tp
+        self.dense_heads = DenseHeads(config, self.tp_group) if config.num_attention_heads else None
+        self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
+        """Attend.
+
+        Args:
+            hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
+            attention_mask: ignored.
+            options: what TransformerLayer passes along; all must be None.
+
+        Returns:
+            The output in the shape of the input, and no bias.
+
+        Raises:
+            ValueError: rotary embeddings from outside, packed sequences or an inference context are given.
+        """
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(f"{name} is not supported by MosaSelfAttention; legal: None{_HINTS.get(name, '')}")
+        sequence_parallel = self.config.sequence_parallel
+        if sequence_parallel:
+            states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            states = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        # [T, B, h], whole sequences
+        parts = [heads(states) for heads in (self.dense_heads, self.mosa_heads) if heads is not None]
+        output = sum(parts[1:], start=parts[0])
+        if sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+
+
+_HINTS = {"rotary_pos_emb": " (build GPTModel with position_embedding_type='none': the layer rotates by itself)"}

@@ -1,0 +1,58 @@
+"""ModuleSpecs that put MoSA layers into Megatron-core's GPTModel."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_mosa.attention.config import MosaTransformerConfig
+from megatron_mosa.attention.layer import MosaSelfAttention
+from megatron_mosa.parallel.norm import SequenceParallelLayerNorm
+
+
+class MosaSpecProvider(LocalSpecProvider):
+    """Megatron's local modules, with a norm that is right under sequence parallelism whatever the engine."""
+
+    def layer_norm(self, *_: object, **__: object) -> type:
+        """Which module for layer norm."""
+        return SequenceParallelLayerNorm
+
+
+def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvider | None = None) -> ModuleSpec:
+    """The spec of one transformer layer with MoSA attention.
+
+    Args:
+        config: the model's configuration.
+        backend: who provides norms and MLP; None: ``MosaSpecProvider``. With Megatron's TESpecProvider the norms'
+            gradients under sequence parallelism are left to Megatron's ``finalize_model_grads``.
+    """
+    backend = backend or MosaSpecProvider()
+    fused = backend.fuse_layernorm_and_linear()
+    norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=MosaSelfAttention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fused else norm,
+            mlp=get_mlp_module_spec_for_backend(backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def get_mosa_block_spec(
+    config: MosaTransformerConfig, backend: BackendSpecProvider | None = None
+) -> TransformerBlockSubmodules:
+    """The spec of all layers and the final norm: what GPTModel takes as ``transformer_layer_spec``."""
+    backend = backend or MosaSpecProvider()
+    return TransformerBlockSubmodules(
+        layer_specs=[get_mosa_layer_spec(config, backend)] * config.num_layers,
+        layer_norm=backend.layer_norm(rms_norm=config.normalization == "RMSNorm"),
+    )

@@ -1,0 +1,105 @@
+"""Format 1: a layout-free checkpoint.
+
+A checkpoint is a folder ``step-00000100`` with ``metadata.json`` and ``state/``. The state is written by torch's
+distributed checkpoint (DCP): per parameter the fp32 master weight and Adam's moments, under Megatron's global names
+and global shapes, so that it can be read at any tensor- and data-parallel size. ``metadata.json`` is written last and
+the folder is renamed into place after it: a folder under its final name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megatron_mosa.engine import TrainingEngine
+from megatron_mosa.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Metadata:
+    """What a checkpoint says of itself; all of it plain JSON."""
+
+    step: int
+    """Optimizer steps taken, skipped ones included."""
+
+    consumed_samples: int
+    """Samples consumed over all data-parallel ranks: the position in the data order."""
+
+    optimizer_step: int
+    """Adam's step count."""
+
+    config: dict[str, Any]
+    """The resolved configuration."""
+
+    data: dict[str, Any]
+    """index_samples, tokenizer_hash, vocab_size and fingerprint of the dataset."""
+
+    versions: dict[str, str]
+    """Of the software that wrote it."""
+
+    layout: dict[str, int]
+    """Tensor- and data-parallel size that wrote it; for information."""
+
+    format_version: int = FORMAT_VERSION
+
+
+def write_state(engine: TrainingEngine, path: Path) -> None:
+    """Write the engine's state below ``path``; a collective over all ranks."""
+    dcp.save(_global_view(engine.module, engine.state()), checkpoint_id=path / "state")
+
+
+def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
+    """Fill the engine from ``path``, whatever layout wrote it; a collective over all ranks."""
+    state = engine.state()
+    view = _global_view(engine.module, state)
+    dcp.load(view, checkpoint_id=path / "state")
+    engine.load_state(state, optimizer_step)
+
+
+def write_metadata(metadata: Metadata, path: Path) -> None:
+    """Write ``metadata.json`` into a checkpoint folder."""
+    (path / "metadata.json").write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read ``metadata.json`` of a checkpoint folder.
+
+    Raises:
+        UserError: it is missing, damaged, or of a newer format than this program knows.
+    """
+    file = path / "metadata.json"
+    try:
+        content = json.loads(file.read_text())
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint '{path}' has no readable metadata.json ({error}); remove the folder") from None
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint '{path}' has format version {version}; legal: up to {FORMAT_VERSION}; update megatron_mosa"
+        )
+    return Metadata(**content)
+
+
+def _global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same storage as DTensors of global shape over the tensor-parallel group."""
+    # The group decides who talks; the mesh only describes CPU tensors, and DCP itself moves no tensor between ranks.
+    mesh = DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), "cpu")
+    parameters = dict(model.named_parameters())
+    view: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        parameter = parameters[key.partition(".")[2]]
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        placement = Shard(parameter.partition_dim) if sharded else Replicate()
+        view[key] = DTensor.from_local(tensor, mesh, [placement], run_check=False)
+    return view

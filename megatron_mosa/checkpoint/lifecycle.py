@@ -1,0 +1,90 @@
+"""Writing, publishing, pruning and finding the checkpoints of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from torch import distributed as dist
+
+from megatron_mosa.checkpoint.format import Metadata, read_metadata, read_state, write_metadata, write_state
+from megatron_mosa.engine import TrainingEngine
+from megatron_mosa.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8,})")
+_WRITING = ".writing-"
+
+
+class CheckpointStore:
+    """The folder ``checkpoints/`` of a run. Collective methods must be called by every rank."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def published(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self.published()), None)
+
+    def save(self, engine: TrainingEngine, metadata: Metadata) -> Path:
+        """Write beside, then publish by one rename, then prune; collective. Returns the published folder."""
+        final = self.folder / f"step-{metadata.step:08d}"
+        writing = self.folder / (_WRITING + final.name)
+        main = dist.get_rank() == 0
+        if main:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+        dist.barrier()
+        write_state(engine, writing)
+        dist.barrier()
+        if main:
+            write_metadata(metadata, writing)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(writing, final)
+            self._prune()
+        dist.barrier()
+        return final
+
+    def load(self, engine: TrainingEngine, path: Path) -> Metadata:
+        """Fill the engine from a published checkpoint; collective."""
+        metadata = read_metadata(path)
+        read_state(engine, path, metadata.optimizer_step)
+        return metadata
+
+    def _prune(self) -> None:
+        for path in self.published()[: -self.keep_last]:
+            shutil.rmtree(path)
+        for leftover in self.folder.glob(_WRITING + "*"):
+            shutil.rmtree(leftover)
+
+
+def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:
+    """Refuse a checkpoint whose model, seed, sequence length or tokenizer is not the run's own.
+
+    Raises:
+        UserError: naming the first key that differs, both values and the fix.
+    """
+    fix = "give the run another name (run.name=...) or restore the setting"
+    for section in ("model", "mosa"):
+        for key, ours in config[section].items():
+            _same(f"{section}.{key}", metadata.config[section].get(key), ours, path, fix, key == "backend")
+    _same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
+    _same("data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix)
+    _same("data.path", metadata.data["tokenizer_hash"], data["tokenizer_hash"], path, fix, what="tokenizer hash ")
+    _same("data.path", metadata.data["fingerprint"], data["fingerprint"], path, fix, what="dataset fingerprint ")
+
+
+def _same(
+    key: str, theirs: object, ours: object, path: Path, fix: str, may_differ: bool = False, what: str = ""
+) -> None:
+    if theirs != ours and not may_differ:
+        raise UserError(f"{key}: checkpoint '{path}' holds another model: {what}{theirs}, but the run asks for {ours}; {fix}")

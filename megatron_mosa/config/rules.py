@@ -1,0 +1,180 @@
+"""What a configuration must satisfy: one rule, one small function, one readable message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from megatron_mosa.config.schema import Config
+from megatron_mosa.errors import UserError, nearest
+
+_CHOICES = {
+    "mosa.backend": ("auto", "naive"),
+    "train.precision": ("fp32", "bf16"),
+    "checkpoint.resume": ("auto", "never"),
+    "parallel.zero_stage": (1,),
+}
+_POSITIVE = (
+    "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.head_dim", "model.rotary_base",
+    "model.layernorm_epsilon", "model.init_method_std", "model.vocab_size_multiple", "mosa.sparsity",
+    "parallel.tensor_model_parallel_size", "data.vocab_size", "data.index_samples", "train.steps",
+    "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
+    "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
+    "checkpoint.keep_last", "logging.interval", "logging.peak_tflops",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "model.num_dense_heads", "mosa.num_heads", "run.seed", "data.num_workers", "optimizer.min_learning_rate",
+    "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
+)  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Apply every rule that needs the configuration alone; raise UserError at the first broken one."""
+    for rule in _RULES:
+        rule(config)
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """Return the data-parallel size of ``world_size`` ranks, or say why the layout does not divide them."""
+    tensor_parallel = config.parallel.tensor_model_parallel_size
+    if world_size % tensor_parallel:
+        raise UserError(
+            f"world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor_parallel}; "
+            f"start a multiple of {tensor_parallel} processes (torchrun --nproc-per-node {tensor_parallel}) or set it "
+            f"to one of {divisors(world_size)}"
+        )
+    data_parallel = world_size // tensor_parallel
+    samples = config.train.micro_batch_size * data_parallel
+    if config.train.global_batch_size % samples:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size} is not divisible by micro_batch_size "
+            f"{config.train.micro_batch_size} x data-parallel size {data_parallel} = {samples}; the nearest multiple is "
+            f"{max(1, round(config.train.global_batch_size / samples)) * samples}"
+        )
+    return data_parallel
+
+
+def divisors(*numbers: int) -> list[int]:
+    """The common divisors of some numbers (zero divides by anything), smallest first."""
+    common = math.gcd(*numbers)
+    return [size for size in range(1, common + 1) if common % size == 0]
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """The vocabulary rounded up to ``multiple``: a function of the data alone, never of the layout."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def _value(config: Config, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _choices(config: Config) -> None:
+    for key, legal in _CHOICES.items():
+        value = _value(config, key)
+        if value not in legal:
+            hint = nearest(value, [str(word) for word in legal]) if isinstance(value, str) else ""
+            raise UserError(f"{key}={value} is not supported{hint}; legal: {', '.join(map(str, legal))}")
+
+
+def _numbers(config: Config) -> None:
+    for keys, smallest, legal in ((_POSITIVE, None, "greater than 0"), (_NOT_NEGATIVE, 0, "0 or greater")):
+        for key in keys:
+            value = _value(config, key)
+            if value is None:
+                continue
+            assert isinstance(value, int | float)
+            if not math.isfinite(value) or (value <= 0 if smallest is None else value < 0):
+                raise UserError(f"{key}={value} is out of range; legal: a number {legal}")
+
+
+def _parallelism_that_exists(config: Config) -> None:
+    for key in ("parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"):
+        if _value(config, key) != 1:
+            kind = key.removeprefix("parallel.").partition("_")[0]
+            raise UserError(f"{key}={_value(config, key)}: {kind} parallelism is not there yet; legal: 1")
+
+
+def _sequence(config: Config) -> None:
+    length, parallel = config.data.sequence_length, config.parallel
+    if length < 2:
+        raise UserError(f"data.sequence_length={length} is too short: a MoSA head selects at least 2 tokens; legal: 2 or more")
+    if parallel.sequence_parallel and length % parallel.tensor_model_parallel_size:
+        raise UserError(
+            f"data.sequence_length={length} is not divisible by parallel.tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size}, as sequence parallelism needs; legal sizes: {divisors(length)}"
+        )
+
+
+def _heads(config: Config) -> None:
+    dense, mosa = config.model.num_dense_heads, config.mosa.num_heads
+    if dense + mosa == 0:
+        raise UserError("model.num_dense_heads=0 and mosa.num_heads=0 leave no head; set at least one of them above 0")
+    size = config.parallel.tensor_model_parallel_size
+    for key, heads in (("model.num_dense_heads", dense), ("mosa.num_heads", mosa)):
+        if heads % size:
+            raise UserError(
+                f"{key}={heads} is not divisible by parallel.tensor_model_parallel_size={size}; legal sizes for "
+                f"{dense} dense and {mosa} MoSA heads: {divisors(dense, mosa)}"
+            )
+
+
+def _partitioned_widths(config: Config) -> None:
+    size = config.parallel.tensor_model_parallel_size
+    ffn = config.model.ffn_hidden_size or 4 * config.model.hidden_size
+    for key, width in (("model.ffn_hidden_size", ffn), ("model.vocab_size_multiple", config.model.vocab_size_multiple)):
+        if width % size:
+            raise UserError(f"{key}={width} is not divisible by parallel.tensor_model_parallel_size={size}; "
+                            f"the nearest multiple is {-(-width // size) * size}")
+
+
+def _rotary(config: Config) -> None:
+    percent, head_dim = config.model.rotary_percent, config.model.head_dim
+    if not 0.0 <= percent <= 1.0:
+        raise UserError(f"model.rotary_percent={percent} is out of range; legal: 0 to 1")
+    if head_dim % 2:
+        raise UserError(f"model.head_dim={head_dim} is odd; rotary positions turn pairs: legal: even numbers")
+
+
+def _sparsity(config: Config) -> None:
+    if config.mosa.sparsity < 1:
+        raise UserError(f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
+                        "legal: 1 (every token) or more")
+
+
+def _batches(config: Config) -> None:
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if batch % micro:
+        raise UserError(f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro}; "
+                        f"legal micro-batch sizes: {divisors(batch)}")
+
+
+def _schedule(config: Config) -> None:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps > steps:
+        raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds train.steps={steps}; legal: 0 to {steps}")
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise UserError(f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds optimizer.learning_rate="
+                        f"{optimizer.learning_rate}; legal: 0 to {optimizer.learning_rate}")
+    for key in ("beta1", "beta2"):
+        if not 0.0 <= getattr(optimizer, key) < 1.0:
+            raise UserError(f"optimizer.{key}={getattr(optimizer, key)} is out of range; legal: 0 up to, not including, 1")
+
+
+def _data(config: Config) -> None:
+    if not 0.0 < config.data.validation_fraction < 1.0:
+        raise UserError(f"data.validation_fraction={config.data.validation_fraction} is out of range; legal: between 0 and 1")
+    if not config.data.sources:
+        raise UserError("data.sources is empty; legal: 'stdlib', or paths of text, JSON lines or Parquet files or folders")
+
+
+def _run_name(config: Config) -> None:
+    if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
+        raise UserError(f"run.name='{config.run.name}' is not a folder name; legal: a name without '/'")
+
+
+_RULES: tuple[Callable[[Config], None], ...] = (
+    _run_name, _parallelism_that_exists, _choices, _numbers, _sequence, _sparsity, _heads, _partitioned_widths, _rotary,
+    _batches, _schedule, _data,
+)  # fmt: skip

@@ -1,0 +1,140 @@
+"""The typed tree behind a YAML file: one dataclass a section, one field a key.
+
+configs/quickstart.yaml explains every key; here stand types and defaults. ``MISSING`` marks the keys that a
+file must give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunSection:
+    """Who the run is and where it writes: ``directory/name``."""
+
+    name: str = MISSING
+    directory: str = "runs"
+    seed: int = 1234
+
+
+@dataclass
+class ModelSection:
+    """A GPT of pre-norm layers; the dense heads stand beside the MoSA heads of section ``mosa``."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
+    num_dense_heads: int = 4
+    head_dim: int = 64
+    rotary_percent: float = 0.5
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    vocab_size_multiple: int = 128
+
+
+@dataclass
+class MosaSection:
+    """MoSA heads (arXiv 2505.00315, section 3)."""
+
+    num_heads: int = MISSING
+    sparsity: float = 16.0
+    include_first_token: bool = True
+    backend: str = "auto"
+
+
+@dataclass
+class ParallelSection:
+    """How the model and the optimizer state are spread over the ranks."""
+
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    zero_stage: int = 1
+
+
+@dataclass
+class DataSection:
+    """Where the text comes from and how it is cut into samples."""
+
+    path: str = MISSING
+    sources: list[str] = field(default_factory=lambda: ["stdlib"])
+    text_field: str = "text"
+    tokenizer: str | None = None  # None: train a byte-level BPE on the sources
+    vocab_size: int = 8000
+    validation_fraction: float = 0.01
+    sequence_length: int = MISSING
+    index_samples: int | None = None  # None: train.steps * train.global_batch_size of the first start
+    num_workers: int = 1
+
+
+@dataclass
+class TrainSection:
+    """The length and the arithmetic of training."""
+
+    steps: int = MISSING
+    stop_after_step: int | None = None
+    micro_batch_size: int = MISSING
+    global_batch_size: int = MISSING
+    precision: str = "bf16"
+    deterministic: bool = True
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW with linear warm-up and a cosine decay."""
+
+    learning_rate: float = 2.5e-4
+    min_learning_rate: float = 2.5e-5
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+
+
+@dataclass
+class ValidationSection:
+    """How often and on how much of the validation split the loss is measured."""
+
+    interval: int = 100
+    num_samples: int = 256
+
+
+@dataclass
+class CheckpointSection:
+    """How often checkpoints are written, how many are kept, and what a start does with them."""
+
+    interval: int = 500
+    keep_last: int = 2
+    resume: str = "auto"
+
+
+@dataclass
+class LoggingSection:
+    """What is reported, and how often."""
+
+    interval: int = 10
+    tensorboard: bool = True
+    peak_tflops: float | None = None
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    mosa: MosaSection = field(default_factory=MosaSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)

@@ -1,0 +1,24 @@
+"""From text to batches: sources, tokenizer, dataset folders, samples and loaders."""
+
+from megatron_mosa.data.build import build_dataset
+from megatron_mosa.data.loader import training_batches, validation_batches
+from megatron_mosa.data.manifest import Manifest, load_manifest, read_manifest
+from megatron_mosa.data.samples import TrainingSamples, ValidationSamples
+from megatron_mosa.data.sources import iter_documents
+from megatron_mosa.data.tokenizer import end_of_document_id, load_tokenizer, tokenizer_hash, train_tokenizer
+
+__all__ = [
+    "Manifest",
+    "TrainingSamples",
+    "ValidationSamples",
+    "build_dataset",
+    "end_of_document_id",
+    "iter_documents",
+    "load_manifest",
+    "load_tokenizer",
+    "read_manifest",
+    "tokenizer_hash",
+    "train_tokenizer",
+    "training_batches",
+    "validation_batches",
+]

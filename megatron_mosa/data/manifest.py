@@ -1,0 +1,103 @@
+"""manifest.json: what a dataset folder holds, and what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.data.tokenizer import TOKENIZER_FILE, tokenizer_hash
+from megatron_mosa.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+
+_BUILD = "mosa data build CONFIG"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a dataset. It holds no time and no absolute path of ours: equal input, equal bytes.
+
+    ``splits[name]`` has documents, tokens, bin_bytes, idx_bytes, and the SHA-256 of the .bin file. ``request``
+    is the settings and the state of the sources that the dataset was built from.
+    """
+
+    tokenizer_hash: str
+    tokenizer_source: str
+    vocab_size: int  # one more than the highest token id
+    end_of_document_id: int
+    splits: dict[str, dict[str, Any]]
+    request: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources as given, with kind, number of files and bytes."""
+        return self.request["sources"]
+
+    @property
+    def text_field(self) -> str:
+        """The column that the texts of JSON lines and Parquet came from."""
+        return self.request["text_field"]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the manifest, and through the hashes in it over tokenizer and tokens."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read manifest.json of a dataset folder without looking at the other files.
+
+    Raises:
+        UserError: no folder, no manifest, a newer format, or a manifest that cannot be read.
+    """
+    file = Path(path) / MANIFEST_FILE
+    if not file.is_file():
+        what = "is no dataset: it has no manifest.json" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"data.path={path} {what}; build it with: {_BUILD}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); rebuild the dataset: {_BUILD} --force") from error
+    raise UserError(
+        f"{file} has format version {version}, and this code reads version {FORMAT_VERSION}; "
+        f"update the code, or rebuild the dataset: {_BUILD} --force"
+    )
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read and verify a dataset folder: files present, of the recorded sizes, and with the recorded tokenizer.
+
+    Raises:
+        UserError: whatever ``load_manifest`` finds, a missing or truncated file, another tokenizer.
+    """
+    manifest, folder = load_manifest(path), Path(path)
+    fix = f"rebuild the dataset: {_BUILD} --force"
+    for split in SPLITS:
+        for suffix in ("bin", "idx"):
+            file, expected = folder / f"{split}.{suffix}", manifest.splits[split][f"{suffix}_bytes"]
+            if not file.is_file():
+                raise UserError(f"{file} is missing ({expected} bytes expected); {fix}")
+            if file.stat().st_size != expected:
+                raise UserError(f"{file} has {file.stat().st_size} bytes, and {expected} are expected; {fix}")
+    tokenizer = folder / TOKENIZER_FILE
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer} is missing; {fix}")
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+        raise UserError(
+            f"dataset {folder} was built with another tokenizer than the {TOKENIZER_FILE} that lies in it now; "
+            f"put the old one back, or {fix}"
+        )
+    return manifest

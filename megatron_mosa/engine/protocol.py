@@ -1,0 +1,59 @@
+"""What the training loop and the checkpoints need of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+"""tokens, labels (int64) and loss_mask (fp32), each [micro-batch, T]."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step says of itself."""
+
+    loss: float
+    """Mean cross entropy in nats per token."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+
+
+class TrainingEngine(Protocol):
+    """A model with its optimizer, spread over ranks in some way."""
+
+    accumulation_steps: int
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model."""
+        ...
+
+    def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
+        """One optimizer step over ``accumulation_steps`` micro-batches."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss in nats per token."""
+        ...
+
+    def optimizer_step(self) -> int:
+        """How many times the optimizer has stepped."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and moments, whole over data-parallel ranks."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:
+        """Take over what ``state`` returned."""
+        ...
+
+    def destroy(self) -> None:
+        """Release what the engine holds."""
+        ...

@@ -1,0 +1,20 @@
+"""The one kind of error that a user sees without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake of the user's: one readable line naming key, value, what is legal and the fix.
+
+    Entry points print it as ``error: ...`` and exit with code 2. Anything else that escapes is a bug of
+    ours and keeps its traceback.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or an empty string."""
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

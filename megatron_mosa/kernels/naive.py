@@ -1,0 +1,133 @@
+"""MoSA in plain PyTorch, written to be read: the truth that faster kernels are held against.
+
+Source: arXiv 2505.00315, section 3.1. Shapes: B sequences of T tokens of width h; E heads of width h' (``d``
+in subscripts), each selecting k tokens. Everything that is summed is summed in fp32 (fp64 for fp64 inputs),
+whatever the type of the activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 inputs, fp32 for every other type."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    """Score every token for every head: sigmoid(X w).
+
+    Args:
+        hidden_states: [B, T, h].
+        router_weight: [E, h].
+
+    Returns:
+        [B, E, T], fp32 (fp64 for fp64 inputs).
+    """
+    dtype = accumulation_dtype(hidden_states.dtype)
+    logits = torch.einsum("bth,eh->bet", hidden_states.to(dtype), router_weight.to(dtype))
+    return torch.sigmoid(logits)
+
+
+def select_tokens(scores: Tensor, num_selected: int, include_first_token: bool = False) -> Tensor:
+    """Expert choice: the positions of each head's ``num_selected`` largest scores.
+
+    Ties go to the earlier token. With ``include_first_token``, token 0 is always among them, whatever its score.
+
+    Args:
+        scores: [B, E, T].
+        num_selected: k, 1 to T.
+
+    Returns:
+        int64 [B, E, k], in position order.
+    """
+    keys = scores.detach()
+    if include_first_token:
+        keys = keys.clone()
+        keys[..., 0] = torch.inf
+    # A stable sort keeps equal scores in position order; topk leaves their order open.
+    order = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
+    return order[..., :num_selected].sort(dim=-1).values  # [B, E, k]
+
+
+def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Angles per position of the rotated pairs: base^(-2i / rotary_dim), [rotary_dim / 2]."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
+    return base**-exponents
+
+
+def rotary_dim(head_dim: int, rotary_percent: float) -> int:
+    """How many leading channels of a head are rotated: an even number."""
+    return 2 * int(head_dim * rotary_percent / 2)
+
+
+def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotary_base: float) -> Tensor:
+    """Rotate the leading ``rotary_percent`` of the channels by their token's position; leave the rest alone.
+
+    Channel i is paired with channel i + rotary_dim / 2 (half-split rotation).
+
+    Args:
+        states: [..., n, h'], queries or keys.
+        positions: [..., n], positions in the original sequence; broadcasts against ``states``.
+
+    Returns:
+        [..., n, h'] in the type of ``states``.
+    """
+    size = rotary_dim(states.shape[-1], rotary_percent)
+    if size == 0:
+        return states
+    dtype = accumulation_dtype(states.dtype)
+    frequencies = rotary_frequencies(size, rotary_base, dtype, states.device)
+    angles = positions.to(dtype).unsqueeze(-1) * frequencies  # [..., n, size / 2]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = states[..., :size].to(dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
+
+
+def selected_attention(
+    hidden_states: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    *,
+    rotary_percent: float,
+    rotary_base: float,
+) -> Tensor:
+    """Attention of each head among its selected tokens, gated by their scores and added back at their places.
+
+    Args:
+        hidden_states: [B, T, h].
+        scores: [B, E, T], as ``router_scores`` returns them: the gate, and the router's only gradient.
+        indices: int64 [B, E, k] in position order.
+        qkv_weight: [E, h, 3h'], the columns being q, k, v in that order.
+        proj_weight: [E, h', h].
+
+    Returns:
+        [B, T, h], the sum over heads.
+    """
+    batch, length, width = hidden_states.shape
+    dtype = accumulation_dtype(hidden_states.dtype)
+    sequence = torch.arange(batch, device=hidden_states.device)[:, None, None]
+
+    selected = hidden_states[sequence, indices]  # [B, E, k, h]
+    query, key, value = torch.einsum("bekh,ehd->bekd", selected, qkv_weight).chunk(3, dim=-1)  # [B, E, k, h']
+    query = apply_rotary(query, indices, rotary_percent, rotary_base)
+    key = apply_rotary(key, indices, rotary_percent, rotary_base)
+
+    logits = torch.einsum("bend,bemd->benm", query, key).to(dtype) * query.shape[-1] ** -0.5  # [B, E, k, k]
+    visible = indices.unsqueeze(-1) >= indices.unsqueeze(-2)  # query position >= key position
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
+    attended = torch.einsum("benm,bemd->bend", weights, value)  # [B, E, k, h']
+
+    gate = scores.gather(-1, indices)  # [B, E, k]
+    gated = (attended.to(dtype) * gate.unsqueeze(-1)).to(attended.dtype)
+    projected = torch.einsum("bekd,edh->bekh", gated, proj_weight)  # [B, E, k, h]
+
+    output = torch.zeros(batch, length, width, dtype=dtype, device=hidden_states.device)
+    places = (sequence * length + indices).flatten()  # row of the token in [B * T, h]
+    output.view(-1, width).index_add_(0, places, projected.to(dtype).flatten(0, 2))
+    return output.to(hidden_states.dtype)

@@ -1,0 +1,16 @@
+"""Meters and writers."""
+
+from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
+from megatron_mosa.metrics.journal import Journal, read_journal
+from megatron_mosa.metrics.plot import plot_losses
+from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
+
+__all__ = [
+    "Journal",
+    "peak_flops",
+    "peak_memory_gib",
+    "plot_losses",
+    "read_journal",
+    "recorded_selection",
+    "selection_statistics",
+]

@@ -1,0 +1,38 @@
+"""metrics.jsonl: one JSON object a line, the record of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends to a run's metrics.jsonl; on resume, lines of steps that will be run again are dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        lines = [line for line in read_journal(path) if line["step"] <= resumed_step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; it is on disk when this returns, as far as the operating system goes."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,40 @@
+"""loss.png: the loss curves of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and validation loss over tokens, and the unigram entropy where it is known.
+
+    Args:
+        lines: what ``read_journal`` returns.
+        path: PNG file to write.
+        title: name of the run.
+    """
+    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    entropies = [line["unigram_entropy"] for line in lines if "unigram_entropy" in line]
+    causal = all(line.get("causal", True) for line in lines)
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if training:
+        axes.plot(*zip(*training, strict=True), label="training", linewidth=1)
+    if validation:
+        axes.plot(*zip(*validation, strict=True), label="validation", marker="o", markersize=3)
+    if entropies:
+        axes.axhline(entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy of validation")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token" + ("" if causal else " (non-causal selection)"))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

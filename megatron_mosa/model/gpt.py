@@ -1,0 +1,85 @@
+"""From a configuration to a Megatron-core GPTModel."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
+from megatron_mosa.config import Config, padded_vocab_size
+
+
+def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32) -> MosaTransformerConfig:
+    """Translate our configuration into Megatron-core's."""
+    model, mosa, parallel = config.model, config.mosa, config.parallel
+    # Sequence parallelism splits over the tensor-parallel group; with one rank there is nothing to split.
+    sequence_parallel = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
+    return MosaTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        num_attention_heads=model.num_dense_heads,
+        kv_channels=model.head_dim,
+        num_mosa_heads=mosa.num_heads,
+        mosa_sparsity=mosa.sparsity,
+        mosa_include_first_token=mosa.include_first_token,
+        mosa_rotary_percent=model.rotary_percent,
+        mosa_rotary_base=model.rotary_base,
+        mosa_backend=mosa.backend,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=params_dtype,
+        layernorm_epsilon=model.layernorm_epsilon,
+        init_method_std=model.init_method_std,
+        activation_func=F.gelu,
+        # Weights are drawn on the CPU as whole matrices and then sliced: the same model on every device and layout.
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        # Fusions that need apex, Transformer Engine or Megatron's own gradient buffers.
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
+    """A GPT with MoSA layers and untied embeddings, on the CPU, initialised from ``run.seed``.
+
+    The weights are a function of the configuration and the seed, never of the tensor-parallel size.
+
+    Args:
+        config: a checked configuration; the process groups must be up.
+        vocab_size: tokens in the tokenizer; padded here to ``model.vocab_size_multiple``.
+        params_dtype: type of the parameters.
+    """
+    transformer = transformer_config(config, params_dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return GPTModel(
+            transformer,
+            get_mosa_block_spec(transformer),
+            vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
+            max_sequence_length=config.data.sequence_length,
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+        )
+
+
+def language_model_loss(model: torch.nn.Module, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the token losses and number of tokens that count.
+
+    Args:
+        model: a GPTModel or an engine around one.
+        tokens, labels: int64 [B, T].
+        loss_mask: [B, T], 1 where the label counts.
+
+    Returns:
+        Two fp32 scalars: the sum of the cross entropies in nats, and the number of tokens.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    losses = model(tokens, positions, None, labels=labels)  # [B, T]
+    return (losses.float() * loss_mask).sum(), loss_mask.sum()

@@ -1,0 +1,55 @@
+"""Who am I among the processes: torchrun, DeepSpeed's launcher, srun or plain python."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+
+from megatron_mosa.errors import UserError
+
+
+def launch_environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank of this process.
+
+    torchrun and DeepSpeed's launcher set RANK, WORLD_SIZE and LOCAL_RANK. Under srun they are derived from Slurm's
+    variables: the first node of the job is the master, and the port comes from the job id. Plain python is a world of
+    one. MASTER_ADDR and MASTER_PORT are set for torch.distributed where they are not yet.
+
+    Raises:
+        UserError: a launcher's variables that contradict one another.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise UserError(f"RANK is set but {', '.join(missing)} is not; start with torchrun, srun or deepspeed")
+        rank, world_size, local_rank = (int(environment[name]) for name in names)
+    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        local_rank = int(environment["SLURM_LOCALID"])
+        environment.setdefault("MASTER_ADDR", _first_slurm_node())
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    else:
+        rank, world_size, local_rank = 0, 1, 0
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+    # DeepSpeed reads these from the environment, whoever launched us.
+    environment.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    return rank, world_size, local_rank
+
+
+def _first_slurm_node() -> str:
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    try:
+        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"scontrol cannot resolve SLURM_JOB_NODELIST={nodes} ({error}); set MASTER_ADDR") from None
+    return names.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

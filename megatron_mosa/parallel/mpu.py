@@ -1,0 +1,46 @@
+"""The model-parallel unit that DeepSpeed asks for, over Megatron-core's parallel_state.
+
+DeepSpeed still calls names that Megatron-core has dropped (``get_model_parallel_rank``), so the module itself cannot
+be handed over. Model parallelism is tensor parallelism here: there is no pipeline.
+"""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+
+class ModelParallelUnit:
+    """What ``deepspeed.initialize(mpu=...)`` takes."""
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in the model-parallel group."""
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the model-parallel group."""
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        """The ranks that hold the parts of one replica."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        """Global rank of the first member of the tensor-parallel group."""
+        return parallel_state.get_tensor_model_parallel_src_rank()
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank in the data-parallel group."""
+        return parallel_state.get_data_parallel_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the data-parallel group."""
+        return parallel_state.get_data_parallel_world_size()
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        """The ranks that hold the same part of different replicas."""
+        return parallel_state.get_data_parallel_group()

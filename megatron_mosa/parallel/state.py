@@ -1,0 +1,70 @@
+"""Starting and stopping the process groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import distributed as dist
+
+from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
+from megatron_mosa.parallel.launch import launch_environment
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run."""
+        return self.rank == 0
+
+
+def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minutes: float = 10.0) -> Layout:
+    """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
+
+    Tensor-parallel ranks are neighbours: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
+    """
+    rank, world_size, local_rank = launch_environment()
+    if answer_cuda_with_cpu():
+        device, backend = torch.device("cpu"), "gloo"
+    else:
+        device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        options = {"device_id": device} if backend == "nccl" else {}
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **options)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size)
+    torch.manual_seed(seed)
+    # No layer draws random numbers in its forward pass, so Megatron's tracker of per-rank generators can be the one
+    # that does nothing; the real one needs CUDA.
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    return Layout(
+        rank=rank,
+        world_size=world_size,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=tensor_model_parallel_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def destroy_parallel() -> None:
+    """Leave the groups; safe to call when there are none."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

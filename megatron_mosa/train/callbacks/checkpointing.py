@@ -1,0 +1,43 @@
+"""Checkpoints, every ``checkpoint.interval`` steps and at the end."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from megatron_mosa import __version__
+from megatron_mosa.checkpoint import CheckpointStore, Metadata
+from megatron_mosa.config import config_to_dict
+from megatron_mosa.engine import StepResult
+from megatron_mosa.train.callbacks.base import Callback, is_due
+from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.writers import Writers
+
+
+class Checkpointing(Callback):
+    """Publishes a checkpoint when it is due."""
+
+    def __init__(self, writers: Writers, store: CheckpointStore, data: dict[str, Any]) -> None:
+        self.writers = writers
+        self.store = store
+        self.data = data
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Save if it is time."""
+        if not is_due(trainer, trainer.config.checkpoint.interval):
+            return
+        metadata = Metadata(
+            step=trainer.state.step,
+            consumed_samples=trainer.state.consumed_samples,
+            optimizer_step=trainer.engine.optimizer_step(),
+            config=config_to_dict(trainer.config),
+            data=self.data,
+            versions={"megatron_mosa": __version__}
+            | {name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
+            layout={
+                "tensor_parallel_size": trainer.layout.tensor_parallel_size,
+                "data_parallel_size": trainer.layout.data_parallel_size,
+            },
+        )
+        path = self.store.save(trainer.engine, metadata)
+        self.writers.note(f"checkpoint {path}")

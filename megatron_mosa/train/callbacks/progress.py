@@ -1,0 +1,64 @@
+"""Measures steps and reports them to the writers, every ``logging.interval`` steps."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+from megatron_mosa.engine import StepResult
+from megatron_mosa.metrics import peak_flops, peak_memory_gib, recorded_selection, selection_statistics
+from megatron_mosa.model import model_flops
+from megatron_mosa.train.callbacks.base import Callback, is_due
+from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.writers import Writers
+
+
+class Progress(Callback):
+    """One training line every ``logging.interval`` steps.
+
+    Time is taken inside steps only, so validation and checkpoints do not count. MFU is ``model_flops`` over the peak of
+    all ranks' devices.
+    """
+
+    def __init__(self, writers: Writers, vocab_size: int) -> None:
+        self.writers = writers
+        self.vocab_size = vocab_size
+        self.seconds = 0.0
+        self.steps = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Find out what the hardware could do."""
+        config = trainer.config
+        peak, origin = peak_flops(trainer.layout.device, config.train.precision, config.logging.peak_tflops)
+        self.peak = peak
+        self.flops_per_step = model_flops(config, self.vocab_size) * config.train.global_batch_size
+        self.writers.note(f"MFU is against {peak / 1e12:.3g} TFLOP/s a rank ({origin}, {config.train.precision})")
+
+    def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
+        """Start the clock; on steps that will be reported, let MoSA layers keep what they select."""
+        reported = step % trainer.config.logging.interval == 0 or step == trainer.last_step
+        self.started = time.perf_counter()
+        return recorded_selection(trainer.engine.module) if reported else nullcontext()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Stop the clock and report."""
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+        if not is_due(trainer, trainer.config.logging.interval):
+            return
+        batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
+        steps_per_second = self.steps / self.seconds
+        line = {
+            "step": trainer.state.step,
+            "tokens": trainer.tokens,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": trainer.learning_rate,
+            "tokens_per_second": batch_tokens * steps_per_second,
+            "model_tflops_per_second": self.flops_per_step * steps_per_second / 1e12,
+            "mfu": self.flops_per_step * steps_per_second / (self.peak * trainer.layout.world_size),
+            "peak_memory_gib": peak_memory_gib(trainer.layout.device),
+            **selection_statistics(trainer.engine.module),
+        }
+        self.writers.training(line, (trainer.last_step - trainer.state.step) / steps_per_second)
+        self.seconds, self.steps = 0.0, 0

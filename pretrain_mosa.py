@@ -1,0 +1,39 @@
+"""Pretrain a MoSA language model: ``pretrain_mosa.py CONFIG.yaml [section.key=value ...]``.
+
+Runs under python, torchrun, srun and deepspeed; launch/torchrun/local.sh starts it on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_mosa.config import load_config
+from megatron_mosa.entry import run
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Pretrain a MoSA language model.")
+    parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    parser.add_argument("--check-only", action="store_true", help="check configuration, layout and data, then exit")
+    parser.add_argument("--world-size", type=int, default=1, help="number of processes to check for")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Check, and train unless only the check was asked for."""
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
+
+    if arguments.check_only:
+        check_start(config, arguments.world_size)
+    else:
+        pretrain(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

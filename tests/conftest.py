@@ -1,0 +1,46 @@
+"""With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+class RequireAll:
+    """Collects skipped tests and turns a passing session with such a test into a failed one."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.root = config.rootpath
+        self.skipped: list[str] = []
+
+    def note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        expected_failure = hasattr(report, "wasxfail")  # pytest reports an xfail as skipped
+        path = self.root / report.nodeid.partition("::")[0]
+        if report.skipped and not expected_failure and not path.is_relative_to(GPU_TESTS):
+            self.skipped.append(report.nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.note(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if self.skipped and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.skipped:
+            terminalreporter.section("skipped, but MOSA_REQUIRE_ALL=1", red=True)
+            for nodeid in self.skipped:
+                terminalreporter.line(nodeid)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("MOSA_REQUIRE_ALL") == "1":
+        config.pluginmanager.register(RequireAll(config), "require-all")
