@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import DenseHeads, MosaHeads
+from megatron_mosa.parallel.regions import sum_gradients
 
 
 class MosaSelfAttention(MegatronModule):
@@ -61,10 +61,10 @@ class MosaSelfAttention(MegatronModule):
         if sequence_parallel:
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
-            states = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+            states = sum_gradients(hidden_states, self.tp_group)
         # [T, B, h], whole sequences
         parts = [heads(states) for heads in (self.dense_heads, self.mosa_heads) if heads is not None]
-        output = sum(parts[1:], start=parts[0])
+        output = sum(parts[1:], start=parts[0]).contiguous()  # Megatron-core 0.16 does not reduce any other
         if sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None

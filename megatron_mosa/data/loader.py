@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 
 import torch
 from torch import Tensor
@@ -52,7 +55,7 @@ def training_batches(
         batch_sampler=numbers,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_obey_only_the_trainer,
         generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
     )
     return iter(loader)
@@ -96,7 +99,20 @@ def _masked(sample: Batch) -> Batch:
     return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
 
 
-def _ignore_signals(worker: int) -> None:
-    """Signals to the process group are for the trainer, which may want one more batch before it saves and ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def _obey_only_the_trainer(worker: int) -> None:
+    """Leave signals sent to the whole job to the trainer, which may want another batch before it saves and ends.
+
+    SIGTERM cannot just be ignored: it is how the trainer's own exit stops a loader process, and then waits for it.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the trainer
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    trainer = parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (trainer.pid if trainer else None):
+        pass
+    os._exit(0)

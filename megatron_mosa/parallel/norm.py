@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_mosa.parallel.regions import sum_gradients
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
@@ -33,6 +34,6 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if self.sums_gradients:
             group = get_tensor_model_parallel_group()
-            weight = copy_to_tensor_model_parallel_region(weight, group=group)
-            bias = copy_to_tensor_model_parallel_region(bias, group=group)
+            weight = sum_gradients(weight, group)
+            bias = sum_gradients(bias, group)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

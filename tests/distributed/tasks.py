@@ -1,0 +1,198 @@
+"""What the worker processes do. Module-level functions, so that they can be sent to them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.config import Config, config_from_dict
+from megatron_mosa.engine import DeepSpeedEngine
+from megatron_mosa.engine.protocol import Batch
+from megatron_mosa.model import build_model, language_model_loss
+from megatron_mosa.parallel import Layout, SequenceParallelLayerNorm, initialize_parallel
+
+VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
+
+
+def tiny_config(**changes: object) -> Config:
+    """A hybrid small enough to compare everything; ``changes`` are section__key=value."""
+    tree: dict = {
+        "run": {"name": "tiny", "seed": 5},
+        "model": dict(num_layers=2, hidden_size=24, num_dense_heads=4, head_dim=8, vocab_size_multiple=64),
+        "mosa": dict(num_heads=8, sparsity=4.0, include_first_token=True),
+        "parallel": {},
+        "data": dict(path="unused", sequence_length=24),
+        "train": dict(steps=100, micro_batch_size=4, global_batch_size=4, precision="fp32"),
+        "optimizer": dict(gradient_clipping=0.5),
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return config_from_dict(tree)
+
+
+@contextlib.contextmanager
+def parallel(config: Config) -> Iterator[Layout]:
+    """Megatron's groups for one task; the default group stays for the next."""
+    torch.use_deterministic_algorithms(True)
+    parallel_state.destroy_model_parallel()
+    yield initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
+    parallel_state.destroy_model_parallel()
+
+
+def global_batch(config: Config, step: int) -> Batch:
+    """The same random tokens on every rank and layout: [global batch, T].
+
+    No token comes twice in a sequence: in the first layer equal tokens have equal scores, and whether such a tie stays
+    exact is a matter of rounding.
+    """
+    generator = torch.Generator().manual_seed(1000 + step)
+    length = config.data.sequence_length
+    shuffled = [torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(config.train.global_batch_size)]
+    tokens = torch.stack(shuffled)[:, : length + 1]
+    mask = torch.ones(len(tokens), length)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+
+
+def micro_batches(config: Config, layout: Layout, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    batch = global_batch(config, step)
+    share = config.train.global_batch_size // layout.data_parallel_size
+    first = layout.data_parallel_rank * share
+    mine = {name: tensor[first : first + share].split(config.train.micro_batch_size) for name, tensor in batch.items()}
+    return [dict(zip(mine, parts, strict=True)) for parts in zip(*mine.values(), strict=True)]
+
+
+def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the tensor-parallel slices of parameters (or their gradients) together, by all-gather and concatenation."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    result = {}
+    for name, parameter in model.named_parameters():
+        tensor = tensors[name].detach().contiguous()
+        if getattr(parameter, "tensor_model_parallel", False):
+            parts = [torch.empty_like(tensor) for _ in range(group.size())]
+            dist.all_gather(parts, tensor, group=group)
+            tensor = torch.cat(parts, dim=parameter.partition_dim)
+        result[name] = tensor.clone()
+    return result
+
+
+def selection_margin(model: torch.nn.Module, config: Config) -> float:
+    """Smallest gap between the last selected and the first left-out score of the recorded forward pass."""
+    margins = []
+    for heads in model.modules():
+        if isinstance(heads, MosaHeads) and heads.selection is not None:
+            scores, indices = heads.selection
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, True)
+            chosen[..., 0] = True
+            last = scores.masked_fill(~chosen, torch.inf)
+            last[..., 0] = torch.inf  # token 0 is in whatever its score
+            margins.append((last.amin(-1) - scores.masked_fill(chosen, -torch.inf).amax(-1)).min().item())
+    return min(margins)
+
+
+def training_facts(config: Config, steps: int = 3, break_norms: bool = False) -> dict | None:
+    """Initial weights, every gradient of the first step, losses, gradient norms and final weights; on rank 0."""
+    with parallel(config) as layout:
+        model = build_model(config, VOCAB_SIZE)
+        facts: dict = {"initial": whole(model, dict(model.named_parameters()))}
+        for module in model.modules():
+            if isinstance(module, MosaHeads):
+                module.records_selection = True
+            if break_norms and isinstance(module, SequenceParallelLayerNorm):
+                module.sums_gradients = False
+        engine = DeepSpeedEngine(model, config, layout)
+
+        # The first step by hand, to look between backward and step.
+        (batch,) = micro_batches(config, layout, 0)
+        loss_sum, tokens = language_model_loss(engine._engine, **batch)
+        engine._engine.backward(loss_sum / tokens)
+        facts["gradients"] = whole(model, {n: engine.gradient(p) for n, p in model.named_parameters()})
+        facts["margin"] = selection_margin(model, config)
+        engine._engine.step()
+        facts["first_norm"] = float(engine._engine.get_global_grad_norm())
+
+        results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(1, steps)]
+        facts["losses"] = [result.loss for result in results]
+        facts["norms"] = [result.grad_norm for result in results]
+        state = engine.state()
+        facts["final"] = whole(model, {n: state[f"model.{n}"] for n, _ in model.named_parameters()})
+        facts["validation"] = engine.evaluate(micro_batches(config, layout, 99))
+        engine.destroy()
+    return facts if layout.rank == 0 else None
+
+
+def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of ``steps`` steps under the engine, accumulation included."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(steps)]
+        engine.destroy()
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """The same steps in plain PyTorch on the whole batch: no DeepSpeed, no data parallelism."""
+    with parallel(config):
+        model = build_model(config, VOCAB_SIZE)
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        options = config.optimizer
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=1e-3,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+        )
+        losses, norms = [], []
+        for step in range(steps):
+            loss_sum, tokens = language_model_loss(model, **global_batch(config, step))
+            (loss_sum / tokens).backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss_sum / tokens))
+    return losses, norms
+
+
+def save_megatron_checkpoint(config: Config, path: str) -> Tensor:
+    """Write the initial model with Megatron's dist_checkpointing; return its logits, [B, T, V]."""
+    with parallel(config) as layout:
+        model = build_model(config, VOCAB_SIZE)
+        if layout.rank == 0:
+            Path(path).mkdir()
+        dist.barrier()
+        dist_checkpointing.save(_without_extra_state(model.sharded_state_dict()), path)
+        return logits(model, config)
+
+
+def load_megatron_checkpoint(config: Config, path: str) -> Tensor:
+    """Read it into a model of other weights; return its logits."""
+    config.run.seed += 1
+    with parallel(config):
+        model = build_model(config, VOCAB_SIZE)
+        before = logits(model, config)
+        state = dist_checkpointing.load(_without_extra_state(model.sharded_state_dict()), path)
+        model.load_state_dict(state, strict=False)
+        after = logits(model, config)
+        assert not torch.equal(before, after)
+        return after
+
+
+def _without_extra_state(sharded: dict) -> dict:
+    return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, config: Config) -> Tensor:
+    """Logits of a fixed batch, gathered over the vocabulary."""
+    tokens = global_batch(config, 7)["tokens"]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return model(tokens, positions, None, runtime_gather_output=True).clone()

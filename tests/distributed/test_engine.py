@@ -1,0 +1,45 @@
+"""The DeepSpeed engine against a plain PyTorch loop, in fp32 and bf16, with accumulation and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.distributed import tasks
+from tests.distributed.pool import WorkerPool
+
+Workers = Callable[[int], WorkerPool]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def plain(workers: Workers) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the plain loop on batches of 8."""
+    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
+    losses, norms = workers(1).run(tasks.losses_of_a_plain_loop, config, STEPS)[0]
+    assert min(norms) > config.optimizer.gradient_clipping  # clipping is at work
+    return losses, norms
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_zero_1_gives_the_losses_of_a_plain_loop(workers: Workers, plain: tuple, world: int) -> None:
+    # two micro-batches a rank: accumulation and the mean over data-parallel ranks are both in play
+    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=4 // world)
+    losses, norms = workers(world).run(tasks.losses_under_zero, config, STEPS)[0]
+    assert losses == pytest.approx(plain[0], rel=2e-5)
+    assert norms == pytest.approx(plain[1], rel=1e-3)
+
+
+def test_bf16_follows_fp32(workers: Workers, plain: tuple) -> None:
+    config = tasks.tiny_config(
+        parallel__tensor_model_parallel_size=2,
+        parallel__sequence_parallel=True,
+        train__global_batch_size=8,
+        train__micro_batch_size=4,
+        train__precision="bf16",
+    )
+    losses, norms = workers(2).run(tasks.losses_under_zero, config, STEPS)[0]
+    assert losses == pytest.approx(plain[0], rel=5e-3)
+    assert norms == pytest.approx(plain[1], rel=5e-2)
+    assert losses != plain[0]

@@ -1,0 +1,76 @@
+"""One model, whatever the layout: TP 1, 2, 4, with and without sequence parallelism, under the DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.distributed import tasks
+from tests.distributed.pool import WorkerPool
+
+Workers = Callable[[int], WorkerPool]
+
+# tensor parallel size, sequence parallel, world size
+LAYOUTS = [(2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4)]
+
+
+@pytest.fixture(scope="module")
+def single(workers: Workers) -> dict:
+    """The facts of one process."""
+    facts = workers(1).run(tasks.training_facts, tasks.tiny_config())[0]
+    # fp32 rounding moves scores by about 1e-7: no near-tie decides what follows.
+    assert facts["margin"] > 1e-5
+    return facts
+
+
+def run(workers: Workers, tensor_parallel: int, sequence_parallel: bool, world: int, **changes: object) -> dict:
+    config = tasks.tiny_config(
+        parallel__tensor_model_parallel_size=tensor_parallel,
+        parallel__sequence_parallel=sequence_parallel,
+        train__micro_batch_size=4 * tensor_parallel // world,
+    )
+    return workers(world).run(tasks.training_facts, config, **changes)[0]
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize(("tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
+def test_training_does_not_depend_on_the_layout(
+    workers: Workers, single: dict, tensor_parallel: int, sequence_parallel: bool, world: int
+) -> None:
+    facts = run(workers, tensor_parallel, sequence_parallel, world)
+    for name, weight in single["initial"].items():
+        assert torch.equal(facts["initial"][name], weight), f"initial {name}"
+    for name, gradient in single["gradients"].items():
+        assert gradient.norm() > 0, name
+        error = relative_error(facts["gradients"][name], gradient)
+        assert error < 2e-5, f"gradient of {name}: relative error {error:.1e}"
+    assert facts["first_norm"] == pytest.approx(single["first_norm"], rel=1e-6)
+    expected = torch.stack([gradient.norm() for gradient in single["gradients"].values()]).norm().item()
+    assert facts["first_norm"] == pytest.approx(expected, rel=1e-6)
+    assert facts["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert facts["norms"] == pytest.approx(single["norms"], rel=1e-3)
+    assert facts["validation"] == pytest.approx(single["validation"], rel=1e-5)
+    for name, weight in single["final"].items():
+        assert relative_error(facts["final"][name], weight) < 1e-3, f"final {name}"
+
+
+def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, single: dict) -> None:
+    facts = run(workers, 2, True, 2, break_norms=True)
+    for name, gradient in single["gradients"].items():
+        error = relative_error(facts["gradients"][name], gradient)
+        assert (error > 0.1) == ("layernorm" in name), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("changes", [{"model__num_dense_heads": 0}, {"mosa__num_heads": 0}], ids=["mosa", "dense"])
+def test_pure_models_do_not_depend_on_the_layout(workers: Workers, changes: dict, sequence_parallel: bool) -> None:
+    losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(**changes), 2)[0]
+    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": sequence_parallel}
+    split = workers(2).run(tasks.losses_under_zero, tasks.tiny_config(**layout, **changes), 2)[0]
+    assert split[0] == pytest.approx(losses, rel=1e-5)
+    assert split[1] == pytest.approx(norms, rel=1e-4)

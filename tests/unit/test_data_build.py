@@ -1,0 +1,247 @@
+"""Building: equal input gives equal bytes, every token decodes to its text, and each user error says its fix."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from tokenizers import Tokenizer
+
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import (
+    build_dataset,
+    end_of_document_id,
+    iter_documents,
+    load_tokenizer,
+    read_manifest,
+    train_tokenizer,
+)
+from megatron_mosa.errors import UserError
+
+TEXTS = [f"Document {i}: " + " ".join(f"wörd{i * j % 23}\r\n" for j in range(40)) for i in range(60)]
+TEXTS[3] = "a text that mentions <|endoftext|> itself"
+FRACTION = 0.3
+
+
+def write_texts(folder: Path) -> Path:
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:03}.txt").write_bytes(text.encode())
+    return folder
+
+
+def section(tmp_path: Path, source: Path | str, name: str = "set", **changes) -> DataSection:
+    settings = {"vocab_size": 400, "validation_fraction": FRACTION, "sequence_length": 32} | changes
+    return DataSection(path=str(tmp_path / name), sources=[str(source)], **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def sequences(folder: Path, split: str) -> list[np.ndarray]:
+    stored = IndexedDataset(str(folder / split))
+    return [np.array(stored[number]) for number in range(len(stored))]
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    texts = []
+    for ids in sequences(folder, split):
+        assert ids[-1] == end and end not in ids[:-1]
+        texts.append(tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False))
+    return texts
+
+
+def held_out(text: str) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < FRACTION * 2**64
+
+
+def test_same_input_gives_same_bytes_in_another_process(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    build_dataset(section(tmp_path, source, "one"))
+    code = (
+        "from megatron_mosa.config.schema import DataSection; from megatron_mosa.data import build_dataset;"
+        f"build_dataset(DataSection(path={str(tmp_path / 'two')!r}, sources=[{str(source)!r}], vocab_size=400,"
+        f"validation_fraction={FRACTION}))"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
+    names = ["manifest.json", "tokenizer.json", "train.bin", "train.idx", "validation.bin", "validation.idx"]
+    assert list(contents(tmp_path / "one")) == names
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert not list(tmp_path.glob(".*"))  # no partial folder left
+
+
+def test_tokens_decode_to_the_documents_of_each_split(tmp_path: Path) -> None:
+    manifest = build_dataset(section(tmp_path, write_texts(tmp_path / "texts")))
+    for split, wanted in (("train", False), ("validation", True)):
+        expected = [text for text in TEXTS if held_out(text) == wanted]
+        assert decoded(tmp_path / "set", split) == expected
+        assert manifest.splits[split]["documents"] == len(expected) > 0
+        assert manifest.splits[split]["bin_bytes"] == 2 * manifest.splits[split]["tokens"]  # uint16
+    assert read_manifest(tmp_path / "set") == manifest
+
+
+def test_jsonl_and_parquet_give_the_dataset_of_the_text_files(tmp_path: Path) -> None:
+    build_dataset(section(tmp_path, write_texts(tmp_path / "texts"), "plain"))
+    rows = [{"id": number, "body": text} for number, text in enumerate([*TEXTS, ""])]
+    lines = tmp_path / "rows [1].jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=7)
+    build_dataset(section(tmp_path, lines, "lines", text_field="body"))
+    build_dataset(section(tmp_path, tmp_path / "rows.parquet", "parquet", text_field="body"))
+    plain = contents(tmp_path / "plain")
+    del plain["manifest.json"]
+    for name in ("lines", "parquet"):
+        other = contents(tmp_path / name)
+        del other["manifest.json"]
+        assert other == plain
+
+
+def test_stdlib_source_is_this_interpreter_without_tests() -> None:
+    texts = iter_documents(["stdlib"], "text")
+    assert any("class OrderedDict" in text for text in texts)
+    with open(json.__file__, encoding="utf-8") as file:
+        module = file.read()
+    assert module in iter_documents(["stdlib"], "text")
+
+
+def test_second_build_is_skipped_and_another_request_needs_force(tmp_path: Path, capsys) -> None:
+    source = write_texts(tmp_path / "texts")
+    first = build_dataset(section(tmp_path, source))
+    stamp = (tmp_path / "set" / "train.bin").stat().st_mtime_ns
+    assert build_dataset(section(tmp_path, source)) == first
+    assert "up to date" in capsys.readouterr().err
+    assert (tmp_path / "set" / "train.bin").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match=r"vocab_size: 400 -> 300.*--force"):
+        build_dataset(section(tmp_path, source, vocab_size=300))
+    (source / "new.txt").write_text("one more")
+    with pytest.raises(UserError, match=r"sources: .*60 files.*61 files.*--force"):
+        build_dataset(section(tmp_path, source))
+    assert build_dataset(section(tmp_path, source, vocab_size=300), force=True).vocab_size == 300
+
+
+def test_given_tokenizer_is_used_whole(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    (tmp_path / "given").mkdir()
+    tokenizer.save(str(tmp_path / "given" / "tokenizer.json"))
+    (tmp_path / "given" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    manifest = build_dataset(section(tmp_path, source, tokenizer=str(tmp_path / "given")))
+    assert (manifest.vocab_size, manifest.end_of_document_id) == (301, 300)  # added tokens count
+    plain = load_tokenizer(str(tmp_path / "set"))
+    texts = [text for text in TEXTS if not held_out(text)]
+    for ids, text in zip(sequences(tmp_path / "set", "train"), texts, strict=True):
+        assert plain.decode(ids[:-1].tolist(), skip_special_tokens=False) == text and ids[-1] == 300
+
+
+def broken(tmp_path: Path, name: str, text: bytes) -> Path:
+    (tmp_path / name).write_bytes(text)
+    return tmp_path / name
+
+
+def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
+    lines = broken(tmp_path, "good.jsonl", b'{"text": "a", "title": "b"}\n')
+    cases = [
+        (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*not supported yet"),
+        ("stdlip", "text", "did you mean 'stdlib'"),
+        (str(lines), "txt", "did you mean 'text'.*its columns: text, title"),
+        (str(broken(tmp_path, "bad.jsonl", b'{"text": "a"}\n{"text": \n')), "text", "bad.jsonl: line 2 is not JSON"),
+        (str(broken(tmp_path, "cut.jsonl", b'{"text": "a"}\n{"text": "b')), "text", "cut.jsonl: line 2 is not JSON"),
+        (str(broken(tmp_path, "bad.parquet", b"PAR1 but not really")), "text", "cannot read .*bad.parquet"),
+        (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "holds int there, not text"),
+        (str(broken(tmp_path, "latin.txt", b"caf\xe9")), "text", "latin.txt is not UTF-8 text"),
+    ]
+    for source, text_field, message in cases:
+        with pytest.raises(UserError, match=message):
+            build_dataset(section(tmp_path, source, text_field=text_field))
+    assert not (tmp_path / "set").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_binary_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    (source / "picture.png").write_bytes(b"\x89PNG\xff")
+    assert list(iter_documents([str(source)], "text")) == TEXTS
+
+
+def test_empty_corpus_and_empty_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hold no text"):
+        build_dataset(section(tmp_path, broken(tmp_path, "empty.txt", b"")))
+    with pytest.raises(UserError, match=r"split is empty.*validation_fraction"):
+        build_dataset(section(tmp_path, broken(tmp_path, "one.txt", b"one")))
+
+
+def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_texts(tmp_path / "texts")
+    build_dataset(section(tmp_path, source))
+    before = contents(tmp_path / "set")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexedDatasetBuilder, "add_document", full)
+    with pytest.raises(UserError, match=r"no space left while writing .*set; \d+ MB free; .*data.path"):
+        build_dataset(section(tmp_path, source, vocab_size=300), force=True)
+    assert contents(tmp_path / "set") == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    with pytest.raises(UserError, match=r"is no dataset folder.*000.txt"):
+        build_dataset(section(tmp_path, source, "texts"), force=True)
+    assert len(list(source.iterdir())) == len(TEXTS)
+
+
+def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
+    data = section(tmp_path, write_texts(tmp_path / "texts"))
+    folder = tmp_path / "set"
+    with pytest.raises(UserError, match="does not exist; build it with: mosa data build"):
+        read_manifest(folder)
+    build_dataset(data)
+    size = (folder / "train.bin").stat().st_size
+    os.truncate(folder / "train.bin", size - 2)
+    with pytest.raises(UserError, match=f"train.bin has {size - 2} bytes, and {size} are expected; rebuild"):
+        build_dataset(data)  # the same request, but not a dataset that can be used
+    build_dataset(data, force=True)
+    (folder / "validation.idx").unlink()
+    with pytest.raises(UserError, match=r"validation.idx is missing"):
+        read_manifest(folder)
+    build_dataset(data, force=True)
+    train_tokenizer(TEXTS, 300).save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="built with another tokenizer"):
+        read_manifest(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+    with pytest.raises(UserError, match="format version 2"):
+        read_manifest(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_manifest(folder)
+
+
+def test_bad_tokenizers_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="legal: 257 or more"):
+        train_tokenizer(TEXTS, 256)
+    with pytest.raises(UserError, match="no file or folder"):
+        load_tokenizer(str(tmp_path / "missing.json"))
+    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match=r"is not a tokenizer.json"):
+        load_tokenizer(str(broken(tmp_path, "tokenizer.json", b"{}")))
+    with pytest.raises(UserError, match="no end-of-document token among"):
+        end_of_document_id(Tokenizer.from_str(train_tokenizer(TEXTS, 300).to_str().replace("<|endoftext|>", "<x>")))
