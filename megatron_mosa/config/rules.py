@@ -151,9 +151,7 @@ def _batches(config: Config) -> None:
 
 
 def _schedule(config: Config) -> None:
-    optimizer, steps = config.optimizer, config.train.steps
-    if optimizer.warmup_steps > steps:
-        raise UserError(f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds train.steps={steps}; legal: 0 to {steps}")
+    optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
         raise UserError(f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds optimizer.learning_rate="
                         f"{optimizer.learning_rate}; legal: 0 to {optimizer.learning_rate}")

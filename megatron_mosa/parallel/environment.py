@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata, util
+from pathlib import Path
 
 from megatron_mosa.errors import UserError
 
@@ -15,13 +16,13 @@ def refuse_wrong_apex() -> None:
     Raises:
         UserError: an ``apex`` without NVIDIA's optimizers is importable.
     """
-    if util.find_spec("apex") is None:
+    spec = util.find_spec("apex")
+    if spec is None:
         return
-    try:
-        if util.find_spec("apex.optimizers") is not None:
-            return
-    except ImportError:
-        pass
+    # Looked up as files: importing the wrong package would run its code.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if any((folder / "optimizers").is_dir() for folder in folders):
+        return
     try:
         version = f" {metadata.version('apex')}"
     except metadata.PackageNotFoundError:

@@ -139,6 +139,7 @@ def _pretrain(config: Config, manifest: Manifest, newest: Path | None, layout: L
         num_workers=config.data.num_workers,
     )
     trainer.run(batches)
+    del batches  # ends the loader processes
     writers.close()
     engine.destroy()
     if layout.is_main:

@@ -1,0 +1,121 @@
+"""Configuration files, overrides, rules, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_mosa.config import (
+    Config,
+    check_world_size,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    padded_vocab_size,
+    save_config,
+)
+from megatron_mosa.errors import UserError
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+def test_the_quickstart_names_and_explains_every_key() -> None:
+    tree = yaml.safe_load(QUICKSTART.read_text())
+    known = {section.name: {key.name for key in fields(getattr(Config(), section.name))} for section in fields(Config())}
+    assert {section: set(keys) for section, keys in tree.items()} == known
+    silent = [line for line in QUICKSTART.read_text().splitlines() if line.startswith("  ") and "#" not in line]
+    assert not silent
+
+
+def test_overrides_win_and_are_typed() -> None:
+    config = load_config(
+        QUICKSTART,
+        ["train.steps=7", "optimizer.learning_rate=1e-3", "data.sources=[a.txt, b.jsonl]", "train.stop_after_step=null"],
+    )
+    assert config.train.steps == 7
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.data.sources == ["a.txt", "b.jsonl"]
+    assert config.train.stop_after_step is None
+    assert config.model.hidden_size == yaml.safe_load(QUICKSTART.read_text())["model"]["hidden_size"]
+
+
+def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["mosa.sparsity=7.5"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stps=3", ["train.stps", "did you mean 'steps'"]),
+        ("trian.steps=3", ["'trian'", "did you mean 'train'"]),
+        ("train.steps=abc", ["train.steps='abc'", "int"]),
+        ("train.steps=1.5", ["train.steps=1.5", "int"]),
+        ("train.steps=0", ["train.steps=0", "greater than 0"]),
+        ("mosa.sparsity=.nan", ["mosa.sparsity=nan"]),
+        ("mosa.sparsity=0.5", ["mosa.sparsity=0.5", "1 (every token) or more"]),
+        ("mosa.num_heads=15", ["mosa.num_heads=15", "[1]"]),
+        ("model.num_dense_heads=3", ["model.num_dense_heads=3", "tensor_model_parallel_size=2"]),
+        ("data.sequence_length=1", ["data.sequence_length=1", "2 or more"]),
+        ("data.sequence_length=255", ["data.sequence_length=255", "sequence parallelism", "[1, 3, 5, 15, 17, 51, 85, 255]"]),
+        ("parallel.pipeline_model_parallel_size=2", ["pipeline parallelism is not there yet", "legal: 1"]),
+        ("parallel.context_parallel_size=2", ["context parallelism is not there yet", "legal: 1"]),
+        ("parallel.zero_stage=2", ["parallel.zero_stage=2", "legal: 1"]),
+        ("train.precision=bf61", ["train.precision=bf61", "did you mean 'bf16'"]),
+        ("mosa.backend=triton", ["mosa.backend=triton", "auto, naive"]),
+        ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
+        ("model.rotary_percent=1.1", ["model.rotary_percent=1.1", "0 to 1"]),
+        ("model.head_dim=31", ["model.head_dim=31", "even"]),
+        ("model.ffn_hidden_size=255", ["model.ffn_hidden_size=255", "256"]),
+        ("optimizer.warmup_steps=-1", ["optimizer.warmup_steps=-1", "0 or greater"]),
+        ("optimizer.beta2=1.0", ["optimizer.beta2=1.0"]),
+        ("optimizer.min_learning_rate=1.0", ["min_learning_rate=1.0", "exceeds"]),
+        ("data.validation_fraction=1.0", ["validation_fraction=1.0"]),
+        ("data.sources=[]", ["data.sources is empty"]),
+        ("run.name=a/b", ["run.name='a/b'"]),
+        ("steps=3", ["steps=3", "section.key=value"]),
+        ("train.steps", ["train.steps", "section.key=value"]),
+        ("data.sources=[a", ["data.sources=[a", "not valid YAML"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_what_is_legal(override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_mistakes_in_files(tmp_path: Path) -> None:
+    cases = {
+        "missing.yaml": (None, "does not exist"),
+        "broken.yaml": ("train: [", "is not valid YAML"),
+        "list.yaml": ("- 1\n", "must hold sections"),
+        "scalar.yaml": ("train: 3\n", "section 'train' must hold keys"),
+        "short.yaml": ("run: {name: a}\n", "model.num_layers is missing"),
+    }
+    for name, (text, message) in cases.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message) as caught:
+            load_config(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_world_sizes() -> None:
+    config = load_config(QUICKSTART)
+    assert [check_world_size(config, world) for world in (2, 4)] == [1, 2]
+    with pytest.raises(UserError, match="world size 3 is not divisible by parallel.tensor_model_parallel_size=2"):
+        check_world_size(config, 3)
+    with pytest.raises(UserError, match=r"global_batch_size=16 is not divisible by .* = 24; the nearest multiple is 24"):
+        check_world_size(config, 6)
+
+
+def test_the_vocabulary_is_padded_independently_of_the_layout() -> None:
+    assert [padded_vocab_size(size, 128) for size in (1, 128, 129)] == [128, 128, 256]

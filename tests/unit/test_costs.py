@@ -1,0 +1,83 @@
+"""FLOPs and parameters against torch's FlopCounterMode and the built model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_mosa.config import Config, config_from_dict, padded_vocab_size
+from megatron_mosa.model import build_model, model_flops, paper_flops, parameter_count
+from megatron_mosa.model.costs import dense_head_flops, mosa_head_flops
+from megatron_mosa.parallel import Layout
+
+VOCAB_SIZE = 200
+
+
+def make_config(dense: int, mosa: int, length: int = 40, sparsity: float = 6.0, ffn: int | None = None) -> Config:
+    return config_from_dict(
+        {
+            "run": {"name": "costs"},
+            "model": dict(num_layers=3, hidden_size=32, num_dense_heads=dense, head_dim=16, ffn_hidden_size=ffn),
+            "mosa": dict(num_heads=mosa, sparsity=sparsity),
+            "data": dict(path="unused", sequence_length=length),
+            "train": dict(steps=1, micro_batch_size=2, global_batch_size=2, precision="fp32"),
+        }
+    )
+
+
+def counted_flops(config: Config, backward: bool = False) -> int:
+    """What FlopCounterMode sees in one sequence."""
+    model = build_model(config, VOCAB_SIZE)
+    tokens = torch.arange(config.data.sequence_length)[None]
+    # The counter does not know the fused attention of the CPU; the plain one is two matrix products of T x T.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(tokens, tokens, None, labels=tokens).sum()
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("dense", "mosa", "ffn"), [(2, 0, None), (0, 5, None), (2, 5, 48)])
+def test_paper_flops_are_what_the_counter_sees(layout: Layout, dense: int, mosa: int, ffn: int | None) -> None:
+    config = make_config(dense, mosa, ffn=ffn)
+    length, selected = config.data.sequence_length, 6
+    vocabulary = 2 * 32 * padded_vocab_size(VOCAB_SIZE, 128) * length
+    gates = 3 * mosa * 16 * selected  # h' k a head and layer: an elementwise product, which the counter leaves out
+    assert paper_flops(config) == counted_flops(config) - vocabulary + gates
+
+
+@pytest.mark.parametrize(("dense", "mosa"), [(2, 0), (0, 5), (2, 5)])
+def test_model_flops_are_the_counted_ones_less_what_need_not_be_executed(layout: Layout, dense: int, mosa: int) -> None:
+    config = make_config(dense, mosa)
+    length, selected, hidden, head_dim, layers = 40, 6, 32, 16, 3
+    needed = model_flops(config, VOCAB_SIZE)
+    # forward counted; backward costs twice the forward, up to what follows
+    executed = 3 * counted_flops(config)
+    padding = 3 * 2 * hidden * (padded_vocab_size(VOCAB_SIZE, 128) - VOCAB_SIZE) * length
+    future = {n: sum(1 for q in range(n) for k in range(n) if k > q) for n in (length, selected)}  # query, key pairs
+    dense_future = layers * dense * 3 * 4 * head_dim * future[length]
+    mosa_future = layers * mosa * 3 * 4 * head_dim * future[selected]
+    # dX and dW of the router: products over all T tokens, of which only k have a gradient
+    router = layers * mosa * 4 * hidden * (length - selected)
+    assert needed == executed - padding - dense_future - mosa_future - router
+
+
+def test_paper_numbers() -> None:
+    """The forward GFLOP of a sequence that the paper prints for its dense models: 54.76, 219.85, 1130.65."""
+    for layers, hidden, heads, printed in ((6, 512, 9, 54.76), (9, 1024, 9, 219.85), (27, 1280, 16, 1130.65)):
+        total = layers * (heads * dense_head_flops(hidden, 64, 1024) + 16 * hidden**2 * 1024)
+        assert round(total / 1e9, 2) == printed
+
+
+def test_a_mosa_head_costs_less_than_a_dense_one_from_sparsity_2_on() -> None:
+    for sparsity in (2, 4, 8, 16, 32):
+        assert mosa_head_flops(512, 64, 1024, 1024 // sparsity) < dense_head_flops(512, 64, 1024)
+
+
+@pytest.mark.parametrize(("dense", "mosa", "ffn"), [(2, 0, None), (0, 5, 48), (2, 5, None)])
+def test_parameter_count_is_that_of_the_built_model(layout: Layout, dense: int, mosa: int, ffn: int | None) -> None:
+    config = make_config(dense, mosa, ffn=ffn)
+    built = sum(parameter.numel() for parameter in build_model(config, VOCAB_SIZE).parameters())
+    assert parameter_count(config, VOCAB_SIZE) == built

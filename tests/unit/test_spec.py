@@ -1,0 +1,144 @@
+"""The layer spec inside a GPTModel that somebody else builds by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mosa.attention import (
+    MosaSelfAttention,
+    MosaTransformerConfig,
+    get_mosa_block_spec,
+    get_mosa_layer_spec,
+    mosa_attention,
+)
+from megatron_mosa.attention.heads import DenseHeads
+from megatron_mosa.kernels import naive
+from megatron_mosa.parallel import Layout
+
+
+def make_config(**changes: object) -> MosaTransformerConfig:
+    settings: dict = dict(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=2,
+        kv_channels=8,
+        num_mosa_heads=6,
+        mosa_sparsity=4.0,
+        mosa_rotary_percent=0.5,
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        persist_layer_norm=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    return MosaTransformerConfig(**settings | changes)
+
+
+def build_gpt(config: MosaTransformerConfig, spec: object) -> GPTModel:
+    return GPTModel(config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["layer", "block"])
+def test_a_gpt_model_built_by_hand_learns(layout: Layout, kind: str) -> None:
+    torch.manual_seed(0)
+    config = make_config()
+    model = build_gpt(config, get_mosa_layer_spec(config) if kind == "layer" else get_mosa_block_spec(config))
+    tokens = torch.randint(0, 64, (4, 17))
+    positions = torch.arange(16).expand(4, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_hybrid_layer_is_dense_attention_plus_mosa_attention(layout: Layout) -> None:
+    torch.manual_seed(0)
+    config = make_config(params_dtype=torch.float64)
+    layer = MosaSelfAttention(config)
+    states = torch.randn(13, 3, 32, dtype=torch.float64)  # [T, B, h]
+    output, bias = layer(states)
+    assert bias is None and output.shape == states.shape
+    assert layer.mosa_heads is not None and layer.dense_heads is not None
+    mosa = mosa_attention(
+        states.transpose(0, 1),
+        layer.mosa_heads.router_weight,
+        layer.mosa_heads.qkv_weight,
+        layer.mosa_heads.proj_weight,
+        num_selected=3,
+    )
+    expected = mosa.transpose(0, 1) + plain_dense_attention(layer.dense_heads, states)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+
+
+def plain_dense_attention(heads: DenseHeads, states: torch.Tensor) -> torch.Tensor:
+    """Head by head, with the score matrix written out."""
+    length, head_dim = states.shape[0], heads.config.kv_channels
+    weights = heads.qkv_weight.view(-1, 3, head_dim, states.shape[-1])  # [H, 3, h', h]
+    outputs = []
+    for head in range(weights.shape[0]):
+        query, key, value = (states.transpose(0, 1) @ weights[head, i].T for i in range(3))  # [B, T, h']
+        positions = torch.arange(length)
+        query, key = (naive.apply_rotary(x, positions, 0.5, 10000.0) for x in (query, key))
+        logits = query @ key.transpose(1, 2) / head_dim**0.5
+        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        outputs.append(logits.softmax(-1) @ value)
+    return (torch.cat(outputs, dim=-1) @ heads.proj_weight.T).transpose(0, 1)
+
+
+def test_dense_heads_are_causal_and_expert_choice_is_not(layout: Layout) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(16, 1, 32)
+    changed = states.clone()
+    changed[9:] = torch.randn(7, 1, 32)
+    for config, is_causal in ((make_config(num_mosa_heads=0), True), (make_config(num_attention_heads=0), False)):
+        layer = MosaSelfAttention(config)
+        same = torch.allclose(layer(states)[0][:9], layer(changed)[0][:9], atol=1e-6)
+        assert same == is_causal
+
+
+def test_any_sparsity_and_the_shortest_sequences(layout: Layout) -> None:
+    for sparsity in (1.0, 1.5, 4.0, 7.3, 1000.0):
+        layer = MosaSelfAttention(make_config(mosa_sparsity=sparsity))
+        for length in (1, 2, 3, 17):
+            assert layer(torch.randn(length, 2, 32))[0].isfinite().all()
+
+
+def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
+    layer = MosaSelfAttention(make_config())
+    with pytest.raises(ValueError, match="position_embedding_type='none'"):
+        layer(torch.randn(4, 1, 32), rotary_pos_emb=torch.zeros(4, 1, 1, 8))
+    with pytest.raises(ValueError, match="packed_seq_params"):
+        layer(torch.randn(4, 1, 32), packed_seq_params=object())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_attention_heads=0, num_mosa_heads=0), "leave no head"),
+        (dict(mosa_sparsity=0.5), "mosa_sparsity=0.5"),
+        (dict(add_bias_linear=True), "no biases"),
+        (dict(attention_dropout=0.1), "attention_dropout=0.1"),
+        (dict(num_attention_heads=4, num_mosa_heads=6, tensor_model_parallel_size=4), "num_mosa_heads=6"),
+        (dict(context_parallel_size=2), "context_parallel_size=2"),
+    ],
+)
+def test_bad_configurations_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_process_groups_can_be_given(layout: Layout) -> None:
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+    assert MosaSelfAttention(make_config(), pg_collection=groups).tp_group is groups.tp

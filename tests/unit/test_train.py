@@ -1,0 +1,59 @@
+"""Schedule, journal and what is refused before a run starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.config.schema import OptimizerSection
+from megatron_mosa.errors import UserError
+from megatron_mosa.metrics import Journal, plot_losses, read_journal
+from megatron_mosa.parallel.environment import refuse_wrong_apex
+from megatron_mosa.train.schedule import learning_rate
+
+
+def test_schedule_warms_up_linearly_and_decays_along_a_cosine() -> None:
+    options = OptimizerSection(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 104, options) for step in range(1, 105)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[53] == pytest.approx(0.55)  # half way down
+    for step in (30, 77):
+        assert rates[step - 1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 100)) / 2)
+    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+
+
+def test_journal_drops_steps_that_will_run_again_and_a_torn_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path, resumed_step=0)
+    for step in range(1, 6):
+        journal.write({"step": step, "loss": step / 10})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [line["step"] for line in read_journal(path)] == [1, 2, 3, 4, 5]
+    Journal(path, resumed_step=3).write({"step": 4, "loss": 9.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 9.0)]
+
+
+def test_plot_is_drawn(tmp_path: Path) -> None:
+    lines = [{"tokens": n, "loss": 5 - n / 10} for n in range(10)]
+    lines += [{"tokens": 9, "validation_loss": 4.2, "unigram_entropy": 6.0, "causal": False}]
+    plot_losses(lines, tmp_path / "loss.png", "name")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_unrelated_apex_is_refused_and_nvidias_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_wrong_apex()  # absent
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    with pytest.raises(UserError, match="is not NVIDIA apex"):
+        refuse_wrong_apex()
+    assert "apex" not in sys.modules  # found without running its code
+    (tmp_path / "apex" / "optimizers").mkdir()
+    refuse_wrong_apex()
