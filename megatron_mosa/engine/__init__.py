@@ -1,6 +1,14 @@
 """Training engines behind one small protocol."""
 
-from megatron_mosa.engine.deepspeed_engine import DeepSpeedEngine
-from megatron_mosa.engine.protocol import Batch, StepResult, TrainingEngine
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Said before its import, this spares DeepSpeed a search for accelerators and a warning on every rank.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from megatron_mosa.engine.deepspeed_engine import DeepSpeedEngine  # noqa: E402
+from megatron_mosa.engine.protocol import Batch, StepResult, TrainingEngine  # noqa: E402
 
 __all__ = ["Batch", "DeepSpeedEngine", "StepResult", "TrainingEngine"]

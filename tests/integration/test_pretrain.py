@@ -1,0 +1,151 @@
+"""pretrain_mosa.py as a user runs it: real processes, a real dataset, stopping, resuming, changing the layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.head_dim=8",
+    "mosa.num_heads=6",
+    "mosa.sparsity=8",
+    "data.sequence_length=64",
+    "data.vocab_size=400",
+    "data.validation_fraction=0.2",
+    "train.steps=10",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "optimizer.warmup_steps=3",
+    "validation.interval=5",
+    "validation.num_samples=6",
+    "checkpoint.interval=4",
+    "logging.interval=1",
+]
+
+
+class Runner:
+    """Starts the programs in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = str(ROOT / "configs" / "quickstart.yaml")
+        self.overrides = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
+
+    def call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    def pretrain(self, name: str, *overrides: str) -> str:
+        """Two processes under torchrun; returns what they print."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
+        done = self.call([*launcher, *script])
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def lines(self, name: str) -> list[dict]:
+        """metrics.jsonl of a run."""
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def losses(self, name: str) -> list[float]:
+        """Training losses, step by step."""
+        lines = [line for line in self.lines(name) if "loss" in line]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [line["loss"] for line in lines]
+
+    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """Everything in a checkpoint's state."""
+        file = self.folder / f"{name}.pt"
+        dcp_to_torch_save(self.folder / "runs" / name / "checkpoints" / f"step-{step:08d}" / "state", file)
+        return torch.load(file, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    folder = tmp_path_factory.mktemp("pretrain")
+    runner = Runner(folder)
+    library = Path(os.__file__).parent
+    texts = [{"text": (library / name).read_text()} for name in ("ast.py", "argparse.py", "bdb.py", "calendar.py")]
+    texts += [{"text": (library / name).read_text()} for name in ("cmd.py", "copy.py", "csv.py", "dis.py", "enum.py")]
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    mosa = [sys.executable, "-m", "megatron_mosa"]
+    done = runner.call([*mosa, "data", "build", runner.config, *runner.overrides, f"data.sources=[{source}]"])
+    assert done.returncode == 0, done.stderr
+    return runner
+
+
+@pytest.fixture(scope="module")
+def whole_run(runner: Runner) -> str:
+    """Ten steps without a stop; the run's name."""
+    runner.pretrain("whole")
+    return "whole"
+
+
+def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
+    directory = runner.folder / "runs" / whole_run
+    assert (directory / "loss.png").stat().st_size > 1000
+    assert list((directory / "tensorboard").glob("events*"))
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["step-00000008", "step-00000010"]
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["data"]["index_samples"] == 80
+    training = [line for line in runner.lines(whole_run) if "loss" in line]
+    needed = {"step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu"}
+    assert all(needed <= set(line) for line in training)
+    assert [line["tokens"] for line in training] == [step * 8 * 64 for step in range(1, 11)]
+    assert all(0 < line["mfu"] < 1.5 and line["tokens_per_second"] > 0 for line in training)
+    for line in training:
+        assert len(line["selected_score_mean"]) == len(line["unselected_share"]) == 2  # layers
+        assert all(0 < mean < 1 for mean in line["selected_score_mean"])
+        assert all(0 <= share < 1 for share in line["unselected_share"])
+    validation = [line for line in runner.lines(whole_run) if "validation_loss" in line]
+    assert [line["step"] for line in validation] == [5, 10]
+    assert all(line["causal"] is False and line["unigram_entropy"] > 0 for line in validation)
+    assert runner.losses(whole_run)[-1] < runner.losses(whole_run)[0]
+
+
+def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:
+    runner.pretrain("halves", "train.stop_after_step=5")
+    assert len(runner.losses("halves")) == 5
+    output = runner.pretrain("halves")
+    assert "resumed from" in output and "step-00000005" in output
+    assert runner.losses("halves") == runner.losses(whole_run)
+    expected, found = runner.weights(whole_run, 10), runner.weights("halves", 10)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, found[key]), key
+    assert {key.partition(".")[0] for key in expected} == {"model", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: str) -> None:
+    before = runner.losses(whole_run)
+    output = runner.pretrain(whole_run)
+    assert "The run is complete: 10 of 10 steps" in output
+    assert "Unigram entropy" in output
+    assert runner.losses(whole_run) == before
+    runner.pretrain(whole_run, "train.steps=11")
+    assert len(runner.losses(whole_run)) == 11
+    assert runner.losses(whole_run)[:10] == before
+    config = yaml.safe_load((runner.folder / "runs" / whole_run / "config.yaml").read_text())
+    assert config["data"]["index_samples"] == 80  # as the first start recorded it
+
+
+def test_a_run_can_go_on_at_another_layout_and_precision_is_bf16(runner: Runner) -> None:
+    runner.pretrain("bf16", "train.precision=bf16", "parallel.sequence_parallel=false")
+    runner.pretrain("moved", "train.precision=bf16", "train.stop_after_step=5")
+    runner.pretrain("moved", "train.precision=bf16", "parallel.tensor_model_parallel_size=1")  # data parallel 2
+    assert runner.losses("moved") == pytest.approx(runner.losses("bf16"), rel=1e-2)

@@ -1,0 +1,140 @@
+"""What is refused before a run starts, and how the programs say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
+from megatron_mosa.config import Config, config_to_dict, load_config
+from megatron_mosa.data import build_dataset, read_manifest
+from megatron_mosa.errors import UserError
+from megatron_mosa.train import check_start
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small dataset, and a place for runs."""
+    folder = tmp_path_factory.mktemp("start")
+    texts = folder / "texts"
+    texts.mkdir()
+    library = Path(os.__file__).parent
+    for name in ("ast.py", "argparse.py", "bdb.py", "calendar.py", "cmd.py", "copy.py"):
+        (texts / name).write_text((library / name).read_text())
+    chosen = [f"data.path={folder}/data", f"data.sources=[{texts}]", "data.vocab_size=300"]
+    chosen += ["data.validation_fraction=0.3", "data.sequence_length=64", f"run.directory={folder}/runs"]
+    build_dataset(load_config(QUICKSTART, chosen).data)
+    return chosen
+
+
+def leave_checkpoint(config: Config, **changes: object) -> Path:
+    """A published checkpoint of this configuration, as far as its metadata goes."""
+    manifest = read_manifest(config.data.path)
+    data = {
+        "index_samples": 100,
+        "tokenizer_hash": manifest.tokenizer_hash,
+        "vocab_size": manifest.vocab_size,
+        "fingerprint": manifest.fingerprint,
+    }
+    metadata = Metadata(
+        step=3, consumed_samples=48, optimizer_step=3, config=config_to_dict(config), data=data, versions={}, layout={}
+    )
+    folder = Path(config.run.directory) / config.run.name / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.json").write_text(json.dumps(asdict(metadata) | changes))
+    return folder
+
+
+def refused(config: Config, world_size: int = 2) -> str:
+    with pytest.raises(UserError) as caught:
+        check_start(config, world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_fitting_start_is_let_through(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=fits"])
+    manifest, newest = check_start(config, 4)
+    assert newest is None and manifest.vocab_size >= 257
+    folder = leave_checkpoint(config)
+    (folder.parent / "step-00000007.old").mkdir()  # not a checkpoint's name
+    assert check_start(config, 2)[1] == folder
+
+
+def test_world_sizes_that_do_not_fit(overrides: list[str]) -> None:
+    assert "world size 3" in refused(load_config(QUICKSTART, overrides), 3)
+
+
+def test_a_missing_dataset(overrides: list[str], tmp_path: Path) -> None:
+    message = refused(load_config(QUICKSTART, [*overrides, f"data.path={tmp_path}/none"]))
+    assert "mosa data build" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("model.num_layers=5", ["model.num_layers", "4", "5"]),
+        ("mosa.num_heads=16", ["mosa.num_heads", "14", "16"]),
+        ("mosa.sparsity=8", ["mosa.sparsity"]),
+        ("run.seed=9", ["run.seed"]),
+        ("data.sequence_length=32", ["data.sequence_length"]),
+    ],
+)
+def test_another_models_checkpoints(overrides: list[str], change: str, parts: list[str]) -> None:
+    leave_checkpoint(load_config(QUICKSTART, [*overrides, "run.name=other"]))
+    message = refused(load_config(QUICKSTART, [*overrides, "run.name=other", change]))
+    for part in [*parts, "holds another model", "run.name"]:
+        assert part in message
+
+
+def test_a_backend_may_change(overrides: list[str]) -> None:
+    leave_checkpoint(load_config(QUICKSTART, [*overrides, "run.name=backend"]))
+    check_start(load_config(QUICKSTART, [*overrides, "run.name=backend", "mosa.backend=naive"]), 2)
+
+
+def test_another_tokenizer_or_dataset(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=tokenizer"])
+    folder = leave_checkpoint(config)
+    content = json.loads((folder / "metadata.json").read_text())
+    for key in ("tokenizer_hash", "fingerprint"):
+        changed = content | {"data": content["data"] | {key: "0" * 64}}
+        (folder / "metadata.json").write_text(json.dumps(changed))
+        assert key.replace("_", " ").split()[0] in refused(config)
+
+
+def test_checkpoints_that_must_not_be_resumed_or_cannot_be_read(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=never", "checkpoint.resume=never"])
+    folder = leave_checkpoint(config)
+    assert "checkpoint.resume=never" in refused(config)
+    config = load_config(QUICKSTART, [*overrides, "run.name=never"])
+    leave_checkpoint(config, format_version=FORMAT_VERSION + 1)
+    assert f"format version {FORMAT_VERSION + 1}" in refused(config)
+    (folder / "metadata.json").write_text("{")
+    assert "no readable metadata.json" in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["pretrain_mosa.py", "configs/quickstart.yaml", "train.stps=3"], "did you mean 'steps'"),
+        (["pretrain_mosa.py", "none.yaml"], "none.yaml"),
+        (["-m", "megatron_mosa", "data", "build", "configs/quickstart.yaml", "data.sources=[nowhere]"], "nowhere"),
+    ],
+)
+def test_the_programs_print_one_line_and_exit_with_2(command: list[str], expected: str, tmp_path: Path) -> None:
+    if "build" in command:
+        command = [*command, f"data.path={tmp_path}/data"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert expected in line
+    assert "Traceback" not in done.stderr
