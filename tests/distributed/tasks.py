@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def tiny_config(**changes: object) -> Config:
 @contextlib.contextmanager
 def parallel(config: Config) -> Iterator[Layout]:
     """Megatron's groups for one task; the default group stays for the next."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     parallel_state.destroy_model_parallel()
     yield initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
@@ -140,8 +142,8 @@ def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[flo
 
 def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], list[float]]:
     """The same steps in plain PyTorch on the whole batch: no DeepSpeed, no data parallelism."""
-    with parallel(config):
-        model = build_model(config, VOCAB_SIZE)
+    with parallel(config) as layout:
+        model = build_model(config, VOCAB_SIZE).to(layout.device)
         decayed = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
         options = config.optimizer
@@ -153,7 +155,8 @@ def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], lis
         )
         losses, norms = [], []
         for step in range(steps):
-            loss_sum, tokens = language_model_loss(model, **global_batch(config, step))
+            batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, step).items()}
+            loss_sum, tokens = language_model_loss(model, **batch)
             (loss_sum / tokens).backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)))
             optimizer.step()
@@ -196,3 +199,23 @@ def logits(model: torch.nn.Module, config: Config) -> Tensor:
     tokens = global_batch(config, 7)["tokens"]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     return model(tokens, positions, None, runtime_gather_output=True).clone()
+
+
+def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[float], list[float]]:
+    """Losses of steps that follow ``before`` steps: in the same engine, and in a fresh one given its state."""
+    with parallel(config) as layout:
+
+        def train(engine: DeepSpeedEngine, steps: range) -> list[float]:
+            return [engine.train_step(micro_batches(config, layout, step), 1e-3).loss for step in steps]
+
+        first = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        train(first, range(before))
+        state, count = {key: tensor.clone() for key, tensor in first.state().items()}, first.optimizer_step()
+        straight = train(first, range(before, before + after))
+        config.run.seed += 1  # other initial weights, all of which the state must replace
+        second = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        second.load_state(state, count)
+        resumed = train(second, range(before, before + after))
+        first.destroy()
+        second.destroy()
+    return straight, resumed

@@ -43,3 +43,11 @@ def test_bf16_follows_fp32(workers: Workers, plain: tuple) -> None:
     assert losses == pytest.approx(plain[0], rel=5e-3)
     assert norms == pytest.approx(plain[1], rel=5e-2)
     assert losses != plain[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, precision: str) -> None:
+    config = tasks.tiny_config(train__precision=precision, train__global_batch_size=8, train__micro_batch_size=2)
+    for world in (1, 2):
+        for straight, resumed in workers(world).run(tasks.losses_after_loading, config, 3, 3):
+            assert straight == resumed

@@ -1,0 +1,28 @@
+"""Everything here needs a GPU; without one it is reported as not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.pool import WorkerPool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark, and skip where there is no CUDA."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[WorkerPool]:
+    """One process on the GPU."""
+    pool = WorkerPool(1)
+    yield pool
+    pool.close()
