@@ -17,7 +17,9 @@ data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -32,7 +34,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 def data_build(
     config: ConfigPath,
     overrides: Overrides = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a dataset that was built from other settings.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a dataset that was built from other settings.")
+    ] = False,
 ) -> None:
     """Tokenise the sources of section `data` into a Megatron dataset (.bin/.idx) with a manifest."""
     settings = load_config(config, overrides or [])

@@ -37,12 +37,18 @@ class MosaTransformerConfig(TransformerConfig):
     """Implementation of the MoSA heads: auto, or the name of a kernel backend."""
 
     def __post_init__(self) -> None:
+        if self.kv_channels is None:
+            raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
         super().__post_init__()
         size = self.tensor_model_parallel_size
         if self.num_attention_heads + self.num_mosa_heads < 1:
-            raise ValueError("num_attention_heads=0 and num_mosa_heads=0 leave no head; legal: at least one of them above 0")
+            raise ValueError(
+                "num_attention_heads=0 and num_mosa_heads=0 leave no head; legal: at least one of them above 0"
+            )
         if self.num_mosa_heads % size:
-            raise ValueError(f"num_mosa_heads={self.num_mosa_heads} is not divisible by tensor_model_parallel_size={size}")
+            raise ValueError(
+                f"num_mosa_heads={self.num_mosa_heads} is not divisible by tensor_model_parallel_size={size}"
+            )
         if self.mosa_sparsity < 1:
             raise ValueError(f"mosa_sparsity={self.mosa_sparsity} is below 1; legal: 1 or more")
         if self.add_bias_linear or self.add_qkv_bias:
@@ -52,6 +58,12 @@ class MosaTransformerConfig(TransformerConfig):
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")
+
+    @property
+    def head_dim(self) -> int:
+        """h', the width of every head."""
+        assert self.kv_channels is not None
+        return self.kv_channels
 
     def num_selected(self, sequence_length: int) -> int:
         """k for a sequence of ``sequence_length`` tokens."""

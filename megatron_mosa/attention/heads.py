@@ -20,13 +20,19 @@ from megatron_mosa.kernels.naive import apply_rotary
 class PartitionedHeads(MegatronModule):
     """Heads whose every parameter is partitioned over the tensor-parallel group along one dimension."""
 
+    config: MosaTransformerConfig
+
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
         self.partition_dims: dict[str, int] = {}
 
     def add_weight(
-        self, name: str, global_shape: tuple[int, ...], partition_dim: int, initialise: Callable[[Tensor], object]
+        self,
+        name: str,
+        global_shape: tuple[int, ...],
+        partition_dim: int,
+        initialise: Callable[[Tensor], object] | None,
     ) -> None:
         """Register this rank's slice of a weight, initialised as a function of the global shape and the seed.
 
@@ -38,7 +44,7 @@ class PartitionedHeads(MegatronModule):
         shape[partition_dim] //= size
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        if config.perform_initialization:
+        if config.perform_initialization and initialise is not None:
             master = torch.empty(global_shape, device=device)
             initialise(master)
             weight.data.copy_(master.chunk(size, dim=partition_dim)[self.tp_group.rank()])
@@ -67,9 +73,12 @@ class PartitionedHeads(MegatronModule):
 class DenseHeads(PartitionedHeads):
     """Causal dense attention over torch's fused SDPA; weights laid out as Megatron's linear_qkv and linear_proj."""
 
+    qkv_weight: torch.nn.Parameter  # [H / tp * 3h', h]
+    proj_weight: torch.nn.Parameter  # [h, H / tp * h']
+
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group)
-        heads, head_dim, width = config.num_attention_heads, config.kv_channels, config.hidden_size
+        heads, head_dim, width = config.num_attention_heads, config.head_dim, config.hidden_size
         # rows: q, k, v of head 0, then of head 1, ...
         self.add_weight("qkv_weight", (heads * 3 * head_dim, width), 0, config.init_method)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, config.output_layer_init_method)
@@ -78,7 +87,7 @@ class DenseHeads(PartitionedHeads):
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         length, batch, _ = hidden_states.shape
         config = self.config
-        qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, 3, config.kv_channels)
+        qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, 3, config.head_dim)
         query, key, value = qkv.permute(3, 1, 2, 0, 4)  # each [B, H, T, h']
         positions = torch.arange(length, device=hidden_states.device)
         query = apply_rotary(query, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
@@ -90,9 +99,13 @@ class DenseHeads(PartitionedHeads):
 class MosaHeads(PartitionedHeads):
     """MoSA heads with expert choice, initialised as the authors do."""
 
+    router_weight: torch.nn.Parameter  # [E / tp, h]
+    qkv_weight: torch.nn.Parameter  # [E / tp, h, 3h']
+    proj_weight: torch.nn.Parameter  # [E / tp, h', h]
+
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group)
-        heads, head_dim, width = config.num_mosa_heads, config.kv_channels, config.hidden_size
+        heads, head_dim, width = config.num_mosa_heads, config.head_dim, config.hidden_size
         self.add_weight("router_weight", (heads, width), 0, _uniform(width**-0.5))
         self.add_weight("qkv_weight", (heads, width, 3 * head_dim), 0, _uniform((3 * head_dim) ** -0.5))
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))

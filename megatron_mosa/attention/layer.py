@@ -40,7 +40,9 @@ class MosaSelfAttention(MegatronModule):
         self.dense_heads = DenseHeads(config, self.tp_group) if config.num_attention_heads else None
         self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: object) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: object
+    ) -> tuple[Tensor, None]:
         """Attend.
 
         Args:
@@ -62,9 +64,10 @@ class MosaSelfAttention(MegatronModule):
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             states = sum_gradients(hidden_states, self.tp_group)
-        # [T, B, h], whole sequences
+        # whole sequences, [T, B, h]
         parts = [heads(states) for heads in (self.dense_heads, self.mosa_heads) if heads is not None]
-        output = sum(parts[1:], start=parts[0]).contiguous()  # Megatron-core 0.16 does not reduce any other
+        output = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        output = output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
         if sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -34,15 +36,16 @@ def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvi
     backend = backend or MosaSpecProvider()
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+    bias_dropout_add: Any = get_bias_dropout_add  # a function, where Megatron's annotation says module
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(module=MosaSelfAttention),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused else norm,
             mlp=get_mlp_module_spec_for_backend(backend),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=bias_dropout_add,
         ),
     )
 
@@ -52,7 +55,8 @@ def get_mosa_block_spec(
 ) -> TransformerBlockSubmodules:
     """The spec of all layers and the final norm: what GPTModel takes as ``transformer_layer_spec``."""
     backend = backend or MosaSpecProvider()
+    norm: Any = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
     return TransformerBlockSubmodules(
         layer_specs=[get_mosa_layer_spec(config, backend)] * config.num_layers,
-        layer_norm=backend.layer_norm(rms_norm=config.normalization == "RMSNorm"),
+        layer_norm=norm,
     )

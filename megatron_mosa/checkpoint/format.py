@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
+from megatron_mosa.parallel import partition_dim, tensor_parallel_group
 
 FORMAT_VERSION = 1
 
@@ -94,12 +94,11 @@ def read_metadata(path: Path) -> Metadata:
 def _global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same storage as DTensors of global shape over the tensor-parallel group."""
     # The group decides who talks; the mesh only describes CPU tensors, and DCP itself moves no tensor between ranks.
-    mesh = DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), "cpu")
+    mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
     parameters = dict(model.named_parameters())
     view: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        parameter = parameters[key.partition(".")[2]]
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        placement = Shard(parameter.partition_dim) if sharded else Replicate()
+        dim = partition_dim(parameters[key.partition(".")[2]])
+        placement = Replicate() if dim is None else Shard(dim)
         view[key] = DTensor.from_local(tensor, mesh, [placement], run_check=False)
     return view

@@ -78,7 +78,9 @@ def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict)
         for key, ours in config[section].items():
             _same(f"{section}.{key}", metadata.config[section].get(key), ours, path, fix, key == "backend")
     _same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
-    _same("data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix)
+    _same(
+        "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix
+    )
     _same("data.path", metadata.data["tokenizer_hash"], data["tokenizer_hash"], path, fix, what="tokenizer hash ")
     _same("data.path", metadata.data["fingerprint"], data["fingerprint"], path, fix, what="dataset fingerprint ")
 
@@ -87,4 +89,6 @@ def _same(
     key: str, theirs: object, ours: object, path: Path, fix: str, may_differ: bool = False, what: str = ""
 ) -> None:
     if theirs != ours and not may_differ:
-        raise UserError(f"{key}: checkpoint '{path}' holds another model: {what}{theirs}, but the run asks for {ours}; {fix}")
+        raise UserError(
+            f"{key}: checkpoint '{path}' holds another model: {what}{theirs}, but the run asks for {ours}; {fix}"
+        )

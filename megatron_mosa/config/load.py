@@ -42,15 +42,18 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"configuration file '{path}' does not exist; give the path of a YAML file, such as "
-                        "configs/quickstart.yaml")
+        raise UserError(
+            f"configuration file '{path}' does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}")
+        raise UserError(
+            f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}"
+        )
     return tree
 
 
@@ -78,8 +81,9 @@ def _build(trees: list[dict[str, Any]]) -> Config:
     try:
         built = cast(Config, OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is missing; it has no default, set it in the YAML file or as "
-                        f"{error.full_key}=VALUE") from None
+        raise UserError(
+            f"{error.full_key} is missing; it has no default, set it in the YAML file or as {error.full_key}=VALUE"
+        ) from None
     check(built)
     return built
 
@@ -89,15 +93,18 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
     sections = [field.name for field in fields(known)]
     for section, values in tree.items():
         if section not in sections:
-            raise UserError(f"unknown section '{section}'{nearest(str(section), sections)}; "
-                            f"legal sections: {', '.join(sections)}")
+            raise UserError(
+                f"unknown section '{section}'{nearest(str(section), sections)}; legal sections: {', '.join(sections)}"
+            )
         if not isinstance(values, dict):
             raise UserError(f"section '{section}' must hold keys, got {values!r}")
         keys = [field.name for field in fields(getattr(known, section))]
         for key in values:
             if key not in keys:
-                raise UserError(f"unknown key '{section}.{key}'{nearest(str(key), keys)}; "
-                                f"legal keys of '{section}': {', '.join(keys)}")
+                raise UserError(
+                    f"unknown key '{section}.{key}'{nearest(str(key), keys)}; "
+                    f"legal keys of '{section}': {', '.join(keys)}"
+                )
 
 
 def _set(config: Any, key: str, value: Any) -> None:

@@ -48,8 +48,8 @@ def check_world_size(config: Config, world_size: int) -> int:
     if config.train.global_batch_size % samples:
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not divisible by micro_batch_size "
-            f"{config.train.micro_batch_size} x data-parallel size {data_parallel} = {samples}; the nearest multiple is "
-            f"{max(1, round(config.train.global_batch_size / samples)) * samples}"
+            f"{config.train.micro_batch_size} x data-parallel size {data_parallel} = {samples}; the nearest multiple "
+            f"is {max(1, round(config.train.global_batch_size / samples)) * samples}"
         )
     return data_parallel
 
@@ -99,7 +99,9 @@ def _parallelism_that_exists(config: Config) -> None:
 def _sequence(config: Config) -> None:
     length, parallel = config.data.sequence_length, config.parallel
     if length < 2:
-        raise UserError(f"data.sequence_length={length} is too short: a MoSA head selects at least 2 tokens; legal: 2 or more")
+        raise UserError(
+            f"data.sequence_length={length} is too short: a MoSA head selects at least 2 tokens; legal: 2 or more"
+        )
     if parallel.sequence_parallel and length % parallel.tensor_model_parallel_size:
         raise UserError(
             f"data.sequence_length={length} is not divisible by parallel.tensor_model_parallel_size="
@@ -125,8 +127,10 @@ def _partitioned_widths(config: Config) -> None:
     ffn = config.model.ffn_hidden_size or 4 * config.model.hidden_size
     for key, width in (("model.ffn_hidden_size", ffn), ("model.vocab_size_multiple", config.model.vocab_size_multiple)):
         if width % size:
-            raise UserError(f"{key}={width} is not divisible by parallel.tensor_model_parallel_size={size}; "
-                            f"the nearest multiple is {-(-width // size) * size}")
+            raise UserError(
+                f"{key}={width} is not divisible by parallel.tensor_model_parallel_size={size}; "
+                f"the nearest multiple is {-(-width // size) * size}"
+            )
 
 
 def _rotary(config: Config) -> None:
@@ -139,32 +143,44 @@ def _rotary(config: Config) -> None:
 
 def _sparsity(config: Config) -> None:
     if config.mosa.sparsity < 1:
-        raise UserError(f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
-                        "legal: 1 (every token) or more")
+        raise UserError(
+            f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
+            "legal: 1 (every token) or more"
+        )
 
 
 def _batches(config: Config) -> None:
     micro, batch = config.train.micro_batch_size, config.train.global_batch_size
     if batch % micro:
-        raise UserError(f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro}; "
-                        f"legal micro-batch sizes: {divisors(batch)}")
+        raise UserError(
+            f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro}; "
+            f"legal micro-batch sizes: {divisors(batch)}"
+        )
 
 
 def _schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
-        raise UserError(f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds optimizer.learning_rate="
-                        f"{optimizer.learning_rate}; legal: 0 to {optimizer.learning_rate}")
+        raise UserError(
+            f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds optimizer.learning_rate="
+            f"{optimizer.learning_rate}; legal: 0 to {optimizer.learning_rate}"
+        )
     for key in ("beta1", "beta2"):
         if not 0.0 <= getattr(optimizer, key) < 1.0:
-            raise UserError(f"optimizer.{key}={getattr(optimizer, key)} is out of range; legal: 0 up to, not including, 1")
+            raise UserError(
+                f"optimizer.{key}={getattr(optimizer, key)} is out of range; legal: 0 up to, not including, 1"
+            )
 
 
 def _data(config: Config) -> None:
     if not 0.0 < config.data.validation_fraction < 1.0:
-        raise UserError(f"data.validation_fraction={config.data.validation_fraction} is out of range; legal: between 0 and 1")
+        raise UserError(
+            f"data.validation_fraction={config.data.validation_fraction} is out of range; legal: between 0 and 1"
+        )
     if not config.data.sources:
-        raise UserError("data.sources is empty; legal: 'stdlib', or paths of text, JSON lines or Parquet files or folders")
+        raise UserError(
+            "data.sources is empty; legal: 'stdlib', or paths of text, JSON lines or Parquet files or folders"
+        )
 
 
 def _run_name(config: Config) -> None:

@@ -6,10 +6,11 @@ import io
 import logging
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -17,15 +18,13 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeed.utils import logger as deepspeed_logger
-from megatron.core import parallel_state
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine.protocol import Batch, StepResult
 from megatron_mosa.model import language_model_loss
-from megatron_mosa.parallel import Layout, ModelParallelUnit
+from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -89,7 +88,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss)
             self._engine.step()
             total += loss.detach()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=data_parallel_group())
         mean = total / (self.accumulation_steps * self.layout.data_parallel_size)
         return StepResult(loss=mean.item(), grad_norm=float(self._engine.get_global_grad_norm()))
 
@@ -100,7 +99,7 @@ class DeepSpeedEngine:
         totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         for batch in batches:
             totals += torch.stack(self._loss(self.module, batch)).double()
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(totals, group=data_parallel_group())
         self._engine.train()
         return (totals[0] / totals[1]).item()
 
@@ -110,7 +109,7 @@ class DeepSpeedEngine:
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         """This tensor-parallel rank's whole gradient, averaged over data-parallel ranks; between backward and step."""
-        return safe_get_full_grad(parameter)
+        return cast(Tensor, safe_get_full_grad(parameter))
 
     def optimizer_step(self) -> int:
         """How many times the optimizer has stepped (Adam's bias correction counts from it)."""
@@ -120,8 +119,8 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, Tensor]:
         """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
 
-        Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names. A collective: every
-        rank must call it. The tensors are on the CPU.
+        Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names. A collective:
+        every rank must call it. The tensors are on the CPU.
         """
         if not self.optimizer_step():
             self._allocate_moments(0)
@@ -192,12 +191,13 @@ def _refuse_unsummed_gradients(model: torch.nn.Module) -> None:
     tagged = [name for name, p in model.named_parameters() if getattr(p, "sequence_parallel", False)]
     if tagged:
         raise ValueError(
-            f"gradients of {tagged[0]} and {len(tagged) - 1} more would not be summed over the tensor-parallel group under "
-            "DeepSpeed; build the model with MosaSpecProvider, whose norms sum their own"
+            f"gradients of {tagged[0]} and {len(tagged) - 1} more would not be summed over the tensor-parallel group "
+            "under DeepSpeed; build the model with MosaSpecProvider, whose norms sum their own"
         )
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # DeepSpeed has none for parameters that it does not optimise: there are none
     return tensor.detach().to("cpu", torch.float32)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -61,7 +63,7 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
         torch.manual_seed(config.run.seed)
         return GPTModel(
             transformer,
-            get_mosa_block_spec(transformer),
+            cast(Any, get_mosa_block_spec(transformer)),  # GPTModel takes a block's spec too, only unannounced
             vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
             max_sequence_length=config.data.sequence_length,
             position_embedding_type="none",
@@ -69,7 +71,9 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
         )
 
 
-def language_model_loss(model: torch.nn.Module, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+def language_model_loss(
+    model: torch.nn.Module, tokens: Tensor, labels: Tensor, loss_mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """Sum of the token losses and number of tokens that count.
 
     Args:

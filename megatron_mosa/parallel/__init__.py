@@ -1,6 +1,7 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
 from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
+from megatron_mosa.parallel.groups import data_parallel_group, partition_dim, tensor_parallel_group
 from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm
@@ -11,7 +12,10 @@ __all__ = [
     "ModelParallelUnit",
     "SequenceParallelLayerNorm",
     "answer_cuda_with_cpu",
+    "data_parallel_group",
     "destroy_parallel",
     "initialize_parallel",
     "launch_environment",
+    "partition_dim",
+    "tensor_parallel_group",
 ]

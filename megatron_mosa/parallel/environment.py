@@ -28,6 +28,6 @@ def refuse_wrong_apex() -> None:
     except metadata.PackageNotFoundError:
         version = ""
     raise UserError(
-        f"the installed 'apex'{version} is not NVIDIA apex but an unrelated package of that name; remove it (pip uninstall "
-        "apex); NVIDIA apex is optional and is built from its source"
+        f"the installed 'apex'{version} is not NVIDIA apex but an unrelated package of that name; remove it "
+        "(pip uninstall apex); NVIDIA apex is optional and is built from its source"
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
+from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
+
 
 class ModelParallelUnit:
     """What ``deepspeed.initialize(mpu=...)`` takes."""
@@ -23,7 +25,7 @@ class ModelParallelUnit:
 
     def get_model_parallel_group(self) -> ProcessGroup:
         """The ranks that hold the parts of one replica."""
-        return parallel_state.get_tensor_model_parallel_group()
+        return tensor_parallel_group()
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
@@ -43,4 +45,4 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self) -> ProcessGroup:
         """The ranks that hold the same part of different replicas."""
-        return parallel_state.get_data_parallel_group()
+        return data_parallel_group()

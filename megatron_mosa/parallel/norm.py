@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_mosa.parallel.groups import tensor_parallel_group
 from megatron_mosa.parallel.regions import sum_gradients
 
 
@@ -33,7 +33,7 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
         """Normalise [..., hidden_size]."""
         weight, bias = self.weight, self.bias
         if self.sums_gradients:
-            group = get_tensor_model_parallel_group()
+            group = tensor_parallel_group()
             weight = sum_gradients(weight, group)
             bias = sum_gradients(bias, group)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

@@ -1,5 +1,6 @@
 """The training loop and what surrounds it."""
 
-from megatron_mosa.train.pretrain import check_start, pretrain, run_directory
+from megatron_mosa.train.pretrain import pretrain
+from megatron_mosa.train.start import Start, check_start
 
-__all__ = ["check_start", "pretrain", "run_directory"]
+__all__ = ["Start", "check_start", "pretrain"]

@@ -29,7 +29,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, engine: TrainingEngine, layout: Layout, state: TrainingState, callbacks: Sequence[Callback]
+        self,
+        config: Config,
+        engine: TrainingEngine,
+        layout: Layout,
+        state: TrainingState,
+        callbacks: Sequence[Callback],
     ) -> None:
         self.config = config
         self.engine = engine

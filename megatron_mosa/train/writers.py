@@ -14,7 +14,9 @@ NON_CAUSAL = "non-causal: expert choice selects with the whole sequence in view"
 class Writers:
     """One training or validation line goes to every writer; on other ranks than the main one, nowhere."""
 
-    def __init__(self, run_directory: Path, *, is_main: bool, last_step: int, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_directory: Path, *, is_main: bool, last_step: int, resumed_step: int, tensorboard: bool
+    ) -> None:
         self.is_main = is_main
         self.last_step = last_step
         if not is_main:

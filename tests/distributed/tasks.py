@@ -17,7 +17,7 @@ from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.protocol import Batch
 from megatron_mosa.model import build_model, language_model_loss
-from megatron_mosa.parallel import Layout, SequenceParallelLayerNorm, initialize_parallel
+from megatron_mosa.parallel import Layout, SequenceParallelLayerNorm, initialize_parallel, partition_dim
 
 VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
 
@@ -78,10 +78,10 @@ def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     result = {}
     for name, parameter in model.named_parameters():
         tensor = tensors[name].detach().contiguous()
-        if getattr(parameter, "tensor_model_parallel", False):
+        if (dim := partition_dim(parameter)) is not None:
             parts = [torch.empty_like(tensor) for _ in range(group.size())]
             dist.all_gather(parts, tensor, group=group)
-            tensor = torch.cat(parts, dim=parameter.partition_dim)
+            tensor = torch.cat(parts, dim=dim)
         result[name] = tensor.clone()
     return result
 

@@ -14,9 +14,7 @@ from tests.kernels.test_naive import make_inputs
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_on_the_gpu_are_those_of_a_plain_loop_in_fp32(worker: WorkerPool, precision: str) -> None:
-    config = tasks.tiny_config(
-        train__global_batch_size=8, train__micro_batch_size=2, train__precision=precision
-    )
+    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=2, train__precision=precision)
     losses, norms = worker.run(tasks.losses_under_zero, config, 5)[0]
     plain_config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
     plain_losses, plain_norms = worker.run(tasks.losses_of_a_plain_loop, plain_config, 5)[0]
@@ -41,6 +39,8 @@ def test_naive_kernels_on_the_gpu_equal_the_cpu() -> None:
     )
     outputs = [mosa_attention(*tensors, num_selected=7) for tensors in (cpu, gpu)]
     torch.testing.assert_close(outputs[1].cpu(), outputs[0], rtol=1e-9, atol=1e-11)
-    gradients = [torch.autograd.grad(output.square().sum(), tensors) for output, tensors in zip(outputs, (cpu, gpu), strict=True)]
+    gradients = [
+        torch.autograd.grad(output.square().sum(), tensors) for output, tensors in zip(outputs, (cpu, gpu), strict=True)
+    ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-8, atol=1e-10)

@@ -126,7 +126,8 @@ def test_bf16_stays_close_to_fp64_on_the_same_selection() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "sparsity", "expected"), [(1024, 16, 64), (10, 64, 2), (100, 3, 33), (2, 1, 2), (1000, 7.5, 133), (1, 4, 1)]
+    ("length", "sparsity", "expected"),
+    [(1024, 16, 64), (10, 64, 2), (100, 3, 33), (2, 1, 2), (1000, 7.5, 133), (1, 4, 1)],
 )
 def test_number_of_selected_tokens(length: int, sparsity: float, expected: int) -> None:
     assert num_selected_tokens(length, sparsity) == expected

@@ -24,7 +24,9 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 def test_the_quickstart_names_and_explains_every_key() -> None:
     tree = yaml.safe_load(QUICKSTART.read_text())
-    known = {section.name: {key.name for key in fields(getattr(Config(), section.name))} for section in fields(Config())}
+    known = {
+        section.name: {key.name for key in fields(getattr(Config(), section.name))} for section in fields(Config())
+    }
     assert {section: set(keys) for section, keys in tree.items()} == known
     silent = [line for line in QUICKSTART.read_text().splitlines() if line.startswith("  ") and "#" not in line]
     assert not silent
@@ -33,7 +35,12 @@ def test_the_quickstart_names_and_explains_every_key() -> None:
 def test_overrides_win_and_are_typed() -> None:
     config = load_config(
         QUICKSTART,
-        ["train.steps=7", "optimizer.learning_rate=1e-3", "data.sources=[a.txt, b.jsonl]", "train.stop_after_step=null"],
+        [
+            "train.steps=7",
+            "optimizer.learning_rate=1e-3",
+            "data.sources=[a.txt, b.jsonl]",
+            "train.stop_after_step=null",
+        ],
     )
     assert config.train.steps == 7
     assert config.optimizer.learning_rate == 1e-3
@@ -62,7 +69,10 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("mosa.num_heads=15", ["mosa.num_heads=15", "[1]"]),
         ("model.num_dense_heads=3", ["model.num_dense_heads=3", "tensor_model_parallel_size=2"]),
         ("data.sequence_length=1", ["data.sequence_length=1", "2 or more"]),
-        ("data.sequence_length=255", ["data.sequence_length=255", "sequence parallelism", "[1, 3, 5, 15, 17, 51, 85, 255]"]),
+        (
+            "data.sequence_length=255",
+            ["data.sequence_length=255", "sequence parallelism", "[1, 3, 5, 15, 17, 51, 85, 255]"],
+        ),
         ("parallel.pipeline_model_parallel_size=2", ["pipeline parallelism is not there yet", "legal: 1"]),
         ("parallel.context_parallel_size=2", ["context parallelism is not there yet", "legal: 1"]),
         ("parallel.zero_stage=2", ["parallel.zero_stage=2", "legal: 1"]),
@@ -113,7 +123,9 @@ def test_world_sizes() -> None:
     assert [check_world_size(config, world) for world in (2, 4)] == [1, 2]
     with pytest.raises(UserError, match="world size 3 is not divisible by parallel.tensor_model_parallel_size=2"):
         check_world_size(config, 3)
-    with pytest.raises(UserError, match=r"global_batch_size=16 is not divisible by .* = 24; the nearest multiple is 24"):
+    with pytest.raises(
+        UserError, match=r"global_batch_size=16 is not divisible by .* = 24; the nearest multiple is 24"
+    ):
         check_world_size(config, 6)
 
 

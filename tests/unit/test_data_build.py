@@ -74,8 +74,7 @@ def test_same_input_gives_same_bytes_in_another_process(tmp_path: Path) -> None:
         f"build_dataset(DataSection(path={str(tmp_path / 'two')!r}, sources=[{str(source)!r}], vocab_size=400,"
         f"validation_fraction={FRACTION}))"
     )
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment)
     names = ["manifest.json", "tokenizer.json", "train.bin", "train.idx", "validation.bin", "validation.idx"]
     assert list(contents(tmp_path / "one")) == names

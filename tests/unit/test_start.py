@@ -63,11 +63,12 @@ def refused(config: Config, world_size: int = 2) -> str:
 
 def test_a_fitting_start_is_let_through(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=fits"])
-    manifest, newest = check_start(config, 4)
-    assert newest is None and manifest.vocab_size >= 257
+    start = check_start(config, 4)
+    assert start.checkpoint is None and start.manifest.vocab_size >= 257
+    assert start.index_samples == config.train.steps * config.train.global_batch_size
     folder = leave_checkpoint(config)
     (folder.parent / "step-00000007.old").mkdir()  # not a checkpoint's name
-    assert check_start(config, 2)[1] == folder
+    assert check_start(config, 2).checkpoint == folder
 
 
 def test_world_sizes_that_do_not_fit(overrides: list[str]) -> None:
@@ -94,6 +95,14 @@ def test_another_models_checkpoints(overrides: list[str], change: str, parts: li
     message = refused(load_config(QUICKSTART, [*overrides, "run.name=other", change]))
     for part in [*parts, "holds another model", "run.name"]:
         assert part in message
+
+
+def test_the_recorded_number_of_index_samples_stays(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=index", "train.steps=1000"])
+    leave_checkpoint(config)
+    assert check_start(config, 2).index_samples == 100
+    config.data.index_samples = 7
+    assert "data.index_samples=7" in refused(config)
 
 
 def test_a_backend_may_change(overrides: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -24,7 +25,7 @@ def test_schedule_warms_up_linearly_and_decays_along_a_cosine() -> None:
     assert rates[53] == pytest.approx(0.55)  # half way down
     for step in (30, 77):
         assert rates[step - 1] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 100)) / 2)
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
 
 
 def test_journal_drops_steps_that_will_run_again_and_a_torn_last_line(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""What a run says when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_mosa.metrics import plot_losses, read_journal
+from megatron_mosa.train.writers import NON_CAUSAL
+
+
+def report(directory: Path) -> None:
+    """Draw loss.png and print where the run is, its validation loss and, beside it, the unigram entropy."""
+    lines = read_journal(directory / "metrics.jsonl")
+    plot_losses(lines, directory / "loss.png", directory.name)
+    print(f"Run directory:    {directory} (metrics.jsonl, loss.png, checkpoints/, tensorboard/)")
+    validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
+    if validation is not None:
+        loss, entropy = validation["validation_loss"], validation["unigram_entropy"]
+        label = "" if validation["causal"] else f"   ({NON_CAUSAL})"
+        print(
+            f"Validation loss:  {loss:.4f} nats per token, perplexity {validation['validation_perplexity']:.2f}{label}"
+        )
+        print(
+            f"Unigram entropy:  {entropy:.4f} nats per token of these samples; the model is {entropy - loss:.4f} below"
+        )
