@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test check format clean
+.PHONY: help setup pretrain test test-gpu check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +12,6 @@ TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 PYTEST_ARGS ?=
-
-# DeepSpeed compiles its CPU communication when it is first used on a CPU. Here it stays with the checkout.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 # Activates the virtual environment in a recipe. On PATH too: torch's extension builder looks for ninja there.
 ACTIVATE = VIRTUAL_ENV="$$(cd "$(VENV)" && pwd)"; PATH="$$VIRTUAL_ENV/bin:$$PATH"; export VIRTUAL_ENV PATH
@@ -27,7 +24,7 @@ stage = printf '%s' "$(1) ..."; start=$$SECONDS; \
 help: ## list the targets (this is the default)
 	@echo "make TARGET [VARIABLE=value ...]"
 	@echo
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
 		while read -r target text; do printf '  %-9s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "Variables:"
@@ -66,6 +63,9 @@ pretrain: setup ## build corpus, tokenizer and dataset, pretrain a model, write 
 
 test: setup ## run all tests
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests
+
+test-gpu: setup ## run the tests that need a GPU
+	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu
 
 check: setup ## lint, formatting and types: ruff and pyright
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright

@@ -16,10 +16,9 @@ def report(directory: Path) -> None:
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if validation is not None:
         loss, entropy = validation["validation_loss"], validation["unigram_entropy"]
+        gap = f"{abs(entropy - loss):.4f} {'below' if loss < entropy else 'above'}"
         label = "" if validation["causal"] else f"   ({NON_CAUSAL})"
         print(
             f"Validation loss:  {loss:.4f} nats per token, perplexity {validation['validation_perplexity']:.2f}{label}"
         )
-        print(
-            f"Unigram entropy:  {entropy:.4f} nats per token of these samples; the model is {entropy - loss:.4f} below"
-        )
+        print(f"Unigram entropy:  {entropy:.4f} nats per token of these samples: the model is {gap}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.checkpoint.format import read_state, write_state
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.protocol import Batch
@@ -100,8 +101,17 @@ def selection_margin(model: torch.nn.Module, config: Config) -> float:
     return min(margins)
 
 
-def training_facts(config: Config, steps: int = 3, break_norms: bool = False) -> dict | None:
-    """Initial weights, every gradient of the first step, losses, gradient norms and final weights; on rank 0."""
+def write_seed_checkpoint(config: Config, path: Path) -> None:
+    """Write the engine's state before any step."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        write_state(engine, path)
+        engine.destroy()
+
+
+def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_norms: bool = False) -> dict | None:
+    """Initial weights; then from the seed checkpoint every gradient of the first step, losses, gradient norms and
+    final weights; on rank 0."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE)
         facts: dict = {"initial": whole(model, dict(model.named_parameters()))}
@@ -111,6 +121,8 @@ def training_facts(config: Config, steps: int = 3, break_norms: bool = False) ->
             if break_norms and isinstance(module, SequenceParallelLayerNorm):
                 module.sums_gradients = False
         engine = DeepSpeedEngine(model, config, layout)
+
+        read_state(engine, seed_checkpoint, optimizer_step=0)
 
         # The first step by hand, to look between backward and step.
         (batch,) = micro_batches(config, layout, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,21 +18,31 @@ LAYOUTS = [(2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4
 
 
 @pytest.fixture(scope="module")
-def single(workers: Workers) -> dict:
+def seed_checkpoint(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process's state before the first step, of weights that no configuration below would draw."""
+    path = tmp_path_factory.mktemp("seed")
+    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(workers: Workers, seed_checkpoint: Path) -> dict:
     """The facts of one process."""
-    facts = workers(1).run(tasks.training_facts, tasks.tiny_config())[0]
+    facts = workers(1).run(tasks.training_facts, tasks.tiny_config(), seed_checkpoint)[0]
     # fp32 rounding moves scores by about 1e-7: no near-tie decides what follows.
     assert facts["margin"] > 1e-5
     return facts
 
 
-def run(workers: Workers, tensor_parallel: int, sequence_parallel: bool, world: int, **changes: object) -> dict:
+def run(
+    workers: Workers, checkpoint: Path, tensor_parallel: int, sequence_parallel: bool, world: int, **changes: object
+) -> dict:
     config = tasks.tiny_config(
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=4 * tensor_parallel // world,
     )
-    return workers(world).run(tasks.training_facts, config, **changes)[0]
+    return workers(world).run(tasks.training_facts, config, checkpoint, **changes)[0]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -40,9 +51,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
 def test_training_does_not_depend_on_the_layout(
-    workers: Workers, single: dict, tensor_parallel: int, sequence_parallel: bool, world: int
+    workers: Workers, seed_checkpoint: Path, single: dict, tensor_parallel: int, sequence_parallel: bool, world: int
 ) -> None:
-    facts = run(workers, tensor_parallel, sequence_parallel, world)
+    facts = run(workers, seed_checkpoint, tensor_parallel, sequence_parallel, world)
     for name, weight in single["initial"].items():
         assert torch.equal(facts["initial"][name], weight), f"initial {name}"
     for name, gradient in single["gradients"].items():
@@ -59,8 +70,8 @@ def test_training_does_not_depend_on_the_layout(
         assert relative_error(facts["final"][name], weight) < 1e-3, f"final {name}"
 
 
-def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, single: dict) -> None:
-    facts = run(workers, 2, True, 2, break_norms=True)
+def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, seed_checkpoint: Path, single: dict) -> None:
+    facts = run(workers, seed_checkpoint, 2, True, 2, break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
         assert (error > 0.1) == ("layernorm" in name), f"{name}: {error:.1e}"

@@ -1,0 +1,48 @@
+"""Imports go down the floors of docs/architecture.md, never up or in a circle."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
+FLOORS = [
+    {"errors"},
+    {"config", "kernels", "parallel"},
+    {"attention", "data"},
+    {"model"},
+    {"checkpoint", "engine", "metrics"},
+    {"train"},
+    {"scaling"},
+    {"cli", "entry", "__main__"},
+]
+FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+# On one floor, only in this direction.
+SIDEWAYS = {("checkpoint", "engine"), ("cli", "entry"), ("__main__", "cli"), ("data", "config")}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level modules of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("megatron_mosa.")}
+    return found
+
+
+def test_arrows_go_down() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for other in imports(path) - {own}:
+            down = FLOOR[other] < FLOOR[own] or (own, other) in SIDEWAYS
+            assert down, f"{path.relative_to(PACKAGE.parent)} imports megatron_mosa.{other}"
+
+
+def test_kernels_need_torch_alone() -> None:
+    code = "import sys, megatron_mosa.kernels; assert not {'megatron', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,54 @@
+"""Rank, world size and address under each launcher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.parallel import launch_environment
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # restored afterwards, also where the code sets it
+        monkeypatch.delenv(name)
+
+
+def test_plain_python_is_a_world_of_one() -> None:
+    assert launch_environment() == (0, 1, 0)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert 1024 <= int(os.environ["MASTER_PORT"]) < 65536
+    assert launch_environment() == (0, 1, 0)  # asking twice changes nothing
+
+
+def test_torchrun_and_deepspeed_set_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(VARIABLES, ("5", "8", "1", "node7", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert launch_environment() == (5, 8, 1)
+    assert os.environ["MASTER_ADDR"] == "node7"
+
+
+def test_srun_takes_the_first_node_and_a_port_from_the_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = {"NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_NODELIST": "n[3-4]", "JOB_ID": "1234567"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launch_environment() == (3, 4, 1)
+    assert os.environ["MASTER_ADDR"] == "n3"
+    assert os.environ["MASTER_PORT"] == str(20000 + 1234567 % 20000)
+    assert os.environ["RANK"] == "3"  # DeepSpeed reads these
+
+
+def test_a_launcher_that_says_half_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK is not"):
+        launch_environment()
