@@ -53,6 +53,7 @@ def check_start(config: Config, world_size: int) -> Start:
     refuse_wrong_apex()
     check_world_size(config, world_size)
     manifest = read_manifest(config.data.path)
+    _refuse_other_tokenizer(config, manifest)
     directory = Path(config.run.directory) / config.run.name
     checkpoint = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest()
     metadata = read_metadata(checkpoint) if checkpoint else None
@@ -65,6 +66,15 @@ def check_start(config: Config, world_size: int) -> Start:
             )
         refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
     return start
+
+
+def _refuse_other_tokenizer(config: Config, manifest: Manifest) -> None:
+    built, asked = manifest.request["tokenizer"], config.data.tokenizer
+    if built != asked:
+        raise UserError(
+            f"data.tokenizer={asked or 'null'}, but the dataset {config.data.path} was built with another tokenizer, "
+            f"{built or 'null (trained on its sources)'}; rebuild it (mosa data build CONFIG --force) or restore it"
+        )
 
 
 def _index_samples(config: Config, metadata: Metadata | None) -> int:

@@ -120,6 +120,11 @@ def test_another_tokenizer_or_dataset(overrides: list[str]) -> None:
         assert key.replace("_", " ").split()[0] in refused(config)
 
 
+def test_a_dataset_built_with_another_tokenizer(overrides: list[str]) -> None:
+    message = refused(load_config(QUICKSTART, [*overrides, "data.tokenizer=gpt2"]))
+    assert "data.tokenizer=gpt2" in message and "another tokenizer" in message and "--force" in message
+
+
 def test_checkpoints_that_must_not_be_resumed_or_cannot_be_read(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=never", "checkpoint.resume=never"])
     folder = leave_checkpoint(config)
