@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -26,13 +27,14 @@ class PartitionedHeads(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.partition_dims: dict[str, int] = {}
+        self.initialisers: dict[str, Callable[[Tensor], object]] = {}
 
     def add_weight(
         self,
         name: str,
         global_shape: tuple[int, ...],
         partition_dim: int,
-        initialise: Callable[[Tensor], object] | None,
+        initialise: Callable[[Tensor], object],
     ) -> None:
         """Register this rank's slice of a weight, initialised as a function of the global shape and the seed.
 
@@ -44,13 +46,14 @@ class PartitionedHeads(MegatronModule):
         shape[partition_dim] //= size
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        if config.perform_initialization and initialise is not None:
+        if config.perform_initialization:
             master = torch.empty(global_shape, device=device)
             initialise(master)
             weight.data.copy_(master.chunk(size, dim=partition_dim)[self.tp_group.rank()])
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
         self.register_parameter(name, weight)
         self.partition_dims[name] = partition_dim
+        self.initialisers[name] = initialise
 
     def sharded_state_dict(
         self,
@@ -80,8 +83,9 @@ class DenseHeads(PartitionedHeads):
         super().__init__(config, tp_group)
         heads, head_dim, width = config.num_attention_heads, config.head_dim, config.hidden_size
         # rows: q, k, v of head 0, then of head 1, ...
-        self.add_weight("qkv_weight", (heads * 3 * head_dim, width), 0, config.init_method)
-        self.add_weight("proj_weight", (width, heads * head_dim), 1, config.output_layer_init_method)
+        init, output_init = cast(Any, config.init_method), cast(Any, config.output_layer_init_method)  # never None
+        self.add_weight("qkv_weight", (heads * 3 * head_dim, width), 0, init)
+        self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
@@ -12,20 +12,22 @@ _CHOICES = {
     "mosa.backend": ("auto", "naive"),
     "train.precision": ("fp32", "bf16"),
     "checkpoint.resume": ("auto", "never"),
-    "parallel.zero_stage": (1,),
+    "parallel.zero_stage": (0, 1, 2, 3),
 }
 _POSITIVE = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.head_dim", "model.rotary_base",
     "model.layernorm_epsilon", "model.init_method_std", "model.vocab_size_multiple", "mosa.sparsity",
-    "parallel.tensor_model_parallel_size", "data.vocab_size", "data.index_samples", "train.steps",
-    "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
-    "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
-    "checkpoint.keep_last", "logging.interval", "logging.peak_tflops",
+    "parallel.tensor_model_parallel_size", "data.vocab_size", "data.tokenizer_bytes", "data.shard_bytes",
+    "data.stream_timeout", "data.index_samples", "train.steps", "train.stop_after_step", "train.micro_batch_size",
+    "train.global_batch_size", "optimizer.learning_rate", "optimizer.epsilon", "validation.interval",
+    "validation.num_samples", "checkpoint.interval", "checkpoint.keep_last", "logging.interval",
+    "logging.peak_tflops",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "model.num_dense_heads", "mosa.num_heads", "run.seed", "data.num_workers", "optimizer.min_learning_rate",
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
 )  # fmt: skip
+_WEIGHT_TOLERANCE = 0.001  # '0.333' three times is meant as a third each
 
 
 def check(config: Config) -> None:
@@ -94,6 +96,21 @@ def _parallelism_that_exists(config: Config) -> None:
         if _value(config, key) != 1:
             kind = key.removeprefix("parallel.").partition("_")[0]
             raise UserError(f"{key}={_value(config, key)}: {kind} parallelism is not there yet; legal: 1")
+
+
+def _zero_cells(config: Config) -> None:
+    """DeepSpeed's gaps; everything else of ZeRO 0-3 x tensor x sequence parallel size is tested."""
+    parallel = config.parallel
+    if parallel.zero_stage == 0 and config.train.precision == "bf16":
+        raise UserError(
+            "parallel.zero_stage=0 with train.precision=bf16 is not supported: DeepSpeed cannot accumulate its gradients "
+            "in fp32; nearest legal: parallel.zero_stage=1, or train.precision=fp32"
+        )
+    if parallel.offload_optimizer and parallel.zero_stage == 0:
+        raise UserError(
+            "parallel.offload_optimizer=true with parallel.zero_stage=0 is not supported: nothing is partitioned; "
+            "nearest legal: parallel.zero_stage=1"
+        )
 
 
 def _sequence(config: Config) -> None:
@@ -179,8 +196,47 @@ def _data(config: Config) -> None:
         )
     if not config.data.sources:
         raise UserError(
-            "data.sources is empty; legal: 'stdlib', or paths of text, JSON lines or Parquet files or folders"
+            "data.sources is empty; legal: 'stdlib', paths of text, JSON lines or Parquet files or folders, or hf:NAME"
         )
+
+
+def blend_parts(blend: Sequence[str]) -> list[tuple[float, str]]:
+    """The weights and paths of ``data.blend``.
+
+    Raises:
+        UserError: an entry that is not "WEIGHT PATH", weights that are no shares of one, a path twice.
+    """
+    parts: list[tuple[float, str]] = []
+    for entry in blend:
+        number, _, path = entry.strip().partition(" ")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        path = path.strip()
+        if not path or not 0.0 < weight <= 1.0:
+            raise UserError(
+                f"data.blend: '{entry}' is not 'WEIGHT PATH' with a weight above 0 and up to 1, such as '0.7 data/web'"
+            )
+        if path in (known for _, known in parts):
+            raise UserError(f"data.blend names {path} twice; give it once, with the sum of its weights")
+        parts.append((weight, path))
+    total = math.fsum(weight for weight, _ in parts)
+    if parts and abs(total - 1.0) > _WEIGHT_TOLERANCE:
+        scaled = ", ".join(f"'{weight / total:.4g} {path}'" for weight, path in parts)
+        raise UserError(f"data.blend: the weights sum to {total:.6g}; legal: a sum of 1, such as {scaled}")
+    return parts
+
+
+def _place_of_data(config: Config) -> None:
+    parts = blend_parts(config.data.blend)
+    if parts and config.data.path is not None:
+        raise UserError(
+            f"data.path={config.data.path} and data.blend={config.data.blend} are both given; keep one of them: "
+            "data.path=null or data.blend=[]"
+        )
+    if not parts and not config.data.path:
+        raise UserError("data.path is missing; give the folder of a dataset, or several in data.blend")
 
 
 def _run_name(config: Config) -> None:
@@ -189,6 +245,6 @@ def _run_name(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _parallelism_that_exists, _choices, _numbers, _sequence, _sparsity, _heads, _partitioned_widths, _rotary,
-    _batches, _schedule, _data,
+    _run_name, _parallelism_that_exists, _choices, _numbers, _zero_cells, _sequence, _sparsity, _heads, _partitioned_widths, _rotary,
+    _batches, _schedule, _data, _place_of_data,
 )  # fmt: skip

@@ -55,19 +55,26 @@ class ParallelSection:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     zero_stage: int = 1
+    offload_optimizer: bool = False
 
 
 @dataclass
 class DataSection:
     """Where the text comes from and how it is cut into samples."""
 
-    path: str = MISSING
+    path: str | None = None  # this or blend
+    blend: list[str] = field(default_factory=list)  # "WEIGHT PATH" each
     sources: list[str] = field(default_factory=lambda: ["stdlib"])
     text_field: str = "text"
+    streaming: bool = True
+    stream_timeout: float = 300.0
     tokenizer: str | None = None  # None: train a byte-level BPE on the sources
+    tokenizer_bytes: int = 200_000_000
     vocab_size: int = 8000
     validation_fraction: float = 0.01
     sequence_length: int = MISSING
+    shard_bytes: int = 256_000_000
+    index_path: str | None = None  # None: below path
     index_samples: int | None = None  # None: train.steps * train.global_batch_size of the first start
     num_workers: int = 1
 

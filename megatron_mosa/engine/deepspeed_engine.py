@@ -5,64 +5,67 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable
-from contextlib import redirect_stdout
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
+from megatron_mosa.engine.optimizer import adamw
 from megatron_mosa.engine.protocol import Batch, StepResult
-from megatron_mosa.model import language_model_loss
+from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
+from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_KEYS: dict[str, str | None] = {"model": None} | {moment: moment for moment in MOMENTS}
 
 
 class DeepSpeedEngine:
-    """Steps, evaluates and hands out its state under names and shapes that know nothing of ZeRO.
+    """Builds the model, steps, evaluates, and hands out its state under names and shapes that know nothing of ZeRO.
 
     Implements ``TrainingEngine``. Parameters are fp32, or bf16 with fp32 master weights and fp32 gradient
-    accumulation. Optimizer state is partitioned over the data-parallel group.
+    accumulation. ZeRO partitions optimizer state (1), gradients (2) and parameters (3) over the data-parallel group.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Config, layout: Layout) -> None:
-        _refuse_unsummed_gradients(model)
+    def __init__(self, config: Config, vocab_size: int, layout: Layout) -> None:
         _quieten()
         self.layout = layout
         self.accumulation_steps = config.train.global_batch_size // (
             config.train.micro_batch_size * layout.data_parallel_size
         )
+        settings = self._settings(config)
+        with _partitioned_construction(config, settings):
+            model = build_empty_model(config, vocab_size)
+        for parameter, weight in initial_weights(model, config.run.seed):
+            fill(parameter, weight)
+        _refuse_unsummed_gradients(model)
+        # DeepSpeed allocates its buckets whole in every step, 2 GB each by default: no larger than the model.
+        bucket = min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+        settings["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        self._optimizer = adamw(model, config)
         with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints memory reports
             self._engine: Any = deepspeed.initialize(
-                model=model,
-                optimizer=_adamw(model, config),
-                config=self._deepspeed_config(config, sum(p.numel() for p in model.parameters())),
-                mpu=ModelParallelUnit(),
+                model=model, optimizer=self._optimizer, config=settings, mpu=ModelParallelUnit()
             )[0]
+        self._zero = zero_state(self._engine)
 
-    def _deepspeed_config(self, config: Config, num_parameters: int) -> dict[str, Any]:
-        # DeepSpeed allocates its buckets whole in every step, 2 GB each by default: no larger than the model.
-        bucket = min(500_000_000, num_parameters)
+    def _settings(self, config: Config) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+        if config.parallel.zero_stage == 3:
+            zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # norms alone stay whole
+        if config.parallel.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            "gradient_clipping": config.optimizer.gradient_clipping,
-            "zero_optimization": {
-                "stage": config.parallel.zero_stage,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-            },
+            # ClippingAdamW clips under stage 0
+            "gradient_clipping": config.optimizer.gradient_clipping if config.parallel.zero_stage else 0.0,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded state too, and compiles nothing
             "bf16": {"enabled": config.train.precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 10**9,
@@ -98,7 +101,7 @@ class DeepSpeedEngine:
         self._engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         for batch in batches:
-            totals += torch.stack(self._loss(self.module, batch)).double()
+            totals += torch.stack(self._loss(self._engine, batch)).double()
         dist.all_reduce(totals, group=data_parallel_group())
         self._engine.train()
         return (totals[0] / totals[1]).item()
@@ -109,12 +112,12 @@ class DeepSpeedEngine:
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         """This tensor-parallel rank's whole gradient, averaged over data-parallel ranks; between backward and step."""
-        return cast(Tensor, safe_get_full_grad(parameter))
+        return self._zero.gradient(parameter)
 
     def optimizer_step(self) -> int:
         """How many times the optimizer has stepped (Adam's bias correction counts from it)."""
-        states = [self._base_optimizer.state[flat] for flat in self._flat_partitions]
-        return int(states[0]["step"]) if states[0] else 0
+        state = self._optimizer.state[self._zero.optimised_tensors()[0]]
+        return int(state["step"]) if state else 0
 
     def state(self) -> dict[str, Tensor]:
         """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
@@ -124,65 +127,43 @@ class DeepSpeedEngine:
         """
         if not self.optimizer_step():
             self._allocate_moments(0)
-        self._link_moments()
+        self._zero.link()
         state = {}
         for name, parameter in self.module.named_parameters():
-            state[f"model.{name}"] = _on_cpu(safe_get_full_fp32_param(parameter))
-            for moment in MOMENTS:
-                state[f"{moment}.{name}"] = _on_cpu(safe_get_full_optimizer_state(parameter, moment))
+            for key, moment in _KEYS.items():
+                state[f"{key}.{name}"] = self._zero.read(parameter, moment).detach().to("cpu", torch.float32)
         return state
 
     def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:
-        """Take over what ``state`` returned, on whatever data-parallel size it was saved."""
+        """Take over what ``state`` returned, on whatever data-parallel size and ZeRO stage it was saved."""
         self._allocate_moments(optimizer_step)
         for name, parameter in self.module.named_parameters():
-            master = state[f"model.{name}"].to(self.layout.device)
-            parameter.data.copy_(master)
-            safe_set_full_fp32_param(parameter, master)
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(self.layout.device), moment)
-
-    @property
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        return self._engine.optimizer.optimizer
-
-    @property
-    def _flat_partitions(self) -> list[Tensor]:
-        return [group["params"][0] for group in self._base_optimizer.param_groups]
+            for key, moment in _KEYS.items():
+                self._zero.write(parameter, moment, state[f"{key}.{name}"].to(self.layout.device))
 
     def _allocate_moments(self, optimizer_step: int) -> None:
-        """Create Adam's state, which DeepSpeed otherwise creates in the first step, so that it can be filled."""
-        for flat in self._flat_partitions:
-            state = self._base_optimizer.state[flat]
-            state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
-            device = flat.device if self._base_optimizer.defaults["fused"] else torch.device("cpu")
+        """Create Adam's state, which is otherwise created in the first step, so that it can be filled."""
+        for tensor in self._zero.optimised_tensors():
+            state = self._optimizer.state[tensor]
+            state.update({moment: torch.zeros_like(tensor) for moment in MOMENTS})
+            device = tensor.device if self._optimizer.defaults["fused"] else torch.device("cpu")
             state["step"] = torch.tensor(float(optimizer_step), device=device)
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        """Let DeepSpeed's parameter views see the moments; it links them after the first group's first step only."""
-        self._engine.optimizer._hp_optimizer_states_linked = False
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._zero.link()
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks."""
         self._engine.destroy()
 
 
-def _adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and none on norms; fused on GPUs."""
-    options = config.optimizer
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        fused=torch.cuda.is_available(),
+def _partitioned_construction(config: Config, settings: dict[str, Any]) -> AbstractContextManager[object]:
+    """Under ZeRO-3, a context in which every module's parameters are partitioned as soon as it is built."""
+    if config.parallel.zero_stage != 3:
+        return nullcontext()
+    return deepspeed.zero.Init(
+        data_parallel_group=data_parallel_group(),
+        config_dict_or_path=settings,  # says the type; given as an argument it is ignored where fp16 is not supported
+        mem_efficient_linear=False,  # else torch's linear is replaced for the whole process
+        mpu=ModelParallelUnit(),
     )
 
 
@@ -194,11 +175,6 @@ def _refuse_unsummed_gradients(model: torch.nn.Module) -> None:
             f"gradients of {tagged[0]} and {len(tagged) - 1} more would not be summed over the tensor-parallel group "
             "under DeepSpeed; build the model with MosaSpecProvider, whose norms sum their own"
         )
-
-
-def _on_cpu(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # DeepSpeed has none for parameters that it does not optimise: there are none
-    return tensor.detach().to("cpu", torch.float32)
 
 
 def _quieten() -> None:

@@ -1,10 +1,13 @@
 """The language model, and what it costs."""
 
 from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count
-from megatron_mosa.model.gpt import build_model, language_model_loss, transformer_config
+from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
+from megatron_mosa.model.initialization import initial_weights
 
 __all__ = [
+    "build_empty_model",
     "build_model",
+    "initial_weights",
     "language_model_loss",
     "model_flops",
     "paper_flops",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
 from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.model.initialization import initial_weights, mark_partitioned
 
 
 def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32) -> MosaTransformerConfig:
@@ -36,8 +37,8 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
         activation_func=F.gelu,
-        # Weights are drawn on the CPU as whole matrices and then sliced: the same model on every device and layout.
-        use_cpu_initialization=True,
+        use_cpu_initialization=True,  # the engine moves the model where it belongs
+        perform_initialization=False,  # see initialization.py
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -49,9 +50,15 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
 
 
 def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
-    """A GPT with MoSA layers and untied embeddings, on the CPU, initialised from ``run.seed``.
+    """A GPT with MoSA layers and untied embeddings, on the CPU, with the weights of ``initial_weights``."""
+    model = build_empty_model(config, vocab_size, params_dtype)
+    for parameter, weight in initial_weights(model, config.run.seed):
+        parameter.data.copy_(weight)
+    return model
 
-    The weights are a function of the configuration and the seed, never of the tensor-parallel size.
+
+def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
+    """The same model with memory for its weights but no values in them (norms excepted).
 
     Args:
         config: a checked configuration; the process groups must be up.
@@ -59,16 +66,16 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
         params_dtype: type of the parameters.
     """
     transformer = transformer_config(config, params_dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        return GPTModel(
-            transformer,
-            cast(Any, get_mosa_block_spec(transformer)),  # GPTModel takes a block's spec too, only unannounced
-            vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
-            max_sequence_length=config.data.sequence_length,
-            position_embedding_type="none",
-            share_embeddings_and_output_weights=False,
-        )
+    model = GPTModel(
+        transformer,
+        cast(Any, get_mosa_block_spec(transformer)),  # GPTModel takes a block's spec too, only unannounced
+        vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
+        max_sequence_length=config.data.sequence_length,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+    )
+    mark_partitioned(model)
+    return model
 
 
 def language_model_loss(

@@ -12,7 +12,7 @@ from megatron_mosa.config import Config, save_config
 from megatron_mosa.data import TrainingSamples, ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.errors import UserError
-from megatron_mosa.model import build_model, parameter_count
+from megatron_mosa.model import parameter_count
 from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.progress import Progress
@@ -74,7 +74,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         sequence_length=config.data.sequence_length,
         num_samples=config.validation.num_samples,
     )
-    engine = DeepSpeedEngine(build_model(config, vocab_size), config, layout)
+    engine = DeepSpeedEngine(config, vocab_size, layout)
     store = CheckpointStore(start.directory / "checkpoints", config.checkpoint.keep_last)
     if start.checkpoint is not None:
         store.load(engine, start.checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,12 @@ def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return result
 
 
+def master_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """This tensor-parallel rank's fp32 weights."""
+    state = engine.state()
+    return {name: state[f"model.{name}"] for name, _ in engine.module.named_parameters()}
+
+
 def selection_margin(model: torch.nn.Module, config: Config) -> float:
     """Smallest gap between the last selected and the first left-out score of the recorded forward pass."""
     margins = []
@@ -104,7 +111,7 @@ def selection_margin(model: torch.nn.Module, config: Config) -> float:
 def write_seed_checkpoint(config: Config, path: Path) -> None:
     """Write the engine's state before any step."""
     with parallel(config) as layout:
-        engine = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         write_state(engine, path)
         engine.destroy()
 
@@ -113,15 +120,14 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
     """Initial weights; then from the seed checkpoint every gradient of the first step, losses, gradient norms and
     final weights; on rank 0."""
     with parallel(config) as layout:
-        model = build_model(config, VOCAB_SIZE)
-        facts: dict = {"initial": whole(model, dict(model.named_parameters()))}
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        model = engine.module
+        facts: dict = {"initial": whole(model, master_weights(engine))}
         for module in model.modules():
             if isinstance(module, MosaHeads):
                 module.records_selection = True
             if break_norms and isinstance(module, SequenceParallelLayerNorm):
                 module.sums_gradients = False
-        engine = DeepSpeedEngine(model, config, layout)
-
         read_state(engine, seed_checkpoint, optimizer_step=0)
 
         # The first step by hand, to look between backward and step.
@@ -136,8 +142,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
         results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(1, steps)]
         facts["losses"] = [result.loss for result in results]
         facts["norms"] = [result.grad_norm for result in results]
-        state = engine.state()
-        facts["final"] = whole(model, {n: state[f"model.{n}"] for n, _ in model.named_parameters()})
+        facts["final"] = whole(model, master_weights(engine))
         facts["validation"] = engine.evaluate(micro_batches(config, layout, 99))
         engine.destroy()
     return facts if layout.rank == 0 else None
@@ -146,7 +151,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
 def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of ``steps`` steps under the engine, accumulation included."""
     with parallel(config) as layout:
-        engine = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(steps)]
         engine.destroy()
     return [result.loss for result in results], [result.grad_norm for result in results]
@@ -220,14 +225,35 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
         def train(engine: DeepSpeedEngine, steps: range) -> list[float]:
             return [engine.train_step(micro_batches(config, layout, step), 1e-3).loss for step in steps]
 
-        first = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        first = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         train(first, range(before))
         state, count = {key: tensor.clone() for key, tensor in first.state().items()}, first.optimizer_step()
         straight = train(first, range(before, before + after))
         config.run.seed += 1  # other initial weights, all of which the state must replace
-        second = DeepSpeedEngine(build_model(config, VOCAB_SIZE), config, layout)
+        second = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         second.load_state(state, count)
         resumed = train(second, range(before, before + after))
         first.destroy()
         second.destroy()
     return straight, resumed
+
+
+def weights_around_a_poisoned_step(config: Config) -> dict:
+    """Whether a step with a NaN on the last rank alone left weights and moments as they were, and what came after."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        engine.train_step(micro_batches(config, layout, 0), 1e-3)
+        before = {key: tensor.clone() for key, tensor in engine.state().items()}
+        poisoned = micro_batches(config, layout, 1)
+        if layout.data_parallel_rank == layout.data_parallel_size - 1:
+            poisoned[-1]["loss_mask"][0, 0] = torch.nan
+        norm = engine.train_step(poisoned, 1e-3).grad_norm
+        after = engine.state()
+        facts = {
+            "unchanged": all(torch.equal(before[key], after[key]) for key in before),
+            "norm_is_finite": math.isfinite(norm),
+            "optimizer_step": engine.optimizer_step(),
+            "next_loss": engine.train_step(micro_batches(config, layout, 2), 1e-3).loss,
+        }
+        engine.destroy()
+    return facts

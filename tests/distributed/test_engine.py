@@ -22,32 +22,80 @@ def plain(workers: Workers) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
-def test_zero_1_gives_the_losses_of_a_plain_loop(workers: Workers, plain: tuple, world: int) -> None:
+def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
+    workers: Workers, plain: tuple, world: int, zero: int
+) -> None:
     # two micro-batches a rank: accumulation and the mean over data-parallel ranks are both in play
-    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=4 // world)
+    config = tasks.tiny_config(
+        parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=4 // world
+    )
     losses, norms = workers(world).run(tasks.losses_under_zero, config, STEPS)[0]
     assert losses == pytest.approx(plain[0], rel=2e-5)
     assert norms == pytest.approx(plain[1], rel=1e-3)
 
 
-def test_bf16_follows_fp32(workers: Workers, plain: tuple) -> None:
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_follows_fp32(workers: Workers, plain: tuple, zero: int) -> None:
+    for world, tensor_parallel in ((2, 2), (2, 1)):
+        config = tasks.tiny_config(
+            parallel__zero_stage=zero,
+            parallel__tensor_model_parallel_size=tensor_parallel,
+            parallel__sequence_parallel=True,
+            train__global_batch_size=8,
+            train__micro_batch_size=2,
+            train__precision="bf16",
+        )
+        losses, norms = workers(world).run(tasks.losses_under_zero, config, STEPS)[0]
+        assert losses == pytest.approx(plain[0], rel=5e-3)
+        assert norms == pytest.approx(plain[1], rel=5e-2)
+        assert losses != plain[0]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_offloaded_optimizer_state_changes_nothing(workers: Workers, plain: tuple, zero: int) -> None:
     config = tasks.tiny_config(
-        parallel__tensor_model_parallel_size=2,
-        parallel__sequence_parallel=True,
+        parallel__zero_stage=zero,
+        parallel__offload_optimizer=True,
         train__global_batch_size=8,
-        train__micro_batch_size=4,
-        train__precision="bf16",
+        train__micro_batch_size=2,
     )
     losses, norms = workers(2).run(tasks.losses_under_zero, config, STEPS)[0]
-    assert losses == pytest.approx(plain[0], rel=5e-3)
-    assert norms == pytest.approx(plain[1], rel=5e-2)
-    assert losses != plain[0]
+    assert losses == pytest.approx(plain[0], rel=2e-5)
+    assert norms == pytest.approx(plain[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, precision: str) -> None:
-    config = tasks.tiny_config(train__precision=precision, train__global_batch_size=8, train__micro_batch_size=2)
-    for world in (1, 2):
-        for straight, resumed in workers(world).run(tasks.losses_after_loading, config, 3, 3):
-            assert straight == resumed
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, zero: int, precision: str) -> None:
+    config = tasks.tiny_config(
+        parallel__zero_stage=zero,
+        train__precision=precision,
+        train__global_batch_size=8,
+        train__micro_batch_size=2,
+    )
+    for straight, resumed in workers(2).run(tasks.losses_after_loading, config, 3, 3):
+        assert straight == resumed
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    workers: Workers, zero: int, precision: str, tensor_parallel: int
+) -> None:
+    config = tasks.tiny_config(
+        parallel__zero_stage=zero,
+        parallel__tensor_model_parallel_size=tensor_parallel,
+        train__precision=precision,
+        train__global_batch_size=8,
+        train__micro_batch_size=2,
+    )
+    for facts in workers(2).run(tasks.weights_around_a_poisoned_step, config):
+        assert facts["unchanged"]
+        assert not facts["norm_is_finite"]
+        assert facts["optimizer_step"] == 1
+        assert 3 < facts["next_loss"] < 5

@@ -13,8 +13,12 @@ from tests.distributed.pool import WorkerPool
 
 Workers = Callable[[int], WorkerPool]
 
-# tensor parallel size, sequence parallel, world size
-LAYOUTS = [(2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4)]
+# ZeRO stage, tensor parallel size, sequence parallel, world size
+LAYOUTS = [
+    (zero, *layout)
+    for zero in (0, 1, 2, 3)
+    for layout in ((1, False, 2), (2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4))
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +32,23 @@ def seed_checkpoint(workers: Workers, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def single(workers: Workers, seed_checkpoint: Path) -> dict:
     """The facts of one process."""
-    facts = workers(1).run(tasks.training_facts, tasks.tiny_config(), seed_checkpoint)[0]
+    facts = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
     # fp32 rounding moves scores by about 1e-7: no near-tie decides what follows.
     assert facts["margin"] > 1e-5
     return facts
 
 
 def run(
-    workers: Workers, checkpoint: Path, tensor_parallel: int, sequence_parallel: bool, world: int, **changes: object
+    workers: Workers,
+    checkpoint: Path,
+    zero: int,
+    tensor_parallel: int,
+    sequence_parallel: bool,
+    world: int,
+    **changes: object,
 ) -> dict:
     config = tasks.tiny_config(
+        parallel__zero_stage=zero,
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=4 * tensor_parallel // world,
@@ -49,11 +60,17 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize(("tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
+@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
 def test_training_does_not_depend_on_the_layout(
-    workers: Workers, seed_checkpoint: Path, single: dict, tensor_parallel: int, sequence_parallel: bool, world: int
+    workers: Workers,
+    seed_checkpoint: Path,
+    single: dict,
+    zero: int,
+    tensor_parallel: int,
+    sequence_parallel: bool,
+    world: int,
 ) -> None:
-    facts = run(workers, seed_checkpoint, tensor_parallel, sequence_parallel, world)
+    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world)
     for name, weight in single["initial"].items():
         assert torch.equal(facts["initial"][name], weight), f"initial {name}"
     for name, gradient in single["gradients"].items():
@@ -71,7 +88,7 @@ def test_training_does_not_depend_on_the_layout(
 
 
 def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, seed_checkpoint: Path, single: dict) -> None:
-    facts = run(workers, seed_checkpoint, 2, True, 2, break_norms=True)
+    facts = run(workers, seed_checkpoint, 1, 2, True, 2, break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
         assert (error > 0.1) == ("layernorm" in name), f"{name}: {error:.1e}"

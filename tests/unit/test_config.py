@@ -75,7 +75,7 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ),
         ("parallel.pipeline_model_parallel_size=2", ["pipeline parallelism is not there yet", "legal: 1"]),
         ("parallel.context_parallel_size=2", ["context parallelism is not there yet", "legal: 1"]),
-        ("parallel.zero_stage=2", ["parallel.zero_stage=2", "legal: 1"]),
+        ("parallel.zero_stage=4", ["parallel.zero_stage=4", "legal: 0, 1, 2, 3"]),
         ("train.precision=bf61", ["train.precision=bf61", "did you mean 'bf16'"]),
         ("mosa.backend=triton", ["mosa.backend=triton", "auto, naive"]),
         ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
@@ -100,6 +100,17 @@ def test_a_mistake_is_one_line_with_key_value_and_what_is_legal(override: str, p
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_cells_that_deepspeed_cannot_do_name_the_nearest_legal_one() -> None:
+    for overrides, legal in (
+        (["parallel.zero_stage=0", "train.precision=bf16"], "parallel.zero_stage=1, or train.precision=fp32"),
+        (["parallel.zero_stage=0", "parallel.offload_optimizer=true"], "nearest legal: parallel.zero_stage=1"),
+    ):
+        with pytest.raises(UserError, match=legal):
+            load_config(QUICKSTART, overrides)
+    for stage in (0, 1, 2, 3):
+        load_config(QUICKSTART, [f"parallel.zero_stage={stage}"])
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

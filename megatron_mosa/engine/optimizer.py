@@ -1,0 +1,69 @@
+"""AdamW as DeepSpeed takes it over, and what DeepSpeed leaves out under ZeRO-0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from megatron_mosa.config import Config
+from megatron_mosa.parallel import partition_dim, tensor_parallel_group
+
+
+def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and none on norms; fused on GPUs."""
+    options, parallel = config.optimizer, config.parallel
+
+    def is_matrix(parameter: torch.nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ds_shape: before ZeRO-3 partitioned it
+
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if is_matrix(p)], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
+    ]
+    settings: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "betas": (options.beta1, options.beta2),
+        "eps": options.epsilon,
+        "fused": torch.cuda.is_available() and not parallel.offload_optimizer,
+    }
+    if parallel.zero_stage == 0:
+        return ClippingAdamW(groups, max_norm=options.gradient_clipping, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW that clips by the global norm and skips steps whose gradients are not finite.
+
+    Under ZeRO 1 to 3 DeepSpeed does both; under 0 in fp32 it reports no norm and steps with NaN gradients.
+    """
+
+    def __init__(self, params: Any, max_norm: float, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.max_norm = max_norm
+        self._global_grad_norm = 0.0  # the name under which DeepSpeed looks for it
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Clip and step, or drop gradients that are not finite: all ranks see the same norm and agree."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(parameters)
+        self._global_grad_norm = norm.item()
+        if not norm.isfinite():
+            self.zero_grad()
+            return None
+        if self.max_norm > 0:
+            scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in parameters], scale)
+        return super().step(closure)
+
+
+def global_norm(parameters: list[Tensor]) -> Tensor:
+    """Norm of the gradients over the tensor-parallel group; replicated parameters count once."""
+    group = tensor_parallel_group()
+    counted = [p.grad for p in parameters if partition_dim(p) is not None or group.rank() == 0]
+    square = torch.stack(torch._foreach_norm(counted)).square().sum()
+    distributed.all_reduce(square, group=group)
+    return square.sqrt()

@@ -1,0 +1,74 @@
+"""Initial weights: a function of the seed, a parameter's name and its global shape, and of nothing else.
+
+Not of the tensor-parallel size or rank, the ZeRO stage, the device, or the order in which modules are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mosa.attention.heads import PartitionedHeads
+from megatron_mosa.parallel import partition_dim
+
+Initialiser = Callable[[Tensor], object]
+
+
+def mark_partitioned(model: torch.nn.Module) -> None:
+    """Tag Megatron's partitioned weights; its own initialisation does that, which is switched off for this one."""
+    for module in model.modules():
+        dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}.get(type(module))
+        if dim is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Yield every matrix of the model with this rank's slice of its initial value, one at a time.
+
+    The global weight is drawn in fp32 on the CPU and sliced. Parameters of one dimension (norms) keep what their module
+    gave them. Works on parameters that ZeRO-3 has partitioned.
+
+    Args:
+        model: a GPTModel with MoSA layers.
+        seed: any integer.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 partitioned it
+            if len(shape) < 2:
+                continue
+            dim = partition_dim(parameter)
+            if dim is not None:
+                shape[dim] *= size
+            weight = torch.empty(shape)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed_of(seed, f"{module_name}.{name}"))
+                _initialiser(module, name, model.config)(weight)
+            yield parameter, weight if dim is None else weight.chunk(size, dim=dim)[rank]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _initialiser(module: torch.nn.Module, name: str, config: TransformerConfig) -> Initialiser:
+    if isinstance(module, PartitionedHeads):
+        return module.initialisers[name]
+    method = config.output_layer_init_method if isinstance(module, RowParallelLinear) else config.init_method
+    return cast(Initialiser, method)
