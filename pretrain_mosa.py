@@ -10,6 +10,7 @@ import sys
 
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import run
+from megatron_mosa.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,7 +19,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
     parser.add_argument("--check-only", action="store_true", help="check configuration, layout and data, then exit")
-    parser.add_argument("--world-size", type=int, default=1, help="number of processes to check for")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="with --check-only: processes to check for; default 1"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     return parser.parse_intermixed_args()
 
@@ -26,11 +29,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, and train unless only the check was asked for."""
     arguments = parse_arguments()
+    if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
+        raise UserError(f"--world-size={arguments.world_size}: legal: 1 or more, together with --check-only")
     config = load_config(arguments.config, arguments.overrides)
     from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
 
     if arguments.check_only:
-        check_start(config, arguments.world_size)
+        check_start(config, arguments.world_size or 1)
     else:
         pretrain(config)
 

@@ -7,17 +7,17 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import RunError, UserError
 
 
 def run(program: Callable[[], object]) -> int:
-    """Run a program; return its exit code: 0 done, 2 wrong use. Our own bugs keep their traceback."""
+    """Run a program; return its exit code: 0 done, 1 failed, 2 wrong use. Our own bugs keep their traceback."""
     # Megatron-core warns at import of every optional package that is absent; the README says what that means.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     try:
         program()
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node
+    except (UserError, RunError) as error:
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:  # once a node
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0

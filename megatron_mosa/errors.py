@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class RunError(Exception):
+    """A run that cannot go on through no mistake in how it was asked for: one readable line, exit code 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or an empty string."""
     matches = get_close_matches(word, list(known), n=1, cutoff=0.5)

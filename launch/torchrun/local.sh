@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/torchrun/local.sh CONFIG [section.key=value ...]
-# Pretrains on this machine: one process for each visible GPU, or two on the CPU. NPROC=n in the environment
-# overrides the number. With an odd number of processes tensor parallelism is off unless an override asks for it.
+# Pretrains on this machine: one process for each visible GPU, or two on the CPU. Of a number of GPUs that is no power
+# of two, the largest such number is used: batch sizes divide by it. NPROC=n in the environment overrides the number.
+# With an odd number of processes tensor parallelism is off unless an override asks for it.
 set -euo pipefail
 
 if (($# < 1)) || [[ $1 == -* || $1 == *=* ]]; then
@@ -18,7 +19,9 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
 fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+usable=1
+while ((usable * 2 <= gpus)); do usable=$((usable * 2)); done
+nproc=${NPROC:-$((gpus > 0 ? usable : 2))}
 if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
     echo "error: NPROC=$nproc: it must be a positive number of processes" >&2
     exit 2

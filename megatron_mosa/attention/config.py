@@ -8,6 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
 
+RECOMPUTE = ("none", "attention", "full")
+
 
 @dataclass
 class MosaTransformerConfig(TransformerConfig):
@@ -36,6 +38,9 @@ class MosaTransformerConfig(TransformerConfig):
     mosa_backend: str = "auto"
     """Implementation of the MoSA heads: auto, or the name of a kernel backend."""
 
+    mosa_recompute: str = "none"
+    """What is computed again in backward instead of kept: none, attention, or full (whole layers)."""
+
     def __post_init__(self) -> None:
         if self.kv_channels is None:
             raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
@@ -55,6 +60,10 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
+        if self.mosa_recompute not in RECOMPUTE:
+            raise ValueError(f"mosa_recompute={self.mosa_recompute!r} is not known; legal: {', '.join(RECOMPUTE)}")
+        if self.recompute_granularity is not None:
+            raise ValueError("recompute_granularity would select tokens twice; use mosa_recompute instead")
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")

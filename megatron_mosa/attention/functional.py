@@ -40,7 +40,7 @@ def mosa_attention(
         include_first_token: token 0 is always among the selected.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
-        backend: "auto", "naive" or "triton".
+        backend: "auto" or "naive".
 
     Returns:
         [B, T, h], the sum over the heads, in the type of ``hidden_states``.

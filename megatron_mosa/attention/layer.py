@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import DenseHeads, MosaHeads
+from megatron_mosa.attention.recompute import recomputed
 from megatron_mosa.parallel.regions import sum_gradients
 
 
@@ -23,6 +24,8 @@ class MosaSelfAttention(MegatronModule):
     output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in;
     ``attention_mask`` is ignored, as a causal Megatron layer ignores it.
     """
+
+    config: MosaTransformerConfig
 
     def __init__(
         self,
@@ -59,18 +62,24 @@ class MosaSelfAttention(MegatronModule):
         for name, value in options.items():
             if value is not None:
                 raise ValueError(f"{name} is not supported by MosaSelfAttention; legal: None{_HINTS.get(name, '')}")
-        sequence_parallel = self.config.sequence_parallel
-        if sequence_parallel:
+        if self.config.mosa_recompute == "attention" and self.training:
+            output = recomputed(self._heads, hidden_states)
+        else:
+            output = self._heads(hidden_states)
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+
+    def _heads(self, hidden_states: Tensor) -> Tensor:
+        """Gather once, run this rank's heads: its part of the sum over heads, [T, B, h]."""
+        if self.config.sequence_parallel:
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
         parts = [heads(states) for heads in (self.dense_heads, self.mosa_heads) if heads is not None]
         output = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        output = output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
-        if sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
-        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+        return output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
 
 
 _HINTS = {"rotary_pos_emb": " (build GPTModel with position_embedding_type='none': the layer rotates by itself)"}

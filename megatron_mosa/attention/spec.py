@@ -10,10 +10,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.layer import MosaSelfAttention
+from megatron_mosa.attention.recompute import MosaTransformerLayer
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm
 
 
@@ -38,7 +39,7 @@ def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvi
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
     bias_dropout_add: Any = get_bias_dropout_add  # a function, where Megatron's annotation says module
     return ModuleSpec(
-        module=TransformerLayer,
+        module=MosaTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(module=MosaSelfAttention),

@@ -82,13 +82,18 @@ def read_metadata(path: Path) -> Metadata:
     try:
         content = json.loads(file.read_text())
         version = content["format_version"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint '{path}' has no readable metadata.json ({error}); remove the folder") from None
-    if version > FORMAT_VERSION:
+        if int(version) <= FORMAT_VERSION:
+            return Metadata(**content)
+    except OSError as error:
+        raise UserError(f"checkpoint '{path}': metadata.json cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint '{path}' has format version {version}; legal: up to {FORMAT_VERSION}; update megatron_mosa"
-        )
-    return Metadata(**content)
+            f"checkpoint '{path}': metadata.json is damaged ({type(error).__name__}: {error}); move the folder out of "
+            "checkpoints/ to go on from the one before"
+        ) from None
+    raise UserError(
+        f"checkpoint '{path}' has format version {version}; legal: up to {FORMAT_VERSION}; update megatron_mosa"
+    )
 
 
 def _global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

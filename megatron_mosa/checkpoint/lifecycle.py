@@ -12,6 +12,7 @@ from torch import distributed as dist
 from megatron_mosa.checkpoint.format import Metadata, read_metadata, read_state, write_metadata, write_state
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
+from megatron_mosa.parallel import on_main_rank
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
@@ -39,32 +40,31 @@ class CheckpointStore:
         """Write beside, then publish by one rename, then prune; collective. Returns the published folder."""
         final = self.folder / f"step-{metadata.step:08d}"
         writing = self.folder / (_WRITING + final.name)
-        main = dist.get_rank() == 0
-        if main:
+
+        def reserve() -> None:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
-        dist.barrier()
-        write_state(engine, writing)
-        dist.barrier()
-        if main:
+
+        def publish() -> None:
             write_metadata(metadata, writing)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(writing, final)
             self._prune()
+
+        on_main_rank(reserve)
+        write_state(engine, writing)
         dist.barrier()
+        on_main_rank(publish)
         return final
 
-    def load(self, engine: TrainingEngine, path: Path) -> Metadata:
+    def load(self, engine: TrainingEngine, path: Path) -> None:
         """Fill the engine from a published checkpoint; collective."""
-        metadata = read_metadata(path)
-        read_state(engine, path, metadata.optimizer_step)
-        return metadata
+        read_state(engine, path, read_metadata(path).optimizer_step)
 
     def _prune(self) -> None:
-        for path in self.published()[: -self.keep_last]:
-            shutil.rmtree(path)
-        for leftover in self.folder.glob(_WRITING + "*"):
-            shutil.rmtree(leftover)
+        """Best effort: what cannot be removed now is tried again next time."""
+        for path in [*self.published()[: -self.keep_last], *self.folder.glob(_WRITING + "*")]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:

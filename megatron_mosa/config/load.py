@@ -15,6 +15,12 @@ from megatron_mosa.config.rules import check
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
 
+_TYPES = {
+    section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
+}
+_PATHS = ("run.directory", "data.path", "data.index_path")
+_BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check every rule.
@@ -42,32 +48,36 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(
-            f"configuration file '{path}' does not exist; give the path of a YAML file, such as configs/quickstart.yaml"
-        )
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"configuration file '{path}' {what}; give the path of a YAML file: configs/quickstart.yaml")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader refuses a key given twice
+    except (*_BROKEN, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise UserError(
             f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}"
         )
-    return tree
+    return cast(dict[str, Any], tree)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not (equals and dot and section and name):
             raise UserError(f"override '{override}' is not of the form section.key=value, such as train.steps=100")
-        try:
-            tree.setdefault(section, {})[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+        kind = _TYPES.get(section, {}).get(name, "")
+        value: Any = text
+        # Text stays as it is typed (007, on, 1:30); only what is no text is read as YAML.
+        if kind != "str" and not (kind == "str | None" and text != "null"):
+            try:
+                value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload]
+            except _BROKEN:
+                raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+        tree.setdefault(section, {})[name] = value
     return tree
 
 
@@ -76,41 +86,62 @@ def _build(trees: list[dict[str, Any]]) -> Config:
     for tree in trees:
         _refuse_unknown_keys(tree)
         for section, values in tree.items():
-            for key, value in values.items():
-                _set(config, f"{section}.{key}", value)
+            for name, value in values.items():
+                _set(config, section, name, value)
     try:
         built = cast(Config, OmegaConf.to_object(config))
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key} is missing; it has no default, set it in the YAML file or as {error.full_key}=VALUE"
         ) from None
+    except _BROKEN as error:
+        raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from None
+    if built.model.ffn_hidden_size is None:
+        built.model.ffn_hidden_size = 4 * built.model.hidden_size
     check(built)
     return built
 
 
 def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
-    known = Config()
-    sections = [field.name for field in fields(known)]
     for section, values in tree.items():
-        if section not in sections:
+        if section not in _TYPES:
             raise UserError(
-                f"unknown section '{section}'{nearest(str(section), sections)}; legal sections: {', '.join(sections)}"
+                f"unknown section '{section}'{nearest(str(section), _TYPES)}; legal sections: {', '.join(_TYPES)}"
             )
         if not isinstance(values, dict):
             raise UserError(f"section '{section}' must hold keys, got {values!r}")
-        keys = [field.name for field in fields(getattr(known, section))]
         for key in values:
-            if key not in keys:
+            if key not in _TYPES[section]:
                 raise UserError(
-                    f"unknown key '{section}.{key}'{nearest(str(key), keys)}; "
-                    f"legal keys of '{section}': {', '.join(keys)}"
+                    f"unknown key '{section}.{key}'{nearest(str(key), _TYPES[section])}; "
+                    f"legal keys of '{section}': {', '.join(_TYPES[section])}"
                 )
 
 
-def _set(config: Any, key: str, value: Any) -> None:
+def _set(config: Any, section: str, name: str, value: Any) -> None:
+    key, kind = f"{section}.{name}", _TYPES[section][name]
+    fits = _fits(value, kind.removesuffix(" | None")) or (value is None and kind.endswith("| None"))
+    if fits and key in _PATHS and isinstance(value, str):
+        try:
+            value = str(Path(value).expanduser())
+        except RuntimeError:
+            raise UserError(f"{key}={value} names the home of a user who does not exist; give a path") from None
     try:
-        OmegaConf.update(config, key, value)
-    except OmegaConfBaseException:
-        section, name = key.split(".")
-        types = {field.name: field.type for field in fields(getattr(Config(), section))}
-        raise UserError(f"{key}={value!r} has the wrong type; legal: {types[name]}") from None
+        if fits:
+            OmegaConf.update(config, key, value)
+            return
+    except _BROKEN:
+        pass
+    hint = "; quote it" if kind.startswith("str") else ""
+    raise UserError(f"{key}={value!r} has the wrong type; legal: {kind}{hint}") from None
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Stricter than OmegaConf, which turns 7 into '7', 2 into true and '3' into 3."""
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+    if kind == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, {"bool": bool, "str": str}[kind]) and "\0" not in str(value)

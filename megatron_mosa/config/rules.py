@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from megatron_mosa.config.schema import Config
@@ -11,6 +12,7 @@ from megatron_mosa.errors import UserError, nearest
 _CHOICES = {
     "mosa.backend": ("auto", "naive"),
     "train.precision": ("fp32", "bf16"),
+    "train.recompute": ("none", "attention", "full"),
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
 }
@@ -43,7 +45,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         raise UserError(
             f"world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor_parallel}; "
             f"start a multiple of {tensor_parallel} processes (torchrun --nproc-per-node {tensor_parallel}) or set it "
-            f"to one of {divisors(world_size)}"
+            f"to one of {divisors(world_size, config.model.num_dense_heads, config.mosa.num_heads)}"
         )
     data_parallel = world_size // tensor_parallel
     samples = config.train.micro_batch_size * data_parallel
@@ -103,8 +105,8 @@ def _zero_cells(config: Config) -> None:
     parallel = config.parallel
     if parallel.zero_stage == 0 and config.train.precision == "bf16":
         raise UserError(
-            "parallel.zero_stage=0 with train.precision=bf16 is not supported: DeepSpeed cannot accumulate its gradients "
-            "in fp32; nearest legal: parallel.zero_stage=1, or train.precision=fp32"
+            "parallel.zero_stage=0 with train.precision=bf16 is not supported: DeepSpeed cannot accumulate its "
+            "gradients in fp32; nearest legal: parallel.zero_stage=1, or train.precision=fp32"
         )
     if parallel.offload_optimizer and parallel.zero_stage == 0:
         raise UserError(
@@ -240,11 +242,18 @@ def _place_of_data(config: Config) -> None:
 
 
 def _run_name(config: Config) -> None:
-    if not config.run.name or "/" in config.run.name or config.run.name in (".", ".."):
-        raise UserError(f"run.name='{config.run.name}' is not a folder name; legal: a name without '/'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
+        raise UserError(
+            f"run.name={config.run.name!r} is no name for a folder; legal: letters, digits, '.', '_' and '-'"
+        )
+
+
+def _seed(config: Config) -> None:
+    if config.run.seed >= 2**32:
+        raise UserError(f"run.seed={config.run.seed} is out of range; legal: 0 to {2**32 - 1}")
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _parallelism_that_exists, _choices, _numbers, _zero_cells, _sequence, _sparsity, _heads, _partitioned_widths, _rotary,
-    _batches, _schedule, _data, _place_of_data,
+    _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _sequence, _sparsity, _heads,
+    _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
 )  # fmt: skip

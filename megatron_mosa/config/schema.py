@@ -88,6 +88,7 @@ class TrainSection:
     micro_batch_size: int = MISSING
     global_batch_size: int = MISSING
     precision: str = "bf16"
+    recompute: str = "none"
     deterministic: bool = True
 
 

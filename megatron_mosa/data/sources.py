@@ -3,83 +3,149 @@
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
-import json
 import logging
+import os
 import sysconfig
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import pyarrow.parquet as parquet
-from datasets import load_dataset
-
+from megatron_mosa.data.hub import HUB, HubSource
+from megatron_mosa.data.tables import is_table, table_rows
 from megatron_mosa.errors import UserError, nearest
 
 STDLIB = "stdlib"
 
-_JSON = (".jsonl", ".json", ".ndjson")
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_PARQUET = ".parquet"
 # Below the standard library: what pip installed, and tests, whose texts are tables and deliberate nonsense.
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_ENDS = 4096  # bytes at each end of a file that its state covers
+
+Position = dict[str, Any]  # a place between two documents, in JSON types; only its own source understands it
+
+
+class Source(Protocol):
+    """An ordered sequence of documents that can be read from any place on."""
+
+    name: str
+    """As written in ``data.sources``."""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells two states of the source apart, with source, kind, files, and bytes (None: not known)."""
+        ...
+
+    def text_bytes(self) -> int | None:
+        """Bytes of text, or None where only reading would tell."""
+        ...
+
+    def read(self, start: Position | None = None) -> Generator[tuple[str, Position]]:
+        """Yield every document from ``start`` on, each with the place behind it; never an empty one."""
+        ...
+
+    def state(self, first: Position | None, last: Position | None) -> str:
+        """A hash that changes when what lies between two places has changed.
+
+        Raises:
+            UserError: it cannot be read any more.
+        """
+        ...
+
+
+def open_source(source: str, text_field: str, *, streaming: bool = True, timeout: float = 300.0) -> Source:
+    """Find ``stdlib``, a file, a folder, or ``hf:NAME`` (see docs/data.md).
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if source.startswith(HUB):
+        return HubSource(source, text_field, streaming=streaming, timeout=timeout)
+    return FileSource(source, text_field)
 
 
 def iter_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
     """Yield the non-empty documents of every source, in a fixed order, holding one file or batch in memory.
 
-    A source is ``stdlib``, a file, or a folder (read recursively, files and folders whose name starts with a
-    dot left out). JSON lines and Parquet give one document a row, out of column ``text_field``; any other file
-    is one document. Files that are not UTF-8 text are skipped in folders.
-
     Raises:
-        UserError: a missing path or column, broken JSON or Parquet, a named file that is not UTF-8 text.
+        UserError: whatever ``open_source`` refuses or reading the source finds.
     """
     for source in sources:
-        root, files = _files(source)
+        for text, _ in open_source(source, text_field).read():
+            yield text
+
+
+class FileSource:
+    """``stdlib``, a file, or a folder (read recursively, files and folders whose name starts with a dot left out).
+
+    JSON lines and Parquet give one document a row, out of column ``text_field``; any other file is one document.
+    Files that are not UTF-8 text are skipped in folders. Memory grows with the number of files, not with their size.
+
+    Raises:
+        UserError: no such file or folder.
+    """
+
+    def __init__(self, source: str, text_field: str) -> None:
+        self.name = source
+        self.text_field = text_field
+        self._root, self._files = _find(source)
+
+    def describe(self) -> dict[str, Any]:
+        """The kind, files, bytes, and a hash of the names and sizes."""
+        listing = hashlib.sha256()
+        total = 0
+        for file in self._files:
+            size = file.stat().st_size
+            name = file.name if file == self._root else file.relative_to(self._root).as_posix()
+            listing.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+            total += size
+        kind = STDLIB if self.name == STDLIB else "file" if self._root.is_file() else "folder"
+        counts = {"files": len(self._files), "bytes": total}
+        return {"source": self.name, "kind": kind, **counts, "listing": listing.hexdigest()}
+
+    def text_bytes(self) -> int | None:
+        """The size of the files; None where tables, whose text cannot be sized beforehand, are among them."""
+        return None if any(map(is_table, self._files)) else sum(file.stat().st_size for file in self._files)
+
+    def read(self, start: Position | None = None) -> Generator[tuple[str, Position]]:
+        """See ``Source``.
+
+        Raises:
+            UserError: a missing column, broken JSON or Parquet, a named file that is not UTF-8 text.
+        """
+        first, skip = (start["file"], start["row"]) if start else (0, 0)
         skipped = []
-        for file in files:
-            if _is_table(file):
-                yield from filter(None, _table_documents(file, text_field))
-                continue
-            text = _read_text(file)
-            if text:
-                yield text
-            elif text is None and file == root:
+        for number, file in enumerate(self._files[first:], start=first):
+            if is_table(file):
+                for row, text in enumerate(table_rows(file, self.text_field, skip), start=skip + 1):
+                    if text:
+                        yield text, {"file": number, "row": row}
+            elif text := _read_text(file):
+                yield text, {"file": number + 1, "row": 0}
+            elif text is None and file == self._root:
                 raise UserError(f"data.sources: {file} is not UTF-8 text; legal: text, JSON lines, or Parquet")
             elif text is None:
                 skipped.append(file)
+            skip = 0
         if skipped:
-            _warn_once(f"{source}: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
+            _warn_once(f"{self.name}: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
+
+    def state(self, first: Position | None, last: Position | None) -> str:
+        """A hash over size, time of change, first and last bytes of the files between two places."""
+        begin = first["file"] if first else 0
+        end = last["file"] + bool(last["row"]) if last else begin
+        digest = hashlib.sha256()
+        for file in self._files[begin:end]:
+            try:
+                with file.open("rb") as content:
+                    status = os.fstat(content.fileno())
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode() + content.read(_ENDS))
+                    content.seek(max(0, status.st_size - _ENDS))
+                    digest.update(content.read(_ENDS))
+            except OSError as error:
+                raise UserError(f"data.sources: cannot read {file}: {error.strerror}") from error
+        return digest.hexdigest()
 
 
-def describe_source(source: str) -> dict[str, Any]:
-    """What tells two states of a source apart: its kind, files, bytes, and a hash of the names and sizes.
-
-    Raises:
-        UserError: the source does not exist.
-    """
-    root, files = _files(source)
-    listing = hashlib.sha256()
-    total = 0
-    for file in files:
-        size = file.stat().st_size
-        name = file.name if file == root else file.relative_to(root).as_posix()
-        listing.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-        total += size
-    kind = STDLIB if source == STDLIB else "file" if root.is_file() else "folder"
-    return {"source": source, "kind": kind, "files": len(files), "bytes": total, "listing": listing.hexdigest()}
-
-
-def text_bytes(sources: Sequence[str]) -> int | None:
-    """Bytes of text in the sources, or None where tables, whose text cannot be sized beforehand, are among them."""
-    files = [file for source in sources for file in _files(source)[1]]
-    return None if any(map(_is_table, files)) else sum(file.stat().st_size for file in files)
-
-
-def _files(source: str) -> tuple[Path, list[Path]]:
+def _find(source: str) -> tuple[Path, list[Path]]:
     """The root of a source and its files, sorted; for a single file both are that file."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -97,21 +163,13 @@ def _files(source: str) -> tuple[Path, list[Path]]:
         raise UserError(f"data.sources: cannot read {source}: {error.strerror}") from error
     hint = nearest(source, [STDLIB]) or nearest(root.name, siblings)
     raise UserError(
-        f"data.sources: '{source}' is neither '{STDLIB}' nor an existing file or folder{hint}; Hugging Face dataset "
-        "names are not supported yet: download the dataset and give the path of its files"
+        f"data.sources: '{source}' is neither '{STDLIB}' nor an existing file or folder{hint}; a Hugging Face dataset "
+        f"is written {HUB}NAME"
     )
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _is_table(file: Path) -> bool:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-        return bool(suffixes) and suffixes[-1] in _JSON
-    return bool(suffixes) and suffixes[-1] in (*_JSON, _PARQUET)
 
 
 def _read_text(file: Path) -> str | None:
@@ -122,65 +180,6 @@ def _read_text(file: Path) -> str | None:
         return None
     except OSError as error:
         raise UserError(f"data.sources: cannot read {file}: {error.strerror}") from error
-
-
-def _table_documents(file: Path, text_field: str) -> Iterator[str | None]:
-    """The text column of one JSON or Parquet file, row by row; None or '' for rows without text."""
-    with tempfile.TemporaryDirectory() as scratch:  # load_dataset leaves lock files in its cache folder
-        try:
-            if file.stat().st_size == 0:
-                return
-            for row in _open_table(file, text_field, scratch):
-                if text_field not in row:
-                    raise _no_column(file, text_field, list(row))
-                value = row[text_field]
-                if not isinstance(value, str | None):
-                    raise UserError(
-                        f"data.text_field='{text_field}': {file} holds {type(value).__name__} there, not text; name a "
-                        f"column of strings, such as one of: {', '.join(map(str, row))}"
-                    )
-                yield value
-        except UserError:
-            raise
-        # pyarrow, pandas, fsspec and the decompressors each raise their own; all mean a file that cannot be read.
-        except Exception as error:
-            where = _first_bad_line(file) or str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(f"data.sources: cannot read {file}: {where}; repair or leave out the file") from error
-
-
-def _open_table(file: Path, text_field: str, scratch: str) -> Iterator[dict[str, Any]]:
-    options: dict[str, Any] = {"parse_agent_traces": False}
-    form = "json"
-    if file.suffix.lower() == _PARQUET:
-        columns = parquet.read_schema(file).names
-        if text_field not in columns:
-            raise _no_column(file, text_field, columns)
-        form, options = "parquet", {"columns": [text_field]}
-    name = glob.escape(str(file))  # data_files are glob patterns
-    return iter(load_dataset(form, data_files=[name], split="train", streaming=True, cache_dir=scratch, **options))
-
-
-def _no_column(file: Path, text_field: str, columns: list[str]) -> UserError:
-    return UserError(
-        f"data.text_field='{text_field}' is no column of {file}{nearest(text_field, columns)}; "
-        f"its columns: {', '.join(columns)}"
-    )
-
-
-def _first_bad_line(file: Path) -> str:
-    """Where the first line that is not JSON stands (the parsers count from the start of a block)."""
-    if file.suffix.lower() not in (".jsonl", ".ndjson"):
-        return ""
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    json.loads(line) if line.strip() else None
-                except ValueError as error:
-                    return f"line {number} is not JSON ({error})"
-    except OSError:
-        pass
-    return ""
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,11 @@ class StepResult:
 
     grad_norm: float
     """Global norm before clipping."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and norm are finite; if not, the engine has skipped the step. The same on every rank."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class TrainingEngine(Protocol):

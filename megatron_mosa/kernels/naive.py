@@ -1,8 +1,8 @@
 """MoSA in plain PyTorch, written to be read: the truth that faster kernels are held against.
 
 Source: arXiv 2505.00315, section 3.1. Shapes: B sequences of T tokens of width h; E heads of width h' (``d``
-in subscripts), each selecting k tokens. Everything that is summed is summed in fp32 (fp64 for fp64 inputs),
-whatever the type of the activations.
+in subscripts), each selecting k tokens. Scores, softmax, gate and the sum over heads are fp32 (fp64 for fp64 inputs)
+whatever the type of the activations; matrix products return the type of their operands.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     return torch.sigmoid(logits)
 
 
+@torch.library.custom_op("megatron_mosa::select_tokens", mutates_args=())  # one op, so that recompute can keep it
 def select_tokens(scores: Tensor, num_selected: int, include_first_token: bool = False) -> Tensor:
     """Expert choice: the positions of each head's ``num_selected`` largest scores.
 
@@ -50,6 +51,11 @@ def select_tokens(scores: Tensor, num_selected: int, include_first_token: bool =
     # A stable sort keeps equal scores in position order; topk leaves their order open.
     order = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
     return order[..., :num_selected].sort(dim=-1).values  # [B, E, k]
+
+
+@select_tokens.register_fake
+def _(scores: Tensor, num_selected: int, include_first_token: bool = False) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
 def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 # Dense peak by the vendors' datasheets, FLOP/s: bf16 on tensor cores, fp32 without TF32.
 _PEAKS = {
+    "GB200": (2500e12, 80e12),
     "B200": (2250e12, 75e12),
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),

@@ -19,8 +19,10 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         path: PNG file to write.
         title: name of the run.
     """
-    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-    validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
+    validation = [
+        (line["tokens"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None
+    ]
     entropies = [line["unigram_entropy"] for line in lines if "unigram_entropy" in line]
     causal = all(line.get("causal", True) for line in lines)
 

@@ -31,6 +31,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         mosa_rotary_percent=model.rotary_percent,
         mosa_rotary_base=model.rotary_base,
         mosa_backend=mosa.backend,
+        mosa_recompute=config.train.recompute,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=sequence_parallel,
         params_dtype=params_dtype,

@@ -26,8 +26,8 @@ def launch_environment() -> tuple[int, int, int]:
         if missing:
             raise UserError(f"RANK is set but {', '.join(missing)} is not; start with torchrun, srun or deepspeed")
         rank, world_size, local_rank = (int(environment[name]) for name in names)
-    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone, not in the batch script
+        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         local_rank = int(environment["SLURM_LOCALID"])
         environment.setdefault("MASTER_ADDR", _first_slurm_node())
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))

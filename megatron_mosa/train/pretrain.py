@@ -9,7 +9,7 @@ import torch
 
 from megatron_mosa.checkpoint import CheckpointStore
 from megatron_mosa.config import Config, save_config
-from megatron_mosa.data import TrainingSamples, ValidationSamples, training_batches
+from megatron_mosa.data import ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import parameter_count
@@ -18,7 +18,7 @@ from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.report import report
-from megatron_mosa.train.start import Start, check_start
+from megatron_mosa.train.start import Start, check_start, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 
@@ -68,9 +68,9 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         f"{layout.world_size} x {layout.device.type}: tensor parallel {layout.tensor_parallel_size}, "
         f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
     )
-    batches = _training_batches(config, state, layout)
+    batches = _training_batches(config, start, state, layout)
     validation = ValidationSamples(
-        config.data.path,
+        start.data,
         sequence_length=config.data.sequence_length,
         num_samples=config.validation.num_samples,
     )
@@ -89,15 +89,9 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
     engine.destroy()
 
 
-def _training_batches(config: Config, state: TrainingState, layout: Layout) -> Iterator[Batch]:
+def _training_batches(config: Config, start: Start, state: TrainingState, layout: Layout) -> Iterator[Batch]:
     """This rank's micro-batches from where the run stands; collective."""
-    assert config.data.index_samples is not None
-    samples = TrainingSamples(
-        config.data.path,
-        sequence_length=config.data.sequence_length,
-        index_samples=config.data.index_samples,
-        seed=config.run.seed,
-    )
+    samples = training_samples(config, start.data, start.index_samples)
     samples.prepare(state.consumed_samples, config.train.steps * config.train.global_batch_size)
     return training_batches(
         samples,

@@ -10,6 +10,8 @@ from megatron_mosa.config.schema import OptimizerSection
 def learning_rate(step: int, total_steps: int, options: OptimizerSection) -> float:
     """Linear warm-up, then a cosine from ``learning_rate`` down to ``min_learning_rate`` at the last step.
 
+    A schedule that is no longer than its warm-up ends on the way up.
+
     Args:
         step: the step about to be taken, 1 to ``total_steps``.
         total_steps: length of the schedule, whatever the step at which a run stops.

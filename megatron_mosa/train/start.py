@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, refuse_other_model
 from megatron_mosa.config import Config, check_world_size, config_to_dict
-from megatron_mosa.data import Manifest, read_manifest
+from megatron_mosa.data import Manifest, Mixture, TrainingSamples, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel.environment import refuse_wrong_apex
 
@@ -20,8 +20,8 @@ class Start:
     directory: Path
     """The run directory."""
 
-    manifest: Manifest
-    """Of the dataset."""
+    data: Mixture
+    """The dataset, or several in fixed shares."""
 
     checkpoint: Path | None
     """The newest checkpoint, if there is one."""
@@ -33,13 +33,18 @@ class Start:
     """Samples in one shuffled pass: recorded by the first start, because the data order depends on it."""
 
     @property
+    def manifest(self) -> Manifest:
+        """Of the first dataset; tokenizer and vocabulary are those of all."""
+        return self.data.manifest
+
+    @property
     def data_identity(self) -> dict[str, Any]:
         """What a checkpoint records of its data."""
         return {
             "index_samples": self.index_samples,
             "tokenizer_hash": self.manifest.tokenizer_hash,
             "vocab_size": self.manifest.vocab_size,
-            "fingerprint": self.manifest.fingerprint,
+            "fingerprint": self.data.fingerprint,
         }
 
 
@@ -52,12 +57,10 @@ def check_start(config: Config, world_size: int) -> Start:
     """
     refuse_wrong_apex()
     check_world_size(config, world_size)
-    manifest = read_manifest(config.data.path)
-    _refuse_other_tokenizer(config, manifest)
-    directory = Path(config.run.directory) / config.run.name
-    checkpoint = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest()
-    metadata = read_metadata(checkpoint) if checkpoint else None
-    start = Start(directory, manifest, checkpoint, metadata, _index_samples(config, metadata))
+    data = open_mixture(config.data)
+    _refuse_other_tokenizer(config, data.manifest)
+    directory, checkpoint, metadata = _newest(config)
+    start = Start(directory, data, checkpoint, metadata, _index_samples(config, metadata))
     if checkpoint is not None and metadata is not None:
         if config.checkpoint.resume == "never":
             raise UserError(
@@ -68,7 +71,40 @@ def check_start(config: Config, world_size: int) -> Start:
     return start
 
 
+def training_samples(config: Config, data: Mixture, index_samples: int) -> TrainingSamples:
+    """The samples that a run of this configuration reads, in its order."""
+    return TrainingSamples(
+        data,
+        sequence_length=config.data.sequence_length,
+        index_samples=index_samples,
+        seed=config.run.seed,
+        index_path=config.data.index_path,
+    )
+
+
+def build_index(config: Config) -> list[Path]:
+    """Build every sample index up to ``train.steps`` that is not there yet; return the folders of all.
+
+    It needs one process and no device. The run that follows, or goes on from its newest checkpoint, then writes none.
+
+    Raises:
+        UserError: a dataset that is missing, damaged or too short, a folder that cannot be written.
+    """
+    index_samples = _index_samples(config, _newest(config)[2])
+    samples = training_samples(config, open_mixture(config.data), index_samples)
+    return samples.prepare(0, config.train.steps * config.train.global_batch_size)
+
+
+def _newest(config: Config) -> tuple[Path, Path | None, Metadata | None]:
+    """The run directory, its newest checkpoint, and what that says of itself."""
+    directory = Path(config.run.directory) / config.run.name
+    checkpoint = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest()
+    return directory, checkpoint, read_metadata(checkpoint) if checkpoint else None
+
+
 def _refuse_other_tokenizer(config: Config, manifest: Manifest) -> None:
+    if config.data.path is None:
+        return  # a blend: one dataset's tokenizer is usually given to the others by its path
     built, asked = manifest.request["tokenizer"], config.data.tokenizer
     if built != asked:
         raise UserError(

@@ -9,9 +9,12 @@ from itertools import islice
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
+from megatron_mosa.errors import RunError
 from megatron_mosa.parallel import Layout
 from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.schedule import learning_rate
+
+MAX_SKIPPED_STEPS = 5
 
 
 @dataclass
@@ -57,10 +60,17 @@ class Trainer:
         """Train on this rank's micro-batches, which must start at ``state.consumed_samples``."""
         for callback in self.callbacks:
             callback.on_start(self)
+        skipped = 0
         while self.state.step < self.last_step:
             result = self._step(batches)
             for callback in self.callbacks:
                 callback.after_step(self, result)
+            skipped = 0 if result.is_finite else skipped + 1
+            if skipped == MAX_SKIPPED_STEPS:
+                raise RunError(
+                    f"loss or gradients were not finite in {skipped} steps in a row, up to step {self.state.step}; "
+                    "lower optimizer.learning_rate or look at the data; the last checkpoint before them is kept"
+                )
         for callback in self.callbacks:
             callback.on_end(self)
 

@@ -7,8 +7,8 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 import torch.multiprocessing as multiprocessing
 
@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 240
 class WorkerPool:
     """``world_size`` processes in one gloo group; ``run`` calls a module-level function on each of them."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, on_gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -27,7 +27,7 @@ class WorkerPool:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, on_gpu))
             process.start()
             self.connections.append(ours)
             self.processes.append(process)
@@ -36,17 +36,21 @@ class WorkerPool:
         """Call the function on every rank; return the results in rank order, or raise with a rank's traceback."""
         for connection in self.connections:
             connection.send((function, args, kwargs))
-        results = []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(TIMEOUT_SECONDS):
+        results: dict[int, Any] = {}
+        while len(results) < len(self.connections):
+            waiting = {c: rank for rank, c in enumerate(self.connections) if rank not in results}
+            ready = wait(list(waiting), TIMEOUT_SECONDS)
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_SECONDS} s")
-            ok, result = connection.recv()
-            if not ok:
-                self.close()
-                raise AssertionError(f"rank {rank} failed:\n{result}")
-            results.append(result)
-        return results
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_SECONDS} s")
+            # Whichever answers first: where one rank fails, the others may wait for it for ever.
+            for connection in cast(list[Connection], ready):
+                ok, result = connection.recv()
+                if not ok:
+                    self.close()
+                    raise AssertionError(f"rank {waiting[connection]} failed:\n{result}")
+                results[waiting[connection]] = result
+        return [results[rank] for rank in sorted(results)]
 
     @property
     def is_alive(self) -> bool:
@@ -60,7 +64,9 @@ class WorkerPool:
             process.join(10)
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu: bool) -> None:
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, also where there are GPUs
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -50,7 +50,6 @@ def test_bf16_follows_fp32(workers: Workers, plain: tuple, zero: int) -> None:
         losses, norms = workers(world).run(tasks.losses_under_zero, config, STEPS)[0]
         assert losses == pytest.approx(plain[0], rel=5e-3)
         assert norms == pytest.approx(plain[1], rel=5e-2)
-        assert losses != plain[0]
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

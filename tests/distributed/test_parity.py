@@ -45,6 +45,7 @@ def run(
     tensor_parallel: int,
     sequence_parallel: bool,
     world: int,
+    recompute: str = "none",
     **changes: object,
 ) -> dict:
     config = tasks.tiny_config(
@@ -52,6 +53,7 @@ def run(
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=4 * tensor_parallel // world,
+        train__recompute=recompute,
     )
     return workers(world).run(tasks.training_facts, config, checkpoint, **changes)[0]
 
@@ -71,6 +73,29 @@ def test_training_does_not_depend_on_the_layout(
     world: int,
 ) -> None:
     facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world)
+    check_equal(facts, single)
+
+
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+@pytest.mark.parametrize(
+    ("zero", "tensor_parallel", "sequence_parallel", "world"), [(1, 2, True, 2), (1, 2, False, 2), (3, 2, True, 4)]
+)
+def test_recompute_changes_nothing(
+    workers: Workers,
+    seed_checkpoint: Path,
+    single: dict,
+    zero: int,
+    tensor_parallel: int,
+    sequence_parallel: bool,
+    world: int,
+    recompute: str,
+) -> None:
+    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world, recompute)
+    check_equal(facts, single)
+
+
+def check_equal(facts: dict, single: dict) -> None:
+    """Everything, within what rounding in fp32 allows."""
     for name, weight in single["initial"].items():
         assert torch.equal(facts["initial"][name], weight), f"initial {name}"
     for name, gradient in single["gradients"].items():

@@ -23,6 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def worker() -> Iterator[WorkerPool]:
     """One process on the GPU."""
-    pool = WorkerPool(1)
+    pool = WorkerPool(1, on_gpu=True)
     yield pool
     pool.close()

@@ -20,16 +20,20 @@ FLOORS = [
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 # On one floor, only in this direction.
-SIDEWAYS = {("checkpoint", "engine"), ("cli", "entry"), ("__main__", "cli"), ("data", "config")}
+SIDEWAYS = {("checkpoint", "engine"), ("cli", "entry"), ("__main__", "cli")}
 
 
 def imports(path: Path) -> set[str]:
     """Top-level modules of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] for name in names if name.startswith("megatron_mosa.")}
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            # both `from megatron_mosa.train import x` and `from megatron_mosa import train`
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts = [name.split(".") for name in names]
+        found |= {part[1] for part in parts if part[0] == "megatron_mosa" and part[1] != "__version__"}
     return found
 
 

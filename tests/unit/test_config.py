@@ -135,10 +135,60 @@ def test_world_sizes() -> None:
     with pytest.raises(UserError, match="world size 3 is not divisible by parallel.tensor_model_parallel_size=2"):
         check_world_size(config, 3)
     with pytest.raises(
-        UserError, match=r"global_batch_size=16 is not divisible by .* = 24; the nearest multiple is 24"
+        UserError, match=r"global_batch_size=16 is not divisible by .* = 12; the nearest multiple is 12"
     ):
         check_world_size(config, 6)
 
 
 def test_the_vocabulary_is_padded_independently_of_the_layout() -> None:
     assert [padded_vocab_size(size, 128) for size in (1, 128, 129)] == [128, 128, 256]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "first_gpu_run"])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_first_configurations_fit_the_machines_they_promise_to(name: str, world: int) -> None:
+    overrides = ["parallel.tensor_model_parallel_size=1"] if world == 1 else []  # as launch/torchrun/local.sh does
+    check_world_size(load_config(QUICKSTART.parent / f"{name}.yaml", overrides), world)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"), [("007", "007"), ("on", "on"), ("no", "no"), ("1.5", "1.5"), ("null_", "null_")]
+)
+def test_text_is_taken_as_it_is_typed(override: str, value: str) -> None:
+    assert load_config(QUICKSTART, [f"run.name={override}"]).run.name == value
+    assert load_config(QUICKSTART, [f"data.tokenizer={override}"]).data.tokenizer == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.name=2001-13-45/",
+        "train.steps=!!int abc",
+        "mosa.sparsity=${foo}",
+        "data.sources=[[a]]",
+        'data.sources=[""]',
+        "data.sources=[1]",
+        "run.name=a\0b",
+        "run.seed=99999999999999999999",
+        "mosa.include_first_token=2",
+        "train.steps=true",
+        "train.steps=010x",
+        "run.directory=~nobody_of_that_name/x",
+    ],
+)
+def test_strange_values_are_refused_in_one_line(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, [override])
+    assert override.partition("=")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_given_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text(QUICKSTART.read_text() + "run: {name: again}\n")
+    with pytest.raises(UserError, match="duplicate key"):
+        load_config(tmp_path / "twice.yaml")
+
+
+def test_the_home_folder_is_expanded() -> None:
+    config = load_config(QUICKSTART, ["data.path=~/text", "run.directory=~/runs"])
+    assert config.data.path == str(Path.home() / "text") and config.run.directory == str(Path.home() / "runs")

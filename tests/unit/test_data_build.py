@@ -156,7 +156,7 @@ def broken(tmp_path: Path, name: str, text: bytes) -> Path:
 def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
     lines = broken(tmp_path, "good.jsonl", b'{"text": "a", "title": "b"}\n')
     cases = [
-        (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*not supported yet"),
+        (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*hf:NAME"),
         ("stdlip", "text", "did you mean 'stdlib'"),
         (str(lines), "txt", "did you mean 'text'.*its columns: text, title"),
         (str(broken(tmp_path, "bad.jsonl", b'{"text": "a"}\n{"text": \n')), "text", "bad.jsonl: line 2 is not JSON"),

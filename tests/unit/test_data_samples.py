@@ -19,9 +19,11 @@ import torch
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import (
+    Mixture,
     TrainingSamples,
     ValidationSamples,
     build_dataset,
+    open_mixture,
     training_batches,
     validation_batches,
 )
@@ -42,8 +44,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "set"
 
 
+def mixture(path: Path) -> Mixture:
+    return open_mixture(DataSection(path=str(path)))
+
+
 def training(path: Path, seed: int = 1, index_samples: int = INDEX) -> TrainingSamples:
-    return TrainingSamples(path, sequence_length=LENGTH, index_samples=index_samples, seed=seed)
+    return TrainingSamples(mixture(path), sequence_length=LENGTH, index_samples=index_samples, seed=seed)
 
 
 def steps(samples: TrainingSamples, count: int, size: int, micro: int, consumed: int = 0, workers: int = 0):
@@ -79,12 +85,14 @@ def test_no_token_is_taken_for_padding(dataset: Path) -> None:
     samples = training(dataset, index_samples=400)
     items = [samples[i] for i in range(400)]
     labels = torch.cat([item["labels"] for item in items])
-    assert samples.manifest.end_of_document_id in labels and len(labels.unique()) > 100  # most of the vocabulary
+    assert (
+        samples.mixture.manifest.end_of_document_id in labels and len(labels.unique()) > 100
+    )  # most of the vocabulary
     assert all((item["loss_mask"] == 1).all() for item in items)
 
 
 def test_one_pass_over_the_split_has_every_window_once(dataset: Path) -> None:
-    tokens = training(dataset).manifest.splits["train"]["tokens"]
+    tokens = training(dataset).mixture.manifest.splits["train"]["tokens"]
     whole = (tokens - 1) // LENGTH
     samples = training(dataset, index_samples=whole)
     seen = Counter(token for i in range(whole) for token in samples[i]["tokens"].tolist())
@@ -165,8 +173,10 @@ def test_loader_process_outlives_a_signal_to_the_job(dataset: Path) -> None:
 
 def test_process_with_a_live_loader_can_exit(dataset: Path) -> None:
     code = (
-        "from megatron_mosa.data import TrainingSamples, training_batches;"
-        f"s = TrainingSamples({str(dataset)!r}, sequence_length={LENGTH}, index_samples={INDEX}, seed=1);"
+        "from megatron_mosa.config.schema import DataSection;"
+        "from megatron_mosa.data import TrainingSamples, open_mixture, training_batches;"
+        f"m = open_mixture(DataSection(path={str(dataset)!r}));"
+        f"s = TrainingSamples(m, sequence_length={LENGTH}, index_samples={INDEX}, seed=1);"
         "b = training_batches(s, consumed_samples=0, global_batch_size=2, micro_batch_size=2,"
         "data_parallel_rank=0, data_parallel_size=1, num_workers=1); next(b)"
     )
@@ -174,7 +184,7 @@ def test_process_with_a_live_loader_can_exit(dataset: Path) -> None:
 
 
 def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path) -> None:
-    samples = ValidationSamples(dataset, sequence_length=LENGTH, num_samples=7)
+    samples = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=7)
     stored = np.fromfile(dataset / "validation.bin", dtype=np.uint16).astype(int).tolist()
     labels: list[int] = []
     for i in range(7):
@@ -184,14 +194,14 @@ def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path) -> None:
     counts = Counter(labels)
     expected = -sum(c / len(labels) * math.log(c / len(labels)) for c in counts.values())
     assert len(samples) == 7 and samples.unigram_entropy() == pytest.approx(expected, rel=1e-12)
-    everything = ValidationSamples(dataset, sequence_length=LENGTH, num_samples=10**6)
+    everything = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=10**6)
     assert len(everything) == len(stored) // (LENGTH + 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_validation_batches_have_each_sample_once(dataset: Path, size: int, micro: int) -> None:
-    samples = ValidationSamples(dataset, sequence_length=LENGTH, num_samples=10)
+    samples = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=10)
     ranks = [
         list(validation_batches(samples, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=size))
         for rank in range(size)
@@ -210,10 +220,10 @@ def test_validation_batches_have_each_sample_once(dataset: Path, size: int, micr
 
 
 def test_sequence_longer_than_a_split(dataset: Path) -> None:
-    tokens = training(dataset).manifest.splits["train"]["tokens"]
+    tokens = training(dataset).mixture.manifest.splits["train"]["tokens"]
     with pytest.raises(UserError, match=f"data.sequence_length={tokens} needs .* legal: up to {tokens - 1}"):
-        TrainingSamples(dataset, sequence_length=tokens, index_samples=1, seed=1)
-    longest = TrainingSamples(dataset, sequence_length=tokens - 1, index_samples=1, seed=1)
+        TrainingSamples(mixture(dataset), sequence_length=tokens, index_samples=1, seed=1)
+    longest = TrainingSamples(mixture(dataset), sequence_length=tokens - 1, index_samples=1, seed=1)
     assert longest[0]["tokens"].shape == (tokens - 1,)
     with pytest.raises(UserError, match="validation split"):
-        ValidationSamples(dataset, sequence_length=10**6, num_samples=1)
+        ValidationSamples(mixture(dataset), sequence_length=10**6, num_samples=1)

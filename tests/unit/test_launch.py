@@ -39,13 +39,19 @@ def test_srun_takes_the_first_node_and_a_port_from_the_job(monkeypatch: pytest.M
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    job = {"NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_NODELIST": "n[3-4]", "JOB_ID": "1234567"}
+    job = {"STEP_NUM_TASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_NODELIST": "n[3-4]", "JOB_ID": "1234567"}
     for name, value in job.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert launch_environment() == (3, 4, 1)
     assert os.environ["MASTER_ADDR"] == "n3"
     assert os.environ["MASTER_PORT"] == str(20000 + 1234567 % 20000)
     assert os.environ["RANK"] == "3"  # DeepSpeed reads these
+
+
+def test_plain_python_in_a_batch_script_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": "4", "PROCID": "0", "LOCALID": "0", "JOB_ID": "7"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launch_environment() == (0, 1, 0)
 
 
 def test_a_launcher_that_says_half_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

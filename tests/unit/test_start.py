@@ -83,8 +83,8 @@ def test_a_missing_dataset(overrides: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("model.num_layers=5", ["model.num_layers", "4", "5"]),
-        ("mosa.num_heads=16", ["mosa.num_heads", "14", "16"]),
+        ("model.num_layers=5", ["model.num_layers", "another model: 4, but the run asks for 5"]),
+        ("mosa.num_heads=16", ["mosa.num_heads", "another model: 14, but the run asks for 16"]),
         ("mosa.sparsity=8", ["mosa.sparsity"]),
         ("run.seed=9", ["run.seed"]),
         ("data.sequence_length=32", ["data.sequence_length"]),
@@ -111,13 +111,14 @@ def test_a_backend_may_change(overrides: list[str]) -> None:
 
 
 def test_another_tokenizer_or_dataset(overrides: list[str]) -> None:
-    config = load_config(QUICKSTART, [*overrides, "run.name=tokenizer"])
+    config = load_config(QUICKSTART, [*overrides, "run.name=identity"])
     folder = leave_checkpoint(config)
     content = json.loads((folder / "metadata.json").read_text())
     for key in ("tokenizer_hash", "fingerprint"):
         changed = content | {"data": content["data"] | {key: "0" * 64}}
         (folder / "metadata.json").write_text(json.dumps(changed))
-        assert key.replace("_", " ").split()[0] in refused(config)
+        what = "tokenizer hash" if key == "tokenizer_hash" else "dataset fingerprint"
+        assert f"{what} {'0' * 64}" in refused(config)
 
 
 def test_a_dataset_built_with_another_tokenizer(overrides: list[str]) -> None:
@@ -133,7 +134,11 @@ def test_checkpoints_that_must_not_be_resumed_or_cannot_be_read(overrides: list[
     leave_checkpoint(config, format_version=FORMAT_VERSION + 1)
     assert f"format version {FORMAT_VERSION + 1}" in refused(config)
     (folder / "metadata.json").write_text("{")
-    assert "no readable metadata.json" in refused(config)
+    assert "metadata.json is damaged" in refused(config)
+    (folder / "metadata.json").write_text('["a list"]')
+    assert "metadata.json is damaged" in refused(config)
+    (folder / "metadata.json").write_text('{"format_version": 1, "step": 3}')
+    assert "metadata.json is damaged" in refused(config)
 
 
 @pytest.mark.parametrize(

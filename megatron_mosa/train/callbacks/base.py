@@ -28,6 +28,6 @@ class Callback:
         """After the last step of this start, or at once if there was none to take."""
 
 
-def is_due(trainer: Trainer, interval: int) -> bool:
-    """Whether something that happens every ``interval`` steps, and at the end of a start, happens now."""
-    return trainer.state.step % interval == 0 or trainer.state.step == trainer.last_step
+def is_due(trainer: Trainer, interval: int, step: int) -> bool:
+    """Whether something that happens every ``interval`` steps, and at the end of a start, happens at ``step``."""
+    return step % interval == 0 or step == trainer.last_step

@@ -24,7 +24,10 @@ class Checkpointing(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save if it is time."""
-        if not is_due(trainer, trainer.config.checkpoint.interval):
+        if not is_due(trainer, trainer.config.checkpoint.interval, trainer.state.step):
+            return
+        if not result.is_finite:
+            self.writers.note("no checkpoint: the last step was not finite")
             return
         metadata = Metadata(
             step=trainer.state.step,

@@ -36,7 +36,7 @@ class Progress(Callback):
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
         """Start the clock; on steps that will be reported, let MoSA layers keep what they select."""
-        reported = step % trainer.config.logging.interval == 0 or step == trainer.last_step
+        reported = is_due(trainer, trainer.config.logging.interval, step)
         self.started = time.perf_counter()
         return recorded_selection(trainer.engine.module) if reported else nullcontext()
 
@@ -44,7 +44,11 @@ class Progress(Callback):
         """Stop the clock and report."""
         self.seconds += time.perf_counter() - self.started
         self.steps += 1
-        if not is_due(trainer, trainer.config.logging.interval):
+        if not result.is_finite:
+            self.writers.note(
+                f"step {trainer.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}"
+            )
+        if not is_due(trainer, trainer.config.logging.interval, trainer.state.step):
             return
         batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
         steps_per_second = self.steps / self.seconds

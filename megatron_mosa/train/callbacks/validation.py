@@ -25,7 +25,7 @@ class Validation(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate if it is time."""
-        if is_due(trainer, trainer.config.validation.interval):
+        if is_due(trainer, trainer.config.validation.interval, trainer.state.step):
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -40,7 +40,7 @@ class Validation(Callback):
             "step": trainer.state.step,
             "tokens": trainer.tokens,
             "validation_loss": loss,
-            "validation_perplexity": math.exp(loss),
+            "validation_perplexity": math.exp(min(loss, 700.0)),  # not beyond what a float holds
             "unigram_entropy": self.unigram_entropy,
             "causal": trainer.config.mosa.num_heads == 0,
         }

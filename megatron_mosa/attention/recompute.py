@@ -1,0 +1,45 @@
+"""Activation recompute that never selects twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from megatron_mosa.attention.config import MosaTransformerConfig
+
+
+def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function`` without keeping its activations; backward calls it again, collectives included.
+
+    The selected indices are kept from the first call: a second selection from scores that rounding has moved would
+    give the gradients of another function.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _keep_selection)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+
+
+def _keep_selection(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op is torch.ops.megatron_mosa.select_tokens.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class MosaTransformerLayer(TransformerLayer):
+    """Megatron's layer, recomputed as a whole if ``mosa_recompute`` is "full".
+
+    Megatron's own recompute (``recompute_granularity``) runs its random-number tracker, which needs CUDA, and would
+    select again.
+    """
+
+    config: MosaTransformerConfig
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As TransformerLayer."""
+        if self.config.mosa_recompute == "full" and self.training:
+            return recomputed(super().forward, *args, **kwargs)
+        return super().forward(*args, **kwargs)

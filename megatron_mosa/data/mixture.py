@@ -1,0 +1,71 @@
+"""What a run reads: one built dataset, or several in fixed shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mosa.config.rules import blend_parts
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data.manifest import Manifest, read_manifest
+from megatron_mosa.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Built datasets of one tokenizer, and the share of the samples that comes from each."""
+
+    paths: tuple[Path, ...]
+    weights: tuple[float, ...]  # they sum to 1
+    manifests: tuple[Manifest, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first dataset's; tokenizer and vocabulary are those of all."""
+        return self.manifests[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """What ties a run to its data: one dataset's own, or a SHA-256 over weights and fingerprints, in order."""
+        prints = [manifest.fingerprint for manifest in self.manifests]
+        if len(prints) == 1:
+            return prints[0]
+        return hashlib.sha256(json.dumps([self.weights, prints]).encode()).hexdigest()
+
+
+def open_mixture(data: DataSection) -> Mixture:
+    """Read and verify the dataset at ``data.path``, or those of ``data.blend``.
+
+    Raises:
+        UserError: whatever ``read_manifest`` finds, a blend that is not well-formed, names a dataset twice, or mixes
+            tokenizers.
+    """
+    parts = [(1.0, data.path)] if data.path is not None else blend_parts(data.blend)
+    total = sum(weight for weight, _ in parts)
+    manifests = [read_manifest(path) for _, path in parts]
+    _refuse_strangers([path for _, path in parts], manifests)
+    return Mixture(
+        paths=tuple(Path(path).expanduser() for _, path in parts),
+        weights=tuple(weight / total for weight, _ in parts),
+        manifests=tuple(manifests),
+    )
+
+
+def _refuse_strangers(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    seen: dict[str, str] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        first = manifests[0]
+        if manifest.tokenizer_hash != first.tokenizer_hash or manifest.end_of_document_id != first.end_of_document_id:
+            raise UserError(
+                f"data.blend: {paths[0]} and {path} were built with different tokenizers; rebuild the second with the "
+                f"first one's: mosa data build CONFIG data.path={path} data.tokenizer={paths[0]} --force"
+            )
+        if manifest.fingerprint in seen:
+            raise UserError(
+                f"data.blend: {seen[manifest.fingerprint]} and {path} are the same dataset; give it once, with the sum "
+                "of the weights"
+            )
+        seen[manifest.fingerprint] = path

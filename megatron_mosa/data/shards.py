@@ -1,0 +1,299 @@
+"""The finished parts of a build: written one after the other, checked when the build goes on, joined at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from megatron_mosa.data.manifest import SPLITS
+from megatron_mosa.data.sources import Position, Source
+from megatron_mosa.errors import UserError
+
+_BATCH_CHARACTERS = 1 << 20  # enough documents to keep every core busy; encodings take some 100 bytes a token
+_COPY = 1 << 24  # bytes
+_INDEX_HEAD = 18  # bytes before the counts in an .idx: magic, version, data type; one for all files of a type
+
+
+_Batch = tuple[list[str], Position]  # documents, and the place behind the last
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a document becomes tokens, and of which split."""
+
+    tokenizer: Tokenizer
+    end_of_document_id: int
+    dtype: type[np.number]
+    validation_fraction: float
+
+    def encode(self, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """The split and the tokens [T + 1] of every document, the end-of-document token last."""
+        for text, encoding in zip(
+            texts, self.tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
+        ):
+            split = "validation" if in_validation(text, self.validation_fraction) else "train"
+            yield split, np.asarray([*encoding.ids, self.end_of_document_id], dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The record of a finished shard: the documents of one source between two places, tokenized."""
+
+    number: int
+    source: int  # its number in data.sources
+    name: str  # of the source
+    first: Position | None
+    last: Position | None
+    complete: bool  # the source ends here
+    state: str  # of what was read, to see whether it changed since
+    text_bytes: int
+    splits: dict[str, dict[str, int]]  # documents, tokens, bin_bytes, idx_bytes
+
+
+def in_validation(text: str, validation_fraction: float) -> bool:
+    """Whether a document is held out: a function of its text alone, so that copies never straddle the splits."""
+    head = hashlib.sha256(text.encode()).digest()[:8]
+    return int.from_bytes(head, "big") / 2**64 < validation_fraction
+
+
+def publish(file: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all, also when the machine goes down."""
+    partial = file.with_name(file.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as content:
+        content.write(text)
+        content.flush()
+        os.fsync(content.fileno())
+    os.replace(partial, file)
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether a build got as far as its first shard."""
+    return _record(folder, 0).is_file()
+
+
+def read_shards(folder: Path, sources: Sequence[Source]) -> list[Shard]:
+    """The finished shards that a build can go on from; those behind a damaged one are left out.
+
+    Raises:
+        UserError: what a shard was made from changed since.
+    """
+    shards: list[Shard] = []
+    for number in itertools.count():
+        try:
+            shard = Shard(**json.loads(_record(folder, number).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return shards
+        if not _intact(folder, shard):
+            return shards
+        _refuse_change(shard, sources)
+        shards.append(shard)
+    raise AssertionError("unreachable")
+
+
+def write_shards(
+    folder: Path, sources: Sequence[Source], done: Sequence[Shard], encoder: Encoder, shard_bytes: int
+) -> list[Shard]:
+    """Tokenize what ``done`` does not cover; return all shards.
+
+    A shard is of one source and about ``shard_bytes`` of text. Where shards are cut has no influence on the dataset.
+    """
+    shards = list(done)
+    sizes = [source.text_bytes() for source in sources]
+    known = [size for size in sizes if size is not None]
+    total = sum(known) if len(known) == len(sizes) else None
+    with progress(total, "tokenizing", initial=sum(shard.text_bytes for shard in done)) as bar:
+        writer = _ShardWriter(folder, encoder, shard_bytes, bar)
+        for order, source in enumerate(sources):
+            own = [shard for shard in done if shard.source == order]
+            if own and own[-1].complete:
+                continue
+            place = own[-1].last if own else None
+            batches = _batches(source.read(place), min(_BATCH_CHARACTERS, shard_bytes))
+            complete = False
+            while not complete:
+                shard = writer.write(len(shards), order, source, place, batches)
+                shards.append(shard)
+                place, complete = shard.last, shard.complete
+    return shards
+
+
+def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -> dict[str, dict[str, Any]]:
+    """Write the .bin and .idx of every split out of the shards; return what the manifest says of them.
+
+    Byte for byte what one ``IndexedDatasetBuilder`` would write, which however holds the lengths of all documents.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        files = [_prefix(folder, shard.number, split) for shard in shards if shard.splits[split]["documents"]]
+        digest = _join_tokens(folder / f"{split}.bin", files)
+        _join_index(folder / f"{split}.idx", files, dtype)
+        counts = {key: sum(shard.splits[split][key] for shard in shards) for key in ("documents", "tokens")}
+        sizes = {f"{suffix}_bytes": (folder / f"{split}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
+        splits[split] = {**counts, **sizes, "bin_sha256": digest}
+    return splits
+
+
+def progress(total: int | None, description: str, initial: int = 0) -> Any:
+    """A bar over bytes of text on stderr; with a known total it shows the time left."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
+    return tqdm(total=total, initial=initial, desc=description, unit="B", unit_scale=True, mininterval=interval)
+
+
+class _ShardWriter:
+    """Tokenizes batches of documents into shards of about ``shard_bytes`` of text, and shows how fast."""
+
+    def __init__(self, folder: Path, encoder: Encoder, shard_bytes: int, bar: Any) -> None:
+        self._folder = folder
+        self._encoder = encoder
+        self._shard_bytes = shard_bytes
+        self._bar = bar
+        self._start = time.monotonic()
+        self._documents = self._tokens = 0
+
+    def write(
+        self, number: int, order: int, source: Source, first: Position | None, batches: Iterator[_Batch]
+    ) -> Shard:
+        """Write shard ``number`` out of source number ``order``; with its record, which comes last, it counts."""
+        prefixes = {split: _prefix(self._folder, number, split) for split in SPLITS}
+        builders = {
+            split: IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._encoder.dtype)
+            for split, prefix in prefixes.items()
+        }
+        splits = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+        text_bytes, last, complete = 0, first, True
+        for texts, place in batches:
+            for split, ids in self._encoder.encode(texts):
+                builders[split].add_document(torch.from_numpy(ids), [ids.size])
+                splits[split]["documents"] += 1
+                splits[split]["tokens"] += ids.size
+                self._tokens += ids.size
+            size = sum(len(text.encode()) for text in texts)
+            self._show(len(texts), size)
+            text_bytes, last = text_bytes + size, place
+            if text_bytes >= self._shard_bytes:
+                complete = False
+                break
+        for split, prefix in prefixes.items():
+            builders[split].finalize(f"{prefix}.idx")
+            splits[split] |= {f"{suffix}_bytes": _sync(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
+        state = source.state(first, last)
+        shard = Shard(number, order, source.name, first, last, complete, state, text_bytes, splits)
+        publish(_record(self._folder, number), json.dumps(asdict(shard)))
+        return shard
+
+    def _show(self, documents: int, text_bytes: int) -> None:
+        self._documents += documents
+        rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
+        self._bar.set_postfix_str(f"{self._documents} documents, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(text_bytes)
+
+
+def _batches(documents: Iterable[tuple[str, Position]], characters: int) -> Iterator[_Batch]:
+    """Documents in lists of about so many characters."""
+    batch: list[str] = []
+    held = 0
+    place: Position = {}
+    for text, place in documents:
+        batch.append(text)
+        held += len(text)
+        if held >= characters:
+            yield batch, place
+            batch, held = [], 0
+    if batch:
+        yield batch, place
+
+
+def _refuse_change(shard: Shard, sources: Sequence[Source]) -> None:
+    if shard.source >= len(sources) or sources[shard.source].name != shard.name:
+        return  # data.sources itself differs, which the comparison of the settings tells better
+    try:
+        unchanged = sources[shard.source].state(shard.first, shard.last) == shard.state
+    except UserError:  # it is gone
+        unchanged = False
+    if not unchanged:
+        raise UserError(
+            f"data.sources: what shard {shard.number} of the interrupted build was made from, a part of {shard.name}, "
+            "changed since; restore it, or start anew: mosa data build CONFIG --force"
+        )
+
+
+def _intact(folder: Path, shard: Shard) -> bool:
+    for split, counts in shard.splits.items():
+        for suffix in ("bin", "idx"):
+            file = Path(f"{_prefix(folder, shard.number, split)}.{suffix}")
+            if not file.is_file() or file.stat().st_size != counts[f"{suffix}_bytes"]:
+                return False
+    return True
+
+
+def _join_tokens(target: Path, prefixes: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    with target.open("wb") as joined:
+        for prefix in prefixes:
+            with open(f"{prefix}.bin", "rb") as part:
+                while chunk := part.read(_COPY):
+                    digest.update(chunk)
+                    joined.write(chunk)
+    _sync(target)
+    return digest.hexdigest()
+
+
+def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -> None:
+    """An .idx has a head, two counts, and three arrays: length and offset of every sequence, first one of a document.
+
+    A document is one sequence here.
+    """
+
+    def lengths() -> Iterator[np.ndarray]:
+        for prefix in prefixes:
+            stored = IndexedDataset(prefix)
+            yield stored.sequence_lengths.copy()  # int32 [documents of the shard]; a view would outlive its file
+
+    count = sum(map(len, lengths()))
+    with target.open("wb") as joined:
+        with open(f"{prefixes[0]}.idx", "rb") as first:
+            joined.write(first.read(_INDEX_HEAD))
+        joined.write(struct.pack("<QQ", count, count + 1))
+        for part in lengths():
+            joined.write(part.tobytes())
+        offset = 0
+        for part in lengths():
+            ends = offset + np.cumsum(part, dtype=np.int64) * DType.size(dtype)
+            joined.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
+            offset = int(ends[-1])
+        numbers = 0
+        for part in lengths():
+            joined.write(np.arange(numbers, numbers + len(part), dtype=np.int64).tobytes())
+            numbers += len(part)
+        joined.write(np.array([count], dtype=np.int64).tobytes())
+    _sync(target)
+
+
+def _sync(file: Path) -> int:
+    """Put a file on the disk; return its size in bytes."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+        return os.fstat(content.fileno()).st_size
+
+
+def _record(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06}.json"
+
+
+def _prefix(folder: Path, number: int, split: str) -> str:
+    return str(folder / f"shard-{number:06}.{split}")

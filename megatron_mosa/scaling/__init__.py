@@ -1,0 +1,1 @@
+"""Models of equal budget. Nothing is imported here: the command line comes through, and the solver needs torch."""

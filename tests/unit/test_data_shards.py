@@ -1,0 +1,393 @@
+"""Builds that are killed, stalled or cut short go on to the very bytes of a build that nothing disturbed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer
+
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import build, build_dataset, hub, iter_documents, shards
+from megatron_mosa.data.shards import in_validation
+from megatron_mosa.errors import UserError
+
+FRACTION = 0.3
+SHARD = 2000  # bytes: some three documents
+FILES = ["manifest.json", "tokenizer.json", "train.bin", "train.idx", "validation.bin", "validation.idx"]
+
+
+def text(number: int) -> str:
+    return f"Document {number}: " + " ".join(f"wörd{number * j % 23}\r\n" for j in range(60))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Text files, JSON lines with empty rows, and a local Hugging Face dataset of two files."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "texts").mkdir()
+    for number in range(12):
+        (root / "texts" / f"{number:02}.txt").write_bytes(text(number).encode())
+    (root / "texts" / "99.txt").write_text("")
+    write_rows(root / "rows.jsonl", [text(100), "", text(101), text(102), None, *map(text, range(103, 112))])
+    (root / "hub").mkdir()
+    write_rows(root / "hub" / "train-0.jsonl", [*map(text, range(200, 210)), ""])
+    write_rows(root / "hub" / "train-1.jsonl", list(map(text, range(210, 216))))
+    return [str(root / "texts"), str(root / "rows.jsonl"), f"hf:{root / 'hub'}"]
+
+
+def write_rows(file: Path, texts: list[str | None]) -> None:
+    file.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
+
+
+def section(path: Path, sources: list[str], **changes: Any) -> DataSection:
+    settings = {"vocab_size": 400, "validation_fraction": FRACTION, "shard_bytes": SHARD} | changes
+    return DataSection(path=str(path), sources=sources, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "set"
+    build_dataset(section(folder, sources))
+    assert list(contents(folder)) == FILES
+    return contents(folder)
+
+
+def test_the_join_is_what_one_builder_would_write(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_str(undisturbed["tokenizer.json"].decode())
+    end = tokenizer.token_to_id("<|endoftext|>")
+    for split in ("train", "validation"):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{split}.bin"), dtype=np.uint16)
+        for document in iter_documents(sources, "text"):
+            if in_validation(document, FRACTION) == (split == "validation"):
+                ids = [*tokenizer.encode(document).ids, end]
+                builder.add_document(np.array(ids), [len(ids)])  # pyright: ignore[reportArgumentType]
+        builder.finalize(str(tmp_path / f"{split}.idx"))
+        for suffix in ("bin", "idx"):
+            assert (tmp_path / f"{split}.{suffix}").read_bytes() == undisturbed[f"{split}.{suffix}"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 7000, 10**9])
+def test_where_shards_are_cut_has_no_influence(
+    shard_bytes: int, sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    build_dataset(section(tmp_path / "set", sources, shard_bytes=shard_bytes))
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_streamed_or_not_the_tokens_are_the_same(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    build_dataset(section(tmp_path / "set", sources, streaming=False))
+    assert contents(tmp_path / "set") == undisturbed
+
+
+# What is called, at which call the process dies, and whether before or after it.
+MOMENTS = [
+    ("build.publish", 2, "after"),  # the tokenizer is finished
+    ("IndexedDatasetBuilder.add_document", 20, "before"),  # in the middle of a shard
+    ("shards.publish", 1, "before"),  # a shard without its record
+    ("shards.publish", 1, "after"),
+    ("shards.publish", 8, "after"),  # in the second source
+    ("shards.publish", 12, "after"),  # in the third
+    ("shards._join_index", 1, "before"),
+    ("build.publish", 3, "before"),  # everything but the manifest
+    ("build.publish", 3, "after"),
+    ("os.rename", 1, "before"),
+    ("os.rename", 1, "after"),
+]
+
+# One process imports, and forks before any thread runs: a child dies as told, another goes on.
+KILLER = """
+import os, signal, sys
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import build, shards
+
+settings, moments = {settings!r}, {moments!r}
+
+def deadly(function, call, when):
+    calls = 0
+    def wrapped(*arguments, **named):
+        nonlocal calls
+        calls += 1
+        if calls == call and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **named)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return wrapped
+
+def forbidden(*arguments, **named):
+    raise AssertionError("trained the tokenizer again")
+
+def child(action):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+for number, (name, call, when) in enumerate(moments):
+    data = DataSection(path=f"{folder}/{{number}}", **settings)
+    def die():
+        holder, attribute = name.split(".")
+        setattr(globals()[holder], attribute, deadly(getattr(globals()[holder], attribute), call, when))
+        build.build_dataset(data)
+    def go_on():
+        build.train_tokenizer = forbidden
+        build.build_dataset(data)
+    print(child(die), child(go_on))
+"""
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    settings = {"sources": sources, "vocab_size": 400, "validation_fraction": FRACTION, "shard_bytes": SHARD}
+    code = KILLER.format(settings=settings, moments=MOMENTS, folder=tmp_path)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    outcomes = [line for line in done.stdout.splitlines() if line]  # training the tokenizer prints empty ones
+    assert outcomes == ["-9 0"] * len(MOMENTS), done.stderr[-2000:]
+    for number in range(len(MOMENTS)):
+        assert contents(tmp_path / str(number)) == undisturbed, MOMENTS[number]
+    assert not list(tmp_path.glob(".*"))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Interrupt the build, as Ctrl-C does, when ``count`` shards are finished."""
+    publish = shards.publish
+    left = iter(range(count))
+
+    def interrupt(file: Path, content: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        publish(file, content)
+
+    monkeypatch.setattr(shards, "publish", interrupt)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, data: DataSection, count: int) -> None:
+    with monkeypatch.context() as context:
+        stop_after(context, count)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(data)
+
+
+def test_only_what_is_left_is_tokenized(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = section(tmp_path / "set", sources)
+    interrupted(monkeypatch, data, 10)
+    records = sorted(partial(tmp_path / "set").glob("shard-*.json"))
+    finished = sum(c["documents"] for r in records for c in json.loads(r.read_text())["splits"].values())
+    assert len(records) == 10 and finished > 20
+    seen = []
+    encode = shards.Encoder.encode
+    monkeypatch.setattr(shards.Encoder, "encode", lambda self, texts: [seen.extend(texts), encode(self, texts)][1])
+    build_dataset(data)
+    assert len(seen) == len(list(iter_documents(sources, "text"))) - finished
+    assert contents(tmp_path / "set") == undisturbed
+
+
+@pytest.mark.parametrize("change", ["size", "time", "first bytes", "last bytes"])
+def test_a_source_that_changed_under_a_finished_shard(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(text(number) * 10)
+    data = section(tmp_path / "set", [str(tmp_path / "texts")], shard_bytes=30000)
+    interrupted(monkeypatch, data, 2)
+    file = tmp_path / "texts" / "07.txt"
+    stamp, content = file.stat().st_mtime_ns, file.read_text()
+    changed = {"size": content + "!", "first bytes": "!" + content[1:], "last bytes": content[:-1] + "!"}
+    file.write_text(changed.get(change, content))
+    os.utime(file, ns=(stamp, stamp + (change == "time")))
+    with pytest.raises(UserError, match=r"shard 1 .* part of .*texts, changed since; .*--force") as caught:
+        build_dataset(data)
+    assert "\n" not in str(caught.value) and len(list(partial(tmp_path / "set").glob("shard-*.json"))) == 2
+    build_dataset(data, force=True)
+    build_dataset(section(tmp_path / "fresh", [str(tmp_path / "texts")]))
+    assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
+
+
+def test_an_interrupted_build_with_other_settings(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(monkeypatch, section(tmp_path / "set", sources, vocab_size=300), 3)
+    with pytest.raises(UserError, match=r"interrupted build .*vocab_size: 300 -> 400.*--force"):
+        build_dataset(section(tmp_path / "set", sources))
+    build_dataset(section(tmp_path / "set", sources), force=True)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_a_replacement_that_was_interrupted_goes_on(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_dataset(section(tmp_path / "set", sources, vocab_size=300))
+    with monkeypatch.context() as context:
+        stop_after(context, 5)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(section(tmp_path / "set", sources), force=True)
+    monkeypatch.setattr(build, "train_tokenizer", None)
+    build_dataset(section(tmp_path / "set", sources), force=True)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_a_damaged_shard_is_made_again(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = section(tmp_path / "set", sources)
+    interrupted(monkeypatch, data, 6)
+    os.truncate(partial(tmp_path / "set") / "shard-000003.train.bin", 10)
+    build_dataset(data)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_the_tokenizer_is_trained_on_a_bounded_beginning_of_every_source(tmp_path: Path) -> None:
+    names = []
+    for number, size in enumerate((100, 5000, 5000)):
+        (tmp_path / f"{number}.txt").write_text("abcde"[number] * size)
+        names.append(str(tmp_path / f"{number}.txt"))
+    opened = [build.open_source(name, "text") for name in names]
+    assert list(map(len, build._sample(opened, 3100))) == [100, 1500, 1500]
+    whole = build._sample(opened, 10**6)
+    assert list(map(len, whole)) == [100, 5000, 5000]
+    (tmp_path / "0.txt").write_text("é" * 50)
+    assert list(build._sample(opened[:1], 33)) == ["é" * 16]  # 32 bytes
+
+
+class Faulty:
+    """A streamed dataset that, after some rows, does what ``fault`` does."""
+
+    def __init__(self, dataset: Any, rows: int, fault: Any) -> None:
+        self._dataset, self._rows, self._fault = dataset, rows, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __iter__(self) -> Any:
+        for number, row in enumerate(self._dataset):
+            if number == self._rows:
+                return self._fault()
+            yield row
+
+
+def raises() -> None:
+    raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(raises, "reset by peer"), (lambda: time.sleep(5), "no document for 0.3 s")],
+)
+def test_a_stream_that_stops_for_good(
+    fault: Any, reason: str, sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = section(tmp_path / "set", sources, stream_timeout=0.3)
+    with monkeypatch.context() as context:
+        rest = iter([7, 0, 0])
+        load = hub.load_dataset
+        context.setattr(hub, "_PAUSE", 0.0)
+        context.setattr(build, "_sample", lambda sources, budget: iter_documents_of(sources))
+        context.setattr(hub, "load_dataset", lambda *a, **n: Faulty(load(*a, **n), next(rest), fault))
+        with pytest.raises(
+            UserError, match=f"{sources[2]} stopped after 7 documents: .*{reason}.*same command"
+        ) as caught:
+            build_dataset(data)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(build, "train_tokenizer", None)
+    build_dataset(data)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def iter_documents_of(sources: Any) -> Any:
+    """The documents as the tokenizer sees them, past the faults that a test sets for the tokenization."""
+    for source in sources:
+        file = source.name.removeprefix("hf:")
+        yield from iter_documents([file], "text")
+
+
+def test_a_stream_that_stops_now_and_then_is_opened_again(
+    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, opened = hub.load_dataset, []
+    monkeypatch.setattr(hub, "_PAUSE", 0.0)
+    monkeypatch.setattr(
+        hub, "load_dataset", lambda *a, **n: [opened.append(1), Faulty(load(*a, **n), 3, raises)][1]
+    )  # fmt: skip
+    build_dataset(section(tmp_path / "set", sources))
+    assert contents(tmp_path / "set") == undisturbed
+    assert len(opened) > 8  # 16 documents, twice, three at a time
+
+
+def test_a_stream_that_ends_before_its_description_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_PAUSE", 0.0)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", list(map(text, range(8))))
+    card = "---\ndataset_info:\n  features:\n  - {name: id, dtype: int64}\n  - {name: text, dtype: string}\n"
+    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 9}\n---\n")
+    with pytest.raises(UserError, match="stopped after 8 documents: it ended, and its description promises 9"):
+        build_dataset(section(tmp_path / "set", [f"hf:{folder}"]))
+    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 8}\n---\n")
+    assert build_dataset(section(tmp_path / "set", [f"hf:{folder}"]), force=True).splits["train"]["documents"] > 0
+
+
+def test_names_of_hugging_face_datasets(sources: list[str], tmp_path: Path) -> None:
+    name = sources[2]
+    whole = list(iter_documents([name], "text"))
+    assert whole == list(map(text, range(200, 216)))
+    assert list(iter_documents([f"{name}:default@train"], "text")) == whole
+    part = hub.HubSource(f"{name}@train[:5]", "text", streaming=False, timeout=1)
+    assert [document for document, _ in part.read()] == whole[:5]
+    cases = [
+        (f"{name}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); legal: train"),
+        (f"{name}:other", "cannot open .*'other' not found"),
+        (f"hf:{tmp_path}/none", "cannot open .*none"),
+        ("hf:", "names no dataset; legal: hf:NAME"),
+        (f"{name}@train[:5]", "data.streaming=false"),
+    ]
+    for source, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            build_dataset(section(tmp_path / "set", [source]))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="data.text_field='txt' is no column of .* \\(did you mean 'text'"):
+        build_dataset(section(tmp_path / "set", [name], text_field="txt"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_finds_its_place_without_reading_up_to_it(sources: list[str]) -> None:
+    source = hub.HubSource(sources[2], "text", streaming=True, timeout=10)
+    places = list(source.read())
+    for start in (3, 9, 10, 12, 15):
+        place = json.loads(json.dumps(places[start][1]))
+        assert "state" in place
+        assert [t for t, _ in source.read(place)] == [t for t, _ in places[start + 1 :]]
+        unstreamed = hub.HubSource(sources[2], "text", streaming=False, timeout=10)
+        assert [t for t, _ in unstreamed.read(place)] == [t for t, _ in places[start + 1 :]]
+        del place["state"]
+        assert [t for t, _ in source.read(place)] == [t for t, _ in places[start + 1 :]]

@@ -1,0 +1,61 @@
+"""Recompute gives the same gradients to the last bit, and never selects twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mosa.attention import get_mosa_block_spec
+from megatron_mosa.kernels import naive
+from megatron_mosa.parallel import Layout
+from tests.unit.test_spec import build_gpt, make_config
+
+
+def gradients(recompute: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], int, int]:
+    """Of one model's parameters; how often tokens were selected; bytes kept between forward and backward."""
+    selections = 0
+    sort = torch.sort
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal selections
+        selections += 1
+        return sort(*args, **kwargs)
+
+    torch.manual_seed(0)
+    config = make_config(mosa_recompute=recompute)
+    model = build_gpt(config, get_mosa_block_spec(config))
+    tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(32).expand(4, 32)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(naive.torch, "sort", counting)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
+        loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
+
+
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_recompute_is_exact_and_selects_once(layout: Layout, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, selections, kept = gradients("none", monkeypatch)
+    assert selections == 2  # one a layer
+    found, selections_again, kept_less = gradients(recompute, monkeypatch)
+    assert selections_again == 2
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert kept_less < 0.8 * kept
+
+
+def test_megatrons_own_recompute_is_refused() -> None:
+    with pytest.raises(ValueError, match="select tokens twice"):
+        make_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    with pytest.raises(ValueError, match="mosa_recompute='all'"):
+        make_config(mosa_recompute="all")
