@@ -23,6 +23,12 @@ class MosaTransformerConfig(TransformerConfig):
     num_mosa_heads: int = 0
     """E, over all tensor-parallel ranks."""
 
+    num_local_heads: int = 0
+    """Sliding-window heads, over all tensor-parallel ranks."""
+
+    mosa_local_window: int = 0
+    """Tokens that a local head sees, the token itself included."""
+
     mosa_sparsity: float = 16.0
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
 
@@ -46,14 +52,19 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
         super().__post_init__()
         size = self.tensor_model_parallel_size
-        if self.num_attention_heads + self.num_mosa_heads < 1:
+        counts = {name: getattr(self, name) for name in ("num_attention_heads", "num_local_heads", "num_mosa_heads")}
+        if sum(counts.values()) < 1:
+            raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; legal: at least one of them above 0")
+        for name, heads in (counts | {"num_query_groups": self.num_query_groups or 0}).items():
+            if heads % size:
+                raise ValueError(f"{name}={heads} is not divisible by tensor_model_parallel_size={size}")
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
             raise ValueError(
-                "num_attention_heads=0 and num_mosa_heads=0 leave no head; legal: at least one of them above 0"
+                f"num_attention_heads={self.num_attention_heads} is not divisible by num_query_groups="
+                f"{self.num_query_groups}"
             )
-        if self.num_mosa_heads % size:
-            raise ValueError(
-                f"num_mosa_heads={self.num_mosa_heads} is not divisible by tensor_model_parallel_size={size}"
-            )
+        if self.num_local_heads and self.mosa_local_window < 1:
+            raise ValueError(f"mosa_local_window={self.mosa_local_window}; legal with local heads: 1 or more")
         if self.mosa_sparsity < 1:
             raise ValueError(f"mosa_sparsity={self.mosa_sparsity} is below 1; legal: 1 or more")
         if self.add_bias_linear or self.add_qkv_bias:

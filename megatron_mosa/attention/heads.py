@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.kernels.naive import apply_rotary
+from megatron_mosa.kernels.window import sliding_window_attention
 
 
 class PartitionedHeads(MegatronModule):
@@ -73,31 +74,68 @@ class PartitionedHeads(MegatronModule):
         )
 
 
-class DenseHeads(PartitionedHeads):
-    """Causal dense attention over torch's fused SDPA; weights laid out as Megatron's linear_qkv and linear_proj."""
+class CausalHeads(PartitionedHeads):
+    """Causal attention over all tokens before; weights laid out as Megatron's linear_qkv and linear_proj.
 
-    qkv_weight: torch.nn.Parameter  # [H / tp * 3h', h]
+    Args:
+        heads, groups: over all tensor-parallel ranks; each of the groups shares one key and one value head.
+    """
+
+    qkv_weight: torch.nn.Parameter  # [G / tp * (H / G + 2) h', h]
     proj_weight: torch.nn.Parameter  # [h, H / tp * h']
 
-    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+    def __init__(
+        self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup, heads: int, groups: int
+    ) -> None:
         super().__init__(config, tp_group)
-        heads, head_dim, width = config.num_attention_heads, config.head_dim, config.hidden_size
-        # rows: q, k, v of head 0, then of head 1, ...
+        head_dim, width = config.head_dim, config.hidden_size
         init, output_init = cast(Any, config.init_method), cast(Any, config.output_layer_init_method)  # never None
-        self.add_weight("qkv_weight", (heads * 3 * head_dim, width), 0, init)
+        self.queries_per_group = heads // groups
+        # rows: the queries, the key and the value of group 0, then of group 1, ...
+        self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         length, batch, _ = hidden_states.shape
-        config = self.config
-        qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, 3, config.head_dim)
-        query, key, value = qkv.permute(3, 1, 2, 0, 4)  # each [B, H, T, h']
+        config, queries = self.config, self.queries_per_group
+        qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
+        query, key, value = qkv.split((queries, 1, 1), dim=3)  # [T, B, G, queries | 1 | 1, h']
+        query, key, value = (
+            part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value)
+        )  # [B, H | G, T, h']
         positions = torch.arange(length, device=hidden_states.device)
         query = apply_rotary(query, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
         key = apply_rotary(key, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # [B, H, T, h']
+        attended = self.attend(query, key, value)  # [B, H, T, h']
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, H, T, h'] from queries [B, H, T, h'] and keys and values [B, G, T, h']; no T x T matrix anywhere."""
+        raise NotImplementedError("abstract")
+
+
+class DenseHeads(CausalHeads):
+    """Every token before is a key: torch's fused SDPA."""
+
+    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As CausalHeads."""
+        grouped = self.queries_per_group > 1
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+
+class LocalHeads(CausalHeads):
+    """The last ``mosa_local_window`` tokens are keys, the token itself included."""
+
+    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As CausalHeads."""
+        return sliding_window_attention(query, key, value, self.config.mosa_local_window)
 
 
 class MosaHeads(PartitionedHeads):

@@ -12,13 +12,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_mosa.attention.config import MosaTransformerConfig
-from megatron_mosa.attention.heads import DenseHeads, MosaHeads
+from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.recompute import recomputed
 from megatron_mosa.parallel.regions import sum_gradients
 
 
 class MosaSelfAttention(MegatronModule):
-    """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense and MoSA heads.
+    """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense, local and MoSA heads.
 
     Heads are partitioned over the tensor-parallel group. With sequence parallelism the input is gathered once and the
     output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in;
@@ -41,6 +41,7 @@ class MosaSelfAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = groups.tp
         self.dense_heads = DenseHeads(config, self.tp_group) if config.num_attention_heads else None
+        self.local_heads = LocalHeads(config, self.tp_group) if config.num_local_heads else None
         self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
 
     def forward(
@@ -77,8 +78,9 @@ class MosaSelfAttention(MegatronModule):
         else:
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
-        parts = [heads(states) for heads in (self.dense_heads, self.mosa_heads) if heads is not None]
-        output = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        kinds = (self.dense_heads, self.local_heads, self.mosa_heads)
+        first, *others = [heads(states) for heads in kinds if heads is not None]
+        output = sum(others, start=first)
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
 
 

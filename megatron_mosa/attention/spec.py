@@ -15,15 +15,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.layer import MosaSelfAttention
 from megatron_mosa.attention.recompute import MosaTransformerLayer
-from megatron_mosa.parallel.norm import SequenceParallelLayerNorm
+from megatron_mosa.parallel.norm import norm_class
 
 
 class MosaSpecProvider(LocalSpecProvider):
     """Megatron's local modules, with a norm that is right under sequence parallelism whatever the engine."""
 
-    def layer_norm(self, *_: object, **__: object) -> type:
-        """Which module for layer norm."""
-        return SequenceParallelLayerNorm
+    def layer_norm(self, rms_norm: bool = False, *_: object, **__: object) -> type:
+        """Which module for a norm."""
+        return norm_class("RMSNorm" if rms_norm else "LayerNorm")
 
 
 def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvider | None = None) -> ModuleSpec:

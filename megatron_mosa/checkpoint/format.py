@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
-from megatron_mosa.parallel import partition_dim, tensor_parallel_group
+from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
 FORMAT_VERSION = 1
 
@@ -103,7 +103,12 @@ def _global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, 
     parameters = dict(model.named_parameters())
     view: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        dim = partition_dim(parameters[key.partition(".")[2]])
-        placement = Replicate() if dim is None else Shard(dim)
-        view[key] = DTensor.from_local(tensor, mesh, [placement], run_check=False)
+        partition = partition_of(parameters[key.partition(".")[2]])
+        if partition is None:
+            view[key] = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+        elif partition.stride == 1:
+            view[key] = DTensor.from_local(tensor, mesh, [Shard(partition.dim)], run_check=False)
+        else:
+            shard = [Shard(partition.unfolded_dim)]
+            view[key] = DTensor.from_local(partition.unfold(tensor), mesh, shard, run_check=False)
     return view

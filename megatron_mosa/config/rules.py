@@ -11,6 +11,8 @@ from megatron_mosa.errors import UserError, nearest
 
 _CHOICES = {
     "mosa.backend": ("auto", "naive"),
+    "model.activation": ("gelu", "swiglu"),
+    "model.normalization": ("LayerNorm", "RMSNorm"),
     "train.precision": ("fp32", "bf16"),
     "train.recompute": ("none", "attention", "full"),
     "checkpoint.resume": ("auto", "never"),
@@ -18,16 +20,16 @@ _CHOICES = {
 }
 _POSITIVE = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.head_dim", "model.rotary_base",
-    "model.layernorm_epsilon", "model.init_method_std", "model.vocab_size_multiple", "mosa.sparsity",
-    "parallel.tensor_model_parallel_size", "data.vocab_size", "data.tokenizer_bytes", "data.shard_bytes",
-    "data.stream_timeout", "data.index_samples", "train.steps", "train.stop_after_step", "train.micro_batch_size",
-    "train.global_batch_size", "optimizer.learning_rate", "optimizer.epsilon", "validation.interval",
-    "validation.num_samples", "checkpoint.interval", "checkpoint.keep_last", "logging.interval",
-    "logging.peak_tflops",
+    "model.num_query_groups", "model.local_window", "model.layernorm_epsilon", "model.init_method_std",
+    "model.vocab_size_multiple", "mosa.sparsity", "parallel.tensor_model_parallel_size", "data.vocab_size",
+    "data.tokenizer_bytes", "data.shard_bytes", "data.stream_timeout", "data.index_samples", "train.steps",
+    "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
+    "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
+    "checkpoint.keep_last", "logging.interval", "logging.peak_tflops",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "model.num_dense_heads", "mosa.num_heads", "run.seed", "data.num_workers", "optimizer.min_learning_rate",
-    "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
+    "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",
+    "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
 )  # fmt: skip
 _WEIGHT_TOLERANCE = 0.001  # '0.333' three times is meant as a third each
 
@@ -128,17 +130,37 @@ def _sequence(config: Config) -> None:
         )
 
 
+def _listed(number: int) -> str:
+    return "".join(f", {divisor}" for divisor in divisors(number)) if number else ""
+
+
 def _heads(config: Config) -> None:
-    dense, mosa = config.model.num_dense_heads, config.mosa.num_heads
-    if dense + mosa == 0:
-        raise UserError("model.num_dense_heads=0 and mosa.num_heads=0 leave no head; set at least one of them above 0")
-    size = config.parallel.tensor_model_parallel_size
-    for key, heads in (("model.num_dense_heads", dense), ("mosa.num_heads", mosa)):
-        if heads % size:
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    heads = {
+        "model.num_dense_heads": model.num_dense_heads,
+        "model.num_local_heads": model.num_local_heads,
+        "mosa.num_heads": config.mosa.num_heads,
+    }
+    if not any(heads.values()):
+        raise UserError(f"{', '.join(heads)} are all 0 and leave no head; set at least one of them above 0")
+    if model.num_query_groups is not None:
+        if not model.num_dense_heads or model.num_dense_heads % model.num_query_groups:
             raise UserError(
-                f"{key}={heads} is not divisible by parallel.tensor_model_parallel_size={size}; legal sizes for "
-                f"{dense} dense and {mosa} MoSA heads: {divisors(dense, mosa)}"
+                f"model.num_query_groups={model.num_query_groups} does not divide model.num_dense_heads="
+                f"{model.num_dense_heads}; legal: null{_listed(model.num_dense_heads)}"
             )
+        heads["model.num_query_groups"] = model.num_query_groups
+    for key, count in heads.items():
+        if count % size:
+            raise UserError(
+                f"{key}={count} is not divisible by parallel.tensor_model_parallel_size={size}; legal sizes for these "
+                f"heads: {divisors(*heads.values())}"
+            )
+    if model.local_window is not None and not model.num_local_heads:
+        raise UserError(
+            f"model.local_window={model.local_window} has no local heads to apply to; set model.num_local_heads, or "
+            "model.local_window=null: dense and MoSA heads have no window"
+        )
 
 
 def _partitioned_widths(config: Config) -> None:

@@ -22,13 +22,19 @@ class RunSection:
 
 @dataclass
 class ModelSection:
-    """A GPT of pre-norm layers; the dense heads stand beside the MoSA heads of section ``mosa``."""
+    """A GPT of pre-norm layers; dense and local heads stand beside the MoSA heads of section ``mosa``."""
 
     num_layers: int = MISSING
     hidden_size: int = MISSING
     ffn_hidden_size: int | None = None  # None: 4 * hidden_size
     num_dense_heads: int = 4
+    num_query_groups: int | None = None  # None: as many as dense heads
+    num_local_heads: int = 0
+    local_window: int | None = None  # None: data.sequence_length / mosa.sparsity
     head_dim: int = 64
+    activation: str = "gelu"
+    normalization: str = "LayerNorm"
+    tie_embeddings: bool = False
     rotary_percent: float = 0.5
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5

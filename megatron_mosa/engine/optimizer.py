@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_mosa.config import Config
-from megatron_mosa.parallel import partition_dim, tensor_parallel_group
+from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
 
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -63,7 +63,7 @@ class ClippingAdamW(torch.optim.AdamW):
 def global_norm(parameters: list[Tensor]) -> Tensor:
     """Norm of the gradients over the tensor-parallel group; replicated parameters count once."""
     group = tensor_parallel_group()
-    counted = [p for p in parameters if partition_dim(p) is not None or group.rank() == 0]
+    counted = [p for p in parameters if partition_of(p) is not None or group.rank() == 0]
     square = torch.stack(torch._foreach_norm([p.grad for p in counted if p.grad is not None])).square().sum()
     distributed.all_reduce(square, group=group)
     return square.sqrt()

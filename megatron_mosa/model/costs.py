@@ -25,19 +25,33 @@ def mosa_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_s
     )
 
 
-def mlp_flops(hidden_size: int, ffn_hidden_size: int, sequence_length: int) -> int:
-    """Forward FLOPs of the two matrices of an MLP on one sequence: 16 h^2 T at d_ff = 4h."""
-    return 4 * hidden_size * ffn_hidden_size * sequence_length
+def local_head_flops(hidden_size: int, head_dim: int, sequence_length: int, window: int) -> int:
+    """Forward FLOPs of one sliding-window head on one sequence: 8 h h' T + 4 h' T w; not a formula of the paper."""
+    return 8 * hidden_size * head_dim * sequence_length + 4 * head_dim * sequence_length * window
+
+
+def mlp_flops(hidden_size: int, ffn_hidden_size: int, sequence_length: int, matrices: int = 2) -> int:
+    """Forward FLOPs of the matrices of an MLP on one sequence: 16 h^2 T for two at d_ff = 4h."""
+    return 2 * matrices * hidden_size * ffn_hidden_size * sequence_length
+
+
+def local_window(config: Config) -> int:
+    """Tokens that a local head sees: ``model.local_window``, or T / rho as in the paper's long-sequence runs."""
+    selected = num_selected_tokens(config.data.sequence_length, config.mosa.sparsity)
+    return min(config.model.local_window or selected, config.data.sequence_length)
 
 
 def paper_flops(config: Config) -> int:
-    """Forward FLOPs of one sequence by the paper's formulas."""
+    """Forward FLOPs of one sequence by the paper's formulas; grouped queries save what they save of q, k, v."""
     model, length = config.model, config.data.sequence_length
+    hidden, head_dim = model.hidden_size, model.head_dim
     selected = num_selected_tokens(length, config.mosa.sparsity)
     layer = (
-        model.num_dense_heads * dense_head_flops(model.hidden_size, model.head_dim, length)
-        + config.mosa.num_heads * mosa_head_flops(model.hidden_size, model.head_dim, length, selected)
-        + mlp_flops(model.hidden_size, _ffn(config), length)
+        model.num_dense_heads * dense_head_flops(hidden, head_dim, length)
+        - 2 * hidden * head_dim * length * _shared_key_value_heads(config)
+        + model.num_local_heads * local_head_flops(hidden, head_dim, length, local_window(config))
+        + config.mosa.num_heads * mosa_head_flops(hidden, head_dim, length, selected)
+        + mlp_flops(hidden, _ffn(config), length, _mlp_matrices(config))
     )
     return model.num_layers * layer
 
@@ -51,11 +65,21 @@ def model_flops(config: Config, vocab_size: int) -> int:
     """
     model, length = config.model, config.data.sequence_length
     hidden, head_dim = model.hidden_size, model.head_dim
-    selected = num_selected_tokens(length, config.mosa.sparsity)
-    dense = 8 * hidden * head_dim * length + 2 * head_dim * length * (length + 1)
-    mosa = 8 * hidden * head_dim * selected + 2 * head_dim * selected * (selected + 1)
+    selected, window = num_selected_tokens(length, config.mosa.sparsity), local_window(config)
+    weights = 2 * hidden * head_dim  # of one of a head's four matrices, for one token
+    pairs = 4 * head_dim  # of one query and one key: their product, and the value's share
+    visible_locally = length * window - window * (window - 1) // 2
+    dense = 4 * weights * length + pairs * length * (length + 1) // 2
+    local = 4 * weights * length + pairs * visible_locally
+    mosa = 4 * weights * selected + pairs * selected * (selected + 1) // 2
     router = 2 * hidden * length + 4 * hidden * selected
-    matrices = model.num_dense_heads * dense + config.mosa.num_heads * mosa + mlp_flops(hidden, _ffn(config), length)
+    matrices = (
+        model.num_dense_heads * dense
+        - weights * length * _shared_key_value_heads(config)
+        + model.num_local_heads * local
+        + config.mosa.num_heads * mosa
+        + mlp_flops(hidden, _ffn(config), length, _mlp_matrices(config))
+    )
     layer = 3 * matrices + config.mosa.num_heads * router
     return model.num_layers * layer + 3 * 2 * hidden * vocab_size * length
 
@@ -63,12 +87,24 @@ def model_flops(config: Config, vocab_size: int) -> int:
 def parameter_count(config: Config, vocab_size: int) -> int:
     """Parameters of the whole model, padded vocabulary and norms included."""
     model = config.model
-    hidden, head_dim = model.hidden_size, model.head_dim
-    attention = model.num_dense_heads * 4 * hidden * head_dim + config.mosa.num_heads * (4 * hidden * head_dim + hidden)
-    norms = 2 * 2 * hidden
-    layer = attention + 2 * hidden * _ffn(config) + norms
-    embeddings = 2 * padded_vocab_size(vocab_size, model.vocab_size_multiple) * hidden
-    return model.num_layers * layer + embeddings + 2 * hidden
+    hidden = model.hidden_size
+    matrix = hidden * model.head_dim
+    heads = model.num_dense_heads + model.num_local_heads + config.mosa.num_heads
+    attention = (4 * heads - _shared_key_value_heads(config)) * matrix + config.mosa.num_heads * hidden
+    norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
+    layer = attention + _mlp_matrices(config) * hidden * _ffn(config) + 2 * norm
+    embeddings = (1 if model.tie_embeddings else 2) * hidden * padded_vocab_size(vocab_size, model.vocab_size_multiple)
+    return model.num_layers * layer + embeddings + norm
+
+
+def _shared_key_value_heads(config: Config) -> int:
+    """Key and value matrices that grouped queries do without."""
+    groups = config.model.num_query_groups or config.model.num_dense_heads
+    return 2 * (config.model.num_dense_heads - groups)
+
+
+def _mlp_matrices(config: Config) -> int:
+    return 3 if config.model.activation == "swiglu" else 2
 
 
 def _ffn(config: Config) -> int:

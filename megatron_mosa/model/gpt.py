@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
 from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.model.costs import local_window
 from megatron_mosa.model.initialization import initial_weights, mark_partitioned
 
 
@@ -24,6 +25,9 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
         num_attention_heads=model.num_dense_heads,
+        num_query_groups=model.num_query_groups,
+        num_local_heads=model.num_local_heads,
+        mosa_local_window=local_window(config),
         kv_channels=model.head_dim,
         num_mosa_heads=mosa.num_heads,
         mosa_sparsity=mosa.sparsity,
@@ -37,7 +41,9 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         params_dtype=params_dtype,
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
-        activation_func=F.gelu,
+        normalization=model.normalization,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
         use_cpu_initialization=True,  # the engine moves the model where it belongs
         perform_initialization=False,  # see initialization.py
         add_bias_linear=False,
@@ -51,7 +57,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
 
 
 def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
-    """A GPT with MoSA layers and untied embeddings, on the CPU, with the weights of ``initial_weights``."""
+    """A GPT with MoSA layers, on the CPU, with the weights of ``initial_weights``."""
     model = build_empty_model(config, vocab_size, params_dtype)
     for parameter, weight in initial_weights(model, config.run.seed):
         parameter.data.copy_(weight)
@@ -73,7 +79,7 @@ def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype
         vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
         max_sequence_length=config.data.sequence_length,
         position_embedding_type="none",
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
     )
     mark_partitioned(model)
     return model

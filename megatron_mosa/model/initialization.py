@@ -18,21 +18,25 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mosa.attention.heads import PartitionedHeads
-from megatron_mosa.parallel import partition_dim
+from megatron_mosa.parallel import partition_of
 
 Initialiser = Callable[[Tensor], object]
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
     """Tag Megatron's partitioned weights; its own initialisation does that, which is switched off for this one."""
+    gated = {layer.linear_fc1 for layer in model.modules() if isinstance(layer, MLP) and layer.config.gated_linear_unit}
     for module in model.modules():
         dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}.get(type(module))
-        if dim is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        if dim is not None and module.weight is not None:  # None: tied to the embedding
+            set_tensor_model_parallel_attributes(
+                module.weight, is_parallel=True, dim=dim, stride=2 if module in gated else 1
+            )
 
 
 def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
@@ -52,14 +56,14 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
             shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 partitioned it
             if len(shape) < 2:
                 continue
-            dim = partition_dim(parameter)
-            if dim is not None:
-                shape[dim] *= size
+            partition = partition_of(parameter)
+            if partition is not None:
+                shape[partition.dim] *= size
             weight = torch.empty(shape)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed_of(seed, f"{module_name}.{name}"))
                 _initialiser(module, name, model.config)(weight)
-            yield parameter, weight if dim is None else weight.chunk(size, dim=dim)[rank]
+            yield parameter, weight if partition is None else partition.part_of(weight, rank, size)
 
 
 def _seed_of(seed: int, name: str) -> int:

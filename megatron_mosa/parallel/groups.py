@@ -1,11 +1,10 @@
-"""Megatron-core's process groups and the partition of its parameters, with their types."""
+"""Megatron-core's process groups, with their types."""
 
 from __future__ import annotations
 
 from typing import cast
 
 from megatron.core import parallel_state
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
@@ -17,8 +16,3 @@ def tensor_parallel_group() -> ProcessGroup:
 def data_parallel_group() -> ProcessGroup:
     """The ranks that hold the same part of different replicas."""
     return cast(ProcessGroup, parallel_state.get_data_parallel_group())
-
-
-def partition_dim(parameter: Tensor) -> int | None:
-    """The dimension along which a parameter is split over the tensor-parallel group; None: it is replicated."""
-    return getattr(parameter, "partition_dim", None) if getattr(parameter, "tensor_model_parallel", False) else None

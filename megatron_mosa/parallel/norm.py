@@ -1,4 +1,12 @@
-"""Layer norm for sequence parallelism: its replicated parameters get the gradient of the whole sequence."""
+"""Norms for sequence parallelism: their replicated parameters get the gradient of the whole sequence.
+
+Under sequence parallelism every rank of the tensor-parallel group sees a slice of the sequence, so the gradients of
+weight and bias are partial sums. They are added up in the autograd graph (identity forward, all-reduce backward),
+before any hook of an optimizer sees them. The parameters therefore carry no ``sequence_parallel`` tag: Megatron's own
+``finalize_model_grads`` would add them up a second time.
+
+Signatures as Megatron-core's layer-norm builders.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +20,49 @@ from megatron_mosa.parallel.regions import sum_gradients
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm over the last dimension, right on full sequences and on a rank's slice of them.
-
-    Under sequence parallelism every rank of the tensor-parallel group sees a slice of the sequence, so the gradients
-    of weight and bias are partial sums. They are added up in the autograd graph (identity forward, all-reduce
-    backward), before any hook of an optimizer sees them. The parameters therefore carry no ``sequence_parallel`` tag:
-    Megatron's own ``finalize_model_grads`` would add them up a second time.
-
-    Signature as Megatron-core's layer-norm builders.
-    """
+    """LayerNorm over the last dimension, right on full sequences and on a rank's slice of them."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        if config.normalization != "LayerNorm":
-            raise ValueError(f"normalization={config.normalization!r} is not supported; legal: 'LayerNorm'")
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.sums_gradients = config.sequence_parallel and config.tensor_model_parallel_size > 1
+        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
+        self.sums_gradients = _sums_gradients(config)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [..., hidden_size]."""
         weight, bias = self.weight, self.bias
         if self.sums_gradients:
             group = tensor_parallel_group()
-            weight = sum_gradients(weight, group)
-            bias = sum_gradients(bias, group)
+            weight, bias = sum_gradients(weight, group), sum_gradients(bias, group)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm over the last dimension, right on full sequences and on a rank's slice of them."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
+        self.sums_gradients = _sums_gradients(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., hidden_size]."""
+        weight = sum_gradients(self.weight, tensor_parallel_group()) if self.sums_gradients else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def norm_class(normalization: str) -> type[torch.nn.Module]:
+    """The norm of that name.
+
+    Raises:
+        ValueError: a name other than "LayerNorm" and "RMSNorm".
+    """
+    kinds = {"LayerNorm": SequenceParallelLayerNorm, "RMSNorm": SequenceParallelRMSNorm}
+    if normalization not in kinds:
+        raise ValueError(f"normalization={normalization!r} is not supported; legal: {', '.join(map(repr, kinds))}")
+    return kinds[normalization]
+
+
+def _device(config: TransformerConfig) -> torch.device | int | None:
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def _sums_gradients(config: TransformerConfig) -> bool:
+    return config.sequence_parallel and config.tensor_model_parallel_size > 1

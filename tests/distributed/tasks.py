@@ -19,7 +19,13 @@ from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.protocol import Batch
 from megatron_mosa.model import build_model, language_model_loss
-from megatron_mosa.parallel import Layout, SequenceParallelLayerNorm, initialize_parallel, partition_dim
+from megatron_mosa.parallel import (
+    Layout,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
+    initialize_parallel,
+    partition_of,
+)
 
 VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
 
@@ -80,10 +86,11 @@ def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     result = {}
     for name, parameter in model.named_parameters():
         tensor = tensors[name].detach().contiguous()
-        if (dim := partition_dim(parameter)) is not None:
+        if (partition := partition_of(parameter)) is not None:
             parts = [torch.empty_like(tensor) for _ in range(group.size())]
             dist.all_gather(parts, tensor, group=group)
-            tensor = torch.cat(parts, dim=dim)
+            tensor = torch.cat([p.unflatten(partition.dim, (partition.stride, -1)) for p in parts], partition.dim + 1)
+            tensor = tensor.flatten(partition.dim, partition.dim + 1)
         result[name] = tensor.clone()
     return result
 
@@ -126,7 +133,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
         for module in model.modules():
             if isinstance(module, MosaHeads):
                 module.records_selection = True
-            if break_norms and isinstance(module, SequenceParallelLayerNorm):
+            if break_norms and isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
                 module.sums_gradients = False
         read_state(engine, seed_checkpoint, optimizer_step=0)
 

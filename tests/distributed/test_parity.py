@@ -127,3 +127,26 @@ def test_pure_models_do_not_depend_on_the_layout(workers: Workers, changes: dict
     split = workers(2).run(tasks.losses_under_zero, tasks.tiny_config(**layout, **changes), 2)[0]
     assert split[0] == pytest.approx(losses, rel=1e-5)
     assert split[1] == pytest.approx(norms, rel=1e-4)
+
+
+VARIANTS = {
+    "swiglu": {"model__activation": "swiglu", "model__ffn_hidden_size": 40},
+    "rmsnorm": {"model__normalization": "RMSNorm"},
+    "tied": {"model__tie_embeddings": True},
+    "grouped": {"model__num_query_groups": 2},
+    "local": {"model__num_local_heads": 4, "model__local_window": 5, "model__num_dense_heads": 0},
+}
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_model_do_not_depend_on_the_layout(
+    workers: Workers, tmp_path: Path, variant: str, zero: int
+) -> None:
+    changes = VARIANTS[variant]
+    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77, **changes), tmp_path)
+    one = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0, **changes), tmp_path)[0]
+    assert one["margin"] > 1e-5
+    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    config = tasks.tiny_config(parallel__zero_stage=zero, train__micro_batch_size=2, **layout, **changes)
+    check_equal(workers(4).run(tasks.training_facts, config, tmp_path)[0], one)

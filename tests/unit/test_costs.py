@@ -15,11 +15,15 @@ from megatron_mosa.parallel import Layout
 VOCAB_SIZE = 200
 
 
-def make_config(dense: int, mosa: int, length: int = 40, sparsity: float = 6.0, ffn: int | None = None) -> Config:
+def make_config(
+    dense: int, mosa: int, length: int = 40, sparsity: float = 6.0, ffn: int | None = None, **model: object
+) -> Config:
     return config_from_dict(
         {
             "run": {"name": "costs"},
-            "model": dict(num_layers=3, hidden_size=32, num_dense_heads=dense, head_dim=16, ffn_hidden_size=ffn),
+            "model": dict(
+                num_layers=3, hidden_size=32, num_dense_heads=dense, head_dim=16, ffn_hidden_size=ffn, **model
+            ),
             "mosa": dict(num_heads=mosa, sparsity=sparsity),
             "data": dict(path="unused", sequence_length=length),
             "train": dict(steps=1, micro_batch_size=2, global_batch_size=2, precision="fp32"),
@@ -81,3 +85,34 @@ def test_parameter_count_is_that_of_the_built_model(layout: Layout, dense: int, 
     config = make_config(dense, mosa, ffn=ffn)
     built = sum(parameter.numel() for parameter in build_model(config, VOCAB_SIZE).parameters())
     assert parameter_count(config, VOCAB_SIZE) == built
+
+
+VARIANTS = [
+    dict(num_query_groups=1),
+    dict(num_local_heads=3, local_window=7),
+    dict(activation="swiglu"),
+    dict(normalization="RMSNorm"),
+    dict(tie_embeddings=True),
+]
+
+
+@pytest.mark.parametrize("model", VARIANTS, ids=lambda model: next(iter(model)))
+def test_variants_of_the_model(layout: Layout, model: dict) -> None:
+    config, plain = make_config(2, 5, **model), make_config(2, 5)
+    built = sum(parameter.numel() for parameter in build_model(config, VOCAB_SIZE).parameters())
+    assert parameter_count(config, VOCAB_SIZE) == built
+    # What the counter sees of the variant, beyond the plain model. Local heads are executed in blocks: by hand below.
+    if "num_local_heads" not in model:
+        assert paper_flops(config) - paper_flops(plain) == counted_flops(config) - counted_flops(plain)
+        difference = model_flops(config, VOCAB_SIZE) - model_flops(plain, VOCAB_SIZE)
+        assert difference == 3 * (counted_flops(config) - counted_flops(plain))
+
+
+def test_local_heads_cost_what_their_window_shows_them() -> None:
+    config, plain = make_config(2, 5, num_local_heads=3, local_window=7), make_config(2, 5)
+    length, hidden, head_dim, layers = 40, 32, 16, 3
+    pairs = sum(1 for query in range(length) for key in range(length) if query - 7 < key <= query)
+    executed = layers * 3 * 3 * (8 * hidden * head_dim * length + 4 * head_dim * pairs)
+    assert model_flops(config, VOCAB_SIZE) - model_flops(plain, VOCAB_SIZE) == executed
+    in_full = layers * 3 * (8 * hidden * head_dim * length + 4 * head_dim * length * 7)
+    assert paper_flops(config) - paper_flops(plain) == in_full

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, hub, iter_documents, shards
+from megatron_mosa.data import build, build_dataset, iter_documents, shards
 from megatron_mosa.data.shards import in_validation
 from megatron_mosa.errors import UserError
 
@@ -277,117 +276,3 @@ def test_the_tokenizer_is_trained_on_a_bounded_beginning_of_every_source(tmp_pat
     assert list(map(len, whole)) == [100, 5000, 5000]
     (tmp_path / "0.txt").write_text("é" * 50)
     assert list(build._sample(opened[:1], 33)) == ["é" * 16]  # 32 bytes
-
-
-class Faulty:
-    """A streamed dataset that, after some rows, does what ``fault`` does."""
-
-    def __init__(self, dataset: Any, rows: int, fault: Any) -> None:
-        self._dataset, self._rows, self._fault = dataset, rows, fault
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._dataset, name)
-
-    def __iter__(self) -> Any:
-        for number, row in enumerate(self._dataset):
-            if number == self._rows:
-                return self._fault()
-            yield row
-
-
-def raises() -> None:
-    raise ConnectionResetError("reset by peer")
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [(raises, "reset by peer"), (lambda: time.sleep(5), "no document for 0.3 s")],
-)
-def test_a_stream_that_stops_for_good(
-    fault: Any, reason: str, sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    data = section(tmp_path / "set", sources, stream_timeout=0.3)
-    with monkeypatch.context() as context:
-        rest = iter([7, 0, 0])
-        load = hub.load_dataset
-        context.setattr(hub, "_PAUSE", 0.0)
-        context.setattr(build, "_sample", lambda sources, budget: iter_documents_of(sources))
-        context.setattr(hub, "load_dataset", lambda *a, **n: Faulty(load(*a, **n), next(rest), fault))
-        with pytest.raises(
-            UserError, match=f"{sources[2]} stopped after 7 documents: .*{reason}.*same command"
-        ) as caught:
-            build_dataset(data)
-    assert "\n" not in str(caught.value)
-    monkeypatch.setattr(build, "train_tokenizer", None)
-    build_dataset(data)
-    assert contents(tmp_path / "set") == undisturbed
-
-
-def iter_documents_of(sources: Any) -> Any:
-    """The documents as the tokenizer sees them, past the faults that a test sets for the tokenization."""
-    for source in sources:
-        file = source.name.removeprefix("hf:")
-        yield from iter_documents([file], "text")
-
-
-def test_a_stream_that_stops_now_and_then_is_opened_again(
-    sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load, opened = hub.load_dataset, []
-    monkeypatch.setattr(hub, "_PAUSE", 0.0)
-    monkeypatch.setattr(
-        hub, "load_dataset", lambda *a, **n: [opened.append(1), Faulty(load(*a, **n), 3, raises)][1]
-    )  # fmt: skip
-    build_dataset(section(tmp_path / "set", sources))
-    assert contents(tmp_path / "set") == undisturbed
-    assert len(opened) > 8  # 16 documents, twice, three at a time
-
-
-def test_a_stream_that_ends_before_its_description_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_PAUSE", 0.0)
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    write_rows(folder / "train.jsonl", list(map(text, range(8))))
-    card = "---\ndataset_info:\n  features:\n  - {name: id, dtype: int64}\n  - {name: text, dtype: string}\n"
-    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 9}\n---\n")
-    with pytest.raises(UserError, match="stopped after 8 documents: it ended, and its description promises 9"):
-        build_dataset(section(tmp_path / "set", [f"hf:{folder}"]))
-    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 8}\n---\n")
-    assert build_dataset(section(tmp_path / "set", [f"hf:{folder}"]), force=True).splits["train"]["documents"] > 0
-
-
-def test_names_of_hugging_face_datasets(sources: list[str], tmp_path: Path) -> None:
-    name = sources[2]
-    whole = list(iter_documents([name], "text"))
-    assert whole == list(map(text, range(200, 216)))
-    assert list(iter_documents([f"{name}:default@train"], "text")) == whole
-    part = hub.HubSource(f"{name}@train[:5]", "text", streaming=False, timeout=1)
-    assert [document for document, _ in part.read()] == whole[:5]
-    cases = [
-        (f"{name}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); legal: train"),
-        (f"{name}:other", "cannot open .*'other' not found"),
-        (f"hf:{tmp_path}/none", "cannot open .*none"),
-        ("hf:", "names no dataset; legal: hf:NAME"),
-        (f"{name}@train[:5]", "data.streaming=false"),
-    ]
-    for source, message in cases:
-        with pytest.raises(UserError, match=message) as caught:
-            build_dataset(section(tmp_path / "set", [source]))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="data.text_field='txt' is no column of .* \\(did you mean 'text'"):
-        build_dataset(section(tmp_path / "set", [name], text_field="txt"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_stream_finds_its_place_without_reading_up_to_it(sources: list[str]) -> None:
-    source = hub.HubSource(sources[2], "text", streaming=True, timeout=10)
-    places = list(source.read())
-    for start in (3, 9, 10, 12, 15):
-        place = json.loads(json.dumps(places[start][1]))
-        assert "state" in place
-        assert [t for t, _ in source.read(place)] == [t for t, _ in places[start + 1 :]]
-        unstreamed = hub.HubSource(sources[2], "text", streaming=False, timeout=10)
-        assert [t for t, _ in unstreamed.read(place)] == [t for t, _ in places[start + 1 :]]
-        del place["state"]
-        assert [t for t, _ in source.read(place)] == [t for t, _ in places[start + 1 :]]

@@ -16,7 +16,7 @@ from megatron_mosa.attention import (
 )
 from megatron_mosa.attention.heads import DenseHeads
 from megatron_mosa.kernels import naive
-from megatron_mosa.parallel import Layout
+from megatron_mosa.parallel import Layout, tensor_parallel_group
 
 
 def make_config(**changes: object) -> MosaTransformerConfig:
@@ -80,6 +80,34 @@ def test_the_hybrid_layer_is_dense_attention_plus_mosa_attention(layout: Layout)
     )
     expected = mosa.transpose(0, 1) + plain_dense_attention(layer.dense_heads, states)
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_grouped_queries_are_dense_heads_that_share_keys_and_values(layout: Layout) -> None:
+    torch.manual_seed(0)
+    grouped = DenseHeads(
+        make_config(num_attention_heads=4, num_query_groups=2, params_dtype=torch.float64), tensor_parallel_group()
+    )
+    dense = DenseHeads(make_config(num_attention_heads=4, params_dtype=torch.float64), tensor_parallel_group())
+    rows = grouped.qkv_weight.detach().view(2, 4, 8, 32)  # [groups, q q k v, h', h]
+    with torch.no_grad():
+        for head in range(4):
+            group = rows[head // 2]
+            dense.qkv_weight.view(4, 3, 8, 32)[head] = torch.stack((group[head % 2], group[2], group[3]))
+        dense.proj_weight.copy_(grouped.proj_weight)
+    states = torch.randn(13, 3, 32, dtype=torch.float64)
+    torch.testing.assert_close(grouped(states), dense(states), rtol=1e-10, atol=1e-12)
+
+
+def test_local_heads_see_their_window_and_no_more(layout: Layout) -> None:
+    torch.manual_seed(0)
+    layer = MosaSelfAttention(
+        make_config(num_attention_heads=0, num_mosa_heads=0, num_local_heads=2, mosa_local_window=4)
+    )
+    states = torch.randn(20, 1, 32)
+    changed = states.clone()
+    changed[9] = torch.randn(1, 32)
+    same = [torch.allclose(layer(states)[0][t], layer(changed)[0][t], atol=1e-6) for t in range(20)]
+    assert same == [not 9 <= t < 13 for t in range(20)]
 
 
 def plain_dense_attention(heads: DenseHeads, states: torch.Tensor) -> torch.Tensor:

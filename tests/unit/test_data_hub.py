@@ -1,0 +1,176 @@
+"""Hugging Face datasets: streamed or not the same documents, and a stream that stops is no lost build."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import build, build_dataset, hub, iter_documents
+from megatron_mosa.errors import UserError
+
+
+def text(number: int) -> str:
+    return f"Document {number}: " + " ".join(f"wörd{number * j % 23}\r\n" for j in range(60))
+
+
+def write_rows(file: Path, texts: list[str]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
+
+
+def section(path: Path, source: str, **changes: Any) -> DataSection:
+    return DataSection(path=str(path), sources=[source], **({"vocab_size": 400, "validation_fraction": 0.3} | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local Hugging Face dataset of two files, 17 rows and 16 documents."""
+    folder = tmp_path_factory.mktemp("sources") / "hub"
+    write_rows(folder / "train-0.jsonl", [*map(text, range(10)), ""])
+    write_rows(folder / "train-1.jsonl", list(map(text, range(10, 16))))
+    return f"hf:{folder}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "set"
+    build_dataset(section(folder, source))
+    return contents(folder)
+
+
+def documents(source: hub.HubSource, place: dict[str, Any] | None = None) -> list[str]:
+    return [document for document, _ in source.read(place)]
+
+
+class Faulty:
+    """A streamed dataset that, after some rows, does what ``fault`` does."""
+
+    def __init__(self, dataset: Any, rows: int, fault: Any) -> None:
+        self._dataset, self._rows, self._fault = dataset, rows, fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, row in enumerate(self._dataset):
+            if number == self._rows:
+                return self._fault()
+            yield row
+
+
+def raises() -> None:
+    raise ConnectionResetError("reset by peer")
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, fault: Any, rows: Iterator[int]) -> list[int]:
+    """Let every stream fail after so many rows; return the list that counts the streams."""
+    load, opened = hub.load_dataset, []
+
+    def faulty(*arguments: Any, **named: Any) -> Faulty:
+        opened.append(1)
+        return Faulty(load(*arguments, **named), next(rows), fault)
+
+    monkeypatch.setattr(hub, "load_dataset", faulty)
+    monkeypatch.setattr(hub, "_PAUSE", 0.0)
+    return opened
+
+
+@pytest.mark.parametrize("shard_bytes", [2000, 10**9])  # some shards are finished, or none
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(raises, "reset by peer"), (lambda: time.sleep(5), "no document for 0.3 s")]
+)
+def test_a_stream_that_stops_for_good(
+    fault: Any, reason: str, shard_bytes: int, source: str, undisturbed: dict[str, bytes], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = section(tmp_path / "set", source, stream_timeout=0.3, shard_bytes=shard_bytes)
+    with monkeypatch.context() as context:
+        fail(context, fault, iter([99, 7, 0, 0]))  # the tokenizer sees all, and then the stream stops for good
+        with pytest.raises(UserError, match=f"{source} stopped after 7 documents: .*{reason}.*same command") as caught:
+            build_dataset(data)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(build, "train_tokenizer", None)
+    build_dataset(data)
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_a_stream_that_stops_now_and_then_is_opened_again(
+    source: str, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = fail(monkeypatch, raises, iter([3] * 99))
+    build_dataset(section(tmp_path / "set", source))
+    assert contents(tmp_path / "set") == undisturbed
+    assert len(opened) == 12  # 17 rows, three at a time, twice
+
+
+def test_streamed_or_not_the_tokens_are_the_same(source: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    build_dataset(section(tmp_path / "set", source, streaming=False))
+    assert contents(tmp_path / "set") == undisturbed
+
+
+def test_a_dataset_that_changed_under_an_interrupted_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "hub" / "train.jsonl", list(map(text, range(16))))
+    data = section(tmp_path / "set", f"hf:{tmp_path}/hub", shard_bytes=2000)
+    with monkeypatch.context() as context:
+        fail(context, raises, iter([99, 7, 0, 0]))
+        with pytest.raises(UserError, match="stopped after 7"):
+            build_dataset(data)
+    write_rows(tmp_path / "hub" / "train.jsonl", list(map(text, range(17))))
+    with pytest.raises(UserError, match="shard 0 .* changed since; .*--force"):
+        build_dataset(data)
+    assert sum(split["documents"] for split in build_dataset(data, force=True).splits.values()) == 17
+
+
+def test_a_stream_that_ends_before_its_description_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_PAUSE", 0.0)
+    folder = tmp_path / "hub"
+    write_rows(folder / "train.jsonl", list(map(text, range(8))))
+    card = "---\ndataset_info:\n  features:\n  - {name: id, dtype: int64}\n  - {name: text, dtype: string}\n"
+    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 9}\n---\n")
+    with pytest.raises(UserError, match="stopped after 8 documents: it ended, and its description promises 9"):
+        build_dataset(section(tmp_path / "set", f"hf:{folder}"))
+    (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 8}\n---\n")
+    assert build_dataset(section(tmp_path / "set", f"hf:{folder}"), force=True).splits["train"]["documents"] > 0
+
+
+def test_names_of_hugging_face_datasets(source: str, tmp_path: Path) -> None:
+    whole = list(iter_documents([source], "text"))
+    assert whole == list(map(text, range(16)))
+    assert list(iter_documents([f"{source}:default@train"], "text")) == whole
+    part = hub.HubSource(f"{source}@train[:5]", "text", streaming=False, timeout=1)
+    assert documents(part) == whole[:5]
+    cases = [
+        (f"{source}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); legal: train"),
+        (f"{source}:other", "cannot open .*'other' not found"),
+        (f"hf:{tmp_path}/none", "cannot open .*none"),
+        ("hf:", "names no dataset; legal: hf:NAME"),
+        (f"{source}@train[:5]", "data.streaming=false"),
+    ]
+    for spelled, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            build_dataset(section(tmp_path / "set", spelled))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="data.text_field='txt' is no column of .* \\(did you mean 'text'"):
+        build_dataset(section(tmp_path / "set", source, text_field="txt"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_finds_its_place_without_reading_up_to_it(source: str) -> None:
+    streamed = hub.HubSource(source, "text", streaming=True, timeout=10)
+    stored = hub.HubSource(source, "text", streaming=False, timeout=10)
+    places = list(streamed.read())
+    for start in (3, 9, 10, 12, 15):
+        place = json.loads(json.dumps(places[start][1]))
+        expected = [document for document, _ in places[start + 1 :]]
+        assert "state" in place and documents(streamed, place) == expected
+        assert documents(stored, place) == expected
+        del place["state"]
+        assert documents(streamed, place) == expected
