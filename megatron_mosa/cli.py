@@ -11,12 +11,13 @@ import typer
 from megatron_mosa import __version__
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import run
-from megatron_mosa.scaling.commands import isoflop
+from megatron_mosa.scaling.commands import isoflop, sweep
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command("isoflop")(isoflop)
+app.command("sweep")(sweep)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -79,8 +82,7 @@ class MosaSelfAttention(MegatronModule):
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
         kinds = (self.dense_heads, self.local_heads, self.mosa_heads)
-        first, *others = [heads(states) for heads in kinds if heads is not None]
-        output = sum(others, start=first)
+        output = reduce(torch.add, [heads(states) for heads in kinds if heads is not None])
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
 
 

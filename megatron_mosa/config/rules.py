@@ -15,6 +15,7 @@ _CHOICES = {
     "model.normalization": ("LayerNorm", "RMSNorm"),
     "train.precision": ("fp32", "bf16"),
     "train.recompute": ("none", "attention", "full"),
+    "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
 }
@@ -205,6 +206,10 @@ def _schedule(config: Config) -> None:
         raise UserError(
             f"optimizer.min_learning_rate={optimizer.min_learning_rate} exceeds optimizer.learning_rate="
             f"{optimizer.learning_rate}; legal: 0 to {optimizer.learning_rate}"
+        )
+    if not 0.0 < optimizer.decay_fraction <= 1.0:
+        raise UserError(
+            f"optimizer.decay_fraction={optimizer.decay_fraction} is out of range; legal: above 0, up to 1 (all steps)"
         )
     for key in ("beta1", "beta2"):
         if not 0.0 <= getattr(optimizer, key) < 1.0:

@@ -100,11 +100,13 @@ class TrainSection:
 
 @dataclass
 class OptimizerSection:
-    """AdamW with linear warm-up and a cosine decay."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: float = 2.5e-4
     min_learning_rate: float = 2.5e-5
+    schedule: str = "cosine"
     warmup_steps: int = 0
+    decay_fraction: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -135,6 +137,7 @@ class LoggingSection:
 
     interval: int = 10
     tensorboard: bool = True
+    wandb_project: str | None = None
     peak_tflops: float | None = None
 
 

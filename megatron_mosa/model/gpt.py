@@ -41,7 +41,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         params_dtype=params_dtype,
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
-        normalization=model.normalization,
+        normalization=cast(Any, model.normalization),
         gated_linear_unit=model.activation == "swiglu",
         activation_func=F.silu if model.activation == "swiglu" else F.gelu,
         use_cpu_initialization=True,  # the engine moves the model where it belongs

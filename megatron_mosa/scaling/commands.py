@@ -1,7 +1,8 @@
-"""The command ``mosa isoflop``."""
+"""The commands ``mosa isoflop`` and ``mosa sweep``."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,58 @@ def isoflop(
         "FLOPs: forward, one sequence, without the vocabulary. To train a row, override model.num_dense_heads,\n"
         "mosa.num_heads and mosa.sparsity."
     )
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml; its dataset is built")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--layout",
+            metavar="tp=N,sp=BOOL,zero=N,micro=N",
+            help="A layout to measure, repeatable; keys left out are the file's. Default: every sensible one.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", metavar="N", help="Default: one a visible GPU, or 2 on a CPU.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps on the clock.")] = 6,
+    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Steps before them.")] = 2,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{run.name}-sweep.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another sweep's results in DIR.")] = False,
+) -> None:
+    """Measure layouts (TP, SP, ZeRO, micro-batch) at one global batch from one seed checkpoint, on this machine."""
+    settings = load_config(config, overrides or [])
+    for name, value, least in (("processes", processes, 1), ("steps", steps, 1), ("warmup", warmup, 0)):
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} is out of range; legal: {least} or more")
+    from megatron_mosa.scaling.layouts import check_layouts, default_layouts, parse_layout
+
+    given = [parse_layout(text, settings) for text in layout or []]
+    device, default_processes = _device_and_processes()
+    processes = processes or default_processes
+    layouts = given or default_layouts(settings, processes)
+    check_layouts(settings, layouts, processes)
+    from megatron_mosa.scaling.sweep import Request, run_sweep  # slow to import; mistakes are told first
+
+    parts = ["mosa", "sweep", str(config), *(overrides or [])]
+    parts += [part for text in layout or [] for part in ("--layout", text)]
+    parts += ["--processes", str(processes), "--steps", str(steps), "--warmup", str(warmup)]
+    output = output or Path(settings.run.directory) / f"{settings.run.name}-sweep"
+    run_sweep(Request(settings, layouts, processes, warmup, steps, output, shlex.join(parts), device), force=force)
+
+
+def _device_and_processes() -> tuple[str, int]:
+    """What the ranks run on, and how many of them: a power of two, which batch sizes divide by."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cuda", 2 ** (gpus.bit_length() - 1)) if gpus else ("cpu", 2)
 
 
 def parse_sparsities(text: str) -> list[float]:

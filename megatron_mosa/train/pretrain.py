@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import torch
 
 from megatron_mosa.checkpoint import CheckpointStore
-from megatron_mosa.config import Config, save_config
+from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
-from megatron_mosa.errors import UserError
 from megatron_mosa.model import parameter_count
-from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment
+from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment, on_main_rank
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.validation import Validation
+from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.report import report
 from megatron_mosa.train.start import Start, check_start, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
@@ -37,14 +37,16 @@ def pretrain(config: Config) -> None:
         torch.use_deterministic_algorithms(True)
     _, world_size, _ = launch_environment()
     start = check_start(config, world_size)
-    config.data.index_samples = start.index_samples
     layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
     try:
-        if start.metadata is not None and start.metadata.step >= config.train.steps:
-            if layout.is_main:
-                print(f"The run is complete: {start.metadata.step} of {config.train.steps} steps, {start.checkpoint}")
-        else:
+        # Nodes may see different checkpoints for a while on a shared file system: what rank 0 has found counts.
+        start = on_main_rank(lambda: start)
+        config.data.index_samples = start.index_samples
+        step = start.metadata.step if start.metadata else 0
+        if step < config.train.steps:
             _train(config, start, layout)
+        elif layout.is_main:
+            print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
         if layout.is_main:
             report(start.directory)
     finally:
@@ -52,16 +54,10 @@ def pretrain(config: Config) -> None:
 
 
 def _train(config: Config, start: Start, layout: Layout) -> None:
-    if layout.is_main:
-        _prepare_directory(config, start)
+    directory = RunDirectory(start.directory)
+    on_main_rank(lambda: directory.prepare(config))
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
-    writers = Writers(
-        start.directory,
-        is_main=layout.is_main,
-        last_step=config.train.steps,
-        resumed_step=state.step,
-        tensorboard=config.logging.tensorboard,
-    )
+    writers = Writers(config, start.directory, is_main=layout.is_main, resumed_step=state.step)
     vocab_size = start.manifest.vocab_size
     writers.note(
         f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
@@ -84,7 +80,10 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         Validation(writers, validation),
         Checkpointing(writers, store, start.data_identity),
     ]
-    Trainer(config, engine, layout, state, callbacks).run(batches)
+    trainer = Trainer(config, engine, layout, state, callbacks)
+    if state.step >= trainer.last_step:
+        writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
+    trainer.run(batches)
     writers.close()
     engine.destroy()
 
@@ -102,14 +101,3 @@ def _training_batches(config: Config, start: Start, state: TrainingState, layout
         data_parallel_size=layout.data_parallel_size,
         num_workers=config.data.num_workers,
     )
-
-
-def _prepare_directory(config: Config, start: Start) -> None:
-    try:
-        start.directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, start.directory / "config.yaml")
-    except OSError as error:
-        raise UserError(
-            f"run directory '{start.directory}' cannot be written ({error.strerror}); set run.directory to a writable "
-            "folder"
-        ) from None

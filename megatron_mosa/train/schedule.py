@@ -8,9 +8,10 @@ from megatron_mosa.config.schema import OptimizerSection
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerSection) -> float:
-    """Linear warm-up, then a cosine from ``learning_rate`` down to ``min_learning_rate`` at the last step.
+    """Linear warm-up to ``learning_rate``, then by ``schedule`` down to ``min_learning_rate`` at the last step.
 
-    A schedule that is no longer than its warm-up ends on the way up.
+    ``cosine`` and ``linear`` decay from the end of the warm-up, ``constant`` never, ``wsd`` (warm-up, stable, decay)
+    linearly over the last ``decay_fraction`` of the steps. A schedule no longer than its warm-up ends on the way up.
 
     Args:
         step: the step about to be taken, 1 to ``total_steps``.
@@ -19,6 +20,16 @@ def learning_rate(step: int, total_steps: int, options: OptimizerSection) -> flo
     """
     if step <= options.warmup_steps:
         return options.learning_rate * step / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, total_steps - options.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return options.min_learning_rate + (options.learning_rate - options.min_learning_rate) * cosine
+    span = options.learning_rate - options.min_learning_rate
+    return options.min_learning_rate + span * _height(step, total_steps, options)
+
+
+def _height(step: int, total_steps: int, options: OptimizerSection) -> float:
+    """1 at the top, 0 at the last step of a schedule that decays."""
+    if options.schedule == "constant":
+        return 1.0
+    decay_starts = options.warmup_steps
+    if options.schedule == "wsd":
+        decay_starts = max(decay_starts, total_steps - round(options.decay_fraction * total_steps))
+    progress = min(1.0, max(0.0, (step - decay_starts) / max(1, total_steps - decay_starts)))
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1.0 - progress

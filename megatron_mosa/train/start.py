@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, refuse_other_model
 from megatron_mosa.config import Config, check_world_size, config_to_dict
-from megatron_mosa.data import Manifest, Mixture, TrainingSamples, open_mixture
+from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel.environment import refuse_wrong_apex
+from megatron_mosa.train.directory import check_writable
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,36 @@ def check_start(config: Config, world_size: int) -> Start:
             another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never".
     """
     refuse_wrong_apex()
+    _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data)
     _refuse_other_tokenizer(config, data.manifest)
     directory, checkpoint, metadata = _newest(config)
+    check_writable(directory)
     start = Start(directory, data, checkpoint, metadata, _index_samples(config, metadata))
+    _check_lengths(config, start)
+    if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
+        raise UserError(
+            f"checkpoint.resume=never, but '{directory}' holds a run; give this one another name (run.name=...), "
+            "remove the directory, or set checkpoint.resume=auto"
+        )
     if checkpoint is not None and metadata is not None:
-        if config.checkpoint.resume == "never":
-            raise UserError(
-                f"checkpoint.resume=never, but '{directory}' holds checkpoints; give the run another name "
-                "(run.name=...), remove the directory, or set checkpoint.resume=auto"
-            )
         refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
     return start
+
+
+def _check_lengths(config: Config, start: Start) -> None:
+    """Both splits must hold at least one sequence."""
+    training_samples(config, start.data, start.index_samples)
+    ValidationSamples(start.data, sequence_length=config.data.sequence_length, num_samples=1)
+
+
+def _check_wandb(config: Config) -> None:
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise UserError(
+            f"logging.wandb_project={config.logging.wandb_project} needs the package wandb, which is not installed; "
+            "pip install wandb, or set it to null"
+        )
 
 
 def training_samples(config: Config, data: Mixture, index_samples: int) -> TrainingSamples:

@@ -1,4 +1,4 @@
-"""Where lines go: the terminal, metrics.jsonl and TensorBoard. Only the main rank writes."""
+"""Where lines go: the terminal, metrics.jsonl, TensorBoard and W&B. Only the main rank writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.metrics import Journal
 
 NON_CAUSAL = "non-causal: expert choice selects with the whole sequence in view"
@@ -14,16 +15,21 @@ NON_CAUSAL = "non-causal: expert choice selects with the whole sequence in view"
 class Writers:
     """One training or validation line goes to every writer; on other ranks than the main one, nowhere."""
 
-    def __init__(
-        self, run_directory: Path, *, is_main: bool, last_step: int, resumed_step: int, tensorboard: bool
-    ) -> None:
+    def __init__(self, config: Config, run_directory: Path, *, is_main: bool, resumed_step: int) -> None:
         self.is_main = is_main
-        self.last_step = last_step
+        self.last_step = config.train.steps
         if not is_main:
             return
         self.journal = Journal(run_directory / "metrics.jsonl", resumed_step)
         self.tensorboard: Any = None
-        if tensorboard:
+        self.wandb: Any = None
+        if config.logging.wandb_project:
+            import wandb  # optional; check_start has seen to it that it is there
+
+            # A run directory is one W&B run, however often it is resumed.
+            settings = {"id": config.run.name, "name": config.run.name, "resume": "allow", "dir": str(run_directory)}
+            self.wandb = wandb.init(project=config.logging.wandb_project, config=config_to_dict(config), **settings)
+        if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.tensorboard = SummaryWriter(run_directory / "tensorboard", purge_step=resumed_step + 1)
@@ -58,16 +64,23 @@ class Writers:
 
     def close(self) -> None:
         """Flush what buffers."""
-        if self.is_main and self.tensorboard is not None:
+        if not self.is_main:
+            return
+        if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def _record(self, kind: str, line: dict[str, Any]) -> None:
         self.journal.write(line)
-        if self.tensorboard is None:
-            return
+        scalars: dict[str, float] = {}
         for key, value in line.items():
             if key in ("step", "causal"):
                 continue
             values = {f"{key}/layer_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-            for name, scalar in values.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", scalar, line["step"])
+            scalars |= {f"{kind}/{name}": scalar for name, scalar in values.items()}
+        if self.tensorboard is not None:
+            for name, scalar in scalars.items():
+                self.tensorboard.add_scalar(name, scalar, line["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=line["step"])

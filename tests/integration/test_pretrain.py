@@ -138,7 +138,7 @@ def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run
 def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: str) -> None:
     before = runner.losses(whole_run)
     output = runner.pretrain(whole_run)
-    assert "The run is complete: 10 of 10 steps" in output
+    assert "The run is complete: step 10 of 10" in output
     assert "Unigram entropy" in output
     assert runner.losses(whole_run) == before
     runner.pretrain(whole_run, "train.steps=11")

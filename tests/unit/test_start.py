@@ -16,6 +16,7 @@ from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import build_dataset, read_manifest
 from megatron_mosa.errors import UserError
 from megatron_mosa.train import check_start
+from megatron_mosa.train.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -103,6 +104,39 @@ def test_the_recorded_number_of_index_samples_stays(overrides: list[str]) -> Non
     assert check_start(config, 2).index_samples == 100
     config.data.index_samples = 7
     assert "data.index_samples=7" in refused(config)
+
+
+def test_sequences_longer_than_the_data(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=long", "data.sequence_length=100000000"])
+    assert "data.sequence_length=100000000" in refused(config)
+
+
+def test_run_directories_that_cannot_be_written(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "is no folder" in refused(load_config(QUICKSTART, [*overrides, f"run.directory={place}"]))
+
+
+def test_a_run_directory_is_one_jobs_at_a_time(overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, [*overrides, f"run.directory={tmp_path}"])
+    first = RunDirectory(tmp_path / "run")
+    first.prepare(config)
+    with pytest.raises(UserError, match="in use by another job"):
+        RunDirectory(tmp_path / "run").prepare(config)
+    del first
+    RunDirectory(tmp_path / "run").prepare(config)
+
+
+def test_never_resuming_also_spares_a_run_without_checkpoints(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "metrics.jsonl").write_text("")
+    chosen = [*overrides, f"run.directory={tmp_path}"]
+    check_start(load_config(QUICKSTART, chosen), 2)
+    assert "checkpoint.resume=never" in refused(load_config(QUICKSTART, [*chosen, "checkpoint.resume=never"]))
+
+
+def test_weights_and_biases_without_its_package(overrides: list[str]) -> None:
+    assert "logging.wandb_project=mine" in refused(load_config(QUICKSTART, [*overrides, "logging.wandb_project=mine"]))
 
 
 def test_a_backend_may_change(overrides: list[str]) -> None:

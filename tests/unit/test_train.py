@@ -28,6 +28,23 @@ def test_schedule_warms_up_linearly_and_decays_along_a_cosine() -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[3:]))
 
 
+def test_the_other_schedules() -> None:
+    options = OptimizerSection(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4, decay_fraction=0.25)
+
+    def rates(schedule: str) -> list[float]:
+        options.schedule = schedule
+        return [learning_rate(step, 104, options) for step in range(1, 105)]
+
+    assert rates("constant") == [0.25, 0.5, 0.75] + [1.0] * 101
+    linear = rates("linear")
+    assert linear[3] == 1.0 and linear[-1] == pytest.approx(0.1)
+    slopes = [a - b for a, b in itertools.pairwise(linear[3:])]
+    assert slopes == pytest.approx([0.009] * 100)
+    wsd = rates("wsd")
+    assert wsd[3:78] == [1.0] * 75  # up to step 78 = 104 - 26
+    assert wsd[78] == pytest.approx(1 - 0.9 / 26) and wsd[-1] == pytest.approx(0.1)
+
+
 def test_journal_drops_steps_that_will_run_again_and_a_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     journal = Journal(path, resumed_step=0)

@@ -1,0 +1,261 @@
+"""``mosa sweep``: one run a layout, all from one seed checkpoint, on the same data in the same order.
+
+This module starts the runs and keeps their results; ``sweep_worker`` takes the steps, ``sweep_report`` writes what came
+out. Who decides on the layouts and where the processes run are arguments: a planner gives other layouts, a cluster
+another ``Launch``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.config import Config, config_to_dict
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.scaling.layouts import SweepLayout
+from megatron_mosa.scaling.sweep_report import TOLERANCE, Row, Sweep, write_report
+from megatron_mosa.scaling.sweep_worker import Job, versions, write_json
+
+REFERENCE = "reference"
+_OWN = ("request.json", "results.csv", "results.md", "scaling.png", "jobs", "layouts", "logs", "seed")
+
+Launch = Callable[[Path, int, Path], int]
+"""(job file, processes, log file) -> exit code: runs ``sweep_worker JOB`` on that many ranks and waits."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sweep is asked for."""
+
+    config: Config
+    layouts: Sequence[SweepLayout]
+    processes: int
+    warmup: int
+    steps: int
+    output: Path
+    command: str
+    """As it can be typed again; for the report."""
+
+    device: str
+    """"cpu" or "cuda"."""
+
+    def identity(self, dataset: dict[str, Any]) -> dict[str, Any]:
+        """What all results in one folder have in common; layouts may be added, so they are not in it."""
+        config = config_to_dict(self.config)
+        for key in ("checkpoint", "logging", "validation"):  # no step depends on them
+            del config[key]
+        config["run"] = {"seed": self.config.run.seed}
+        config["train"].pop("micro_batch_size")
+        config["train"].pop("stop_after_step")
+        config["parallel"] = {
+            key: value
+            for key, value in config["parallel"].items()
+            if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage")
+        }
+        numbers = {"processes": self.processes, "warmup": self.warmup, "steps": self.steps, "device": self.device}
+        return {"request": numbers, **config, "dataset": dataset, "versions": versions()}
+
+
+def run_sweep(request: Request, launch: Launch | None = None, force: bool = False) -> Sweep:
+    """Run what is missing, write the report, and return it.
+
+    Raises:
+        UserError: the dataset, or an output folder that holds something else.
+        RunError: the reference fails, or a layout's losses are not the reference's.
+    """
+    from megatron_mosa.train.start import check_start
+
+    launch = launch or launch_locally
+    base = replace(request.config, run=replace(request.config.run, directory=str(request.output), name="sweep"))
+    starts = [check_start(layout.apply(base), request.processes) for layout in request.layouts]
+    prepare_output(request.output, request.identity(starts[0].data_identity), force)
+    runs = _Runs(request, base, launch)
+    reference = runs.reference()
+    rows = [Row.of_reference(reference)]
+    started, done = time.monotonic(), 0
+    layouts = runs.with_earlier(request.layouts)
+    missing = sum(runs.finished(layout) is None for layout in layouts)
+    for number, layout in enumerate(layouts, start=1):
+        kept = runs.finished(layout)
+        result = kept or runs.run(layout)
+        rows.append(Row.of_layout(layout, request.processes, result, reference))
+        done += kept is None
+        left = (time.monotonic() - started) / done * (missing - done) if done else 0.0
+        print(f"[{number}/{len(layouts)}] {rows[-1].line}{' (kept)' if kept else ''}; {left:.0f} s left", flush=True)
+    sweep = Sweep(request.config, rows, request.processes, request.command, request.device, versions())
+    write_report(sweep, request.output)
+    print(f"{request.output}: results.md, results.csv, scaling.png")
+    _refuse_deviations(sweep, request.config.train.precision)
+    return sweep
+
+
+def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
+    """Make the folder, or see that it holds an earlier part of this very sweep.
+
+    Args:
+        identity: sections of keys, as ``Request.identity``.
+
+    Raises:
+        UserError: it holds something else and ``force`` is not given, or it cannot be written.
+    """
+    file = folder / "request.json"
+    identity = json.loads(json.dumps(identity))
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output={folder} is a file; give a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not force:
+            _refuse_another(folder, file, identity)
+        if force:  # of a folder that is not a sweep's own, nothing but these names is touched
+            for path in map(folder.joinpath, _OWN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in ("jobs", "layouts", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_json(file, identity)
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be written ({error.strerror}); give another folder") from None
+
+
+def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
+    fix = "give another --output, or --force to remove its results"
+    if not file.is_file():
+        raise UserError(
+            f"--output={folder} is not empty and holds no sweep; give another folder, or --force to write beside "
+            "what is there"
+        )
+    try:
+        earlier = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(f"--output={folder}: its request.json is damaged; {fix}") from None
+    for section, values in identity.items():
+        for key, value in values.items():
+            theirs = earlier.get(section, {}).get(key)
+            if theirs != value:
+                name = f"--{key}" if section == "request" else f"{section}.{key}"
+                raise UserError(f"--output={folder} holds another sweep: {name}={theirs}, now {value}; {fix}")
+
+
+class _Runs:
+    """The runs of one sweep: starting them, and what they left."""
+
+    def __init__(self, request: Request, base: Config, launch: Launch) -> None:
+        self.request = request
+        self.base = base
+        self.launch = launch
+        self.folder = request.output
+
+    def reference(self) -> dict[str, Any]:
+        """One process, TP 1, fp32, deterministic; it makes the seed checkpoint.
+
+        Raises:
+            RunError: it failed.
+        """
+        kept = self._read(REFERENCE)
+        if kept is not None and (self.folder / "seed").is_dir():
+            return kept
+        shutil.rmtree(self.folder / "seed", ignore_errors=True)
+        micro = min(layout.micro for layout in self.request.layouts)
+        layout = SweepLayout(tp=1, sp=False, zero=0, micro=micro)
+        if self.base.parallel.offload_optimizer:
+            layout = replace(layout, zero=1)
+        train = replace(self.base.train, precision="fp32", deterministic=True)
+        print("reference: 1 process, fp32; it writes the seed checkpoint", flush=True)
+        result = self._start(REFERENCE, layout.apply(replace(self.base, train=train)), 1)
+        if "reason" in result:
+            raise RunError(
+                f"the reference (1 process, {layout}, fp32) failed: {result['reason']}; without it there is no seed "
+                f"checkpoint; see {self._log(REFERENCE)}"
+            )
+        return self._keep(REFERENCE, layout, result)
+
+    def run(self, layout: SweepLayout) -> dict[str, Any]:
+        """Run one layout; a failure is a result with a ``reason``."""
+        result = self._start(layout.name, layout.apply(self.base), self.request.processes)
+        return self._keep(layout.name, layout, result)
+
+    def finished(self, layout: SweepLayout) -> dict[str, Any] | None:
+        """The result of a layout that has been measured; one that failed is tried again."""
+        result = self._read(layout.name)
+        return None if result is None or "reason" in result else result
+
+    def with_earlier(self, layouts: Sequence[SweepLayout]) -> list[SweepLayout]:
+        """Those asked for now, after those measured by earlier calls."""
+        found = [json.loads(path.read_text()) for path in (self.folder / "layouts").glob("tp*.json")]
+        found.sort(key=lambda result: result["finished"])
+        earlier = [SweepLayout(**result["layout"]) for result in found if "reason" not in result]
+        return list(dict.fromkeys([*(layout for layout in earlier if layout not in layouts), *layouts]))
+
+    def _start(self, name: str, config: Config, processes: int) -> dict[str, Any]:
+        file, result = self.folder / "jobs" / f"{name}.json", self.folder / "jobs" / f"{name}.result"
+        for path in self.folder.glob(f"jobs/{name}.*"):
+            path.unlink()
+        job = Job(
+            config=config_to_dict(config),
+            seed=str(self.folder / "seed"),
+            writes_seed=name == REFERENCE,
+            warmup=self.request.warmup,
+            steps=self.request.steps,
+            result=str(result),
+            errors=str(self.folder / "jobs" / f"{name}.error"),
+        )
+        write_json(file, asdict(job))
+        started = time.monotonic()
+        code = self.launch(file, processes, self._log(name))
+        wall = {"wall_seconds": time.monotonic() - started}
+        if result.is_file():  # ranks may still stumble on their way out; what was measured is measured
+            return json.loads(result.read_text()) | wall
+        return {"reason": failure(Path(job.errors), self._log(name), code)} | wall
+
+    def _keep(self, name: str, layout: SweepLayout, result: dict[str, Any]) -> dict[str, Any]:
+        result = {"layout": asdict(layout), "finished": time.time(), **result}
+        write_json(self.folder / "layouts" / f"{name}.json", result)
+        return result
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / "layouts" / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def _log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+
+def failure(errors: Path, log: Path, code: int) -> str:
+    """Why a run failed, in one line: the first rank that said so, a signal in the launcher's report, or its code."""
+    said = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
+    # A rank that is killed says nothing, and the others only that a connection was closed. SIGTERM comes from the
+    # launcher, SIGABRT from NCCL's watchdog: both after another rank has failed.
+    if killed and not (said and killed[1] in ("SIGTERM", "SIGABRT")):
+        hint = ", often for lack of memory" if killed[1] == "SIGKILL" else ""
+        return f"a rank was ended by {killed[1]}{hint}"
+    if said:
+        return said[0].read_text()[:500]
+    return f"exit code {code}; see {log.name}"
+
+
+def launch_locally(job: Path, processes: int, log: Path) -> int:
+    """``Launch`` on this machine, under torchrun."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launcher, "-m", "megatron_mosa.scaling.sweep_worker", str(job)]
+    with log.open("w") as file:
+        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _refuse_deviations(sweep: Sweep, precision: str) -> None:
+    tolerance = TOLERANCE[precision]
+    wrong = [row for row in sweep.rows if row.loss_deviation is not None and row.loss_deviation > tolerance]
+    if wrong:
+        named = ", ".join(f"{row.label} ({row.loss_deviation:.1e})" for row in wrong)
+        raise RunError(f"losses deviate from the reference by more than {tolerance:g} ({precision}): {named}")
