@@ -9,18 +9,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 FLOORS = [
-    {"errors"},
+    {"errors", "entry"},
     {"config", "kernels", "parallel"},
     {"attention", "data"},
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
     {"scaling"},
-    {"cli", "entry", "__main__"},
+    {"cli", "__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 # On one floor, only in this direction.
-SIDEWAYS = {("checkpoint", "engine"), ("cli", "entry"), ("__main__", "cli")}
+SIDEWAYS = {("checkpoint", "engine"), ("__main__", "cli")}
 
 
 def imports(path: Path) -> set[str]:
