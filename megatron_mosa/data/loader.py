@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import parent_process
 
 import torch
@@ -27,8 +28,9 @@ def training_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     num_workers: int,
+    end: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches for ever, from the first sample that has not been consumed.
+    """Yield this rank's micro-batches from the first sample that has not been consumed.
 
     A step takes samples [consumed, consumed + global_batch_size) whatever the layout; each rank a contiguous part
     of them, micro-batch by micro-batch. The random state of this process is left alone.
@@ -36,6 +38,7 @@ def training_batches(
     Args:
         samples: anything with samples at every number from 0, such as ``TrainingSamples``.
         num_workers: loader processes; 0 loads in this one.
+        end: number of the sample to stop before, so that no loader reads ahead of a run's end; None: for ever.
 
     Returns:
         dictionaries of [micro_batch, T] tensors, in pinned memory where there is CUDA.
@@ -48,7 +51,7 @@ def training_batches(
             f"global_batch_size {global_batch_size} is not a multiple of {micro_batch_size} * {data_parallel_size}"
         )
     numbers = _RankBatches(
-        consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size
+        consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size, end
     )
     loader = DataLoader(
         samples,
@@ -78,21 +81,23 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class _RankBatches:
-    """The sample numbers of one rank, a list a micro-batch, without end."""
+    """The sample numbers of one rank, a list a micro-batch."""
 
     consumed_samples: int
     global_batch_size: int
     micro_batch_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    end: int | None
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.global_batch_size // self.data_parallel_size
-        first = self.consumed_samples + self.data_parallel_rank * share
-        while True:
+        for batch in count(self.consumed_samples, self.global_batch_size):
+            if self.end is not None and batch >= self.end:
+                return
+            first = batch + self.data_parallel_rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))
-            first += self.global_batch_size
 
 
 def _masked(sample: Batch) -> Batch:

@@ -91,7 +91,8 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
 def _training_batches(config: Config, start: Start, state: TrainingState, layout: Layout) -> Iterator[Batch]:
     """This rank's micro-batches from where the run stands; collective."""
     samples = training_samples(config, start.data, start.index_samples)
-    samples.prepare(state.consumed_samples, config.train.steps * config.train.global_batch_size)
+    end = config.train.steps * config.train.global_batch_size
+    samples.prepare(state.consumed_samples, end - 1)
     return training_batches(
         samples,
         consumed_samples=state.consumed_samples,
@@ -100,4 +101,5 @@ def _training_batches(config: Config, start: Start, state: TrainingState, layout
         data_parallel_rank=layout.data_parallel_rank,
         data_parallel_size=layout.data_parallel_size,
         num_workers=config.data.num_workers,
+        end=end,
     )

@@ -111,7 +111,7 @@ def build_index(config: Config) -> list[Path]:
     """
     index_samples = _index_samples(config, _newest(config)[2])
     samples = training_samples(config, open_mixture(config.data), index_samples)
-    return samples.prepare(0, config.train.steps * config.train.global_batch_size)
+    return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
 
 
 def _newest(config: Config) -> tuple[Path, Path | None, Metadata | None]:

@@ -151,6 +151,14 @@ def test_loading_leaves_the_global_random_state_alone(dataset: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_loading_ends_with_the_run(dataset: Path) -> None:
+    batches = training_batches(
+        training(dataset), consumed_samples=8, global_batch_size=8, micro_batch_size=2, data_parallel_rank=1,
+        data_parallel_size=2, num_workers=0, end=24,
+    )  # fmt: skip
+    assert len(list(batches)) == 2 * 2  # steps of 8 from 8 to 24, of which this rank takes 4 samples each
+
+
 def test_loader_process_outlives_a_signal_to_the_job(dataset: Path) -> None:
     others = set(multiprocessing.active_children())
     batches = training_batches(
