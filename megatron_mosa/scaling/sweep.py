@@ -74,7 +74,8 @@ def run_sweep(request: Request, launch: Launch | None = None, force: bool = Fals
     """
     from megatron_mosa.train.start import check_start
 
-    launch = launch or launch_locally
+    # All runs have the same threads, the reference too: with one for each core, a busy machine slows it twenty-fold.
+    launch = launch or LocalLaunch(max(1, (os.cpu_count() or 1) // request.processes))
     base = replace(request.config, run=replace(request.config.run, directory=str(request.output), name="sweep"))
     starts = [check_start(layout.apply(base), request.processes) for layout in request.layouts]
     prepare_output(request.output, request.identity(starts[0].data_identity), force)
@@ -243,14 +244,21 @@ def failure(errors: Path, log: Path, code: int) -> str:
     return f"exit code {code}; see {log.name}"
 
 
-def launch_locally(job: Path, processes: int, log: Path) -> int:
+@dataclass(frozen=True)
+class LocalLaunch:
     """``Launch`` on this machine, under torchrun."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launcher, "-m", "megatron_mosa.scaling.sweep_worker", str(job)]
-    with log.open("w") as file:
-        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+    threads: int
+    """A rank's, unless OMP_NUM_THREADS says otherwise."""
+
+    def __call__(self, job: Path, processes: int, log: Path) -> int:
+        """Run the job to its end."""
+        environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*launcher, "-m", "megatron_mosa.scaling.sweep_worker", str(job)]
+        with log.open("w") as file:
+            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+        return done.returncode
 
 
 def _refuse_deviations(sweep: Sweep, precision: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +45,7 @@ class Row:
     def of_reference(cls, result: dict[str, Any]) -> Row:
         """The reference's own line, with the deviations that it has by definition."""
         row = cls.of_layout(SweepLayout(**result["layout"]), 1, result, result)
-        return cls(**{**asdict(row), "label": "reference", "status": "reference"})
+        return replace(row, label="reference", status="reference")
 
     @classmethod
     def of_layout(cls, layout: SweepLayout, processes: int, result: dict[str, Any], reference: dict[str, Any]) -> Row:
@@ -69,6 +69,11 @@ class Row:
             grad_norm_deviation=deviation(result["grad_norms"], reference["grad_norms"]),
             device=result["device"],
         )
+
+    @property
+    def layout(self) -> SweepLayout:
+        """As it was asked for."""
+        return SweepLayout(self.tp, self.sp, self.zero, self.micro)
 
     @property
     def line(self) -> str:
@@ -132,20 +137,21 @@ def markdown(sweep: Sweep) -> str:
         "",
         f"    {sweep.command}",
         "",
-        "| layout | ranks | tokens/s per rank | s/step | peak memory, GiB | communication | loss dev. | grad norm dev. |",
+        "| layout | ranks | tokens/s per rank | s/step | peak memory, GiB | communication | loss dev. | norm dev. |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *map(_cells, sweep.rows),
         "",
         "Communication: share of the step in which a collective was under way, waiting for other ranks included.",
-        f"Deviations: largest relative one over all steps from one process at TP 1 in fp32 (the loss's tolerance: "
-        f"{TOLERANCE[train.precision]:g}).",
+        *(["Memory: resident in the process, from its start."] if sweep.device == "cpu" else []),
+        "Deviations of loss and gradient norm: the largest relative ones over all steps from one process at TP 1 in "
+        f"fp32 (the loss's tolerance: {TOLERANCE[train.precision]:g}).",
         "",
     ]
     return "\n".join(lines)
 
 
 def _cells(row: Row) -> str:
-    name = f"{row.label} ({row.status}, fp32)" if row.status == "reference" else row.label
+    name = f"reference: {row.layout}, fp32" if row.status == "reference" else row.label
     if row.status == "failed":
         reason = row.reason.replace("|", "\\|")
         return f"| {name} | {row.processes} | failed: {reason} | | | | | |"

@@ -27,7 +27,6 @@ from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
 from megatron_mosa.data import training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine, StepResult
-from megatron_mosa.entry import run
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import peak_memory_gib
 from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment
@@ -243,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    main()

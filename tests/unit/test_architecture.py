@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 # On one floor, only in this direction.
-SIDEWAYS = {("checkpoint", "engine"), ("__main__", "cli")}
+SIDEWAYS = {("entry", "errors"), ("checkpoint", "engine"), ("__main__", "cli")}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,124 @@
+"""mosa sweep as a user runs it: three layouts on two processes, one of which dies; again; and a wrong loss."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.head_dim=8",
+    "mosa.num_heads=4",
+    "mosa.sparsity=8",
+    "data.sequence_length=64",
+    "data.vocab_size=400",
+    "data.validation_fraction=0.2",
+    "data.num_workers=0",
+    "train.steps=20",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=8",
+    "optimizer.warmup_steps=0",
+]
+GOOD = ["tp=1,zero=2,micro=4", "tp=2,sp=true,zero=1,micro=2"]
+DOOMED = "tp=2,sp=false,zero=1,micro=8"
+# Imported at the start of every Python: kills one rank of the doomed layout, as the kernel does without memory.
+KILLER = """
+import os, sys
+if os.environ.get("RANK") == "1" and any("tp2-zero1-micro8" in word for word in sys.orig_argv):
+    os.kill(os.getpid(), 9)
+"""
+
+
+class Sweeper:
+    """Runs the command in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder / "out"
+        self.config = [str(ROOT / "configs" / "quickstart.yaml"), *TINY, f"data.path={folder}/data"]
+        (folder / "killer").mkdir()
+        (folder / "killer" / "sitecustomize.py").write_text(KILLER)
+
+    def call(self, *arguments: str, kill: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if kill:
+            environment["PYTHONPATH"] = str(self.folder / "killer")
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_mosa", *arguments],
+            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    def sweep(self, *layouts: str, kill: bool = False, steps: int = 3) -> subprocess.CompletedProcess[str]:
+        options = [word for layout in layouts for word in ("--layout", layout)]
+        options += ["--processes", "2", "--steps", str(steps), "--warmup", "1", "--output", str(self.output)]
+        return self.call("sweep", *self.config, *options, kill=kill)
+
+    def rows(self) -> list[dict[str, str]]:
+        with (self.output / "results.csv").open() as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def sweeper(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
+    folder = tmp_path_factory.mktemp("sweep")
+    sweeper = Sweeper(folder)
+    library = Path(os.__file__).parent
+    names = ("ast.py", "argparse.py", "bdb.py", "calendar.py", "cmd.py", "copy.py", "csv.py", "dis.py", "enum.py")
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": (library / name).read_text()}) + "\n" for name in names))
+    done = sweeper.call("data", "build", *sweeper.config, f"data.sources=[{source}]")
+    assert done.returncode == 0, done.stderr
+    sweeper.config.append(f"data.sources=[{source}]")
+    return sweeper
+
+
+def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
+    done = sweeper.sweep(*GOOD, DOOMED, kill=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference, first, second, doomed = sweeper.rows()
+    assert (reference["status"], float(reference["loss_deviation"])) == ("reference", 0.0)
+    for row in (first, second):
+        assert row["status"] == "ok"
+        # A seed read with its layers' weights off by 5 % deviates by 2e-4 in the loss.
+        assert float(row["loss_deviation"]) < 1e-5 and float(row["grad_norm_deviation"]) < 1e-4
+        assert float(row["tokens_per_second_per_rank"]) > 0 and float(row["peak_memory_gib"]) > 0
+        assert 0 < float(row["communication_share"]) < 1
+        assert row["note"] == "functional, not performance"
+    assert doomed["status"] == "failed" and "SIGKILL" in doomed["reason"]
+    assert f"{DOOMED}: failed" in done.stdout
+    text = (sweeper.output / "results.md").read_text()
+    assert "functional, not performance" in text and "failed: a rank was ended by SIGKILL" in text
+    assert (sweeper.output / "scaling.png").stat().st_size > 1000
+    seed = sweeper.output / "seed" / "step-00000000"
+    assert json.loads((seed / "metadata.json").read_text())["step"] == 0
+
+    result = sweeper.output / "layouts" / "tp1-zero2-micro4.json"
+    losses = json.loads(result.read_text())["losses"]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    kept = {path: path.stat().st_mtime_ns for path in (result, seed / "metadata.json")}
+    again = sweeper.sweep(*GOOD, DOOMED)  # nothing kills it now
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("(kept)") == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert [row["status"] for row in sweeper.rows()] == ["reference", "ok", "ok", "ok"]
+    assert float(sweeper.rows()[3]["loss_deviation"]) < 1e-5
+
+
+def test_another_request_does_not_mix_in_and_a_wrong_loss_is_an_error(sweeper: Sweeper) -> None:
+    other = sweeper.sweep(*GOOD, steps=4)
+    assert other.returncode == 2 and "--steps=3, now 4" in other.stderr
+    result = sweeper.output / "layouts" / "tp1-zero2-micro4.json"
+    content = json.loads(result.read_text())
+    content["losses"][1] *= 1.002
+    result.write_text(json.dumps(content))
+    wrong = sweeper.sweep(*GOOD)
+    assert wrong.returncode == 1, wrong.stdout + wrong.stderr
+    assert "more than 0.001 (fp32): tp=1,sp=false,zero=2,micro=4 (2.0e-03)" in wrong.stderr
