@@ -11,11 +11,13 @@ from tests.distributed.pool import WorkerPool
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Callable[[int], WorkerPool]]:
-    """``workers(n)`` is a pool of n processes; a pool that died in a failing test is started anew."""
+    """``workers(n)`` is a pool of n processes; a pool that died or is worn out is replaced."""
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
-        if world_size not in pools or not pools[world_size].is_alive:
+        if world_size not in pools or not pools[world_size].is_fit:
+            if world_size in pools:
+                pools[world_size].close()
             pools[world_size] = WorkerPool(world_size)
         return pools[world_size]
 

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 240
+# Every task makes some twenty gloo groups whose threads live as long as the process and slow the ones that follow.
+RUNS_A_POOL = 12
 
 
 class WorkerPool:
@@ -23,6 +25,7 @@ class WorkerPool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.runs = 0
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -34,6 +37,7 @@ class WorkerPool:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank; return the results in rank order, or raise with a rank's traceback."""
+        self.runs += 1
         for connection in self.connections:
             connection.send((function, args, kwargs))
         results: dict[int, Any] = {}
@@ -53,9 +57,9 @@ class WorkerPool:
         return [results[rank] for rank in sorted(results)]
 
     @property
-    def is_alive(self) -> bool:
-        """Whether every process still serves."""
-        return all(process.is_alive() for process in self.processes)
+    def is_fit(self) -> bool:
+        """Whether every process still serves, and is not worn out."""
+        return self.runs < RUNS_A_POOL and all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
         """End the processes that this pool started."""
