@@ -7,7 +7,7 @@ from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
 from megatron_mosa.parallel.partition import Partition, partition_of
-from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel
+from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
 
 __all__ = [
     "Layout",
@@ -24,4 +24,5 @@ __all__ = [
     "on_main_rank",
     "partition_of",
     "tensor_parallel_group",
+    "use_deterministic_algorithms",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,6 +63,12 @@ def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minu
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def use_deterministic_algorithms() -> None:
+    """Have torch repeat itself bitwise, at the price of speed on GPUs; before the first matrix product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def destroy_parallel() -> None:

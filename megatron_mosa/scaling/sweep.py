@@ -22,7 +22,7 @@ from typing import Any
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.scaling.layouts import SweepLayout
-from megatron_mosa.scaling.sweep_report import TOLERANCE, Row, Sweep, write_report
+from megatron_mosa.scaling.sweep_report import NORM_TOLERANCE, TOLERANCE, Row, Sweep, write_report
 from megatron_mosa.scaling.sweep_worker import Job, versions, write_json
 
 REFERENCE = "reference"
@@ -262,8 +262,13 @@ class LocalLaunch:
 
 
 def _refuse_deviations(sweep: Sweep, precision: str) -> None:
-    tolerance = TOLERANCE[precision]
-    wrong = [row for row in sweep.rows if row.loss_deviation is not None and row.loss_deviation > tolerance]
-    if wrong:
-        named = ", ".join(f"{row.label} ({row.loss_deviation:.1e})" for row in wrong)
-        raise RunError(f"losses deviate from the reference by more than {tolerance:g} ({precision}): {named}")
+    for what, name, tolerance in (
+        ("losses", "loss_deviation", TOLERANCE[precision]),
+        ("gradient norms", "grad_norm_deviation", NORM_TOLERANCE[precision]),
+    ):
+        found = {row.label: getattr(row, name) for row in sweep.rows}
+        wrong = [f"{label} ({value:.1e})" for label, value in found.items() if value is not None and value > tolerance]
+        if wrong:
+            raise RunError(
+                f"{what} deviate from the reference by more than {tolerance:g} ({precision}): {', '.join(wrong)}"
+            )

@@ -16,6 +16,9 @@ from megatron_mosa.scaling.layouts import SweepLayout
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 """Largest relative deviation of a loss from the reference's, which is in fp32, by the layouts' precision."""
 
+NORM_TOLERANCE = {"fp32": 1e-2, "bf16": 2e-1}
+"""The same of a gradient norm, which sees wrong weights or gradients long before the loss does."""
+
 NOT_PERFORMANCE = "functional, not performance"
 
 
@@ -144,7 +147,7 @@ def markdown(sweep: Sweep) -> str:
         "Communication: share of the step in which a collective was under way, waiting for other ranks included.",
         *(["Memory: resident in the process, from its start."] if sweep.device == "cpu" else []),
         "Deviations of loss and gradient norm: the largest relative ones over all steps from one process at TP 1 in "
-        f"fp32 (the loss's tolerance: {TOLERANCE[train.precision]:g}).",
+        f"fp32 (tolerances: loss {TOLERANCE[train.precision]:g}, norm {NORM_TOLERANCE[train.precision]:g}).",
         "",
     ]
     return "\n".join(lines)

@@ -29,7 +29,13 @@ from megatron_mosa.data import training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine, StepResult
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import peak_memory_gib
-from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment
+from megatron_mosa.parallel import (
+    Layout,
+    destroy_parallel,
+    initialize_parallel,
+    launch_environment,
+    use_deterministic_algorithms,
+)
 from megatron_mosa.train.schedule import learning_rate
 from megatron_mosa.train.start import Start, check_start, training_samples
 
@@ -92,8 +98,7 @@ def measure(job: Job) -> None:
     """Collective: take the job's steps and let rank 0 write its result."""
     config = config_from_dict(job.config)
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms()
     _, world_size, _ = launch_environment()
     start = check_start(config, world_size)
     layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-
-import torch
 
 from megatron_mosa.checkpoint import CheckpointStore
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.model import parameter_count
-from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel, launch_environment, on_main_rank
+from megatron_mosa.parallel import (
+    Layout,
+    destroy_parallel,
+    initialize_parallel,
+    launch_environment,
+    on_main_rank,
+    use_deterministic_algorithms,
+)
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.validation import Validation
@@ -33,8 +37,7 @@ def pretrain(config: Config) -> None:
         UserError: whatever ``check_start`` refuses, and a run directory that cannot be written.
     """
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms()
     _, world_size, _ = launch_environment()
     start = check_start(config, world_size)
     layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)

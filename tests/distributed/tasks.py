@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megatron_mosa.parallel import (
     SequenceParallelRMSNorm,
     initialize_parallel,
     partition_of,
+    use_deterministic_algorithms,
 )
 
 VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
@@ -50,8 +50,7 @@ def tiny_config(**changes: object) -> Config:
 @contextlib.contextmanager
 def parallel(config: Config) -> Iterator[Layout]:
     """Megatron's groups for one task; the default group stays for the next."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
+    use_deterministic_algorithms()
     parallel_state.destroy_model_parallel()
     yield initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
     parallel_state.destroy_model_parallel()

@@ -79,6 +79,18 @@ def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, 
         assert straight == resumed
 
 
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_offloaded_state_can_be_saved_and_loaded(workers: Workers, zero: int) -> None:
+    config = tasks.tiny_config(
+        parallel__zero_stage=zero,
+        parallel__offload_optimizer=True,
+        train__global_batch_size=8,
+        train__micro_batch_size=2,
+    )
+    for straight, resumed in workers(2).run(tasks.losses_after_loading, config, 3, 3):
+        assert straight == resumed
+
+
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize(
     ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

@@ -167,6 +167,9 @@ def test_deviations_beyond_the_tolerance_end_the_sweep(config: Config) -> None:
     _refuse_deviations(close, "bf16")
     with pytest.raises(RunError):
         _refuse_deviations(close, "fp32")
+    steep = replace(sweep, rows=[replace(row, loss_deviation=1e-4, grad_norm_deviation=0.067) for row in sweep.rows])
+    with pytest.raises(RunError, match="gradient norms deviate from the reference by more than 0.01"):
+        _refuse_deviations(steep, "fp32")
 
 
 def test_communication_counts_overlaps_once_and_only_collectives() -> None:
