@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosa.attention.functional import num_selected_tokens
 
 RECOMPUTE = ("none", "attention", "full")
+SELECTION_SCOPES = ("sequence", "document")
 
 
 @dataclass
@@ -33,7 +34,16 @@ class MosaTransformerConfig(TransformerConfig):
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
 
     mosa_include_first_token: bool = False
-    """Token 0 is always among the selected."""
+    """Token 0 (of each document, where attention stays inside them) is always among the selected."""
+
+    mosa_attend_within_documents: bool = False
+    """Attention of all heads stays inside documents: give ``Documents`` as the model's ``attention_mask``."""
+
+    mosa_selection_scope: str = "sequence"
+    """What k is counted of and chosen from: the packed sequence, or each of its documents."""
+
+    mosa_restart_rotary: bool = False
+    """Rotary positions are counted from the beginning of the document."""
 
     mosa_rotary_percent: float = 0.5
     """Share of the head dimension that is rotated, in dense and MoSA heads alike."""
@@ -73,6 +83,16 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
         if self.mosa_recompute not in RECOMPUTE:
             raise ValueError(f"mosa_recompute={self.mosa_recompute!r} is not known; legal: {', '.join(RECOMPUTE)}")
+        if self.mosa_selection_scope not in SELECTION_SCOPES:
+            raise ValueError(
+                f"mosa_selection_scope={self.mosa_selection_scope!r} is not known; legal: {', '.join(SELECTION_SCOPES)}"
+            )
+        if not self.mosa_attend_within_documents and (
+            self.mosa_selection_scope == "document" or self.mosa_restart_rotary
+        ):
+            raise ValueError(
+                "mosa_selection_scope='document' and mosa_restart_rotary need mosa_attend_within_documents=True"
+            )
         if self.recompute_granularity is not None:
             raise ValueError("recompute_granularity would select tokens twice; use mosa_recompute instead")
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):

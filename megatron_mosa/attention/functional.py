@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from megatron_mosa.kernels import get_backend
+from megatron_mosa.kernels import Documents, get_backend
 
 
 def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
@@ -19,10 +21,12 @@ def mosa_attention(
     qkv_weight: Tensor,
     proj_weight: Tensor,
     *,
-    num_selected: int,
+    num_selected: int | Callable[[int], int],
     include_first_token: bool = False,
     rotary_percent: float = 0.5,
     rotary_base: float = 10000.0,
+    documents: Documents | None = None,
+    restart_rotary: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1).
@@ -31,15 +35,20 @@ def mosa_attention(
     with rotary positions of the original sequence, multiplies the result by the scores, and adds its projection
     back at the selected places. Membership is NOT causal: it depends on the whole sequence.
 
+    With ``documents`` a selected token attends to the selected tokens of its own document only (not of the paper).
+
     Args:
         hidden_states: [B, T, h], any floating type.
         router_weight: [E, h].
         qkv_weight: [E, h, 3h'], columns q, k, v in that order.
         proj_weight: [E, h', h].
-        num_selected: k, 1 to T.
-        include_first_token: token 0 is always among the selected.
+        num_selected: k of the sequence, 1 to T; or, with ``documents``, a rule that gives the k of each document from
+            its length L, 0 to L: then a head selects the best of every document instead of the best of the sequence.
+        include_first_token: token 0 (of each document) is always among the selected.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
+        documents: that the sequences are packed of, from ``Documents.from_starts``; None: one a sequence.
+        restart_rotary: count rotary positions from the beginning of the document instead of the sequence.
         backend: "auto" or "naive".
 
     Returns:
@@ -48,26 +57,48 @@ def mosa_attention(
     Raises:
         ValueError: an argument of the wrong rank, shape or range, or a backend that is not available.
     """
-    _check(hidden_states, router_weight, qkv_weight, proj_weight, num_selected, rotary_percent)
+    _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
+    _check_options(hidden_states, num_selected, rotary_percent, documents)
     kernels = get_backend(backend)
+    starts = None if documents is None else documents.starts
+    quotas, slots = None, num_selected
+    if callable(num_selected):
+        assert documents is not None
+        quotas, slots = documents.quotas(num_selected)
     scores = kernels.router_scores(hidden_states, router_weight)
-    indices = kernels.select_tokens(scores, num_selected, include_first_token)
+    indices = kernels.select_tokens(scores, slots, include_first_token, starts, quotas)
     return kernels.selected_attention(
-        hidden_states, scores, indices, qkv_weight, proj_weight, rotary_percent=rotary_percent, rotary_base=rotary_base
+        hidden_states,
+        scores,
+        indices,
+        qkv_weight,
+        proj_weight,
+        rotary_percent=rotary_percent,
+        rotary_base=rotary_base,
+        document_starts=starts,
+        restart_rotary=restart_rotary,
     )
 
 
-def _check(
-    hidden_states: Tensor,
-    router_weight: Tensor,
-    qkv_weight: Tensor,
-    proj_weight: Tensor,
-    num_selected: int,
-    rotary_percent: float,
+def _check_options(
+    hidden_states: Tensor, num_selected: int | Callable[[int], int], rotary_percent: float, documents: Documents | None
 ) -> None:
+    batch, length, _ = hidden_states.shape
+    if documents is not None and documents.starts.shape != (batch, length):
+        raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
+    if callable(num_selected):
+        if documents is None:
+            raise ValueError("num_selected is a rule for each document, but documents=None; legal: an integer")
+    elif not 1 <= num_selected <= length:
+        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
+    if not 0.0 <= rotary_percent <= 1.0:
+        raise ValueError(f"rotary_percent={rotary_percent} is out of range; legal: 0 to 1")
+
+
+def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:
     if hidden_states.dim() != 3:
         raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; legal: [B, T, h]")
-    length, width = hidden_states.shape[1:]
+    width = hidden_states.shape[2]
     if router_weight.dim() != 2 or router_weight.shape[0] < 1 or router_weight.shape[1] != width:
         raise ValueError(f"router_weight has shape {tuple(router_weight.shape)}; legal: [E, {width}] with E >= 1")
     heads = router_weight.shape[0]
@@ -87,7 +118,3 @@ def _check(
             raise ValueError(f"{name} is {tensor.dtype}; legal: {hidden_states.dtype}, as hidden_states")
     if not torch.is_floating_point(hidden_states):
         raise ValueError(f"hidden_states is {hidden_states.dtype}; legal: a floating type")
-    if not 1 <= num_selected <= length:
-        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
-    if not 0.0 <= rotary_percent <= 1.0:
-        raise ValueError(f"rotary_percent={rotary_percent} is out of range; legal: 0 to 1")

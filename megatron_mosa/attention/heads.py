@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
-from megatron_mosa.kernels import get_backend
+from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels.documents import document_attention
 from megatron_mosa.kernels.naive import apply_rotary
 from megatron_mosa.kernels.window import sliding_window_attention
 
@@ -95,7 +96,7 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
@@ -105,24 +106,28 @@ class CausalHeads(PartitionedHeads):
             part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value)
         )  # [B, H | G, T, h']
         positions = torch.arange(length, device=hidden_states.device)
+        if documents is not None and config.mosa_restart_rotary:
+            positions = documents.positions.unsqueeze(1)  # [B, 1, T]
         query = apply_rotary(query, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
         key = apply_rotary(key, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
-        attended = self.attend(query, key, value)  # [B, H, T, h']
+        attended = self.attend(query, key, value, documents)  # [B, H, T, h']
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """[B, H, T, h'] from queries [B, H, T, h'] and keys and values [B, G, T, h']; no T x T matrix anywhere."""
         raise NotImplementedError("abstract")
 
 
 class DenseHeads(CausalHeads):
-    """Every token before is a key: torch's fused SDPA."""
+    """Every token before (in the document) is a key: torch's fused attention."""
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """As CausalHeads."""
+        if documents is not None:
+            return document_attention(query, key, value, documents)
         grouped = self.queries_per_group > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
@@ -133,9 +138,9 @@ class LocalHeads(CausalHeads):
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """As CausalHeads."""
-        return sliding_window_attention(query, key, value, self.config.mosa_local_window)
+        return sliding_window_attention(query, key, value, self.config.mosa_local_window, documents)
 
 
 class MosaHeads(PartitionedHeads):
@@ -153,16 +158,19 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
         self.kernels = get_backend(config.mosa_backend)
         self.records_selection = False
-        self.selection: tuple[Tensor, Tensor] | None = None  # scores [B, E, T], indices [B, E, k] of the last forward
+        # scores [B, E, T], indices [B, E, k] (T in empty places) of the last forward
+        self.selection: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
+        starts = None if documents is None else documents.starts
+        quotas, num_selected = None, config.num_selected(states.shape[1])
+        if documents is not None and config.mosa_selection_scope == "document":
+            quotas, num_selected = documents.quotas(config.num_selected)
         scores = self.kernels.router_scores(states, self.router_weight)
-        indices = self.kernels.select_tokens(
-            scores, config.num_selected(states.shape[1]), config.mosa_include_first_token
-        )
+        indices = self.kernels.select_tokens(scores, num_selected, config.mosa_include_first_token, starts, quotas)
         if self.records_selection:
             self.selection = scores.detach(), indices
         output = self.kernels.selected_attention(
@@ -173,6 +181,8 @@ class MosaHeads(PartitionedHeads):
             self.proj_weight,
             rotary_percent=config.mosa_rotary_percent,
             rotary_base=config.mosa_rotary_base,
+            document_starts=starts,
+            restart_rotary=config.mosa_restart_rotary,
         )
         return output.transpose(0, 1)
 

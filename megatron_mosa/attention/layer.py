@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.recompute import recomputed
+from megatron_mosa.kernels import Documents
 from megatron_mosa.parallel.regions import sum_gradients
 
 
@@ -24,8 +25,9 @@ class MosaSelfAttention(MegatronModule):
     """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense, local and MoSA heads.
 
     Heads are partitioned over the tensor-parallel group. With sequence parallelism the input is gathered once and the
-    output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in;
-    ``attention_mask`` is ignored, as a causal Megatron layer ignores it.
+    output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in; in
+    the place of ``attention_mask`` come the ``Documents`` of the batch where attention stays inside them, and anything
+    else there is ignored, as a causal Megatron layer ignores it.
     """
 
     config: MosaTransformerConfig
@@ -48,33 +50,42 @@ class MosaSelfAttention(MegatronModule):
         self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: object
+        self, hidden_states: Tensor, attention_mask: Tensor | Documents | None = None, **options: object
     ) -> tuple[Tensor, None]:
         """Attend.
 
         Args:
             hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
-            attention_mask: ignored.
+            attention_mask: ``Documents`` if ``mosa_attend_within_documents``, else ignored.
             options: what TransformerLayer passes along; all must be None.
 
         Returns:
             The output in the shape of the input, and no bias.
 
         Raises:
-            ValueError: rotary embeddings from outside, packed sequences or an inference context are given.
+            ValueError: rotary embeddings from outside, packed sequences or an inference context are given, or documents
+                are not.
         """
         for name, value in options.items():
             if value is not None:
                 raise ValueError(f"{name} is not supported by MosaSelfAttention; legal: None{_HINTS.get(name, '')}")
+        documents = None
+        if self.config.mosa_attend_within_documents:
+            if not isinstance(attention_mask, Documents):
+                raise ValueError(
+                    f"attention_mask is a {type(attention_mask).__name__}; legal with mosa_attend_within_documents: "
+                    "megatron_mosa.kernels.Documents"
+                )
+            documents = attention_mask
         if self.config.mosa_recompute == "attention" and self.training:
-            output = recomputed(self._heads, hidden_states)
+            output = recomputed(self._heads, hidden_states, documents)
         else:
-            output = self._heads(hidden_states)
+            output = self._heads(hidden_states, documents)
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
 
-    def _heads(self, hidden_states: Tensor) -> Tensor:
+    def _heads(self, hidden_states: Tensor, documents: Documents | None) -> Tensor:
         """Gather once, run this rank's heads: its part of the sum over heads, [T, B, h]."""
         if self.config.sequence_parallel:
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
@@ -82,7 +93,7 @@ class MosaSelfAttention(MegatronModule):
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
         kinds = (self.dense_heads, self.local_heads, self.mosa_heads)
-        output = reduce(torch.add, [heads(states) for heads in kinds if heads is not None])
+        output = reduce(torch.add, [heads(states, documents) for heads in kinds if heads is not None])
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from megatron_mosa.checkpoint.format import Metadata, read_metadata, read_state, write_metadata, write_state
+from megatron_mosa.config.schema import ModelSection, MosaSection
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import on_main_rank
@@ -74,9 +75,11 @@ def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict)
         UserError: naming the first key that differs, both values and the fix.
     """
     fix = "give the run another name (run.name=...) or restore the setting"
-    for section in ("model", "mosa"):
+    for section, defaults in {"model": ModelSection(), "mosa": MosaSection()}.items():
         for key, ours in config[section].items():
-            _same(f"{section}.{key}", metadata.config[section].get(key), ours, path, fix, key == "backend")
+            # A key that the checkpoint lacks came later; until then the model was what its default says.
+            theirs = metadata.config[section].get(key, getattr(defaults, key))
+            _same(f"{section}.{key}", theirs, ours, path, fix, key == "backend")
     _same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
     _same(
         "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix

@@ -11,6 +11,7 @@ from megatron_mosa.errors import UserError, nearest
 
 _CHOICES = {
     "mosa.backend": ("auto", "naive"),
+    "mosa.selection_scope": ("sequence", "document"),
     "model.activation": ("gelu", "swiglu"),
     "model.normalization": ("LayerNorm", "RMSNorm"),
     "train.precision": ("fp32", "bf16"),
@@ -164,6 +165,25 @@ def _heads(config: Config) -> None:
         )
 
 
+def _documents(config: Config) -> None:
+    """Options that need documents, and heads to honour them."""
+    asked = {
+        "mosa.selection_scope=document": config.mosa.selection_scope == "document",
+        "model.restart_rotary=true": config.model.restart_rotary,
+    }
+    for setting, is_asked in asked.items():
+        if is_asked and not config.model.attend_within_documents:
+            raise UserError(
+                f"{setting} knows no documents: attention goes over the whole packed sequence; set "
+                "model.attend_within_documents=true, or leave it out"
+            )
+    if config.mosa.selection_scope == "document" and not config.mosa.num_heads:
+        raise UserError(
+            "mosa.selection_scope=document has no MoSA heads: mosa.num_heads=0, and dense and local heads select "
+            "nothing; set mosa.selection_scope=sequence"
+        )
+
+
 def _partitioned_widths(config: Config) -> None:
     size = config.parallel.tensor_model_parallel_size
     ffn = config.model.ffn_hidden_size or 4 * config.model.hidden_size
@@ -282,5 +302,5 @@ def _seed(config: Config) -> None:
 
 _RULES: tuple[Callable[[Config], None], ...] = (
     _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _sequence, _sparsity, _heads,
-    _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
+    _documents, _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
 )  # fmt: skip

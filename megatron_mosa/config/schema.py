@@ -35,6 +35,8 @@ class ModelSection:
     activation: str = "gelu"
     normalization: str = "LayerNorm"
     tie_embeddings: bool = False
+    attend_within_documents: bool = False
+    restart_rotary: bool = False
     rotary_percent: float = 0.5
     rotary_base: float = 10000.0
     layernorm_epsilon: float = 1e-5
@@ -49,6 +51,7 @@ class MosaSection:
     num_heads: int = MISSING
     sparsity: float = 16.0
     include_first_token: bool = True
+    selection_scope: str = "sequence"
     backend: str = "auto"
 
 

@@ -32,6 +32,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         index_samples: samples a pass.
         seed: of the order, 0 to 2**32 - 1.
         index_path: where the shuffled indices are kept; null: index_cache below the (first) dataset.
+        mark_documents: give ``document_starts`` with every sample.
 
     Raises:
         UserError: a training split is shorter than T + 1 tokens.
@@ -45,8 +46,10 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         index_samples: int,
         seed: int,
         index_path: str | Path | None = None,
+        mark_documents: bool = False,
     ) -> None:
         self.mixture = mixture
+        self.mark_documents = mark_documents
         self._index = PassIndex(
             mixture, sequence_length, index_samples, seed, Path(index_path).expanduser() if index_path else None
         )
@@ -56,7 +59,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return sample ``index`` (any number from 0): tokens and labels int64 [T], loss_mask float32 [T].
 
-        labels[t] is the token that follows tokens[t].
+        labels[t] is the token that follows tokens[t]. With ``mark_documents`` also document_starts, int64 [T].
 
         Raises:
             UserError: in a distributed run, a pass that ``prepare`` has not built.
@@ -71,7 +74,10 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
                 self._index.build(number)
             self._passes[number] = self._index.open(number)
         sample = self._passes[number][offset]
-        return {key: sample[key] for key in ("tokens", "labels", "loss_mask")}
+        item = {key: sample[key] for key in ("tokens", "labels", "loss_mask")}
+        if self.mark_documents:
+            item["document_starts"] = document_starts(item["tokens"], self.mixture.manifest.end_of_document_id)
+        return item
 
     def prepare(self, first: int, last: int) -> list[Path]:
         """Build the index of every pass that samples first to last touch; collective when torch.distributed runs.
@@ -123,13 +129,17 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         mixture: from ``open_mixture``.
         sequence_length: T, tokens a sample.
         num_samples: windows at most; ``len`` says how many there are.
+        mark_documents: give ``document_starts`` with every sample.
 
     Raises:
         UserError: a validation split is shorter than T + 1 tokens.
     """
 
-    def __init__(self, mixture: Mixture, *, sequence_length: int, num_samples: int) -> None:
+    def __init__(
+        self, mixture: Mixture, *, sequence_length: int, num_samples: int, mark_documents: bool = False
+    ) -> None:
         self.mixture = mixture
+        self.mark_documents = mark_documents
         self.sequence_length = sequence_length
         _check_lengths(mixture, "validation", sequence_length)
         there = [m.splits["validation"]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
@@ -141,11 +151,15 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return window ``index``: tokens and labels int64 [T], loss_mask float32 [T]."""
+        """Return window ``index``: tokens, labels, loss_mask and document_starts as in ``TrainingSamples``."""
         if not 0 <= index < len(self):
             raise IndexError(f"validation sample {index} of {len(self)}")
         window = torch.from_numpy(self._window(index))  # [T + 1]
-        return {"tokens": window[:-1].clone(), "labels": window[1:].clone(), "loss_mask": torch.ones(len(window) - 1)}
+        tokens, labels = window[:-1].clone(), window[1:].clone()
+        item = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(len(tokens))}
+        if self.mark_documents:
+            item["document_starts"] = document_starts(tokens, self.mixture.manifest.end_of_document_id)
+        return item
 
     def unigram_entropy(self) -> float:
         """Entropy in nats of the label frequencies over these samples: the loss of a model that knows only them."""
@@ -155,12 +169,28 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
+    def document_lengths(self) -> list[list[int]]:
+        """Tokens of each document in each sample, by ``document_starts``."""
+        end = self.mixture.manifest.end_of_document_id
+        starts = [document_starts(torch.from_numpy(self._window(index)[:-1]), end) for index in range(len(self))]
+        return [row.unique_consecutive(return_counts=True)[1].tolist() for row in starts]
+
     def _window(self, index: int) -> np.ndarray:
         """Tokens int64 [T + 1]; the builder leaves no gap between documents, so a window is one read."""
         number, window = self._places[index]
         indexed, length = self._indexed[number], self.sequence_length + 1
         dtype = indexed.index.dtype
         return indexed.bin_reader.read(dtype, length, window * length * DType.size(dtype)).astype(np.int64)
+
+
+def document_starts(tokens: Tensor, end_of_document_id: int) -> Tensor:
+    """Where each token's document begins in a packed sequence, int64 [T].
+
+    A document ends with its end-of-document token. What a sequence begins with counts as the beginning of a document,
+    though it may be the rest of a longer one.
+    """
+    begins = torch.cat((torch.ones(1, dtype=torch.bool), tokens[:-1] == end_of_document_id))
+    return torch.where(begins, torch.arange(len(tokens)), 0).cummax(0).values
 
 
 def _shares(weights: Sequence[float], there: Sequence[int], wanted: int) -> list[int]:

@@ -107,8 +107,10 @@ class DeepSpeedEngine:
         return (totals[0] / totals[1]).item()
 
     def _loss(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        tensors = {name: tensor.to(self.layout.device, non_blocking=True) for name, tensor in batch.items()}
-        return language_model_loss(model, tensors["tokens"], tensors["labels"], tensors["loss_mask"])
+        # where documents begin is read on the host first
+        starts = batch.get("document_starts")
+        moved = {n: t.to(self.layout.device, non_blocking=True) for n, t in batch.items() if t is not starts}
+        return language_model_loss(model, **moved, document_starts=starts)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         """This tensor-parallel rank's whole gradient, averaged over data-parallel ranks; between backward and step."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-"""tokens, labels (int64) and loss_mask (fp32), each [micro-batch, T]."""
+"""tokens, labels (int64), loss_mask (fp32), and document_starts (int64) where attention stays inside documents; each
+[micro-batch, T]."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The arithmetic of MoSA heads on plain tensors; knows nothing of parallelism or modules."""
 
 from megatron_mosa.kernels.dispatch import BACKENDS, get_backend
+from megatron_mosa.kernels.documents import Documents
 
-__all__ = ["BACKENDS", "get_backend"]
+__all__ = ["BACKENDS", "Documents", "get_backend"]

@@ -32,30 +32,60 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("megatron_mosa::select_tokens", mutates_args=())  # one op, so that recompute can keep it
-def select_tokens(scores: Tensor, num_selected: int, include_first_token: bool = False) -> Tensor:
-    """Expert choice: the positions of each head's ``num_selected`` largest scores.
+def select_tokens(
+    scores: Tensor,
+    num_selected: int,
+    include_first_token: bool = False,
+    document_starts: Tensor | None = None,
+    quotas: Tensor | None = None,
+) -> Tensor:
+    """Expert choice: the positions of each head's largest scores, of the sequence or of each of its documents.
 
-    Ties go to the earlier token. With ``include_first_token``, token 0 is always among them, whatever its score.
+    Ties go to the earlier token. With ``include_first_token``, token 0 of each document comes before all others,
+    whatever its score (where the documents are more than k, those of the first k).
 
     Args:
         scores: [B, E, T].
-        num_selected: k, 1 to T.
+        num_selected: k, 1 to T; with ``quotas``, the largest sum of quotas over the documents of a sequence.
+        document_starts: int64 [B, T], as ``Documents.starts``; None: one document a sequence.
+        quotas: int64 [B, T], how many tokens to select of each token's document; None: k of the whole sequence.
 
     Returns:
-        int64 [B, E, k], in position order.
+        int64 [B, E, k], in position order; T in places that the quotas leave empty, at the end.
     """
-    keys = scores.detach()
+    length = scores.shape[-1]
+    places = torch.arange(length, device=scores.device)
+    if document_starts is None:
+        document_starts = torch.zeros_like(scores[:, 0], dtype=torch.int64)
+    keys = scores
     if include_first_token:
-        keys = keys.clone()
-        keys[..., 0] = torch.inf
+        keys = scores.masked_fill((document_starts == places).unsqueeze(1), torch.inf)
     # A stable sort keeps equal scores in position order; topk leaves their order open.
-    order = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
-    return order[..., :num_selected].sort(dim=-1).values  # [B, E, k]
+    ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
+    if quotas is None:
+        return ranked[..., :num_selected].sort(dim=-1).values  # [B, E, k]
+    # Sorted by document, the ranked tokens of a document fill the very places where it lies.
+    documents = document_starts.unsqueeze(1).expand_as(ranked).gather(-1, ranked)
+    ranked = ranked.gather(-1, documents.sort(dim=-1, stable=True).indices)
+    left_out = places - document_starts >= quotas  # [B, T]
+    return ranked.masked_fill(left_out.unsqueeze(1), length).sort(dim=-1).values[..., :num_selected]
 
 
 @select_tokens.register_fake
-def _(scores: Tensor, num_selected: int, include_first_token: bool = False) -> Tensor:
+def _(
+    scores: Tensor,
+    num_selected: int,
+    include_first_token: bool = False,
+    document_starts: Tensor | None = None,
+    quotas: Tensor | None = None,
+) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
+
+
+def _stably_sorted(order: Tensor, keys: Tensor) -> Tensor:
+    """Positions [B, E, T] sorted by their keys [B, T], those of equal keys left in their order."""
+    keys = keys.unsqueeze(1).expand_as(order).gather(-1, order)
+    return order.gather(-1, torch.sort(keys, dim=-1, stable=True).indices)
 
 
 def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -102,15 +132,19 @@ def selected_attention(
     *,
     rotary_percent: float,
     rotary_base: float,
+    document_starts: Tensor | None = None,
+    restart_rotary: bool = False,
 ) -> Tensor:
     """Attention of each head among its selected tokens, gated by their scores and added back at their places.
 
     Args:
         hidden_states: [B, T, h].
         scores: [B, E, T], as ``router_scores`` returns them: the gate, and the router's only gradient.
-        indices: int64 [B, E, k] in position order.
+        indices: int64 [B, E, k] in position order; T for an empty place.
         qkv_weight: [E, h, 3h'], the columns being q, k, v in that order.
         proj_weight: [E, h', h].
+        document_starts: int64 [B, T], as ``Documents.starts``: a token attends inside its document only.
+        restart_rotary: count rotary positions from the beginning of the document.
 
     Returns:
         [B, T, h], the sum over heads.
@@ -118,22 +152,28 @@ def selected_attention(
     batch, length, width = hidden_states.shape
     dtype = accumulation_dtype(hidden_states.dtype)
     sequence = torch.arange(batch, device=hidden_states.device)[:, None, None]
+    tokens = indices.clamp(max=length - 1)  # where an empty place reads and, gated by 0, adds
+    empty = indices == length  # [B, E, k]
+    positions, visible = indices, indices.unsqueeze(-1) >= indices.unsqueeze(-2)  # query position >= key position
+    if document_starts is not None:
+        starts = document_starts[sequence, tokens].masked_fill(empty, length)  # [B, E, k]
+        visible &= indices.unsqueeze(-2) >= starts.unsqueeze(-1)  # key position >= start of the query's document
+        positions = indices - starts if restart_rotary else indices
 
-    selected = hidden_states[sequence, indices]  # [B, E, k, h]
+    selected = hidden_states[sequence, tokens]  # [B, E, k, h]
     query, key, value = torch.einsum("bekh,ehd->bekd", selected, qkv_weight).chunk(3, dim=-1)  # [B, E, k, h']
-    query = apply_rotary(query, indices, rotary_percent, rotary_base)
-    key = apply_rotary(key, indices, rotary_percent, rotary_base)
+    query = apply_rotary(query, positions, rotary_percent, rotary_base)
+    key = apply_rotary(key, positions, rotary_percent, rotary_base)
 
     logits = torch.einsum("bend,bemd->benm", query, key).to(dtype) * query.shape[-1] ** -0.5  # [B, E, k, k]
-    visible = indices.unsqueeze(-1) >= indices.unsqueeze(-2)  # query position >= key position
     weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
     attended = torch.einsum("benm,bemd->bend", weights, value)  # [B, E, k, h']
 
-    gate = scores.gather(-1, indices)  # [B, E, k]
+    gate = scores.gather(-1, tokens).masked_fill(empty, 0)  # [B, E, k]
     gated = (attended.to(dtype) * gate.unsqueeze(-1)).to(attended.dtype)
     projected = torch.einsum("bekd,edh->bekh", gated, proj_weight)  # [B, E, k, h]
 
     output = torch.zeros(batch, length, width, dtype=dtype, device=hidden_states.device)
-    places = (sequence * length + indices).flatten()  # row of the token in [B * T, h]
+    places = (sequence * length + tokens).flatten()  # row of the token in [B * T, h]
     output.view(-1, width).index_add_(0, places, projected.to(dtype).flatten(0, 2))
     return output.to(hidden_states.dtype)

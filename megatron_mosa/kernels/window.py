@@ -6,22 +6,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_mosa.kernels.documents import Documents, document_attention
 
-def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """Each token attends to the last ``window`` tokens, itself included.
+
+def sliding_window_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int, documents: Documents | None = None
+) -> Tensor:
+    """Each token attends to the last ``window`` tokens, itself included, of its document.
 
     The sequence is cut into blocks of ``window`` tokens; a block's queries see keys of their own block and of the one
-    before, under one mask of window x 2 window that all blocks share.
+    before, under a mask of window x 2 window: one for all blocks, or with documents one for each.
 
     Args:
         query, key, value: [B, H, T, h'].
         window: 1 or more.
+        documents: None: one a sequence.
 
     Returns:
         [B, H, T, h'].
     """
     length = query.shape[-2]
     if length <= window:
+        if documents is not None:
+            return document_attention(query, key, value, documents)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     padding = -length % window
     query, key, value = (F.pad(states, (0, 0, 0, padding)) for states in (query, key, value))
@@ -30,10 +37,23 @@ def sliding_window_attention(query: Tensor, key: Tensor, value: Tensor, window: 
     row = torch.arange(window, device=query.device)[:, None]
     column = torch.arange(2 * window, device=query.device)[None]  # column - window is the place in the own block
     visible = (column > row) & (column <= row + window)  # [window, 2 window]
-    # The first block has none before it: its columns there are zeros and must not be seen.
-    first = F.scaled_dot_product_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0], visible & (column >= window))
-    rest = F.scaled_dot_product_attention(query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], visible)
-    attended = torch.cat((first.unsqueeze(2), rest), dim=2)  # [B, H, blocks, window, h']
+    if documents is not None:
+        # Padding is a document of its own, else its queries would see nothing.
+        starts = F.pad(documents.starts, (0, padding), value=length).unflatten(-1, (-1, window))  # [B, blocks, window]
+        begins = torch.arange(0, length + padding, window, device=query.device)[:, None]  # of the blocks
+        earliest = (starts - begins + window).unsqueeze(-1)  # column where the query's document begins
+        visible = (visible & (column >= earliest)).unsqueeze(1)  # [B, 1, blocks, window, 2 window]
+        attended = F.scaled_dot_product_attention(query, key, value, visible)
+    else:
+        # The first block has none before it: its columns there are zeros and must not be seen.
+        first, rest = visible & (column >= window), visible
+        attended = torch.cat(
+            (
+                F.scaled_dot_product_attention(query[:, :, :1], key[:, :, :1], value[:, :, :1], first),
+                F.scaled_dot_product_attention(query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], rest),
+            ),
+            dim=2,
+        )  # [B, H, blocks, window, h']
     return attended.flatten(2, 3)[:, :, :length]
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from megatron_mosa.attention.heads import MosaHeads
 
@@ -44,9 +45,10 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
         if layer.selection is None:
             continue
         scores, indices = layer.selection  # [B, E, T], [B, E, k]
-        mean = scores.gather(-1, indices).mean()
-        taken = torch.zeros_like(scores[:, 0], dtype=torch.int32)  # [B, T]
-        taken.scatter_(1, indices.flatten(1), 1)
+        scores = F.pad(scores, (0, 1), value=torch.nan)  # empty places hold T
+        mean = scores.gather(-1, indices).nanmean()
+        taken = torch.zeros_like(scores[:, 0], dtype=torch.int32)  # [B, T + 1]
+        taken = taken.scatter_(1, indices.flatten(1), 1)[:, :-1].contiguous()  # [B, T]
         dist.all_reduce(mean, group=layer.tp_group)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=layer.tp_group)
         means.append(mean.item() / layer.tp_group.size())

@@ -1,10 +1,13 @@
 """What a model costs: FLOPs of two kinds, and parameters.
 
 ``paper_flops`` is the rule of the paper (section 2): dense attention counted in full, no vocabulary; it defines equal
-budgets. ``model_flops`` is what must be executed, causal attention counted once, vocabulary included; it defines MFU.
+budgets, whatever documents the sequences are packed of. ``model_flops`` is what must be executed, causal attention
+counted once, vocabulary included; it defines MFU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.config import Config, padded_vocab_size
@@ -56,23 +59,35 @@ def paper_flops(config: Config) -> int:
     return model.num_layers * layer
 
 
-def model_flops(config: Config, vocab_size: int) -> int:
+def model_flops(config: Config, vocab_size: int, documents: Sequence[Sequence[int]] = ()) -> int:
     """FLOPs that a training step must execute for one sequence, forward and backward.
 
     A query meets only the keys at or before it, and the vocabulary counts without its padding. Backward costs twice
     the forward, except for the router: its gradient is nonzero at the selected tokens alone. Recomputation, elementwise
     work and the optimizer do not count.
+
+    Args:
+        documents: lengths of the documents in each of some typical sequences, over which the work is averaged where
+            attention stays inside documents; none: every sequence is one document.
     """
+    if not documents or not config.model.attend_within_documents:
+        documents = [[config.data.sequence_length]]
+    return round(sum(_sequence_flops(config, vocab_size, lengths) for lengths in documents) / len(documents))
+
+
+def _sequence_flops(config: Config, vocab_size: int, lengths: Sequence[int]) -> float:
     model, length = config.model, config.data.sequence_length
     hidden, head_dim = model.hidden_size, model.head_dim
-    selected, window = num_selected_tokens(length, config.mosa.sparsity), local_window(config)
+    selected = _selected_of_documents(config, lengths)
+    window = local_window(config)
     weights = 2 * hidden * head_dim  # of one of a head's four matrices, for one token
-    pairs = 4 * head_dim  # of one query and one key: their product, and the value's share
-    visible_locally = length * window - window * (window - 1) // 2
-    dense = 4 * weights * length + pairs * length * (length + 1) // 2
-    local = 4 * weights * length + pairs * visible_locally
-    mosa = 4 * weights * selected + pairs * selected * (selected + 1) // 2
-    router = 2 * hidden * length + 4 * hidden * selected
+    pair = 4 * head_dim  # of one query and one key: their product, and the value's share
+    dense = 4 * weights * length + pair * sum(map(_causal_pairs, lengths))
+    local = 4 * weights * length + pair * sum(
+        _causal_pairs(length) - _causal_pairs(max(length - window, 0)) for length in lengths
+    )
+    mosa = 4 * weights * sum(selected) + pair * sum(map(_causal_pairs, selected))
+    router = 2 * hidden * length + 4 * hidden * sum(selected)
     matrices = (
         model.num_dense_heads * dense
         - weights * length * _shared_key_value_heads(config)
@@ -82,6 +97,19 @@ def model_flops(config: Config, vocab_size: int) -> int:
     )
     layer = 3 * matrices + config.mosa.num_heads * router
     return model.num_layers * layer + 3 * 2 * hidden * vocab_size * length
+
+
+def _selected_of_documents(config: Config, lengths: Sequence[int]) -> list[float]:
+    """Tokens that a MoSA head selects of each document; of the whole sequence they are taken to be spread evenly."""
+    length, sparsity = config.data.sequence_length, config.mosa.sparsity
+    if config.mosa.selection_scope == "document":
+        return [num_selected_tokens(document, sparsity) for document in lengths]
+    return [num_selected_tokens(length, sparsity) * document / length for document in lengths]
+
+
+def _causal_pairs(tokens: float) -> float:
+    """Queries and the keys at or before them."""
+    return tokens * (tokens + 1) / 2
 
 
 def parameter_count(config: Config, vocab_size: int) -> int:

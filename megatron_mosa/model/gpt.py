@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
 from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.kernels import Documents
 from megatron_mosa.model.costs import local_window
 from megatron_mosa.model.initialization import initial_weights, mark_partitioned
 
@@ -32,6 +33,9 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         num_mosa_heads=mosa.num_heads,
         mosa_sparsity=mosa.sparsity,
         mosa_include_first_token=mosa.include_first_token,
+        mosa_selection_scope=mosa.selection_scope,
+        mosa_attend_within_documents=model.attend_within_documents,
+        mosa_restart_rotary=model.restart_rotary,
         mosa_rotary_percent=model.rotary_percent,
         mosa_rotary_base=model.rotary_base,
         mosa_backend=mosa.backend,
@@ -86,7 +90,11 @@ def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype
 
 
 def language_model_loss(
-    model: torch.nn.Module, tokens: Tensor, labels: Tensor, loss_mask: Tensor
+    model: torch.nn.Module,
+    tokens: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    document_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the token losses and number of tokens that count.
 
@@ -94,10 +102,13 @@ def language_model_loss(
         model: a GPTModel or an engine around one.
         tokens, labels: int64 [B, T].
         loss_mask: [B, T], 1 where the label counts.
+        document_starts: int64 [B, T], best on the CPU: where each token's document begins, for a model whose attention
+            stays inside documents.
 
     Returns:
         Two fp32 scalars: the sum of the cross entropies in nats, and the number of tokens.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    losses = model(tokens, positions, None, labels=labels)  # [B, T]
+    documents = None if document_starts is None else Documents.from_starts(document_starts, tokens.device)
+    losses = model(tokens, positions, documents, labels=labels)  # [B, T]
     return (losses.float() * loss_mask).sum(), loss_mask.sum()

@@ -72,6 +72,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         start.data,
         sequence_length=config.data.sequence_length,
         num_samples=config.validation.num_samples,
+        mark_documents=config.model.attend_within_documents,
     )
     engine = DeepSpeedEngine(config, vocab_size, layout)
     store = CheckpointStore(start.directory / "checkpoints", config.checkpoint.keep_last)
@@ -79,7 +80,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
     callbacks = [
-        Progress(writers, vocab_size),
+        Progress(writers, vocab_size, validation.document_lengths()),
         Validation(writers, validation),
         Checkpointing(writers, store, start.data_identity),
     ]

@@ -98,6 +98,7 @@ def training_samples(config: Config, data: Mixture, index_samples: int) -> Train
         index_samples=index_samples,
         seed=config.run.seed,
         index_path=config.data.index_path,
+        mark_documents=config.model.attend_within_documents,
     )
 
 

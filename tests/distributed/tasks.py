@@ -67,7 +67,12 @@ def global_batch(config: Config, step: int) -> Batch:
     shuffled = [torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(config.train.global_batch_size)]
     tokens = torch.stack(shuffled)[:, : length + 1]
     mask = torch.ones(len(tokens), length)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+    if config.model.attend_within_documents:
+        begins = torch.rand(mask.shape, generator=generator) < 0.15
+        begins[:, 0] = True
+        batch["document_starts"] = torch.where(begins, torch.arange(length), 0).cummax(dim=1).values
+    return batch
 
 
 def micro_batches(config: Config, layout: Layout, step: int) -> list[Batch]:
@@ -100,17 +105,21 @@ def master_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: state[f"model.{name}"] for name, _ in engine.module.named_parameters()}
 
 
-def selection_margin(model: torch.nn.Module, config: Config) -> float:
-    """Smallest gap between the last selected and the first left-out score of the recorded forward pass."""
+def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
+    """Smallest gap between a selected and a left-out score, of the recorded forward pass and where both compete."""
+    starts = batch.get("document_starts", torch.zeros_like(batch["tokens"]))  # [B, T]
+    first = starts == torch.arange(starts.shape[1])  # in whatever its score
     margins = []
     for heads in model.modules():
         if isinstance(heads, MosaHeads) and heads.selection is not None:
             scores, indices = heads.selection
-            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, True)
-            chosen[..., 0] = True
-            last = scores.masked_fill(~chosen, torch.inf)
-            last[..., 0] = torch.inf  # token 0 is in whatever its score
-            margins.append((last.amin(-1) - scores.masked_fill(chosen, -torch.inf).amax(-1)).min().item())
+            chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)  # one more: empty places
+            chosen = chosen.scatter(-1, indices, True)[..., :-1]
+            gaps = scores.unsqueeze(-1) - scores.unsqueeze(-2)  # [B, E, T, T]
+            compete = (chosen & ~first.unsqueeze(1)).unsqueeze(-1) & ~chosen.unsqueeze(-2)
+            if heads.config.mosa_selection_scope == "document":
+                compete = compete & (starts.unsqueeze(-1) == starts.unsqueeze(-2)).unsqueeze(1)
+            margins.append(gaps[compete].min().item())
     return min(margins)
 
 
@@ -141,7 +150,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
         loss_sum, tokens = language_model_loss(engine._engine, **batch)
         engine._engine.backward(loss_sum / tokens)
         facts["gradients"] = whole(model, {n: engine.gradient(p) for n, p in model.named_parameters()})
-        facts["margin"] = selection_margin(model, config)
+        facts["margin"] = selection_margin(model, batch)
         engine._engine.step()
         facts["first_norm"] = float(engine._engine.get_global_grad_norm())
 

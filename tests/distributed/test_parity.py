@@ -134,6 +134,12 @@ VARIANTS = {
     "rmsnorm": {"model__normalization": "RMSNorm"},
     "tied": {"model__tie_embeddings": True},
     "grouped": {"model__num_query_groups": 2},
+    "documents": {
+        "model__attend_within_documents": True,
+        "model__num_local_heads": 4,
+        "model__local_window": 5,
+        "mosa__selection_scope": "document",
+    },
     "local": {"model__num_local_heads": 4, "model__local_window": 5, "model__num_dense_heads": 0},
 }
 

@@ -160,6 +160,16 @@ def test_a_run_can_go_on_at_another_layout_and_zero_stage(runner: Runner, whole_
         assert runner.losses(name) == pytest.approx(expected, rel=1e-4)
 
 
+def test_attention_inside_documents(runner: Runner) -> None:
+    # Sequences of this length cross the end of a document now and then.
+    options = ["data.sequence_length=512", "model.num_local_heads=2", "train.steps=4", "validation.num_samples=2"]
+    runner.pretrain("packed", *options)
+    runner.pretrain("documents", *options, "model.attend_within_documents=true", "mosa.selection_scope=document")
+    packed, documents = runner.losses("packed"), runner.losses("documents")
+    assert documents != packed
+    assert documents == pytest.approx(packed, rel=0.02)
+
+
 def test_bf16(runner: Runner, whole_run: str) -> None:
     runner.pretrain("bf16", "train.precision=bf16", "train.stop_after_step=3")
     losses = runner.losses("bf16")

@@ -6,6 +6,7 @@ Slow on purpose, and independent: no batching, no gather, no code of the package
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,25 +18,40 @@ def mosa_reference(
     qkv_weight: Tensor,
     proj_weight: Tensor,
     *,
-    num_selected: int,
+    num_selected: int | Callable[[int], int],
     include_first_token: bool,
     rotary_percent: float,
     rotary_base: float,
+    lengths: list[list[int]] | None = None,
+    restart_rotary: bool = False,
 ) -> Tensor:
-    """[B, T, h] to [B, T, h]."""
+    """[B, T, h] to [B, T, h]; ``lengths`` are those of each sequence's documents."""
     batch, length, _ = hidden_states.shape
     heads, head_dim, _ = proj_weight.shape
     rows = [[torch.zeros_like(hidden_states[b, t]) for t in range(length)] for b in range(batch)]
     for b in range(batch):
+        owner, firsts = [], []  # the document of each token; the first token of each document
+        for number, size in enumerate(lengths[b] if lengths else [length]):
+            firsts.append(len(owner))
+            owner += [number] * size
         for e in range(heads):
             scores = [torch.sigmoid(hidden_states[b, t] @ router_weight[e]) for t in range(length)]
-            chosen = choose([score.item() for score in scores], num_selected, include_first_token)
+            values_of_scores = [score.item() for score in scores]
+            if callable(num_selected):
+                chosen = []
+                for number, first in enumerate(firsts):
+                    size = owner.count(number)
+                    part = choose(values_of_scores[first : first + size], num_selected(size), [0] * include_first_token)
+                    chosen += [first + t for t in part]
+            else:
+                chosen = choose(values_of_scores, num_selected, firsts if include_first_token else [])
+            place = {t: t - firsts[owner[t]] if restart_rotary else t for t in chosen}
             w_q, w_k, w_v = qkv_weight[e].split(head_dim, dim=1)
-            queries = {t: rotate(hidden_states[b, t] @ w_q, t, rotary_percent, rotary_base) for t in chosen}
-            keys = {t: rotate(hidden_states[b, t] @ w_k, t, rotary_percent, rotary_base) for t in chosen}
+            queries = {t: rotate(hidden_states[b, t] @ w_q, place[t], rotary_percent, rotary_base) for t in chosen}
+            keys = {t: rotate(hidden_states[b, t] @ w_k, place[t], rotary_percent, rotary_base) for t in chosen}
             values = {t: hidden_states[b, t] @ w_v for t in chosen}
             for t in chosen:
-                earlier = [s for s in chosen if s <= t]
+                earlier = [s for s in chosen if s <= t and owner[s] == owner[t]]
                 logits = torch.stack([queries[t] @ keys[s] / math.sqrt(head_dim) for s in earlier])
                 weights = torch.exp(logits - logits.max())
                 weights = weights / weights.sum()
@@ -44,11 +60,9 @@ def mosa_reference(
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def choose(scores: list[float], num_selected: int, include_first_token: bool) -> list[int]:
-    """Positions of the largest scores, earlier first among equals; token 0 first of all if it must be included."""
-    ranked = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
-    if include_first_token:
-        ranked = [0] + [t for t in ranked if t != 0]
+def choose(scores: list[float], num_selected: int, included: list[int]) -> list[int]:
+    """Positions of the largest scores, earlier first among equals; those that must be included first of all."""
+    ranked = sorted(range(len(scores)), key=lambda t: (t not in included, -scores[t] if t not in included else t, t))
     return sorted(ranked[:num_selected])
 
 

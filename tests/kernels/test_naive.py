@@ -84,7 +84,7 @@ def test_selection_equals_a_plain_ranking_on_many_ties(include_first_token: bool
         indices = naive.select_tokens(scores, num_selected, include_first_token)
         for b in range(3):
             for e in range(4):
-                assert indices[b, e].tolist() == choose(scores[b, e].tolist(), num_selected, include_first_token)
+                assert indices[b, e].tolist() == choose(scores[b, e].tolist(), num_selected, [0] * include_first_token)
 
 
 def test_first_token_is_included_whatever_its_score_and_keeps_its_own_gate() -> None:

@@ -77,6 +77,11 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("parallel.context_parallel_size=2", ["context parallelism is not there yet", "legal: 1"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage=4", "legal: 0, 1, 2, 3"]),
         ("train.precision=bf61", ["train.precision=bf61", "did you mean 'bf16'"]),
+        ("mosa.selection_scope=document", ["mosa.selection_scope=document", "model.attend_within_documents=true"]),
+        ("mosa.selection_scope=documents", ["mosa.selection_scope=documents", "did you mean 'document'"]),
+        ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
+        ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
+        ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
         ("mosa.backend=triton", ["mosa.backend=triton", "auto, naive"]),
         ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
         ("model.rotary_percent=1.1", ["model.rotary_percent=1.1", "0 to 1"]),
@@ -111,6 +116,13 @@ def test_cells_that_deepspeed_cannot_do_name_the_nearest_legal_one() -> None:
             load_config(QUICKSTART, overrides)
     for stage in (0, 1, 2, 3):
         load_config(QUICKSTART, [f"parallel.zero_stage={stage}"])
+
+
+def test_heads_that_select_nothing_cannot_select_of_documents() -> None:
+    documents = ["model.attend_within_documents=true", "mosa.selection_scope=document", "model.restart_rotary=true"]
+    load_config(QUICKSTART, documents)
+    with pytest.raises(UserError, match=r"mosa.num_heads=0.*set mosa.selection_scope=sequence"):
+        load_config(QUICKSTART, [*documents, "mosa.num_heads=0"])
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

@@ -108,6 +108,30 @@ def test_variants_of_the_model(layout: Layout, model: dict) -> None:
         assert difference == 3 * (counted_flops(config) - counted_flops(plain))
 
 
+@pytest.mark.parametrize("scope", ["sequence", "document"])
+def test_attention_inside_documents_costs_what_it_sees(scope: str) -> None:
+    plain = make_config(2, 5, num_local_heads=3, local_window=7)
+    config = make_config(2, 5, num_local_heads=3, local_window=7, attend_within_documents=True)
+    config.mosa.selection_scope = scope
+    assert model_flops(config, VOCAB_SIZE) == model_flops(plain, VOCAB_SIZE)  # one document a sequence
+    lengths, length, hidden, head_dim, layers = [20, 5, 15], 40, 32, 16, 3
+
+    def pairs(sizes: list[float], window: int = 40) -> float:
+        return sum(min(query + 1, window) for size in sizes for query in range(int(size)))
+
+    dense = 2 * 3 * 4 * head_dim * (pairs([40]) - pairs(lengths))
+    local = 3 * 3 * 4 * head_dim * (pairs([40], 7) - pairs(lengths, 7))
+    selected = [3, 2, 2] if scope == "document" else [3.0, 0.75, 2.25]  # 6 of 40 spread evenly; of each, 2 at least
+    seen = sum(size * (size + 1) / 2 for size in selected)
+    mosa = 5 * 3 * 4 * head_dim * (pairs([6]) - seen)
+    rows = sum(selected) - 6
+    mosa -= 5 * (3 * 8 * hidden * head_dim + 4 * hidden) * rows
+    saved = model_flops(plain, VOCAB_SIZE) - model_flops(config, VOCAB_SIZE, [lengths])
+    assert saved == layers * (dense + local + mosa)
+    assert model_flops(config, VOCAB_SIZE, [lengths, [length]]) == model_flops(plain, VOCAB_SIZE) - saved / 2
+    assert model_flops(plain, VOCAB_SIZE, [lengths]) == model_flops(plain, VOCAB_SIZE)  # documents do not matter to it
+
+
 def test_local_heads_cost_what_their_window_shows_them() -> None:
     config, plain = make_config(2, 5, num_local_heads=3, local_window=7), make_config(2, 5)
     length, hidden, head_dim, layers = 40, 32, 16, 3

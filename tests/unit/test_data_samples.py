@@ -27,6 +27,7 @@ from megatron_mosa.data import (
     training_batches,
     validation_batches,
 )
+from megatron_mosa.data.samples import document_starts
 from megatron_mosa.errors import UserError
 
 LENGTH = 16
@@ -79,6 +80,25 @@ def test_samples_are_windows_of_the_text_with_shifted_labels(dataset: Path) -> N
         assert item["tokens"].shape == item["labels"].shape == item["loss_mask"].shape == (LENGTH,)
         assert torch.equal(item["labels"][:-1], item["tokens"][1:])
         assert (item["loss_mask"] == 1).all()  # nothing is padding: not token 0, not the end of a document
+
+
+def test_documents_end_with_their_end_token(dataset: Path) -> None:
+    assert document_starts(torch.tensor([5, 9, 9, 1, 2, 9]), 9).tolist() == [0, 0, 2, 3, 3, 3]
+    assert document_starts(torch.tensor([9]), 9).tolist() == [0]
+    data = mixture(dataset)
+    end = data.manifest.end_of_document_id
+    training_set = TrainingSamples(data, sequence_length=LENGTH, index_samples=200, seed=1, mark_documents=True)
+    validation_set = ValidationSamples(data, sequence_length=LENGTH, num_samples=10**6, mark_documents=True)
+    items = [training_set[i] for i in range(200)] + [validation_set[i] for i in range(len(validation_set))]
+    assert sum(end in item["tokens"][:-1] for item in items) > 10
+    for item in items:
+        starts = item["document_starts"].tolist()
+        for t in range(1, LENGTH):
+            assert starts[t] == (t if item["tokens"][t - 1] == end else starts[t - 1])
+    lengths = validation_set.document_lengths()
+    assert [sum(row) for row in lengths] == [LENGTH] * len(validation_set)
+    ends = sum((validation_set[i]["tokens"][:-1] == end).sum().item() for i in range(len(validation_set)))
+    assert sum(map(len, lengths)) == len(validation_set) + ends
 
 
 def test_no_token_is_taken_for_padding(dataset: Path) -> None:

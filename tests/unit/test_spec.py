@@ -15,7 +15,7 @@ from megatron_mosa.attention import (
     mosa_attention,
 )
 from megatron_mosa.attention.heads import DenseHeads
-from megatron_mosa.kernels import naive
+from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.parallel import Layout, tensor_parallel_group
 
 
@@ -110,6 +110,41 @@ def test_local_heads_see_their_window_and_no_more(layout: Layout) -> None:
     assert same == [not 9 <= t < 13 for t in range(20)]
 
 
+@pytest.mark.parametrize("kind", ["dense", "local", "mosa", "all"])
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+def test_a_model_of_packed_documents_is_a_model_of_documents_alone(layout: Layout, kind: str, recompute: str) -> None:
+    counts = {"dense": dict(num_attention_heads=2), "local": dict(num_local_heads=2), "mosa": dict(num_mosa_heads=6)}
+    heads: dict = {"num_attention_heads": 0, "num_local_heads": 0, "num_mosa_heads": 0}
+    heads |= counts["dense"] | counts["local"] | counts["mosa"] if kind == "all" else counts[kind]
+    config = make_config(
+        **heads, mosa_local_window=3, mosa_include_first_token=True, mosa_attend_within_documents=True,
+        mosa_selection_scope="document", mosa_restart_rotary=True, mosa_recompute=recompute,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_gpt(config, get_mosa_block_spec(config))
+    lengths = [[5, 4, 7], [1, 15]]
+    starts = torch.tensor([[0] * 5 + [5] * 4 + [9] * 7, [0] + [1] * 15])
+    tokens = torch.stack([torch.randperm(64)[:16] for _ in lengths])
+
+    def gradients(losses: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        losses.sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    packed = model(tokens, torch.arange(16).expand(2, 16), Documents.from_starts(starts), labels=tokens)  # [B, T]
+    alone = []
+    for row, sizes in zip(tokens, lengths, strict=True):
+        for part in row.split(sizes):
+            one = Documents.from_starts(torch.zeros(1, len(part), dtype=torch.int64))
+            alone.append(model(part[None], torch.arange(len(part))[None], one, labels=part[None])[0])
+    torch.testing.assert_close(packed.flatten(), torch.cat(alone), rtol=1e-5, atol=1e-6)
+    ours, theirs = gradients(packed), gradients(torch.cat(alone))
+    assert len(ours) == len(list(model.parameters()))
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert expected.norm() > 0
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
 def plain_dense_attention(heads: DenseHeads, states: torch.Tensor) -> torch.Tensor:
     """Head by head, with the score matrix written out."""
     length, head_dim = states.shape[0], heads.config.kv_channels
@@ -149,6 +184,9 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
         layer(torch.randn(4, 1, 32), rotary_pos_emb=torch.zeros(4, 1, 1, 8))
     with pytest.raises(ValueError, match="packed_seq_params"):
         layer(torch.randn(4, 1, 32), packed_seq_params=object())
+    layer = MosaSelfAttention(make_config(mosa_attend_within_documents=True))
+    with pytest.raises(ValueError, match="attention_mask is a NoneType.*Documents"):
+        layer(torch.randn(4, 1, 32))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +196,9 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
         (dict(mosa_sparsity=0.5), "mosa_sparsity=0.5"),
         (dict(add_bias_linear=True), "no biases"),
         (dict(attention_dropout=0.1), "attention_dropout=0.1"),
+        (dict(mosa_selection_scope="both"), "mosa_selection_scope='both'"),
+        (dict(mosa_selection_scope="document"), "need mosa_attend_within_documents"),
+        (dict(mosa_restart_rotary=True), "need mosa_attend_within_documents"),
         (dict(num_attention_heads=4, num_mosa_heads=6, tensor_model_parallel_size=4), "num_mosa_heads=6"),
         (dict(context_parallel_size=2), "context_parallel_size=2"),
     ],

@@ -98,6 +98,17 @@ def test_another_models_checkpoints(overrides: list[str], change: str, parts: li
         assert part in message
 
 
+def test_a_checkpoint_from_before_a_key_had_its_default(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=older"])
+    checkpoint = leave_checkpoint(config)
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    del metadata["config"]["model"]["attend_within_documents"]
+    (checkpoint / "metadata.json").write_text(json.dumps(metadata))
+    assert check_start(config, 2).checkpoint == checkpoint
+    config.model.attend_within_documents = True
+    assert "another model: False, but the run asks for True" in refused(config)
+
+
 def test_the_recorded_number_of_index_samples_stays(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=index", "train.steps=1000"])
     leave_checkpoint(config)

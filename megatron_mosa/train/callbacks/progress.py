@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from megatron_mosa.engine import StepResult
@@ -17,12 +18,14 @@ class Progress(Callback):
     """One training line every ``logging.interval`` steps.
 
     Time is taken inside steps only, so validation and checkpoints do not count. MFU is ``model_flops`` over the peak of
-    all ranks' devices.
+    all ranks' devices; where attention stays inside documents, it is counted for documents of ``document_lengths``, of
+    some typical sequences each.
     """
 
-    def __init__(self, writers: Writers, vocab_size: int) -> None:
+    def __init__(self, writers: Writers, vocab_size: int, document_lengths: Sequence[Sequence[int]] = ()) -> None:
         self.writers = writers
         self.vocab_size = vocab_size
+        self.document_lengths = document_lengths
         self.seconds = 0.0
         self.steps = 0
 
@@ -31,7 +34,9 @@ class Progress(Callback):
         config = trainer.config
         peak, origin = peak_flops(trainer.layout.device, config.train.precision, config.logging.peak_tflops)
         self.peak = peak
-        self.flops_per_step = model_flops(config, self.vocab_size) * config.train.global_batch_size
+        self.flops_per_step = (
+            model_flops(config, self.vocab_size, self.document_lengths) * config.train.global_batch_size
+        )
         self.writers.note(f"MFU is against {peak / 1e12:.3g} TFLOP/s a rank ({origin}, {config.train.precision})")
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
