@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_HALVES = (torch.float16, torch.bfloat16)
+from megatron_mosa.kernels.flash import flash_attention, has_flash
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,11 @@ class Documents:
         lengths = torch.tensor([0, *(length for row in self.lengths for length in row)], dtype=torch.int32)
         return lengths.cumsum(0, dtype=torch.int32).to(self.starts.device)
 
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest document."""
+        return max(map(max, self.lengths))
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [B, T]: each token's position in its document."""
@@ -78,7 +81,7 @@ class Documents:
 def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     """Causal attention of every token to its own document; the work and memory of short sequences.
 
-    Torch's variable-length attention (flash) on a GPU in half precision, one call of SDPA a document elsewhere.
+    Flash attention of variable length where it is there, one call of SDPA a document elsewhere.
 
     Args:
         query: [B, H, T, h'].
@@ -87,9 +90,8 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
     Returns:
         [B, H, T, h'].
     """
-    variable_length = _variable_length_attention()
-    if variable_length is not None and query.is_cuda and query.dtype in _HALVES and query.shape[-1] % 8 == 0:
-        return _flash(variable_length, query, key, value, documents)
+    if has_flash(query):
+        return flash_attention(query, key, value, documents.boundaries, documents.longest)
     grouped = query.shape[1] != key.shape[1]
     rows = []
     for number, lengths in enumerate(documents.lengths):
@@ -101,23 +103,3 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
         ]
         rows.append(torch.cat(attended, dim=-2))
     return torch.cat(rows)
-
-
-def _flash(attention: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    batch, heads, length, _ = query.shape
-    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-    packed = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, H, h']
-    longest = max(map(max, documents.lengths))
-    bounds = documents.boundaries
-    attended = attention(*packed, bounds, bounds, longest, longest, window_size=(-1, 0))
-    return attended.unflatten(0, (batch, length)).transpose(1, 2)
-
-
-@lru_cache(maxsize=1)
-def _variable_length_attention() -> Any:
-    """``varlen_attn`` of torch 2.11 and later, whose causality is a window; None if there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None

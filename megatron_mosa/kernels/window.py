@@ -1,4 +1,4 @@
-"""Sliding-window attention in blocks: memory grows with T times the window, never with T squared."""
+"""Sliding-window attention: memory grows with T times the window at most, never with T squared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.kernels.documents import Documents, document_attention
+from megatron_mosa.kernels.flash import flash_attention, has_flash
 
 
 def sliding_window_attention(
@@ -14,8 +15,9 @@ def sliding_window_attention(
 ) -> Tensor:
     """Each token attends to the last ``window`` tokens, itself included, of its document.
 
-    The sequence is cut into blocks of ``window`` tokens; a block's queries see keys of their own block and of the one
-    before, under a mask of window x 2 window: one for all blocks, or with documents one for each.
+    Flash attention with a window where it is there. Elsewhere the sequence is cut into blocks of ``window`` tokens; a
+    block's queries see keys of their own block and of the one before, under a mask of window x 2 window: one for all
+    blocks, or with documents one for each.
 
     Args:
         query, key, value: [B, H, T, h'].
@@ -26,6 +28,11 @@ def sliding_window_attention(
         [B, H, T, h'].
     """
     length = query.shape[-2]
+    if has_flash(query):
+        if documents is not None:
+            return flash_attention(query, key, value, documents.boundaries, documents.longest, window)
+        ends = torch.arange(0, len(query) * length + 1, length, dtype=torch.int32, device=query.device)
+        return flash_attention(query, key, value, ends, length, window)
     if length <= window:
         if documents is not None:
             return document_attention(query, key, value, documents)

@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,14 +28,21 @@ Initialiser = Callable[[Tensor], object]
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
-    """Tag Megatron's partitioned weights; its own initialisation does that, which is switched off for this one."""
+    """Tag Megatron's partitioned weights.
+
+    Its own initialisation does that, which is switched off for this one; only from 0.19 on it is done in any case.
+    """
     gated = {layer.linear_fc1 for layer in model.modules() if isinstance(layer, MLP) and layer.config.gated_linear_unit}
     for module in model.modules():
         dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}.get(type(module))
         if dim is not None and module.weight is not None:  # None: tied to the embedding
-            set_tensor_model_parallel_attributes(
-                module.weight, is_parallel=True, dim=dim, stride=2 if module in gated else 1
-            )
+            tags = {
+                "tensor_model_parallel": True,
+                "partition_dim": dim,
+                "partition_stride": 2 if module in gated else 1,
+            }
+            for tag, value in tags.items():
+                setattr(module.weight, tag, value)
 
 
 def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:

@@ -18,7 +18,10 @@ RUNS_A_POOL = 12
 
 
 class WorkerPool:
-    """``world_size`` processes in one gloo group; ``run`` calls a module-level function on each of them."""
+    """``world_size`` processes in one gloo group; ``run`` calls a module-level function on each of them.
+
+    On a GPU one process has NCCL; several share the one card, which NCCL refuses, and so have gloo on CUDA tensors.
+    """
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
@@ -77,6 +80,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu
     import torch
 
     torch.set_num_threads(1)
+    if on_gpu and world_size > 1:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     warnings.filterwarnings("ignore")
     while True:
         try:

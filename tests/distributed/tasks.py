@@ -112,7 +112,7 @@ def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
     margins = []
     for heads in model.modules():
         if isinstance(heads, MosaHeads) and heads.selection is not None:
-            scores, indices = heads.selection
+            scores, indices = (tensor.cpu() for tensor in heads.selection)
             chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)  # one more: empty places
             chosen = chosen.scatter(-1, indices, True)[..., :-1]
             gaps = scores.unsqueeze(-1) - scores.unsqueeze(-2)  # [B, E, T, T]
@@ -147,7 +147,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_
 
         # The first step by hand, to look between backward and step.
         (batch,) = micro_batches(config, layout, 0)
-        loss_sum, tokens = language_model_loss(engine._engine, **batch)
+        loss_sum, tokens = engine._loss(engine._engine, batch)
         engine._engine.backward(loss_sum / tokens)
         facts["gradients"] = whole(model, {n: engine.gradient(p) for n, p in model.named_parameters()})
         facts["margin"] = selection_margin(model, batch)

@@ -21,6 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def pair() -> Iterator[WorkerPool]:
+    """Two processes that share one GPU, over gloo."""
+    pool = WorkerPool(2, on_gpu=True)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def worker() -> Iterator[WorkerPool]:
     """One process on the GPU."""
     pool = WorkerPool(1, on_gpu=True)

@@ -1,46 +1,81 @@
-"""The same model on a GPU and on the CPU; resuming on a GPU."""
+"""The same model on a GPU and in a plain loop, in every ZeRO stage; resuming; two ranks on one card."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+from pathlib import Path
 
-from megatron_mosa.attention import mosa_attention
-from megatron_mosa.kernels import naive
+import pytest
+
 from tests.distributed import tasks
 from tests.distributed.pool import WorkerPool
-from tests.kernels.test_naive import make_inputs
+from tests.distributed.test_parity import check_equal
+
+CELLS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_losses_on_the_gpu_are_those_of_a_plain_loop_in_fp32(worker: WorkerPool, precision: str) -> None:
-    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=2, train__precision=precision)
+def accumulating(**changes: object) -> tasks.Config:
+    return tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain(worker: WorkerPool) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a plain loop on the GPU."""
+    config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
+    return worker.run(tasks.losses_of_a_plain_loop, config, 5)[0]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("zero", "precision"), CELLS)
+def test_losses_on_the_gpu_are_those_of_a_plain_loop_in_fp32(
+    worker: WorkerPool, plain: tuple, zero: int, precision: str, offload: bool
+) -> None:
+    config = accumulating(
+        train__precision=precision, parallel__zero_stage=zero, parallel__offload_optimizer=offload and zero > 0
+    )
     losses, norms = worker.run(tasks.losses_under_zero, config, 5)[0]
-    plain_config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
-    plain_losses, plain_norms = worker.run(tasks.losses_of_a_plain_loop, plain_config, 5)[0]
     loss_tolerance, norm_tolerance = (2e-5, 1e-3) if precision == "fp32" else (5e-3, 5e-2)
-    assert losses == pytest.approx(plain_losses, rel=loss_tolerance)
-    assert norms == pytest.approx(plain_norms, rel=norm_tolerance)
+    assert losses == pytest.approx(plain[0], rel=loss_tolerance)
+    assert norms == pytest.approx(plain[1], rel=norm_tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_on_the_gpu_is_bitwise_the_same(worker: WorkerPool, precision: str) -> None:
-    config = tasks.tiny_config(train__precision=precision, train__global_batch_size=8, train__micro_batch_size=2)
+@pytest.mark.parametrize(("zero", "precision"), CELLS)
+def test_resuming_on_the_gpu_is_bitwise_the_same(worker: WorkerPool, zero: int, precision: str) -> None:
+    config = accumulating(train__precision=precision, parallel__zero_stage=zero)
     straight, resumed = worker.run(tasks.losses_after_loading, config, 3, 3)[0]
     assert straight == resumed
 
 
-def test_naive_kernels_on_the_gpu_equal_the_cpu() -> None:
-    cpu = make_inputs(2, 100, 3, 32, 16)
-    gpu = [tensor.detach().cuda().requires_grad_() for tensor in cpu]
-    assert torch.equal(
-        naive.select_tokens(naive.router_scores(gpu[0], gpu[1]), 7).cpu(),
-        naive.select_tokens(naive.router_scores(cpu[0], cpu[1]), 7),
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_recompute_on_the_gpu_changes_nothing(worker: WorkerPool, plain: tuple, recompute: str) -> None:
+    losses, norms = worker.run(tasks.losses_under_zero, accumulating(train__recompute=recompute), 5)[0]
+    assert losses == pytest.approx(plain[0], rel=2e-5)
+    assert norms == pytest.approx(plain[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("heads", ["dense", "hybrid"])
+def test_documents_in_bf16_follow_fp32(worker: WorkerPool, heads: str) -> None:
+    # bf16 takes torch's variable-length attention, fp32 one call a document
+    options: dict = {"model__attend_within_documents": True, "model__num_query_groups": 2}
+    options |= {"mosa__num_heads": 0} if heads == "dense" else {"mosa__selection_scope": "document"}
+    losses, norms = worker.run(tasks.losses_of_a_plain_loop, tasks.tiny_config(**options), 5)[0]
+    found = worker.run(tasks.losses_under_zero, tasks.tiny_config(train__precision="bf16", **options), 5)[0]
+    assert found[0] == pytest.approx(losses, rel=5e-3)
+    assert found[1] == pytest.approx(norms, rel=5e-2)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("tensor_parallel", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["dp2", "tp2", "tp2_sp"]
+)
+def test_two_ranks_on_one_card_train_the_model_of_one(
+    worker: WorkerPool, pair: WorkerPool, tmp_path: Path, zero: int, tensor_parallel: int, sequence_parallel: bool
+) -> None:
+    worker.run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), tmp_path)
+    single = worker.run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), tmp_path)[0]
+    config = tasks.tiny_config(
+        parallel__zero_stage=zero,
+        parallel__tensor_model_parallel_size=tensor_parallel,
+        parallel__sequence_parallel=sequence_parallel,
+        train__micro_batch_size=2 * tensor_parallel,
     )
-    outputs = [mosa_attention(*tensors, num_selected=7) for tensors in (cpu, gpu)]
-    torch.testing.assert_close(outputs[1].cpu(), outputs[0], rtol=1e-9, atol=1e-11)
-    gradients = [
-        torch.autograd.grad(output.square().sum(), tensors) for output, tensors in zip(outputs, (cpu, gpu), strict=True)
-    ]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-8, atol=1e-10)
+    check_equal(pair.run(tasks.training_facts, config, tmp_path)[0], single)

@@ -1,0 +1,49 @@
+"""Torch's variable-length flash attention, where it is there: causal, within documents, within a window."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def has_flash(query: Tensor) -> bool:
+    """Whether ``flash_attention`` runs for such queries: on a GPU, in half precision, from torch 2.11 on."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and query.shape[-1] % 8 == 0 and _varlen_attn() is not None
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, window: int | None = None
+) -> Tensor:
+    """Attention of each token to those before it between two boundaries, itself included.
+
+    Args:
+        query: [B, H, T, h'].
+        key, value: [B, G, T, h'], G dividing H.
+        boundaries: int32 [N + 1], ascending, from 0 to B * T: places in the batch flattened to [B * T].
+        longest: largest distance of two boundaries.
+        window: how many tokens it sees at most; None: all.
+
+    Returns:
+        [B, H, T, h'].
+    """
+    batch, heads, length, _ = query.shape
+    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    packed = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, H, h']
+    before = -1 if window is None else window - 1
+    attended = _varlen_attn()(*packed, boundaries, boundaries, longest, longest, window_size=(before, 0))
+    return attended.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _varlen_attn() -> Any:
+    """Torch's function if it is the one whose causality is a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
