@@ -54,6 +54,9 @@ class MosaTransformerConfig(TransformerConfig):
     mosa_backend: str = "auto"
     """Implementation of the MoSA heads: auto, or the name of a kernel backend."""
 
+    mosa_apex_norms: bool = True
+    """NVIDIA apex's fused norms on GPUs, where apex is installed."""
+
     mosa_recompute: str = "none"
     """What is computed again in backward instead of kept: none, attention, or full (whole layers)."""
 

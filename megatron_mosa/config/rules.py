@@ -16,6 +16,7 @@ _CHOICES = {
     "model.normalization": ("LayerNorm", "RMSNorm"),
     "train.precision": ("fp32", "bf16"),
     "train.recompute": ("none", "attention", "full"),
+    "train.apex": ("auto", "never", "always"),
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
@@ -116,6 +117,16 @@ def _zero_cells(config: Config) -> None:
         raise UserError(
             "parallel.offload_optimizer=true with parallel.zero_stage=0 is not supported: nothing is partitioned; "
             "nearest legal: parallel.zero_stage=1"
+        )
+
+
+def _apex(config: Config) -> None:
+    parallel = config.parallel
+    if config.train.apex == "always" and (parallel.zero_stage == 3 or parallel.offload_optimizer):
+        key = "zero_stage=3" if parallel.zero_stage == 3 else "offload_optimizer=true"
+        raise UserError(
+            f"train.apex=always with parallel.{key} is not supported: apex's FusedAdam steps neither the parts that "
+            "ZeRO-3 steps one by one nor state on the CPU; nearest legal: train.apex=auto (torch's AdamW, apex's norms)"
         )
 
 
@@ -301,6 +312,6 @@ def _seed(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _sequence, _sparsity, _heads,
+    _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _apex, _sequence, _sparsity, _heads,
     _documents, _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
 )  # fmt: skip

@@ -98,6 +98,7 @@ class TrainSection:
     global_batch_size: int = MISSING
     precision: str = "bf16"
     recompute: str = "none"
+    apex: str = "auto"
     deterministic: bool = True
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
-from megatron_mosa.engine.optimizer import adamw
+from megatron_mosa.engine.optimizer import adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, StepResult
 from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
@@ -65,6 +65,7 @@ class DeepSpeedEngine:
             # ClippingAdamW clips under stage 0
             "gradient_clipping": config.optimizer.gradient_clipping if config.parallel.zero_stage else 0.0,
             "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,  # apex's is known to DeepSpeed only by the way apex was imported
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded state too, and compiles nothing
             "bf16": {"enabled": config.train.precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
@@ -118,8 +119,7 @@ class DeepSpeedEngine:
 
     def optimizer_step(self) -> int:
         """How many times the optimizer has stepped (Adam's bias correction counts from it)."""
-        state = self._optimizer.state[self._zero.optimised_tensors()[0]]
-        return int(state["step"]) if state else 0
+        return step_count(self._optimizer, self._zero.optimised_tensors()[0])
 
     def state(self) -> dict[str, Tensor]:
         """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
@@ -146,10 +146,8 @@ class DeepSpeedEngine:
     def _allocate_moments(self, optimizer_step: int) -> None:
         """Create Adam's state, which is otherwise created in the first step, so that it can be filled."""
         for tensor in self._zero.optimised_tensors():
-            state = self._optimizer.state[tensor]
-            state.update({moment: torch.zeros_like(tensor) for moment in MOMENTS})
-            device = tensor.device if self._optimizer.defaults["fused"] else torch.device("cpu")
-            state["step"] = torch.tensor(float(optimizer_step), device=device)
+            moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            set_state(self._optimizer, tensor, moments, optimizer_step)
         self._zero.link()
 
     def destroy(self) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, distributed
 
 from megatron_mosa.config import Config
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
+from megatron_mosa.parallel.apex import apex_fused_adam
 
 
-def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and none on norms; fused on GPUs."""
+def adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and none on norms: NVIDIA apex's or torch's, fused on GPUs."""
     options, parallel = config.optimizer, config.parallel
 
     def is_matrix(parameter: torch.nn.Parameter) -> bool:
@@ -27,21 +28,50 @@ def adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
         "lr": options.learning_rate,
         "betas": (options.beta1, options.beta2),
         "eps": options.epsilon,
-        "fused": torch.cuda.is_available() and not parallel.offload_optimizer,
     }
+    # FusedAdam counts steps by the group, and ZeRO-3 steps a group in parts, one by one.
+    may_use_apex = config.train.apex != "never" and parallel.zero_stage < 3 and not parallel.offload_optimizer
+    kind = apex_fused_adam() if may_use_apex else None
+    if kind is None:
+        kind = torch.optim.AdamW
+        settings["fused"] = torch.cuda.is_available() and not parallel.offload_optimizer
     if parallel.zero_stage == 0:
-        return ClippingAdamW(groups, max_norm=options.gradient_clipping, **settings)
-    return torch.optim.AdamW(groups, **settings)
+        clipping: Any = type(f"Clipping{kind.__name__}", (ClipsGradients, kind), {})
+        return clipping(groups, max_norm=options.gradient_clipping, **settings)
+    return kind(groups, **settings)
 
 
-class ClippingAdamW(torch.optim.AdamW):
-    """AdamW that clips by the global norm and skips steps whose gradients are not finite.
+def step_count(optimizer: torch.optim.Optimizer, tensor: Tensor) -> int:
+    """How many times Adam has stepped ``tensor``; 0 before it has any state."""
+    state = optimizer.state.get(tensor)
+    if not state:
+        return 0
+    return int(state["step"] if "step" in state else _group_of(optimizer, tensor)["step"])
+
+
+def set_state(optimizer: torch.optim.Optimizer, tensor: Tensor, moments: dict[str, Tensor], step: int) -> None:
+    """Give Adam's state of ``tensor`` values, which is otherwise made in the first step."""
+    state = optimizer.state[tensor]
+    state.update(moments)
+    if isinstance(optimizer, torch.optim.AdamW):
+        device = tensor.device if optimizer.defaults["fused"] else torch.device("cpu")
+        state["step"] = torch.tensor(float(step), device=device)
+    else:
+        _group_of(optimizer, tensor)["step"] = step
+
+
+def _group_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(tensor is other for other in group["params"]))
+
+
+class ClipsGradients(torch.optim.Optimizer):
+    """Mixed into an optimizer, has it clip by the global norm, and skip steps that are not finite.
 
     Under ZeRO 1 to 3 DeepSpeed does both; under 0 in fp32 it reports no norm and steps with NaN gradients.
     """
 
     def __init__(self, params: Any, max_norm: float, **settings: Any) -> None:
-        super().__init__(params, **settings)
+        super().__init__(params, **settings)  # of the optimizer that comes next
         self.max_norm = max_norm
         self._global_grad_norm = 0.0  # the name under which DeepSpeed looks for it
 

@@ -40,6 +40,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         mosa_rotary_base=model.rotary_base,
         mosa_backend=mosa.backend,
         mosa_recompute=config.train.recompute,
+        mosa_apex_norms=config.train.apex != "never",
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=sequence_parallel,
         params_dtype=params_dtype,

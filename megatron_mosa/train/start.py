@@ -11,7 +11,7 @@ from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, r
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
-from megatron_mosa.parallel.environment import refuse_wrong_apex
+from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, refuse_wrong_apex
 from megatron_mosa.train.directory import check_writable
 
 
@@ -58,6 +58,7 @@ def check_start(config: Config, world_size: int) -> Start:
             another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never".
     """
     refuse_wrong_apex()
+    _check_apex(config)
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data)
@@ -80,6 +81,14 @@ def _check_lengths(config: Config, start: Start) -> None:
     """Both splits must hold at least one sequence."""
     training_samples(config, start.data, start.index_samples)
     ValidationSamples(start.data, sequence_length=config.data.sequence_length, num_samples=1)
+
+
+def _check_apex(config: Config) -> None:
+    if config.train.apex == "always" and (apex_fused_adam() is None or apex_norms() is None):
+        raise UserError(
+            "train.apex=always, but NVIDIA apex with its CUDA extensions, or a GPU for it, is not there; build it from "
+            "its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
+        )
 
 
 def _check_wandb(config: Config) -> None:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPools
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Callable[[int], WorkerPool]]:
-    """``workers(n)`` is a pool of n processes; a pool that died or is worn out is replaced."""
-    pools: dict[int, WorkerPool] = {}
-
-    def get(world_size: int) -> WorkerPool:
-        if world_size not in pools or not pools[world_size].is_fit:
-            if world_size in pools:
-                pools[world_size].close()
-            pools[world_size] = WorkerPool(world_size)
-        return pools[world_size]
-
-    yield get
-    for pool in pools.values():
-        pool.close()
+def workers() -> Iterator[WorkerPools]:
+    """On the CPU."""
+    pools = WorkerPools()
+    yield pools
+    pools.close()

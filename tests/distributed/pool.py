@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 240
-# Every task makes some twenty gloo groups whose threads live as long as the process and slow the ones that follow.
+# A task at another tensor-parallel size makes some twenty groups whose threads (gloo) or memory (NCCL) live as long as
+# the process.
 RUNS_A_POOL = 12
 
 
@@ -69,6 +70,27 @@ class WorkerPool:
         for process in self.processes:
             process.terminate()
             process.join(10)
+
+
+class WorkerPools:
+    """``pools(n)`` is a pool of n processes; one that died or is worn out is replaced."""
+
+    def __init__(self, on_gpu: bool = False) -> None:
+        self.on_gpu = on_gpu
+        self.pools: dict[int, WorkerPool] = {}
+
+    def __call__(self, world_size: int) -> WorkerPool:
+        pool = self.pools.get(world_size)
+        if pool is None or not pool.is_fit:
+            if pool is not None:
+                pool.close()
+            self.pools[world_size] = pool = WorkerPool(world_size, self.on_gpu)
+        return pool
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in self.pools.values():
+            pool.close()
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu: bool) -> None:

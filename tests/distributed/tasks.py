@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -15,7 +17,7 @@ from torch import distributed as dist
 from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.checkpoint.format import read_state, write_state
 from megatron_mosa.config import Config, config_from_dict
-from megatron_mosa.engine import DeepSpeedEngine
+from megatron_mosa.engine import DeepSpeedEngine, optimizer
 from megatron_mosa.engine.protocol import Batch
 from megatron_mosa.model import build_model, language_model_loss
 from megatron_mosa.parallel import (
@@ -47,13 +49,18 @@ def tiny_config(**changes: object) -> Config:
     return config_from_dict(tree)
 
 
+_layouts: list[Layout] = []  # the one that this process is in
+
+
 @contextlib.contextmanager
 def parallel(config: Config) -> Iterator[Layout]:
-    """Megatron's groups for one task; the default group stays for the next."""
+    """Megatron's groups for one task; they stay for the next one at the same tensor-parallel size."""
     use_deterministic_algorithms()
-    parallel_state.destroy_model_parallel()
-    yield initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
-    parallel_state.destroy_model_parallel()
+    size = config.parallel.tensor_model_parallel_size
+    if not _layouts or _layouts[0].tensor_parallel_size != size:
+        parallel_state.destroy_model_parallel()
+        _layouts[:] = [initialize_parallel(size, config.run.seed)]
+    yield _layouts[0]
 
 
 def global_batch(config: Config, step: int) -> Batch:
@@ -272,3 +279,43 @@ def weights_around_a_poisoned_step(config: Config) -> dict:
         }
         engine.destroy()
     return facts
+
+
+class StandInForFusedAdam(torch.optim.Optimizer):
+    """AdamW with the arguments and the state of NVIDIA apex's FusedAdam: steps are counted by the parameter group."""
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                root = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1 ** group["step"]))
+
+
+def with_stand_in_for_apex(task: Callable[..., Any], *args: Any) -> Any:
+    """Run a task with an optimizer of apex's interface under the engine."""
+    with mock.patch.object(optimizer, "apex_fused_adam", lambda: StandInForFusedAdam):
+        return task(*args)
+
+
+def optimizer_name(config: Config) -> str:
+    """The class of the optimizer that the engine steps."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        engine.destroy()
+    return type(engine._optimizer).__name__

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.distributed import tasks
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPools
 
-Workers = Callable[[int], WorkerPool]
 STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def plain(workers: Workers) -> tuple[list[float], list[float]]:
+def plain(workers: WorkerPools) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the plain loop on batches of 8."""
     config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
     losses, norms = workers(1).run(tasks.losses_of_a_plain_loop, config, STEPS)[0]
@@ -25,7 +22,7 @@ def plain(workers: Workers) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
-    workers: Workers, plain: tuple, world: int, zero: int
+    workers: WorkerPools, plain: tuple, world: int, zero: int
 ) -> None:
     # two micro-batches a rank: accumulation and the mean over data-parallel ranks are both in play
     config = tasks.tiny_config(
@@ -37,7 +34,7 @@ def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_bf16_follows_fp32(workers: Workers, plain: tuple, zero: int) -> None:
+def test_bf16_follows_fp32(workers: WorkerPools, plain: tuple, zero: int) -> None:
     for world, tensor_parallel in ((2, 2), (2, 1)):
         config = tasks.tiny_config(
             parallel__zero_stage=zero,
@@ -53,7 +50,7 @@ def test_bf16_follows_fp32(workers: Workers, plain: tuple, zero: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_offloaded_optimizer_state_changes_nothing(workers: Workers, plain: tuple, zero: int) -> None:
+def test_offloaded_optimizer_state_changes_nothing(workers: WorkerPools, plain: tuple, zero: int) -> None:
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         parallel__offload_optimizer=True,
@@ -68,7 +65,7 @@ def test_offloaded_optimizer_state_changes_nothing(workers: Workers, plain: tupl
 @pytest.mark.parametrize(
     ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
-def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, zero: int, precision: str) -> None:
+def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: WorkerPools, zero: int, precision: str) -> None:
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         train__precision=precision,
@@ -80,7 +77,7 @@ def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: Workers, 
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_offloaded_state_can_be_saved_and_loaded(workers: Workers, zero: int) -> None:
+def test_offloaded_state_can_be_saved_and_loaded(workers: WorkerPools, zero: int) -> None:
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         parallel__offload_optimizer=True,
@@ -96,7 +93,7 @@ def test_offloaded_state_can_be_saved_and_loaded(workers: Workers, zero: int) ->
     ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    workers: Workers, zero: int, precision: str, tensor_parallel: int
+    workers: WorkerPools, zero: int, precision: str, tensor_parallel: int
 ) -> None:
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
@@ -110,3 +107,26 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
         assert not facts["norm_is_finite"]
         assert facts["optimizer_step"] == 1
         assert 3 < facts["next_loss"] < 5
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_an_optimizer_of_apexs_interface(workers: WorkerPools, plain: tuple, zero: int) -> None:
+    options: dict = dict(parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=2)
+    names = workers(2).run(tasks.with_stand_in_for_apex, tasks.optimizer_name, tasks.tiny_config(**options))
+    assert names == ["StandInForFusedAdam" if zero else "ClippingStandInForFusedAdam"] * 2
+    for changes in (
+        dict(train__apex="never"),
+        dict(parallel__zero_stage=3),
+        dict(parallel__offload_optimizer=zero > 0),
+    ):
+        config = tasks.tiny_config(**options | changes)
+        is_torchs = "AdamW" in workers(2).run(tasks.with_stand_in_for_apex, tasks.optimizer_name, config)[0]
+        assert is_torchs or changes == dict(parallel__offload_optimizer=False)
+    run = workers(2).run(tasks.with_stand_in_for_apex, tasks.losses_under_zero, tasks.tiny_config(**options), STEPS)
+    assert run[0][0] == pytest.approx(plain[0], rel=2e-5)
+    assert run[0][1] == pytest.approx(plain[1], rel=1e-3)
+    loaded = workers(2).run(
+        tasks.with_stand_in_for_apex, tasks.losses_after_loading, tasks.tiny_config(**options), 3, 3
+    )
+    for straight, resumed in loaded:
+        assert straight == resumed

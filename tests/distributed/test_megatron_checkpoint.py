@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tests.distributed import tasks
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPools
 
 
-def test_sharded_state_dict_changes_tensor_parallel_size(workers: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+def test_sharded_state_dict_changes_tensor_parallel_size(workers: WorkerPools, tmp_path: Path) -> None:
     path = str(tmp_path / "megatron")
     two = tasks.tiny_config(parallel__tensor_model_parallel_size=2)
     saved = workers(2).run(tasks.save_megatron_checkpoint, two, path)[0]

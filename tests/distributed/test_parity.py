@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import tasks
-from tests.distributed.pool import WorkerPool
-
-Workers = Callable[[int], WorkerPool]
+from tests.distributed.pool import WorkerPools
 
 # ZeRO stage, tensor parallel size, sequence parallel, world size
 LAYOUTS = [
@@ -22,7 +19,7 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def seed_checkpoint(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process's state before the first step, of weights that no configuration below would draw."""
     path = tmp_path_factory.mktemp("seed")
     workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), path)
@@ -30,7 +27,7 @@ def seed_checkpoint(workers: Workers, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def single(workers: Workers, seed_checkpoint: Path) -> dict:
+def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
     """The facts of one process."""
     facts = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
     # fp32 rounding moves scores by about 1e-7: no near-tie decides what follows.
@@ -39,7 +36,7 @@ def single(workers: Workers, seed_checkpoint: Path) -> dict:
 
 
 def run(
-    workers: Workers,
+    workers: WorkerPools,
     checkpoint: Path,
     zero: int,
     tensor_parallel: int,
@@ -64,7 +61,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
 def test_training_does_not_depend_on_the_layout(
-    workers: Workers,
+    workers: WorkerPools,
     seed_checkpoint: Path,
     single: dict,
     zero: int,
@@ -81,7 +78,7 @@ def test_training_does_not_depend_on_the_layout(
     ("zero", "tensor_parallel", "sequence_parallel", "world"), [(1, 2, True, 2), (1, 2, False, 2), (3, 2, True, 4)]
 )
 def test_recompute_changes_nothing(
-    workers: Workers,
+    workers: WorkerPools,
     seed_checkpoint: Path,
     single: dict,
     zero: int,
@@ -112,7 +109,7 @@ def check_equal(facts: dict, single: dict) -> None:
         assert relative_error(facts["final"][name], weight) < 1e-3, f"final {name}"
 
 
-def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, seed_checkpoint: Path, single: dict) -> None:
+def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_checkpoint: Path, single: dict) -> None:
     facts = run(workers, seed_checkpoint, 1, 2, True, 2, break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
@@ -121,7 +118,7 @@ def test_the_comparison_sees_a_missing_gradient_sum(workers: Workers, seed_check
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("changes", [{"model__num_dense_heads": 0}, {"mosa__num_heads": 0}], ids=["mosa", "dense"])
-def test_pure_models_do_not_depend_on_the_layout(workers: Workers, changes: dict, sequence_parallel: bool) -> None:
+def test_pure_models_do_not_depend_on_the_layout(workers: WorkerPools, changes: dict, sequence_parallel: bool) -> None:
     losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(**changes), 2)[0]
     layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": sequence_parallel}
     split = workers(2).run(tasks.losses_under_zero, tasks.tiny_config(**layout, **changes), 2)[0]
@@ -147,7 +144,7 @@ VARIANTS = {
 @pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_the_model_do_not_depend_on_the_layout(
-    workers: Workers, tmp_path: Path, variant: str, zero: int
+    workers: WorkerPools, tmp_path: Path, variant: str, zero: int
 ) -> None:
     changes = VARIANTS[variant]
     workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77, **changes), tmp_path)

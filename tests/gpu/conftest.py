@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,16 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[WorkerPool]:
-    """Two processes that share one GPU, over gloo."""
-    pool = WorkerPool(2, on_gpu=True)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def worker() -> Iterator[WorkerPool]:
-    """One process on the GPU."""
-    pool = WorkerPool(1, on_gpu=True)
-    yield pool
-    pool.close()
+def workers() -> Iterator[WorkerPools]:
+    """On the GPU: one process, or several that share it."""
+    pools = WorkerPools(on_gpu=True)
+    yield pools
+    pools.close()

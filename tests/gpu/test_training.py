@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import tasks
-from tests.distributed.pool import WorkerPool
+from tests.distributed.pool import WorkerPools
 from tests.distributed.test_parity import check_equal
 
 CELLS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
@@ -18,47 +18,47 @@ def accumulating(**changes: object) -> tasks.Config:
 
 
 @pytest.fixture(scope="module")
-def plain(worker: WorkerPool) -> tuple[list[float], list[float]]:
+def plain(workers: WorkerPools) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a plain loop on the GPU."""
     config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
-    return worker.run(tasks.losses_of_a_plain_loop, config, 5)[0]
+    return workers(1).run(tasks.losses_of_a_plain_loop, config, 5)[0]
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
 def test_losses_on_the_gpu_are_those_of_a_plain_loop_in_fp32(
-    worker: WorkerPool, plain: tuple, zero: int, precision: str, offload: bool
+    workers: WorkerPools, plain: tuple, zero: int, precision: str, offload: bool
 ) -> None:
     config = accumulating(
         train__precision=precision, parallel__zero_stage=zero, parallel__offload_optimizer=offload and zero > 0
     )
-    losses, norms = worker.run(tasks.losses_under_zero, config, 5)[0]
+    losses, norms = workers(1).run(tasks.losses_under_zero, config, 5)[0]
     loss_tolerance, norm_tolerance = (2e-5, 1e-3) if precision == "fp32" else (5e-3, 5e-2)
     assert losses == pytest.approx(plain[0], rel=loss_tolerance)
     assert norms == pytest.approx(plain[1], rel=norm_tolerance)
 
 
 @pytest.mark.parametrize(("zero", "precision"), CELLS)
-def test_resuming_on_the_gpu_is_bitwise_the_same(worker: WorkerPool, zero: int, precision: str) -> None:
+def test_resuming_on_the_gpu_is_bitwise_the_same(workers: WorkerPools, zero: int, precision: str) -> None:
     config = accumulating(train__precision=precision, parallel__zero_stage=zero)
-    straight, resumed = worker.run(tasks.losses_after_loading, config, 3, 3)[0]
+    straight, resumed = workers(1).run(tasks.losses_after_loading, config, 3, 3)[0]
     assert straight == resumed
 
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-def test_recompute_on_the_gpu_changes_nothing(worker: WorkerPool, plain: tuple, recompute: str) -> None:
-    losses, norms = worker.run(tasks.losses_under_zero, accumulating(train__recompute=recompute), 5)[0]
+def test_recompute_on_the_gpu_changes_nothing(workers: WorkerPools, plain: tuple, recompute: str) -> None:
+    losses, norms = workers(1).run(tasks.losses_under_zero, accumulating(train__recompute=recompute), 5)[0]
     assert losses == pytest.approx(plain[0], rel=2e-5)
     assert norms == pytest.approx(plain[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("heads", ["dense", "hybrid"])
-def test_documents_in_bf16_follow_fp32(worker: WorkerPool, heads: str) -> None:
+def test_documents_in_bf16_follow_fp32(workers: WorkerPools, heads: str) -> None:
     # bf16 takes torch's variable-length attention, fp32 one call a document
     options: dict = {"model__attend_within_documents": True, "model__num_query_groups": 2}
     options |= {"mosa__num_heads": 0} if heads == "dense" else {"mosa__selection_scope": "document"}
-    losses, norms = worker.run(tasks.losses_of_a_plain_loop, tasks.tiny_config(**options), 5)[0]
-    found = worker.run(tasks.losses_under_zero, tasks.tiny_config(train__precision="bf16", **options), 5)[0]
+    losses, norms = workers(1).run(tasks.losses_of_a_plain_loop, tasks.tiny_config(**options), 5)[0]
+    found = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(train__precision="bf16", **options), 5)[0]
     assert found[0] == pytest.approx(losses, rel=5e-3)
     assert found[1] == pytest.approx(norms, rel=5e-2)
 
@@ -68,14 +68,14 @@ def test_documents_in_bf16_follow_fp32(worker: WorkerPool, heads: str) -> None:
     ("tensor_parallel", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["dp2", "tp2", "tp2_sp"]
 )
 def test_two_ranks_on_one_card_train_the_model_of_one(
-    worker: WorkerPool, pair: WorkerPool, tmp_path: Path, zero: int, tensor_parallel: int, sequence_parallel: bool
+    workers: WorkerPools, tmp_path: Path, zero: int, tensor_parallel: int, sequence_parallel: bool
 ) -> None:
-    worker.run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), tmp_path)
-    single = worker.run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), tmp_path)[0]
+    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), tmp_path)
+    single = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), tmp_path)[0]
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=2 * tensor_parallel,
     )
-    check_equal(pair.run(tasks.training_facts, config, tmp_path)[0], single)
+    check_equal(workers(2).run(tasks.training_facts, config, tmp_path)[0], single)

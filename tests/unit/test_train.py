@@ -13,7 +13,7 @@ import pytest
 from megatron_mosa.config.schema import OptimizerSection
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import Journal, plot_losses, read_journal
-from megatron_mosa.parallel.environment import refuse_wrong_apex
+from megatron_mosa.parallel.apex import refuse_wrong_apex
 from megatron_mosa.train.schedule import learning_rate
 
 

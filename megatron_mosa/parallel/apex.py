@@ -1,11 +1,35 @@
-"""What is installed, and whether it is what it seems."""
+"""NVIDIA apex, where it is installed: its fused optimizer and norms, and whether it is what it seems."""
 
 from __future__ import annotations
 
-from importlib import metadata, util
+from functools import lru_cache
+from importlib import import_module, metadata, util
 from pathlib import Path
+from types import ModuleType
+
+import torch
 
 from megatron_mosa.errors import UserError
+
+
+@lru_cache(maxsize=1)
+def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+    """``apex.optimizers.FusedAdam`` if apex was built with its CUDA extensions, and there is a GPU."""
+    if not torch.cuda.is_available() or not _is_there("apex", "amp_C"):
+        return None
+    return import_module("apex.optimizers").FusedAdam
+
+
+@lru_cache(maxsize=1)
+def apex_norms() -> ModuleType | None:
+    """The module with ``fused_layer_norm_affine`` and ``fused_rms_norm_affine``, under the same conditions."""
+    if not torch.cuda.is_available() or not _is_there("apex", "fused_layer_norm_cuda"):
+        return None
+    return import_module("apex.normalization.fused_layer_norm")
+
+
+def _is_there(*names: str) -> bool:
+    return all(util.find_spec(name) is not None for name in names)
 
 
 def refuse_wrong_apex() -> None:
