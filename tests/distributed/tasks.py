@@ -96,13 +96,13 @@ def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     group = parallel_state.get_tensor_model_parallel_group()
     result = {}
     for name, parameter in model.named_parameters():
-        tensor = tensors[name].detach().contiguous()
+        tensor = tensors[name].detach().to(parameter.device).contiguous()  # NCCL moves nothing that is on the CPU
         if (partition := partition_of(parameter)) is not None:
             parts = [torch.empty_like(tensor) for _ in range(group.size())]
             dist.all_gather(parts, tensor, group=group)
             tensor = torch.cat([p.unflatten(partition.dim, (partition.stride, -1)) for p in parts], partition.dim + 1)
             tensor = tensor.flatten(partition.dim, partition.dim + 1)
-        result[name] = tensor.clone()
+        result[name] = tensor.to("cpu", copy=True)
     return result
 
 
@@ -138,7 +138,7 @@ def write_seed_checkpoint(config: Config, path: Path) -> None:
         engine.destroy()
 
 
-def training_facts(config: Config, seed_checkpoint: Path, steps: int = 3, break_norms: bool = False) -> dict | None:
+def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_norms: bool = False) -> dict | None:
     """Initial weights; then from the seed checkpoint every gradient of the first step, losses, gradient norms and
     final weights; on rank 0."""
     with parallel(config) as layout:

@@ -35,7 +35,7 @@ def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_follows_fp32(workers: WorkerPools, plain: tuple, zero: int) -> None:
-    for world, tensor_parallel in ((2, 2), (2, 1)):
+    for world, tensor_parallel in ((2, 2), (2, 1), (4, 4), (4, 2)):
         config = tasks.tiny_config(
             parallel__zero_stage=zero,
             parallel__tensor_model_parallel_size=tensor_parallel,

@@ -42,7 +42,7 @@ def run(
     tensor_parallel: int,
     sequence_parallel: bool,
     world: int,
-    recompute: str = "none",
+    break_norms: bool = False,
     **changes: object,
 ) -> dict:
     config = tasks.tiny_config(
@@ -50,9 +50,9 @@ def run(
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=4 * tensor_parallel // world,
-        train__recompute=recompute,
+        **changes,
     )
-    return workers(world).run(tasks.training_facts, config, checkpoint, **changes)[0]
+    return workers(world).run(tasks.training_facts, config, checkpoint, break_norms=break_norms)[0]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -73,10 +73,11 @@ def test_training_does_not_depend_on_the_layout(
     check_equal(facts, single)
 
 
+FEWER_LAYOUTS = [(zero, *layout) for zero in (0, 1, 2, 3) for layout in ((1, False, 2), (2, True, 4), (4, True, 4))]
+
+
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-@pytest.mark.parametrize(
-    ("zero", "tensor_parallel", "sequence_parallel", "world"), [(1, 2, True, 2), (1, 2, False, 2), (3, 2, True, 4)]
-)
+@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), FEWER_LAYOUTS)
 def test_recompute_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
@@ -87,7 +88,30 @@ def test_recompute_changes_nothing(
     world: int,
     recompute: str,
 ) -> None:
-    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world, recompute)
+    facts = run(
+        workers,
+        seed_checkpoint,
+        zero,
+        tensor_parallel,
+        sequence_parallel,
+        world,
+        train__recompute=recompute,
+    )
+    check_equal(facts, single)
+
+
+@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), FEWER_LAYOUTS[3:])
+def test_offload_changes_nothing(
+    workers: WorkerPools,
+    seed_checkpoint: Path,
+    single: dict,
+    zero: int,
+    tensor_parallel: int,
+    sequence_parallel: bool,
+    world: int,
+) -> None:
+    offload = {"parallel__offload_optimizer": True}
+    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world, **offload)
     check_equal(facts, single)
 
 

@@ -63,19 +63,31 @@ def test_documents_in_bf16_follow_fp32(workers: WorkerPools, heads: str) -> None
     assert found[1] == pytest.approx(norms, rel=5e-2)
 
 
+@pytest.fixture(scope="module")
+def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """State of a model of other weights."""
+    path = tmp_path_factory.mktemp("seed")
+    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
+    """The facts of one process on the GPU."""
+    return workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("tensor_parallel", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=["dp2", "tp2", "tp2_sp"]
 )
 def test_two_ranks_on_one_card_train_the_model_of_one(
-    workers: WorkerPools, tmp_path: Path, zero: int, tensor_parallel: int, sequence_parallel: bool
+    workers: WorkerPools, seed_checkpoint: Path, single: dict, zero: int, tensor_parallel: int, sequence_parallel: bool
 ) -> None:
-    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), tmp_path)
-    single = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), tmp_path)[0]
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         parallel__tensor_model_parallel_size=tensor_parallel,
         parallel__sequence_parallel=sequence_parallel,
         train__micro_batch_size=2 * tensor_parallel,
     )
-    check_equal(workers(2).run(tasks.training_facts, config, tmp_path)[0], single)
+    check_equal(workers(2).run(tasks.training_facts, config, seed_checkpoint)[0], single)
