@@ -45,6 +45,9 @@ def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minu
     else:
         device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
+        # DeepSpeed takes the device of this number. Where each process sees a card of its own (srun --gpus-per-task=1),
+        # or several share one, it is not the local rank.
+        os.environ["LOCAL_RANK"] = str(device.index)
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         timeout = timedelta(minutes=timeout_minutes)

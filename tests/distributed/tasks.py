@@ -127,7 +127,7 @@ def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
             if heads.config.mosa_selection_scope == "document":
                 compete = compete & (starts.unsqueeze(-1) == starts.unsqueeze(-2)).unsqueeze(1)
             margins.append(gaps[compete].min().item())
-    return min(margins)
+    return min(margins, default=math.inf)  # a model without MoSA heads
 
 
 def write_seed_checkpoint(config: Config, path: Path) -> None:

@@ -115,6 +115,40 @@ def test_offload_changes_nothing(
     check_equal(facts, single)
 
 
+@pytest.fixture(scope="module")
+def single_dense(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A seed checkpoint of a model without MoSA heads, and the facts of one process in fp32."""
+    path = tmp_path_factory.mktemp("dense")
+    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77, mosa__num_heads=0), path)
+    config = tasks.tiny_config(parallel__zero_stage=0, mosa__num_heads=0)
+    return path, workers(1).run(tasks.training_facts, config, path)[0]
+
+
+# Where rounding to bf16 moves a selection, a MoSA head's gradients are other ones: of hybrids, losses and norms are
+# compared (test_engine.py), of this model everything.
+@pytest.mark.parametrize(
+    ("zero", "tensor_parallel", "sequence_parallel", "world"), [layout for layout in LAYOUTS if layout[0] > 0]
+)
+def test_bf16_follows_fp32_in_every_layout(
+    workers: WorkerPools,
+    single_dense: tuple[Path, dict],
+    zero: int,
+    tensor_parallel: int,
+    sequence_parallel: bool,
+    world: int,
+) -> None:
+    checkpoint, single = single_dense
+    options = {"train__precision": "bf16", "mosa__num_heads": 0}
+    facts = run(workers, checkpoint, zero, tensor_parallel, sequence_parallel, world, **options)
+    for name, gradient in single["gradients"].items():
+        assert relative_error(facts["gradients"][name].float(), gradient) < 0.03, name
+        if gradient.dim() > 1:
+            assert relative_error(facts["final"][name], single["final"][name]) < 0.01, name
+    for key in ("losses", "validation"):
+        assert facts[key] == pytest.approx(single[key], rel=1e-3)
+    assert facts["norms"] == pytest.approx(single["norms"], rel=2e-2)
+
+
 def check_equal(facts: dict, single: dict) -> None:
     """Everything, within what rounding in fp32 allows."""
     for name, weight in single["initial"].items():
