@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
 
@@ -34,7 +35,6 @@ _NOT_NEGATIVE = (
     "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
 )  # fmt: skip
-_WEIGHT_TOLERANCE = 0.001  # '0.333' three times is meant as a third each
 
 
 def check(config: Config) -> None:
@@ -258,34 +258,6 @@ def _data(config: Config) -> None:
         raise UserError(
             "data.sources is empty; legal: 'stdlib', paths of text, JSON lines or Parquet files or folders, or hf:NAME"
         )
-
-
-def blend_parts(blend: Sequence[str]) -> list[tuple[float, str]]:
-    """The weights and paths of ``data.blend``.
-
-    Raises:
-        UserError: an entry that is not "WEIGHT PATH", weights that are no shares of one, a path twice.
-    """
-    parts: list[tuple[float, str]] = []
-    for entry in blend:
-        number, _, path = entry.strip().partition(" ")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        path = path.strip()
-        if not path or not 0.0 < weight <= 1.0:
-            raise UserError(
-                f"data.blend: '{entry}' is not 'WEIGHT PATH' with a weight above 0 and up to 1, such as '0.7 data/web'"
-            )
-        if path in (known for _, known in parts):
-            raise UserError(f"data.blend names {path} twice; give it once, with the sum of its weights")
-        parts.append((weight, path))
-    total = math.fsum(weight for weight, _ in parts)
-    if parts and abs(total - 1.0) > _WEIGHT_TOLERANCE:
-        scaled = ", ".join(f"'{weight / total:.4g} {path}'" for weight, path in parts)
-        raise UserError(f"data.blend: the weights sum to {total:.6g}; legal: a sum of 1, such as {scaled}")
-    return parts
 
 
 def _place_of_data(config: Config) -> None:

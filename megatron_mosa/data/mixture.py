@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mosa.config.rules import blend_parts
+from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data.manifest import Manifest, read_manifest
 from megatron_mosa.errors import UserError
