@@ -10,8 +10,8 @@ import torch
 from tests.distributed import tasks
 from tests.distributed.pool import WorkerPools
 
-# ZeRO stage, tensor parallel size, sequence parallel, world size
-LAYOUTS = [
+Cell = tuple[int, int, bool, int]  # ZeRO stage, tensor parallel size, sequence parallel, world size
+LAYOUTS: list[Cell] = [
     (zero, *layout)
     for zero in (0, 1, 2, 3)
     for layout in ((1, False, 2), (2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4))
@@ -35,16 +35,8 @@ def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
     return facts
 
 
-def run(
-    workers: WorkerPools,
-    checkpoint: Path,
-    zero: int,
-    tensor_parallel: int,
-    sequence_parallel: bool,
-    world: int,
-    break_norms: bool = False,
-    **changes: object,
-) -> dict:
+def run(workers: WorkerPools, checkpoint: Path, layout: Cell, break_norms: bool = False, **changes: object) -> dict:
+    zero, tensor_parallel, sequence_parallel, world = layout
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
         parallel__tensor_model_parallel_size=tensor_parallel,
@@ -59,59 +51,44 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_training_does_not_depend_on_the_layout(
     workers: WorkerPools,
     seed_checkpoint: Path,
     single: dict,
-    zero: int,
-    tensor_parallel: int,
-    sequence_parallel: bool,
-    world: int,
+    layout: Cell,
 ) -> None:
-    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world)
+    facts = run(workers, seed_checkpoint, layout)
     check_equal(facts, single)
 
 
-FEWER_LAYOUTS = [(zero, *layout) for zero in (0, 1, 2, 3) for layout in ((1, False, 2), (2, True, 4), (4, True, 4))]
+FEWER_LAYOUTS: list[Cell] = [
+    (zero, *layout) for zero in (0, 1, 2, 3) for layout in ((1, False, 2), (2, True, 4), (4, True, 4))
+]
 
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), FEWER_LAYOUTS)
+@pytest.mark.parametrize("layout", FEWER_LAYOUTS, ids=str)
 def test_recompute_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
     single: dict,
-    zero: int,
-    tensor_parallel: int,
-    sequence_parallel: bool,
-    world: int,
+    layout: Cell,
     recompute: str,
 ) -> None:
-    facts = run(
-        workers,
-        seed_checkpoint,
-        zero,
-        tensor_parallel,
-        sequence_parallel,
-        world,
-        train__recompute=recompute,
-    )
+    facts = run(workers, seed_checkpoint, layout, train__recompute=recompute)
     check_equal(facts, single)
 
 
-@pytest.mark.parametrize(("zero", "tensor_parallel", "sequence_parallel", "world"), FEWER_LAYOUTS[3:])
+@pytest.mark.parametrize("layout", FEWER_LAYOUTS[3:], ids=str)
 def test_offload_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
     single: dict,
-    zero: int,
-    tensor_parallel: int,
-    sequence_parallel: bool,
-    world: int,
+    layout: Cell,
 ) -> None:
     offload = {"parallel__offload_optimizer": True}
-    facts = run(workers, seed_checkpoint, zero, tensor_parallel, sequence_parallel, world, **offload)
+    facts = run(workers, seed_checkpoint, layout, **offload)
     check_equal(facts, single)
 
 
@@ -126,20 +103,15 @@ def single_dense(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory)
 
 # Where rounding to bf16 moves a selection, a MoSA head's gradients are other ones: of hybrids, losses and norms are
 # compared (test_engine.py), of this model everything.
-@pytest.mark.parametrize(
-    ("zero", "tensor_parallel", "sequence_parallel", "world"), [layout for layout in LAYOUTS if layout[0] > 0]
-)
+@pytest.mark.parametrize("layout", LAYOUTS[6:], ids=str)
 def test_bf16_follows_fp32_in_every_layout(
     workers: WorkerPools,
     single_dense: tuple[Path, dict],
-    zero: int,
-    tensor_parallel: int,
-    sequence_parallel: bool,
-    world: int,
+    layout: Cell,
 ) -> None:
     checkpoint, single = single_dense
     options = {"train__precision": "bf16", "mosa__num_heads": 0}
-    facts = run(workers, checkpoint, zero, tensor_parallel, sequence_parallel, world, **options)
+    facts = run(workers, checkpoint, layout, **options)
     for name, gradient in single["gradients"].items():
         assert relative_error(facts["gradients"][name].float(), gradient) < 0.03, name
         if gradient.dim() > 1:
@@ -168,7 +140,7 @@ def check_equal(facts: dict, single: dict) -> None:
 
 
 def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_checkpoint: Path, single: dict) -> None:
-    facts = run(workers, seed_checkpoint, 1, 2, True, 2, break_norms=True)
+    facts = run(workers, seed_checkpoint, (1, 2, True, 2), break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
         assert (error > 0.1) == ("layernorm" in name), f"{name}: {error:.1e}"
