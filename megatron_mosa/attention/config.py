@@ -34,7 +34,7 @@ class MosaTransformerConfig(TransformerConfig):
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
 
     mosa_include_first_token: bool = False
-    """Token 0 (of each document, where attention stays inside them) is always among the selected."""
+    """Token 0 is always among the selected; inside documents that of each (scope "sequence": of the first k)."""
 
     mosa_attend_within_documents: bool = False
     """Attention of all heads stays inside documents: give ``Documents`` as the model's ``attention_mask``."""

@@ -43,8 +43,9 @@ def mosa_attention(
         qkv_weight: [E, h, 3h'], columns q, k, v in that order.
         proj_weight: [E, h', h].
         num_selected: k of the sequence, 1 to T; or, with ``documents``, a rule that gives the k of each document from
-            its length L, 0 to L: then a head selects the best of every document instead of the best of the sequence.
-        include_first_token: token 0 (of each document) is always among the selected.
+            its length L, 1 to L: then a head selects the best of every document instead of the best of the sequence.
+        include_first_token: token 0 is always among the selected, of each document where they are selected from one by
+            one, else of the first k documents.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
         documents: that the sequences are packed of, from ``Documents.from_starts``; None: one a sequence.
@@ -61,12 +62,12 @@ def mosa_attention(
     _check_options(hidden_states, num_selected, rotary_percent, documents)
     kernels = get_backend(backend)
     starts = None if documents is None else documents.starts
-    quotas, slots = None, num_selected
-    if callable(num_selected):
-        assert documents is not None
-        quotas, slots = documents.quotas(num_selected)
+    selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
+    selected = num_selected if selection is None else selection.num_slots
     scores = kernels.router_scores(hidden_states, router_weight)
-    indices = kernels.select_tokens(scores, slots, include_first_token, starts, quotas)
+    indices = kernels.select_tokens(
+        scores, selected, include_first_token, starts, None if selection is None else selection.quotas
+    )
     return kernels.selected_attention(
         hidden_states,
         scores,
@@ -77,6 +78,7 @@ def mosa_attention(
         rotary_base=rotary_base,
         document_starts=starts,
         restart_rotary=restart_rotary,
+        slots=None if selection is None else selection.slots,
     )
 
 

@@ -166,9 +166,10 @@ class MosaHeads(PartitionedHeads):
         config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         starts = None if documents is None else documents.starts
-        quotas, num_selected = None, config.num_selected(states.shape[1])
+        quotas, slots, num_selected = None, None, config.num_selected(states.shape[1])
         if documents is not None and config.mosa_selection_scope == "document":
-            quotas, num_selected = documents.quotas(config.num_selected)
+            selection = documents.selection(config.num_selected)
+            quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
         scores = self.kernels.router_scores(states, self.router_weight)
         indices = self.kernels.select_tokens(scores, num_selected, config.mosa_include_first_token, starts, quotas)
         if self.records_selection:
@@ -183,6 +184,7 @@ class MosaHeads(PartitionedHeads):
             rotary_base=config.mosa_rotary_base,
             document_starts=starts,
             restart_rotary=config.mosa_restart_rotary,
+            slots=slots,
         )
         return output.transpose(0, 1)
 

@@ -69,14 +69,7 @@ class MosaSelfAttention(MegatronModule):
         for name, value in options.items():
             if value is not None:
                 raise ValueError(f"{name} is not supported by MosaSelfAttention; legal: None{_HINTS.get(name, '')}")
-        documents = None
-        if self.config.mosa_attend_within_documents:
-            if not isinstance(attention_mask, Documents):
-                raise ValueError(
-                    f"attention_mask is a {type(attention_mask).__name__}; legal with mosa_attend_within_documents: "
-                    "megatron_mosa.kernels.Documents"
-                )
-            documents = attention_mask
+        documents = self._documents(hidden_states, attention_mask)
         if self.config.mosa_recompute == "attention" and self.training:
             output = recomputed(self._heads, hidden_states, documents)
         else:
@@ -84,6 +77,25 @@ class MosaSelfAttention(MegatronModule):
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
+
+    def _documents(self, hidden_states: Tensor, attention_mask: object) -> Documents | None:
+        """What stands in the place of the attention mask, if the layer is one for documents."""
+        documents = attention_mask if isinstance(attention_mask, Documents) else None
+        if (documents is not None) != self.config.mosa_attend_within_documents:
+            legal = "megatron_mosa.kernels.Documents" if documents is None else "None"
+            raise ValueError(
+                f"attention_mask is a {type(attention_mask).__name__}; legal with mosa_attend_within_documents="
+                f"{self.config.mosa_attend_within_documents}: {legal}"
+            )
+        if documents is not None:
+            length, batch, _ = hidden_states.shape
+            length *= self.tp_group.size() if self.config.sequence_parallel else 1
+            if documents.starts.shape != (batch, length) or documents.starts.device != hidden_states.device:
+                raise ValueError(
+                    f"attention_mask has documents of {tuple(documents.starts.shape)} tokens on "
+                    f"{documents.starts.device}; legal: {(batch, length)} on {hidden_states.device}"
+                )
+        return documents
 
     def _heads(self, hidden_states: Tensor, documents: Documents | None) -> Tensor:
         """Gather once, run this rank's heads: its part of the sum over heads, [T, B, h]."""

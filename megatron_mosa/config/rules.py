@@ -50,7 +50,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         raise UserError(
             f"world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor_parallel}; "
             f"start a multiple of {tensor_parallel} processes (torchrun --nproc-per-node {tensor_parallel}) or set it "
-            f"to one of {divisors(world_size, config.model.num_dense_heads, config.mosa.num_heads)}"
+            f"to one of {divisors(world_size, *_head_counts(config).values())}"
         )
     data_parallel = world_size // tensor_parallel
     samples = config.train.micro_batch_size * data_parallel
@@ -147,22 +147,27 @@ def _listed(number: int) -> str:
     return "".join(f", {divisor}" for divisor in divisors(number)) if number else ""
 
 
-def _heads(config: Config) -> None:
-    model, size = config.model, config.parallel.tensor_model_parallel_size
-    heads = {
-        "model.num_dense_heads": model.num_dense_heads,
-        "model.num_local_heads": model.num_local_heads,
+def _head_counts(config: Config) -> dict[str, int]:
+    """What a tensor-parallel size must divide."""
+    counts = {
+        "model.num_dense_heads": config.model.num_dense_heads,
+        "model.num_local_heads": config.model.num_local_heads,
         "mosa.num_heads": config.mosa.num_heads,
     }
+    groups = config.model.num_query_groups
+    return counts if groups is None else counts | {"model.num_query_groups": groups}
+
+
+def _heads(config: Config) -> None:
+    model, size, heads = config.model, config.parallel.tensor_model_parallel_size, _head_counts(config)
     if not any(heads.values()):
         raise UserError(f"{', '.join(heads)} are all 0 and leave no head; set at least one of them above 0")
-    if model.num_query_groups is not None:
-        if not model.num_dense_heads or model.num_dense_heads % model.num_query_groups:
-            raise UserError(
-                f"model.num_query_groups={model.num_query_groups} does not divide model.num_dense_heads="
-                f"{model.num_dense_heads}; legal: null{_listed(model.num_dense_heads)}"
-            )
-        heads["model.num_query_groups"] = model.num_query_groups
+    groups = model.num_query_groups
+    if groups is not None and (not model.num_dense_heads or model.num_dense_heads % groups):
+        raise UserError(
+            f"model.num_query_groups={groups} does not divide model.num_dense_heads={model.num_dense_heads}; legal: "
+            f"null{_listed(model.num_dense_heads)}"
+        )
     for key, count in heads.items():
         if count % size:
             raise UserError(

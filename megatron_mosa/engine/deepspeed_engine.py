@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         return {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            # ClippingAdamW clips under stage 0
+            # ClipsGradients does under stage 0
             "gradient_clipping": config.optimizer.gradient_clipping if config.parallel.zero_stage else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,  # apex's is known to DeepSpeed only by the way apex was imported

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ class Documents:
     """int64 [B, T], on the device of the activations: position where the token's document begins."""
 
     lengths: tuple[tuple[int, ...], ...]
-    """Tokens in each document of each sequence, in order; known to the host, so that nothing waits for a device."""
+    """Tokens in each document of each sequence, in order; known to the host, so that no shape waits for a device."""
+
+    _selections: dict[Callable[[int], int], DocumentSelection] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def from_starts(starts: Tensor, device: torch.device | None = None) -> Documents:
@@ -50,6 +52,13 @@ class Documents:
         lengths = tuple(tuple(end - start for start, end in pairwise(row)) for row in bounds)
         return Documents(starts.to(device or starts.device, non_blocking=True), lengths)
 
+    @staticmethod
+    def from_lengths(lengths: Sequence[Sequence[int]], device: torch.device | None = None) -> Documents:
+        """From the lengths of each sequence's documents, whose sums are equal."""
+        rows = [torch.tensor([0, *row]) for row in lengths]
+        starts = torch.stack([row.cumsum(0)[:-1].repeat_interleave(row[1:]) for row in rows])
+        return Documents(starts.to(device), tuple(map(tuple, lengths)))
+
     @cached_property
     def boundaries(self) -> Tensor:
         """int32 [N + 1]: where the documents of the flattened batch, [B * T], begin; then B * T."""
@@ -66,16 +75,43 @@ class Documents:
         """int64 [B, T]: each token's position in its document."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
-    def quotas(self, rule: Callable[[int], int]) -> tuple[Tensor, int]:
-        """How many tokens to select of each document, by a rule of its length.
+    def selection(self, rule: Callable[[int], int]) -> DocumentSelection:
+        """How many tokens to select of each document, by a rule of its length L that gives 1 to L.
 
-        Returns:
-            int64 [B, T], the quota of each token's document; and the largest sum over a sequence's documents.
+        Raises:
+            ValueError: the rule gives another number.
         """
-        counts = [[rule(length) for length in row] for row in self.lengths]
-        lengths = torch.tensor([length for row in self.lengths for length in row])
-        tokens = torch.tensor([count for row in counts for count in row]).repeat_interleave(lengths)  # [B * T]
-        return tokens.view(self.starts.shape).to(self.starts.device), max(map(sum, counts))
+        if rule not in self._selections:
+            lengths = list(chain.from_iterable(self.lengths))
+            counts = [[rule(length) for length in row] for row in self.lengths]
+            for length, count in zip(lengths, chain.from_iterable(counts), strict=True):
+                if not 1 <= count <= length:
+                    raise ValueError(
+                        f"{count} of {length} tokens of a document cannot be selected; legal: 1 to {length}"
+                    )
+            flat = torch.tensor(list(chain.from_iterable(counts)))
+            quotas = flat.repeat_interleave(torch.tensor(lengths)).view(self.starts.shape)
+            most = max(map(sum, counts))
+            slots = [[*row, most - sum(row)] if sum(row) < most else row for row in counts]
+            device = self.starts.device
+            self._selections[rule] = DocumentSelection(quotas.to(device), Documents.from_lengths(slots, device))
+        return self._selections[rule]
+
+
+@dataclass(frozen=True)
+class DocumentSelection:
+    """What is selected of each document, the same number by every head."""
+
+    quotas: Tensor
+    """int64 [B, T]: tokens to select of each token's document."""
+
+    slots: Documents
+    """The selected tokens, [B, k], as packed sequences themselves; empty slots at the end are one document more."""
+
+    @property
+    def num_slots(self) -> int:
+        """k, the largest sum of quotas over the documents of a sequence."""
+        return self.slots.starts.shape[1]
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def has_flash(query: Tensor) -> bool:
-    """Whether ``flash_attention`` runs for such queries: on a GPU, in half precision, from torch 2.11 on."""
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and is_half and query.shape[-1] % 8 == 0 and _varlen_attn() is not None
+    """Whether ``flash_attention`` runs for such queries: on a GPU (Ampere or later), in half precision, torch 2.11."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or _varlen_attn() is None:
+        return False
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def flash_attention(
@@ -32,7 +34,8 @@ def flash_attention(
         [B, H, T, h'].
     """
     batch, heads, length, _ = query.shape
-    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    if key.shape[1] != heads:
+        key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
     packed = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, H, h']
     before = -1 if window is None else window - 1
     attended = _varlen_attn()(*packed, boundaries, boundaries, longest, longest, window_size=(before, 0))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mosa.kernels.documents import Documents, document_attention
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 inputs, fp32 for every other type."""
@@ -82,12 +84,6 @@ def _(
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
-def _stably_sorted(order: Tensor, keys: Tensor) -> Tensor:
-    """Positions [B, E, T] sorted by their keys [B, T], those of equal keys left in their order."""
-    keys = keys.unsqueeze(1).expand_as(order).gather(-1, order)
-    return order.gather(-1, torch.sort(keys, dim=-1, stable=True).indices)
-
-
 def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Angles per position of the rotated pairs: base^(-2i / rotary_dim), [rotary_dim / 2]."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
@@ -134,6 +130,7 @@ def selected_attention(
     rotary_base: float,
     document_starts: Tensor | None = None,
     restart_rotary: bool = False,
+    slots: Documents | None = None,
 ) -> Tensor:
     """Attention of each head among its selected tokens, gated by their scores and added back at their places.
 
@@ -145,6 +142,8 @@ def selected_attention(
         proj_weight: [E, h', h].
         document_starts: int64 [B, T], as ``Documents.starts``: a token attends inside its document only.
         restart_rotary: count rotary positions from the beginning of the document.
+        slots: the k slots as packed documents, where a number of each document was selected: k x k is not made then,
+            which many short documents would make as large as T x T.
 
     Returns:
         [B, T, h], the sum over heads.
@@ -154,10 +153,9 @@ def selected_attention(
     sequence = torch.arange(batch, device=hidden_states.device)[:, None, None]
     tokens = indices.clamp(max=length - 1)  # where an empty place reads and, gated by 0, adds
     empty = indices == length  # [B, E, k]
-    positions, visible = indices, indices.unsqueeze(-1) >= indices.unsqueeze(-2)  # query position >= key position
+    positions, starts = indices, torch.zeros_like(indices)
     if document_starts is not None:
         starts = document_starts[sequence, tokens].masked_fill(empty, length)  # [B, E, k]
-        visible &= indices.unsqueeze(-2) >= starts.unsqueeze(-1)  # key position >= start of the query's document
         positions = indices - starts if restart_rotary else indices
 
     selected = hidden_states[sequence, tokens]  # [B, E, k, h]
@@ -165,9 +163,15 @@ def selected_attention(
     query = apply_rotary(query, positions, rotary_percent, rotary_base)
     key = apply_rotary(key, positions, rotary_percent, rotary_base)
 
-    logits = torch.einsum("bend,bemd->benm", query, key).to(dtype) * query.shape[-1] ** -0.5  # [B, E, k, k]
-    weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
-    attended = torch.einsum("benm,bemd->bend", weights, value)  # [B, E, k, h']
+    if slots is not None:
+        attended = document_attention(query, key, value, slots)  # [B, E, k, h']
+    else:
+        logits = torch.einsum("bend,bemd->benm", query, key).to(dtype) * query.shape[-1] ** -0.5  # [B, E, k, k]
+        visible = indices.unsqueeze(-1) >= indices.unsqueeze(-2)  # query position >= key position
+        if document_starts is not None:
+            visible &= indices.unsqueeze(-2) >= starts.unsqueeze(-1)  # key position >= start of the query's document
+        weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
+        attended = torch.einsum("benm,bemd->bend", weights, value)  # [B, E, k, h']
 
     gate = scores.gather(-1, tokens).masked_fill(empty, 0)  # [B, E, k]
     gated = (attended.to(dtype) * gate.unsqueeze(-1)).to(attended.dtype)

@@ -14,22 +14,25 @@ from megatron_mosa.errors import UserError
 
 @lru_cache(maxsize=1)
 def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
-    """``apex.optimizers.FusedAdam`` if apex was built with its CUDA extensions, and there is a GPU."""
-    if not torch.cuda.is_available() or not _is_there("apex", "amp_C"):
-        return None
-    return import_module("apex.optimizers").FusedAdam
+    """``apex.optimizers.FusedAdam`` if there is a GPU, and apex with a CUDA extension that fits this torch."""
+    module = _module("apex.optimizers", extension="amp_C")
+    return None if module is None else module.FusedAdam
 
 
 @lru_cache(maxsize=1)
 def apex_norms() -> ModuleType | None:
     """The module with ``fused_layer_norm_affine`` and ``fused_rms_norm_affine``, under the same conditions."""
-    if not torch.cuda.is_available() or not _is_there("apex", "fused_layer_norm_cuda"):
+    return _module("apex.normalization.fused_layer_norm", extension="fused_layer_norm_cuda")
+
+
+def _module(name: str, extension: str) -> ModuleType | None:
+    if not torch.cuda.is_available():
         return None
-    return import_module("apex.normalization.fused_layer_norm")
-
-
-def _is_there(*names: str) -> bool:
-    return all(util.find_spec(name) is not None for name in names)
+    try:
+        import_module(extension)  # fails to load where it was built for another torch
+        return import_module(name)
+    except ImportError:
+        return None
 
 
 def refuse_wrong_apex() -> None:

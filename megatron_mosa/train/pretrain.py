@@ -80,7 +80,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
     callbacks = [
-        Progress(writers, vocab_size, validation.document_lengths()),
+        Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation),
         Checkpointing(writers, store, start.data_identity),
     ]

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, refuse_other_model
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
@@ -84,11 +86,16 @@ def _check_lengths(config: Config, start: Start) -> None:
 
 
 def _check_apex(config: Config) -> None:
-    if config.train.apex == "always" and (apex_fused_adam() is None or apex_norms() is None):
-        raise UserError(
-            "train.apex=always, but NVIDIA apex with its CUDA extensions, or a GPU for it, is not there; build it from "
-            "its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
-        )
+    if config.train.apex != "always":
+        return
+    if not torch.cuda.is_available():
+        raise UserError("train.apex=always, but there is no GPU for NVIDIA apex; set train.apex=auto")
+    for extension, found in (("amp_C", apex_fused_adam()), ("fused_layer_norm_cuda", apex_norms())):
+        if found is None:
+            raise UserError(
+                f"train.apex=always, but NVIDIA apex's CUDA extension {extension} is not there or fits another torch; "
+                "build apex from its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
+            )
 
 
 def _check_wandb(config: Config) -> None:

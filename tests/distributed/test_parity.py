@@ -80,7 +80,7 @@ def test_recompute_changes_nothing(
     check_equal(facts, single)
 
 
-@pytest.mark.parametrize("layout", FEWER_LAYOUTS[3:], ids=str)
+@pytest.mark.parametrize("layout", [cell for cell in FEWER_LAYOUTS if cell[0] > 0], ids=str)
 def test_offload_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
@@ -103,7 +103,7 @@ def single_dense(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory)
 
 # Where rounding to bf16 moves a selection, a MoSA head's gradients are other ones: of hybrids, losses and norms are
 # compared (test_engine.py), of this model everything.
-@pytest.mark.parametrize("layout", LAYOUTS[6:], ids=str)
+@pytest.mark.parametrize("layout", [cell for cell in LAYOUTS if cell[0] > 0], ids=str)
 def test_bf16_follows_fp32_in_every_layout(
     workers: WorkerPools,
     single_dense: tuple[Path, dict],
@@ -166,6 +166,11 @@ VARIANTS = {
         "model__num_local_heads": 4,
         "model__local_window": 5,
         "mosa__selection_scope": "document",
+    },
+    "documents_by_sequence": {
+        "model__attend_within_documents": True,
+        "model__restart_rotary": True,
+        "train__recompute": "full",
     },
     "local": {"model__num_local_heads": 4, "model__local_window": 5, "model__num_dense_heads": 0},
 }

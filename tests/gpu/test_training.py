@@ -74,7 +74,9 @@ def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
     """The facts of one process on the GPU."""
-    return workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
+    facts = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
+    assert facts["margin"] > 1e-5
+    return facts
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

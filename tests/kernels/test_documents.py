@@ -101,9 +101,11 @@ def test_selection_per_document_on_many_ties(include_first_token: bool) -> None:
     lengths = [[40, 3, 1, 1, 2, 54], [101], [50, 51]]
     scores = torch.randint(0, 5, (3, 4, 101), generator=torch.Generator().manual_seed(0)) / 5
     documents = pack(lengths)
-    quotas, slots = documents.quotas(lambda length: num_selected_tokens(length, 4.0))
+    selection = documents.selection(lambda length: num_selected_tokens(length, 4.0))
+    slots = selection.num_slots
     assert slots == 10 + 2 + 1 + 1 + 2 + 13
-    indices = naive.select_tokens(scores, slots, include_first_token, documents.starts, quotas)
+    assert selection.slots.lengths == ((10, 2, 1, 1, 2, 13), (25, 4), (12, 12, 5))
+    indices = naive.select_tokens(scores, slots, include_first_token, documents.starts, selection.quotas)
     for b, e in ((b, e) for b in range(3) for e in range(4)):
         expected, first = [], 0
         for length in lengths[b]:
@@ -147,8 +149,26 @@ def test_starts_that_no_documents_have_are_refused(starts: list[list[int]]) -> N
         Documents.from_starts(torch.tensor(starts))
 
 
+def test_many_short_documents_make_no_square_of_the_length() -> None:
+    length = 2048
+    inputs = make_inputs(1, length, 1, 8, 8)
+    largest = 0
+
+    def measure(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    rule = lambda size: num_selected_tokens(size, 16.0)  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+        mosa_attention(*inputs, num_selected=rule, documents=pack([[2] * (length // 2)])).sum().backward()
+    assert 0 < largest <= 32 * length  # every token is selected here
+
+
 def test_bad_arguments_are_named() -> None:
     inputs = make_inputs(1, 8, 2, 4, 4)
+    with pytest.raises(ValueError, match="5 of 4 tokens of a document cannot be selected"):
+        mosa_attention(*inputs, num_selected=lambda length: 5, documents=pack([[4, 4]]))
     with pytest.raises(ValueError, match="legal: torch.int64"):
         Documents.from_starts(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"documents are of \(1, 7\) tokens"):

@@ -82,6 +82,7 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
         ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
+        ("train.apex=alway", ["train.apex=alway", "did you mean 'always'"]),
         ("mosa.backend=triton", ["mosa.backend=triton", "auto, naive"]),
         ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
         ("model.rotary_percent=1.1", ["model.rotary_percent=1.1", "0 to 1"]),
@@ -111,6 +112,11 @@ def test_cells_that_deepspeed_cannot_do_name_the_nearest_legal_one() -> None:
     for overrides, legal in (
         (["parallel.zero_stage=0", "train.precision=bf16"], "parallel.zero_stage=1, or train.precision=fp32"),
         (["parallel.zero_stage=0", "parallel.offload_optimizer=true"], "nearest legal: parallel.zero_stage=1"),
+        (["parallel.zero_stage=3", "train.apex=always"], "nearest legal: train.apex=auto"),
+        (
+            ["parallel.offload_optimizer=true", "train.apex=always"],
+            "offload_optimizer=true .*nearest legal: train.apex",
+        ),
     ):
         with pytest.raises(UserError, match=legal):
             load_config(QUICKSTART, overrides)

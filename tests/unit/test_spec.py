@@ -187,6 +187,11 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
     layer = MosaSelfAttention(make_config(mosa_attend_within_documents=True))
     with pytest.raises(ValueError, match="attention_mask is a NoneType.*Documents"):
         layer(torch.randn(4, 1, 32))
+    documents = Documents.from_starts(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"documents of \(1, 4\) tokens on cpu; legal: \(2, 4\) on cpu"):
+        layer(torch.randn(4, 2, 32), documents)
+    with pytest.raises(ValueError, match="attention_mask is a Documents; legal .*=False: None"):
+        MosaSelfAttention(make_config())(torch.randn(4, 1, 32), documents)
 
 
 @pytest.mark.parametrize(

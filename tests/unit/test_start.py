@@ -109,6 +109,12 @@ def test_a_checkpoint_from_before_a_key_had_its_default(overrides: list[str]) ->
     assert "another model: False, but the run asks for True" in refused(config)
 
 
+def test_apex_that_is_not_there(overrides: list[str]) -> None:
+    # on a GPU another line, which names the extension
+    message = refused(load_config(QUICKSTART, [*overrides, "run.name=apex", "train.apex=always"]))
+    assert message.startswith("train.apex=always, but") and message.endswith("set train.apex=auto")
+
+
 def test_the_recorded_number_of_index_samples_stays(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=index", "train.steps=1000"])
     leave_checkpoint(config)
