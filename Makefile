@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-gpu check format clean
+.PHONY: help setup pretrain test test-gpu bench check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -66,6 +66,9 @@ test: setup ## run all tests
 
 test-gpu: setup ## run the tests that need a GPU
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu
+
+bench: setup ## measure the kernels on a GPU; results in benchmarks/results
+	@$(ACTIVATE); python -m benchmarks.mosa_layer
 
 check: setup ## lint, formatting and types: ruff and pyright
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright

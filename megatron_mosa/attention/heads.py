@@ -156,7 +156,6 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("router_weight", (heads, width), 0, _uniform(width**-0.5))
         self.add_weight("qkv_weight", (heads, width, 3 * head_dim), 0, _uniform((3 * head_dim) ** -0.5))
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
-        self.kernels = get_backend(config.mosa_backend)
         self.records_selection = False
         # scores [B, E, T], indices [B, E, k] (T in empty places) of the last forward
         self.selection: tuple[Tensor, Tensor] | None = None
@@ -165,17 +164,19 @@ class MosaHeads(PartitionedHeads):
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
+        kernels = get_backend(config.mosa_backend, states)
         starts = None if documents is None else documents.starts
         quotas, slots, num_selected = None, None, config.num_selected(states.shape[1])
         if documents is not None and config.mosa_selection_scope == "document":
             selection = documents.selection(config.num_selected)
             quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
-        scores = self.kernels.router_scores(states, self.router_weight)
-        indices = self.kernels.select_tokens(scores, num_selected, config.mosa_include_first_token, starts, quotas)
+        scores = kernels.router_scores(states, self.router_weight)
+        indices = kernels.select_tokens(scores, num_selected, config.mosa_include_first_token, starts, quotas)
         if self.records_selection:
             self.selection = scores.detach(), indices
-        output = self.kernels.selected_attention(
+        output = kernels.selected_attention(
             states,
+            self.router_weight,
             scores,
             indices,
             self.qkv_weight,

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 
+_SELECTIONS = ("megatron_mosa::select_tokens", "megatron_mosa::fused_select_tokens")
+
 
 def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function`` without keeping its activations; backward calls it again, collectives included.
@@ -24,7 +26,7 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _keep_selection(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op is torch.ops.megatron_mosa.select_tokens.default:
+    if isinstance(op, torch._ops.OpOverload) and op.name() in _SELECTIONS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -11,7 +11,7 @@ from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
 
 _CHOICES = {
-    "mosa.backend": ("auto", "naive"),
+    "mosa.backend": ("auto", "naive", "triton"),
     "mosa.selection_scope": ("sequence", "document"),
     "model.activation": ("gelu", "swiglu"),
     "model.normalization": ("LayerNorm", "RMSNorm"),

@@ -1,25 +1,54 @@
-"""The one place that decides which implementation runs."""
+"""The one place that decides which implementation of the MoSA heads runs."""
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from megatron_mosa.kernels import naive
 
-BACKENDS = {"naive": naive}
+BACKENDS = ("naive", "triton")
+VARIABLE = "MOSA_BACKEND"  # what "auto" means, from the environment
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def get_backend(name: str) -> ModuleType:
+def get_backend(name: str, hidden_states: Tensor) -> ModuleType:
     """The module that implements ``router_scores``, ``select_tokens`` and ``selected_attention``.
 
     Args:
-        name: "auto" (the fastest that runs here) or the name of a backend.
+        name: "naive", "triton", or "auto": what the environment variable MOSA_BACKEND says, else "naive".
+        hidden_states: what it will be called with.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or one that does not run for these states.
     """
+    asked = f"backend={name!r}"
     if name == "auto":
-        return naive
+        name = os.environ.get(VARIABLE, "naive")
+        asked = f"backend=auto with {VARIABLE}={name} in the environment"
     if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not available; legal: 'auto', {', '.join(map(repr, BACKENDS))}")
-    return BACKENDS[name]
+        raise ValueError(f"{asked} is not known; legal: 'auto', {', '.join(map(repr, BACKENDS))}")
+    if name == "naive":
+        return naive
+    if (hindrance := _without_triton(hidden_states)) is not None:
+        raise ValueError(f"{asked} does not run here: {hindrance}; legal: 'naive'")
+    return import_module("megatron_mosa.kernels.triton")
+
+
+def _without_triton(states: Tensor) -> str | None:
+    """Why Triton's kernels cannot take these states."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if states.dtype not in _DTYPES:
+        return f"hidden_states is {states.dtype}, not fp16, bf16 or fp32"
+    if states.is_cuda:
+        is_enough = torch.cuda.get_device_capability(states.device) >= (8, 0)
+        return None if is_enough else "the GPU is older than compute capability 8.0"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"hidden_states is on {states.device}, not on a GPU, and TRITON_INTERPRET=1 is not set"

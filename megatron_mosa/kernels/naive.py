@@ -121,6 +121,7 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
 
 def selected_attention(
     hidden_states: Tensor,
+    router_weight: Tensor,
     scores: Tensor,
     indices: Tensor,
     qkv_weight: Tensor,
@@ -136,6 +137,7 @@ def selected_attention(
 
     Args:
         hidden_states: [B, T, h].
+        router_weight: [E, h]; not used here, where its gradient goes through ``scores``.
         scores: [B, E, T], as ``router_scores`` returns them: the gate, and the router's only gradient.
         indices: int64 [B, E, k] in position order; T for an empty place.
         qkv_weight: [E, h, 3h'], the columns being q, k, v in that order.

@@ -13,6 +13,7 @@ from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, r
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
+from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, refuse_wrong_apex
 from megatron_mosa.train.directory import check_writable
 
@@ -61,6 +62,7 @@ def check_start(config: Config, world_size: int) -> Start:
     """
     refuse_wrong_apex()
     _check_apex(config)
+    _check_backend(config)
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data)
@@ -96,6 +98,15 @@ def _check_apex(config: Config) -> None:
                 f"train.apex=always, but NVIDIA apex's CUDA extension {extension} is not there or fits another torch; "
                 "build apex from its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
             )
+
+
+def _check_backend(config: Config) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    try:
+        get_backend(config.mosa.backend, torch.empty(0, dtype=dtype, device=device))
+    except ValueError as error:
+        raise UserError(f"mosa.{error}") from None
 
 
 def _check_wandb(config: Config) -> None:

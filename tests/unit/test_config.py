@@ -83,7 +83,7 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
         ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
         ("train.apex=alway", ["train.apex=alway", "did you mean 'always'"]),
-        ("mosa.backend=triton", ["mosa.backend=triton", "auto, naive"]),
+        ("mosa.backend=trition", ["mosa.backend=trition", "did you mean 'triton'", "auto, naive, triton"]),
         ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
         ("model.rotary_percent=1.1", ["model.rotary_percent=1.1", "0 to 1"]),
         ("model.head_dim=31", ["model.head_dim=31", "even"]),

@@ -9,22 +9,26 @@ import torch
 
 from megatron_mosa.attention import get_mosa_block_spec
 from megatron_mosa.kernels import naive
+from megatron_mosa.kernels.triton import selection as fused_selection
 from megatron_mosa.parallel import Layout
 from tests.unit.test_spec import build_gpt, make_config
 
 
-def gradients(recompute: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], int, int]:
+def gradients(
+    recompute: str, monkeypatch: pytest.MonkeyPatch, backend: str = "naive"
+) -> tuple[list[torch.Tensor], int, int]:
     """Of one model's parameters; how often tokens were selected; bytes kept between forward and backward."""
     selections = 0
-    sort = torch.sort
+    place, name = (naive.torch, "sort") if backend == "naive" else (fused_selection, "select")
+    select = getattr(place, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal selections
         selections += 1
-        return sort(*args, **kwargs)
+        return select(*args, **kwargs)
 
     torch.manual_seed(0)
-    config = make_config(mosa_recompute=recompute)
+    config = make_config(mosa_recompute=recompute, mosa_backend=backend)
     model = build_gpt(config, get_mosa_block_spec(config))
     tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(32).expand(4, 32)
@@ -35,18 +39,21 @@ def gradients(recompute: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tor
         return tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr(naive.torch, "sort", counting)
+        patch.setattr(place, name, counting)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
         loss.backward()
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 
+@pytest.mark.parametrize("backend", ["naive", "triton"])
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-def test_recompute_is_exact_and_selects_once(layout: Layout, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, selections, kept = gradients("none", monkeypatch)
+def test_recompute_is_exact_and_selects_once(
+    layout: Layout, recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, selections, kept = gradients("none", monkeypatch, backend)
     assert selections == 2  # one a layer
-    found, selections_again, kept_less = gradients(recompute, monkeypatch)
+    found, selections_again, kept_less = gradients(recompute, monkeypatch, backend)
     assert selections_again == 2
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
@@ -107,6 +108,19 @@ def test_a_checkpoint_from_before_a_key_had_its_default(overrides: list[str]) ->
     assert check_start(config, 2).checkpoint == checkpoint
     config.model.attend_within_documents = True
     assert "another model: False, but the run asks for True" in refused(config)
+
+
+def test_kernels_that_do_not_run_here(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=kernels"])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("MOSA_BACKEND", "cuda")
+    assert (
+        "mosa.backend=auto with MOSA_BACKEND=cuda in the environment is not known; legal: 'auto', 'naive', 'triton'"
+        in refused(config)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config.mosa.backend = "triton"
+    assert "mosa.backend='triton' does not run here: " in refused(config)
 
 
 def test_apex_that_is_not_there(overrides: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Measurements on GPUs; every one checks what it measures in the same run."""

@@ -1,0 +1,195 @@
+"""The MoSA heads of one layer in Triton, against torch.compile of the naive path and dense heads of equal FLOPs.
+
+    python -m benchmarks.mosa_layer [--shapes 1,2,3] [--output benchmarks/results]
+
+Times are those of forward alone and of forward and backward, router and selection included. A speed is printed only
+for kernels whose output and gradients agree with the naive path in fp32, checked in the same run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.timing import Measurement, measure
+from megatron_mosa.attention import mosa_attention
+from megatron_mosa.kernels import get_backend, naive
+
+BARS = [1.5, 1.5, 1.5, 1.8, 2.0, 1.8]  # times the dense heads, forward and backward
+PEAK = 780e12  # FLOP/s of a bf16 matrix product, measured on an H200
+ROTARY: dict[str, float] = {"rotary_percent": 0.5, "rotary_base": 10000.0}
+
+
+def layer_inputs(shape: Shape, batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """States and weights of about unit scale: [B, T, h], [E, h], [E, h, 3h'], [E, h', h]."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    width, size, heads = shape.width, shape.head_dim, shape.heads
+    sizes = ((batch, shape.length, width), (heads, width), (heads, width, 3 * size), (heads, size, width))
+    scales = (1.0, width**-0.5, width**-0.5, (size * heads) ** -0.5)
+    return [
+        (torch.randn(sizes_, device="cuda", generator=generator) * scale).to(dtype).requires_grad_()
+        for sizes_, scale in zip(sizes, scales, strict=True)
+    ]
+
+
+def check(shape: Shape) -> dict[str, Any]:
+    """Relative errors of output and gradients on one sequence: of Triton and of the naive path, both in bf16."""
+    inputs = layer_inputs(shape, 1)
+    fused = get_backend("triton", inputs[0])
+    exact_inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    indices = naive.select_tokens(naive.router_scores(*exact_inputs[:2]).detach(), shape.selected)
+    upstream = torch.randn(inputs[0].shape, device="cuda").bfloat16()
+
+    def run(kernels: Any, tensors: list[Tensor]) -> list[Tensor]:
+        scores = kernels.router_scores(*tensors[:2])
+        output = kernels.selected_attention(*tensors[:2], scores, indices, *tensors[2:], **ROTARY)
+        return [output.detach(), *torch.autograd.grad(output, tensors, upstream.to(tensors[0].dtype))]
+
+    exact = run(naive, exact_inputs)
+    errors: dict[str, list[float]] = {}
+    for name, kernels in (("triton", fused), ("naive", naive)):
+        found = run(kernels, inputs)
+        errors[name] = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    overlap = (fused.select_tokens(fused.router_scores(*inputs[:2]), shape.selected) == indices).float().mean().item()
+    agrees = all(ours < 2 * theirs for ours, theirs in zip(errors["triton"], errors["naive"], strict=True))
+    return {"agrees": agrees and overlap > 0.99, "selection_overlap": overlap, "relative_errors": errors}
+
+
+def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Compiled causal attention of the dense heads that cost the same FLOPs."""
+    heads, size, width = shape.dense_heads, shape.head_dim, shape.width
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((shape.batch, shape.length, width), (width, 3 * heads * size), (heads * size, width))
+    inputs = [
+        (torch.randn(sizes_, device="cuda", generator=generator) * scale).bfloat16().requires_grad_()
+        for sizes_, scale in zip(sizes, (1.0, width**-0.5, width**-0.5), strict=True)
+    ]
+
+    @torch.compile
+    def layer(states: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> Tensor:
+        parts = (states @ qkv_weight).unflatten(-1, (3, heads, size)).unbind(-3)
+        query, key, value = (part.transpose(1, 2) for part in parts)  # [B, H, T, h']
+        positions = torch.arange(states.shape[1], device=states.device)
+        query, key = (naive.apply_rotary(part, positions, **ROTARY) for part in (query, key))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return attended.transpose(1, 2).flatten(2) @ proj_weight
+
+    return layer, inputs
+
+
+def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Any]:
+    """Forward; forward and backward; or why there is no number."""
+    upstream = torch.randn_like(inputs[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(*inputs)
+
+    def both() -> None:
+        torch.autograd.grad(layer(*inputs), inputs, upstream)
+
+    try:
+        measured: list[Measurement] = [measure(forward), measure(both)]
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    return {"forward": asdict(measured[0]), "both": asdict(measured[1])}
+
+
+def measure_shape(number: int, shape: Shape) -> dict[str, Any]:
+    """Everything about one shape."""
+    row: dict[str, Any] = {"number": number, "shape": asdict(shape), "name": str(shape), "flops": shape.flops}
+    row["check"] = check(shape)
+    _release()
+    if row["check"]["agrees"]:
+        fused = lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="triton")  # noqa: E731
+        row["triton"] = time_layer(fused, layer_inputs(shape, shape.batch))
+        _release()
+    compiled = torch.compile(
+        lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="naive"), dynamic=False
+    )
+    row["compiled"] = time_layer(compiled, layer_inputs(shape, shape.batch))
+    _release()
+    row["dense"] = time_layer(*dense_layer(shape))
+    _release()
+    return row
+
+
+def _release() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: milliseconds as forward / forward and backward."""
+    lines = [
+        "| shape | Triton, ms | TFLOP/s | share of floor | compiled naive, ms | dense, ms | Triton / dense | bar | "
+        "GiB: Triton, compiled |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        cells = [f"{row['number']}: {row['name']}"]
+        ours = row.get("triton", {"failed": f"check failed: {row['check']['relative_errors']}"})
+        pairs = {key: _pair(row.get(key, ours)) for key in ("triton", "compiled", "dense")}
+        ratio = rate = share = "-"
+        if "both" in ours:
+            seconds = ours["both"]["milliseconds"] / 1e3
+            rate, share = f"{3 * row['flops'] / seconds / 1e12:.0f}", f"{3 * row['flops'] / PEAK / seconds:.0%}"
+            if "both" in row["dense"]:
+                ratio = f"{ours['both']['milliseconds'] / row['dense']['both']['milliseconds']:.2f}"
+        memory = ", ".join(
+            f"{part['both']['extra_gib']:.2f}" if "both" in part else "-" for part in (ours, row["compiled"])
+        )
+        cells += [pairs["triton"], rate, share, pairs["compiled"], pairs["dense"], ratio]
+        cells += [f"{BARS[row['number'] - 1]:.1f}", memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _pair(part: dict[str, Any]) -> str:
+    if "failed" in part:
+        return str(part["failed"])
+    return f"{part['forward']['milliseconds']:.2f} / {part['both']['milliseconds']:.2f}"
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="numbers, 1 to 6")] = "1,2,3,4,5,6",
+    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
+) -> None:
+    """Measure, print a table, and write it and all numbers to a dated pair of files."""
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no GPU; these measurements need one")
+    numbers = [int(number) for number in shapes.split(",")]
+    facts = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "card": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "command": f"python -m benchmarks.mosa_layer --shapes {shapes}",
+    }
+    rows = []
+    for number in numbers:
+        rows.append(measure_shape(number, SHAPES[number - 1]))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    text = f"# MoSA layer on {facts['card']}\n\n{json.dumps(facts)}\n\nbf16; forward / forward and backward.\n\n"
+    text += table(rows) + "\n"
+    output.mkdir(parents=True, exist_ok=True)
+    stem = f"mosa_layer-{facts['card'].replace(' ', '_')}-{facts['date'][:10]}"
+    (output / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    (output / f"{stem}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

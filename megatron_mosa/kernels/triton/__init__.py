@@ -1,0 +1,57 @@
+"""MoSA in Triton: the functions of ``naive`` without the gathered input and the unscattered output in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_mosa.kernels import naive
+from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.triton.ops import fused_attention, fused_router_scores, fused_select_tokens
+
+
+def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    """As ``naive.router_scores``, without a gradient: that goes from ``selected_attention`` to the router."""
+    return fused_router_scores(hidden_states.detach(), router_weight.detach())
+
+
+def select_tokens(
+    scores: Tensor,
+    num_selected: int,
+    include_first_token: bool = False,
+    document_starts: Tensor | None = None,
+    quotas: Tensor | None = None,
+) -> Tensor:
+    """As ``naive.select_tokens``."""
+    if quotas is not None or (document_starts is not None and include_first_token):
+        return naive.select_tokens(scores, num_selected, include_first_token, document_starts, quotas)
+    return fused_select_tokens(scores, num_selected, include_first_token)
+
+
+def selected_attention(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    *,
+    rotary_percent: float,
+    rotary_base: float,
+    document_starts: Tensor | None = None,
+    restart_rotary: bool = False,
+    slots: Documents | None = None,
+) -> Tensor:
+    """As ``naive.selected_attention``; the gradient of the gates goes to ``router_weight`` and ``hidden_states``."""
+    del slots  # no k x k is made in any case
+    return fused_attention(
+        hidden_states,
+        router_weight,
+        scores.detach(),
+        indices,
+        qkv_weight,
+        proj_weight,
+        rotary_percent,
+        rotary_base,
+        document_starts,
+        restart_rotary,
+    )[0]

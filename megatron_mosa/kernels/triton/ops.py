@@ -1,0 +1,196 @@
+"""The kernels as operators of torch, with fake kernels, gradients and FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megatron_mosa.kernels.naive import rotary_dim
+from megatron_mosa.kernels.triton import selection
+from megatron_mosa.kernels.triton.attention import attend, attend_backward, rotary_table
+from megatron_mosa.kernels.triton.common import with_contiguous_rows
+from megatron_mosa.kernels.triton.products import gathered_product, scattered_product, weight_gradient
+
+
+@torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())
+def fused_router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    """sigmoid(X w), fp32 [B, E, T]; ``fused_attention`` returns the router's gradient."""
+    return selection.router_scores(hidden_states, router_weight)
+
+
+@fused_router_scores.register_fake
+def _(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    shape = (hidden_states.shape[0], router_weight.shape[0], hidden_states.shape[1])
+    return hidden_states.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_mosa::fused_select_tokens", mutates_args=())
+def fused_select_tokens(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
+    """As ``naive.select_tokens`` of whole sequences, for fp32 scores above 0."""
+    return selection.select(scores, num_selected, include_first_token)
+
+
+@fused_select_tokens.register_fake
+def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
+
+
+@torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())
+def fused_attention(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    document_starts: Tensor | None,
+    restart_rotary: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, [B, T, h], and what its gradient needs: q, k and v, attention, log sums, gates, inverse selection."""
+    states, indices, scores = with_contiguous_rows(hidden_states), indices.contiguous(), scores.contiguous()
+    document_starts = None if document_starts is None else document_starts.contiguous()
+    tables = _tables(states, proj_weight, rotary_percent, rotary_base)
+    qkv = gathered_product(states, indices, qkv_weight, parts=3)  # [E, B * k, 3h']
+    attended, log_sums, gates = attend(qkv, indices, scores, tables, document_starts, restart_rotary)
+    inverse = selection.rows_of_tokens(indices, states.shape[1])
+    output = scattered_product(attended, proj_weight, inverse, states, indices.shape[2], scale=gates)
+    return output, qkv, attended, log_sums, gates, *inverse
+
+
+@fused_attention.register_fake
+def _(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    document_starts: Tensor | None,
+    restart_rotary: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, _ = hidden_states.shape
+    _, heads, selected = indices.shape
+    rows, size = batch * selected, proj_weight.shape[1]
+    return (
+        torch.empty_like(hidden_states),
+        hidden_states.new_empty((heads, rows, 3 * size)),
+        hidden_states.new_empty((heads, rows, size)),
+        hidden_states.new_empty((heads, rows), dtype=torch.float32),
+        hidden_states.new_empty((heads, rows), dtype=torch.float32),
+        indices.new_empty(batch * length + 1, dtype=torch.int32),
+        indices.new_empty(indices.numel(), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("megatron_mosa::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    of_output: Tensor,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    log_sums: Tensor,
+    gates: Tensor,
+    offsets: Tensor,
+    entries: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    document_starts: Tensor | None,
+    restart_rotary: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the states, the router, W_QKV and W_O."""
+    states, of_output = with_contiguous_rows(hidden_states), with_contiguous_rows(of_output)
+    indices = indices.contiguous()
+    document_starts = None if document_starts is None else document_starts.contiguous()
+    tables = _tables(states, proj_weight, rotary_percent, rotary_base)
+    of_router, of_qkv_weight, of_proj_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for weight in (router_weight, qkv_weight, proj_weight)
+    )
+    of_gated = gathered_product(of_output, indices, proj_weight.transpose(1, 2))  # [E, B * k, h']
+    weight_gradient(of_output, indices, attended, of_proj_weight.transpose(1, 2), scale=gates)
+    of_qkv, of_logits = attend_backward(
+        qkv, indices, (attended, log_sums, gates), of_gated, tables, document_starts, restart_rotary, states.shape[1]
+    )
+    weight_gradient(states, indices, of_qkv, of_qkv_weight, parts=3, extra=of_logits, extra_output=of_router)
+    of_states = scattered_product(
+        of_qkv,
+        qkv_weight.transpose(1, 2),
+        (offsets, entries),
+        states,
+        indices.shape[2],
+        extra=(of_logits, router_weight.contiguous()),
+    )
+    return of_states, of_router, of_qkv_weight, of_proj_weight
+
+
+@fused_attention_backward.register_fake
+def _(
+    of_output: Tensor,
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_router, of_qkv_weight, of_proj_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for weight in (router_weight, qkv_weight, proj_weight)
+    )
+    return torch.empty_like(hidden_states), of_router, of_qkv_weight, of_proj_weight
+
+
+def _tables(states: Tensor, proj_weight: Tensor, percent: float, base: float) -> tuple[Tensor, Tensor]:
+    return rotary_table(states.shape[1], rotary_dim(proj_weight.shape[1], percent) // 2, base, states.device)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    states, router, _, indices, qkv_weight, proj_weight, percent, base, starts, restarts = inputs
+    _, qkv, attended, log_sums, gates, offsets, entries = output
+    ctx.save_for_backward(
+        states, router, indices, qkv_weight, proj_weight, qkv, attended, log_sums, gates, offsets, entries, starts
+    )
+    ctx.options = percent, base, restarts
+
+
+def _backward(ctx: Any, of_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    *saved, starts = ctx.saved_tensors
+    percent, base, restarts = ctx.options
+    of_states, of_router, of_qkv, of_proj = fused_attention_backward(of_output, *saved, percent, base, starts, restarts)
+    return of_states, of_router, None, None, of_qkv, of_proj, None, None, None, None
+
+
+fused_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.megatron_mosa.fused_router_scores)
+def _(states: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: object) -> int:
+    return 2 * states[0] * states[1] * states[2] * weight[0]
+
+
+@register_flop_formula(torch.ops.megatron_mosa.fused_attention)
+def _attention_flops(
+    states: tuple[int, ...], router: object, scores: object, indices: tuple[int, ...], *_: Any, **__: object
+) -> int:
+    """As the naive path is counted: every query with every key."""
+    batch, heads, selected = indices
+    size = _[1][1]
+    return batch * heads * (8 * states[2] * size * selected + 4 * size * selected**2)
+
+
+@register_flop_formula(torch.ops.megatron_mosa.fused_attention_backward)
+def _(
+    of_output: tuple[int, ...], states: tuple[int, ...], router: object, indices: tuple[int, ...], *_: Any, **__: object
+) -> int:
+    return 2 * _attention_flops(states, router, None, indices, *_)

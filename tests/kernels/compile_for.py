@@ -1,0 +1,84 @@
+"""Compiles every kernel for a GPU that need not be there: ``compile_for.py CAPABILITY``, as in 90 for Hopper.
+
+Runs the operators, forward and backward, on the CPU with every launch replaced by a compilation, and prints a line of
+JSON: the kernels, and the most shared memory that one takes. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megatron_mosa.attention import num_selected_tokens
+from megatron_mosa.kernels import triton as fused
+from megatron_mosa.kernels.triton import attention
+from tests.kernels.test_documents import pack
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+CASES = [  # dtype, h', k
+    (torch.bfloat16, 64, 64),
+    (torch.bfloat16, 128, 256),
+    (torch.float16, 256, 31),
+    (torch.float32, 64, 64),
+]
+
+
+class Driver:
+    """What Triton asks of a device when it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_all(capability: int) -> dict[str, int]:
+    """Shared memory of each kernel, the largest of its variants."""
+    shared: dict[str, int] = {}
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            compiled = kernel.warmup(*args, grid=grid, **options)
+            name = kernel.fn.__name__
+            shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
+
+        return compile_only
+
+    driver.set_active(Driver(capability))  # type: ignore[arg-type]
+    with (
+        mock.patch.object(JITFunction, "__getitem__", launcher),
+        mock.patch.object(attention, "shared_memory", lambda device: SHARED_MEMORY[capability]),
+    ):
+        for dtype, head_dim, selected in CASES:
+            sizes = ((1, 512, 256), (2, 256), (2, 256, 3 * head_dim), (2, head_dim, 256))
+            tensors = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes]
+            scores = fused.router_scores(*tensors[:2])
+            fused.select_tokens(scores, selected)
+            indices = torch.arange(selected).expand(1, 2, selected)
+            starts = pack([[200, 312]]).starts if selected > num_selected_tokens(512, 16.0) else None
+            output = fused.selected_attention(
+                *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts
+            )
+            output.sum().backward()
+    return shared
+
+
+if __name__ == "__main__":
+    found = compile_all(int(sys.argv[1]))
+    limit = SHARED_MEMORY[int(sys.argv[1])]
+    print(json.dumps({"kernels": sorted(found), "shared": max(found.values()), "limit": limit}))
