@@ -68,7 +68,7 @@ test-gpu: setup ## run the tests that need a GPU
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu
 
 bench: setup ## measure the kernels on a GPU; results in benchmarks/results
-	@$(ACTIVATE); python -m benchmarks.mosa_layer
+	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
 
 check: setup ## lint, formatting and types: ruff and pyright
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright

@@ -111,22 +111,33 @@ def measure_shape(number: int, shape: Shape) -> dict[str, Any]:
     """Everything about one shape."""
     row: dict[str, Any] = {"number": number, "shape": asdict(shape), "name": str(shape), "flops": shape.flops}
     row["check"] = check(shape)
-    _release()
+    release()
     if row["check"]["agrees"]:
         fused = lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="triton")  # noqa: E731
         row["triton"] = time_layer(fused, layer_inputs(shape, shape.batch))
-        _release()
+        release()
     compiled = torch.compile(
         lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="naive"), dynamic=False
     )
     row["compiled"] = time_layer(compiled, layer_inputs(shape, shape.batch))
-    _release()
+    release()
     row["dense"] = time_layer(*dense_layer(shape))
-    _release()
+    release()
     return row
 
 
-def _release() -> None:
+def facts(command: str) -> dict[str, Any]:
+    """What every result says of where it comes from."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "card": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "command": command,
+    }
+
+
+def release() -> None:
+    """Give memory back between measurements."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -172,21 +183,16 @@ def main(
     if not torch.cuda.is_available():
         raise SystemExit("error: no GPU; these measurements need one")
     numbers = [int(number) for number in shapes.split(",")]
-    facts = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "card": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": f"python -m benchmarks.mosa_layer --shapes {shapes}",
-    }
+    about = facts(f"python -m benchmarks.mosa_layer --shapes {shapes}")
     rows = []
     for number in numbers:
         rows.append(measure_shape(number, SHAPES[number - 1]))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-    text = f"# MoSA layer on {facts['card']}\n\n{json.dumps(facts)}\n\nbf16; forward / forward and backward.\n\n"
+    text = f"# MoSA layer on {about['card']}\n\n{json.dumps(about)}\n\nbf16; forward / forward and backward.\n\n"
     text += table(rows) + "\n"
     output.mkdir(parents=True, exist_ok=True)
-    stem = f"mosa_layer-{facts['card'].replace(' ', '_')}-{facts['date'][:10]}"
-    (output / f"{stem}.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    stem = f"mosa_layer-{about['card'].replace(' ', '_')}-{about['date'][:10]}"
+    (output / f"{stem}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     (output / f"{stem}.md").write_text(text)
     print(text)
 

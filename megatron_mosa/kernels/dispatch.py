@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -37,7 +36,9 @@ def get_backend(name: str, hidden_states: Tensor) -> ModuleType:
         return naive
     if (hindrance := _without_triton(hidden_states)) is not None:
         raise ValueError(f"{asked} does not run here: {hindrance}; legal: 'naive'")
-    return import_module("megatron_mosa.kernels.triton")
+    from megatron_mosa.kernels import triton  # only now: triton is optional
+
+    return triton
 
 
 def _without_triton(states: Tensor) -> str | None:

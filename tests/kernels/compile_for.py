@@ -1,18 +1,23 @@
-"""Compiles every kernel for a GPU that need not be there: ``compile_for.py CAPABILITY``, as in 90 for Hopper.
+"""Compiles all kernels for a GPU that need not be there: ``compile_for.py CAPABILITY [resources]``; 90 is Hopper.
 
 Runs the operators, forward and backward, on the CPU with every launch replaced by a compilation, and prints a line of
-JSON: the kernels, and the most shared memory that one takes. TRITON_INTERPRET must not be set.
+JSON: the kernels, and the most shared memory that one takes; with ``resources`` before it registers and stack of each
+variant (a stack is where registers are spilt to). TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -47,7 +52,18 @@ class Driver:
         return 0
 
 
-def compile_all(capability: int) -> dict[str, int]:
+def resources(cubin: bytes) -> str:
+    """Registers and stack, by the cuobjdump in Triton's package."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return " ".join(word for word in printed.split() if word.startswith(("REG:", "STACK:")))
+
+
+def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     """Shared memory of each kernel, the largest of its variants."""
     shared: dict[str, int] = {}
 
@@ -56,6 +72,9 @@ def compile_all(capability: int) -> dict[str, int]:
             compiled = kernel.warmup(*args, grid=grid, **options)
             name = kernel.fn.__name__
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
+            if shows_resources:
+                meta = compiled.metadata
+                print(case, name, f"warps:{meta.num_warps} shared:{meta.shared}", resources(compiled.asm["cubin"]))
 
         return compile_only
 
@@ -64,7 +83,8 @@ def compile_all(capability: int) -> dict[str, int]:
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(attention, "shared_memory", lambda device: SHARED_MEMORY[capability]),
     ):
-        for dtype, head_dim, selected in CASES:
+        for case in CASES:
+            dtype, head_dim, selected = case
             sizes = ((1, 512, 256), (2, 256), (2, 256, 3 * head_dim), (2, head_dim, 256))
             tensors = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes]
             scores = fused.router_scores(*tensors[:2])
@@ -79,6 +99,6 @@ def compile_all(capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    found = compile_all(int(sys.argv[1]))
+    found = compile_all(int(sys.argv[1]), sys.argv[2:] == ["resources"])
     limit = SHARED_MEMORY[int(sys.argv[1])]
     print(json.dumps({"kernels": sorted(found), "shared": max(found.values()), "limit": limit}))

@@ -37,13 +37,13 @@ def errors(
     settings: dict = dict(rotary_percent=0.5, rotary_base=100.0) | options
     if documents is not None:
         settings["document_starts"] = documents.starts
-    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
 
     def run(kernels: ModuleType, dtype: torch.dtype) -> list[torch.Tensor]:
-        tensors = [tensor.detach().to(rounded).to(dtype).requires_grad_() for tensor in inputs]
+        tensors = [tensor.detach().to(rounded).to(dtype).requires_grad_() for tensor in inputs]  # the same values
         scores = kernels.router_scores(tensors[0], tensors[1])
         output = kernels.selected_attention(*tensors[:2], scores, indices, *tensors[2:], **settings)
-        return [output, *torch.autograd.grad(output, tensors, upstream.to(dtype))]
+        return [output, *torch.autograd.grad(output, tensors, upstream.to(rounded).to(dtype))]
 
     rounded = dtype
     exact = run(naive, torch.float64)
@@ -144,6 +144,18 @@ def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
     arguments = (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operators.fused_attention, arguments, test_utils=checks)
+
+
+def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+
+    def layer(*tensors: torch.Tensor) -> torch.Tensor:
+        return mosa_attention(*tensors, num_selected=5, backend="triton")
+
+    outputs = [layer(*inputs), torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)]
+    gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
+    for ours, theirs in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_flops_are_those_of_the_naive_path(fused: ModuleType) -> None:

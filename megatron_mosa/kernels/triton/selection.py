@@ -145,8 +145,13 @@ def rows_of_tokens(indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
     Returns:
         offsets int32 [B * T + 1] and entries int32 [B * E * k]: the entries of token n = b * T + t lie from offsets[n]
         on; each is head * k + slot, of sequence b.
+
+    Raises:
+        ValueError: B * E * k is beyond int32.
     """
     batch, heads, selected = indices.shape
+    if indices.numel() >= 2**31:
+        raise ValueError(f"B * E * k = {indices.numel()} selected tokens at once; legal: below {2**31}")
     kind = torch.int16 if selected < 2**15 else torch.int32
     slots = torch.full((batch, heads, length), -1, dtype=kind, device=indices.device)
     size = indices.numel()

@@ -1,0 +1,116 @@
+"""Triton's kernels on the GPU against the naive path in fp64 on the same selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_mosa.attention import mosa_attention, num_selected_tokens
+from megatron_mosa.kernels import Documents, get_backend, naive
+from tests.distributed import tasks
+from tests.distributed.pool import WorkerPools
+from tests.kernels.test_documents import pack
+from tests.kernels.test_naive import make_inputs
+from tests.kernels.test_triton import errors, selection
+
+LENGTHS = [[100, 1, 27, 128], [256], [3] * 85 + [1]]
+
+
+@pytest.fixture(scope="module")
+def fused() -> Iterator[ModuleType]:
+    """The kernels; torch fills new memory with NaN meanwhile."""
+    torch.use_deterministic_algorithms(True)
+    yield get_backend("triton", torch.empty(0, device="cuda"))
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs_on_gpu(*sizes: int) -> list[torch.Tensor]:
+    return [tensor.detach().cuda() for tensor in make_inputs(*sizes)]
+
+
+SIZES = [(t, k) for t in (2, 63, 100, 1000, 1024) for k in (2, 31, 64, 128, 257) if k <= t]
+
+
+@pytest.mark.parametrize("heads", [1, 3, 17, 128])
+@pytest.mark.parametrize(("length", "selected"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_output_and_gradients(fused: ModuleType, length: int, selected: int, heads: int, dtype: torch.dtype) -> None:
+    inputs = inputs_on_gpu(2, length, heads, 96, 64)
+    ours, naives = errors(fused, inputs, selection(inputs, selected), dtype)
+    if dtype == torch.float32:
+        assert max(ours) < 1e-5
+    else:
+        assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_dims(fused: ModuleType, head_dim: int, dtype: torch.dtype) -> None:
+    inputs = inputs_on_gpu(2, 200, 3, 129, head_dim)
+    ours, naives = errors(fused, inputs, selection(inputs, 100), dtype, rotary_percent=1.0)
+    assert max(ours) < 1e-5 if dtype == torch.float32 else all(a < 2 * b for a, b in zip(ours, naives, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "document"])
+def test_documents_and_empty_slots(fused: ModuleType, scope: str) -> None:
+    inputs = inputs_on_gpu(3, 256, 3, 32, 16)
+    documents = Documents.from_starts(pack(LENGTHS).starts, torch.device("cuda"))
+    scores = naive.router_scores(inputs[0], inputs[1]).detach()
+    indices = naive.select_tokens(scores, 70, True, documents.starts)
+    if scope == "document":
+        chosen = documents.selection(lambda length: num_selected_tokens(length, 3.0))
+        indices = naive.select_tokens(scores, chosen.num_slots, True, documents.starts, chosen.quotas)
+    ours, _ = errors(fused, inputs, indices, documents=documents, restart_rotary=True)
+    assert max(ours) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 77, 1024, 8192, 65536])
+def test_selection_equals_the_naive_one(fused: ModuleType, length: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    ties = torch.randint(1, 50, (2, 3, length), device="cuda", generator=generator) / 50
+    for scores in (
+        torch.rand(2, 3, length, device="cuda", generator=generator) + 1e-6,
+        ties,
+        torch.full_like(ties, 0.5),
+    ):
+        for selected in {1, max(1, length // 16), length}:
+            for first in (False, True):
+                expected = naive.select_tokens(scores, selected, first)
+                assert torch.equal(fused.select_tokens(scores, selected, first), expected)
+
+
+def test_twice_is_the_same_to_the_last_bit(fused: ModuleType) -> None:
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(4, 512, 24, 128, 64)]
+
+    def run() -> list[torch.Tensor]:
+        output = mosa_attention(*inputs, num_selected=64, backend="triton")
+        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    for ours, theirs in zip(run(), run(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_training_on_the_kernels_is_training_on_the_naive_path(workers: WorkerPools, recompute: str) -> None:
+    options: dict = dict(train__global_batch_size=8, train__micro_batch_size=2, train__recompute=recompute)
+    losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(mosa__backend="naive", **options), 5)[0]
+    fused = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(mosa__backend="triton", **options), 5)[0]
+    assert fused[0] == pytest.approx(losses, rel=2e-5)
+    assert fused[1] == pytest.approx(norms, rel=1e-3)
+
+
+def test_the_kernels_compile_into_a_graph(fused: ModuleType) -> None:
+    inputs = [tensor.bfloat16() for tensor in inputs_on_gpu(2, 256, 6, 64, 32)]
+
+    def layer(*tensors: torch.Tensor) -> torch.Tensor:
+        return mosa_attention(*tensors, num_selected=32, backend="triton")
+
+    assert torch.equal(torch.compile(layer, fullgraph=True)(*inputs), layer(*inputs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(*inputs)
+    graph.replay()
+    assert torch.equal(captured, layer(*inputs))
