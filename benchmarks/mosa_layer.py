@@ -32,14 +32,14 @@ PEAK = 780e12  # FLOP/s of a bf16 matrix product, measured on an H200
 ROTARY: dict[str, float] = {"rotary_percent": 0.5, "rotary_base": 10000.0}
 
 
-def layer_inputs(shape: Shape, batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def layer_inputs(shape: Shape, batch: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> list[Tensor]:
     """States and weights of about unit scale: [B, T, h], [E, h], [E, h, 3h'], [E, h', h]."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     width, size, heads = shape.width, shape.head_dim, shape.heads
     sizes = ((batch, shape.length, width), (heads, width), (heads, width, 3 * size), (heads, size, width))
     scales = (1.0, width**-0.5, width**-0.5, (size * heads) ** -0.5)
     return [
-        (torch.randn(sizes_, device="cuda", generator=generator) * scale).to(dtype).requires_grad_()
+        (torch.randn(sizes_, device=device, generator=generator) * scale).to(dtype).requires_grad_()
         for sizes_, scale in zip(sizes, scales, strict=True)
     ]
 

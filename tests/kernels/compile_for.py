@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import attention
+from megatron_mosa.kernels.triton import tiles
 from tests.kernels.test_documents import pack
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -81,7 +81,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     driver.set_active(Driver(capability))  # type: ignore[arg-type]
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
-        mock.patch.object(attention, "shared_memory", lambda device: SHARED_MEMORY[capability]),
+        mock.patch.object(tiles, "shared_memory", lambda device: SHARED_MEMORY[capability]),
     ):
         for case in CASES:
             dtype, head_dim, selected = case

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.naive import rotary_frequencies
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, shared_memory
+from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -229,15 +230,11 @@ def rotary_table(length: int, half: int, base: float, device: torch.device) -> t
 def _options(qkv: Tensor, indices: Tensor, half: int, starts: Tensor | None, restarts: bool) -> tuple[dict, int]:
     size = qkv.shape[2] // 3
     width = power_of_2(size)
-    block = min(power_of_2(indices.shape[2]), 64)
-    while block > 16 and 13.1 * block * width * qkv.element_size() > shared_memory(qkv.device):  # the backward pass
-        block //= 2
-    warps = 4 if block * width <= 64 * 64 else 8
+    chosen = tiles.attention(qkv.dtype, qkv.device, indices.shape[2], width)
     options = dict(
-        D=size, HALF=half, WIDTH=width, HAS_STARTS=starts is not None, RESTARTS=restarts, INTERPRETED=INTERPRET,
-        BLOCK=block, num_warps=warps, num_stages=2,
-    )  # fmt: skip
-    return options, block
+        D=size, HALF=half, WIDTH=width, HAS_STARTS=starts is not None, RESTARTS=restarts, INTERPRETED=INTERPRET
+    )
+    return options | chosen, chosen["BLOCK"]
 
 
 def attend(

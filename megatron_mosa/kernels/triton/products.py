@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides, tokens_of_rows
+from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, strides, tokens_of_rows
 
 PARTIAL_BYTES = 64 << 20  # of the products that wait for their sum over heads
 
@@ -63,14 +64,11 @@ def gathered_product(states: Tensor, indices: Tensor, weight: Tensor, parts: int
     _, heads, selected = indices.shape
     rows, size = batch * selected, weight.shape[2] // parts
     output = states.new_empty((heads, rows, parts * size))
-    is_half = states.dtype != torch.float32
-    columns = min(power_of_2(size), (64 if parts == 3 else 128) if is_half else 32)
-    tile = 128 if is_half else 64
-    grid = (triton.cdiv(rows, tile), heads, triton.cdiv(size, columns))
+    chosen = tiles.gathered(states.dtype, parts, size)
+    grid = (triton.cdiv(rows, chosen["ROWS"]), heads, triton.cdiv(size, chosen["COLUMNS"]))
     _gathered_kernel[grid](
         states, indices, weight, output, rows, heads, selected, length, width, size, *strides(states), *weight.stride(),
-        INTERPRETED=INTERPRET, PARTS=parts, ROWS=tile, COLUMNS=columns, INNER=64 if is_half else 32,
-        num_warps=8 if is_half else 4, num_stages=3,
+        INTERPRETED=INTERPRET, PARTS=parts, **chosen,
     )  # fmt: skip
     return output
 
@@ -161,23 +159,18 @@ def scattered_product(
     output = torch.empty_like(like)
     sequences = max(1, min(batch, PARTIAL_BYTES // (heads * selected * width * values.element_size())))
     partial = values.new_empty((heads, sequences * selected, width))
-    is_half = values.dtype != torch.float32
-    tile, columns = (128, 128) if is_half else (64, 64)
-    block = min(power_of_2(width), 1024)
+    chosen, chosen_sum = tiles.scattered(values.dtype, size), tiles.combine(width)
     for first in range(0, batch, sequences):
         count = min(sequences, batch - first)
         chunk = count * selected
-        grid = (triton.cdiv(chunk, tile), triton.cdiv(width, columns), heads)
+        grid = (triton.cdiv(chunk, chosen["ROWS"]), triton.cdiv(width, chosen["COLUMNS"]), heads)
         _scattered_kernel[grid](
             values, scale, extra[0] if extra else None, extra[1] if extra else None, weight, partial,
             first * selected, chunk, rows, width, size, *weight.stride(),
-            INTERPRETED=INTERPRET, HAS_SCALE=scale is not None, HAS_EXTRA=extra is not None,
-            ROWS=tile, COLUMNS=columns, INNER=min(power_of_2(size), 64 if is_half else 32),
-            num_warps=8 if is_half else 4, num_stages=2,
+            INTERPRETED=INTERPRET, HAS_SCALE=scale is not None, HAS_EXTRA=extra is not None, **chosen,
         )  # fmt: skip
-        _combine_kernel[(length, count, triton.cdiv(width, block))](
-            partial, *inverse, output, first, chunk, selected, length, width, *strides(output),
-            ENTRIES=4, COLUMNS=block, num_warps=4,
+        _combine_kernel[(length, count, triton.cdiv(width, chosen_sum["COLUMNS"]))](
+            partial, *inverse, output, first, chunk, selected, length, width, *strides(output), **chosen_sum,
         )  # fmt: skip
     return output
 
@@ -250,13 +243,10 @@ def weight_gradient(
     batch, length, width = states.shape
     _, heads, selected = indices.shape
     size = values.shape[2] // parts
-    is_half = states.dtype != torch.float32
-    columns = 128 if is_half else 64
-    inner = min(power_of_2(size), (64 if parts == 3 else 128) if is_half else 32)
-    grid = (triton.cdiv(width, columns), heads, triton.cdiv(size, inner))
+    chosen = tiles.weight_gradient(states.dtype, parts, size)
+    grid = (triton.cdiv(width, chosen["COLUMNS"]), heads, triton.cdiv(size, chosen["INNER"]))
     _weight_gradient_kernel[grid](
         states, indices, values, scale, extra, output, extra_output, batch * selected, heads, selected, length, width,
         size, *strides(states), *output.stride(),
-        INTERPRETED=INTERPRET, HAS_SCALE=scale is not None, HAS_EXTRA=extra is not None, PARTS=parts,
-        ROWS=64 if is_half else 32, COLUMNS=columns, INNER=inner, num_warps=8 if is_half else 4, num_stages=3,
+        INTERPRETED=INTERPRET, HAS_SCALE=scale is not None, HAS_EXTRA=extra is not None, PARTS=parts, **chosen,
     )  # fmt: skip
