@@ -42,7 +42,8 @@ help: ## list the targets (this is the default)
 
 setup: $(VENV)/.installed ## make the virtual environment with the pinned dependencies
 
-# torch is left out of the pins once it is installed: it may be another one by the user's choice. The pins are also
+# torch, and the triton that a CUDA build of it brings, are left out of the pins once they are installed: torch may be
+# another one by the user's choice, and demands its own triton. The pins are also
 # given in the environment (which pip reads as PIP_CONSTRAINT before 25.3, as PIP_BUILD_CONSTRAINT since) because
 # only so do they hold for setuptools in pip's isolated builds. Those stay isolated: where DeepSpeed's setup finds a
 # CUDA build of torch, it demands the CUDA toolkit.
@@ -51,7 +52,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(call stage,[2/4] virtual environment $(VENV),"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || \
 		"$(PYTHON)" -m venv --clear "$(VENV)")
 	@$(call stage,[3/4] $(TORCH) (the largest download),"$(VENV)/bin/python" -m pip install -qq $(PIP_ARGS) "$(TORCH)")
-	@sed '/^torch==/d' constraints.txt > "$(VENV)/constraints.txt"
+	@pinned_by_user=torch; if "$(VENV)/bin/python" -c 'import triton' 2>/dev/null; then pinned_by_user='torch|triton'; fi; \
+		sed -E "/^($$pinned_by_user)==/d" constraints.txt > "$(VENV)/constraints.txt"
 	@$(call stage,[4/4] all other dependencies,PIP_CONSTRAINT="$(VENV)/constraints.txt" \
 		PIP_BUILD_CONSTRAINT="$(VENV)/constraints.txt" DS_BUILD_OPS=0 \
 		"$(VENV)/bin/python" -m pip install -qq --use-pep517 $(PIP_ARGS) -c "$(VENV)/constraints.txt" -e '.[dev]')
