@@ -43,10 +43,10 @@ help: ## list the targets (this is the default)
 setup: $(VENV)/.installed ## make the virtual environment with the pinned dependencies
 
 # torch, and the triton that a CUDA build of it brings, are left out of the pins once they are installed: torch may be
-# another one by the user's choice, and demands its own triton. The pins are also
-# given in the environment (which pip reads as PIP_CONSTRAINT before 25.3, as PIP_BUILD_CONSTRAINT since) because
-# only so do they hold for setuptools in pip's isolated builds. Those stay isolated: where DeepSpeed's setup finds a
-# CUDA build of torch, it demands the CUDA toolkit.
+# another one by the user's choice, and demands its own triton. The pins are also given in the environment (which pip
+# reads as PIP_CONSTRAINT before 25.3, as PIP_BUILD_CONSTRAINT since) because only so do they hold for setuptools in
+# pip's isolated builds. Those stay isolated: where DeepSpeed's setup finds a CUDA build of torch, it demands the CUDA
+# toolkit.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(call stage,[1/4] prerequisites,launch/prerequisites.sh "$(PYTHON)")
 	@$(call stage,[2/4] virtual environment $(VENV),"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || \
