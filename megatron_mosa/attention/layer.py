@@ -56,15 +56,15 @@ class MosaSelfAttention(MegatronModule):
 
         Args:
             hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
-            attention_mask: ``Documents`` if ``mosa_attend_within_documents``, else ignored.
+            attention_mask: ``Documents`` if ``mosa_attend_within_documents``; else anything but these, and ignored.
             options: what TransformerLayer passes along; all must be None.
 
         Returns:
             The output in the shape of the input, and no bias.
 
         Raises:
-            ValueError: rotary embeddings from outside, packed sequences or an inference context are given, or documents
-                are not.
+            ValueError: rotary embeddings from outside, packed sequences or an inference context are given;
+                documents are missing, not asked for, or not those of these states.
         """
         for name, value in options.items():
             if value is not None:

@@ -76,3 +76,17 @@ def rotate(vector: Tensor, position: int, rotary_percent: float, rotary_base: fl
         result[i] = a * math.cos(angle) - b * math.sin(angle)
         result[i + size // 2] = a * math.sin(angle) + b * math.cos(angle)
     return torch.stack(result)
+
+
+def largest_saved(run: Callable[[], Tensor]) -> int:
+    """Elements of the largest tensor that is kept for the backward pass of what ``run`` returns."""
+    largest = 0
+
+    def measure(tensor: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+        run().sum().backward()
+    return largest

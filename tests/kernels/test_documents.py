@@ -9,7 +9,7 @@ from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels.documents import document_attention
 from megatron_mosa.kernels.window import sliding_window_attention
-from tests.kernels.reference import choose, mosa_reference
+from tests.kernels.reference import choose, largest_saved, mosa_reference
 from tests.kernels.test_naive import make_inputs
 
 LENGTHS = [[5, 1, 7, 4], [17], [1] * 17, [9, 8]]  # of the documents of four sequences of 17 tokens
@@ -67,17 +67,9 @@ def test_no_tensor_grows_with_the_square_of_the_length() -> None:
     length, size, window = 4096, 32, 16
     documents = pack([[size] * (length // size)])
     query = torch.randn(1, 1, length, 8, requires_grad=True)
-    largest = 0
-
-    def measure(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-        document_attention(query, query, query, documents).sum().backward()
-        sliding_window_attention(query, query, query, window, documents).sum().backward()
-    assert 0 < largest <= 4 * length * max(size, window)
+    dense = largest_saved(lambda: document_attention(query, query, query, documents))
+    local = largest_saved(lambda: sliding_window_attention(query, query, query, window, documents))
+    assert 0 < dense <= 4 * length * size and 0 < local <= 4 * length * window
 
 
 @pytest.mark.parametrize("restart_rotary", [False, True])
@@ -152,16 +144,9 @@ def test_starts_that_no_documents_have_are_refused(starts: list[list[int]]) -> N
 def test_many_short_documents_make_no_square_of_the_length() -> None:
     length = 2048
     inputs = make_inputs(1, length, 1, 8, 8)
-    largest = 0
-
-    def measure(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return tensor
-
     rule = lambda size: num_selected_tokens(size, 16.0)  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-        mosa_attention(*inputs, num_selected=rule, documents=pack([[2] * (length // 2)])).sum().backward()
+    documents = pack([[2] * (length // 2)])
+    largest = largest_saved(lambda: mosa_attention(*inputs, num_selected=rule, documents=documents))
     assert 0 < largest <= 32 * length  # every token is selected here
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mosa.kernels.window import sliding_window_attention
+from tests.kernels.reference import largest_saved
 
 
 def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> torch.Tensor:
@@ -32,13 +33,5 @@ def test_output_and_gradients(length: int, window: int) -> None:
 def test_no_tensor_grows_with_the_square_of_the_length() -> None:
     length, window = 4096, 16
     query = torch.randn(1, 1, length, 8, requires_grad=True)
-    largest = 0
-
-    def measure(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
-        sliding_window_attention(query, query, query, window).sum().backward()
+    largest = largest_saved(lambda: sliding_window_attention(query, query, query, window))
     assert 0 < largest <= 4 * length * window
