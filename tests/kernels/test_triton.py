@@ -140,7 +140,7 @@ def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
     calls = {
         operators.fused_router_scores: (inputs[0].detach(), inputs[1].detach()),
         operators.fused_select_tokens: (scores, 5, True),
-        operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False),
+        operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True),
     }
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for operator, arguments in calls.items():

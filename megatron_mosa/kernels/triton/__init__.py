@@ -54,4 +54,5 @@ def selected_attention(
         rotary_base,
         document_starts,
         restart_rotary,
+        True,
     )[0]

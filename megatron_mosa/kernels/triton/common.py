@@ -1,8 +1,4 @@
-"""What the kernels share: the product on tensor cores, tile sizes, where the rows of a head lie.
-
-A *row* of head e is one of its R = B * k slots: r = b * k + slot, in the order of sequences and then of positions. The
-token of a row is ``indices[b, e, slot]``; T there marks an empty slot, which takes no part in anything.
-"""
+"""What the kernels share: the product on tensor cores, rotation of rows, the order of programs."""
 
 from __future__ import annotations
 
@@ -25,13 +21,36 @@ def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def tokens_of_rows(indices, head, rows, in_range, E, K, T):
-    """Sequence, token and presence of the rows of a head."""
-    batch = rows // K
-    slot = rows % K
-    offsets = (batch.to(tl.int64) * E + head) * K + slot
-    tokens = tl.load(indices + offsets, mask=in_range, other=T)
-    return batch, tokens, tokens < T
+def grouped(program, tiles, heads, GROUP: tl.constexpr):
+    """Head and tile of a program, so that GROUP tiles of all heads run before the next tiles do.
+
+    The tokens of these tiles, which all heads gather from, then stay in the L2 cache, and so do a head's weights for
+    its GROUP tiles.
+    """
+    first = program // (GROUP * heads) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    inside = program - first * heads
+    return inside // size, first + inside % size
+
+
+@triton.jit
+def turned(x, position, cos, sin, BACK, TYPE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED):
+    """Rows of queries or keys, fp32 [N, WIDTH], turned by their positions; BACK = -1 turns gradients back.
+
+    A column meets its partner through a product with a signed permutation, which is exact.
+    """
+    if HALF == 0:
+        return x
+    column, source = tl.arange(0, WIDTH), tl.arange(0, WIDTH)
+    is_first, turns = column < HALF, column < 2 * HALF
+    partner = tl.where(is_first, column + HALF, column - HALF)
+    sign = tl.where(turns, tl.where(is_first, -1.0, 1.0), 0.0)
+    swap = tl.where(source[:, None] == partner[None], sign[None], 0.0).to(TYPE)
+    partners = dot(x.to(TYPE), swap, tl.zeros(x.shape, dtype=tl.float32), INTERPRETED)
+    angle = position[:, None] * HALF + tl.where(is_first, column, column - HALF)[None]
+    c = tl.load(cos + angle, mask=turns[None], other=1.0)
+    s = tl.load(sin + angle, mask=turns[None], other=0.0)
+    return x * c + partners * (s * BACK)
 
 
 def power_of_2(size: int, least: int = 16) -> int:
@@ -54,3 +73,8 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 232_448
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the card; Hopper's where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

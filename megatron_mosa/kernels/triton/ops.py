@@ -12,7 +12,9 @@ from megatron_mosa.kernels.naive import rotary_dim
 from megatron_mosa.kernels.triton import selection
 from megatron_mosa.kernels.triton.attention import attend, attend_backward, rotary_table
 from megatron_mosa.kernels.triton.common import with_contiguous_rows
-from megatron_mosa.kernels.triton.products import gathered_product, scattered_product, weight_gradient
+from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product, weight_gradient
+from megatron_mosa.kernels.triton.rows import Rows, rows_of
+from megatron_mosa.kernels.triton.scattered import scattered_product
 
 
 @torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())
@@ -50,16 +52,18 @@ def fused_attention(
     rotary_base: float,
     document_starts: Tensor | None,
     restart_rotary: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, [B, T, h], and what its gradient needs: q, k and v, attention, log sums, gates, inverse selection."""
-    states, indices, scores = with_contiguous_rows(hidden_states), indices.contiguous(), scores.contiguous()
-    document_starts = None if document_starts is None else document_starts.contiguous()
-    tables = _tables(states, proj_weight, rotary_percent, rotary_base)
-    qkv = gathered_product(states, indices, qkv_weight, parts=3)  # [E, B * k, 3h']
-    attended, log_sums, gates = attend(qkv, indices, scores, tables, document_starts, restart_rotary)
-    inverse = selection.rows_of_tokens(indices, states.shape[1])
-    output = scattered_product(attended, proj_weight, inverse, states, indices.shape[2], scale=gates)
-    return output, qkv, attended, log_sums, gates, *inverse
+    deterministic: bool,
+) -> list[Tensor]:
+    """The output, [B, T, h], and what its gradient needs: q, k and v, gated attention, log sums, gates, rows."""
+    states, scores = with_contiguous_rows(hidden_states), scores.contiguous()
+    selected, length = indices.shape[2], states.shape[1]
+    documents = None if document_starts is None else document_starts.contiguous()
+    rows = rows_of(indices.contiguous(), length)
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents, restart_rotary)
+    qkv = gathered_product(states, rows, qkv_weight, parts=3, rotation=rotation)  # [E, B * k, 3h']
+    gated, log_sums, gates = attend(qkv, rows, scores, selected, documents)
+    output = scattered_product(gated, proj_weight, rows, states, selected, deterministic=deterministic)
+    return [output, qkv, gated, log_sums, gates, *rows]
 
 
 @fused_attention.register_fake
@@ -74,19 +78,22 @@ def _(
     rotary_base: float,
     document_starts: Tensor | None,
     restart_rotary: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    deterministic: bool,
+) -> list[Tensor]:
     batch, length, _ = hidden_states.shape
     _, heads, selected = indices.shape
     rows, size = batch * selected, proj_weight.shape[1]
-    return (
+    return [
         torch.empty_like(hidden_states),
         hidden_states.new_empty((heads, rows, 3 * size)),
         hidden_states.new_empty((heads, rows, size)),
         hidden_states.new_empty((heads, rows), dtype=torch.float32),
         hidden_states.new_empty((heads, rows), dtype=torch.float32),
+        indices.new_empty((heads, rows), dtype=torch.int32),
+        indices.new_empty((heads, batch + 1), dtype=torch.int32),
         indices.new_empty(batch * length + 1, dtype=torch.int32),
         indices.new_empty(indices.numel(), dtype=torch.int32),
-    )
+    ]
 
 
 @torch.library.custom_op("megatron_mosa::fused_attention_backward", mutates_args=())
@@ -94,42 +101,45 @@ def fused_attention_backward(
     of_output: Tensor,
     hidden_states: Tensor,
     router_weight: Tensor,
-    indices: Tensor,
     qkv_weight: Tensor,
     proj_weight: Tensor,
+    document_starts: Tensor | None,
     qkv: Tensor,
-    attended: Tensor,
+    gated: Tensor,
     log_sums: Tensor,
     gates: Tensor,
-    offsets: Tensor,
-    entries: Tensor,
+    rows: list[Tensor],
+    selected: int,
     rotary_percent: float,
     rotary_base: float,
-    document_starts: Tensor | None,
     restart_rotary: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the states, the router, W_QKV and W_O."""
     states, of_output = with_contiguous_rows(hidden_states), with_contiguous_rows(of_output)
-    indices = indices.contiguous()
-    document_starts = None if document_starts is None else document_starts.contiguous()
-    tables = _tables(states, proj_weight, rotary_percent, rotary_base)
+    length, of = states.shape[1], Rows(*rows)
+    documents = None if document_starts is None else document_starts.contiguous()
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents, restart_rotary)
     of_router, of_qkv_weight, of_proj_weight = (
         torch.empty_like(weight, memory_format=torch.contiguous_format)
         for weight in (router_weight, qkv_weight, proj_weight)
     )
-    of_gated = gathered_product(of_output, indices, proj_weight.transpose(1, 2))  # [E, B * k, h']
-    weight_gradient(of_output, indices, attended, of_proj_weight.transpose(1, 2), scale=gates)
+    of_gated = gathered_product(of_output, of, proj_weight.transpose(1, 2))  # [E, B * k, h']
+    weight_gradient(of_output, of, gated, of_proj_weight.transpose(1, 2))
     of_qkv, of_logits = attend_backward(
-        qkv, indices, (attended, log_sums, gates), of_gated, tables, document_starts, restart_rotary, states.shape[1]
+        qkv, of, (gated, log_sums, gates), of_gated, selected, length, documents, rotation
     )
-    weight_gradient(states, indices, of_qkv, of_qkv_weight, parts=3, extra=of_logits, extra_output=of_router)
+    del of_gated
+    weight_gradient(states, of, of_qkv, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router)
     of_states = scattered_product(
         of_qkv,
         qkv_weight.transpose(1, 2),
-        (offsets, entries),
+        of,
         states,
-        indices.shape[2],
-        extra=(of_logits, router_weight.contiguous()),
+        selected,
+        parts=3,
+        pairs=(of_logits, router_weight.contiguous()),
+        deterministic=deterministic,
     )
     return of_states, of_router, of_qkv_weight, of_proj_weight
 
@@ -139,7 +149,6 @@ def _(
     of_output: Tensor,
     hidden_states: Tensor,
     router_weight: Tensor,
-    indices: Tensor,
     qkv_weight: Tensor,
     proj_weight: Tensor,
     *_: object,
@@ -151,24 +160,25 @@ def _(
     return torch.empty_like(hidden_states), of_router, of_qkv_weight, of_proj_weight
 
 
-def _tables(states: Tensor, proj_weight: Tensor, percent: float, base: float) -> tuple[Tensor, Tensor]:
-    return rotary_table(states.shape[1], rotary_dim(proj_weight.shape[1], percent) // 2, base, states.device)
+def _rotation(
+    states: Tensor, proj_weight: Tensor, percent: float, base: float, documents: Tensor | None, restarts: bool
+) -> Rotation:
+    tables = rotary_table(states.shape[1], rotary_dim(proj_weight.shape[1], percent) // 2, base, states.device)
+    return Rotation(*tables, documents if restarts else None)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    states, router, _, indices, qkv_weight, proj_weight, percent, base, starts, restarts = inputs
-    _, qkv, attended, log_sums, gates, offsets, entries = output
-    ctx.save_for_backward(
-        states, router, indices, qkv_weight, proj_weight, qkv, attended, log_sums, gates, offsets, entries, starts
+def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    states, router, _, indices, qkv_weight, proj_weight, percent, base, documents, restarts, deterministic = inputs
+    ctx.save_for_backward(states, router, qkv_weight, proj_weight, documents, *output[1:])
+    ctx.options = indices.shape[2], percent, base, restarts, deterministic
+
+
+def _backward(ctx: Any, of_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    of_states, of_router, of_qkv, of_proj = fused_attention_backward(
+        of_outputs[0], *saved[:9], list(saved[9:]), *ctx.options
     )
-    ctx.options = percent, base, restarts
-
-
-def _backward(ctx: Any, of_output: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    *saved, starts = ctx.saved_tensors
-    percent, base, restarts = ctx.options
-    of_states, of_router, of_qkv, of_proj = fused_attention_backward(of_output, *saved, percent, base, starts, restarts)
-    return of_states, of_router, None, None, of_qkv, of_proj, None, None, None, None
+    return of_states, of_router, None, None, of_qkv, of_proj, None, None, None, None, None
 
 
 fused_attention.register_autograd(_backward, setup_context=_keep)
@@ -191,6 +201,16 @@ def _attention_flops(
 
 @register_flop_formula(torch.ops.megatron_mosa.fused_attention_backward)
 def _(
-    of_output: tuple[int, ...], states: tuple[int, ...], router: object, indices: tuple[int, ...], *_: Any, **__: object
+    of_output: object,
+    states: tuple[int, ...],
+    router: object,
+    qkv_weight: object,
+    proj_weight: tuple[int, ...],
+    documents: object,
+    qkv: tuple[int, ...],
+    *rest: Any,
+    **__: object,
 ) -> int:
-    return 2 * _attention_flops(states, router, None, indices, *_)
+    heads, rows, _ = qkv
+    selected = rest[4]
+    return 2 * _attention_flops(states, router, None, (rows // selected, heads, selected), qkv_weight, proj_weight)

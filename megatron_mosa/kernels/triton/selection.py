@@ -1,4 +1,4 @@
-"""Router scores, the selection of each head, and where each token's rows lie."""
+"""Router scores, and the selection of each head."""
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides, with_contiguous_rows
 
-SELECT_BLOCK = 4096  # scores of a head that one program holds at once
+SELECT_BLOCK = 16_384  # scores of a head that one program holds at once
 
 
 @triton.jit
@@ -69,24 +69,45 @@ def _keys(scores, row, token, T, INCLUDE_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _select_kernel(scores, indices, T, K, INCLUDE_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _reached(key, low, step):
+    """How many keys reach low + step, + 2 step and + 3 step: three counts in one number, for one reduction."""
+    counts = (key >= low + step).to(tl.int64) + ((key >= low + 2 * step).to(tl.int64) << 21)
+    return tl.sum(counts + ((key >= low + 3 * step).to(tl.int64) << 42))
+
+
+@triton.jit
+def _select_kernel(
+    scores, indices, T, K, INCLUDE_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    # The k-th largest key, bit by bit from the highest: the largest value that k keys reach.
-    threshold = 0
-    for step in range(31):
-        candidate = threshold | (1 << (30 - step))
-        reached = 0
-        for start in range(0, T, BLOCK):
-            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
-            reached += tl.sum((key >= candidate).to(tl.int32))
-        threshold = tl.where(reached >= K, candidate, threshold)
+    key = _keys(scores, row, lane, T, INCLUDE_FIRST)
+    # The k-th largest key, bit by bit from the highest, two at a time: the largest value that k keys reach.
+    top: tl.constexpr = 1 << 30
     above = 0
     for start in range(0, T, BLOCK):
-        above += tl.sum((_keys(scores, row, start + lane, T, INCLUDE_FIRST) > threshold).to(tl.int32))
+        if not IS_ONE_BLOCK:
+            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
+        above += tl.sum((key >= top).to(tl.int32))
+    threshold = tl.where(above >= K, top, 0)
+    for place in range(15):
+        step = 1 << (28 - 2 * place)
+        counts = tl.full((), 0, tl.int64)
+        for start in range(0, T, BLOCK):
+            if not IS_ONE_BLOCK:
+                key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
+            counts += _reached(key, threshold, step)
+        steps = ((counts & 0x1FFFFF) >= K).to(tl.int32) + (((counts >> 21) & 0x1FFFFF) >= K).to(tl.int32)
+        threshold += step * (steps + ((counts >> 42) >= K).to(tl.int32))
+    above = 0
+    for start in range(0, T, BLOCK):
+        if not IS_ONE_BLOCK:
+            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
+        above += tl.sum((key > threshold).to(tl.int32))
     ties_left, taken = K - above, 0
     for start in range(0, T, BLOCK):
-        key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
+        if not IS_ONE_BLOCK:
+            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
         ties = (key == threshold).to(tl.int32)
         chosen = (key > threshold) | ((ties == 1) & (tl.cumsum(ties) <= ties_left))  # ties: the earlier ones
         count = chosen.to(tl.int32)
@@ -97,69 +118,18 @@ def _select_kernel(scores, indices, T, K, INCLUDE_FIRST: tl.constexpr, BLOCK: tl
 
 
 def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
-    """int64 [B, E, k] in position order, of fp32 scores [B, E, T] above 0; ties go to the earlier token."""
+    """int64 [B, E, k] in position order, of fp32 scores [B, E, T] above 0; ties go to the earlier token.
+
+    Raises:
+        ValueError: T of 2^21 or more.
+    """
     batch, heads, length = scores.shape
+    if length >= 2**21:
+        raise ValueError(f"scores of T = {length} tokens; legal: below {2**21}")
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
     block = min(power_of_2(length), SELECT_BLOCK)
     _select_kernel[(batch * heads,)](
-        scores.contiguous(), indices, length, num_selected, INCLUDE_FIRST=include_first_token, BLOCK=block,
-        num_warps=max(1, min(8, block // 512)),
+        scores.contiguous(), indices, length, num_selected, INCLUDE_FIRST=include_first_token,
+        IS_ONE_BLOCK=length <= block, BLOCK=block, num_warps=max(1, min(16, block // 1024)),
     )  # fmt: skip
     return indices
-
-
-@triton.jit
-def _slot_kernel(indices, slots, SIZE, K, T, BLOCK: tl.constexpr):
-    """Write each slot's number at its token, in a map of [B, E, T]."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(indices + place, mask=place < SIZE, other=T)
-    slot = (place % K).to(slots.dtype.element_ty)
-    tl.store(slots + place // K * T + token, slot, mask=token < T)
-
-
-@triton.jit
-def _inverse_kernel(slots, offsets, entries, E, K, T, FILLS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):
-    """Count the heads that take a token, into offsets[n + 1]; or, these summed up, write the tokens' entries."""
-    batch = tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    place = offsets + batch.to(tl.int64) * T + token
-    taken = tl.zeros((TOKENS,), dtype=tl.int32)
-    if FILLS:
-        taken = tl.load(place, mask=token < T, other=0)
-    for start in range(0, E, HEADS):
-        head = start + tl.arange(0, HEADS)
-        inside = (head < E)[:, None] & (token < T)[None]
-        slot = tl.load(slots + (batch.to(tl.int64) * E + head[:, None]) * T + token[None], mask=inside, other=-1)
-        has = (slot >= 0).to(tl.int32)  # [HEADS, TOKENS]
-        if FILLS:
-            entry = taken[None] + tl.cumsum(has, axis=0) - 1
-            tl.store(entries + entry, head[:, None] * K + slot, mask=has == 1)
-        taken += tl.sum(has, axis=0)
-    if not FILLS:
-        tl.store(place + 1, taken, mask=token < T)
-
-
-def rows_of_tokens(indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The inverse of the selection, by token and in the order of heads: what sums over heads in a fixed order need.
-
-    Returns:
-        offsets int32 [B * T + 1] and entries int32 [B * E * k]: the entries of token n = b * T + t lie from offsets[n]
-        on; each is head * k + slot, of sequence b.
-
-    Raises:
-        ValueError: B * E * k is beyond int32.
-    """
-    batch, heads, selected = indices.shape
-    if indices.numel() >= 2**31:
-        raise ValueError(f"B * E * k = {indices.numel()} selected tokens at once; legal: below {2**31}")
-    kind = torch.int16 if selected < 2**15 else torch.int32
-    slots = torch.full((batch, heads, length), -1, dtype=kind, device=indices.device)
-    size = indices.numel()
-    _slot_kernel[(triton.cdiv(size, 1024),)](indices, slots, size, selected, length, BLOCK=1024)
-    offsets = torch.zeros(batch * length + 1, dtype=torch.int32, device=indices.device)
-    entries = torch.empty(size, dtype=torch.int32, device=indices.device)
-    grid = (triton.cdiv(length, 64), batch)
-    _inverse_kernel[grid](slots, offsets, entries, heads, selected, length, FILLS=False, HEADS=32, TOKENS=64)
-    offsets = offsets.cumsum(0, dtype=torch.int32)
-    _inverse_kernel[grid](slots, offsets, entries, heads, selected, length, FILLS=True, HEADS=32, TOKENS=64)
-    return offsets, entries

@@ -7,34 +7,54 @@ import torch
 from megatron_mosa.kernels.triton.common import power_of_2, shared_memory
 
 Tiles = dict[str, int]
+L2_BYTES = 24 << 20  # of the states that all heads gather from at a time: half of Hopper's cache
+
+
+def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
+    """How many tiles of rows all heads take before the next: what lets device memory be read least.
+
+    Args:
+        tiles: of one head.
+        tile_bytes: of the states among which the tokens of a tile lie.
+        weight_bytes: of the matrices of all heads, read once for each group.
+    """
+    if weight_bytes <= L2_BYTES:
+        return 1
+    return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
 def gathered(dtype: torch.dtype, parts: int, size: int) -> Tiles:
     """Rows of a head by columns of its matrix; INNER is along the width of the states."""
+    columns = power_of_2(size)
     if dtype == torch.float32:
-        return dict(ROWS=64, COLUMNS=min(power_of_2(size), 32), INNER=32, num_warps=4, num_stages=3)
-    columns = min(power_of_2(size), 64 if parts == 3 else 128)
+        return dict(ROWS=32, COLUMNS=columns, INNER=32, num_warps=4, num_stages=2)
+    if parts * columns > 256:
+        return dict(ROWS=128, COLUMNS=columns, INNER=64, num_warps=8, num_stages=2)
     return dict(ROWS=128, COLUMNS=columns, INNER=64, num_warps=8, num_stages=3)
 
 
-def scattered(dtype: torch.dtype, size: int) -> Tiles:
-    """Rows of a head by columns of the output; INNER is along the width of a head."""
-    if dtype == torch.float32:
-        return dict(ROWS=64, COLUMNS=64, INNER=min(power_of_2(size), 32), num_warps=4, num_stages=2)
-    return dict(ROWS=128, COLUMNS=128, INNER=min(power_of_2(size), 64), num_warps=8, num_stages=2)
+def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
+    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows."""
+    bytes_each = torch.empty((), dtype=dtype).element_size()
+    rows, columns = (32, 32) if dtype == torch.float32 else (128, 128)
+    while columns > 32 and parts * power_of_2(size) * (rows + 2 * columns) * bytes_each > 0.95 * shared_memory(device):
+        rows, columns = max(64, rows // 2), columns // 2
+    return dict(ROWS=rows, COLUMNS=columns, SWEEP=4, num_warps=4 if rows * columns <= 64 * 64 else 8, num_stages=2)
 
 
 def combine(width: int) -> Tiles:
-    """Partial products of one token at a time by columns of the output."""
-    return dict(ENTRIES=4, COLUMNS=min(power_of_2(width), 1024), num_warps=4)
+    """UNROLL partial products of one token at a time by columns of the output."""
+    columns = min(power_of_2(width), 1024)
+    return dict(UNROLL=8, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
-    """COLUMNS of the states by INNER of the values; ROWS is along the rows of a head."""
+    """COLUMNS of the states by WIDTH of the values; ROWS is along the rows of a head."""
+    width = power_of_2(size)
     if dtype == torch.float32:
-        return dict(ROWS=32, COLUMNS=64, INNER=min(power_of_2(size), 32), num_warps=4, num_stages=3)
-    inner = min(power_of_2(size), 64 if parts == 3 else 128)
-    return dict(ROWS=64, COLUMNS=128, INNER=inner, num_warps=8, num_stages=3)
+        return dict(ROWS=32, COLUMNS=32, WIDTH=width, num_warps=4, num_stages=2)
+    columns = 128 if parts * width <= 192 else 64
+    return dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=4 if parts == 1 else 8, num_stages=3)
 
 
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int) -> Tiles:
@@ -42,4 +62,4 @@ def attention(dtype: torch.dtype, device: torch.device, selected: int, width: in
     block, size = min(power_of_2(selected), 64), torch.empty((), dtype=dtype).element_size()
     while block > 16 and 13.1 * block * width * size > shared_memory(device):  # what the backward pass takes
         block //= 2
-    return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 64 else 8, num_stages=2)
+    return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 64 else 8, num_stages=1)

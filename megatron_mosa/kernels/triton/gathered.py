@@ -1,0 +1,229 @@
+"""Matrix products over the rows of each head, with the gather of tokens inside."""
+
+# A launch takes more than the kernel's own parameters, which the checker cannot know.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, strides, turned
+from megatron_mosa.kernels.triton.rows import Rows
+
+PAIR = 16  # columns of a number given as two halves, the least that tensor cores take; the others are 0
+
+
+class Rotation(NamedTuple):
+    """How queries and keys are turned."""
+
+    cos: Tensor
+    """fp32 [T, half]; none are turned if half is 0."""
+
+    sin: Tensor
+    starts: Tensor | None
+    """int64 [B, T]: positions count from here; None: from the beginning of the sequence."""
+
+
+@triton.jit
+def positions_of(place, there, batch, starts, T, RESTARTS: tl.constexpr):
+    """What rows are turned by."""
+    token = place - batch * T
+    if RESTARTS:
+        token -= tl.load(starts + place, mask=there, other=0).to(tl.int32)
+    return token
+
+
+@triton.jit
+def _gathered_kernel(
+    states, places, row_starts, weight, output, cos, sin, starts, B, R, E, T, H, stride_b, stride_t,
+    stride_e, stride_h, stride_d,
+    D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
+    PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    head, tile = grouped(tl.program_id(0), tl.cdiv(R, ROWS), E, GROUP)
+    count = tl.load(row_starts + head * (B + 1) + B)
+    if tile * ROWS >= count:
+        return
+    row = tile * ROWS + tl.arange(0, ROWS)
+    there = row < count
+    place = tl.load(places + head.to(tl.int64) * R + row, mask=there, other=0)
+    batch = place // T
+    x_rows = states + (batch.to(tl.int64) * stride_b + (place - batch * T).to(tl.int64) * stride_t)[:, None]
+    part = tl.program_id(1)  # the first
+    column, inner = tl.arange(0, COLUMNS), tl.arange(0, INNER)
+    columns = weight + head.to(tl.int64) * stride_e + (part * D + column).to(tl.int64)[None] * stride_d
+    first = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if PARTS == 3:  # queries, keys and values share the gathered tokens
+        second, third = first, first
+    for start in range(0, H, INNER):
+        w_rows = columns + (start + inner).to(tl.int64)[:, None] * stride_h
+        if IS_WHOLE:
+            x, w = tl.load(x_rows + (start + inner)[None]), tl.load(w_rows)
+        else:
+            inside = start + inner < H
+            mask = inside[:, None] & (column < D)[None]
+            x, w = tl.load(x_rows + (start + inner)[None], mask=inside[None], other=0.0), tl.load(w_rows, mask, 0.0)
+        first = dot(x, w, first, INTERPRETED)
+        if PARTS == 3:
+            if IS_WHOLE:
+                w, other = tl.load(w_rows + D * stride_d), tl.load(w_rows + 2 * D * stride_d)
+            else:
+                w, other = tl.load(w_rows + D * stride_d, mask, 0.0), tl.load(w_rows + 2 * D * stride_d, mask, 0.0)
+            second = dot(x, w, second, INTERPRETED)
+            third = dot(x, other, third, INTERPRETED)
+    out = output + (head.to(tl.int64) * R + row)[:, None] * (ALL_PARTS * D) + (part * D + column)[None]
+    mask = there[:, None] & (column < D)[None]
+    if HALF > 0:
+        position = positions_of(place, there, batch, starts, T, RESTARTS)
+        if part < 2:
+            first = turned(first, position, cos, sin, 1.0, states.dtype.element_ty, HALF, COLUMNS, INTERPRETED)
+        if PARTS == 3:
+            second = turned(second, position, cos, sin, 1.0, states.dtype.element_ty, HALF, COLUMNS, INTERPRETED)
+    tl.store(out, first.to(output.dtype.element_ty), mask=mask)
+    if PARTS == 3:
+        tl.store(out + D, second.to(output.dtype.element_ty), mask=mask)
+        tl.store(out + 2 * D, third.to(output.dtype.element_ty), mask=mask)
+
+
+def together(parts: int, size: int) -> int:
+    """How many of the parts one program takes: all of them up to head dimension 128."""
+    return parts if size <= 128 else 1
+
+
+def gathered_product(
+    states: Tensor, rows: Rows, weight: Tensor, parts: int = 1, rotation: Rotation | None = None
+) -> Tensor:
+    """The selected tokens of each head times its matrix.
+
+    Args:
+        states: [B, T, h], contiguous in the last dimension.
+        rows: of the selection.
+        weight: [E, h, parts * d] with any strides.
+        parts: 1 or 3 (q, k and v).
+        rotation: turns q and k.
+
+    Returns:
+        [E, B * k, parts * d] in the type of ``states``; what lies behind a head's last row is undefined.
+    """
+    batch, length, width = states.shape
+    heads, capacity = rows.places.shape
+    size = weight.shape[2] // parts
+    output = states.new_empty((heads, capacity, parts * size))
+    at_once = together(parts, size)
+    chosen = tiles.gathered(states.dtype, at_once, size)
+    number = triton.cdiv(capacity, chosen["ROWS"])
+    sequence = length * width * states.element_size()
+    group = tiles.group(
+        number, sequence * chosen["ROWS"] * batch // capacity, weight.numel() * weight.element_size() * at_once // parts
+    )
+    cos, sin, starts = rotation or (None, None, None)
+    _gathered_kernel[(number * heads, parts // at_once)](
+        states, rows.places, rows.starts, weight, output, cos, sin, starts, batch, capacity, heads, length, width,
+        *strides(states), *weight.stride(),
+        D=size, HALF=0 if cos is None else cos.shape[1], RESTARTS=starts is not None,
+        IS_WHOLE=width % chosen["INNER"] == 0 and size == chosen["COLUMNS"], INTERPRETED=INTERPRET,
+        PARTS=at_once, ALL_PARTS=parts, GROUP=group, **chosen,
+    )  # fmt: skip
+    return output
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    states, places, row_starts, values, pairs, output, pair_output, B, R, T, H, stride_b, stride_t,
+    stride_s, stride_e, stride_h, stride_d, pair_stride_s,
+    D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
+    PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head, split, part = tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # of the states
+    inner = tl.arange(0, WIDTH)  # of the values
+    count = tl.load(row_starts + head * (B + 1) + B)
+    share = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
+    first = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
+    if PARTS == 3:
+        second, third = first, first
+    if HAS_PAIRS:
+        along = tl.zeros((COLUMNS, PAIR), dtype=tl.float32)
+    for start in range(split * share, tl.minimum(count, (split + 1) * share), ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = row < count
+        source = head.to(tl.int64) * R + row
+        place = tl.load(places + source, mask=there, other=0)
+        batch = place // T
+        x_rows = states + (batch.to(tl.int64) * stride_b + (place - batch * T).to(tl.int64) * stride_t)[:, None]
+        if IS_WHOLE:
+            x, mask = tl.load(x_rows + column[None]), there[:, None]
+        else:
+            x = tl.load(x_rows + column[None], mask=(column < H)[None], other=0.0)  # [ROWS, COLUMNS]
+            mask = there[:, None] & (inner < D)[None]
+        value = values + source[:, None] * (ALL_PARTS * D) + (part * D + inner)[None]
+        first = dot(tl.trans(x), tl.load(value, mask=mask, other=0.0), first, INTERPRETED)
+        if PARTS == 3:
+            second = dot(tl.trans(x), tl.load(value + D, mask=mask, other=0.0), second, INTERPRETED)
+            third = dot(tl.trans(x), tl.load(value + 2 * D, mask=mask, other=0.0), third, INTERPRETED)
+        if HAS_PAIRS:
+            pair = tl.load(pairs + source[:, None] * PAIR + tl.arange(0, PAIR)[None], mask=there[:, None], other=0.0)
+            along = dot(tl.trans(x), pair, along, INTERPRETED)
+    out = output + split * stride_s + head.to(tl.int64) * stride_e + column.to(tl.int64)[:, None] * stride_h
+    out += (part * D + inner)[None] * stride_d
+    mask = (column < H)[:, None] & (inner < D)[None]
+    tl.store(out, first.to(output.dtype.element_ty), mask=mask)
+    if PARTS == 3:
+        tl.store(out + D * stride_d, second.to(output.dtype.element_ty), mask=mask)
+        tl.store(out + 2 * D * stride_d, third.to(output.dtype.element_ty), mask=mask)
+    if HAS_PAIRS and part == 0:
+        offsets = split * pair_stride_s + head.to(tl.int64) * H + column
+        tl.store(pair_output + offsets, tl.sum(along, axis=1).to(pair_output.dtype.element_ty), mask=column < H)
+
+
+def weight_gradient(
+    states: Tensor,
+    rows: Rows,
+    values: Tensor,
+    output: Tensor,
+    parts: int = 1,
+    pairs: Tensor | None = None,
+    pair_output: Tensor | None = None,
+) -> None:
+    """Write, for each head, the selected tokens transposed times the values of its rows.
+
+    Few heads give few programs: their rows are then split, and the parts added up in fp32.
+
+    Args:
+        states: [B, T, h], contiguous in the last dimension.
+        rows: of the selection.
+        values: [E, B * k, parts * d].
+        output: [E, h, parts * d] with any strides.
+        pairs, pair_output: one more column of values, [E, B * k, PAIR] whose columns are added up, and its result,
+            [E, h].
+    """
+    batch, length, width = states.shape
+    heads, capacity = rows.places.shape
+    size = values.shape[2] // parts
+    at_once = together(parts, size)
+    chosen = tiles.weight_gradient(states.dtype, at_once, size)
+    number = triton.cdiv(width, chosen["COLUMNS"])
+    programs = number * heads * parts // at_once
+    splits = max(1, min(2 * multiprocessors(states.device) // programs, capacity // 512))
+    outputs, pair_outputs = output[None], pair_output if pair_output is None else pair_output[None]
+    if splits > 1:
+        outputs = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
+        pair_outputs = None if pair_output is None else outputs.new_empty((splits, *pair_output.shape))
+    _weight_gradient_kernel[(number, heads, splits * parts // at_once)](
+        states, rows.places, rows.starts, values, pairs, outputs, pair_outputs, batch, capacity, length, width,
+        *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
+        D=size, IS_WHOLE=width % chosen["COLUMNS"] == 0 and size == chosen["WIDTH"], INTERPRETED=INTERPRET,
+        HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
+    )  # fmt: skip
+    if splits > 1:
+        output.copy_(outputs.sum(0))
+        if pair_output is not None and pair_outputs is not None:
+            pair_output.copy_(pair_outputs.sum(0))

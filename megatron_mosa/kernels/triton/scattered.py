@@ -1,0 +1,179 @@
+"""Matrix products of the rows of each head, added up over the heads token by token."""
+
+# A launch takes more than the kernel's own parameters, which the checker cannot know.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides
+from megatron_mosa.kernels.triton.gathered import PAIR
+from megatron_mosa.kernels.triton.rows import Rows
+
+PARTIAL_BYTES = 64 << 20  # of the products that wait for their sum over heads, where sequences are smaller
+MOST_BYTES = 512 << 20  # where they are not; beyond, columns wait in turn
+
+
+@triton.jit
+def _scattered_kernel(
+    values, places, row_starts, pairs, pair_weight, weight, partial,
+    FIRST, LAST, N, B, R, K, T, H, FIRST_COLUMN, LAST_COLUMN, stride_e, stride_d, stride_h,
+    D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
+    IS_ATOMIC: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWEEP: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(2)
+    begin = tl.load(row_starts + head * (B + 1) + FIRST)
+    count = tl.load(row_starts + head * (B + 1) + LAST) - begin
+    if tl.program_id(0) * ROWS >= count:
+        return
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here, row = row < count, begin + row
+    source = head.to(tl.int64) * R + row
+    inner = tl.arange(0, WIDTH)
+    a_mask = here[:, None] & (inner < D)[None]
+    a_rows = values + source[:, None] * (PARTS * D) + inner[None]
+    first = tl.load(a_rows, mask=a_mask, other=0.0)
+    if PARTS == 3:
+        second = tl.load(a_rows + D, mask=a_mask, other=0.0)
+        third = tl.load(a_rows + 2 * D, mask=a_mask, other=0.0)
+    if HAS_PAIRS:
+        scale = tl.load(pairs + source * PAIR, mask=here, other=0.0).to(tl.float32)
+        scale += tl.load(pairs + source * PAIR + 1, mask=here, other=0.0).to(tl.float32)
+    place = tl.load(places + source, mask=here, other=0)
+    if IS_ATOMIC:
+        out_rows = partial + (place.to(tl.int64) * H)[:, None]
+    else:
+        batch = place // T
+        slot = row - tl.load(row_starts + head * (B + 1) + batch, mask=here, other=0)
+        target = head.to(tl.int64) * N + (batch - FIRST) * K + slot
+        out_rows = partial + (target * (LAST_COLUMN - FIRST_COLUMN) - FIRST_COLUMN)[:, None]
+    sweep_from = FIRST_COLUMN + tl.program_id(1) * (SWEEP * COLUMNS)
+    for start in range(sweep_from, tl.minimum(LAST_COLUMN, sweep_from + SWEEP * COLUMNS), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        w_rows = weight + head.to(tl.int64) * stride_e + inner.to(tl.int64)[:, None] * stride_d
+        w_rows += column.to(tl.int64)[None] * stride_h
+        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        if IS_WHOLE:
+            product = dot(first, tl.load(w_rows), product, INTERPRETED)
+            if PARTS == 3:
+                product = dot(second, tl.load(w_rows + D * stride_d), product, INTERPRETED)
+                product = dot(third, tl.load(w_rows + 2 * D * stride_d), product, INTERPRETED)
+        else:
+            mask = (inner < D)[:, None] & (column < LAST_COLUMN)[None]
+            product = dot(first, tl.load(w_rows, mask=mask, other=0.0), product, INTERPRETED)
+            if PARTS == 3:
+                product = dot(second, tl.load(w_rows + D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
+                product = dot(third, tl.load(w_rows + 2 * D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
+        if HAS_PAIRS:
+            w = tl.load(pair_weight + head.to(tl.int64) * H + column, mask=column < LAST_COLUMN, other=0.0)
+            product += scale[:, None] * w.to(tl.float32)[None]
+        mask = here[:, None] & (column < LAST_COLUMN)[None]
+        if IS_ATOMIC:
+            tl.atomic_add(out_rows + column[None], product, mask=mask, sem="relaxed")
+        else:
+            tl.store(out_rows + column[None], product.to(partial.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _combine_kernel(
+    partial, offsets, entries, output, FIRST, N, K, T, FIRST_COLUMN, LAST_COLUMN, stride_b, stride_t,
+    UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token, of_chunk = tl.program_id(0), tl.program_id(1)  # of_chunk: the sequence within the chunk
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    width = LAST_COLUMN - FIRST_COLUMN
+    batch = FIRST + of_chunk
+    begin = tl.load(offsets + batch.to(tl.int64) * T + token)
+    end = tl.load(offsets + batch.to(tl.int64) * T + token + 1)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(begin, end, UNROLL):
+        for step in tl.static_range(UNROLL):
+            there = start + step < end
+            entry = tl.load(entries + start + step, mask=there, other=0)
+            row = (entry // K).to(tl.int64) * N + of_chunk * K + entry % K
+            total += tl.load(partial + row * width + column, mask=(column < width) & there, other=0.0).to(tl.float32)
+    out = output + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + FIRST_COLUMN + column
+    tl.store(out, total.to(output.dtype.element_ty), mask=column < width)
+
+
+def chunk_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
+    """How many sequences, and how many columns of them, wait for their sum at a time."""
+    sequences = max(1, min(batch, PARTIAL_BYTES // sequence_bytes))
+    if sequence_bytes <= MOST_BYTES or width <= 256:
+        return sequences, width
+    return sequences, max(256, width * MOST_BYTES // sequence_bytes // 256 * 256)
+
+
+def scattered_product(
+    values: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    like: Tensor,
+    selected: int,
+    parts: int = 1,
+    pairs: tuple[Tensor, Tensor] | None = None,
+    deterministic: bool = True,
+) -> Tensor:
+    """Rows of each head times its matrix, added up over the heads at the rows' tokens.
+
+    Args:
+        values: [E, B * k, parts * d].
+        weight: [E, parts * d, h] with any strides.
+        rows: of the selection.
+        like: [B, T, h], whose shape, type and strides the result has.
+        selected: k.
+        parts: 1 or 3, which only says how d is tiled.
+        pairs: [E, B * k, PAIR], numbers as the sums of their columns, and [E, h]: their outer products are added.
+        deterministic: the products wait for their sum, some sequences at a time, in the type of ``like``, and are
+            summed in the order of heads; otherwise fp32 atomics add them in any order.
+
+    Returns:
+        [B, T, h].
+    """
+    batch, length, width = like.shape
+    heads, capacity = rows.places.shape
+    size = values.shape[2] // parts
+    chosen = tiles.scattered(values.dtype, values.device, parts, size)
+    options = dict(
+        D=size, WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None, PARTS=parts, PAIR=PAIR,
+        IS_ATOMIC=not deterministic, **chosen,
+    )  # fmt: skip
+
+    def multiply(into: Tensor, first: int, last: int, first_column: int, last_column: int) -> None:
+        columns = last_column - first_column
+        grid = (
+            triton.cdiv((last - first) * selected, chosen["ROWS"]),
+            triton.cdiv(columns, chosen["COLUMNS"] * chosen["SWEEP"]),
+            heads,
+        )
+        _scattered_kernel[grid](
+            values, rows.places, rows.starts, *(pairs or (None, None)), weight, into, first, last,
+            (last - first) * selected, batch, capacity, selected, length, width, first_column, last_column,
+            *weight.stride(), IS_WHOLE=columns % chosen["COLUMNS"] == 0 and size == options["WIDTH"], **options,
+        )  # fmt: skip
+
+    if not deterministic:
+        sums = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        multiply(sums, 0, batch, 0, width)
+        return torch.empty_like(like).copy_(sums)
+    output = torch.empty_like(like)
+    sequences, columns = chunk_of(batch, heads * selected * width * values.element_size(), width)
+    partial = values.new_empty(heads * sequences * selected * columns)
+    for first in range(0, batch, sequences):
+        last = min(batch, first + sequences)
+        for first_column in range(0, width, columns):
+            last_column = min(width, first_column + columns)
+            multiply(partial, first, last, first_column, last_column)
+            chosen_sum = tiles.combine(last_column - first_column)
+            grid = (length, last - first, triton.cdiv(last_column - first_column, chosen_sum["COLUMNS"]))
+            _combine_kernel[grid](
+                partial, rows.offsets, rows.entries, output, first, (last - first) * selected, selected, length,
+                first_column, last_column, *strides(output), **chosen_sum,
+            )  # fmt: skip
+    return output
