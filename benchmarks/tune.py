@@ -1,6 +1,6 @@
 """Times every stage of the fused layer, alone and with other tiles: what ``kernels/triton/tiles.py`` is chosen by.
 
-    python -m benchmarks.tune --shape 1 [--stages qkv,out] [--workers 12]
+    python -m benchmarks.tune --shapes 1 [--present] [--stages qkv,out] [--workers 12]
 
 Candidates are compiled in parallel first. A candidate whose result is not that of the present tiles is named and left
 out; one that does not fit the card is left out.
@@ -24,7 +24,9 @@ from torch import Tensor
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import measure
-from megatron_mosa.kernels.triton import attention, products, selection, tiles
+from megatron_mosa.kernels.triton import attention, gathered, scattered, selection, tiles
+from megatron_mosa.kernels.triton.gathered import Rotation
+from megatron_mosa.kernels.triton.rows import rows_of
 
 Override = dict[str, int]
 
@@ -34,61 +36,91 @@ def grid(**values: list[int]) -> list[Override]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-MATRIX = grid(ROWS=[64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])
+ROWS_AND_WARPS = [dict(ROWS=64, num_warps=4), dict(ROWS=128, num_warps=8), dict(ROWS=256, num_warps=8)]
+GATHERED = [
+    base | more
+    for base in ROWS_AND_WARPS
+    for more in [*grid(INNER=[64], num_stages=[2, 3, 4]), *grid(INNER=[32], num_stages=[4, 6])]
+]
+ATTENTION = grid(BLOCK=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2])
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
-    "qkv": ("gathered", MATRIX),
-    "dA": ("gathered", MATRIX),
-    "attention": ("attention", grid(BLOCK=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2])),
-    "attention backward": ("attention", grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2])),
-    "out": ("scattered", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8])),
-    "dX": ("scattered", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
-    "dW_O": ("weight_gradient", grid(ROWS=[32, 64, 128], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[2, 3])),
-    "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[2, 3])),
+    "qkv": ("gathered", GATHERED),
+    "dA": ("gathered", GATHERED),
+    "attention": ("attention", ATTENTION),
+    "attention backward": ("attention", ATTENTION),
+    "out": (
+        "scattered",
+        [base | more for base in ROWS_AND_WARPS for more in grid(COLUMNS=[64, 128], SWEEP=[4, 16], num_stages=[2])],
+    ),
+    "dX": (
+        "scattered",
+        [
+            base | more
+            for base in [*ROWS_AND_WARPS, dict(ROWS=128, num_warps=4)]
+            for more in grid(COLUMNS=[64, 128], SWEEP=[4, 16], num_stages=[2, 3])
+        ],
+    ),
+    "sum over heads": ("combine", grid(UNROLL=[4, 8], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
+    "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
+    "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": ("", []),
     "selection": ("", []),
-    "inverse": ("", []),
+    "rows": ("", []),
+    "out, atomic": ("", []),
+    "dX, atomic": ("", []),
 }
 
 
 def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     """Each stage of one layer as a function without arguments."""
+    k = shape.selected
     with torch.no_grad():
         states, router, qkv_weight, proj_weight = (t.detach() for t in layer_inputs(shape, shape.batch, device=device))
         scores = selection.router_scores(states, router)
-        indices = selection.select(scores, shape.selected, True)
-        inverse = selection.rows_of_tokens(indices, shape.length)
-        tables = attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device)
-        qkv = products.gathered_product(states, indices, qkv_weight, parts=3)
-        saved = attention.attend(qkv, indices, scores, tables, None, False)
-        gates = saved[2]
-        of_gated = products.gathered_product(states, indices, proj_weight.transpose(1, 2))
-        of_qkv, of_logits = attention.attend_backward(qkv, indices, saved, of_gated, tables, None, False, shape.length)
+        indices = selection.select(scores, k, True)
+        rows = rows_of(indices, shape.length)
+        rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
+        qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
+        saved = attention.attend(qkv, rows, scores, k, None)
+        of_gated = gathered.gathered_product(states, rows, proj_weight.transpose(1, 2))
+        of_qkv, of_logits = attention.attend_backward(qkv, rows, saved, of_gated, k, shape.length, None, rotation)
     of_proj, of_qkv_weight, of_router = map(torch.empty_like, (proj_weight, qkv_weight, router))
-    k = shape.selected
 
     def of_weights(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
-        products.weight_gradient(states, indices, values, out, **options)
+        gathered.weight_gradient(states, rows, values, out, **options)
         return result
+
+    def out(deterministic: bool = True) -> Tensor:
+        return scattered.scattered_product(saved[0], proj_weight, rows, states, k, deterministic=deterministic)
+
+    def of_states(deterministic: bool = True) -> Tensor:
+        return scattered.scattered_product(
+            of_qkv, qkv_weight.mT, rows, states, k, 3, (of_logits, router), deterministic=deterministic
+        )
 
     return {
         "scores": lambda: selection.router_scores(states, router),
         "selection": lambda: selection.select(scores, k, True),
-        "inverse": lambda: selection.rows_of_tokens(indices, shape.length)[1],
-        "qkv": lambda: products.gathered_product(states, indices, qkv_weight, parts=3),
-        "attention": lambda: attention.attend(qkv, indices, scores, tables, None, False)[0],
-        "out": lambda: products.scattered_product(saved[0], proj_weight, inverse, states, k, scale=gates),
-        "dA": lambda: products.gathered_product(states, indices, proj_weight.transpose(1, 2)),
-        "dW_O": lambda: of_weights(saved[0], of_proj.transpose(1, 2), of_proj, scale=gates),
+        "rows": lambda: rows_of(indices, shape.length).entries,
+        "qkv": lambda: gathered.gathered_product(states, rows, qkv_weight, rotation),
+        "attention": lambda: attention.attend(qkv, rows, scores, k, None)[0],
+        "out": out,
+        "dA": lambda: gathered.gathered_product(states, rows, proj_weight.mT),
+        "dW_O": lambda: of_weights(saved[0], of_proj.mT, of_proj),
         "attention backward": lambda: attention.attend_backward(
-            qkv, indices, saved, of_gated, tables, None, False, shape.length
+            qkv, rows, saved, of_gated, k, shape.length, None, rotation
         )[0],
         "dW_QKV": lambda: of_weights(
-            of_qkv, of_qkv_weight, of_qkv_weight, parts=3, extra=of_logits, extra_output=of_router
+            of_qkv, of_qkv_weight, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router
         ),
-        "dX": lambda: products.scattered_product(
-            of_qkv, qkv_weight.transpose(1, 2), inverse, states, k, extra=(of_logits, router)
-        ),
+        "dX": of_states,
+        "sum over heads": out,
+        "out, atomic": lambda: out(False),
+        "dX, atomic": lambda: of_states(False),
     }
+
+
+ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic")  # stages that do not count
 
 
 @contextmanager
@@ -100,9 +132,9 @@ def overridden(function: str, override: Override) -> Iterator[None]:
 
 
 def precompile(job: tuple[Shape, str, list[Override]]) -> None:
-    """Fill Triton's cache, on a shape of one sequence."""
+    """Fill Triton's cache, on a shape of two sequences and few heads (as divisible by 16 as all of them)."""
     shape, stage, overrides = job
-    run = stages(replace(shape, batch=1))[stage]
+    run = stages(replace(shape, batch=2, heads=16 + shape.heads % 16))[stage]
     for override in overrides:
         try:
             with overridden(CANDIDATES[stage][0], override):
@@ -112,9 +144,9 @@ def precompile(job: tuple[Shape, str, list[Override]]) -> None:
             print(f"{stage} {override}: {type(error).__name__}", flush=True)
 
 
-def tune(stage: str, run: Callable[[], Tensor]) -> str:
+def tune(stage: str, run: Callable[[], Tensor], overrides: list[Override]) -> str:
     """A line: the present time, and the best others."""
-    function, overrides = CANDIDATES[stage]
+    function = CANDIDATES[stage][0]
     present, expected = measure(run, seconds=0.1).milliseconds, run().clone()
     found: list[tuple[float, Override]] = []
     for override in overrides:
@@ -127,33 +159,40 @@ def tune(stage: str, run: Callable[[], Tensor]) -> str:
                 found.append((measure(run, seconds=0.1).milliseconds, override))
         except Exception:
             continue
-    best = "  ".join(f"{time:.3f} {override}" for time, override in sorted(found, key=lambda pair: pair[0])[:3])
+    best = "  ".join(
+        f"{time:.3f} {'/'.join(str(value) for value in override.values())}"
+        for time, override in sorted(found, key=lambda pair: pair[0])[:5]
+    )
     return f"{stage:20} {present:8.3f} ms   best: {best}"
 
 
 def main(
-    shape: Annotated[int, typer.Option(help="1 to 6")] = 1,
+    shapes: Annotated[str, typer.Option(help="numbers, 1 to 6")] = "1",
     only: Annotated[str, typer.Option("--stages", help="names, separated by commas; none: all")] = "",
+    present: Annotated[bool, typer.Option(help="measure the present tiles only")] = False,
     workers: Annotated[int, typer.Option(help="processes that compile; 0: none")] = 12,
 ) -> None:
     """Print a line for each stage."""
-    chosen = SHAPES[shape - 1]
     names = [name for name in CANDIDATES if not only or name in only.split(",")]
-    if workers:
-        jobs = [
-            (chosen, name, overrides)
-            for name in names
-            for overrides in (CANDIDATES[name][1][first : first + 4] for first in range(0, len(CANDIDATES[name][1]), 4))
-        ]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(precompile, jobs))
-    print(f"{torch.cuda.get_device_name()}: shape {shape}: {chosen}", flush=True)
-    runs, total = stages(chosen), 0.0
-    for name in names:
-        line = tune(name, runs[name])
-        total += float(line[20:].split()[0])
-        print(line, flush=True)
-    print(f"{'sum':20} {total:8.3f} ms")
+    for number in map(int, shapes.split(",")):
+        chosen = SHAPES[number - 1]
+        if workers and not present:
+            jobs = [
+                (chosen, name, overrides[first : first + 4])
+                for name, (_, overrides) in CANDIDATES.items()
+                if name in names
+                for first in range(0, len(overrides), 4)
+            ]
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                list(pool.map(precompile, jobs))
+        print(f"{torch.cuda.get_device_name()}: shape {number}: {chosen}", flush=True)
+        runs, total = stages(chosen), 0.0
+        for name in names:
+            line = tune(name, runs[name], [] if present else CANDIDATES[name][1])
+            total += 0.0 if name in ALTERNATIVES else float(line[20:].split()[0])
+            print(line, flush=True)
+        print(f"{'sum':20} {total:8.3f} ms", flush=True)
+        del runs
 
 
 if __name__ == "__main__":

@@ -34,22 +34,23 @@ def get_backend(name: str, hidden_states: Tensor) -> ModuleType:
         raise ValueError(f"{asked} is not known; legal: 'auto', {', '.join(map(repr, BACKENDS))}")
     if name == "naive":
         return naive
-    if (hindrance := _without_triton(hidden_states)) is not None:
+    if (hindrance := _without_triton(hidden_states.device, hidden_states.dtype)) is not None:
         raise ValueError(f"{asked} does not run here: {hindrance}; legal: 'naive'")
     from megatron_mosa.kernels import triton  # only now: triton is optional
 
     return triton
 
 
-def _without_triton(states: Tensor) -> str | None:
-    """Why Triton's kernels cannot take these states."""
+@torch.compiler.assume_constant_result
+def _without_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot take states of that kind."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if states.dtype not in _DTYPES:
-        return f"hidden_states is {states.dtype}, not fp16, bf16 or fp32"
-    if states.is_cuda:
-        is_enough = torch.cuda.get_device_capability(states.device) >= (8, 0)
+    if dtype not in _DTYPES:
+        return f"hidden_states is {dtype}, not fp16, bf16 or fp32"
+    if device.type == "cuda":
+        is_enough = torch.cuda.get_device_capability(device) >= (8, 0)
         return None if is_enough else "the GPU is older than compute capability 8.0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"hidden_states is on {states.device}, not on a GPU, and TRITON_INTERPRET=1 is not set"
+    return f"hidden_states is on {device}, not on a GPU, and TRITON_INTERPRET=1 is not set"

@@ -48,7 +48,7 @@ def _load(rows, slot, count, column, STRIDE: tl.constexpr, D: tl.constexpr):
     return tl.load(rows + slot[:, None] * STRIDE + column[None], (slot < count)[:, None] & (column < D)[None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _forward_kernel(
     qkv, places, row_starts, scores, documents, gated, log_sums, gates, B, E, T, R, SCALE,
     D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,8 +92,67 @@ def _forward_kernel(
 
 
 @triton.jit
+def _load_turned(
+    rows, slot, count, D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr
+):
+    """A tile of queries or keys in three: the halves that turn together, and the columns that do not turn."""
+    half, rest = tl.arange(0, HALF_WIDTH), tl.arange(0, REST_WIDTH)
+    tile, here = rows + slot[:, None] * (3 * D), (slot < count)[:, None]
+    first, second, others = 0.0, 0.0, 0.0
+    if HALF > 0:
+        first = tl.load(tile + half[None], mask=here & (half < HALF)[None], other=0.0)
+        second = tl.load(tile + (HALF + half)[None], mask=here & (half < HALF)[None], other=0.0)
+    if D > 2 * HALF:
+        others = tl.load(tile + (2 * HALF + rest)[None], mask=here & (2 * HALF + rest < D)[None], other=0.0)
+    return first, second, others
+
+
+@triton.jit
+def _store_turned_back(
+    out, first, second, others, slot, count, position, cos, sin, D: tl.constexpr, HALF: tl.constexpr,
+    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of such a tile before its rotation."""
+    half, rest = tl.arange(0, HALF_WIDTH), tl.arange(0, REST_WIDTH)
+    TYPE: tl.constexpr = out.dtype.element_ty
+    tile, here = out + slot[:, None] * (3 * D), (slot < count)[:, None]
+    if HALF > 0:
+        first, second = turned(first, second, position, half, half < HALF, cos, sin, -1.0, HALF)
+        tl.store(tile + half[None], first.to(TYPE), mask=here & (half < HALF)[None])
+        tl.store(tile + (HALF + half)[None], second.to(TYPE), mask=here & (half < HALF)[None])
+    if D > 2 * HALF:
+        tl.store(tile + (2 * HALF + rest)[None], others.to(TYPE), mask=here & (2 * HALF + rest < D)[None])
+
+
+@triton.jit
+def _zeros(
+    BLOCK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr
+):  # fmt: skip
+    """Gradients of such a tile, to begin with."""
+    half, rest = 0.0, 0.0
+    if HALF > 0:
+        half = tl.zeros((BLOCK, HALF_WIDTH), dtype=tl.float32)
+    if D > 2 * HALF:
+        rest = tl.zeros((BLOCK, REST_WIDTH), dtype=tl.float32)
+    return half, half, rest
+
+
+@triton.jit
+def _add_product(
+    a, first, second, others, of_first, of_second, of_others, D: tl.constexpr, HALF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """a times a tile in three, added to gradients in three."""
+    if HALF > 0:
+        of_first, of_second = dot(a, first, of_first, INTERPRETED), dot(a, second, of_second, INTERPRETED)
+    if D > 2 * HALF:
+        of_others = dot(a, others, of_others, INTERPRETED)
+    return of_first, of_second, of_others
+
+
+@triton.jit
 def _load_queries(
-    rows, gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T,
+    gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T,
     D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """What a tile of queries brings into the backward pass.
@@ -103,22 +162,27 @@ def _load_queries(
     column, here = tl.arange(0, WIDTH), slot < count
     place = tl.load(places + row + slot, mask=here, other=0)
     begins = _beginning(documents, place, here, batch, T, HAS_DOCUMENTS)
-    query = _load(rows, slot, count, column, 3 * D, D)
     of_result = _load(of_gated + row * D, slot, count, column, D, D).to(tl.float32)
     delta = tl.sum(of_result * _load(gated + row * D, slot, count, column, D, D).to(tl.float32), axis=1)
     gate = tl.load(gates + row + slot, mask=here, other=0.0)
-    upstream = (of_result * gate[:, None]).to(query.dtype)
+    upstream = (of_result * gate[:, None]).to(gated.dtype.element_ty)
     log_sum = tl.load(log_sums + row + slot, mask=here, other=0.0)
-    return place, begins, query, upstream, log_sum, gate, delta
+    return place, begins, upstream, log_sum, gate, delta
 
 
 @triton.jit
 def _pair_gradients(
-    query, key, value, upstream, log_sum, delta, slot, other, begins, key_place, SCALE,
-    HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other, begins,
+    key_place, SCALE,
+    D: tl.constexpr, HALF: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights and the gradient of the logits of one tile, queries by keys."""
-    logits = dot(query, tl.trans(key), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
+    logits = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    if HALF > 0:
+        logits = dot(q_first, tl.trans(k_first), logits, INTERPRETED)
+        logits = dot(q_second, tl.trans(k_second), logits, INTERPRETED)
+    if D > 2 * HALF:
+        logits = dot(q_others, tl.trans(k_others), logits, INTERPRETED)
     visible = slot[:, None] >= other[None]
     if HAS_DOCUMENTS:
         visible = visible & (key_place[None] >= begins[:, None])
@@ -128,77 +192,75 @@ def _pair_gradients(
 
 
 @triton.jit
-def _store_queries(
-    of_qkv, of_logits, of_query, gate, delta, place, row, slot, count, batch, cos, sin, starts, T,
-    D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr,
-    PAIR: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a tile of queries before their rotation, and of the logits of their gates, each as two halves."""
-    TYPE: tl.constexpr = of_qkv.dtype.element_ty
-    here, column, pair = slot < count, tl.arange(0, WIDTH), tl.arange(0, PAIR)
-    position = positions_of(place, here, batch, starts, T, RESTARTS)
-    of_query = turned(of_query, position, cos, sin, -1.0, TYPE, HALF, WIDTH, INTERPRETED)
-    out = of_qkv + (row + slot)[:, None] * (3 * D) + column[None]
-    tl.store(out, of_query.to(TYPE), mask=here[:, None] & (column < D)[None])
-    of_logit = delta * (1.0 - gate)
+def _store_logits(of_logits, row, slot, count, gate, delta, PAIR: tl.constexpr):
+    """Gradients of the logits of a tile's gates, each as two halves."""
+    TYPE: tl.constexpr = of_logits.dtype.element_ty
+    pair, of_logit = tl.arange(0, PAIR), delta * (1.0 - gate)
     high = of_logit.to(TYPE)
     low = (of_logit - high.to(tl.float32)).to(TYPE)
     halves = tl.where(pair[None] == 0, high[:, None], tl.where(pair[None] == 1, low[:, None], 0.0))
-    tl.store(of_logits + (row + slot)[:, None] * PAIR + pair[None], halves.to(TYPE), mask=here[:, None])
+    tl.store(of_logits + (row + slot)[:, None] * PAIR + pair[None], halves.to(TYPE), mask=(slot < count)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _backward_keys_kernel(
     qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
     B, T, R, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr,
-    INTERPRETED: tl.constexpr, IS_ONE_TILE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = _segment(row_starts, head, batch, B, R)
     if tl.program_id(0) * BLOCK >= count:
         return
     other, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    there = other < count
-    key_place = tl.load(places + row + other, mask=there, other=0)
-    rows = qkv + row * (3 * D)
-    key = _load(rows + D, other, count, column, 3 * D, D)
+    key_place = tl.load(places + row + other, mask=other < count, other=0)
+    rows, out = qkv + row * (3 * D), of_qkv + row * (3 * D)
+    k_first, k_second, k_others = _load_turned(rows + D, other, count, D, HALF, HALF_WIDTH, REST_WIDTH)
     value = _load(rows + 2 * D, other, count, column, 3 * D, D)
-    of_key = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
     of_value = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    for first in range(tl.program_id(0) * BLOCK, count, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        place, begins, query, upstream, log_sum, gate, delta = _load_queries(
-            rows, gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T,
-            D, WIDTH, HAS_DOCUMENTS,
+    for begin in range(tl.program_id(0) * BLOCK, count, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
+        place, begins, upstream, log_sum, gate, delta = _load_queries(
+            gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T, D, WIDTH, HAS_DOCUMENTS
         )  # fmt: skip
         weights, of_pairs = _pair_gradients(
-            query, key, value, upstream, log_sum, delta, slot, other, begins, key_place, SCALE,
-            HAS_DOCUMENTS, INTERPRETED, BLOCK,
+            q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
+            begins, key_place, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
         )  # fmt: skip
         of_value = dot(tl.trans(weights.to(upstream.dtype)), upstream, of_value, INTERPRETED)
-        of_pairs = of_pairs.to(query.dtype)
-        of_key = dot(tl.trans(of_pairs), query, of_key, INTERPRETED)
+        of_pairs = of_pairs.to(upstream.dtype)
+        of_first, of_second, of_others = _add_product(
+            tl.trans(of_pairs), q_first, q_second, q_others, of_first, of_second, of_others, D, HALF, INTERPRETED
+        )
         if IS_ONE_TILE:
-            of_query = dot(of_pairs, key, tl.zeros((BLOCK, WIDTH), dtype=tl.float32), INTERPRETED)
-            _store_queries(
-                of_qkv, of_logits, of_query, gate, delta, place, row, slot, count, batch, cos, sin, starts, T,
-                D, HALF, WIDTH, RESTARTS, INTERPRETED, PAIR,
-            )  # fmt: skip
-    position = positions_of(key_place, there, batch, starts, T, RESTARTS)
-    of_key = turned(of_key, position, cos, sin, -1.0, qkv.dtype.element_ty, HALF, WIDTH, INTERPRETED)
-    out = of_qkv + (row + other)[:, None] * (3 * D) + D + column[None]
-    mask = there[:, None] & (column < D)[None]
-    tl.store(out, of_key.to(of_qkv.dtype.element_ty), mask=mask)
-    tl.store(out + D, of_value.to(of_qkv.dtype.element_ty), mask=mask)
+            position = positions_of(place, slot < count, batch, starts, T, RESTARTS)
+            first, second, others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
+            first, second, others = _add_product(
+                of_pairs, k_first, k_second, k_others, first, second, others, D, HALF, INTERPRETED
+            )
+            _store_turned_back(
+                out, first, second, others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
+            )
+            _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
+    position = positions_of(key_place, other < count, batch, starts, T, RESTARTS)
+    _store_turned_back(
+        out + D, of_first, of_second, of_others, other, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
+    )
+    values = out + 2 * D + other[:, None] * (3 * D) + column[None]
+    tl.store(values, of_value.to(of_qkv.dtype.element_ty), mask=(other < count)[:, None] & (column < D)[None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _backward_queries_kernel(
     qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
     B, T, R, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr,
-    INTERPRETED: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = _segment(row_starts, head, batch, B, R)
@@ -206,24 +268,30 @@ def _backward_queries_kernel(
         return
     slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     rows = qkv + row * (3 * D)
-    place, begins, query, upstream, log_sum, gate, delta = _load_queries(
-        rows, gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T, D, WIDTH, HAS_DOCUMENTS
+    q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
+    place, begins, upstream, log_sum, gate, delta = _load_queries(
+        gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T, D, WIDTH, HAS_DOCUMENTS
     )  # fmt: skip
-    of_query = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    for first in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
-        other = first + tl.arange(0, BLOCK)
+    of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
+    for begin in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
         key_place = tl.load(places + row + other, mask=other < count, other=0)
-        key = _load(rows + D, other, count, column, 3 * D, D)
+        k_first, k_second, k_others = _load_turned(rows + D, other, count, D, HALF, HALF_WIDTH, REST_WIDTH)
         value = _load(rows + 2 * D, other, count, column, 3 * D, D)
         _, of_pairs = _pair_gradients(
-            query, key, value, upstream, log_sum, delta, slot, other, begins, key_place, SCALE,
-            HAS_DOCUMENTS, INTERPRETED, BLOCK,
+            q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
+            begins, key_place, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
         )  # fmt: skip
-        of_query = dot(of_pairs.to(key.dtype), key, of_query, INTERPRETED)
-    _store_queries(
-        of_qkv, of_logits, of_query, gate, delta, place, row, slot, count, batch, cos, sin, starts, T,
-        D, HALF, WIDTH, RESTARTS, INTERPRETED, PAIR,
-    )  # fmt: skip
+        of_first, of_second, of_others = _add_product(
+            of_pairs.to(upstream.dtype), k_first, k_second, k_others, of_first, of_second, of_others, D, HALF,
+            INTERPRETED,
+        )  # fmt: skip
+    position = positions_of(place, slot < count, batch, starts, T, RESTARTS)
+    out = of_qkv + row * (3 * D)
+    _store_turned_back(
+        out, of_first, of_second, of_others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
+    )
+    _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
 
 
 def rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -237,7 +305,8 @@ def _options(qkv: Tensor, selected: int, documents: Tensor | None) -> tuple[dict
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     chosen = tiles.attention(qkv.dtype, qkv.device, selected, width)
-    return dict(D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, INTERPRETED=INTERPRET) | chosen, chosen["BLOCK"]
+    options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, INTERPRETED=INTERPRET)
+    return options | chosen, chosen["BLOCK"]
 
 
 def attend(
@@ -292,7 +361,9 @@ def attend_backward(
     gated, log_sums, gates = saved
     of_qkv, of_logits = torch.empty_like(qkv), qkv.new_empty((heads, capacity, PAIR))
     options, block = _options(qkv, selected, documents)
-    options |= dict(HALF=rotation.cos.shape[1], RESTARTS=rotation.starts is not None, PAIR=PAIR)
+    half = rotation.cos.shape[1]
+    options |= dict(HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half))
+    options |= dict(RESTARTS=rotation.starts is not None, PAIR=PAIR)
     arguments = (
         qkv, rows.places, rows.starts, documents, rotation.starts, rotation.cos, rotation.sin, gated, of_gated, gates,
         log_sums, of_qkv, of_logits, batch, length, capacity, size**-0.5,

@@ -21,7 +21,7 @@ def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def grouped(program, tiles, heads, GROUP: tl.constexpr):
+def grouped(program, tiles, heads, GROUP):
     """Head and tile of a program, so that GROUP tiles of all heads run before the next tiles do.
 
     The tokens of these tiles, which all heads gather from, then stay in the L2 cache, and so do a head's weights for
@@ -34,28 +34,17 @@ def grouped(program, tiles, heads, GROUP: tl.constexpr):
 
 
 @triton.jit
-def turned(x, position, cos, sin, BACK, TYPE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED):
-    """Rows of queries or keys, fp32 [N, WIDTH], turned by their positions; BACK = -1 turns gradients back.
-
-    A column meets its partner through a product with a signed permutation, which is exact.
-    """
-    if HALF == 0:
-        return x
-    column, source = tl.arange(0, WIDTH), tl.arange(0, WIDTH)
-    is_first, turns = column < HALF, column < 2 * HALF
-    partner = tl.where(is_first, column + HALF, column - HALF)
-    sign = tl.where(turns, tl.where(is_first, -1.0, 1.0), 0.0)
-    swap = tl.where(source[:, None] == partner[None], sign[None], 0.0).to(TYPE)
-    partners = dot(x.to(TYPE), swap, tl.zeros(x.shape, dtype=tl.float32), INTERPRETED)
-    angle = position[:, None] * HALF + tl.where(is_first, column, column - HALF)[None]
-    c = tl.load(cos + angle, mask=turns[None], other=1.0)
-    s = tl.load(sin + angle, mask=turns[None], other=0.0)
-    return x * c + partners * (s * BACK)
+def turned(a, b, position, column, there, cos, sin, BACK, HALF: tl.constexpr):
+    """Halves of queries or keys, fp32 [N, columns], turned by their positions; BACK = -1 turns gradients back."""
+    angle = position[:, None] * HALF + column[None]
+    c = tl.load(cos + angle, mask=there[None], other=0.0)
+    s = tl.load(sin + angle, mask=there[None], other=0.0) * BACK
+    return a * c - b * s, b * c + a * s
 
 
 def power_of_2(size: int, least: int = 16) -> int:
     """The smallest power of 2 that holds ``size``; tensor cores want 16 at least."""
-    return max(least, 1 << (size - 1).bit_length())
+    return max(least, 1 << max(0, size - 1).bit_length())
 
 
 def strides(states: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, strides, turned
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, power_of_2, strides, turned
 from megatron_mosa.kernels.triton.rows import Rows
 
 PAIR = 16  # columns of a number given as two halves, the least that tensor cores take; the others are 0
@@ -40,83 +40,106 @@ def positions_of(place, there, batch, starts, T, RESTARTS: tl.constexpr):
 
 
 @triton.jit
+def _tile(rows, place, inside, there, IS_WHOLE: tl.constexpr):
+    """A tile of a matrix, of some rows and columns."""
+    if IS_WHOLE:
+        return tl.load(rows + place[None])
+    return tl.load(rows + place[None], mask=inside[:, None] & there[None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["B", "GROUP"])
 def _gathered_kernel(
-    states, places, row_starts, weight, output, cos, sin, starts, B, R, E, T, H, stride_b, stride_t,
+    states, places, row_starts, weight, output, cos, sin, starts, B, R, E, T, H, GROUP, stride_b, stride_t,
     stride_e, stride_h, stride_d,
     D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
-    PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    FIRST_PART: tl.constexpr, TURNED: tl.constexpr, IS_PLAIN: tl.constexpr, ALL_PARTS: tl.constexpr,
+    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
+    """TURNED parts of the columns, from FIRST_PART on, are queries or keys, and one more if IS_PLAIN is not.
+
+    The first halves of what turns are one tile, and the second another: partners meet in one thread's registers.
+    """
     head, tile = grouped(tl.program_id(0), tl.cdiv(R, ROWS), E, GROUP)
     count = tl.load(row_starts + head * (B + 1) + B)
     if tile * ROWS >= count:
         return
-    row = tile * ROWS + tl.arange(0, ROWS)
-    there = row < count
-    place = tl.load(places + head.to(tl.int64) * R + row, mask=there, other=0)
+    row, inner = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, INNER)
+    here = row < count
+    place = tl.load(places + head.to(tl.int64) * R + row, mask=here, other=0)
     batch = place // T
     x_rows = states + (batch.to(tl.int64) * stride_b + (place - batch * T).to(tl.int64) * stride_t)[:, None]
-    part = tl.program_id(1)  # the first
-    column, inner = tl.arange(0, COLUMNS), tl.arange(0, INNER)
-    columns = weight + head.to(tl.int64) * stride_e + (part * D + column).to(tl.int64)[None] * stride_d
-    first = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if PARTS == 3:  # queries, keys and values share the gathered tokens
-        second, third = first, first
+    weights = weight + head.to(tl.int64) * stride_e + FIRST_PART * D * stride_d
+    HAS_HALVES: tl.constexpr = TURNED > 0 and HALF > 0
+    HAS_REST: tl.constexpr = TURNED > 0 and D > 2 * HALF
+    if HAS_HALVES:
+        half = tl.arange(0, TURNED * HALF_WIDTH)
+        half, of_halves, in_half = (
+            half % HALF_WIDTH,
+            half // HALF_WIDTH * D + half % HALF_WIDTH,
+            half % HALF_WIDTH < HALF,
+        )
+        first = tl.zeros((ROWS, TURNED * HALF_WIDTH), dtype=tl.float32)
+        second = first
+    if HAS_REST:
+        rest = tl.arange(0, TURNED * REST_WIDTH)
+        in_rest = rest % REST_WIDTH < D - 2 * HALF
+        rest = rest // REST_WIDTH * D + 2 * HALF + rest % REST_WIDTH
+        others = tl.zeros((ROWS, TURNED * REST_WIDTH), dtype=tl.float32)
+    if IS_PLAIN:
+        plain = tl.arange(0, WIDTH)
+        in_plain, plain = plain < D, TURNED * D + plain
+        values = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(0, H, INNER):
-        w_rows = columns + (start + inner).to(tl.int64)[:, None] * stride_h
+        inside = start + inner < H
         if IS_WHOLE:
-            x, w = tl.load(x_rows + (start + inner)[None]), tl.load(w_rows)
+            x = tl.load(x_rows + (start + inner)[None])
         else:
-            inside = start + inner < H
-            mask = inside[:, None] & (column < D)[None]
-            x, w = tl.load(x_rows + (start + inner)[None], mask=inside[None], other=0.0), tl.load(w_rows, mask, 0.0)
-        first = dot(x, w, first, INTERPRETED)
-        if PARTS == 3:
-            if IS_WHOLE:
-                w, other = tl.load(w_rows + D * stride_d), tl.load(w_rows + 2 * D * stride_d)
-            else:
-                w, other = tl.load(w_rows + D * stride_d, mask, 0.0), tl.load(w_rows + 2 * D * stride_d, mask, 0.0)
+            x = tl.load(x_rows + (start + inner)[None], mask=inside[None], other=0.0)
+        w_rows = weights + (start + inner).to(tl.int64)[:, None] * stride_h
+        if HAS_HALVES:
+            first = dot(x, _tile(w_rows, of_halves * stride_d, inside, in_half, IS_WHOLE), first, INTERPRETED)
+            w = _tile(w_rows, (of_halves + HALF) * stride_d, inside, in_half, IS_WHOLE)
             second = dot(x, w, second, INTERPRETED)
-            third = dot(x, other, third, INTERPRETED)
-    out = output + (head.to(tl.int64) * R + row)[:, None] * (ALL_PARTS * D) + (part * D + column)[None]
-    mask = there[:, None] & (column < D)[None]
-    if HALF > 0:
-        position = positions_of(place, there, batch, starts, T, RESTARTS)
-        if part < 2:
-            first = turned(first, position, cos, sin, 1.0, states.dtype.element_ty, HALF, COLUMNS, INTERPRETED)
-        if PARTS == 3:
-            second = turned(second, position, cos, sin, 1.0, states.dtype.element_ty, HALF, COLUMNS, INTERPRETED)
-    tl.store(out, first.to(output.dtype.element_ty), mask=mask)
-    if PARTS == 3:
-        tl.store(out + D, second.to(output.dtype.element_ty), mask=mask)
-        tl.store(out + 2 * D, third.to(output.dtype.element_ty), mask=mask)
+        if HAS_REST:
+            others = dot(x, _tile(w_rows, rest * stride_d, inside, in_rest, IS_WHOLE), others, INTERPRETED)
+        if IS_PLAIN:
+            values = dot(x, _tile(w_rows, plain * stride_d, inside, in_plain, IS_WHOLE), values, INTERPRETED)
+    out = output + (head.to(tl.int64) * R + row)[:, None] * (ALL_PARTS * D) + FIRST_PART * D
+    TYPE: tl.constexpr = output.dtype.element_ty
+    if HAS_HALVES:
+        position = positions_of(place, here, batch, starts, T, RESTARTS)
+        first, second = turned(first, second, position, half, in_half, cos, sin, 1.0, HALF)
+        tl.store(out + of_halves[None], first.to(TYPE), mask=here[:, None] & in_half[None])
+        tl.store(out + (of_halves + HALF)[None], second.to(TYPE), mask=here[:, None] & in_half[None])
+    if HAS_REST:
+        tl.store(out + rest[None], others.to(TYPE), mask=here[:, None] & in_rest[None])
+    if IS_PLAIN:
+        tl.store(out + plain[None], values.to(TYPE), mask=here[:, None] & in_plain[None])
 
 
-def together(parts: int, size: int) -> int:
+def parts_at_once(parts: int, size: int) -> int:
     """How many of the parts one program takes: all of them up to head dimension 128."""
     return parts if size <= 128 else 1
 
 
-def gathered_product(
-    states: Tensor, rows: Rows, weight: Tensor, parts: int = 1, rotation: Rotation | None = None
-) -> Tensor:
+def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
     """The selected tokens of each head times its matrix.
 
     Args:
         states: [B, T, h], contiguous in the last dimension.
         rows: of the selection.
-        weight: [E, h, parts * d] with any strides.
-        parts: 1 or 3 (q, k and v).
-        rotation: turns q and k.
+        weight: [E, h, d] with any strides; with a rotation [E, h, 3d], for queries, keys and values.
+        rotation: turns queries and keys.
 
     Returns:
-        [E, B * k, parts * d] in the type of ``states``; what lies behind a head's last row is undefined.
+        [E, B * k, d or 3d] in the type of ``states``; what lies behind a head's last row is undefined.
     """
     batch, length, width = states.shape
     heads, capacity = rows.places.shape
+    parts = 1 if rotation is None else 3
     size = weight.shape[2] // parts
+    at_once = parts_at_once(parts, size)
     output = states.new_empty((heads, capacity, parts * size))
-    at_once = together(parts, size)
     chosen = tiles.gathered(states.dtype, at_once, size)
     number = triton.cdiv(capacity, chosen["ROWS"])
     sequence = length * width * states.element_size()
@@ -124,17 +147,23 @@ def gathered_product(
         number, sequence * chosen["ROWS"] * batch // capacity, weight.numel() * weight.element_size() * at_once // parts
     )
     cos, sin, starts = rotation or (None, None, None)
-    _gathered_kernel[(number * heads, parts // at_once)](
-        states, rows.places, rows.starts, weight, output, cos, sin, starts, batch, capacity, heads, length, width,
-        *strides(states), *weight.stride(),
-        D=size, HALF=0 if cos is None else cos.shape[1], RESTARTS=starts is not None,
-        IS_WHOLE=width % chosen["INNER"] == 0 and size == chosen["COLUMNS"], INTERPRETED=INTERPRET,
-        PARTS=at_once, ALL_PARTS=parts, GROUP=group, **chosen,
-    )  # fmt: skip
+    half = 0 if cos is None else cos.shape[1]
+    half_width, rest_width = power_of_2(half), power_of_2(size - 2 * half)
+    for first in range(0, parts, at_once):
+        last = first + at_once
+        _gathered_kernel[(number * heads,)](
+            states, rows.places, rows.starts, weight, output, cos, sin, starts, batch, capacity, heads, length, width,
+            group, *strides(states), *weight.stride(),
+            D=size, HALF=half, RESTARTS=starts is not None, INTERPRETED=INTERPRET,
+            IS_WHOLE=width % chosen["INNER"] == 0 and size == chosen["WIDTH"]
+            and half in (0, half_width) and size - 2 * half in (0, rest_width),
+            FIRST_PART=first, TURNED=min(last, parts - 1) - first if parts == 3 else 0, IS_PLAIN=last == parts,
+            ALL_PARTS=parts, HALF_WIDTH=half_width, REST_WIDTH=rest_width, **chosen,
+        )  # fmt: skip
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _weight_gradient_kernel(
     states, places, row_starts, values, pairs, output, pair_output, B, R, T, H, stride_b, stride_t,
     stride_s, stride_e, stride_h, stride_d, pair_stride_s,
@@ -208,7 +237,7 @@ def weight_gradient(
     batch, length, width = states.shape
     heads, capacity = rows.places.shape
     size = values.shape[2] // parts
-    at_once = together(parts, size)
+    at_once = parts_at_once(parts, size)
     chosen = tiles.weight_gradient(states.dtype, at_once, size)
     number = triton.cdiv(width, chosen["COLUMNS"])
     programs = number * heads * parts // at_once

@@ -54,16 +54,18 @@ def fused_attention(
     restart_rotary: bool,
     deterministic: bool,
 ) -> list[Tensor]:
-    """The output, [B, T, h], and what its gradient needs: q, k and v, gated attention, log sums, gates, rows."""
+    """The output, [B, T, h], and what its gradient needs: q, k and v, gated attention, log sums, gates, rows, cosines
+    and sines."""
     states, scores = with_contiguous_rows(hidden_states), scores.contiguous()
     selected, length = indices.shape[2], states.shape[1]
     documents = None if document_starts is None else document_starts.contiguous()
     rows = rows_of(indices.contiguous(), length)
-    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents, restart_rotary)
-    qkv = gathered_product(states, rows, qkv_weight, parts=3, rotation=rotation)  # [E, B * k, 3h']
+    half = rotary_dim(proj_weight.shape[1], rotary_percent) // 2
+    rotation = Rotation(*rotary_table(length, half, rotary_base, states.device), documents if restart_rotary else None)
+    qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, B * k, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores, selected, documents)
     output = scattered_product(gated, proj_weight, rows, states, selected, deterministic=deterministic)
-    return [output, qkv, gated, log_sums, gates, *rows]
+    return [output, qkv, gated, log_sums, gates, *rows, rotation.cos, rotation.sin]
 
 
 @fused_attention.register_fake
@@ -83,6 +85,7 @@ def _(
     batch, length, _ = hidden_states.shape
     _, heads, selected = indices.shape
     rows, size = batch * selected, proj_weight.shape[1]
+    half = rotary_dim(size, rotary_percent) // 2
     return [
         torch.empty_like(hidden_states),
         hidden_states.new_empty((heads, rows, 3 * size)),
@@ -93,6 +96,8 @@ def _(
         indices.new_empty((heads, batch + 1), dtype=torch.int32),
         indices.new_empty(batch * length + 1, dtype=torch.int32),
         indices.new_empty(indices.numel(), dtype=torch.int32),
+        scores.new_empty((length, half)),
+        scores.new_empty((length, half)),
     ]
 
 
@@ -109,9 +114,9 @@ def fused_attention_backward(
     log_sums: Tensor,
     gates: Tensor,
     rows: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
     selected: int,
-    rotary_percent: float,
-    rotary_base: float,
     restart_rotary: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +124,7 @@ def fused_attention_backward(
     states, of_output = with_contiguous_rows(hidden_states), with_contiguous_rows(of_output)
     length, of = states.shape[1], Rows(*rows)
     documents = None if document_starts is None else document_starts.contiguous()
-    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents, restart_rotary)
+    rotation = Rotation(cos, sin, documents if restart_rotary else None)
     of_router, of_qkv_weight, of_proj_weight = (
         torch.empty_like(weight, memory_format=torch.contiguous_format)
         for weight in (router_weight, qkv_weight, proj_weight)
@@ -138,7 +143,7 @@ def fused_attention_backward(
         states,
         selected,
         parts=3,
-        pairs=(of_logits, router_weight.contiguous()),
+        pairs=(of_logits, router_weight.to(of_logits.dtype).contiguous()),
         deterministic=deterministic,
     )
     return of_states, of_router, of_qkv_weight, of_proj_weight
@@ -160,23 +165,16 @@ def _(
     return torch.empty_like(hidden_states), of_router, of_qkv_weight, of_proj_weight
 
 
-def _rotation(
-    states: Tensor, proj_weight: Tensor, percent: float, base: float, documents: Tensor | None, restarts: bool
-) -> Rotation:
-    tables = rotary_table(states.shape[1], rotary_dim(proj_weight.shape[1], percent) // 2, base, states.device)
-    return Rotation(*tables, documents if restarts else None)
-
-
 def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    states, router, _, indices, qkv_weight, proj_weight, percent, base, documents, restarts, deterministic = inputs
+    states, router, _, indices, qkv_weight, proj_weight, _, _, documents, restarts, deterministic = inputs
     ctx.save_for_backward(states, router, qkv_weight, proj_weight, documents, *output[1:])
-    ctx.options = indices.shape[2], percent, base, restarts, deterministic
+    ctx.options = indices.shape[2], restarts, deterministic
 
 
 def _backward(ctx: Any, of_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     of_states, of_router, of_qkv, of_proj = fused_attention_backward(
-        of_outputs[0], *saved[:9], list(saved[9:]), *ctx.options
+        of_outputs[0], *saved[:9], list(saved[9:13]), *saved[13:], *ctx.options
     )
     return of_states, of_router, None, None, of_qkv, of_proj, None, None, None, None, None
 
@@ -212,5 +210,5 @@ def _(
     **__: object,
 ) -> int:
     heads, rows, _ = qkv
-    selected = rest[4]
+    selected = rest[6]
     return 2 * _attention_flops(states, router, None, (rows // selected, heads, selected), qkv_weight, proj_weight)

@@ -33,7 +33,26 @@ class Rows(NamedTuple):
     """int32 [B * E * k]: the slots that hold each token, in the order of heads, as e * k + slot."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
+def _starts_kernel(indices, starts, B, E, K, T, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the filled slots of one head, and add them up over the sequences."""
+    head = tl.program_id(0)
+    row = starts + head * (B + 1)
+    total = 0
+    tl.store(row, total)
+    for first in range(0, B, SEQUENCES):
+        batch = first + tl.arange(0, SEQUENCES)
+        count = tl.zeros((SEQUENCES,), dtype=tl.int32)
+        for slot in range(0, K, BLOCK):
+            slots = slot + tl.arange(0, BLOCK)
+            there = (batch < B)[:, None] & (slots < K)[None]
+            offsets = ((batch.to(tl.int64) * E + head) * K)[:, None] + slots[None]
+            count += tl.sum((tl.load(indices + offsets, mask=there, other=T) < T).to(tl.int32), axis=1)
+        tl.store(row + 1 + batch, total + tl.cumsum(count), mask=batch < B)
+        total += tl.sum(count)
+
+
+@triton.jit(do_not_specialize=["B"])
 def _pack_kernel(indices, starts, places, taken_by, B, E, R, K, T, GROUPS, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the places of one head in one sequence, and its bit in the words of its tokens."""
     head, batch = tl.program_id(0), tl.program_id(1)
@@ -72,7 +91,7 @@ def _count_kernel(taken_by, before, offsets, T, GROUPS, TOKENS: tl.constexpr):
     tl.store(offsets + 1 + batch.to(tl.int64) * T + token, count, mask=token < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _entries_kernel(
     places, starts, taken_by, before, offsets, entries, B, R, K, T, GROUPS, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -100,12 +119,12 @@ def rows_of(indices: Tensor, length: int) -> Rows:
         raise ValueError(
             f"B * E * k = {indices.numel()} selected of B * T = {batch * length} tokens at once; legal: below {2**31}"
         )
-    starts = torch.zeros((heads, batch + 1), dtype=torch.int32, device=device)
-    torch.cumsum((indices < length).sum(-1, dtype=torch.int32).T, 1, dtype=torch.int32, out=starts[:, 1:])
+    starts = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
+    block = min(power_of_2(selected), 256)
+    _starts_kernel[(heads,)](indices, starts, batch, heads, selected, length, SEQUENCES=16, BLOCK=block)
     groups = triton.cdiv(heads, HEADS)
     places = torch.empty((heads, rows), dtype=torch.int32, device=device)
     taken_by = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
-    block = min(power_of_2(selected), 256)
     _pack_kernel[(heads, batch)](
         indices, starts, places, taken_by, batch, heads, rows, selected, length, groups, HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),

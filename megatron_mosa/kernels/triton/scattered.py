@@ -19,10 +19,10 @@ PARTIAL_BYTES = 64 << 20  # of the products that wait for their sum over heads, 
 MOST_BYTES = 512 << 20  # where they are not; beyond, columns wait in turn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST", "LAST", "B"])
 def _scattered_kernel(
     values, places, row_starts, pairs, pair_weight, weight, partial,
-    FIRST, LAST, N, B, R, K, T, H, FIRST_COLUMN, LAST_COLUMN, stride_e, stride_d, stride_h,
+    FIRST, LAST, B, R, E, K, T, H, FIRST_COLUMN, CHUNK, stride_e, stride_d, stride_h,
     D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     IS_ATOMIC: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWEEP: tl.constexpr,
@@ -43,21 +43,21 @@ def _scattered_kernel(
         second = tl.load(a_rows + D, mask=a_mask, other=0.0)
         third = tl.load(a_rows + 2 * D, mask=a_mask, other=0.0)
     if HAS_PAIRS:
-        scale = tl.load(pairs + source * PAIR, mask=here, other=0.0).to(tl.float32)
-        scale += tl.load(pairs + source * PAIR + 1, mask=here, other=0.0).to(tl.float32)
+        pair = tl.arange(0, PAIR)
+        halves = tl.load(pairs + source[:, None] * PAIR + pair[None], mask=here[:, None], other=0.0)
     place = tl.load(places + source, mask=here, other=0)
     if IS_ATOMIC:
         out_rows = partial + (place.to(tl.int64) * H)[:, None]
     else:
         batch = place // T
         slot = row - tl.load(row_starts + head * (B + 1) + batch, mask=here, other=0)
-        target = head.to(tl.int64) * N + (batch - FIRST) * K + slot
-        out_rows = partial + (target * (LAST_COLUMN - FIRST_COLUMN) - FIRST_COLUMN)[:, None]
-    sweep_from = FIRST_COLUMN + tl.program_id(1) * (SWEEP * COLUMNS)
-    for start in range(sweep_from, tl.minimum(LAST_COLUMN, sweep_from + SWEEP * COLUMNS), COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        w_rows = weight + head.to(tl.int64) * stride_e + inner.to(tl.int64)[:, None] * stride_d
-        w_rows += column.to(tl.int64)[None] * stride_h
+        target = ((batch - FIRST).to(tl.int64) * E + head) * K + slot  # as the entries of a token count
+        out_rows = partial + (target * CHUNK)[:, None]
+    weights = weight + head.to(tl.int64) * stride_e + inner.to(tl.int64)[:, None] * stride_d
+    sweep_from = tl.program_id(1) * (SWEEP * COLUMNS)
+    for start in range(sweep_from, tl.minimum(CHUNK, sweep_from + SWEEP * COLUMNS), COLUMNS):
+        column = start + tl.arange(0, COLUMNS)  # of the chunk
+        w_rows = weights + (FIRST_COLUMN + column).to(tl.int64)[None] * stride_h
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if IS_WHOLE:
             product = dot(first, tl.load(w_rows), product, INTERPRETED)
@@ -65,41 +65,42 @@ def _scattered_kernel(
                 product = dot(second, tl.load(w_rows + D * stride_d), product, INTERPRETED)
                 product = dot(third, tl.load(w_rows + 2 * D * stride_d), product, INTERPRETED)
         else:
-            mask = (inner < D)[:, None] & (column < LAST_COLUMN)[None]
+            mask = (inner < D)[:, None] & (column < CHUNK)[None]
             product = dot(first, tl.load(w_rows, mask=mask, other=0.0), product, INTERPRETED)
             if PARTS == 3:
                 product = dot(second, tl.load(w_rows + D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
                 product = dot(third, tl.load(w_rows + 2 * D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
         if HAS_PAIRS:
-            w = tl.load(pair_weight + head.to(tl.int64) * H + column, mask=column < LAST_COLUMN, other=0.0)
-            product += scale[:, None] * w.to(tl.float32)[None]
-        mask = here[:, None] & (column < LAST_COLUMN)[None]
+            router = pair_weight + head.to(tl.int64) * H + FIRST_COLUMN + column[None] + 0 * pair[:, None]
+            w = tl.load(router, mask=(pair < 2)[:, None] & (column < CHUNK)[None], other=0.0)
+            product = dot(halves, w, product, INTERPRETED)
+        mask = here[:, None] & (column < CHUNK)[None]
         if IS_ATOMIC:
             tl.atomic_add(out_rows + column[None], product, mask=mask, sem="relaxed")
         else:
             tl.store(out_rows + column[None], product.to(partial.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST"])
 def _combine_kernel(
-    partial, offsets, entries, output, FIRST, N, K, T, FIRST_COLUMN, LAST_COLUMN, stride_b, stride_t,
+    partial, offsets, entries, output, FIRST, PER_SEQUENCE, T, FIRST_COLUMN, CHUNK, stride_b, stride_t,
     UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token, of_chunk = tl.program_id(0), tl.program_id(1)  # of_chunk: the sequence within the chunk
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    width = LAST_COLUMN - FIRST_COLUMN
     batch = FIRST + of_chunk
     begin = tl.load(offsets + batch.to(tl.int64) * T + token)
     end = tl.load(offsets + batch.to(tl.int64) * T + token + 1)
+    rows = partial + of_chunk.to(tl.int64) * PER_SEQUENCE * CHUNK + column
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for start in range(begin, end, UNROLL):
         for step in tl.static_range(UNROLL):
             there = start + step < end
             entry = tl.load(entries + start + step, mask=there, other=0)
-            row = (entry // K).to(tl.int64) * N + of_chunk * K + entry % K
-            total += tl.load(partial + row * width + column, mask=(column < width) & there, other=0.0).to(tl.float32)
+            row = tl.load(rows + entry.to(tl.int64) * CHUNK, mask=(column < CHUNK) & there, other=0.0)
+            total += row.to(tl.float32)
     out = output + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + FIRST_COLUMN + column
-    tl.store(out, total.to(output.dtype.element_ty), mask=column < width)
+    tl.store(out, total.to(output.dtype.element_ty), mask=column < CHUNK)
 
 
 def chunk_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
@@ -145,8 +146,7 @@ def scattered_product(
         IS_ATOMIC=not deterministic, **chosen,
     )  # fmt: skip
 
-    def multiply(into: Tensor, first: int, last: int, first_column: int, last_column: int) -> None:
-        columns = last_column - first_column
+    def multiply(into: Tensor, first: int, last: int, first_column: int, columns: int) -> None:
         grid = (
             triton.cdiv((last - first) * selected, chosen["ROWS"]),
             triton.cdiv(columns, chosen["COLUMNS"] * chosen["SWEEP"]),
@@ -154,7 +154,7 @@ def scattered_product(
         )
         _scattered_kernel[grid](
             values, rows.places, rows.starts, *(pairs or (None, None)), weight, into, first, last,
-            (last - first) * selected, batch, capacity, selected, length, width, first_column, last_column,
+            batch, capacity, heads, selected, length, width, first_column, columns,
             *weight.stride(), IS_WHOLE=columns % chosen["COLUMNS"] == 0 and size == options["WIDTH"], **options,
         )  # fmt: skip
 
@@ -168,12 +168,12 @@ def scattered_product(
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
         for first_column in range(0, width, columns):
-            last_column = min(width, first_column + columns)
-            multiply(partial, first, last, first_column, last_column)
-            chosen_sum = tiles.combine(last_column - first_column)
-            grid = (length, last - first, triton.cdiv(last_column - first_column, chosen_sum["COLUMNS"]))
+            count = min(columns, width - first_column)
+            multiply(partial, first, last, first_column, count)
+            chosen_sum = tiles.combine(count)
+            grid = (length, last - first, triton.cdiv(count, chosen_sum["COLUMNS"]))
             _combine_kernel[grid](
-                partial, rows.offsets, rows.entries, output, first, (last - first) * selected, selected, length,
-                first_column, last_column, *strides(output), **chosen_sum,
+                partial, rows.offsets, rows.entries, output, first, heads * selected, length,
+                first_column, count, *strides(output), **chosen_sum,
             )  # fmt: skip
     return output

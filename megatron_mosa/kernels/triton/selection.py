@@ -60,76 +60,73 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def _keys(scores, row, token, T, INCLUDE_FIRST: tl.constexpr):
-    """Scores as integers of the same order; -1 beyond the sequence. Scores are positive, or NaN, which is largest."""
-    key = tl.load(scores + row.to(tl.int64) * T + token, mask=token < T, other=0.0).to(tl.int32, bitcast=True)
-    if INCLUDE_FIRST:
-        key = tl.where(token == 0, 0x7FFFFFFF, key)
-    return tl.where(token < T, key, -1)
-
-
-@triton.jit
-def _reached(key, low, step):
-    """How many keys reach low + step, + 2 step and + 3 step: three counts in one number, for one reduction."""
-    counts = (key >= low + step).to(tl.int64) + ((key >= low + 2 * step).to(tl.int64) << 21)
-    return tl.sum(counts + ((key >= low + 3 * step).to(tl.int64) << 42))
+def _keys(scores, row, token, T, EXCLUDES_FIRST: tl.constexpr):
+    """Scores as integers of the same order, -1 for what is not compared; NaN is largest."""
+    score = tl.load(scores + row.to(tl.int64) * T + token, mask=token < T, other=0.0)
+    key = tl.maximum(tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7F800001), 0)
+    return tl.where((token < T) & ((token > 0) | (not EXCLUDES_FIRST)), key, -1)
 
 
 @triton.jit
 def _select_kernel(
-    scores, indices, T, K, INCLUDE_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+    scores, indices, T, K, INCLUDES_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    key = _keys(scores, row, lane, T, INCLUDE_FIRST)
-    # The k-th largest key, bit by bit from the highest, two at a time: the largest value that k keys reach.
-    top: tl.constexpr = 1 << 30
-    above = 0
+    key = _keys(scores, row, lane, T, INCLUDES_FIRST)  # held in registers if it is all
+    low, high = 0x7FFFFFFF, -1
     for start in range(0, T, BLOCK):
         if not IS_ONE_BLOCK:
-            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
-        above += tl.sum((key >= top).to(tl.int32))
-    threshold = tl.where(above >= K, top, 0)
-    for place in range(15):
-        step = 1 << (28 - 2 * place)
-        counts = tl.full((), 0, tl.int64)
+            key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
+        low = tl.minimum(low, tl.min(tl.where(key >= 0, key, 0x7FFFFFFF)))
+        high = tl.maximum(high, tl.max(key))
+    # Bisect for the largest key that enough others reach. low is reached by enough of them, high by too few, until
+    # just enough reach low or nothing lies between: then some of the keys that equal low are left out.
+    enough, reached = K - INCLUDES_FIRST, T - INCLUDES_FIRST
+    high = high + 1
+    if enough == 0:
+        low, reached = high, 0
+    while (reached != enough) & (high - low > 1):
+        middle = low + (high - low) // 2
+        count = 0
         for start in range(0, T, BLOCK):
             if not IS_ONE_BLOCK:
-                key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
-            counts += _reached(key, threshold, step)
-        steps = ((counts & 0x1FFFFF) >= K).to(tl.int32) + (((counts >> 21) & 0x1FFFFF) >= K).to(tl.int32)
-        threshold += step * (steps + ((counts >> 42) >= K).to(tl.int32))
-    above = 0
+                key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
+            count += tl.sum((key >= middle).to(tl.int32))
+        if count >= enough:
+            low, reached = middle, count
+        else:
+            high = middle
+    ties_left = enough
+    if reached != enough:
+        for start in range(0, T, BLOCK):
+            if not IS_ONE_BLOCK:
+                key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
+            ties_left -= tl.sum((key > low).to(tl.int32))
+    taken = 0
     for start in range(0, T, BLOCK):
         if not IS_ONE_BLOCK:
-            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
-        above += tl.sum((key > threshold).to(tl.int32))
-    ties_left, taken = K - above, 0
-    for start in range(0, T, BLOCK):
-        if not IS_ONE_BLOCK:
-            key = _keys(scores, row, start + lane, T, INCLUDE_FIRST)
-        ties = (key == threshold).to(tl.int32)
-        chosen = (key > threshold) | ((ties == 1) & (tl.cumsum(ties) <= ties_left))  # ties: the earlier ones
+            key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
+        chosen = key >= low
+        if reached != enough:  # ties: the earlier ones
+            ties = (key == low).to(tl.int32)
+            chosen = (key > low) | ((ties == 1) & (tl.cumsum(ties) <= ties_left))
+            ties_left -= tl.sum(ties)
+        if INCLUDES_FIRST:
+            chosen = chosen | (start + lane == 0)
         count = chosen.to(tl.int32)
         slot = taken + tl.cumsum(count) - 1
         tl.store(indices + row.to(tl.int64) * K + slot, (start + lane).to(tl.int64), mask=chosen)
-        ties_left -= tl.sum(((ties == 1) & chosen).to(tl.int32))
         taken += tl.sum(count)
 
 
 def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
-    """int64 [B, E, k] in position order, of fp32 scores [B, E, T] above 0; ties go to the earlier token.
-
-    Raises:
-        ValueError: T of 2^21 or more.
-    """
+    """int64 [B, E, k] in position order, of fp32 scores [B, E, T] from 0 on; ties go to the earlier token."""
     batch, heads, length = scores.shape
-    if length >= 2**21:
-        raise ValueError(f"scores of T = {length} tokens; legal: below {2**21}")
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
     block = min(power_of_2(length), SELECT_BLOCK)
     _select_kernel[(batch * heads,)](
-        scores.contiguous(), indices, length, num_selected, INCLUDE_FIRST=include_first_token,
+        scores.contiguous(), indices, length, num_selected, INCLUDES_FIRST=include_first_token,
         IS_ONE_BLOCK=length <= block, BLOCK=block, num_warps=max(1, min(16, block // 1024)),
     )  # fmt: skip
     return indices

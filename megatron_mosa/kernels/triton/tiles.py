@@ -24,13 +24,11 @@ def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
 
 
 def gathered(dtype: torch.dtype, parts: int, size: int) -> Tiles:
-    """Rows of a head by columns of its matrix; INNER is along the width of the states."""
-    columns = power_of_2(size)
+    """Rows of a head by all columns of its matrix; INNER is along the width of the states."""
+    width = power_of_2(size)
     if dtype == torch.float32:
-        return dict(ROWS=32, COLUMNS=columns, INNER=32, num_warps=4, num_stages=2)
-    if parts * columns > 256:
-        return dict(ROWS=128, COLUMNS=columns, INNER=64, num_warps=8, num_stages=2)
-    return dict(ROWS=128, COLUMNS=columns, INNER=64, num_warps=8, num_stages=3)
+        return dict(ROWS=32, WIDTH=width, INNER=32, num_warps=4, num_stages=2)
+    return dict(ROWS=128, WIDTH=width, INNER=64, num_warps=8, num_stages=3 if parts * width <= 256 else 2)
 
 
 def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
@@ -54,7 +52,7 @@ def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
     if dtype == torch.float32:
         return dict(ROWS=32, COLUMNS=32, WIDTH=width, num_warps=4, num_stages=2)
     columns = 128 if parts * width <= 192 else 64
-    return dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=4 if parts == 1 else 8, num_stages=3)
+    return dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=4 if parts * width <= 192 else 8, num_stages=3)
 
 
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int) -> Tiles:
