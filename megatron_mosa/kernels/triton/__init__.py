@@ -40,8 +40,13 @@ def selected_attention(
     document_starts: Tensor | None = None,
     restart_rotary: bool = False,
     slots: Documents | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
-    """As ``naive.selected_attention``; the gradient of the gates goes to ``router_weight`` and ``hidden_states``."""
+    """As ``naive.selected_attention``; the gradient of the gates goes to ``router_weight`` and ``hidden_states``.
+
+    Args:
+        deterministic: sum over heads in a fixed order; otherwise by fp32 atomics, slower but in less memory.
+    """
     del slots  # no k x k is made in any case
     return fused_attention(
         hidden_states,
@@ -54,5 +59,5 @@ def selected_attention(
         rotary_base,
         document_starts,
         restart_rotary,
-        True,
+        deterministic,
     )[0]

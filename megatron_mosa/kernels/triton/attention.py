@@ -21,7 +21,7 @@ from megatron_mosa.kernels.naive import rotary_frequencies
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, turned
 from megatron_mosa.kernels.triton.gathered import PAIR, Rotation, positions_of
-from megatron_mosa.kernels.triton.rows import Rows
+from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -35,10 +35,12 @@ def _segment(row_starts, head, batch, B, R):
 
 
 @triton.jit
-def _beginning(documents, place, there, batch, T, HAS_DOCUMENTS: tl.constexpr):
+def _beginning(documents, place, there, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
     """The place at which a query's document begins."""
     if HAS_DOCUMENTS:
-        return batch * T + tl.load(documents + place, mask=there, other=0).to(tl.int32)
+        batch, token = sequence_and_token(place, SHIFT)
+        start = tl.load(documents + batch.to(tl.int64) * T + token, mask=there, other=0).to(tl.int32)
+        return (batch << SHIFT) + start
     return tl.zeros_like(place)
 
 
@@ -51,7 +53,8 @@ def _load(rows, slot, count, column, STRIDE: tl.constexpr, D: tl.constexpr):
 @triton.jit(do_not_specialize=["B"])
 def _forward_kernel(
     qkv, places, row_starts, scores, documents, gated, log_sums, gates, B, E, T, R, SCALE,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = _segment(row_starts, head, batch, B, R)
@@ -60,7 +63,7 @@ def _forward_kernel(
     slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     here = slot < count
     place = tl.load(places + row + slot, mask=here, other=0)
-    begins = _beginning(documents, place, here, batch, T, HAS_DOCUMENTS)
+    begins = _beginning(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
     rows = qkv + row * (3 * D)
     query = _load(rows, slot, count, column, 3 * D, D)
     largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -83,7 +86,7 @@ def _forward_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         result = dot(weights.to(value.dtype), value, result * shrink[:, None], INTERPRETED)
         largest = higher
-    gate = tl.load(scores + (batch.to(tl.int64) * E + head) * T + place - batch * T, mask=here, other=0.0)
+    gate = tl.load(scores + (batch.to(tl.int64) * E + head) * T + place - (batch << SHIFT), mask=here, other=0.0)
     result *= (gate / total)[:, None]
     out = gated + (row + slot)[:, None] * D + column[None]
     tl.store(out, result.to(gated.dtype.element_ty), mask=here[:, None] & (column < D)[None])
@@ -152,8 +155,8 @@ def _add_product(
 
 @triton.jit
 def _load_queries(
-    gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    gated, of_gated, gates, log_sums, places, documents, row, slot, count, T,
+    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """What a tile of queries brings into the backward pass.
 
@@ -161,7 +164,7 @@ def _load_queries(
     """
     column, here = tl.arange(0, WIDTH), slot < count
     place = tl.load(places + row + slot, mask=here, other=0)
-    begins = _beginning(documents, place, here, batch, T, HAS_DOCUMENTS)
+    begins = _beginning(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
     of_result = _load(of_gated + row * D, slot, count, column, D, D).to(tl.float32)
     delta = tl.sum(of_result * _load(gated + row * D, slot, count, column, D, D).to(tl.float32), axis=1)
     gate = tl.load(gates + row + slot, mask=here, other=0.0)
@@ -207,8 +210,8 @@ def _backward_keys_kernel(
     qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
     B, T, R, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = _segment(row_starts, head, batch, B, R)
@@ -225,7 +228,7 @@ def _backward_keys_kernel(
         slot = begin + tl.arange(0, BLOCK)
         q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
         place, begins, upstream, log_sum, gate, delta = _load_queries(
-            gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T, D, WIDTH, HAS_DOCUMENTS
+            gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
         )  # fmt: skip
         weights, of_pairs = _pair_gradients(
             q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
@@ -237,7 +240,7 @@ def _backward_keys_kernel(
             tl.trans(of_pairs), q_first, q_second, q_others, of_first, of_second, of_others, D, HALF, INTERPRETED
         )
         if IS_ONE_TILE:
-            position = positions_of(place, slot < count, batch, starts, T, RESTARTS)
+            position = positions_of(place, slot < count, starts, T, RESTARTS, SHIFT)
             first, second, others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
             first, second, others = _add_product(
                 of_pairs, k_first, k_second, k_others, first, second, others, D, HALF, INTERPRETED
@@ -246,7 +249,7 @@ def _backward_keys_kernel(
                 out, first, second, others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
             )
             _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
-    position = positions_of(key_place, other < count, batch, starts, T, RESTARTS)
+    position = positions_of(key_place, other < count, starts, T, RESTARTS, SHIFT)
     _store_turned_back(
         out + D, of_first, of_second, of_others, other, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
     )
@@ -259,8 +262,8 @@ def _backward_queries_kernel(
     qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
     B, T, R, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr, PAIR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = _segment(row_starts, head, batch, B, R)
@@ -270,7 +273,7 @@ def _backward_queries_kernel(
     rows = qkv + row * (3 * D)
     q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
     place, begins, upstream, log_sum, gate, delta = _load_queries(
-        gated, of_gated, gates, log_sums, places, documents, row, slot, count, batch, T, D, WIDTH, HAS_DOCUMENTS
+        gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
     )  # fmt: skip
     of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
     for begin in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
@@ -286,7 +289,7 @@ def _backward_queries_kernel(
             of_pairs.to(upstream.dtype), k_first, k_second, k_others, of_first, of_second, of_others, D, HALF,
             INTERPRETED,
         )  # fmt: skip
-    position = positions_of(place, slot < count, batch, starts, T, RESTARTS)
+    position = positions_of(place, slot < count, starts, T, RESTARTS, SHIFT)
     out = of_qkv + row * (3 * D)
     _store_turned_back(
         out, of_first, of_second, of_others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
@@ -301,11 +304,13 @@ def rotary_table(length: int, half: int, base: float, device: torch.device) -> t
     return angles.cos(), angles.sin()
 
 
-def _options(qkv: Tensor, selected: int, documents: Tensor | None) -> tuple[dict, int]:
+def _options(qkv: Tensor, selected: int, length: int, documents: Tensor | None) -> tuple[dict, int]:
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     chosen = tiles.attention(qkv.dtype, qkv.device, selected, width)
-    options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, INTERPRETED=INTERPRET)
+    options = dict(
+        D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, SHIFT=bits_of(length), INTERPRETED=INTERPRET
+    )
     return options | chosen, chosen["BLOCK"]
 
 
@@ -329,7 +334,7 @@ def attend(
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     gated = qkv.new_empty((heads, capacity, size))
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
-    options, block = _options(qkv, selected, documents)
+    options, block = _options(qkv, selected, length, documents)
     _forward_kernel[(triton.cdiv(selected, block), heads, batch)](
         qkv, rows.places, rows.starts, scores, documents, gated, log_sums, gates, batch, heads, length, capacity,
         size**-0.5, **options,
@@ -360,7 +365,7 @@ def attend_backward(
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     gated, log_sums, gates = saved
     of_qkv, of_logits = torch.empty_like(qkv), qkv.new_empty((heads, capacity, PAIR))
-    options, block = _options(qkv, selected, documents)
+    options, block = _options(qkv, selected, length, documents)
     half = rotation.cos.shape[1]
     options |= dict(HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half))
     options |= dict(RESTARTS=rotation.starts is not None, PAIR=PAIR)

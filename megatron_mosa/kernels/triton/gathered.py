@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, power_of_2, strides, turned
-from megatron_mosa.kernels.triton.rows import Rows
+from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
 PAIR = 16  # columns of a number given as two halves, the least that tensor cores take; the others are 0
 
@@ -31,12 +31,19 @@ class Rotation(NamedTuple):
 
 
 @triton.jit
-def positions_of(place, there, batch, starts, T, RESTARTS: tl.constexpr):
+def positions_of(place, there, starts, T, RESTARTS: tl.constexpr, SHIFT: tl.constexpr):
     """What rows are turned by."""
-    token = place - batch * T
+    batch, token = sequence_and_token(place, SHIFT)
     if RESTARTS:
-        token -= tl.load(starts + place, mask=there, other=0).to(tl.int32)
+        token -= tl.load(starts + batch.to(tl.int64) * T + token, mask=there, other=0).to(tl.int32)
     return token
+
+
+@triton.jit
+def rows_at(states, place, stride_b, stride_t, SHIFT: tl.constexpr):
+    """Pointers to the tokens of some rows."""
+    batch, token = sequence_and_token(place, SHIFT)
+    return states + (batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t)[:, None]
 
 
 @triton.jit
@@ -51,13 +58,14 @@ def _tile(rows, place, inside, there, IS_WHOLE: tl.constexpr):
 def _gathered_kernel(
     states, places, row_starts, weight, output, cos, sin, starts, B, R, E, T, H, GROUP, stride_b, stride_t,
     stride_e, stride_h, stride_d,
-    D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
-    FIRST_PART: tl.constexpr, TURNED: tl.constexpr, IS_PLAIN: tl.constexpr, ALL_PARTS: tl.constexpr,
-    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, INNER: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr,
+    INTERPRETED: tl.constexpr, FIRST_PART: tl.constexpr, TURNED: tl.constexpr, ALL_PARTS: tl.constexpr,
+    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """TURNED parts of the columns, from FIRST_PART on, are queries or keys, and one more if IS_PLAIN is not.
+    """TURNED parts of the columns, from FIRST_PART on, are queries or keys.
 
-    The first halves of what turns are one tile, and the second another: partners meet in one thread's registers.
+    What turns is one tile, whose columns are the first halves and then the second, so that partners meet in one
+    thread's registers; the columns that do not turn, and those of the values, are the other tile, of WIDTH columns.
     """
     head, tile = grouped(tl.program_id(0), tl.cdiv(R, ROWS), E, GROUP)
     count = tl.load(row_starts + head * (B + 1) + B)
@@ -66,29 +74,21 @@ def _gathered_kernel(
     row, inner = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, INNER)
     here = row < count
     place = tl.load(places + head.to(tl.int64) * R + row, mask=here, other=0)
-    batch = place // T
-    x_rows = states + (batch.to(tl.int64) * stride_b + (place - batch * T).to(tl.int64) * stride_t)[:, None]
+    x_rows = rows_at(states, place, stride_b, stride_t, SHIFT)
     weights = weight + head.to(tl.int64) * stride_e + FIRST_PART * D * stride_d
-    HAS_HALVES: tl.constexpr = TURNED > 0 and HALF > 0
-    HAS_REST: tl.constexpr = TURNED > 0 and D > 2 * HALF
-    if HAS_HALVES:
-        half = tl.arange(0, TURNED * HALF_WIDTH)
-        half, of_halves, in_half = (
-            half % HALF_WIDTH,
-            half // HALF_WIDTH * D + half % HALF_WIDTH,
-            half % HALF_WIDTH < HALF,
-        )
-        first = tl.zeros((ROWS, TURNED * HALF_WIDTH), dtype=tl.float32)
-        second = first
-    if HAS_REST:
-        rest = tl.arange(0, TURNED * REST_WIDTH)
-        in_rest = rest % REST_WIDTH < D - 2 * HALF
-        rest = rest // REST_WIDTH * D + 2 * HALF + rest % REST_WIDTH
-        others = tl.zeros((ROWS, TURNED * REST_WIDTH), dtype=tl.float32)
-    if IS_PLAIN:
-        plain = tl.arange(0, WIDTH)
-        in_plain, plain = plain < D, TURNED * D + plain
-        values = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    HALVES: tl.constexpr = TURNED * HALF_WIDTH if HALF > 0 else 0
+    REST: tl.constexpr = TURNED * REST_WIDTH if D > 2 * HALF else 0
+    if HALVES > 0:
+        half = tl.arange(0, 2 * HALVES)
+        in_half = half % HALF_WIDTH < HALF
+        half = half // HALVES * HALF + half % HALVES // HALF_WIDTH * D + half % HALF_WIDTH
+        turning = tl.zeros((ROWS, 2 * HALVES), dtype=tl.float32)
+    if WIDTH > 0:
+        other = tl.arange(0, WIDTH)
+        in_other = tl.where(other < REST, other % REST_WIDTH < D - 2 * HALF, other - REST < D)
+        turned_rest = other // REST_WIDTH * D + 2 * HALF + other % REST_WIDTH
+        other = tl.where(other < REST, turned_rest, TURNED * D + other - REST)
+        others = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(0, H, INNER):
         inside = start + inner < H
         if IS_WHOLE:
@@ -96,30 +96,33 @@ def _gathered_kernel(
         else:
             x = tl.load(x_rows + (start + inner)[None], mask=inside[None], other=0.0)
         w_rows = weights + (start + inner).to(tl.int64)[:, None] * stride_h
-        if HAS_HALVES:
-            first = dot(x, _tile(w_rows, of_halves * stride_d, inside, in_half, IS_WHOLE), first, INTERPRETED)
-            w = _tile(w_rows, (of_halves + HALF) * stride_d, inside, in_half, IS_WHOLE)
-            second = dot(x, w, second, INTERPRETED)
-        if HAS_REST:
-            others = dot(x, _tile(w_rows, rest * stride_d, inside, in_rest, IS_WHOLE), others, INTERPRETED)
-        if IS_PLAIN:
-            values = dot(x, _tile(w_rows, plain * stride_d, inside, in_plain, IS_WHOLE), values, INTERPRETED)
+        if HALVES > 0:
+            turning = dot(x, _tile(w_rows, half * stride_d, inside, in_half, IS_WHOLE), turning, INTERPRETED)
+        if WIDTH > 0:
+            others = dot(x, _tile(w_rows, other * stride_d, inside, in_other, IS_WHOLE), others, INTERPRETED)
     out = output + (head.to(tl.int64) * R + row)[:, None] * (ALL_PARTS * D) + FIRST_PART * D
     TYPE: tl.constexpr = output.dtype.element_ty
-    if HAS_HALVES:
-        position = positions_of(place, here, batch, starts, T, RESTARTS)
-        first, second = turned(first, second, position, half, in_half, cos, sin, 1.0, HALF)
-        tl.store(out + of_halves[None], first.to(TYPE), mask=here[:, None] & in_half[None])
-        tl.store(out + (of_halves + HALF)[None], second.to(TYPE), mask=here[:, None] & in_half[None])
-    if HAS_REST:
-        tl.store(out + rest[None], others.to(TYPE), mask=here[:, None] & in_rest[None])
-    if IS_PLAIN:
-        tl.store(out + plain[None], values.to(TYPE), mask=here[:, None] & in_plain[None])
+    if HALVES > 0:
+        position = positions_of(place, here, starts, T, RESTARTS, SHIFT)
+        half = tl.arange(0, HALVES)
+        in_half = half % HALF_WIDTH < HALF
+        first, second = tl.split(tl.permute(tl.reshape(turning, (ROWS, 2, HALVES)), (0, 2, 1)))
+        first, second = turned(first, second, position, half % HALF_WIDTH, in_half, cos, sin, 1.0, HALF)
+        target = out + (half // HALF_WIDTH * D + half % HALF_WIDTH)[None]
+        tl.store(target, first.to(TYPE), mask=here[:, None] & in_half[None])
+        tl.store(target + HALF, second.to(TYPE), mask=here[:, None] & in_half[None])
+    if WIDTH > 0:
+        tl.store(out + other[None], others.to(TYPE), mask=here[:, None] & in_other[None])
 
 
-def parts_at_once(parts: int, size: int) -> int:
-    """How many of the parts one program takes: all of them up to head dimension 128."""
-    return parts if size <= 128 else 1
+def _widths(parts: int, turned_parts: int, size: int, half: int) -> dict[str, int]:
+    """Columns of the tiles of a program that takes ``parts``, of which the first ``turned_parts`` turn."""
+    rest = size - 2 * half
+    half_width, rest_width = power_of_2(half), power_of_2(rest)
+    others = turned_parts * rest_width * (rest > 0) + power_of_2(size) * (parts - turned_parts)
+    return dict(
+        TURNED=turned_parts, HALF_WIDTH=half_width, REST_WIDTH=rest_width, WIDTH=power_of_2(others) if others else 0
+    )
 
 
 def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -138,76 +141,70 @@ def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotat
     heads, capacity = rows.places.shape
     parts = 1 if rotation is None else 3
     size = weight.shape[2] // parts
-    at_once = parts_at_once(parts, size)
-    output = states.new_empty((heads, capacity, parts * size))
-    chosen = tiles.gathered(states.dtype, at_once, size)
-    number = triton.cdiv(capacity, chosen["ROWS"])
-    sequence = length * width * states.element_size()
-    group = tiles.group(
-        number, sequence * chosen["ROWS"] * batch // capacity, weight.numel() * weight.element_size() * at_once // parts
-    )
     cos, sin, starts = rotation or (None, None, None)
     half = 0 if cos is None else cos.shape[1]
-    half_width, rest_width = power_of_2(half), power_of_2(size - 2 * half)
-    for first in range(0, parts, at_once):
-        last = first + at_once
+    output = states.new_empty((heads, capacity, parts * size))
+    programs = [(0, _widths(parts, parts - 1, size, half))]
+    if 4 * half + programs[0][1]["WIDTH"] > 384:  # too many for the registers: one part after the other
+        programs = [(part, _widths(1, int(part < 2), size, half)) for part in range(parts)]
+    for first, widths in programs:
+        columns = 2 * widths["TURNED"] * widths["HALF_WIDTH"] * (half > 0) + widths["WIDTH"]
+        chosen = tiles.gathered(states.dtype, columns)
+        number = triton.cdiv(capacity, chosen["ROWS"])
+        tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
+        group = tiles.group(number, tile_bytes, weight.numel() * weight.element_size() // len(programs))
         _gathered_kernel[(number * heads,)](
             states, rows.places, rows.starts, weight, output, cos, sin, starts, batch, capacity, heads, length, width,
             group, *strides(states), *weight.stride(),
-            D=size, HALF=half, RESTARTS=starts is not None, INTERPRETED=INTERPRET,
-            IS_WHOLE=width % chosen["INNER"] == 0 and size == chosen["WIDTH"]
-            and half in (0, half_width) and size - 2 * half in (0, rest_width),
-            FIRST_PART=first, TURNED=min(last, parts - 1) - first if parts == 3 else 0, IS_PLAIN=last == parts,
-            ALL_PARTS=parts, HALF_WIDTH=half_width, REST_WIDTH=rest_width, **chosen,
+            D=size, HALF=half, RESTARTS=starts is not None, SHIFT=bits_of(length), INTERPRETED=INTERPRET,
+            IS_WHOLE=width % chosen["INNER"] == 0 and columns == parts * size // len(programs),
+            FIRST_PART=first, ALL_PARTS=parts, **widths, **chosen,
         )  # fmt: skip
     return output
 
 
 @triton.jit(do_not_specialize=["B"])
 def _weight_gradient_kernel(
-    states, places, row_starts, values, pairs, output, pair_output, B, R, T, H, stride_b, stride_t,
+    states, places, row_starts, values, pairs, output, pair_output, B, R, H, stride_b, stride_t,
     stride_s, stride_e, stride_h, stride_d, pair_stride_s,
-    D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
+    D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, split, part = tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # of the states
-    inner = tl.arange(0, WIDTH)  # of the values
-    count = tl.load(row_starts + head * (B + 1) + B)
-    share = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
-    first = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
+    first = tl.arange(0, WIDTH if PARTS == 1 else 2 * WIDTH)  # of the values: one part, or two in one tile
+    in_first, first = first % WIDTH < D, (part + first // WIDTH) * D + first % WIDTH
+    of_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
     if PARTS == 3:
-        second, third = first, first
+        last = tl.arange(0, WIDTH)
+        in_last, last = last < D, 2 * D + last
+        of_last = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
     if HAS_PAIRS:
         along = tl.zeros((COLUMNS, PAIR), dtype=tl.float32)
+    count = tl.load(row_starts + head * (B + 1) + B)
+    share = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
+    lane, pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
     for start in range(split * share, tl.minimum(count, (split + 1) * share), ROWS):
-        row = start + tl.arange(0, ROWS)
-        there = row < count
-        source = head.to(tl.int64) * R + row
-        place = tl.load(places + source, mask=there, other=0)
-        batch = place // T
-        x_rows = states + (batch.to(tl.int64) * stride_b + (place - batch * T).to(tl.int64) * stride_t)[:, None]
+        source, here = head.to(tl.int64) * R + start, start + lane < count  # offsets beyond source stay the same
+        x_rows = rows_at(states, tl.load(places + source + lane, mask=here, other=0), stride_b, stride_t, SHIFT)
         if IS_WHOLE:
-            x, mask = tl.load(x_rows + column[None]), there[:, None]
+            x = tl.load(x_rows + column[None])
         else:
             x = tl.load(x_rows + column[None], mask=(column < H)[None], other=0.0)  # [ROWS, COLUMNS]
-            mask = there[:, None] & (inner < D)[None]
-        value = values + source[:, None] * (ALL_PARTS * D) + (part * D + inner)[None]
-        first = dot(tl.trans(x), tl.load(value, mask=mask, other=0.0), first, INTERPRETED)
+        v_rows = values + source * (ALL_PARTS * D) + lane[:, None] * (ALL_PARTS * D)
+        of_first = dot(tl.trans(x), _tile(v_rows, first, here, in_first, False), of_first, INTERPRETED)
         if PARTS == 3:
-            second = dot(tl.trans(x), tl.load(value + D, mask=mask, other=0.0), second, INTERPRETED)
-            third = dot(tl.trans(x), tl.load(value + 2 * D, mask=mask, other=0.0), third, INTERPRETED)
+            of_last = dot(tl.trans(x), _tile(v_rows, last, here, in_last, False), of_last, INTERPRETED)
         if HAS_PAIRS:
-            pair = tl.load(pairs + source[:, None] * PAIR + tl.arange(0, PAIR)[None], mask=there[:, None], other=0.0)
-            along = dot(tl.trans(x), pair, along, INTERPRETED)
+            p_rows = pairs + source * PAIR + lane[:, None] * PAIR + pair[None]
+            along = dot(tl.trans(x), tl.load(p_rows, mask=here[:, None], other=0.0), along, INTERPRETED)
     out = output + split * stride_s + head.to(tl.int64) * stride_e + column.to(tl.int64)[:, None] * stride_h
-    out += (part * D + inner)[None] * stride_d
-    mask = (column < H)[:, None] & (inner < D)[None]
-    tl.store(out, first.to(output.dtype.element_ty), mask=mask)
+    TYPE: tl.constexpr = output.dtype.element_ty
+    inside = (column < H)[:, None]
+    tl.store(out + first[None] * stride_d, of_first.to(TYPE), mask=inside & in_first[None])
     if PARTS == 3:
-        tl.store(out + D * stride_d, second.to(output.dtype.element_ty), mask=mask)
-        tl.store(out + 2 * D * stride_d, third.to(output.dtype.element_ty), mask=mask)
+        tl.store(out + last[None] * stride_d, of_last.to(TYPE), mask=inside & in_last[None])
     if HAS_PAIRS and part == 0:
         offsets = split * pair_stride_s + head.to(tl.int64) * H + column
         tl.store(pair_output + offsets, tl.sum(along, axis=1).to(pair_output.dtype.element_ty), mask=column < H)
@@ -237,7 +234,7 @@ def weight_gradient(
     batch, length, width = states.shape
     heads, capacity = rows.places.shape
     size = values.shape[2] // parts
-    at_once = parts_at_once(parts, size)
+    at_once = parts if size <= 128 else 1  # all of them, if the registers hold them
     chosen = tiles.weight_gradient(states.dtype, at_once, size)
     number = triton.cdiv(width, chosen["COLUMNS"])
     programs = number * heads * parts // at_once
@@ -247,9 +244,9 @@ def weight_gradient(
         outputs = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
         pair_outputs = None if pair_output is None else outputs.new_empty((splits, *pair_output.shape))
     _weight_gradient_kernel[(number, heads, splits * parts // at_once)](
-        states, rows.places, rows.starts, values, pairs, outputs, pair_outputs, batch, capacity, length, width,
+        states, rows.places, rows.starts, values, pairs, outputs, pair_outputs, batch, capacity, width,
         *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
-        D=size, IS_WHOLE=width % chosen["COLUMNS"] == 0 and size == chosen["WIDTH"], INTERPRETED=INTERPRET,
+        D=size, SHIFT=bits_of(length), IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
         HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
     )  # fmt: skip
     if splits > 1:

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     """The rows of a head are its filled slots, in the order of sequences and then of positions, without gaps."""
 
     places: Tensor
-    """int32 [E, B * k]: the token of each row, as b * T + t; what lies behind a head's last row is undefined."""
+    """int32 [E, B * k]: the token of each row, as b << ``bits_of(T)`` | t; undefined behind a head's last row."""
 
     starts: Tensor
     """int32 [E, B + 1]: the first row of each sequence; the last is the head's number of rows."""
@@ -31,6 +31,17 @@ class Rows(NamedTuple):
 
     entries: Tensor
     """int32 [B * E * k]: the slots that hold each token, in the order of heads, as e * k + slot."""
+
+
+def bits_of(length: int) -> int:
+    """How many bits a token takes in its place, so that kernels need no division to find its sequence."""
+    return max(1, (length - 1).bit_length())
+
+
+@triton.jit
+def sequence_and_token(place, SHIFT: tl.constexpr):
+    """Of a place."""
+    return place >> SHIFT, place & ((1 << SHIFT) - 1)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -53,7 +64,10 @@ def _starts_kernel(indices, starts, B, E, K, T, SEQUENCES: tl.constexpr, BLOCK: 
 
 
 @triton.jit(do_not_specialize=["B"])
-def _pack_kernel(indices, starts, places, taken_by, B, E, R, K, T, GROUPS, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _pack_kernel(
+    indices, starts, places, taken_by, B, E, R, K, T, GROUPS,
+    SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the places of one head in one sequence, and its bit in the words of its tokens."""
     head, batch = tl.program_id(0), tl.program_id(1)
     begin = tl.load(starts + head * (B + 1) + batch)
@@ -63,7 +77,7 @@ def _pack_kernel(indices, starts, places, taken_by, B, E, R, K, T, GROUPS, HEADS
     for first in range(0, count, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         token = tl.load(slots + slot, mask=slot < count, other=0).to(tl.int32)
-        tl.store(places + head.to(tl.int64) * R + begin + slot, batch * T + token, mask=slot < count)
+        tl.store(places + head.to(tl.int64) * R + begin + slot, (batch << SHIFT) + token, mask=slot < count)
         bit = tl.full((BLOCK,), 1, tl.int32) << (head % HEADS)
         tl.atomic_or(words + token, bit, mask=slot < count, sem="relaxed")  # bits in any order are the same word
 
@@ -93,16 +107,21 @@ def _count_kernel(taken_by, before, offsets, T, GROUPS, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def _entries_kernel(
-    places, starts, taken_by, before, offsets, entries, B, R, K, T, GROUPS, HEADS: tl.constexpr, BLOCK: tl.constexpr
+    places, starts, taken_by, before, offsets, entries, B, R, K, T, GROUPS,
+    SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < tl.load(starts + head * (B + 1) + B)
     place = tl.load(places + head.to(tl.int64) * R + row, mask=there, other=0)
-    batch = place // T
-    word = (batch.to(tl.int64) * GROUPS + head // HEADS) * T + place - batch * T
+    batch, token = sequence_and_token(place, SHIFT)
+    word = (batch.to(tl.int64) * GROUPS + head // HEADS) * T + token
     lower = tl.load(taken_by + word, mask=there, other=0) & ((tl.full((BLOCK,), 1, tl.int32) << (head % HEADS)) - 1)
-    entry = tl.load(offsets + place, mask=there, other=0) + tl.load(before + word, mask=there, other=0) + _bits(lower)
+    entry = (
+        tl.load(offsets + batch.to(tl.int64) * T + token, mask=there, other=0)
+        + tl.load(before + word, mask=there, other=0)
+        + _bits(lower)
+    )
     slot = row - tl.load(starts + head * (B + 1) + batch, mask=there, other=0)
     tl.store(entries + entry, head * K + slot, mask=there)
 
@@ -115,9 +134,11 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     """
     batch, heads, selected = indices.shape
     rows, device = batch * selected, indices.device
-    if max(indices.numel(), batch * length) >= 2**31:
+    shift = bits_of(length)
+    if max(indices.numel(), batch << shift) >= 2**31:
         raise ValueError(
-            f"B * E * k = {indices.numel()} selected of B * T = {batch * length} tokens at once; legal: below {2**31}"
+            f"B * E * k = {indices.numel()} selected tokens, B = {batch} sequences of T = {length}; "
+            f"legal: B * E * k and B * {1 << shift} below {2**31}"
         )
     starts = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), 256)
@@ -126,7 +147,8 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     places = torch.empty((heads, rows), dtype=torch.int32, device=device)
     taken_by = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
     _pack_kernel[(heads, batch)](
-        indices, starts, places, taken_by, batch, heads, rows, selected, length, groups, HEADS=HEADS, BLOCK=block,
+        indices, starts, places, taken_by, batch, heads, rows, selected, length, groups,
+        SHIFT=shift, HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),
     )  # fmt: skip
     before = torch.empty_like(taken_by)
@@ -136,6 +158,6 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
     _entries_kernel[(triton.cdiv(rows, 512), heads)](
         places, starts, taken_by, before, offsets, entries, batch, rows, selected, length, groups,
-        HEADS=HEADS, BLOCK=512,
+        SHIFT=shift, HEADS=HEADS, BLOCK=512,
     )  # fmt: skip
     return Rows(places, starts, offsets, entries)

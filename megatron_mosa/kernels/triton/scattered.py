@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides
 from megatron_mosa.kernels.triton.gathered import PAIR
-from megatron_mosa.kernels.triton.rows import Rows
+from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
-PARTIAL_BYTES = 64 << 20  # of the products that wait for their sum over heads, where sequences are smaller
+PARTIAL_BYTES = 128 << 20  # of the products that wait for their sum over heads, where sequences are smaller
 MOST_BYTES = 512 << 20  # where they are not; beyond, columns wait in turn
 
 
@@ -23,7 +23,7 @@ MOST_BYTES = 512 << 20  # where they are not; beyond, columns wait in turn
 def _scattered_kernel(
     values, places, row_starts, pairs, pair_weight, weight, partial,
     FIRST, LAST, B, R, E, K, T, H, FIRST_COLUMN, CHUNK, stride_e, stride_d, stride_h,
-    D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
+    D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     IS_ATOMIC: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
@@ -46,10 +46,10 @@ def _scattered_kernel(
         pair = tl.arange(0, PAIR)
         halves = tl.load(pairs + source[:, None] * PAIR + pair[None], mask=here[:, None], other=0.0)
     place = tl.load(places + source, mask=here, other=0)
+    batch, token = sequence_and_token(place, SHIFT)
     if IS_ATOMIC:
-        out_rows = partial + (place.to(tl.int64) * H)[:, None]
+        out_rows = partial + ((batch.to(tl.int64) * T + token) * H)[:, None]
     else:
-        batch = place // T
         slot = row - tl.load(row_starts + head * (B + 1) + batch, mask=here, other=0)
         target = ((batch - FIRST).to(tl.int64) * E + head) * K + slot  # as the entries of a token count
         out_rows = partial + (target * CHUNK)[:, None]
@@ -81,24 +81,33 @@ def _scattered_kernel(
             tl.store(out_rows + column[None], product.to(partial.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["FIRST"])
+@triton.jit
+def _sum_of_rows(rows, entries, begin, end, CHUNK, there, UNROLL: tl.constexpr):
+    """Of the next UNROLL rows of a token, up to its end, all on their way at once."""
+    place = begin + tl.arange(0, UNROLL)
+    entry = tl.load(entries + place, mask=place < end, other=0).to(tl.int64)
+    tile = tl.load(rows[None] + (entry * CHUNK)[:, None], mask=(place < end)[:, None] & there[None], other=0.0)
+    return tl.sum(tile.to(tl.float32), axis=0)
+
+
+@triton.jit(do_not_specialize=["FIRST", "SEQUENCES"])
 def _combine_kernel(
-    partial, offsets, entries, output, FIRST, PER_SEQUENCE, T, FIRST_COLUMN, CHUNK, stride_b, stride_t,
+    partial, offsets, entries, output, FIRST, SEQUENCES, PER_SEQUENCE, T, FIRST_COLUMN, CHUNK, stride_b, stride_t,
     UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token, of_chunk = tl.program_id(0), tl.program_id(1)  # of_chunk: the sequence within the chunk
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    # First tokens first: every head may take them, and their long sums must not come last.
+    of_chunk, token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     batch = FIRST + of_chunk
     begin = tl.load(offsets + batch.to(tl.int64) * T + token)
     end = tl.load(offsets + batch.to(tl.int64) * T + token + 1)
     rows = partial + of_chunk.to(tl.int64) * PER_SEQUENCE * CHUNK + column
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(begin, end, UNROLL):
-        for step in tl.static_range(UNROLL):
-            there = start + step < end
-            entry = tl.load(entries + start + step, mask=there, other=0)
-            row = tl.load(rows + entry.to(tl.int64) * CHUNK, mask=(column < CHUNK) & there, other=0.0)
-            total += row.to(tl.float32)
+    many = begin + (end - begin) // UNROLL * UNROLL
+    for start in range(begin, many, UNROLL):
+        total += _sum_of_rows(rows, entries, start, many, CHUNK, column < CHUNK, UNROLL)
+    for start in range(many, end, 4):
+        total += _sum_of_rows(rows, entries, start, end, CHUNK, column < CHUNK, 4)
     out = output + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + FIRST_COLUMN + column
     tl.store(out, total.to(output.dtype.element_ty), mask=column < CHUNK)
 
@@ -142,8 +151,8 @@ def scattered_product(
     size = values.shape[2] // parts
     chosen = tiles.scattered(values.dtype, values.device, parts, size)
     options = dict(
-        D=size, WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None, PARTS=parts, PAIR=PAIR,
-        IS_ATOMIC=not deterministic, **chosen,
+        D=size, SHIFT=bits_of(length), WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None,
+        PARTS=parts, PAIR=PAIR, IS_ATOMIC=not deterministic, **chosen,
     )  # fmt: skip
 
     def multiply(into: Tensor, first: int, last: int, first_column: int, columns: int) -> None:
@@ -171,9 +180,9 @@ def scattered_product(
             count = min(columns, width - first_column)
             multiply(partial, first, last, first_column, count)
             chosen_sum = tiles.combine(count)
-            grid = (length, last - first, triton.cdiv(count, chosen_sum["COLUMNS"]))
+            grid = (length * (last - first), triton.cdiv(count, chosen_sum["COLUMNS"]))
             _combine_kernel[grid](
-                partial, rows.offsets, rows.entries, output, first, heads * selected, length,
+                partial, rows.offsets, rows.entries, output, first, last - first, heads * selected, length,
                 first_column, count, *strides(output), **chosen_sum,
             )  # fmt: skip
     return output

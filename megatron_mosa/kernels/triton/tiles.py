@@ -23,12 +23,13 @@ def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
     return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
-def gathered(dtype: torch.dtype, parts: int, size: int) -> Tiles:
+def gathered(dtype: torch.dtype, columns: int) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states."""
-    width = power_of_2(size)
     if dtype == torch.float32:
-        return dict(ROWS=32, WIDTH=width, INNER=32, num_warps=4, num_stages=2)
-    return dict(ROWS=128, WIDTH=width, INNER=64, num_warps=8, num_stages=3 if parts * width <= 256 else 2)
+        return dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
+    if columns > 256:
+        return dict(ROWS=128, INNER=32, num_warps=8, num_stages=4)
+    return dict(ROWS=128, INNER=64, num_warps=8, num_stages=3)
 
 
 def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
@@ -43,7 +44,7 @@ def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -
 def combine(width: int) -> Tiles:
     """UNROLL partial products of one token at a time by columns of the output."""
     columns = min(power_of_2(width), 1024)
-    return dict(UNROLL=8, COLUMNS=columns, num_warps=max(1, columns // 256))
+    return dict(UNROLL=16, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:

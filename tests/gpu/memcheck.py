@@ -1,0 +1,53 @@
+"""One small case of every kernel, for compute-sanitizer: ``make memcheck``.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.memcheck
+
+Memory comes from cudaMalloc directly, so that an access beyond one tensor is not one into another.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from megatron_mosa.attention import num_selected_tokens
+from megatron_mosa.kernels import get_backend, naive
+from tests.kernels.test_documents import pack
+from tests.kernels.test_naive import make_inputs
+
+CASES = [  # B, T, E, h, h', k, dtype, documents
+    (2, 100, 3, 72, 64, 64, torch.bfloat16, False),
+    (2, 300, 2, 128, 128, 150, torch.float16, False),
+    (1, 1100, 2, 40, 48, 600, torch.bfloat16, True),
+    (3, 64, 5, 33, 32, 20, torch.float32, True),
+]
+
+
+def main() -> None:
+    """Run the cases, forward and backward."""
+    for batch, length, heads, width, size, selected, dtype, has_documents in CASES:
+        inputs = [t.detach().to("cuda", dtype).requires_grad_() for t in make_inputs(batch, length, heads, width, size)]
+        fused = get_backend("triton", inputs[0])
+        documents = pack([[length // 3, length - length // 3]] * batch) if has_documents else None
+        starts = None if documents is None else documents.starts.cuda()
+        scores = fused.router_scores(*inputs[:2])
+        indices = fused.select_tokens(scores, selected)
+        if documents is not None:  # some slots are empty
+            chosen = documents.selection(lambda length: num_selected_tokens(length, 2.0))
+            quotas = chosen.quotas.cuda()
+            indices = naive.select_tokens(scores, chosen.num_slots, True, starts, quotas)
+        for deterministic in (True, False):
+            output = fused.selected_attention(
+                *inputs[:2], scores, indices, *inputs[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts,
+                restart_rotary=has_documents, deterministic=deterministic,
+            )  # fmt: skip
+            gradients = torch.autograd.grad(output.float().square().sum(), inputs)
+            assert all(gradient.isfinite().all() for gradient in gradients)
+        print(f"B{batch} T{length} E{heads} h{width} h'{size} k{selected} {dtype}: ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()
