@@ -42,25 +42,20 @@ GATHERED = [
     for base in ROWS_AND_WARPS
     for more in [*grid(INNER=[64], num_stages=[2, 3, 4]), *grid(INNER=[32], num_stages=[4, 6])]
 ]
-ATTENTION = grid(BLOCK=[32, 64, 128], num_warps=[4, 8], num_stages=[1, 2])
+SCATTERED = [
+    base | more
+    for base in [*ROWS_AND_WARPS, dict(ROWS=128, num_warps=4)]
+    for more in grid(COLUMNS=[64, 128], num_stages=[2, 3])
+]
+ATTENTION = grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2])
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
     "qkv": ("gathered", GATHERED),
     "dA": ("gathered", GATHERED),
     "attention": ("attention", ATTENTION),
     "attention backward": ("attention", ATTENTION),
-    "out": (
-        "scattered",
-        [base | more for base in ROWS_AND_WARPS for more in grid(COLUMNS=[64, 128], SWEEP=[4, 16], num_stages=[2])],
-    ),
-    "dX": (
-        "scattered",
-        [
-            base | more
-            for base in [*ROWS_AND_WARPS, dict(ROWS=128, num_warps=4)]
-            for more in grid(COLUMNS=[64, 128], SWEEP=[4, 16], num_stages=[2, 3])
-        ],
-    ),
-    "sum over heads": ("combine", grid(UNROLL=[4, 8], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
+    "out": ("scattered", SCATTERED),
+    "dX": ("scattered", SCATTERED),
+    "sum over heads": ("sums", grid(TOKENS=[2, 4, 8], UNROLL=[4, 8], SUM_COLUMNS=[256, 512, 1024])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": ("", []),

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels.triton import scattered
 from tests.kernels.reference import choose
 from tests.kernels.test_documents import LENGTHS, pack
 from tests.kernels.test_naive import make_inputs
@@ -42,7 +43,8 @@ def errors(
     def run(kernels: ModuleType, dtype: torch.dtype) -> list[torch.Tensor]:
         tensors = [tensor.detach().to(rounded).to(dtype).requires_grad_() for tensor in inputs]  # the same values
         scores = kernels.router_scores(tensors[0], tensors[1])
-        output = kernels.selected_attention(*tensors[:2], scores, indices, *tensors[2:], **settings)
+        options = settings if kernels is fused else {k: v for k, v in settings.items() if k != "deterministic"}
+        output = kernels.selected_attention(*tensors[:2], scores, indices, *tensors[2:], **options)
         return [output, *torch.autograd.grad(output, tensors, upstream.to(rounded).to(dtype))]
 
     rounded = dtype
@@ -67,6 +69,7 @@ SHAPES = [  # B, T, E, h, h', k
     (1, 130, 2, 24, 8, 128),
     (1, 20, 17, 24, 32, 5),
     (3, 7, 2, 8, 8, 1),
+    (1, 9, 40, 16, 8, 8),  # more rows of a token than are summed at once
 ]
 
 
@@ -130,6 +133,27 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
     for states in (inputs[0], inputs[0].transpose(0, 1).contiguous().transpose(0, 1), inputs[0].mT.contiguous().mT):
         for ours, theirs in zip(run(states), first, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, 300, 8)]
+
+    def run(chunk_bytes: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(scattered, "CHUNK_BYTES", chunk_bytes)
+        output = mosa_attention(*inputs, num_selected=5, backend="triton")
+        return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+    sequence_bytes = 3 * 5 * 300 * 4
+    whole = run(1 << 20)
+    for chunk_bytes in (2 * sequence_bytes, sequence_bytes, 1):  # pairs of sequences; each; 256 columns of each
+        for ours, theirs in zip(run(chunk_bytes), whole, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_without_determinism_atomics_add_up(fused: ModuleType) -> None:
+    inputs = make_inputs(2, 30, 5, 40, 16)
+    ours, _ = errors(fused, inputs, selection(inputs, 9), deterministic=False)
+    assert max(ours) < 1e-5
 
 
 def test_the_operators_are_good_citizens(fused: ModuleType) -> None:

@@ -65,5 +65,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the card; Hopper's where there is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Of the card; few for the interpreter, which runs one program after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if INTERPRET else 132

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ def _gathered_kernel(
     stride_e, stride_h, stride_d,
     D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, FIRST_PART: tl.constexpr, TURNED: tl.constexpr, ALL_PARTS: tl.constexpr,
-    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """TURNED parts of the columns, from FIRST_PART on, are queries or keys.
 
@@ -82,12 +84,14 @@ def _gathered_kernel(
         half = tl.arange(0, 2 * HALVES)
         in_half = half % HALF_WIDTH < HALF
         half = half // HALVES * HALF + half % HALVES // HALF_WIDTH * D + half % HALF_WIDTH
+        half = tl.max_contiguous(tl.multiple_of(half, VECTOR), VECTOR)
         turning = tl.zeros((ROWS, 2 * HALVES), dtype=tl.float32)
     if WIDTH > 0:
         other = tl.arange(0, WIDTH)
         in_other = tl.where(other < REST, other % REST_WIDTH < D - 2 * HALF, other - REST < D)
         turned_rest = other // REST_WIDTH * D + 2 * HALF + other % REST_WIDTH
         other = tl.where(other < REST, turned_rest, TURNED * D + other - REST)
+        other = tl.max_contiguous(tl.multiple_of(other, VECTOR), VECTOR)  # what the compiler cannot see in it
         others = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(0, H, INNER):
         inside = start + inner < H
@@ -158,7 +162,7 @@ def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotat
             group, *strides(states), *weight.stride(),
             D=size, HALF=half, RESTARTS=starts is not None, SHIFT=bits_of(length), INTERPRETED=INTERPRET,
             IS_WHOLE=width % chosen["INNER"] == 0 and columns == parts * size // len(programs),
-            FIRST_PART=first, ALL_PARTS=parts, **widths, **chosen,
+            FIRST_PART=first, ALL_PARTS=parts, VECTOR=math.gcd(16, half, size), **widths, **chosen,
         )  # fmt: skip
     return output
 

@@ -7,6 +7,7 @@ import torch
 from megatron_mosa.kernels.triton.common import power_of_2, shared_memory
 
 Tiles = dict[str, int]
+PROGRAMS_EACH = 3  # of the scattered product, on each multiprocessor
 L2_BYTES = 24 << 20  # of the states that all heads gather from at a time: half of Hopper's cache
 
 
@@ -27,24 +28,31 @@ def gathered(dtype: torch.dtype, columns: int) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states."""
     if dtype == torch.float32:
         return dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
+    if columns <= 128:
+        return dict(ROWS=256, INNER=64, num_warps=8, num_stages=4)
     if columns > 256:
         return dict(ROWS=128, INNER=32, num_warps=8, num_stages=4)
     return dict(ROWS=128, INNER=64, num_warps=8, num_stages=3)
 
 
-def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
-    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows."""
+def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, selected: int) -> Tiles:
+    """Rows of a head by columns of the output."""
     bytes_each = torch.empty((), dtype=dtype).element_size()
-    rows, columns = (32, 32) if dtype == torch.float32 else (128, 128)
-    while columns > 32 and parts * power_of_2(size) * (rows + 2 * columns) * bytes_each > 0.95 * shared_memory(device):
-        rows, columns = max(64, rows // 2), columns // 2
-    return dict(ROWS=rows, COLUMNS=columns, SWEEP=4, num_warps=4 if rows * columns <= 64 * 64 else 8, num_stages=2)
+    chosen = dict(ROWS=64, COLUMNS=64, num_warps=4, num_stages=3)
+    if dtype == torch.float32:
+        chosen = dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=2)
+    elif parts == 1 and selected >= 128:
+        chosen = dict(ROWS=128, COLUMNS=64, num_warps=8, num_stages=2)
+    width = parts * power_of_2(size) * bytes_each
+    while chosen["COLUMNS"] > 16 and width * (chosen["ROWS"] + 3 * chosen["COLUMNS"]) > 0.8 * shared_memory(device):
+        chosen["COLUMNS"] //= 2
+    return chosen
 
 
-def combine(width: int) -> Tiles:
-    """UNROLL partial products of one token at a time by columns of the output."""
-    columns = min(power_of_2(width), 1024)
-    return dict(UNROLL=16, COLUMNS=columns, num_warps=max(1, columns // 256))
+def sums(dtype: torch.dtype, columns: int, num_warps: int) -> Tiles:
+    """UNROLL rows of TOKENS tokens at a time; beyond MANY, as many of one token."""
+    chosen = dict(TOKENS=num_warps, UNROLL=4 if dtype == torch.float32 else 8, MANY=32)
+    return chosen | dict(SUM_COLUMNS=min(power_of_2(columns), 512))
 
 
 def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
@@ -52,7 +60,7 @@ def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
     width = power_of_2(size)
     if dtype == torch.float32:
         return dict(ROWS=32, COLUMNS=32, WIDTH=width, num_warps=4, num_stages=2)
-    columns = 128 if parts * width <= 192 else 64
+    columns = 128 if parts * width <= 384 else 64
     return dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=4 if parts * width <= 192 else 8, num_stages=3)
 
 
@@ -61,4 +69,4 @@ def attention(dtype: torch.dtype, device: torch.device, selected: int, width: in
     block, size = min(power_of_2(selected), 64), torch.empty((), dtype=dtype).element_size()
     while block > 16 and 13.1 * block * width * size > shared_memory(device):  # what the backward pass takes
         block //= 2
-    return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 64 else 8, num_stages=1)
+    return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 128 else 8, num_stages=1)
