@@ -43,10 +43,13 @@ GATHERED = [
     for more in [*grid(INNER=[64], num_stages=[2, 3, 4]), *grid(INNER=[32], num_stages=[4, 6])]
 ]
 SCATTERED = [
-    base | more
-    for base in [*ROWS_AND_WARPS, dict(ROWS=128, num_warps=4)]
-    for more in grid(COLUMNS=[64, 128], num_stages=[2, 3])
-]
+    dict(ROWS=rows, num_warps=warps, COLUMNS=columns, SWEEP=sweep, num_stages=stages)
+    for rows, warps, columns, stages in [
+        (64, 4, 64, 2), (64, 4, 64, 3), (64, 4, 128, 2), (128, 4, 64, 2), (128, 8, 32, 3), (128, 8, 64, 2),
+        (128, 8, 64, 3), (256, 8, 64, 2),
+    ]
+    for sweep in (4, 16)
+]  # fmt: skip
 ATTENTION = grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2])
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
     "qkv": ("gathered", GATHERED),
@@ -55,7 +58,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "attention backward": ("attention", ATTENTION),
     "out": ("scattered", SCATTERED),
     "dX": ("scattered", SCATTERED),
-    "sum over heads": ("sums", grid(TOKENS=[2, 4, 8], UNROLL=[4, 8], SUM_COLUMNS=[256, 512, 1024])),
+    "sum over heads": ("combine", grid(UNROLL=[8, 16], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": ("", []),

@@ -137,13 +137,14 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
 
 def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, 300, 8)]
+    sequence_bytes = 3 * 5 * 300 * 4
 
     def run(chunk_bytes: int) -> list[torch.Tensor]:
         monkeypatch.setattr(scattered, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(scattered, "MOST_BYTES", max(chunk_bytes, sequence_bytes if chunk_bytes > 1 else 1))
         output = mosa_attention(*inputs, num_selected=5, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
-    sequence_bytes = 3 * 5 * 300 * 4
     whole = run(1 << 20)
     for chunk_bytes in (2 * sequence_bytes, sequence_bytes, 1):  # pairs of sequences; each; 256 columns of each
         for ours, theirs in zip(run(chunk_bytes), whole, strict=True):

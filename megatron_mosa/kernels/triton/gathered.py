@@ -153,7 +153,7 @@ def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotat
         programs = [(part, _widths(1, int(part < 2), size, half)) for part in range(parts)]
     for first, widths in programs:
         columns = 2 * widths["TURNED"] * widths["HALF_WIDTH"] * (half > 0) + widths["WIDTH"]
-        chosen = tiles.gathered(states.dtype, columns)
+        chosen = tiles.gathered(states.dtype, columns, heads * capacity // multiprocessors(states.device))
         number = triton.cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
         group = tiles.group(number, tile_bytes, weight.numel() * weight.element_size() // len(programs))

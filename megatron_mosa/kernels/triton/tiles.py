@@ -7,7 +7,6 @@ import torch
 from megatron_mosa.kernels.triton.common import power_of_2, shared_memory
 
 Tiles = dict[str, int]
-PROGRAMS_EACH = 3  # of the scattered product, on each multiprocessor
 L2_BYTES = 24 << 20  # of the states that all heads gather from at a time: half of Hopper's cache
 
 
@@ -24,35 +23,37 @@ def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
     return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
-def gathered(dtype: torch.dtype, columns: int) -> Tiles:
-    """Rows of a head by all columns of its matrix; INNER is along the width of the states."""
+def gathered(dtype: torch.dtype, columns: int, rows_each: int) -> Tiles:
+    """Rows of a head by all columns of its matrix; INNER is along the width of the states.
+
+    ``rows_each`` is how many rows there are for each multiprocessor.
+    """
     if dtype == torch.float32:
         return dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
-    if columns <= 128:
-        return dict(ROWS=256, INNER=64, num_warps=8, num_stages=4)
+    chosen = dict(ROWS=256, INNER=64, num_warps=8, num_stages=4 if columns <= 64 else 3)
     if columns > 256:
-        return dict(ROWS=128, INNER=32, num_warps=8, num_stages=4)
-    return dict(ROWS=128, INNER=64, num_warps=8, num_stages=3)
+        chosen |= dict(ROWS=128, INNER=32, num_stages=4)
+    while chosen["ROWS"] > max(64, rows_each):
+        chosen["ROWS"] //= 2
+    return chosen
 
 
-def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, selected: int) -> Tiles:
-    """Rows of a head by columns of the output."""
+def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
+    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows."""
     bytes_each = torch.empty((), dtype=dtype).element_size()
-    chosen = dict(ROWS=64, COLUMNS=64, num_warps=4, num_stages=3)
+    chosen = dict(ROWS=64, COLUMNS=64, SWEEP=16, num_warps=4, num_stages=3)
     if dtype == torch.float32:
-        chosen = dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=2)
-    elif parts == 1 and selected >= 128:
-        chosen = dict(ROWS=128, COLUMNS=64, num_warps=8, num_stages=2)
+        chosen |= dict(ROWS=32, COLUMNS=32, num_stages=2)
     width = parts * power_of_2(size) * bytes_each
     while chosen["COLUMNS"] > 16 and width * (chosen["ROWS"] + 3 * chosen["COLUMNS"]) > 0.8 * shared_memory(device):
         chosen["COLUMNS"] //= 2
     return chosen
 
 
-def sums(dtype: torch.dtype, columns: int, num_warps: int) -> Tiles:
-    """UNROLL rows of TOKENS tokens at a time; beyond MANY, as many of one token."""
-    chosen = dict(TOKENS=num_warps, UNROLL=4 if dtype == torch.float32 else 8, MANY=32)
-    return chosen | dict(SUM_COLUMNS=min(power_of_2(columns), 512))
+def combine(width: int) -> Tiles:
+    """UNROLL partial products of one token at a time by columns of the output."""
+    columns = min(power_of_2(width), 1024)
+    return dict(UNROLL=16, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
