@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import measure
-from megatron_mosa.kernels.triton import attention, gathered, scattered, selection, tiles
+from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles
 from megatron_mosa.kernels.triton.gathered import Rotation
 from megatron_mosa.kernels.triton.rows import rows_of
 
@@ -60,7 +60,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "dX": ("scattered", SCATTERED),
     "sum over heads": ("combine", grid(UNROLL=[8, 16], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
-    "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[3, 4])),
+    "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])),
     "scores": ("", []),
     "selection": ("", []),
     "rows": ("", []),
@@ -81,7 +81,9 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
         saved = attention.attend(qkv, rows, scores, k, None)
         of_gated = gathered.gathered_product(states, rows, proj_weight.transpose(1, 2))
-        of_qkv, of_logits = attention.attend_backward(qkv, rows, saved, of_gated, k, shape.length, None, rotation)
+        of_qkv, of_logits = attention_backward.attend_backward(
+            qkv, rows, saved, of_gated, k, shape.length, None, rotation
+        )
     of_proj, of_qkv_weight, of_router = map(torch.empty_like, (proj_weight, qkv_weight, router))
 
     def of_weights(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
@@ -105,7 +107,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "out": out,
         "dA": lambda: gathered.gathered_product(states, rows, proj_weight.mT),
         "dW_O": lambda: of_weights(saved[0], of_proj.mT, of_proj),
-        "attention backward": lambda: attention.attend_backward(
+        "attention backward": lambda: attention_backward.attend_backward(
             qkv, rows, saved, of_gated, k, shape.length, None, rotation
         )[0],
         "dW_QKV": lambda: of_weights(

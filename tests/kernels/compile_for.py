@@ -91,10 +91,12 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
             fused.select_tokens(scores, selected)
             indices = torch.arange(selected).expand(1, 2, selected)
             starts = pack([[200, 312]]).starts if selected > num_selected_tokens(512, 16.0) else None
-            output = fused.selected_attention(
-                *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts
-            )
-            output.sum().backward()
+            for deterministic in (True, False):
+                output = fused.selected_attention(
+                    *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,
+                    document_starts=starts, deterministic=deterministic,
+                )  # fmt: skip
+                output.sum().backward()
     return shared
 
 

@@ -2,7 +2,7 @@
 
 Slots are in position order, so that causality is an order of slots: a key is visible if its slot is not behind the
 query's, and with documents if its token does not lie before the beginning of the query's document. Queries and keys
-come turned by their positions; only their gradients are turned back here.
+come turned by their positions.
 """
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
@@ -19,15 +19,14 @@ from torch import Tensor
 
 from megatron_mosa.kernels.naive import rotary_frequencies
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, turned
-from megatron_mosa.kernels.triton.gathered import PAIR, Rotation, positions_of
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2
 from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _segment(row_starts, head, batch, B, R):
+def segment(row_starts, head, batch, B, R):
     """The first row of a head in a sequence, as int64 among the rows of all heads, and how many there are."""
     begin = tl.load(row_starts + head * (B + 1) + batch)
     count = tl.load(row_starts + head * (B + 1) + batch + 1) - begin
@@ -35,7 +34,7 @@ def _segment(row_starts, head, batch, B, R):
 
 
 @triton.jit
-def _beginning(documents, place, there, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
+def beginning_of(documents, place, there, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
     """The place at which a query's document begins."""
     if HAS_DOCUMENTS:
         batch, token = sequence_and_token(place, SHIFT)
@@ -45,7 +44,7 @@ def _beginning(documents, place, there, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: t
 
 
 @triton.jit
-def _load(rows, slot, count, column, STRIDE: tl.constexpr, D: tl.constexpr):
+def load_tile(rows, slot, count, column, STRIDE: tl.constexpr, D: tl.constexpr):
     """A tile of some slots' rows, [BLOCK, WIDTH]."""
     return tl.load(rows + slot[:, None] * STRIDE + column[None], (slot < count)[:, None] & (column < D)[None], 0.0)
 
@@ -57,22 +56,22 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
-    row, count = _segment(row_starts, head, batch, B, R)
+    row, count = segment(row_starts, head, batch, B, R)
     if tl.program_id(0) * BLOCK >= count:
         return
     slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     here = slot < count
     place = tl.load(places + row + slot, mask=here, other=0)
-    begins = _beginning(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
+    begins = beginning_of(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
     rows = qkv + row * (3 * D)
-    query = _load(rows, slot, count, column, 3 * D, D)
+    query = load_tile(rows, slot, count, column, 3 * D, D)
     largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     result = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     for first in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
         other = first + tl.arange(0, BLOCK)
-        key = _load(rows + D, other, count, column, 3 * D, D)
-        value = _load(rows + 2 * D, other, count, column, 3 * D, D)
+        key = load_tile(rows + D, other, count, column, 3 * D, D)
+        value = load_tile(rows + 2 * D, other, count, column, 3 * D, D)
         logits = dot(query, tl.trans(key), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
         visible = slot[:, None] >= other[None]
         if HAS_DOCUMENTS:
@@ -94,209 +93,6 @@ def _forward_kernel(
     tl.store(gates + row + slot, gate, mask=here)
 
 
-@triton.jit
-def _load_turned(
-    rows, slot, count, D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr
-):
-    """A tile of queries or keys in three: the halves that turn together, and the columns that do not turn."""
-    half, rest = tl.arange(0, HALF_WIDTH), tl.arange(0, REST_WIDTH)
-    tile, here = rows + slot[:, None] * (3 * D), (slot < count)[:, None]
-    first, second, others = 0.0, 0.0, 0.0
-    if HALF > 0:
-        first = tl.load(tile + half[None], mask=here & (half < HALF)[None], other=0.0)
-        second = tl.load(tile + (HALF + half)[None], mask=here & (half < HALF)[None], other=0.0)
-    if D > 2 * HALF:
-        others = tl.load(tile + (2 * HALF + rest)[None], mask=here & (2 * HALF + rest < D)[None], other=0.0)
-    return first, second, others
-
-
-@triton.jit
-def _store_turned_back(
-    out, first, second, others, slot, count, position, cos, sin, D: tl.constexpr, HALF: tl.constexpr,
-    HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store the gradient of such a tile before its rotation."""
-    half, rest = tl.arange(0, HALF_WIDTH), tl.arange(0, REST_WIDTH)
-    TYPE: tl.constexpr = out.dtype.element_ty
-    tile, here = out + slot[:, None] * (3 * D), (slot < count)[:, None]
-    if HALF > 0:
-        first, second = turned(first, second, position, half, half < HALF, cos, sin, -1.0, HALF)
-        tl.store(tile + half[None], first.to(TYPE), mask=here & (half < HALF)[None])
-        tl.store(tile + (HALF + half)[None], second.to(TYPE), mask=here & (half < HALF)[None])
-    if D > 2 * HALF:
-        tl.store(tile + (2 * HALF + rest)[None], others.to(TYPE), mask=here & (2 * HALF + rest < D)[None])
-
-
-@triton.jit
-def _zeros(
-    BLOCK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr
-):  # fmt: skip
-    """Gradients of such a tile, to begin with."""
-    half, rest = 0.0, 0.0
-    if HALF > 0:
-        half = tl.zeros((BLOCK, HALF_WIDTH), dtype=tl.float32)
-    if D > 2 * HALF:
-        rest = tl.zeros((BLOCK, REST_WIDTH), dtype=tl.float32)
-    return half, half, rest
-
-
-@triton.jit
-def _add_product(
-    a, first, second, others, of_first, of_second, of_others, D: tl.constexpr, HALF: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """a times a tile in three, added to gradients in three."""
-    if HALF > 0:
-        of_first, of_second = dot(a, first, of_first, INTERPRETED), dot(a, second, of_second, INTERPRETED)
-    if D > 2 * HALF:
-        of_others = dot(a, others, of_others, INTERPRETED)
-    return of_first, of_second, of_others
-
-
-@triton.jit
-def _load_queries(
-    gated, of_gated, gates, log_sums, places, documents, row, slot, count, T,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """What a tile of queries brings into the backward pass.
-
-    delta is the gradient of the gate times the gate, which is what both the softmax and the router's logit need.
-    """
-    column, here = tl.arange(0, WIDTH), slot < count
-    place = tl.load(places + row + slot, mask=here, other=0)
-    begins = _beginning(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
-    of_result = _load(of_gated + row * D, slot, count, column, D, D).to(tl.float32)
-    delta = tl.sum(of_result * _load(gated + row * D, slot, count, column, D, D).to(tl.float32), axis=1)
-    gate = tl.load(gates + row + slot, mask=here, other=0.0)
-    upstream = (of_result * gate[:, None]).to(gated.dtype.element_ty)
-    log_sum = tl.load(log_sums + row + slot, mask=here, other=0.0)
-    return place, begins, upstream, log_sum, gate, delta
-
-
-@triton.jit
-def _pair_gradients(
-    q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other, begins,
-    key_place, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Weights and the gradient of the logits of one tile, queries by keys."""
-    logits = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    if HALF > 0:
-        logits = dot(q_first, tl.trans(k_first), logits, INTERPRETED)
-        logits = dot(q_second, tl.trans(k_second), logits, INTERPRETED)
-    if D > 2 * HALF:
-        logits = dot(q_others, tl.trans(k_others), logits, INTERPRETED)
-    visible = slot[:, None] >= other[None]
-    if HAS_DOCUMENTS:
-        visible = visible & (key_place[None] >= begins[:, None])
-    weights = tl.where(visible, tl.exp2(logits * (SCALE * LOG2_E) - log_sum[:, None]), 0.0)
-    of_weights = dot(upstream, tl.trans(value), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
-    return weights, weights * (of_weights - delta[:, None]) * SCALE
-
-
-@triton.jit
-def _store_logits(of_logits, row, slot, count, gate, delta, PAIR: tl.constexpr):
-    """Gradients of the logits of a tile's gates, each as two halves."""
-    TYPE: tl.constexpr = of_logits.dtype.element_ty
-    pair, of_logit = tl.arange(0, PAIR), delta * (1.0 - gate)
-    high = of_logit.to(TYPE)
-    low = (of_logit - high.to(tl.float32)).to(TYPE)
-    halves = tl.where(pair[None] == 0, high[:, None], tl.where(pair[None] == 1, low[:, None], 0.0))
-    tl.store(of_logits + (row + slot)[:, None] * PAIR + pair[None], halves.to(TYPE), mask=(slot < count)[:, None])
-
-
-@triton.jit(do_not_specialize=["B"])
-def _backward_keys_kernel(
-    qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
-    B, T, R, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
-    IS_ONE_TILE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row, count = _segment(row_starts, head, batch, B, R)
-    if tl.program_id(0) * BLOCK >= count:
-        return
-    other, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    key_place = tl.load(places + row + other, mask=other < count, other=0)
-    rows, out = qkv + row * (3 * D), of_qkv + row * (3 * D)
-    k_first, k_second, k_others = _load_turned(rows + D, other, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-    value = _load(rows + 2 * D, other, count, column, 3 * D, D)
-    of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
-    of_value = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    for begin in range(tl.program_id(0) * BLOCK, count, BLOCK):
-        slot = begin + tl.arange(0, BLOCK)
-        q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-        place, begins, upstream, log_sum, gate, delta = _load_queries(
-            gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
-        )  # fmt: skip
-        weights, of_pairs = _pair_gradients(
-            q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
-            begins, key_place, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
-        )  # fmt: skip
-        of_value = dot(tl.trans(weights.to(upstream.dtype)), upstream, of_value, INTERPRETED)
-        of_pairs = of_pairs.to(upstream.dtype)
-        of_first, of_second, of_others = _add_product(
-            tl.trans(of_pairs), q_first, q_second, q_others, of_first, of_second, of_others, D, HALF, INTERPRETED
-        )
-        if IS_ONE_TILE:
-            position = positions_of(place, slot < count, starts, T, RESTARTS, SHIFT)
-            first, second, others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
-            first, second, others = _add_product(
-                of_pairs, k_first, k_second, k_others, first, second, others, D, HALF, INTERPRETED
-            )
-            _store_turned_back(
-                out, first, second, others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
-            )
-            _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
-    position = positions_of(key_place, other < count, starts, T, RESTARTS, SHIFT)
-    _store_turned_back(
-        out + D, of_first, of_second, of_others, other, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
-    )
-    values = out + 2 * D + other[:, None] * (3 * D) + column[None]
-    tl.store(values, of_value.to(of_qkv.dtype.element_ty), mask=(other < count)[:, None] & (column < D)[None])
-
-
-@triton.jit(do_not_specialize=["B"])
-def _backward_queries_kernel(
-    qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
-    B, T, R, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
-    PAIR: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row, count = _segment(row_starts, head, batch, B, R)
-    if tl.program_id(0) * BLOCK >= count:
-        return
-    slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    rows = qkv + row * (3 * D)
-    q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-    place, begins, upstream, log_sum, gate, delta = _load_queries(
-        gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
-    )  # fmt: skip
-    of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
-    for begin in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
-        other = begin + tl.arange(0, BLOCK)
-        key_place = tl.load(places + row + other, mask=other < count, other=0)
-        k_first, k_second, k_others = _load_turned(rows + D, other, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-        value = _load(rows + 2 * D, other, count, column, 3 * D, D)
-        _, of_pairs = _pair_gradients(
-            q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
-            begins, key_place, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
-        )  # fmt: skip
-        of_first, of_second, of_others = _add_product(
-            of_pairs.to(upstream.dtype), k_first, k_second, k_others, of_first, of_second, of_others, D, HALF,
-            INTERPRETED,
-        )  # fmt: skip
-    position = positions_of(place, slot < count, starts, T, RESTARTS, SHIFT)
-    out = of_qkv + row * (3 * D)
-    _store_turned_back(
-        out, of_first, of_second, of_others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
-    )
-    _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
-
-
 def rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 to T - 1, fp32 [T, half] each."""
     frequencies = rotary_frequencies(2 * half, base, torch.float32, device)
@@ -304,7 +100,7 @@ def rotary_table(length: int, half: int, base: float, device: torch.device) -> t
     return angles.cos(), angles.sin()
 
 
-def _options(qkv: Tensor, selected: int, length: int, documents: Tensor | None) -> tuple[dict, int]:
+def launch_options(qkv: Tensor, selected: int, length: int, documents: Tensor | None) -> tuple[dict, int]:
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     chosen = tiles.attention(qkv.dtype, qkv.device, selected, width)
@@ -334,47 +130,9 @@ def attend(
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     gated = qkv.new_empty((heads, capacity, size))
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
-    options, block = _options(qkv, selected, length, documents)
+    options, block = launch_options(qkv, selected, length, documents)
     _forward_kernel[(triton.cdiv(selected, block), heads, batch)](
         qkv, rows.places, rows.starts, scores, documents, gated, log_sums, gates, batch, heads, length, capacity,
         size**-0.5, **options,
     )  # fmt: skip
     return gated, log_sums, gates
-
-
-def attend_backward(
-    qkv: Tensor,
-    rows: Rows,
-    saved: tuple[Tensor, Tensor, Tensor],
-    of_gated: Tensor,
-    selected: int,
-    length: int,
-    documents: Tensor | None,
-    rotation: Rotation,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q, k and v before their rotation, [E, B * k, 3d], and of the router's logits, [E, B * k, PAIR].
-
-    The latter are the sums of their columns: in half precision one column would round them.
-
-    Args:
-        saved: what ``attend`` returned.
-        of_gated: the gradient of the first of these.
-        length: T.
-    """
-    heads, batch = rows.starts.shape[0], rows.starts.shape[1] - 1
-    capacity, size = qkv.shape[1], qkv.shape[2] // 3
-    gated, log_sums, gates = saved
-    of_qkv, of_logits = torch.empty_like(qkv), qkv.new_empty((heads, capacity, PAIR))
-    options, block = _options(qkv, selected, length, documents)
-    half = rotation.cos.shape[1]
-    options |= dict(HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half))
-    options |= dict(RESTARTS=rotation.starts is not None, PAIR=PAIR)
-    arguments = (
-        qkv, rows.places, rows.starts, documents, rotation.starts, rotation.cos, rotation.sin, gated, of_gated, gates,
-        log_sums, of_qkv, of_logits, batch, length, capacity, size**-0.5,
-    )  # fmt: skip
-    grid = (triton.cdiv(selected, block), heads, batch)
-    _backward_keys_kernel[grid](*arguments, IS_ONE_TILE=grid[0] == 1, **options)
-    if grid[0] > 1:
-        _backward_queries_kernel[grid](*arguments, **options)
-    return of_qkv, of_logits

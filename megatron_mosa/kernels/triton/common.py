@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -40,6 +41,25 @@ def turned(a, b, position, column, there, cos, sin, BACK, HALF: tl.constexpr):
     c = tl.load(cos + angle, mask=there[None], other=0.0)
     s = tl.load(sin + angle, mask=there[None], other=0.0) * BACK
     return a * c - b * s, b * c + a * s
+
+
+class Repeated:
+    """Launches of one kernel in a loop, whose arguments differ only in what the kernel does not specialise on.
+
+    From the second on they skip Triton's look-up of the compiled kernel, which takes longer than a small launch runs.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: object, **options: object) -> None:
+        """Launch: all that is no constexpr by position, the others by name."""
+        if self.compiled is None:
+            self.compiled = self.kernel[grid](*arguments, **options)  # None from the interpreter
+        else:
+            constants = [options[name] for name in self.kernel.arg_names[len(arguments) :]]
+            self.compiled[grid](*arguments, *constants)
 
 
 def power_of_2(size: int, least: int = 16) -> int:

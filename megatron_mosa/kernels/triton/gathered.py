@@ -189,9 +189,14 @@ def _weight_gradient_kernel(
     count = tl.load(row_starts + head * (B + 1) + B)
     share = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
     lane, pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
+    its_places = places + head.to(tl.int64) * R + lane
+    # Places come an iteration ahead: the gather then has all stages of the pipeline to itself.
+    following = tl.load(its_places + split * share, mask=split * share + lane < count, other=0)
     for start in range(split * share, tl.minimum(count, (split + 1) * share), ROWS):
         source, here = head.to(tl.int64) * R + start, start + lane < count  # offsets beyond source stay the same
-        x_rows = rows_at(states, tl.load(places + source + lane, mask=here, other=0), stride_b, stride_t, SHIFT)
+        place = following
+        following = tl.load(its_places + start + ROWS, mask=start + ROWS + lane < count, other=0)
+        x_rows = rows_at(states, place, stride_b, stride_t, SHIFT)
         if IS_WHOLE:
             x = tl.load(x_rows + column[None])
         else:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from megatron_mosa.kernels.naive import rotary_dim
 from megatron_mosa.kernels.triton import selection
-from megatron_mosa.kernels.triton.attention import attend, attend_backward, rotary_table
+from megatron_mosa.kernels.triton.attention import attend, rotary_table
+from megatron_mosa.kernels.triton.attention_backward import attend_backward
 from megatron_mosa.kernels.triton.common import with_contiguous_rows
 from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product, weight_gradient
 from megatron_mosa.kernels.triton.rows import Rows, rows_of

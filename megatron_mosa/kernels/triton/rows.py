@@ -41,7 +41,8 @@ def bits_of(length: int) -> int:
 @triton.jit
 def sequence_and_token(place, SHIFT: tl.constexpr):
     """Of a place."""
-    return place >> SHIFT, place & ((1 << SHIFT) - 1)
+    batch = place >> SHIFT
+    return batch, place - (batch << SHIFT)
 
 
 @triton.jit(do_not_specialize=["B"])

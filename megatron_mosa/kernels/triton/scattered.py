@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides
+from megatron_mosa.kernels.triton.common import INTERPRET, Repeated, dot, power_of_2, strides
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
@@ -58,8 +58,10 @@ def _scattered_kernel(
         out_rows = partial + (target * CHUNK)[:, None]
     weights = weight + head.to(tl.int64) * stride_e + inner.to(tl.int64)[:, None] * stride_d
     sweep_from = tl.program_id(1) * (SWEEP * COLUMNS)
-    for start in range(sweep_from, tl.minimum(CHUNK, sweep_from + SWEEP * COLUMNS), COLUMNS):
+    last_column = tl.minimum(tl.minimum(CHUNK, H - FIRST_COLUMN), sweep_from + SWEEP * COLUMNS)
+    for start in range(sweep_from, last_column, COLUMNS):
         column = start + tl.arange(0, COLUMNS)  # of the chunk
+        inside = FIRST_COLUMN + column < H
         w_rows = weights + (FIRST_COLUMN + column).to(tl.int64)[None] * stride_h
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if IS_WHOLE:
@@ -68,16 +70,16 @@ def _scattered_kernel(
                 product = dot(second, tl.load(w_rows + D * stride_d), product, INTERPRETED)
                 product = dot(third, tl.load(w_rows + 2 * D * stride_d), product, INTERPRETED)
         else:
-            mask = (inner < D)[:, None] & (column < CHUNK)[None]
+            mask = (inner < D)[:, None] & inside[None]
             product = dot(first, tl.load(w_rows, mask=mask, other=0.0), product, INTERPRETED)
             if PARTS == 3:
                 product = dot(second, tl.load(w_rows + D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
                 product = dot(third, tl.load(w_rows + 2 * D * stride_d, mask=mask, other=0.0), product, INTERPRETED)
         if HAS_PAIRS:
             router = pair_weight + head.to(tl.int64) * H + FIRST_COLUMN
-            w = tl.load(router + column, mask=column < CHUNK, other=0.0)
+            w = tl.load(router + column, mask=inside, other=0.0)
             product += scale[:, None] * w.to(tl.float32)[None]
-        mask = here[:, None] & (column < CHUNK)[None]
+        mask = here[:, None] & inside[None]
         if IS_ATOMIC:
             tl.atomic_add(out_rows + column[None], product, mask=mask, sem="relaxed")
         else:
@@ -85,34 +87,34 @@ def _scattered_kernel(
 
 
 @triton.jit
-def _sum_of_rows(rows, entries, begin, end, CHUNK, there, UNROLL: tl.constexpr):
+def _sum_of_rows(rows, entries, begin, end, CHUNK, inside, UNROLL: tl.constexpr):
     """Of the next UNROLL rows of a token, up to its end, all on their way at once."""
     place = begin + tl.arange(0, UNROLL)
     entry = tl.load(entries + place, mask=place < end, other=0).to(tl.int64)
-    tile = tl.load(rows[None] + (entry * CHUNK)[:, None], mask=(place < end)[:, None] & there[None], other=0.0)
+    tile = tl.load(rows[None] + (entry * CHUNK)[:, None], mask=(place < end)[:, None] & inside[None], other=0.0)
     return tl.sum(tile.to(tl.float32), axis=0)
 
 
 @triton.jit(do_not_specialize=["FIRST", "SEQUENCES"])
 def _combine_kernel(
-    partial, offsets, entries, output, FIRST, SEQUENCES, PER_SEQUENCE, T, FIRST_COLUMN, CHUNK, stride_b, stride_t,
+    partial, offsets, entries, output, FIRST, SEQUENCES, PER_SEQUENCE, T, H, FIRST_COLUMN, CHUNK, stride_b, stride_t,
     UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # First tokens first: every head may take them, and their long sums must not come last.
     of_chunk, token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    batch = FIRST + of_chunk
+    inside, batch = (column < CHUNK) & (FIRST_COLUMN + column < H), FIRST + of_chunk
     begin = tl.load(offsets + batch.to(tl.int64) * T + token)
     end = tl.load(offsets + batch.to(tl.int64) * T + token + 1)
     rows = partial + of_chunk.to(tl.int64) * PER_SEQUENCE * CHUNK + column
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
     many = begin + (end - begin) // UNROLL * UNROLL
     for start in range(begin, many, UNROLL):
-        total += _sum_of_rows(rows, entries, start, many, CHUNK, column < CHUNK, UNROLL)
+        total += _sum_of_rows(rows, entries, start, many, CHUNK, inside, UNROLL)
     for start in range(many, end, 4):
-        total += _sum_of_rows(rows, entries, start, end, CHUNK, column < CHUNK, 4)
+        total += _sum_of_rows(rows, entries, start, end, CHUNK, inside, 4)
     out = output + batch.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + FIRST_COLUMN + column
-    tl.store(out, total.to(output.dtype.element_ty), mask=column < CHUNK)
+    tl.store(out, total.to(output.dtype.element_ty), mask=inside)
 
 
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
@@ -189,44 +191,45 @@ def scattered_product(
     batch, length, width = like.shape
     heads, capacity = rows.places.shape
     size = values.shape[2] // parts
+    sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
     chosen = tiles.scattered(values.dtype, values.device, parts, size)
     options = dict(
         D=size, SHIFT=bits_of(length), WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None,
-        PARTS=parts, PAIR=PAIR, IS_ATOMIC=not deterministic, **chosen,
+        PARTS=parts, PAIR=PAIR, IS_ATOMIC=not deterministic,
+        IS_WHOLE=width % columns == columns % chosen["COLUMNS"] == 0 and size == power_of_2(size), **chosen,
     )  # fmt: skip
 
-    def multiply(into: Tensor, first: int, last: int, first_column: int, columns: int) -> None:
-        grid = (
-            triton.cdiv((last - first) * selected, chosen["ROWS"]),
-            triton.cdiv(columns, chosen["COLUMNS"] * chosen["SWEEP"]),
-            heads,
-        )
-        _scattered_kernel[grid](
-            values, rows.places, rows.starts, *(pairs or (None, None)), weight, into, first, last,
-            batch, capacity, heads, selected, length, width, first_column, columns, *weight.stride(),
-            IS_WHOLE=columns % chosen["COLUMNS"] == 0 and size == options["WIDTH"], **options,
-        )  # fmt: skip
+    product, total = Repeated(_scattered_kernel), Repeated(_combine_kernel)
 
-    def combine(products: Tensor, first: int, last: int, first_column: int, columns: int) -> None:
-        chosen_sum = tiles.combine(columns)
-        _combine_kernel[(length * (last - first), triton.cdiv(columns, chosen_sum["COLUMNS"]))](
-            products, rows.offsets, rows.entries, output, first, last - first, heads * selected, length,
-            first_column, columns, *strides(output), **chosen_sum,
+    def multiply(into: Tensor, columns: int, first: int, last: int, first_column: int) -> None:
+        row_tiles = triton.cdiv((last - first) * selected, chosen["ROWS"])
+        product(
+            (row_tiles, triton.cdiv(columns, chosen["COLUMNS"] * chosen["SWEEP"]), heads),
+            values, rows.places, rows.starts, *(pairs or (None, None)), weight, into, first, last,
+            batch, capacity, heads, selected, length, width, first_column, columns, *weight.stride(), **options,
         )  # fmt: skip
 
     if not deterministic:
         sums = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        multiply(sums, 0, batch, 0, width)
+        multiply(sums, width, 0, batch, 0)
         return torch.empty_like(like).copy_(sums)
-    output = torch.empty_like(like)
-    sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
+    output, of_sum = torch.empty_like(like), tiles.combine(columns)
+
+    def combine(products: Tensor, first: int, last: int, first_column: int) -> None:
+        total(
+            (length * (last - first), triton.cdiv(columns, of_sum["COLUMNS"]), 1),
+            products, rows.offsets, rows.entries, output, first, last - first, heads * selected, length, width,
+            first_column, columns, *strides(output), **of_sum,
+        )  # fmt: skip
+
     chunks = [
-        (first, min(batch, first + sequences), column, min(columns, width - column))
+        (first, min(batch, first + sequences), first_column)
         for first in range(0, batch, sequences)
-        for column in range(0, width, columns)
+        for first_column in range(0, width, columns)
     ]
-    turns = _Turns(values.new_empty((min(2, len(chunks)), sequences * heads * selected * columns)))
+    elements = triton.cdiv(sequences * heads * selected * columns, 128) * 128  # both buffers begin as well aligned
+    turns = _Turns(values.new_empty((min(2, len(chunks)), elements)))
     for chunk in chunks:
-        turns.run(lambda buffer: multiply(buffer, *chunk), lambda buffer: combine(buffer, *chunk))  # noqa: B023
+        turns.run(lambda into: multiply(into, columns, *chunk), lambda products: combine(products, *chunk))  # noqa: B023
     turns.join()
     return output
