@@ -50,8 +50,8 @@ def mosa_attention(
         rotary_base: base of the rotary frequencies.
         documents: that the sequences are packed of, from ``Documents.from_starts``; None: one a sequence.
         restart_rotary: count rotary positions from the beginning of the document instead of the sequence.
-        backend: "auto", "naive" or "triton" (a GPU, or TRITON_INTERPRET=1); "auto" is naive unless MOSA_BACKEND says
-            otherwise.
+        backend: "auto", "naive" or "triton" (a GPU, or TRITON_INTERPRET=1); "auto" is what MOSA_BACKEND says in the
+            environment, else Triton on GPUs of compute capability 8.0 and above, and naive elsewhere.
 
     Returns:
         [B, T, h], the sum over the heads, in the type of ``hidden_states``.
@@ -61,7 +61,7 @@ def mosa_attention(
     """
     _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
     _check_options(hidden_states, num_selected, rotary_percent, documents)
-    kernels = get_backend(backend, hidden_states)
+    kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
     starts = None if documents is None else documents.starts
     selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
     selected = num_selected if selection is None else selection.num_slots

@@ -164,7 +164,7 @@ class MosaHeads(PartitionedHeads):
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
-        kernels = get_backend(config.mosa_backend, states)
+        kernels = get_backend(config.mosa_backend, states, config.head_dim)
         starts = None if documents is None else documents.starts
         quotas, slots, num_selected = None, None, config.num_selected(states.shape[1])
         if documents is not None and config.mosa_selection_scope == "document":

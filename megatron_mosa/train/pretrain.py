@@ -22,7 +22,7 @@ from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.report import report
-from megatron_mosa.train.start import Start, check_start, training_samples
+from megatron_mosa.train.start import Start, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 
@@ -66,6 +66,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
         f"{layout.world_size} x {layout.device.type}: tensor parallel {layout.tensor_parallel_size}, "
         f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
+        + (f", MoSA heads on {mosa_backend(config)} kernels" if config.mosa.num_heads else "")
     )
     batches = _training_batches(config, start, state, layout)
     validation = ValidationSamples(

@@ -62,7 +62,7 @@ def check_start(config: Config, world_size: int) -> Start:
     """
     refuse_wrong_apex()
     _check_apex(config)
-    _check_backend(config)
+    mosa_backend(config)
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data)
@@ -100,11 +100,17 @@ def _check_apex(config: Config) -> None:
             )
 
 
-def _check_backend(config: Config) -> None:
+def mosa_backend(config: Config) -> str:
+    """The kernels that the MoSA heads run on here: "naive" or "triton".
+
+    Raises:
+        UserError: those that are asked for do not run here.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    states = torch.empty(0, dtype=dtype, device=device)
     try:
-        get_backend(config.mosa.backend, torch.empty(0, dtype=dtype, device=device))
+        return get_backend(config.mosa.backend, states, config.model.head_dim).__name__.rpartition(".")[2]
     except ValueError as error:
         raise UserError(f"mosa.{error}") from None
 

@@ -85,12 +85,13 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     ):
         for case in CASES:
             dtype, head_dim, selected = case
-            sizes = ((1, 512, 256), (2, 256), (2, 256, 3 * head_dim), (2, head_dim, 256))
+            # As many rows as make the tiles of a large layer.
+            sizes = ((64, 512, 256), (9, 256), (9, 256, 3 * head_dim), (9, head_dim, 256))
             tensors = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes]
             scores = fused.router_scores(*tensors[:2])
             fused.select_tokens(scores, selected)
-            indices = torch.arange(selected).expand(1, 2, selected)
-            starts = pack([[200, 312]]).starts if selected > num_selected_tokens(512, 16.0) else None
+            indices = torch.arange(selected).expand(64, 9, selected)
+            starts = pack([[200, 312]] * 64).starts if selected > num_selected_tokens(512, 16.0) else None
             for deterministic in (True, False):
                 output = fused.selected_attention(
                     *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,

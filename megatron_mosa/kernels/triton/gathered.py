@@ -147,13 +147,13 @@ def gathered_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotat
     size = weight.shape[2] // parts
     cos, sin, starts = rotation or (None, None, None)
     half = 0 if cos is None else cos.shape[1]
-    output = states.new_empty((heads, capacity, parts * size))
+    output, processors = states.new_empty((heads, capacity, parts * size)), multiprocessors(states.device)
     programs = [(0, _widths(parts, parts - 1, size, half))]
     if 4 * half + programs[0][1]["WIDTH"] > 384:  # too many for the registers: one part after the other
         programs = [(part, _widths(1, int(part < 2), size, half)) for part in range(parts)]
     for first, widths in programs:
         columns = 2 * widths["TURNED"] * widths["HALF_WIDTH"] * (half > 0) + widths["WIDTH"]
-        chosen = tiles.gathered(states.dtype, columns, heads * capacity // multiprocessors(states.device))
+        chosen = tiles.gathered(states.dtype, states.device, columns, heads * capacity // processors)
         number = triton.cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
         group = tiles.group(number, tile_bytes, weight.numel() * weight.element_size() // len(programs))
@@ -244,7 +244,7 @@ def weight_gradient(
     heads, capacity = rows.places.shape
     size = values.shape[2] // parts
     at_once = parts if size <= 128 else 1  # all of them, if the registers hold them
-    chosen = tiles.weight_gradient(states.dtype, at_once, size)
+    chosen = tiles.weight_gradient(states.dtype, states.device, at_once, size)
     number = triton.cdiv(width, chosen["COLUMNS"])
     programs = number * heads * parts // at_once
     splits = max(1, min(2 * multiprocessors(states.device) // programs, capacity // 512))

@@ -1,6 +1,11 @@
-"""Tile sizes, warps and pipeline stages of each kernel: what ``benchmarks/tune.py`` varies."""
+"""Tile sizes, warps and pipeline stages of each kernel: what ``benchmarks/tune.py`` varies.
+
+Chosen by measurement on an H200 (docs/kernels.md); on cards with less shared memory stages and tiles shrink.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -23,31 +28,46 @@ def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
     return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
-def gathered(dtype: torch.dtype, columns: int, rows_each: int) -> Tiles:
+def _fitted(chosen: Tiles, device: torch.device, taken: Callable[[Tiles], int], shrinks: str, least: int) -> Tiles:
+    """With fewer stages, then smaller tiles, until the bytes that are taken fit the card's shared memory."""
+    while taken(chosen) > 0.9 * shared_memory(device) and (chosen["num_stages"] > 2 or chosen[shrinks] > least):
+        if chosen["num_stages"] > 2:
+            chosen["num_stages"] -= 1
+        else:
+            chosen[shrinks] //= 2
+    return chosen
+
+
+def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states.
 
     ``rows_each`` is how many rows there are for each multiprocessor.
     """
-    if dtype == torch.float32:
-        return dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
     chosen = dict(ROWS=256, INNER=64, num_warps=8, num_stages=4 if columns <= 64 else 3)
-    if columns > 256:
+    if dtype == torch.float32:
+        chosen = dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
+    elif columns > 256:
         chosen |= dict(ROWS=128, INNER=32, num_stages=4)
     while chosen["ROWS"] > max(64, rows_each):
         chosen["ROWS"] //= 2
-    return chosen
+
+    def taken(tiles: Tiles) -> int:
+        return tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + columns) * dtype.itemsize
+
+    return _fitted(chosen, device, taken, "ROWS", 32)
 
 
 def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
     """Rows of a head by columns of the output, SWEEP tiles of them on the same rows."""
-    bytes_each = torch.empty((), dtype=dtype).element_size()
     chosen = dict(ROWS=64, COLUMNS=64, SWEEP=16, num_warps=4, num_stages=3)
     if dtype == torch.float32:
         chosen |= dict(ROWS=32, COLUMNS=32, num_stages=2)
-    width = parts * power_of_2(size) * bytes_each
-    while chosen["COLUMNS"] > 16 and width * (chosen["ROWS"] + 3 * chosen["COLUMNS"]) > 0.8 * shared_memory(device):
-        chosen["COLUMNS"] //= 2
-    return chosen
+
+    def taken(tiles: Tiles) -> int:
+        inner = parts * power_of_2(size) * dtype.itemsize
+        return inner * (tiles["ROWS"] + tiles["num_stages"] * tiles["COLUMNS"]) + tiles["ROWS"] * tiles["COLUMNS"] * 4
+
+    return _fitted(chosen, device, taken, "COLUMNS", 16)
 
 
 def combine(width: int) -> Tiles:
@@ -56,18 +76,26 @@ def combine(width: int) -> Tiles:
     return dict(UNROLL=16, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
-def weight_gradient(dtype: torch.dtype, parts: int, size: int) -> Tiles:
+def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
     """COLUMNS of the states by WIDTH of the values; ROWS is along the rows of a head."""
     width = power_of_2(size)
-    if dtype == torch.float32:
-        return dict(ROWS=32, COLUMNS=32, WIDTH=width, num_warps=4, num_stages=2)
     columns = 128 if parts * width <= 384 else 64
-    return dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=4 if parts * width <= 192 else 8, num_stages=3)
+    warps = 4 if parts * width <= 192 else 8
+    chosen = dict(ROWS=64, COLUMNS=columns, WIDTH=width, num_warps=warps, num_stages=3)
+    if dtype == torch.float32:
+        chosen = dict(ROWS=32, COLUMNS=32, WIDTH=width, num_warps=4, num_stages=2)
+    elif parts == 3 and warps == 4:
+        chosen |= dict(ROWS=32, num_stages=4)
+
+    def taken(tiles: Tiles) -> int:
+        return tiles["num_stages"] * tiles["ROWS"] * (tiles["COLUMNS"] + parts * width + 16) * dtype.itemsize
+
+    return _fitted(chosen, device, taken, "ROWS", 16)
 
 
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int) -> Tiles:
     """Queries by as many keys; ``width`` is the head's, rounded up to a power of 2."""
-    block, size = min(power_of_2(selected), 64), torch.empty((), dtype=dtype).element_size()
-    while block > 16 and 13.1 * block * width * size > shared_memory(device):  # what the backward pass takes
+    block = min(power_of_2(selected), 64 if dtype.itemsize < 4 else 32)
+    while block > 16 and 13.1 * block * width * dtype.itemsize > shared_memory(device):  # what the backward pass takes
         block //= 2
     return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 128 else 8, num_stages=1)
