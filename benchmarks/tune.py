@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import measure
-from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles
-from megatron_mosa.kernels.triton.gathered import Rotation
+from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles, weights
+from megatron_mosa.kernels.triton.gathered import Gating, Rotation
 from megatron_mosa.kernels.triton.rows import rows_of
 
 Override = dict[str, int]
@@ -50,7 +50,10 @@ SCATTERED = [
     ]
     for sweep in (4, 16)
 ]  # fmt: skip
-ATTENTION = grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2])
+ATTENTION = [
+    *grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2]),
+    *grid(BLOCK=[64], num_warps=[4], num_stages=[1, 2], maxnreg=[128, 168]),
+]
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
     "qkv": ("gathered", GATHERED),
     "dA": ("gathered", GATHERED),
@@ -80,14 +83,15 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
         saved = attention.attend(qkv, rows, scores, k, None)
-        of_gated = gathered.gathered_product(states, rows, proj_weight.transpose(1, 2))
-        of_qkv, of_logits = attention_backward.attend_backward(
-            qkv, rows, saved, of_gated, k, shape.length, None, rotation
-        )
+        gated, log_sums, gates = saved
+        gating = Gating(gated, gates, torch.empty_like(gates), gated.new_empty((*gates.shape, gathered.PAIR)))
+        upstreams = gathered.gathered_product(states, rows, proj_weight.mT, gating=gating)
+        back = (qkv, rows, upstreams, log_sums, gating.deltas, k, shape.length, None, rotation)
+        of_qkv = attention_backward.attend_backward(*back)
     of_proj, of_qkv_weight, of_router = map(torch.empty_like, (proj_weight, qkv_weight, router))
 
     def of_weights(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
-        gathered.weight_gradient(states, rows, values, out, **options)
+        weights.weight_gradient(states, rows, values, out, **options)
         return result
 
     def out(deterministic: bool = True) -> Tensor:
@@ -95,7 +99,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
 
     def of_states(deterministic: bool = True) -> Tensor:
         return scattered.scattered_product(
-            of_qkv, qkv_weight.mT, rows, states, k, 3, (of_logits, router), deterministic=deterministic
+            of_qkv, qkv_weight.mT, rows, states, k, 3, (gating.of_logits, router), deterministic=deterministic
         )
 
     return {
@@ -105,13 +109,11 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "qkv": lambda: gathered.gathered_product(states, rows, qkv_weight, rotation),
         "attention": lambda: attention.attend(qkv, rows, scores, k, None)[0],
         "out": out,
-        "dA": lambda: gathered.gathered_product(states, rows, proj_weight.mT),
+        "dA": lambda: gathered.gathered_product(states, rows, proj_weight.mT, gating=gating),
         "dW_O": lambda: of_weights(saved[0], of_proj.mT, of_proj),
-        "attention backward": lambda: attention_backward.attend_backward(
-            qkv, rows, saved, of_gated, k, shape.length, None, rotation
-        )[0],
+        "attention backward": lambda: attention_backward.attend_backward(*back),
         "dW_QKV": lambda: of_weights(
-            of_qkv, of_qkv_weight, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router
+            of_qkv, of_qkv_weight, of_qkv_weight, parts=3, pairs=gating.of_logits, pair_output=of_router
         ),
         "dX": of_states,
         "sum over heads": out,

@@ -1,4 +1,4 @@
-"""The gradients of attention among the selected tokens: of queries, keys and values, and of the gates' logits.
+"""The gradients of attention among the selected tokens: of queries, keys and values.
 
 Weights are computed once more, tile by tile. What turns and what does not are separate tiles, so that gradients are
 turned back in registers. One kernel goes over the keys and, where one tile holds all slots, does the queries too.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton.attention import LOG2_E, beginning_of, launch_options, load_tile, segment
 from megatron_mosa.kernels.triton.common import dot, power_of_2, turned
-from megatron_mosa.kernels.triton.gathered import PAIR, Rotation, positions_of
+from megatron_mosa.kernels.triton.gathered import Rotation, positions_of
 from megatron_mosa.kernels.triton.rows import Rows
 
 
@@ -81,22 +81,16 @@ def _add_product(
 
 @triton.jit
 def _load_queries(
-    gated, of_gated, gates, log_sums, places, documents, row, slot, count, T,
+    upstreams, log_sums, deltas, places, documents, row, slot, count, T,
     D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of queries brings into the backward pass.
-
-    delta is the gradient of the gate times the gate, which is what both the softmax and the router's logit need.
-    """
-    column, here = tl.arange(0, WIDTH), slot < count
+    """What a tile of queries brings into the backward pass, besides themselves."""
+    here = slot < count
     place = tl.load(places + row + slot, mask=here, other=0)
     begins = beginning_of(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
-    of_result = load_tile(of_gated + row * D, slot, count, column, D, D).to(tl.float32)
-    delta = tl.sum(of_result * load_tile(gated + row * D, slot, count, column, D, D).to(tl.float32), axis=1)
-    gate = tl.load(gates + row + slot, mask=here, other=0.0)
-    upstream = (of_result * gate[:, None]).to(gated.dtype.element_ty)
+    upstream = load_tile(upstreams + row * D, slot, count, tl.arange(0, WIDTH), D, D)
     log_sum = tl.load(log_sums + row + slot, mask=here, other=0.0)
-    return place, begins, upstream, log_sum, gate, delta
+    return place, begins, upstream, log_sum, tl.load(deltas + row + slot, mask=here, other=0.0)
 
 
 @triton.jit
@@ -120,24 +114,12 @@ def _pair_gradients(
     return weights, weights * (of_weights - delta[:, None]) * SCALE
 
 
-@triton.jit
-def _store_logits(of_logits, row, slot, count, gate, delta, PAIR: tl.constexpr):
-    """Gradients of the logits of a tile's gates, each as two halves."""
-    TYPE: tl.constexpr = of_logits.dtype.element_ty
-    pair, of_logit = tl.arange(0, PAIR), delta * (1.0 - gate)
-    high = of_logit.to(TYPE)
-    low = (of_logit - high.to(tl.float32)).to(TYPE)
-    halves = tl.where(pair[None] == 0, high[:, None], tl.where(pair[None] == 1, low[:, None], 0.0))
-    tl.store(of_logits + (row + slot)[:, None] * PAIR + pair[None], halves.to(TYPE), mask=(slot < count)[:, None])
-
-
 @triton.jit(do_not_specialize=["B"])
 def _backward_keys_kernel(
-    qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
-    B, T, R, SCALE,
+    qkv, places, row_starts, documents, starts, cos, sin, upstreams, log_sums, deltas, of_qkv, B, T, R, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
-    IS_ONE_TILE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = segment(row_starts, head, batch, B, R)
@@ -153,8 +135,8 @@ def _backward_keys_kernel(
     for begin in range(tl.program_id(0) * BLOCK, count, BLOCK):
         slot = begin + tl.arange(0, BLOCK)
         q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-        place, begins, upstream, log_sum, gate, delta = _load_queries(
-            gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
+        place, begins, upstream, log_sum, delta = _load_queries(
+            upstreams, log_sums, deltas, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
         )  # fmt: skip
         weights, of_pairs = _pair_gradients(
             q_first, q_second, q_others, k_first, k_second, k_others, value, upstream, log_sum, delta, slot, other,
@@ -174,7 +156,6 @@ def _backward_keys_kernel(
             _store_turned_back(
                 out, first, second, others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
             )
-            _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
     position = positions_of(key_place, other < count, starts, T, RESTARTS, SHIFT)
     _store_turned_back(
         out + D, of_first, of_second, of_others, other, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
@@ -185,11 +166,10 @@ def _backward_keys_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def _backward_queries_kernel(
-    qkv, places, row_starts, documents, starts, cos, sin, gated, of_gated, gates, log_sums, of_qkv, of_logits,
-    B, T, R, SCALE,
+    qkv, places, row_starts, documents, starts, cos, sin, upstreams, log_sums, deltas, of_qkv, B, T, R, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
-    PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2)
     row, count = segment(row_starts, head, batch, B, R)
@@ -198,8 +178,8 @@ def _backward_queries_kernel(
     slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     rows = qkv + row * (3 * D)
     q_first, q_second, q_others = _load_turned(rows, slot, count, D, HALF, HALF_WIDTH, REST_WIDTH)
-    place, begins, upstream, log_sum, gate, delta = _load_queries(
-        gated, of_gated, gates, log_sums, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
+    place, begins, upstream, log_sum, delta = _load_queries(
+        upstreams, log_sums, deltas, places, documents, row, slot, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
     )  # fmt: skip
     of_first, of_second, of_others = _zeros(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
     for begin in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
@@ -220,42 +200,40 @@ def _backward_queries_kernel(
     _store_turned_back(
         out, of_first, of_second, of_others, slot, count, position, cos, sin, D, HALF, HALF_WIDTH, REST_WIDTH
     )
-    _store_logits(of_logits, row, slot, count, gate, delta, PAIR)
 
 
 def attend_backward(
     qkv: Tensor,
     rows: Rows,
-    saved: tuple[Tensor, Tensor, Tensor],
-    of_gated: Tensor,
+    upstreams: Tensor,
+    log_sums: Tensor,
+    deltas: Tensor,
     selected: int,
     length: int,
     documents: Tensor | None,
     rotation: Rotation,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q, k and v before their rotation, [E, B * k, 3d], and of the router's logits, [E, B * k, PAIR].
-
-    The latter are the sums of their columns: in half precision one column would round them.
+) -> Tensor:
+    """Gradients of q, k and v before their rotation, [E, B * k, 3d].
 
     Args:
-        saved: what ``attend`` returned.
-        of_gated: the gradient of the first of these.
+        upstreams: the gradient of attention before its gates, [E, B * k, d].
+        log_sums: from ``attend``.
+        deltas: fp32 [E, B * k], sums of ``upstreams`` times attention.
         length: T.
     """
     heads, batch = rows.starts.shape[0], rows.starts.shape[1] - 1
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
-    gated, log_sums, gates = saved
-    of_qkv, of_logits = torch.empty_like(qkv), qkv.new_empty((heads, capacity, PAIR))
+    of_qkv = torch.empty_like(qkv)
     options, block = launch_options(qkv, selected, length, documents)
     half = rotation.cos.shape[1]
     options |= dict(HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half))
-    options |= dict(RESTARTS=rotation.starts is not None, PAIR=PAIR)
+    options |= dict(RESTARTS=rotation.starts is not None)
     arguments = (
-        qkv, rows.places, rows.starts, documents, rotation.starts, rotation.cos, rotation.sin, gated, of_gated, gates,
-        log_sums, of_qkv, of_logits, batch, length, capacity, size**-0.5,
+        qkv, rows.places, rows.starts, documents, rotation.starts, rotation.cos, rotation.sin, upstreams, log_sums,
+        deltas, of_qkv, batch, length, capacity, size**-0.5,
     )  # fmt: skip
     grid = (triton.cdiv(selected, block), heads, batch)
     _backward_keys_kernel[grid](*arguments, IS_ONE_TILE=grid[0] == 1, **options)
     if grid[0] > 1:
         _backward_queries_kernel[grid](*arguments, **options)
-    return of_qkv, of_logits
+    return of_qkv

@@ -13,9 +13,10 @@ from megatron_mosa.kernels.triton import selection
 from megatron_mosa.kernels.triton.attention import attend, rotary_table
 from megatron_mosa.kernels.triton.attention_backward import attend_backward
 from megatron_mosa.kernels.triton.common import with_contiguous_rows
-from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product, weight_gradient
+from megatron_mosa.kernels.triton.gathered import PAIR, Gating, Rotation, gathered_product
 from megatron_mosa.kernels.triton.rows import Rows, rows_of
 from megatron_mosa.kernels.triton.scattered import scattered_product
+from megatron_mosa.kernels.triton.weights import weight_gradient
 
 
 @torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())
@@ -130,12 +131,12 @@ def fused_attention_backward(
         torch.empty_like(weight, memory_format=torch.contiguous_format)
         for weight in (router_weight, qkv_weight, proj_weight)
     )
-    of_gated = gathered_product(of_output, of, proj_weight.transpose(1, 2))  # [E, B * k, h']
+    gating = Gating(gated, gates, torch.empty_like(gates), gated.new_empty((*gates.shape, PAIR)))
+    upstreams = gathered_product(of_output, of, proj_weight.transpose(1, 2), gating=gating)  # [E, B * k, h']
     weight_gradient(of_output, of, gated, of_proj_weight.transpose(1, 2))
-    of_qkv, of_logits = attend_backward(
-        qkv, of, (gated, log_sums, gates), of_gated, selected, length, documents, rotation
-    )
-    del of_gated
+    of_qkv = attend_backward(qkv, of, upstreams, log_sums, gating.deltas, selected, length, documents, rotation)
+    del upstreams
+    of_logits = gating.of_logits
     weight_gradient(states, of, of_qkv, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router)
     of_states = scattered_product(
         of_qkv,
