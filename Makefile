@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-gpu bench check format clean
+.PHONY: help setup pretrain test test-gpu memcheck bench check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -68,6 +68,9 @@ test: setup ## run all tests
 
 test-gpu: setup ## run the tests that need a GPU
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu
+
+memcheck: setup ## look for bad memory accesses of every kernel on a GPU, with CUDA's compute-sanitizer
+	@$(ACTIVATE); compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.memcheck
 
 bench: setup ## measure the kernels on a GPU; results in benchmarks/results
 	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
