@@ -10,6 +10,7 @@ import torch
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels.triton import scattered
 from tests.distributed import tasks
 from tests.distributed.pool import WorkerPools
 from tests.kernels.test_documents import pack
@@ -91,6 +92,35 @@ def test_twice_is_the_same_to_the_last_bit(fused: ModuleType) -> None:
 
     for ours, theirs in zip(run(), run(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_auto_is_triton_here() -> None:
+    assert get_backend("auto", torch.empty(0, device="cuda")) is get_backend("triton", torch.empty(0, device="cuda"))
+
+
+def test_atomics_add_up_to_the_same(fused: ModuleType) -> None:
+    inputs = inputs_on_gpu(2, 512, 24, 160, 64)
+    ours, _ = errors(fused, inputs, selection(inputs, 32), deterministic=False)
+    assert max(ours) < 1e-5
+
+
+@pytest.mark.parametrize("width", [200, 1000])
+def test_chunks_of_the_sum_over_heads_do_not_change_it(
+    fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(7, 256, 40, width, 64)]
+
+    def run(chunk_bytes: int, most_bytes: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(scattered, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
+        output = mosa_attention(*inputs, num_selected=33, backend="triton")
+        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+
+    sequence = 40 * 33 * width * 2
+    whole = run(1 << 30, 1 << 30)
+    for chunk_bytes, most_bytes in ((2 * sequence, sequence), (1, sequence), (1, 1)):
+        for ours, theirs in zip(run(chunk_bytes, most_bytes), whole, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
