@@ -1,9 +1,10 @@
-"""Format 1: a layout-free checkpoint.
+"""Format 2: a layout-free checkpoint.
 
-A checkpoint is a folder ``step-00000100`` with ``metadata.json`` and ``state/``. The state is written by torch's
-distributed checkpoint (DCP): per parameter the fp32 master weight and Adam's moments, under Megatron's global names
-and global shapes, so that it can be read at any tensor- and data-parallel size. ``metadata.json`` is written last and
-the folder is renamed into place after it: a folder under its final name is complete.
+A checkpoint is a folder ``step-00000100`` with ``metadata.json``, ``state/`` and ``manifest.json``. The state is
+written by torch's distributed checkpoint (DCP): per parameter the fp32 master weight and Adam's moments, under
+Megatron's global names and global shapes, so that it can be read at any tensor- and data-parallel size. The manifest,
+sizes and hashes of all files, is written last, and the folder is renamed into place after it: a folder under its final
+name was complete. Format 1 had no manifest; it still loads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written; says which file."""
 
 
 @dataclass
@@ -53,6 +58,11 @@ class Metadata:
 
     format_version: int = FORMAT_VERSION
 
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the format knows a manifest."""
+        return self.format_version >= 2
+
 
 def write_state(engine: TrainingEngine, path: Path) -> None:
     """Write the engine's state below ``path``; a collective over all ranks."""
@@ -76,7 +86,8 @@ def read_metadata(path: Path) -> Metadata:
     """Read ``metadata.json`` of a checkpoint folder.
 
     Raises:
-        UserError: it is missing, damaged, or of a newer format than this program knows.
+        DamagedError: it is missing or damaged.
+        UserError: it is of a newer format than this program knows.
     """
     file = path / "metadata.json"
     try:
@@ -85,12 +96,9 @@ def read_metadata(path: Path) -> Metadata:
         if int(version) <= FORMAT_VERSION:
             return Metadata(**content)
     except OSError as error:
-        raise UserError(f"checkpoint '{path}': metadata.json cannot be read ({error.strerror})") from None
+        raise DamagedError(f"metadata.json cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"checkpoint '{path}': metadata.json is damaged ({type(error).__name__}: {error}); move the folder out of "
-            "checkpoints/ to go on from the one before"
-        ) from None
+        raise DamagedError(f"metadata.json is damaged ({type(error).__name__}: {error})") from None
     raise UserError(
         f"checkpoint '{path}' has format version {version}; legal: up to {FORMAT_VERSION}; update megatron_mosa"
     )

@@ -6,10 +6,19 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import distributed as dist
 
-from megatron_mosa.checkpoint.format import Metadata, read_metadata, read_state, write_metadata, write_state
+from megatron_mosa.checkpoint.format import (
+    DamagedError,
+    Metadata,
+    read_metadata,
+    read_state,
+    write_metadata,
+    write_state,
+)
+from megatron_mosa.checkpoint.manifest import FileRecord, digests, files_below, find_damage, sync, write_manifest
 from megatron_mosa.config.schema import ModelSection, MosaSection
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import UserError
@@ -17,6 +26,17 @@ from megatron_mosa.parallel import on_main_rank
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
+_DAMAGED = "damaged-"
+
+
+class Newest(NamedTuple):
+    """Where a run goes on from."""
+
+    path: Path | None
+    """None: there are no checkpoints."""
+
+    damaged: tuple[tuple[Path, str], ...]
+    """Newer ones that are not sound, newest first, and what is wrong with each."""
 
 
 class CheckpointStore:
@@ -33,9 +53,35 @@ class CheckpointStore:
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return next(reversed(self.published()), None)
+    def newest(self, *, reads_all: bool = False) -> Newest:
+        """The newest sound checkpoint, and what is wrong with those that are newer.
+
+        Args:
+            reads_all: compare hashes of all files, not sizes alone.
+
+        Raises:
+            UserError: there are checkpoints, but no sound one; or one of a newer format.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self.published()):
+            damage = _damage(path, reads_all)
+            if damage is None:
+                return Newest(path, tuple(damaged))
+            damaged.append((path, damage))
+        if damaged:
+            path, damage = damaged[0]
+            raise UserError(
+                f"no checkpoint in '{self.folder}' is sound: '{path.name}': {damage}; restore it, or move the folders "
+                "away to start from step 0"
+            )
+        return Newest(None, ())
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename a damaged checkpoint, so that it is neither found nor counted again; on the main rank only."""
+        target = self.folder / f"{_DAMAGED}{path.name}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(path, target)
+        return target
 
     def save(self, engine: TrainingEngine, metadata: Metadata) -> Path:
         """Write beside, then publish by one rename, then prune; collective. Returns the published folder."""
@@ -46,15 +92,25 @@ class CheckpointStore:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
 
-        def publish() -> None:
+        def describe() -> list[str]:
             write_metadata(metadata, writing)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(writing, final)
-            self._prune()
+            return files_below(writing)
 
         on_main_rank(reserve)
         write_state(engine, writing)
         dist.barrier()
+        names = on_main_rank(describe)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        parts: list[dict[str, FileRecord]] = [{}] * size
+        dist.all_gather_object(parts, digests(writing, names[rank::size]))
+
+        def publish() -> None:
+            write_manifest(writing, {name: record for part in parts for name, record in part.items()})
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(writing, final)
+            sync(self.folder)
+            self._prune()
+
         on_main_rank(publish)
         return final
 
@@ -66,6 +122,19 @@ class CheckpointStore:
         """Best effort: what cannot be removed now is tried again next time."""
         for path in [*self.published()[: -self.keep_last], *self.folder.glob(_WRITING + "*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _damage(path: Path, reads_all: bool) -> str | None:
+    """What is wrong with a published checkpoint.
+
+    Raises:
+        UserError: it is of a newer format: no damage, and nothing to skip.
+    """
+    try:
+        metadata = read_metadata(path)
+    except DamagedError as error:
+        return str(error)
+    return find_damage(path, reads_all=reads_all) if metadata.has_manifest else None
 
 
 def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:

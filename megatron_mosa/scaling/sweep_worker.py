@@ -112,10 +112,10 @@ def measure(job: Job) -> None:
 
 
 def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine, layout: Layout) -> None:
-    """Write the seed checkpoint (a complete one in format 1, of step 0), or start from it."""
+    """Write the seed checkpoint (a complete one, of step 0), or start from it."""
     store = CheckpointStore(Path(job.seed), keep_last=1)
     if not job.writes_seed:
-        seed = store.newest()
+        seed = store.newest().path
         if seed is None:
             raise RunError(f"the seed checkpoint in '{job.seed}' is gone; run the sweep again with --force")
         store.load(engine, seed)

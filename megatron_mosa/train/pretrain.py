@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from megatron_mosa.checkpoint import CheckpointStore
@@ -38,8 +39,8 @@ def pretrain(config: Config) -> None:
     """
     if config.train.deterministic:
         use_deterministic_algorithms()
-    _, world_size, _ = launch_environment()
-    start = check_start(config, world_size)
+    rank, world_size, _ = launch_environment()
+    start = check_start(config, world_size, reads_all=rank == 0)
     layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
     try:
         # Nodes may see different checkpoints for a while on a shared file system: what rank 0 has found counts.
@@ -77,6 +78,9 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
     )
     engine = DeepSpeedEngine(config, vocab_size, layout)
     store = CheckpointStore(start.directory / "checkpoints", config.checkpoint.keep_last)
+    for path, damage in start.damaged:
+        aside = on_main_rank(functools.partial(store.set_aside, path))
+        writers.note(f"checkpoint {path} is damaged: {damage}; set aside as {aside.name}")
     if start.checkpoint is not None:
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")

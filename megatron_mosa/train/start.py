@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_mosa.checkpoint import CheckpointStore, Metadata, read_metadata, refuse_other_model
+from megatron_mosa.checkpoint import CheckpointStore, Metadata, Newest, read_metadata, refuse_other_model
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
@@ -34,6 +34,9 @@ class Start:
     metadata: Metadata | None
     """That checkpoint's."""
 
+    damaged: tuple[tuple[Path, str], ...]
+    """Newer checkpoints that are not sound, and what is wrong with each."""
+
     index_samples: int
     """Samples in one shuffled pass: recorded by the first start, because the data order depends on it."""
 
@@ -53,8 +56,11 @@ class Start:
         }
 
 
-def check_start(config: Config, world_size: int) -> Start:
+def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> Start:
     """Decide whether and from where ``world_size`` processes may start.
+
+    Args:
+        reads_all: look for damage in all that the newest checkpoint holds, not in the sizes of its files alone.
 
     Raises:
         UserError: a layout that does not fit the world, a dataset that is missing or damaged, a run directory with
@@ -67,9 +73,9 @@ def check_start(config: Config, world_size: int) -> Start:
     check_world_size(config, world_size)
     data = open_mixture(config.data)
     _refuse_other_tokenizer(config, data.manifest)
-    directory, checkpoint, metadata = _newest(config)
+    directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
-    start = Start(directory, data, checkpoint, metadata, _index_samples(config, metadata))
+    start = Start(directory, data, checkpoint, metadata, damaged, _index_samples(config, metadata))
     _check_lengths(config, start)
     if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
         raise UserError(
@@ -143,16 +149,16 @@ def build_index(config: Config) -> list[Path]:
     Raises:
         UserError: a dataset that is missing, damaged or too short, a folder that cannot be written.
     """
-    index_samples = _index_samples(config, _newest(config)[2])
+    index_samples = _index_samples(config, _newest(config, False)[2])
     samples = training_samples(config, open_mixture(config.data), index_samples)
     return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
 
 
-def _newest(config: Config) -> tuple[Path, Path | None, Metadata | None]:
+def _newest(config: Config, reads_all: bool) -> tuple[Path, Newest, Metadata | None]:
     """The run directory, its newest checkpoint, and what that says of itself."""
     directory = Path(config.run.directory) / config.run.name
-    checkpoint = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest()
-    return directory, checkpoint, read_metadata(checkpoint) if checkpoint else None
+    newest = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest(reads_all=reads_all)
+    return directory, newest, read_metadata(newest.path) if newest.path else None
 
 
 def _refuse_other_tokenizer(config: Config, manifest: Manifest) -> None:

@@ -135,6 +135,33 @@ def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run
     assert {key.partition(".")[0] for key in expected} == {"model", "exp_avg", "exp_avg_sq"}
 
 
+def test_a_damaged_checkpoint_is_skipped_and_set_aside(runner: Runner, whole_run: str) -> None:
+    runner.pretrain("damaged", "train.stop_after_step=8", "checkpoint.keep_last=3")
+    checkpoints = runner.folder / "runs" / "damaged" / "checkpoints"
+    newest = checkpoints / "step-00000008"
+    state = sorted((newest / "state").glob("*.distcp"))[-1]
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    output = runner.pretrain("damaged", "checkpoint.keep_last=3")
+    assert f"{newest} is damaged: state/{state.name} is not what was written" in output
+    assert "set aside as damaged-step-00000008" in output
+    assert "resumed from" in output and "step-00000004" in output
+    names = ["damaged-step-00000008", "step-00000004", "step-00000008", "step-00000010"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    assert runner.losses("damaged") == runner.losses(whole_run)[:10]
+
+
+def test_a_checkpoint_of_format_1_still_loads(runner: Runner, whole_run: str) -> None:
+    runner.pretrain("old", "train.stop_after_step=5")
+    folder = runner.folder / "runs" / "old" / "checkpoints" / "step-00000005"
+    (folder / "manifest.json").unlink()
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"format_version": 1}))
+    assert "step-00000005" in runner.pretrain("old")
+    assert runner.losses("old") == runner.losses(whole_run)[:10]
+
+
 def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: str) -> None:
     before = runner.losses(whole_run)
     output = runner.pretrain(whole_run)

@@ -39,7 +39,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def leave_checkpoint(config: Config, **changes: object) -> Path:
-    """A published checkpoint of this configuration, as far as its metadata goes."""
+    """A published checkpoint of this configuration, as far as its metadata goes (format 1 has no manifest)."""
     manifest = read_manifest(config.data.path)
     data = {
         "index_samples": 100,
@@ -48,7 +48,14 @@ def leave_checkpoint(config: Config, **changes: object) -> Path:
         "fingerprint": manifest.fingerprint,
     }
     metadata = Metadata(
-        step=3, consumed_samples=48, optimizer_step=3, config=config_to_dict(config), data=data, versions={}, layout={}
+        step=3,
+        consumed_samples=48,
+        optimizer_step=3,
+        config=config_to_dict(config),
+        data=data,
+        versions={},
+        layout={},
+        format_version=1,
     )
     folder = Path(config.run.directory) / config.run.name / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,122 @@
+"""What is found out about a checkpoint before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata
+from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
+from megatron_mosa.errors import UserError
+
+
+def publish(folder: Path, step: int, **changes: object) -> Path:
+    """A sound checkpoint, as far as these tests look."""
+    path = folder / f"step-{step:08d}"
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
+    (path / "state" / "empty").touch()
+    metadata = Metadata(
+        step=step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={}
+    )  # fmt: skip
+    (path / "metadata.json").write_text(json.dumps(asdict(metadata) | changes))
+    write_manifest(path, digests(path, files_below(path)))
+    return path
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray((path / "state" / "__0_0.distcp").read_bytes())
+    content[777] ^= 8
+    (path / "state" / "__0_0.distcp").write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    (path / "state" / "__0_0.distcp").write_bytes(b"short")
+
+
+def remove(path: Path) -> None:
+    (path / "state" / "__0_0.distcp").unlink()
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / MANIFEST).unlink()
+
+
+def cut_the_manifest(path: Path) -> None:
+    content = (path / MANIFEST).read_text()
+    (path / MANIFEST).write_text(content[: len(content) // 2])
+
+
+def cut_the_metadata(path: Path) -> None:
+    (path / "metadata.json").write_text("{")
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate, "state/__0_0.distcp has 5 bytes, written were 12800"),
+    (remove, "state/__0_0.distcp cannot be read (No such file or directory)"),
+    (lose_the_manifest, "manifest.json cannot be read (No such file or directory)"),
+    (cut_the_manifest, "manifest.json is damaged (JSONDecodeError: "),
+    (cut_the_metadata, "metadata.json is damaged (JSONDecodeError: "),
+]
+
+
+def test_a_sound_checkpoint_is_sound(tmp_path: Path) -> None:
+    path = publish(tmp_path, 3)
+    assert files_below(path) == ["metadata.json", "state/__0_0.distcp", "state/empty"]
+    assert find_damage(path, reads_all=True) is None
+    assert CheckpointStore(tmp_path, 2).newest(reads_all=True) == (path, ())
+    assert CheckpointStore(tmp_path / "nothing", 2).newest() == (None, ())
+
+
+@pytest.mark.parametrize(("damage", "what"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_damage_that_shows_at_a_glance_is_skipped(tmp_path: Path, damage: Callable, what: str) -> None:
+    older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
+    damage(newer)
+    found = CheckpointStore(tmp_path, 2).newest()
+    assert found.path == older
+    assert [(path, text.startswith(what)) for path, text in found.damaged] == [(newer, True)], found.damaged
+
+
+def test_a_flipped_bit_is_found_by_reading_all(tmp_path: Path) -> None:
+    older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
+    flip_a_bit(newer)
+    store = CheckpointStore(tmp_path, 2)
+    assert store.newest().path == newer
+    found = store.newest(reads_all=True)
+    assert found.path == older
+    assert found.damaged[0][1].startswith("state/__0_0.distcp is not what was written: its hash is ")
+
+
+def test_without_a_sound_checkpoint_nothing_starts_from_step_0(tmp_path: Path) -> None:
+    truncate(publish(tmp_path, 3))
+    remove(publish(tmp_path, 12))
+    message = f"no checkpoint in '{tmp_path}' is sound: 'step-00000012': state/__0_0.distcp cannot be read .*step 0$"
+    with pytest.raises(UserError, match=message):
+        CheckpointStore(tmp_path, 2).newest()
+
+
+def test_a_newer_format_is_no_damage_to_skip(tmp_path: Path) -> None:
+    publish(tmp_path, 3)
+    publish(tmp_path, 12, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(UserError, match=f"format version {FORMAT_VERSION + 1}; legal: up to {FORMAT_VERSION}"):
+        CheckpointStore(tmp_path, 2).newest()
+
+
+def test_format_1_has_no_manifest(tmp_path: Path) -> None:
+    path = publish(tmp_path, 3, format_version=1)
+    lose_the_manifest(path)
+    assert CheckpointStore(tmp_path, 2).newest(reads_all=True) == (path, ())
+
+
+def test_what_is_set_aside_is_not_found_again(tmp_path: Path) -> None:
+    older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
+    truncate(newer)
+    store = CheckpointStore(tmp_path, 2)
+    assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"
+    assert store.newest() == (older, ())
+    publish(tmp_path, 12)
+    assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"  # the second time, too
