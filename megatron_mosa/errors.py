@@ -18,6 +18,10 @@ class RunError(Exception):
     """A run that cannot go on through no mistake in how it was asked for: one readable line, exit code 1."""
 
 
+class StorageError(RunError):
+    """A file system that did not take what was to be written, on any rank."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or an empty string."""
     matches = get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.engine import TrainingEngine
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
 FORMAT_VERSION = 2
@@ -65,8 +66,20 @@ class Metadata:
 
 
 def write_state(engine: TrainingEngine, path: Path) -> None:
-    """Write the engine's state below ``path``; a collective over all ranks."""
-    dcp.save(_global_view(engine.module, engine.state()), checkpoint_id=path / "state")
+    """Write the engine's state below ``path``; a collective over all ranks.
+
+    Raises:
+        StorageError: on every rank, if one could not write.
+    """
+    view = _global_view(engine.module, engine.state())
+    try:
+        dcp.save(view, checkpoint_id=path / "state")
+    except CheckpointException as error:  # the same on every rank
+        for rank, (cause, _) in error.failures.items():
+            # Torch's archive writer makes a RuntimeError of what the file system says.
+            if isinstance(cause, OSError) or "PytorchStreamWriter failed" in str(cause):
+                raise StorageError(f"rank {rank}: {str(cause).splitlines()[0]}") from None
+        raise
 
 
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:

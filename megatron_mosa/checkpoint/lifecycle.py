@@ -18,11 +18,11 @@ from megatron_mosa.checkpoint.format import (
     write_metadata,
     write_state,
 )
-from megatron_mosa.checkpoint.manifest import FileRecord, digests, files_below, find_damage, sync, write_manifest
+from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage, sync, write_manifest
 from megatron_mosa.config.schema import ModelSection, MosaSection
 from megatron_mosa.engine import TrainingEngine
-from megatron_mosa.errors import UserError
-from megatron_mosa.parallel import on_main_rank
+from megatron_mosa.errors import StorageError, UserError
+from megatron_mosa.parallel import gathered, on_main_rank
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
@@ -84,7 +84,11 @@ class CheckpointStore:
         return target
 
     def save(self, engine: TrainingEngine, metadata: Metadata) -> Path:
-        """Write beside, then publish by one rename, then prune; collective. Returns the published folder."""
+        """Write beside, then publish by one rename, then prune; collective. Returns the published folder.
+
+        Raises:
+            StorageError: on every rank, if one could not write; nothing is published then, and nothing pruned.
+        """
         final = self.folder / f"step-{metadata.step:08d}"
         writing = self.folder / (_WRITING + final.name)
 
@@ -96,14 +100,6 @@ class CheckpointStore:
             write_metadata(metadata, writing)
             return files_below(writing)
 
-        on_main_rank(reserve)
-        write_state(engine, writing)
-        dist.barrier()
-        names = on_main_rank(describe)
-        rank, size = dist.get_rank(), dist.get_world_size()
-        parts: list[dict[str, FileRecord]] = [{}] * size
-        dist.all_gather_object(parts, digests(writing, names[rank::size]))
-
         def publish() -> None:
             write_manifest(writing, {name: record for part in parts for name, record in part.items()})
             shutil.rmtree(final, ignore_errors=True)
@@ -111,7 +107,16 @@ class CheckpointStore:
             sync(self.folder)
             self._prune()
 
-        on_main_rank(publish)
+        try:
+            on_main_rank(reserve)
+            write_state(engine, writing)
+            dist.barrier()
+            names = on_main_rank(describe)
+            parts = gathered(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]))
+            on_main_rank(publish)
+        except StorageError:
+            on_main_rank(lambda: shutil.rmtree(writing, ignore_errors=True))
+            raise
         return final
 
     def load(self, engine: TrainingEngine, path: Path) -> None:

@@ -7,15 +7,19 @@ from typing import TypeVar
 
 from torch import distributed
 
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import StorageError, UserError
 
 Result = TypeVar("Result")
 
 
 def on_main_rank(action: Callable[[], Result]) -> Result:
-    """Run ``action`` on global rank 0 while the others wait; every rank gets its result, or raises its UserError.
+    """Run ``action`` on global rank 0 while the others wait; every rank gets its result, or raises its error.
 
     A collective where torch.distributed is up, a plain call where it is not. The result must be picklable.
+
+    Raises:
+        UserError: that ``action`` raised.
+        StorageError: in place of an OSError.
     """
     if not distributed.is_initialized():
         return action()
@@ -24,8 +28,29 @@ def on_main_rank(action: Callable[[], Result]) -> Result:
         try:
             outcome = [action(), None]
         except UserError as error:
-            outcome = [None, str(error)]
+            outcome = [None, UserError(str(error))]
+        except OSError as error:
+            outcome = [None, StorageError(str(error))]
     distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     return outcome[0]
+
+
+def gathered(action: Callable[[], Result]) -> list[Result]:
+    """Run ``action`` on every rank; each gets the results of all, by rank. A collective.
+
+    Raises:
+        StorageError: on every rank, if ``action`` raised an OSError on one.
+    """
+    outcome: Result | StorageError
+    try:
+        outcome = action()
+    except OSError as error:
+        outcome = StorageError(f"rank {distributed.get_rank()}: {error}")
+    outcomes: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(outcomes, outcome)
+    for found in outcomes:
+        if isinstance(found, StorageError):
+            raise found
+    return outcomes

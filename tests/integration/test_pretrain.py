@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -42,17 +43,21 @@ class Runner:
         self.config = str(ROOT / "configs" / "quickstart.yaml")
         self.overrides = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
 
-    def call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def call(self, command: list[str], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        limit = (
+            (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))) if largest_file else None
         )
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+            preexec_fn=limit,
+        )  # fmt: skip
 
-    def start(self, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def start(self, name: str, *overrides: str, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
         """Two processes under torchrun."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
-        return self.call([*launcher, *script])
+        return self.call([*launcher, *script], largest_file)
 
     def pretrain(self, name: str, *overrides: str) -> str:
         """The same, to the end; returns what they print."""
@@ -150,6 +155,21 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(runner: Runner, whole_run
     names = ["damaged-step-00000008", "step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in checkpoints.iterdir()) == names
     assert runner.losses("damaged") == runner.losses(whole_run)[:10]
+
+
+def test_a_file_system_that_takes_no_more(runner: Runner, whole_run: str) -> None:
+    runner.pretrain("full", "train.stop_after_step=5")
+    checkpoints = runner.folder / "runs" / "full" / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    done = runner.start("full", largest_file=100_000)  # as a full disk, from some rank's state on
+    assert done.returncode != 0
+    assert f"no checkpoint of step 8: '{checkpoints}' did not take it: rank " in done.stdout
+    assert "; the run goes on" in done.stdout
+    assert f"error: no checkpoint of step 10: '{checkpoints}' did not take it" in done.stderr
+    assert "make room and start the run again" in done.stderr and "Traceback" not in done.stderr.split("error: ")[0]
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+    assert "step-00000005" in runner.pretrain("full")
+    assert runner.losses("full") == runner.losses(whole_run)[:10]
 
 
 def test_a_checkpoint_of_format_1_still_loads(runner: Runner, whole_run: str) -> None:

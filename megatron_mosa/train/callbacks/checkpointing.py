@@ -9,6 +9,7 @@ from megatron_mosa import __version__
 from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import config_to_dict
 from megatron_mosa.engine import StepResult
+from megatron_mosa.errors import StorageError
 from megatron_mosa.train.callbacks.base import Callback, is_due
 from megatron_mosa.train.trainer import Trainer
 from megatron_mosa.train.writers import Writers
@@ -42,5 +43,12 @@ class Checkpointing(Callback):
                 "data_parallel_size": trainer.layout.data_parallel_size,
             },
         )
-        path = self.store.save(trainer.engine, metadata)
-        self.writers.note(f"checkpoint {path}")
+        try:
+            path = self.store.save(trainer.engine, metadata)
+        except StorageError as error:
+            what = f"no checkpoint of step {metadata.step}: '{self.store.folder}' did not take it: {error}"
+            if trainer.state.step >= trainer.last_step:
+                raise StorageError(f"{what}; make room and start the run again") from None
+            self.writers.note(f"{what}; the run goes on")
+        else:
+            self.writers.note(f"checkpoint {path}")
