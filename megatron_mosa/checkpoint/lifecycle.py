@@ -19,7 +19,7 @@ from megatron_mosa.checkpoint.format import (
     write_state,
 )
 from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage, sync, write_manifest
-from megatron_mosa.config.schema import ModelSection, MosaSection
+from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import gathered, on_main_rank
@@ -42,16 +42,30 @@ class Newest(NamedTuple):
 class CheckpointStore:
     """The folder ``checkpoints/`` of a run. Collective methods must be called by every rank."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, permanent_interval: int | None = None, keep_permanent: int | None = None
+    ) -> None:
+        """Keep the last ``keep_last``, and of those at multiples of ``permanent_interval`` all or the last some."""
         self.folder = folder
         self.keep_last = keep_last
+        self.permanent_interval = permanent_interval
+        self.keep_permanent = keep_permanent
+
+    @classmethod
+    def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
+        """The checkpoints of a run directory."""
+        return cls(directory / "checkpoints", section.keep_last, section.permanent_interval, section.keep_permanent)
 
     def published(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Checkpoints under their final names, oldest first."""
         if not self.folder.is_dir():
             return []
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
+
+    def is_permanent(self, step: int) -> bool:
+        """Whether a checkpoint of that step stays when later ones come."""
+        return self.permanent_interval is not None and step % self.permanent_interval == 0
 
     def newest(self, *, reads_all: bool = False) -> Newest:
         """The newest sound checkpoint, and what is wrong with those that are newer.
@@ -125,7 +139,11 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Best effort: what cannot be removed now is tried again next time."""
-        for path in [*self.published()[: -self.keep_last], *self.folder.glob(_WRITING + "*")]:
+        published = self.published()
+        permanent = [path for path in published if self.is_permanent(int(path.name.removeprefix("step-")))]
+        others = [path for path in published if path not in permanent]
+        too_many = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
+        for path in [*too_many, *self.folder.glob(_WRITING + "*")]:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -29,7 +29,8 @@ _POSITIVE = (
     "data.tokenizer_bytes", "data.shard_bytes", "data.stream_timeout", "data.index_samples", "train.steps",
     "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
     "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
-    "checkpoint.keep_last", "logging.interval", "logging.peak_tflops",
+    "checkpoint.keep_last", "checkpoint.permanent_interval", "checkpoint.keep_permanent", "logging.interval",
+    "logging.peak_tflops",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",

@@ -132,6 +132,8 @@ class CheckpointSection:
 
     interval: int = 500
     keep_last: int = 2
+    permanent_interval: int | None = None
+    keep_permanent: int | None = None
     resume: str = "auto"
 
 

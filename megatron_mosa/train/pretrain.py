@@ -77,7 +77,7 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
         mark_documents=config.model.attend_within_documents,
     )
     engine = DeepSpeedEngine(config, vocab_size, layout)
-    store = CheckpointStore(start.directory / "checkpoints", config.checkpoint.keep_last)
+    store = CheckpointStore.of(start.directory, config.checkpoint)
     for path, damage in start.damaged:
         aside = on_main_rank(functools.partial(store.set_aside, path))
         writers.note(f"checkpoint {path} is damaged: {damage}; set aside as {aside.name}")

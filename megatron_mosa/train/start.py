@@ -157,7 +157,7 @@ def build_index(config: Config) -> list[Path]:
 def _newest(config: Config, reads_all: bool) -> tuple[Path, Newest, Metadata | None]:
     """The run directory, its newest checkpoint, and what that says of itself."""
     directory = Path(config.run.directory) / config.run.name
-    newest = CheckpointStore(directory / "checkpoints", config.checkpoint.keep_last).newest(reads_all=reads_all)
+    newest = CheckpointStore.of(directory, config.checkpoint).newest(reads_all=reads_all)
     return directory, newest, read_metadata(newest.path) if newest.path else None
 
 

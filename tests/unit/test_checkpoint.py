@@ -120,3 +120,22 @@ def test_what_is_set_aside_is_not_found_again(tmp_path: Path) -> None:
     assert store.newest() == (older, ())
     publish(tmp_path, 12)
     assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"  # the second time, too
+
+
+@pytest.mark.parametrize(
+    ("permanent_interval", "keep_permanent", "stay"),
+    [
+        (None, None, [16, 20]),
+        (8, None, [8, 12, 16, 20]),  # 8 and 16 are permanent; 12 and 20 the last two others
+        (8, 1, [12, 16, 20]),
+        (1, 2, [16, 20]),
+    ],
+)
+def test_what_stays(
+    tmp_path: Path, permanent_interval: int | None, keep_permanent: int | None, stay: list[int]
+) -> None:
+    for step in (4, 8, 12, 16, 20):
+        publish(tmp_path, step)
+    (tmp_path / ".writing-step-00000024").mkdir()  # left by a run that was killed
+    CheckpointStore(tmp_path, 2, permanent_interval, keep_permanent)._prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in stay]

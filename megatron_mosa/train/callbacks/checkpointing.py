@@ -1,4 +1,4 @@
-"""Checkpoints, every ``checkpoint.interval`` steps and at the end."""
+"""Checkpoints, every ``checkpoint.interval`` and ``permanent_interval`` steps and at the end."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class Checkpointing(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save if it is time."""
-        if not is_due(trainer, trainer.config.checkpoint.interval, trainer.state.step):
+        step = trainer.state.step
+        if not is_due(trainer, trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
         if not result.is_finite:
             self.writers.note("no checkpoint: the last step was not finite")
             return
         metadata = Metadata(
-            step=trainer.state.step,
+            step=step,
             consumed_samples=trainer.state.consumed_samples,
             optimizer_step=trainer.engine.optimizer_step(),
             config=config_to_dict(trainer.config),
