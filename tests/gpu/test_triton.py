@@ -55,6 +55,14 @@ def test_head_dims(fused: ModuleType, head_dim: int, dtype: torch.dtype) -> None
     assert max(ours) < 1e-5 if dtype == torch.float32 else all(a < 2 * b for a, b in zip(ours, naives, strict=True))
 
 
+@pytest.mark.parametrize("rotary_percent", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_the_tiles_of_large_layers(fused: ModuleType, head_dim: int, rotary_percent: float) -> None:
+    inputs = inputs_on_gpu(8, 1024, 80, 256, head_dim)
+    ours, naives = errors(fused, inputs, selection(inputs, 64), torch.bfloat16, rotary_percent=rotary_percent)
+    assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
+
+
 @pytest.mark.parametrize("scope", ["sequence", "document"])
 def test_documents_and_empty_slots(fused: ModuleType, scope: str) -> None:
     inputs = inputs_on_gpu(3, 256, 3, 32, 16)
