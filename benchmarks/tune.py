@@ -65,7 +65,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])),
     "scores": ("", []),
-    "selection": ("", []),
+    "selection": ("selection", [*grid(maxnreg=[64, 96, 128]), *grid(num_warps=[2, 4, 8, 16])]),
     "rows": ("", []),
     "out, atomic": ("", []),
     "dX, atomic": ("", []),
@@ -162,7 +162,7 @@ def tune(stage: str, run: Callable[[], Tensor], overrides: list[Override]) -> st
         except Exception:
             continue
     best = "  ".join(
-        f"{time:.3f} {'/'.join(str(value) for value in override.values())}"
+        f"{time:.3f} {','.join(f'{name}={value}' for name, value in override.items())}"
         for time, override in sorted(found, key=lambda pair: pair[0])[:5]
     )
     return f"{stage:20} {present:8.3f} ms   best: {best}"

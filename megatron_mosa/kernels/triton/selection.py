@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2, strides, with_contiguous_rows
-
-SELECT_BLOCK = 16_384  # scores of a head that one program holds at once
+from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, strides, with_contiguous_rows
 
 
 @triton.jit
@@ -124,9 +123,9 @@ def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tens
     """int64 [B, E, k] in position order, of fp32 scores [B, E, T] from 0 on; ties go to the earlier token."""
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
-    block = min(power_of_2(length), SELECT_BLOCK)
+    chosen = tiles.selection(length)
     _select_kernel[(batch * heads,)](
         scores.contiguous(), indices, length, num_selected, INCLUDES_FIRST=include_first_token,
-        IS_ONE_BLOCK=length <= block, BLOCK=block, num_warps=max(1, min(16, block // 1024)),
+        IS_ONE_BLOCK=length <= chosen["BLOCK"], **chosen,
     )  # fmt: skip
     return indices

@@ -38,6 +38,12 @@ def _fitted(chosen: Tiles, device: torch.device, taken: Callable[[Tiles], int], 
     return chosen
 
 
+def selection(length: int) -> Tiles:
+    """Scores of a head that one program holds at once; all of them up to the largest block."""
+    block = min(power_of_2(length), 16_384)
+    return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)))
+
+
 def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states.
 
@@ -46,8 +52,8 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     chosen = dict(ROWS=256, INNER=64, num_warps=8, num_stages=4 if columns <= 64 else 3)
     if dtype == torch.float32:
         chosen = dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
-    elif columns > 256:
-        chosen |= dict(ROWS=128, INNER=32, num_stages=4)
+    elif columns > 192:  # as many as the registers hold the products of
+        chosen |= dict(ROWS=128) | (dict(INNER=32, num_stages=4) if columns > 256 else {})
     while chosen["ROWS"] > max(64, rows_each):
         chosen["ROWS"] //= 2
 
