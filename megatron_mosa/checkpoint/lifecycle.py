@@ -22,7 +22,7 @@ from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage,
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.parallel import gathered, on_main_rank
+from megatron_mosa.parallel import on_every_rank, on_main_rank
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
@@ -126,7 +126,7 @@ class CheckpointStore:
             write_state(engine, writing)
             dist.barrier()
             names = on_main_rank(describe)
-            parts = gathered(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]))
+            parts = on_every_rank(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]))
             on_main_rank(publish)
         except StorageError:
             on_main_rank(lambda: shutil.rmtree(writing, ignore_errors=True))

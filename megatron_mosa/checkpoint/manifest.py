@@ -37,11 +37,11 @@ def files_below(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
-    """Write the manifest and see it, and the folder's entries, onto the disk."""
+    """Write the manifest, and see all files and the folders' entries onto the disk."""
     content = {"algorithm": ALGORITHM, "files": {name: asdict(record) for name, record in sorted(records.items())}}
     path = folder / MANIFEST
     path.write_text(json.dumps(content, indent=1) + "\n")
-    for entry in (path, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+    for entry in (*folder.rglob("*"), folder):
         sync(entry)
 
 

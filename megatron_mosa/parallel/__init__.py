@@ -1,6 +1,6 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
-from megatron_mosa.parallel.agree import gathered, on_main_rank
+from megatron_mosa.parallel.agree import on_every_rank, on_main_rank
 from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
 from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
 from megatron_mosa.parallel.launch import launch_environment
@@ -18,10 +18,10 @@ __all__ = [
     "answer_cuda_with_cpu",
     "data_parallel_group",
     "destroy_parallel",
-    "gathered",
     "initialize_parallel",
     "launch_environment",
     "norm_class",
+    "on_every_rank",
     "on_main_rank",
     "partition_of",
     "tensor_parallel_group",

@@ -37,7 +37,7 @@ def on_main_rank(action: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def gathered(action: Callable[[], Result]) -> list[Result]:
+def on_every_rank(action: Callable[[], Result]) -> list[Result]:
     """Run ``action`` on every rank; each gets the results of all, by rank. A collective.
 
     Raises:

@@ -101,6 +101,7 @@ def rotary_table(length: int, half: int, base: float, device: torch.device) -> t
 
 
 def launch_options(qkv: Tensor, selected: int, length: int, documents: Tensor | None) -> tuple[dict, int]:
+    """What both directions are compiled with, and how many slots a tile has."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     chosen = tiles.attention(qkv.dtype, qkv.device, selected, width)

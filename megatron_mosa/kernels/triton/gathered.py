@@ -64,11 +64,11 @@ def rows_at(states, place, stride_b, stride_t, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def masked_tile(rows, place, inside, there, IS_WHOLE: tl.constexpr):
+def masked_tile(rows, column, in_rows, in_columns, IS_WHOLE: tl.constexpr):
     """A tile of a matrix, of some rows and columns."""
     if IS_WHOLE:
-        return tl.load(rows + place[None])
-    return tl.load(rows + place[None], mask=inside[:, None] & there[None], other=0.0)
+        return tl.load(rows + column[None])
+    return tl.load(rows + column[None], mask=in_rows[:, None] & in_columns[None], other=0.0)
 
 
 @triton.jit
@@ -111,14 +111,14 @@ def _gathered_kernel(
         half = tl.arange(0, 2 * HALVES)
         in_half = half % HALF_WIDTH < HALF
         half = half // HALVES * HALF + half % HALVES // HALF_WIDTH * D + half % HALF_WIDTH
-        half = tl.max_contiguous(tl.multiple_of(half, VECTOR), VECTOR)
+        half = tl.max_contiguous(tl.multiple_of(half, VECTOR), VECTOR)  # which the compiler cannot see
         turning = tl.zeros((ROWS, 2 * HALVES), dtype=tl.float32)
     if WIDTH > 0:
         other = tl.arange(0, WIDTH)
         in_other = tl.where(other < REST, other % REST_WIDTH < D - 2 * HALF, other - REST < D)
         turned_rest = other // REST_WIDTH * D + 2 * HALF + other % REST_WIDTH
         other = tl.where(other < REST, turned_rest, TURNED * D + other - REST)
-        other = tl.max_contiguous(tl.multiple_of(other, VECTOR), VECTOR)  # what the compiler cannot see in it
+        other = tl.max_contiguous(tl.multiple_of(other, VECTOR), VECTOR)
         others = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(0, H, INNER):
         inside = start + inner < H

@@ -33,7 +33,7 @@ def _(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatron_mosa::fused_select_tokens", mutates_args=())
 def fused_select_tokens(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
-    """As ``naive.select_tokens`` of whole sequences, for fp32 scores above 0."""
+    """As ``naive.select_tokens`` of whole sequences, for fp32 scores from 0 on."""
     return selection.select(scores, num_selected, include_first_token)
 
 

@@ -131,7 +131,7 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     """The rows of a selection, int64 [B, E, k] with T in empty slots, which are a head's last in a sequence.
 
     Raises:
-        ValueError: B * E * k or B * T is beyond int32.
+        ValueError: B * E * k, or B times T rounded up to a power of 2, is beyond int32.
     """
     batch, heads, selected = indices.shape
     rows, device = batch * selected, indices.device
