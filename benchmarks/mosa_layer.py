@@ -2,7 +2,8 @@
 
     python -m benchmarks.mosa_layer [--shapes 1,2,3] [--output benchmarks/results]
 
-Times are those of forward alone and of forward and backward, router and selection included. A speed is printed only
+Times are those of the GPU, forward alone and forward and backward, router and selection included; "as called" are
+forward and backward with the time of their launches, where that is longer. A speed is printed only
 for kernels whose output and gradients agree with the naive path in fp32, checked in the same run.
 """
 
@@ -151,8 +152,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: milliseconds as forward / forward and backward."""
     lines = [
         "| shape | Triton, ms | TFLOP/s | share of floor | compiled naive, ms | dense, ms | Triton / dense | bar | "
-        "GiB: Triton, compiled |",
-        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- |",
+        "GiB: Triton, compiled | as called, ms: Triton, compiled, dense |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- | --- |",
     ]
     for row in rows:
         cells = [f"{row['number']}: {row['name']}"]
@@ -168,7 +169,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{part['both']['extra_gib']:.2f}" if "both" in part else "-" for part in (ours, row["compiled"])
         )
         cells += [pairs["triton"], rate, share, pairs["compiled"], pairs["dense"], ratio]
-        cells += [f"{BARS[row['number'] - 1]:.1f}", memory]
+        called = ", ".join(
+            f"{part['both']['called_milliseconds']:.2f}" if "both" in part else "-"
+            for part in (ours, row["compiled"], row["dense"])
+        )
+        cells += [f"{BARS[row['number'] - 1]:.1f}", memory, called]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+CLOCK = 2e9  # Hz, about what GPUs run at
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,13 @@ class Measurement:
     """Of one function."""
 
     milliseconds: float
-    """Median over the repetitions, by CUDA events."""
+    """The GPU's time: median over the repetitions, by CUDA events, with all launches of a call waiting in line."""
 
     spread: float
     """(90th - 10th percentile) / median."""
+
+    called_milliseconds: float
+    """Median of calls one after the other, where launching may take longer than what is launched."""
 
     extra_gib: float
     """Peak memory above what was allocated before."""
@@ -32,15 +38,30 @@ def measure(function: Callable[[], object], *, seconds: float = 0.5, warmup: int
     torch.cuda.reset_peak_memory_stats()
     once = _milliseconds(function, 1)[0]
     extra = torch.cuda.max_memory_allocated() - before
-    times = sorted(_milliseconds(function, max(10, min(1000, int(seconds * 1000 / once)))))
+    repetitions = max(10, min(500, int(seconds * 1000 / once / 2)))
+    called = statistics.median(_milliseconds(function, repetitions))
+    times = sorted(_milliseconds(function, repetitions, _launch_cycles(function)))
     low, high = times[len(times) // 10], times[-1 - len(times) // 10]
     median = statistics.median(times)
-    return Measurement(median, (high - low) / median, extra / 2**30)
+    return Measurement(median, (high - low) / median, called, extra / 2**30)
 
 
-def _milliseconds(function: Callable[[], object], repetitions: int) -> list[float]:
+def _launch_cycles(function: Callable[[], object]) -> int:
+    """Cycles of the GPU, and half as many again, in which a call launches all that it does."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return int(1.5 * seconds * CLOCK)
+
+
+def _milliseconds(function: Callable[[], object], repetitions: int, wait_cycles: int = 0) -> list[float]:
+    """Of each repetition; before it the GPU waits."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for start, end in events:
+        if wait_cycles:
+            torch.cuda._sleep(wait_cycles)  # no public function keeps a GPU waiting
         start.record()
         function()
         end.record()

@@ -44,11 +44,10 @@ GATHERED = [
 ]
 SCATTERED = [
     dict(ROWS=rows, num_warps=warps, COLUMNS=columns, SWEEP=sweep, num_stages=stages)
-    for rows, warps, columns, stages in [
-        (64, 4, 64, 2), (64, 4, 64, 3), (64, 4, 128, 2), (128, 4, 64, 2), (128, 8, 32, 3), (128, 8, 64, 2),
-        (128, 8, 64, 3), (256, 8, 64, 2),
+    for rows, warps, columns, stages, sweep in [
+        (64, 4, 64, 2, 16), (64, 4, 64, 3, 16), (128, 4, 64, 2, 16), (128, 8, 64, 2, 16), (128, 8, 64, 2, 4),
+        (128, 8, 64, 3, 16), (128, 8, 32, 3, 16), (128, 8, 128, 2, 8), (256, 8, 64, 2, 16), (256, 8, 32, 2, 16),
     ]
-    for sweep in (4, 16)
 ]  # fmt: skip
 ATTENTION = [
     *grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2]),

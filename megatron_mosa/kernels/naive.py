@@ -53,8 +53,9 @@ def select_tokens(
         quotas: int64 [B, T], how many tokens to select of each token's document; None: k of the whole sequence.
 
     Returns:
-        int64 [B, E, k], in position order; T in places that the quotas leave empty, at the end.
+        int64 [B, E, k], contiguous, in position order; T in places that the quotas leave empty, at the end.
     """
+    scores = scores.contiguous()  # a sort keeps strides, which the fake kernel must not have to guess
     length = scores.shape[-1]
     places = torch.arange(length, device=scores.device)
     if document_starts is None:
@@ -65,12 +66,13 @@ def select_tokens(
     # A stable sort keeps equal scores in position order; topk leaves their order open.
     ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
     if quotas is None:
-        return ranked[..., :num_selected].sort(dim=-1).values  # [B, E, k]
+        return ranked[..., :num_selected].sort(dim=-1).values.contiguous()  # [B, E, k]
     # Sorted by document, the ranked tokens of a document fill the very places where it lies.
     documents = document_starts.unsqueeze(1).expand_as(ranked).gather(-1, ranked)
     ranked = ranked.gather(-1, documents.sort(dim=-1, stable=True).indices)
     left_out = places - document_starts >= quotas  # [B, T]
-    return ranked.masked_fill(left_out.unsqueeze(1), length).sort(dim=-1).values[..., :num_selected]
+    ranked = ranked.masked_fill(left_out.unsqueeze(1), length).sort(dim=-1).values
+    return ranked[..., :num_selected].contiguous()
 
 
 @select_tokens.register_fake

@@ -87,6 +87,14 @@ def test_selection_equals_a_plain_ranking_on_many_ties(include_first_token: bool
                 assert indices[b, e].tolist() == choose(scores[b, e].tolist(), num_selected, [0] * include_first_token)
 
 
+def test_the_selection_is_contiguous_as_its_fake_kernel_says() -> None:
+    """A compiled program relies on it."""
+    scores = torch.rand(2, 8, 3).transpose(1, 2)
+    starts, quotas = torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), 4)
+    for options in ((), (True, starts), (True, starts, quotas)):
+        torch.library.opcheck(naive.select_tokens, (scores, 4, *options), test_utils="test_faketensor")
+
+
 def test_first_token_is_included_whatever_its_score_and_keeps_its_own_gate() -> None:
     inputs = make_inputs(1, 8, 1, 4, 4)
     with torch.no_grad():

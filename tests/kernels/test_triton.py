@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
@@ -136,18 +138,18 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
 
 
 def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, 300, 8)]
-    sequence_bytes = 3 * 5 * 300 * 4
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, 320, 8)]
+    sequence_bytes = 3 * 5 * 320 * 4
 
-    def run(chunk_bytes: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(scattered, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(scattered, "MOST_BYTES", max(chunk_bytes, sequence_bytes if chunk_bytes > 1 else 1))
+    def run(fewest: int, most_bytes: int = 1 << 20) -> list[torch.Tensor]:
+        monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
+        monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
         output = mosa_attention(*inputs, num_selected=5, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
-    whole = run(1 << 20)
-    for chunk_bytes in (2 * sequence_bytes, sequence_bytes, 1):  # pairs of sequences; each; 256 columns of each
-        for ours, theirs in zip(run(chunk_bytes), whole, strict=True):
+    whole = run(1)
+    for cut in ((2,), (1, sequence_bytes), (1, 1)):  # pairs of sequences; each; halves of each
+        for ours, theirs in zip(run(*cut), whole, strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -155,6 +157,24 @@ def test_without_determinism_atomics_add_up(fused: ModuleType) -> None:
     inputs = make_inputs(2, 30, 5, 40, 16)
     ours, _ = errors(fused, inputs, selection(inputs, 9), deterministic=False)
     assert max(ours) < 1e-5
+
+
+def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) -> None:
+    """Autograd would fill zeros for them: as much memory again as is kept."""
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+    output = mosa_attention(*inputs, num_selected=5, backend="triton")
+    made: list[tuple[int, ...]] = []
+
+    class Zeros(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if "zeros" in str(function):
+                made.append(tuple(result.shape))
+            return result
+
+    with Zeros():
+        output.sum().backward()
+    assert (3, 2 * 5, 3 * 8) not in made  # queries, keys and values
 
 
 def test_the_operators_are_good_citizens(fused: ModuleType) -> None:

@@ -100,11 +100,13 @@ def rotary_table(length: int, half: int, base: float, device: torch.device) -> t
     return angles.cos(), angles.sin()
 
 
-def launch_options(qkv: Tensor, selected: int, length: int, documents: Tensor | None) -> tuple[dict, int]:
-    """What both directions are compiled with, and how many slots a tile has."""
+def launch_options(
+    qkv: Tensor, selected: int, length: int, documents: Tensor | None, is_backward: bool = False
+) -> tuple[dict, int]:
+    """What either direction is compiled with, and how many slots a tile has."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
-    chosen = tiles.attention(qkv.dtype, qkv.device, selected, width)
+    chosen = tiles.attention(qkv.dtype, qkv.device, selected, width, is_backward)
     options = dict(
         D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, SHIFT=bits_of(length), INTERPRETED=INTERPRET
     )

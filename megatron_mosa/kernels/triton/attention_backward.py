@@ -224,7 +224,7 @@ def attend_backward(
     heads, batch = rows.starts.shape[0], rows.starts.shape[1] - 1
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     of_qkv = torch.empty_like(qkv)
-    options, block = launch_options(qkv, selected, length, documents)
+    options, block = launch_options(qkv, selected, length, documents, is_backward=True)
     half = rotation.cos.shape[1]
     options |= dict(HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half))
     options |= dict(RESTARTS=rotation.starts is not None)

@@ -46,7 +46,8 @@ def turned(a, b, position, column, there, cos, sin, BACK, HALF: tl.constexpr):
 class Repeated:
     """Launches of one kernel in a loop, whose arguments differ only in what the kernel does not specialise on.
 
-    From the second on they skip Triton's look-up of the compiled kernel, which takes longer than a small launch runs.
+    From the second on they skip Triton's look-up of the compiled kernel, and tensors go as addresses, which the driver
+    is not asked about: either takes longer than a small launch runs.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -59,7 +60,8 @@ class Repeated:
             self.compiled = self.kernel[grid](*arguments, **options)  # None from the interpreter
         else:
             constants = [options[name] for name in self.kernel.arg_names[len(arguments) :]]
-            self.compiled[grid](*arguments, *constants)
+            plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+            self.compiled[grid](*plain, *constants)
 
 
 def power_of_2(size: int, least: int = 16) -> int:

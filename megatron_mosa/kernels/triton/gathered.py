@@ -192,7 +192,9 @@ def gathered_product(
         programs = [(part, _widths(1, int(part < 2), size, half)) for part in range(parts)]
     for first, widths in programs:
         columns = 2 * widths["TURNED"] * widths["HALF_WIDTH"] * (half > 0) + widths["WIDTH"]
-        chosen = tiles.gathered(states.dtype, states.device, columns, heads * capacity // processors)
+        chosen = tiles.gathered(
+            states.dtype, states.device, columns, heads * capacity // processors, gating is not None
+        )
         number = triton.cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
         group = tiles.group(number, tile_bytes, weight.numel() * weight.element_size() // len(programs))

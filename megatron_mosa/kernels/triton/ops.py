@@ -169,6 +169,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     states, router, _, indices, qkv_weight, proj_weight, _, _, documents, restarts, deterministic = inputs
+    ctx.set_materialize_grads(False)  # or autograd makes zeros for all outputs but the first
     ctx.save_for_backward(states, router, qkv_weight, proj_weight, documents, *output[1:])
     ctx.options = indices.shape[2], restarts, deterministic
 

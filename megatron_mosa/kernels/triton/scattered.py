@@ -18,8 +18,8 @@ from megatron_mosa.kernels.triton.common import INTERPRET, Repeated, dot, power_
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
-CHUNK_BYTES = 64 << 20  # of the products that wait for their sum over heads, where sequences are smaller
-MOST_BYTES = 384 << 20  # where they are not; beyond, columns wait in turn
+FEWEST_CHUNKS = 4  # of the products of a layer, of which two are in memory at a time, waiting for their sum over heads
+MOST_BYTES = 768 << 20  # of a chunk
 
 
 @triton.jit(do_not_specialize=["FIRST", "LAST", "B"])
@@ -118,10 +118,15 @@ def _combine_kernel(
 
 
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
-    """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time."""
-    if sequence_bytes <= MOST_BYTES or width <= 256:
-        return max(1, min(batch, CHUNK_BYTES // sequence_bytes)), width
-    return 1, max(256, width * MOST_BYTES // sequence_bytes // 256 * 256)
+    """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time.
+
+    Columns are halved where one sequence is too much, but not below 128: a layer of one narrow sequence is one chunk.
+    """
+    allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
+    columns = width
+    while sequence_bytes * columns > allowed * width and columns >= 256 and columns % 2 == 0:
+        columns //= 2
+    return max(1, allowed // sequence_bytes), columns
 
 
 @functools.cache
@@ -192,7 +197,7 @@ def scattered_product(
     heads, capacity = rows.places.shape
     size = values.shape[2] // parts
     sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
-    chosen = tiles.scattered(values.dtype, values.device, parts, size)
+    chosen = tiles.scattered(values.dtype, values.device, parts, size, sequences * selected)
     options = dict(
         D=size, SHIFT=bits_of(length), WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None,
         PARTS=parts, PAIR=PAIR, IS_ATOMIC=not deterministic,
@@ -213,7 +218,7 @@ def scattered_product(
         sums = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
         multiply(sums, width, 0, batch, 0)
         return torch.empty_like(like).copy_(sums)
-    output, of_sum = torch.empty_like(like), tiles.combine(columns)
+    output, of_sum = torch.empty_like(like), tiles.combine(columns, heads * selected // length)
 
     def combine(products: Tensor, first: int, last: int, first_column: int) -> None:
         total(

@@ -41,19 +41,22 @@ def _fitted(chosen: Tiles, device: torch.device, taken: Callable[[Tiles], int], 
 def selection(length: int) -> Tiles:
     """Scores of a head that one program holds at once; all of them up to the largest block."""
     block = min(power_of_2(length), 16_384)
-    return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)))
+    return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)), maxnreg=96)  # as many programs as hide the loads
 
 
-def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int) -> Tiles:
+def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int, gates: bool) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states.
 
-    ``rows_each`` is how many rows there are for each multiprocessor.
+    ``rows_each`` is how many rows there are for each multiprocessor; with ``gates`` the products meet as many numbers
+    again.
     """
     chosen = dict(ROWS=256, INNER=64, num_warps=8, num_stages=4 if columns <= 64 else 3)
     if dtype == torch.float32:
         chosen = dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
     elif columns > 192:  # as many as the registers hold the products of
         chosen |= dict(ROWS=128) | (dict(INNER=32, num_stages=4) if columns > 256 else {})
+    elif gates and columns <= 64:
+        chosen |= dict(ROWS=128)
     while chosen["ROWS"] > max(64, rows_each):
         chosen["ROWS"] //= 2
 
@@ -63,23 +66,25 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     return _fitted(chosen, device, taken, "ROWS", 32)
 
 
-def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
-    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows."""
-    chosen = dict(ROWS=64, COLUMNS=64, SWEEP=16, num_warps=4, num_stages=3)
+def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, rows: int) -> Tiles:
+    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows, of which a chunk has ``rows``."""
+    chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=2)
+    inner = parts * power_of_2(size) * dtype.itemsize
     if dtype == torch.float32:
-        chosen |= dict(ROWS=32, COLUMNS=32, num_stages=2)
+        chosen |= dict(ROWS=32, COLUMNS=32, num_warps=4)
+    elif rows <= 64 or 128 * inner > shared_memory(device) // 2:
+        chosen |= dict(ROWS=64, num_warps=4, num_stages=3)
 
     def taken(tiles: Tiles) -> int:
-        inner = parts * power_of_2(size) * dtype.itemsize
         return inner * (tiles["ROWS"] + tiles["num_stages"] * tiles["COLUMNS"]) + tiles["ROWS"] * tiles["COLUMNS"] * 4
 
     return _fitted(chosen, device, taken, "COLUMNS", 16)
 
 
-def combine(width: int) -> Tiles:
-    """UNROLL partial products of one token at a time by columns of the output."""
+def combine(width: int, each: int) -> Tiles:
+    """UNROLL partial products of one token, which has about ``each``, at a time by columns of the output."""
     columns = min(power_of_2(width), 1024)
-    return dict(UNROLL=16, COLUMNS=columns, num_warps=max(1, columns // 256))
+    return dict(UNROLL=32 if each >= 32 else 16, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
@@ -99,9 +104,14 @@ def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: 
     return _fitted(chosen, device, taken, "ROWS", 16)
 
 
-def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int) -> Tiles:
+def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int, is_backward: bool) -> Tiles:
     """Queries by as many keys; ``width`` is the head's, rounded up to a power of 2."""
     block = min(power_of_2(selected), 64 if dtype.itemsize < 4 else 32)
     while block > 16 and 13.1 * block * width * dtype.itemsize > shared_memory(device):  # what the backward pass takes
         block //= 2
-    return dict(BLOCK=block, num_warps=4 if block * width <= 64 * 128 else 8, num_stages=1)
+    chosen = dict(BLOCK=block, num_warps=4 if block * width <= 64 * 128 else 8, num_stages=1)
+    if not is_backward and dtype.itemsize < 4 and selected <= block and width <= 64:
+        chosen |= dict(maxnreg=128)  # nothing to prefetch, so that more programs are what hides the loads
+    if is_backward and dtype.itemsize < 4 and selected > block:
+        chosen |= dict(num_stages=2)
+    return chosen
