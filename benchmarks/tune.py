@@ -50,7 +50,7 @@ SCATTERED = [
     ]
 ]  # fmt: skip
 ATTENTION = [
-    *grid(BLOCK=[32, 64], num_warps=[4, 8], num_stages=[1, 2]),
+    *grid(BLOCK=[32, 64], num_warps=[1, 2, 4, 8], num_stages=[1, 2]),
     *grid(BLOCK=[64], num_warps=[4], num_stages=[1, 2], maxnreg=[128, 168]),
 ]
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
@@ -63,8 +63,11 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "sum over heads": ("combine", grid(UNROLL=[8, 16], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[64, 128], num_warps=[4, 8], num_stages=[2, 3, 4])),
-    "scores": ("", []),
-    "selection": ("selection", [*grid(maxnreg=[64, 96, 128]), *grid(num_warps=[2, 4, 8, 16])]),
+    "scores": (
+        "scores",
+        [*grid(HEADS=[64], num_warps=[4, 8]), *grid(HEADS=[128, 256], TOKENS=[64, 128], num_warps=[8])],
+    ),
+    "selection": ("selection", grid(maxnreg=[48, 64, 96, 128], num_warps=[1, 4, 8, 16])),
     "rows": ("", []),
     "out, atomic": ("", []),
     "dX, atomic": ("", []),

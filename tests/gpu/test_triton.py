@@ -126,7 +126,7 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
 
     sequence = 40 * 33 * width * 2
     whole = run(1)
-    for cut in ((3,), (1, sequence), (1, 1)):  # pairs of sequences; each; 200, or 125 columns of each
+    for cut in ((3,), (1, sequence), (1, 1)):  # pairs of sequences; each; 128 columns of each
         for ours, theirs in zip(run(*cut), whole, strict=True):
             assert torch.equal(ours, theirs)
 

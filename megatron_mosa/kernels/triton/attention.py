@@ -10,6 +10,7 @@ come turned by their positions.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,10 +95,24 @@ def _forward_kernel(
 
 
 def rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 to T - 1, fp32 [T, half] each."""
+    """Cosines and sines of positions 0 to T - 1, fp32 [T, half] each; the last few are kept.
+
+    Each stream has its own, or one could read what another has yet to write. What a CUDA graph records is its own, too.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _rotary_table(length, half, base, device)
+    return _kept_rotary_table(length, half, base, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     frequencies = rotary_frequencies(2 * half, base, torch.float32, device)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_rotary_table(length: int, half: int, base: float, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    return _rotary_table(length, half, base, device)
 
 
 def launch_options(

@@ -42,6 +42,11 @@ def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
+def _rotation(states: Tensor, proj_weight: Tensor, percent: float, base: float, documents: Tensor | None) -> Rotation:
+    half = rotary_dim(proj_weight.shape[1], percent) // 2
+    return Rotation(*rotary_table(states.shape[1], half, base, states.device), documents)
+
+
 @torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())
 def fused_attention(
     hidden_states: Tensor,
@@ -56,18 +61,16 @@ def fused_attention(
     restart_rotary: bool,
     deterministic: bool,
 ) -> list[Tensor]:
-    """The output, [B, T, h], and what its gradient needs: q, k and v, gated attention, log sums, gates, rows, cosines
-    and sines."""
+    """The output, [B, T, h], and what its gradient needs: q, k and v, gated attention, log sums, gates, rows."""
     states, scores = with_contiguous_rows(hidden_states), scores.contiguous()
     selected, length = indices.shape[2], states.shape[1]
     documents = None if document_starts is None else document_starts.contiguous()
     rows = rows_of(indices.contiguous(), length)
-    half = rotary_dim(proj_weight.shape[1], rotary_percent) // 2
-    rotation = Rotation(*rotary_table(length, half, rotary_base, states.device), documents if restart_rotary else None)
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents if restart_rotary else None)
     qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, B * k, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores, selected, documents)
     output = scattered_product(gated, proj_weight, rows, states, selected, deterministic=deterministic)
-    return [output, qkv, gated, log_sums, gates, *rows, rotation.cos, rotation.sin]
+    return [output, qkv, gated, log_sums, gates, *rows]
 
 
 @fused_attention.register_fake
@@ -87,7 +90,6 @@ def _(
     batch, length, _ = hidden_states.shape
     _, heads, selected = indices.shape
     rows, size = batch * selected, proj_weight.shape[1]
-    half = rotary_dim(size, rotary_percent) // 2
     return [
         torch.empty_like(hidden_states),
         hidden_states.new_empty((heads, rows, 3 * size)),
@@ -98,8 +100,6 @@ def _(
         indices.new_empty((heads, batch + 1), dtype=torch.int32),
         indices.new_empty(batch * length + 1, dtype=torch.int32),
         indices.new_empty(indices.numel(), dtype=torch.int32),
-        scores.new_empty((length, half)),
-        scores.new_empty((length, half)),
     ]
 
 
@@ -116,9 +116,9 @@ def fused_attention_backward(
     log_sums: Tensor,
     gates: Tensor,
     rows: list[Tensor],
-    cos: Tensor,
-    sin: Tensor,
     selected: int,
+    rotary_percent: float,
+    rotary_base: float,
     restart_rotary: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,18 +126,15 @@ def fused_attention_backward(
     states, of_output = with_contiguous_rows(hidden_states), with_contiguous_rows(of_output)
     length, of = states.shape[1], Rows(*rows)
     documents = None if document_starts is None else document_starts.contiguous()
-    rotation = Rotation(cos, sin, documents if restart_rotary else None)
-    of_router, of_qkv_weight, of_proj_weight = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        for weight in (router_weight, qkv_weight, proj_weight)
-    )
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents if restart_rotary else None)
+    contiguous = torch.contiguous_format
+    of_proj_weight = torch.empty_like(proj_weight, memory_format=contiguous)
     gating = Gating(gated, gates, torch.empty_like(gates), gated.new_empty((*gates.shape, PAIR)))
     upstreams = gathered_product(of_output, of, proj_weight.transpose(1, 2), gating=gating)  # [E, B * k, h']
     weight_gradient(of_output, of, gated, of_proj_weight.transpose(1, 2))
     of_qkv = attend_backward(qkv, of, upstreams, log_sums, gating.deltas, selected, length, documents, rotation)
     del upstreams
     of_logits = gating.of_logits
-    weight_gradient(states, of, of_qkv, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router)
     of_states = scattered_product(
         of_qkv,
         qkv_weight.transpose(1, 2),
@@ -148,6 +145,9 @@ def fused_attention_backward(
         pairs=(of_logits, router_weight.to(of_logits.dtype).contiguous()),
         deterministic=deterministic,
     )
+    # Last, since by now no products wait in memory for their sum.
+    of_router, of_qkv_weight = (torch.empty_like(w, memory_format=contiguous) for w in (router_weight, qkv_weight))
+    weight_gradient(states, of, of_qkv, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router)
     return of_states, of_router, of_qkv_weight, of_proj_weight
 
 
@@ -168,16 +168,16 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    states, router, _, indices, qkv_weight, proj_weight, _, _, documents, restarts, deterministic = inputs
+    states, router, _, indices, qkv_weight, proj_weight, percent, base, documents, restarts, deterministic = inputs
     ctx.set_materialize_grads(False)  # or autograd makes zeros for all outputs but the first
     ctx.save_for_backward(states, router, qkv_weight, proj_weight, documents, *output[1:])
-    ctx.options = indices.shape[2], restarts, deterministic
+    ctx.options = indices.shape[2], percent, base, restarts, deterministic
 
 
 def _backward(ctx: Any, of_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     of_states, of_router, of_qkv, of_proj = fused_attention_backward(
-        of_outputs[0], *saved[:9], list(saved[9:13]), *saved[13:], *ctx.options
+        of_outputs[0], *saved[:9], list(saved[9:]), *ctx.options
     )
     return of_states, of_router, None, None, of_qkv, of_proj, None, None, None, None, None
 
@@ -213,5 +213,5 @@ def _(
     **__: object,
 ) -> int:
     heads, rows, _ = qkv
-    selected = rest[6]
+    selected = rest[4]
     return 2 * _attention_flops(states, router, None, (rows // selected, heads, selected), qkv_weight, proj_weight)

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +15,8 @@ from megatron_mosa.kernels.triton.common import INTERPRET, Repeated, dot, power_
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
-FEWEST_CHUNKS = 4  # of the products of a layer, of which two are in memory at a time, waiting for their sum over heads
-MOST_BYTES = 768 << 20  # of a chunk
+FEWEST_CHUNKS = 4  # of the products of a layer; one at a time is in memory, waiting for its sum over heads
+MOST_BYTES = 1536 << 20  # of a chunk
 
 
 @triton.jit(do_not_specialize=["FIRST", "LAST", "B"])
@@ -120,51 +117,14 @@ def _combine_kernel(
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
     """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time.
 
-    Columns are halved where one sequence is too much, but not below 128: a layer of one narrow sequence is one chunk.
+    Columns are cut where one sequence is too much, but not below 128: a layer of one narrow sequence is one chunk.
     """
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
-    columns = width
-    while sequence_bytes * columns > allowed * width and columns >= 256 and columns % 2 == 0:
-        columns //= 2
-    return max(1, allowed // sequence_bytes), columns
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where sums run, beside the products of the next chunk."""
-    return torch.cuda.Stream(device)
-
-
-class _Turns:
-    """Products of one chunk beside the sums of the chunk before, which wait in the other of two buffers."""
-
-    def __init__(self, buffers: Tensor) -> None:
-        self.buffers = buffers
-        self.number = 0
-        self.summed: list[torch.cuda.Event] = []
-        if buffers.is_cuda:
-            self.main, self.side = torch.cuda.current_stream(buffers.device), _side_stream(buffers.device)
-
-    def run(self, multiply: Callable[[Tensor], None], combine: Callable[[Tensor], None]) -> None:
-        """Let a chunk's products, and after them its sums, take their turn."""
-        buffer = self.buffers[self.number % 2]
-        if not buffer.is_cuda:
-            multiply(buffer)
-            combine(buffer)
-        else:
-            if self.number >= 2:
-                self.main.wait_event(self.summed[-2])
-            multiply(buffer)
-            self.side.wait_event(self.main.record_event())
-            with torch.cuda.stream(self.side):
-                combine(buffer)
-                self.summed.append(self.side.record_event())
-        self.number += 1
-
-    def join(self) -> None:
-        """What follows comes after all sums."""
-        if self.buffers.is_cuda:
-            self.main.wait_stream(self.side)
+    slices = 1
+    while sequence_bytes > allowed * slices and width > 128 * slices:
+        slices *= 2
+    # Slices begin at multiples of 128, or kernels could not read as many bytes at once.
+    return max(1, allowed // sequence_bytes), width if slices == 1 else -(-width // (128 * slices)) * 128
 
 
 def scattered_product(
@@ -227,14 +187,9 @@ def scattered_product(
             first_column, columns, *strides(output), **of_sum,
         )  # fmt: skip
 
-    chunks = [
-        (first, min(batch, first + sequences), first_column)
-        for first in range(0, batch, sequences)
-        for first_column in range(0, width, columns)
-    ]
-    elements = triton.cdiv(sequences * heads * selected * columns, 128) * 128  # both buffers begin as well aligned
-    turns = _Turns(values.new_empty((min(2, len(chunks)), elements)))
-    for chunk in chunks:
-        turns.run(lambda into: multiply(into, columns, *chunk), lambda products: combine(products, *chunk))  # noqa: B023
-    turns.join()
+    products = values.new_empty(sequences * heads * selected * columns)
+    for first in range(0, batch, sequences):
+        for first_column in range(0, width, columns):
+            multiply(products, columns, first, min(batch, first + sequences), first_column)
+            combine(products, first, min(batch, first + sequences), first_column)
     return output

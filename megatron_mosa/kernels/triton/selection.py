@@ -49,11 +49,11 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     heads = weight.shape[0]
     scores = states.new_empty((batch, heads, length), dtype=torch.float32)
     in_fp32 = states.dtype == torch.float32 or weight.dtype != states.dtype
-    grid = (triton.cdiv(length, 128), triton.cdiv(heads, 64), batch)
+    chosen = tiles.scores(heads, in_fp32)
+    grid = (triton.cdiv(length, chosen["TOKENS"]), triton.cdiv(heads, chosen["HEADS"]), batch)
     _scores_kernel[grid](
         states, weight, scores, length, heads, width, *strides(states),
-        FP32=in_fp32, INTERPRETED=INTERPRET, TOKENS=128, HEADS=64, COLUMNS=32 if in_fp32 else 64,
-        num_warps=8 if in_fp32 else 4,
+        FP32=in_fp32, INTERPRETED=INTERPRET, **chosen,
     )  # fmt: skip
     return scores
 

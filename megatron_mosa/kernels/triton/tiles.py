@@ -28,9 +28,9 @@ def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
     return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
-def _fitted(chosen: Tiles, device: torch.device, taken: Callable[[Tiles], int], shrinks: str, least: int) -> Tiles:
-    """With fewer stages, then smaller tiles, until the bytes that are taken fit the card's shared memory."""
-    while taken(chosen) > 0.9 * shared_memory(device) and (chosen["num_stages"] > 2 or chosen[shrinks] > least):
+def _fitted(chosen: Tiles, most: float, taken: Callable[[Tiles], int], shrinks: str, least: int) -> Tiles:
+    """With fewer stages, then smaller tiles, until the bytes of shared memory that are taken are ``most``."""
+    while taken(chosen) > most and (chosen["num_stages"] > 2 or chosen[shrinks] > least):
         if chosen["num_stages"] > 2:
             chosen["num_stages"] -= 1
         else:
@@ -38,10 +38,19 @@ def _fitted(chosen: Tiles, device: torch.device, taken: Callable[[Tiles], int], 
     return chosen
 
 
+def scores(heads: int, in_fp32: bool) -> Tiles:
+    """TOKENS by HEADS; COLUMNS is along the width of the states."""
+    if in_fp32:
+        return dict(TOKENS=128, HEADS=64, COLUMNS=32, num_warps=8)
+    # Few tiles of heads, since each reads all states.
+    return dict(TOKENS=128, HEADS=64 if heads <= 64 else 128, COLUMNS=64, num_warps=4 if heads <= 64 else 8)
+
+
 def selection(length: int) -> Tiles:
     """Scores of a head that one program holds at once; all of them up to the largest block."""
     block = min(power_of_2(length), 16_384)
-    return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)), maxnreg=96)  # as many programs as hide the loads
+    # As few registers as hold the scores, so that as many programs as may hide each other's latency.
+    return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)), maxnreg=96 if block < 8192 else 128)
 
 
 def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int, gates: bool) -> Tiles:
@@ -63,28 +72,33 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     def taken(tiles: Tiles) -> int:
         return tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + columns) * dtype.itemsize
 
-    return _fitted(chosen, device, taken, "ROWS", 32)
+    return _fitted(chosen, 0.9 * shared_memory(device), taken, "ROWS", 32)
 
 
 def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, rows: int) -> Tiles:
     """Rows of a head by columns of the output, SWEEP tiles of them on the same rows, of which a chunk has ``rows``."""
-    chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=2)
-    inner = parts * power_of_2(size) * dtype.itemsize
+    inner = parts * power_of_2(size)
+    chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=3 if inner <= 128 else 2)
     if dtype == torch.float32:
-        chosen |= dict(ROWS=32, COLUMNS=32, num_warps=4)
-    elif rows <= 64 or 128 * inner > shared_memory(device) // 2:
+        chosen |= dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=2)
+    elif rows <= 64 or inner <= 64:
         chosen |= dict(ROWS=64, num_warps=4, num_stages=3)
 
     def taken(tiles: Tiles) -> int:
-        return inner * (tiles["ROWS"] + tiles["num_stages"] * tiles["COLUMNS"]) + tiles["ROWS"] * tiles["COLUMNS"] * 4
+        weights = tiles["num_stages"] * tiles["COLUMNS"]
+        return dtype.itemsize * inner * (tiles["ROWS"] + weights) + 4 * tiles["ROWS"] * tiles["COLUMNS"]
 
-    return _fitted(chosen, device, taken, "COLUMNS", 16)
+    most = shared_memory(device)
+    if taken(chosen) > most:
+        chosen |= dict(ROWS=min(64, chosen["ROWS"]), num_warps=4)
+    return _fitted(chosen, most, taken, "COLUMNS", 16)
 
 
 def combine(width: int, each: int) -> Tiles:
     """UNROLL partial products of one token, which has about ``each``, at a time by columns of the output."""
     columns = min(power_of_2(width), 1024)
-    return dict(UNROLL=32 if each >= 32 else 16, COLUMNS=columns, num_warps=max(1, columns // 256))
+    unroll = 32 if each >= 16 else 16 if each >= 10 else 8
+    return dict(UNROLL=unroll, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
@@ -101,7 +115,7 @@ def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: 
     def taken(tiles: Tiles) -> int:
         return tiles["num_stages"] * tiles["ROWS"] * (tiles["COLUMNS"] + parts * width + 16) * dtype.itemsize
 
-    return _fitted(chosen, device, taken, "ROWS", 16)
+    return _fitted(chosen, 0.9 * shared_memory(device), taken, "ROWS", 16)
 
 
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int, is_backward: bool) -> Tiles:
@@ -109,9 +123,10 @@ def attention(dtype: torch.dtype, device: torch.device, selected: int, width: in
     block = min(power_of_2(selected), 64 if dtype.itemsize < 4 else 32)
     while block > 16 and 13.1 * block * width * dtype.itemsize > shared_memory(device):  # what the backward pass takes
         block //= 2
-    chosen = dict(BLOCK=block, num_warps=4 if block * width <= 64 * 128 else 8, num_stages=1)
-    if not is_backward and dtype.itemsize < 4 and selected <= block and width <= 64:
-        chosen |= dict(maxnreg=128)  # nothing to prefetch, so that more programs are what hides the loads
+    warps = 2 if block <= 32 and width <= 64 else 4 if block * width <= 64 * 128 else 8
+    chosen = dict(BLOCK=block, num_warps=warps, num_stages=1)
+    if not is_backward and dtype.itemsize < 4 and block == 64 and width <= 64:
+        chosen |= dict(maxnreg=128)  # for more programs at a time
     if is_backward and dtype.itemsize < 4 and selected > block:
         chosen |= dict(num_stages=2)
     return chosen
