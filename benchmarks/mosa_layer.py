@@ -94,8 +94,8 @@ def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return layer, inputs
 
 
-def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, Any]:
-    """Forward; forward and backward; or why there is no number."""
+def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor], seconds: float = 0.5) -> dict[str, Any]:
+    """Forward; forward and backward, each for some seconds; or why there is no number."""
     upstream = torch.randn_like(inputs[0])
 
     def forward() -> None:
@@ -106,7 +106,7 @@ def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, 
         torch.autograd.grad(layer(*inputs), inputs, upstream)
 
     try:
-        measured: list[Measurement] = [measure(forward), measure(both)]
+        measured: list[Measurement] = [measure(forward, seconds=seconds), measure(both, seconds=seconds)]
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     return {"forward": asdict(measured[0]), "both": asdict(measured[1])}

@@ -46,8 +46,9 @@ def measure_series(points: list[tuple[float, Shape]]) -> list[dict[str, Any]]:
         layer = lambda *inputs, shape=shape: mosa_attention(  # noqa: E731
             *inputs, num_selected=shape.selected, backend="triton"
         )
-        measured = time_layer(layer, layer_inputs(shape, shape.batch))
+        measured = time_layer(layer, layer_inputs(shape, shape.batch), seconds=0.2)
         found.append({"value": value, "name": str(shape), "flops": 3 * shape.flops, **measured})
+        print(f"{shape}: {measured.get('both', measured)}", flush=True)
         release()
     return found
 

@@ -127,11 +127,8 @@ def fused_attention_backward(
     length, of = states.shape[1], Rows(*rows)
     documents = None if document_starts is None else document_starts.contiguous()
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, documents if restart_rotary else None)
-    contiguous = torch.contiguous_format
-    of_proj_weight = torch.empty_like(proj_weight, memory_format=contiguous)
     gating = Gating(gated, gates, torch.empty_like(gates), gated.new_empty((*gates.shape, PAIR)))
     upstreams = gathered_product(of_output, of, proj_weight.transpose(1, 2), gating=gating)  # [E, B * k, h']
-    weight_gradient(of_output, of, gated, of_proj_weight.transpose(1, 2))
     of_qkv = attend_backward(qkv, of, upstreams, log_sums, gating.deltas, selected, length, documents, rotation)
     del upstreams
     of_logits = gating.of_logits
@@ -145,9 +142,13 @@ def fused_attention_backward(
         pairs=(of_logits, router_weight.to(of_logits.dtype).contiguous()),
         deterministic=deterministic,
     )
-    # Last, since by now no products wait in memory for their sum.
-    of_router, of_qkv_weight = (torch.empty_like(w, memory_format=contiguous) for w in (router_weight, qkv_weight))
+    # The weights' come last, since by now no products wait in memory for their sum.
+    of_router, of_qkv_weight, of_proj_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for weight in (router_weight, qkv_weight, proj_weight)
+    )
     weight_gradient(states, of, of_qkv, of_qkv_weight, parts=3, pairs=of_logits, pair_output=of_router)
+    weight_gradient(of_output, of, gated, of_proj_weight.transpose(1, 2))
     return of_states, of_router, of_qkv_weight, of_proj_weight
 
 

@@ -67,6 +67,16 @@ def _keys(scores, row, token, T, EXCLUDES_FIRST: tl.constexpr):
 
 
 @triton.jit
+def _running_count(chosen, BLOCK: tl.constexpr):
+    """How many of a block are chosen up to each place; in rows that few threads share, since shuffles cost most."""
+    ROW: tl.constexpr = 32 if BLOCK >= 32 else BLOCK
+    rows = tl.reshape(chosen.to(tl.int32), (BLOCK // ROW, ROW))
+    each = tl.sum(rows, axis=1)
+    before = tl.cumsum(each, axis=0) - each
+    return tl.reshape(tl.cumsum(rows, axis=1) + before[:, None], (BLOCK,))
+
+
+@triton.jit
 def _select_kernel(
     scores, indices, T, K, INCLUDES_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -108,15 +118,14 @@ def _select_kernel(
             key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
         chosen = key >= low
         if reached != enough:  # ties: the earlier ones
-            ties = (key == low).to(tl.int32)
-            chosen = (key > low) | ((ties == 1) & (tl.cumsum(ties) <= ties_left))
-            ties_left -= tl.sum(ties)
+            ties = key == low
+            chosen = (key > low) | (ties & (_running_count(ties, BLOCK) <= ties_left))
+            ties_left -= tl.sum(ties.to(tl.int32))
         if INCLUDES_FIRST:
             chosen = chosen | (start + lane == 0)
-        count = chosen.to(tl.int32)
-        slot = taken + tl.cumsum(count) - 1
+        slot = taken + _running_count(chosen, BLOCK) - 1
         tl.store(indices + row.to(tl.int64) * K + slot, (start + lane).to(tl.int64), mask=chosen)
-        taken += tl.sum(count)
+        taken += tl.sum(chosen.to(tl.int32))
 
 
 def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
