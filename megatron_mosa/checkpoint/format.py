@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
@@ -65,15 +66,19 @@ class Metadata:
         return self.format_version >= 2
 
 
-def write_state(engine: TrainingEngine, path: Path) -> None:
-    """Write the engine's state below ``path``; a collective over all ranks.
+def snapshot(engine: TrainingEngine) -> dict[str, Tensor]:
+    """The engine's state in host memory, as DTensors of global shape, to be written at leisure; collective."""
+    return _global_view(engine.module, engine.state())
+
+
+def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None) -> None:
+    """Write a snapshot below ``path``; a collective over all ranks.
 
     Raises:
         StorageError: on every rank, if one could not write.
     """
-    view = _global_view(engine.module, engine.state())
     try:
-        dcp.save(view, checkpoint_id=path / "state")
+        dcp.save(state, checkpoint_id=path / "state", process_group=group)
     except CheckpointException as error:  # the same on every rank
         for rank, (cause, _) in error.failures.items():
             # Torch's archive writer makes a RuntimeError of what the file system says.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.checkpoint.format import (
@@ -15,6 +17,7 @@ from megatron_mosa.checkpoint.format import (
     Metadata,
     read_metadata,
     read_state,
+    snapshot,
     write_metadata,
     write_state,
 )
@@ -50,6 +53,8 @@ class CheckpointStore:
         self.keep_last = keep_last
         self.permanent_interval = permanent_interval
         self.keep_permanent = keep_permanent
+        self._writer: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
@@ -98,11 +103,32 @@ class CheckpointStore:
         return target
 
     def save(self, engine: TrainingEngine, metadata: Metadata) -> Path:
-        """Write beside, then publish by one rename, then prune; collective. Returns the published folder.
+        """Publish a checkpoint; collective. Returns its folder.
 
         Raises:
             StorageError: on every rank, if one could not write; nothing is published then, and nothing pruned.
         """
+        return self.begin_save(engine, metadata).result()
+
+    def begin_save(self, engine: TrainingEngine, metadata: Metadata) -> Future[Path]:
+        """Copy the state to host memory and let a thread publish it; collective.
+
+        Saves follow each other in the order they were begun. The result is what ``save`` returns or raises.
+        """
+        if self._writer is None:
+            # A group of its own: its collectives run beside those of training.
+            self._writer = ThreadPoolExecutor(1, "checkpoint")
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        return self._writer.submit(self._publish, snapshot(engine), metadata)
+
+    def close(self) -> None:
+        """Wait for what is being saved; before the process groups go."""
+        if self._writer is not None:
+            self._writer.shutdown()
+
+    def _publish(self, state: dict[str, Tensor], metadata: Metadata) -> Path:
+        """Write beside, then publish by one rename, then prune."""
+        group = self._group
         final = self.folder / f"step-{metadata.step:08d}"
         writing = self.folder / (_WRITING + final.name)
 
@@ -116,20 +142,20 @@ class CheckpointStore:
 
         def publish() -> None:
             write_manifest(writing, {name: record for part in parts for name, record in part.items()})
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                os.rename(final, self.folder / f"{_WRITING}replaced-{final.name}")
             os.rename(writing, final)
             sync(self.folder)
             self._prune()
 
         try:
-            on_main_rank(reserve)
-            write_state(engine, writing)
-            dist.barrier()
-            names = on_main_rank(describe)
-            parts = on_every_rank(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]))
-            on_main_rank(publish)
+            on_main_rank(reserve, group)
+            write_state(state, writing, group)
+            names = on_main_rank(describe, group)
+            parts = on_every_rank(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]), group)
+            on_main_rank(publish, group)
         except StorageError:
-            on_main_rank(lambda: shutil.rmtree(writing, ignore_errors=True))
+            on_main_rank(lambda: shutil.rmtree(writing, ignore_errors=True), group)
             raise
         return final
 

@@ -134,6 +134,7 @@ class CheckpointSection:
     keep_last: int = 2
     permanent_interval: int | None = None
     keep_permanent: int | None = None
+    asynchronous: bool = True
     resume: str = "auto"
 
 

@@ -27,7 +27,7 @@ class ZeroState(Protocol):
         ...
 
     def read(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
-        """The fp32 master weight (None) or a moment."""
+        """The fp32 master weight (None) or a moment, a tensor of the caller's own."""
         ...
 
     def write(self, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
@@ -61,12 +61,15 @@ class ReplicatedState:
         """Nothing to link."""
 
     def read(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
-        """A view."""
-        return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
+        """A copy."""
+        return self._stored(parameter, moment).clone()
 
     def write(self, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
         """In place."""
-        self.read(parameter, moment).copy_(value)
+        self._stored(parameter, moment).copy_(value)
+
+    def _stored(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
+        return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         """Already averaged by DeepSpeed."""

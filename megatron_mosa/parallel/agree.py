@@ -12,10 +12,11 @@ from megatron_mosa.errors import StorageError, UserError
 Result = TypeVar("Result")
 
 
-def on_main_rank(action: Callable[[], Result]) -> Result:
+def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup | None = None) -> Result:
     """Run ``action`` on global rank 0 while the others wait; every rank gets its result, or raises its error.
 
-    A collective where torch.distributed is up, a plain call where it is not. The result must be picklable.
+    A collective where torch.distributed is up, over all ranks in a group of their own if one is given; a plain call
+    where it is not. The result must be picklable.
 
     Raises:
         UserError: that ``action`` raised.
@@ -31,13 +32,13 @@ def on_main_rank(action: Callable[[], Result]) -> Result:
             outcome = [None, UserError(str(error))]
         except OSError as error:
             outcome = [None, StorageError(str(error))]
-    distributed.broadcast_object_list(outcome, src=0)
+    distributed.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def on_every_rank(action: Callable[[], Result]) -> list[Result]:
+def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup | None = None) -> list[Result]:
     """Run ``action`` on every rank; each gets the results of all, by rank. A collective.
 
     Raises:
@@ -49,7 +50,7 @@ def on_every_rank(action: Callable[[], Result]) -> list[Result]:
     except OSError as error:
         outcome = StorageError(f"rank {distributed.get_rank()}: {error}")
     outcomes: list = [None] * distributed.get_world_size()
-    distributed.all_gather_object(outcomes, outcome)
+    distributed.all_gather_object(outcomes, outcome, group=group)
     for found in outcomes:
         if isinstance(found, StorageError):
             raise found

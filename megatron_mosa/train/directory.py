@@ -30,8 +30,11 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A lock of this process alone: flock's would go on with loader processes, which outlive it after kill -9.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if self._lock is None:
+                raise UserError(_unwritable(self.path, error.strerror)) from None
             raise UserError(
                 f"run directory '{self.path}' is in use by another job; wait for it, end it, or give this run another "
                 "name (run.name=...)"

@@ -92,7 +92,10 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
     trainer = Trainer(config, engine, layout, state, callbacks)
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
-    trainer.run(batches)
+    try:
+        trainer.run(batches)
+    finally:
+        store.close()
     writers.close()
     engine.destroy()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention.heads import MosaHeads
-from megatron_mosa.checkpoint.format import read_state, write_state
+from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, optimizer
 from megatron_mosa.engine.protocol import Batch
@@ -135,7 +135,7 @@ def write_seed_checkpoint(config: Config, path: Path) -> None:
     """Write the engine's state before any step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
-        write_state(engine, path)
+        write_state(snapshot(engine), path, None)
         engine.destroy()
 
 
@@ -250,7 +250,7 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
 
         first = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         train(first, range(before))
-        state, count = {key: tensor.clone() for key, tensor in first.state().items()}, first.optimizer_step()
+        state, count = first.state(), first.optimizer_step()  # a copy: later steps must not change it
         straight = train(first, range(before, before + after))
         config.run.seed += 1  # other initial weights, all of which the state must replace
         second = DeepSpeedEngine(config, VOCAB_SIZE, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -155,14 +156,32 @@ def test_run_directories_that_cannot_be_written(overrides: list[str], tmp_path: 
         assert "is no folder" in refused(load_config(QUICKSTART, [*overrides, f"run.directory={place}"]))
 
 
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from megatron_mosa.config import load_config
+from megatron_mosa.train.directory import RunDirectory
+directory = RunDirectory(Path(sys.argv[1]))
+directory.prepare(load_config(sys.argv[2], []))
+child = os.fork()  # as a loader is
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_run_directory_is_one_jobs_at_a_time(overrides: list[str], tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [*overrides, f"run.directory={tmp_path}"])
-    first = RunDirectory(tmp_path / "run")
-    first.prepare(config)
-    with pytest.raises(UserError, match="in use by another job"):
-        RunDirectory(tmp_path / "run").prepare(config)
-    del first
-    RunDirectory(tmp_path / "run").prepare(config)
+    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path / "run"), str(QUICKSTART)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        loader = int(holder.stdout.readline())
+        with pytest.raises(UserError, match="in use by another job"):
+            RunDirectory(tmp_path / "run").prepare(config)
+        holder.kill()
+        holder.wait()
+        RunDirectory(tmp_path / "run").prepare(config)  # although its loader is still there
+        os.kill(loader, signal.SIGKILL)
 
 
 def test_never_resuming_also_spares_a_run_without_checkpoints(overrides: list[str], tmp_path: Path) -> None:

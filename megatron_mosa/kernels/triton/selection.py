@@ -69,8 +69,7 @@ def _keys(scores, row, token, T, EXCLUDES_FIRST: tl.constexpr):
 @triton.jit
 def _running_count(chosen, BLOCK: tl.constexpr):
     """How many of a block are chosen up to each place; in rows that few threads share, since shuffles cost most."""
-    ROW: tl.constexpr = 32 if BLOCK >= 32 else BLOCK
-    rows = tl.reshape(chosen.to(tl.int32), (BLOCK // ROW, ROW))
+    rows = tl.reshape(chosen.to(tl.int32), (BLOCK // 16, 16))
     each = tl.sum(rows, axis=1)
     before = tl.cumsum(each, axis=0) - each
     return tl.reshape(tl.cumsum(rows, axis=1) + before[:, None], (BLOCK,))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from megatron_mosa import __version__
@@ -15,24 +19,70 @@ from megatron_mosa.train.trainer import Trainer
 from megatron_mosa.train.writers import Writers
 
 
+@dataclass(frozen=True)
+class _Save:
+    """One that goes on beside training."""
+
+    step: int
+    copied: float
+    """Seconds that training waited for the copy in host memory."""
+    outcome: Future[Path]
+
+
 class Checkpointing(Callback):
-    """Publishes a checkpoint when it is due."""
+    """Begins a checkpoint when it is due; by ``checkpoint.asynchronous`` training goes on while it is written."""
 
     def __init__(self, writers: Writers, store: CheckpointStore, data: dict[str, Any]) -> None:
         self.writers = writers
         self.store = store
         self.data = data
+        self.saving: _Save | None = None
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save if it is time."""
+        """Save if it is time; say what became of the save before."""
+        if self.saving is not None and self.saving.outcome.done():
+            self._finish(trainer)
         step = trainer.state.step
         if not is_due(trainer, trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
         if not result.is_finite:
             self.writers.note("no checkpoint: the last step was not finite")
             return
-        metadata = Metadata(
-            step=step,
+        self._finish(trainer)  # two at a time would be twice the state in host memory
+        begun = time.perf_counter()
+        outcome = self.store.begin_save(trainer.engine, self._metadata(trainer))
+        self.saving = _Save(step, time.perf_counter() - begun, outcome)
+        if not trainer.config.checkpoint.asynchronous:
+            self._finish(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Wait for the last."""
+        self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Wait for the save that is under way, if any, and say what became of it.
+
+        Raises:
+            StorageError: it was the last step's, and failed.
+        """
+        saving, self.saving = self.saving, None
+        if saving is None:
+            return
+        waiting = time.perf_counter()
+        try:
+            path = saving.outcome.result()
+        except StorageError as error:
+            what = f"no checkpoint of step {saving.step}: '{self.store.folder}' did not take it: {error}"
+            if saving.step >= trainer.last_step:
+                raise StorageError(f"{what}; make room and start the run again") from None
+            self.writers.note(f"{what}; the run goes on")
+        else:
+            waited = saving.copied + time.perf_counter() - waiting
+            self.writers.note(f"checkpoint {path} (training waited {waited:.2f} s)")
+
+    def _metadata(self, trainer: Trainer) -> Metadata:
+        return Metadata(
+            step=trainer.state.step,
             consumed_samples=trainer.state.consumed_samples,
             optimizer_step=trainer.engine.optimizer_step(),
             config=config_to_dict(trainer.config),
@@ -44,12 +94,3 @@ class Checkpointing(Callback):
                 "data_parallel_size": trainer.layout.data_parallel_size,
             },
         )
-        try:
-            path = self.store.save(trainer.engine, metadata)
-        except StorageError as error:
-            what = f"no checkpoint of step {metadata.step}: '{self.store.folder}' did not take it: {error}"
-            if trainer.state.step >= trainer.last_step:
-                raise StorageError(f"{what}; make room and start the run again") from None
-            self.writers.note(f"{what}; the run goes on")
-        else:
-            self.writers.note(f"checkpoint {path}")
