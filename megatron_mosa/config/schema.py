@@ -135,6 +135,7 @@ class CheckpointSection:
     permanent_interval: int | None = None
     keep_permanent: int | None = None
     resume: str = "auto"
+    initialize_from: str | None = None
 
 
 @dataclass
