@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.offline import SafeReader
+from megatron_mosa.checkpoint.offline import SafeReader, is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
@@ -76,8 +76,7 @@ def write_state(engine: TrainingEngine, path: Path) -> None:
         dcp.save(view, checkpoint_id=path / "state")
     except CheckpointException as error:  # the same on every rank
         for rank, (cause, _) in error.failures.items():
-            # Torch's archive writer makes a RuntimeError of what the file system says.
-            if isinstance(cause, OSError) or "PytorchStreamWriter failed" in str(cause):
+            if is_storage_failure(cause):
                 raise StorageError(f"rank {rank}: {str(cause).splitlines()[0]}") from None
         raise
 

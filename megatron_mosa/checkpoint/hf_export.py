@@ -26,6 +26,7 @@ from megatron_mosa.checkpoint.logits import (
 from megatron_mosa.checkpoint.manifest import DamagedError, digests, find_damage, naming_damage, write_manifest
 from megatron_mosa.checkpoint.model_config import model_config, to_transformers
 from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.safetensors_folder import INDEX
 from megatron_mosa.checkpoint.tokenizer_files import FoundTokenizer, find_tokenizer, write_tokenizer
 from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config
@@ -33,7 +34,6 @@ from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf import MODELLING_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
 
 

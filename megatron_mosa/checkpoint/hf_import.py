@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from megatron_mosa import __version__
 from megatron_mosa.checkpoint.format import Metadata, write_metadata
-from megatron_mosa.checkpoint.hf_export import INDEX
 from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import (
     MANIFEST,
@@ -25,12 +23,12 @@ from megatron_mosa.checkpoint.manifest import (
 )
 from megatron_mosa.checkpoint.model_config import from_transformers
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
+from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
 from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import UserError
 
-_SINGLE = "model.safetensors"
-_EXACT = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # what fp32 holds without rounding
+_EXACT = ("F32", "BF16", "F16")  # what fp32 holds without rounding
 
 
 def import_hf(path: Path, target: Path, *, force: bool = False) -> None:
@@ -60,7 +58,7 @@ def _import(folder: Path, target: Path) -> None:
     weights = [_named_as_in(content, weight) for weight in model_weights(config, vocab_rows)]
     if (folder / MANIFEST).is_file() and (damage := find_damage(folder, reads_all=True)):
         raise DamagedError(f"{damage} (if the change is meant, remove {MANIFEST})")
-    tensors = Safetensors(folder)
+    tensors = SafetensorsFolder(folder)
     _compare(tensors, weights, folder)
     with publishing(target) as writing:
         _write(tensors, weights, writing)
@@ -73,68 +71,6 @@ def _import(folder: Path, target: Path) -> None:
     )
 
 
-class Safetensors:
-    """The tensors of a folder, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read index and headers alone.
-
-        Raises:
-            UserError: there are no safetensors.
-            DamagedError: a file is missing or damaged; says which.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if (folder / INDEX).is_file():
-            names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        elif (folder / _SINGLE).is_file():
-            names = [_SINGLE]
-        else:
-            raise UserError(f"'{folder}' holds neither {INDEX} nor {_SINGLE}; save the model with safetensors")
-        self._files: dict[str, Any] = {}
-        self._places: dict[str, str] = {}
-        for name in names:
-            if Path(name).name != name:
-                raise DamagedError(f"{INDEX} names a file outside of the folder: {name}")
-            try:
-                self._files[name] = safe_open(folder / name, framework="pt")
-            except OSError as error:
-                raise DamagedError(f"{name} cannot be read ({error.strerror or error})") from None
-            except SafetensorError as error:
-                raise DamagedError(f"{name} is damaged ({error})") from None
-            self._places |= dict.fromkeys(self._files[name].keys(), name)
-        self.tensors = {key: self._info(key) for key in self._places}
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, as it is kept."""
-        return self._files[self._places[key]].get_tensor(key)
-
-    def _info(self, key: str) -> TensorInfo:
-        view = self._files[self._places[key]].get_slice(key)
-        if view.get_dtype() not in _EXACT:
-            raise UserError(
-                f"{self._places[key]}: {key} is {view.get_dtype()}; legal: {', '.join(_EXACT)} (exact in fp32)"
-            )
-        return TensorInfo(tuple(view.get_shape()), _EXACT[view.get_dtype()])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file.
-
-    Raises:
-        DamagedError: it cannot be read, or is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DamagedError(f"{path.name} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path.name} is damaged (it holds a {type(content).__name__})")
-    return content
-
-
 def _named_as_in(content: dict[str, Any], weight: Weight) -> Weight:
     """A Llama has heads of one kind, and names none."""
     if content["model_type"] != "llama":
@@ -143,7 +79,7 @@ def _named_as_in(content: dict[str, Any], weight: Weight) -> Weight:
     return Weight(weight.name, weight.shape, parts, weight.fusion)
 
 
-def _compare(tensors: Safetensors, weights: list[Weight], folder: Path) -> None:
+def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) -> None:
     expected = {
         part: shape for weight in weights for part, shape in zip(weight.parts, weight.part_shapes(), strict=True)
     }
@@ -156,9 +92,11 @@ def _compare(tensors: Safetensors, weights: list[Weight], folder: Path) -> None:
                 f"'{folder}' is not the model that its config.json describes: {key} is {found.get(key, 'missing')}, "
                 f"expected {expected.get(key, 'none')}"
             )
+        if (dtype := tensors.tensors[key].dtype) not in _EXACT:
+            raise UserError(f"'{folder}': {key} is {dtype}; legal: {', '.join(_EXACT)} (exact in fp32)")
 
 
-def _write(tensors: Safetensors, weights: list[Weight], writing: Path) -> None:
+def _write(tensors: SafetensorsFolder, weights: list[Weight], writing: Path) -> None:
     from megatron_mosa.data.shards import progress
 
     by_key = {f"model.{weight.name}": weight for weight in weights}

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.hf_import import Safetensors, read_json
 from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model
 from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
-from megatron_mosa.checkpoint.offline import StateReader, TensorInfo
+from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
 from megatron_mosa.errors import RunError
 
 
@@ -60,7 +60,7 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     damage = find_damage(folder, reads_all=full) if metadata.has_manifest else None
     if damage is None:
         state = StateReader(folder)
-        facts["parameters"] = _parameters(state.weights.values())
+        facts["parameters"] = _parameters(info.elements for info in state.weights.values())
         facts["optimizer state"] = "Adam's moments" if state.has_optimizer_state else "none"
         facts["health"] = _healthy(metadata.has_manifest, full)
     return damage
@@ -73,9 +73,9 @@ def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None
     has_manifest = (folder / MANIFEST).is_file()
     damage = find_damage(folder, reads_all=full) if has_manifest else None
     if damage is None:
-        tensors = Safetensors(folder).tensors
-        facts["parameters"] = _parameters(tensors.values())
-        facts["types"] = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in tensors.values()}))
+        tensors = SafetensorsFolder(folder).tensors
+        facts["parameters"] = _parameters(info.elements for info in tensors.values())
+        facts["types"] = ", ".join(sorted({info.dtype for info in tensors.values()}))
         facts["health"] = _healthy(has_manifest, full)
     return damage
 
@@ -101,10 +101,9 @@ def _healthy(has_manifest: bool, full: bool) -> str:
     return "all files are what was written (hashes)" if full else "all files have their sizes (--full compares hashes)"
 
 
-def _parameters(tensors: Iterable[TensorInfo]) -> str:
-    tensors = list(tensors)
-    size = sum(info.elements * info.dtype.itemsize for info in tensors)
-    return f"{sum(info.elements for info in tensors):,} in {len(tensors)} tensors, {_bytes(size)}"
+def _parameters(elements: Iterable[int]) -> str:
+    counts = list(elements)
+    return f"{sum(counts):,} in {len(counts)} tensors"
 
 
 def _bytes(size: float) -> str:

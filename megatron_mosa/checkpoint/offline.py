@@ -114,9 +114,16 @@ def write_state_offline(tensors: Mapping[str, TensorInfo], read: Callable[[str],
             dcp.save(state, storage_writer=writer, planner=_ReadingPlanner(read), no_dist=True)
     except CheckpointException as error:
         raised = next(iter(error.failures.values()))[0]
-        if isinstance(raised, OSError) or "PytorchStreamWriter failed" in str(raised):
+        if is_storage_failure(raised):
             raise StorageError(_cause(error)) from None
         raise raised from None
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an error in writing is the file system's."""
+    # Torch's archive writer makes a RuntimeError of what the file system says.
+    words = ("PytorchStreamWriter failed", "inline_container")
+    return isinstance(error, OSError) or any(word in str(error) for word in words)
 
 
 class _ReadingPlanner(dcp.DefaultSavePlanner):

@@ -211,9 +211,12 @@ class MosaModel(MosaPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> BaseModelOutput:
         """The last hidden states, [B, T, h], of ids [B, T] or embeddings [B, T, h]; see ``MosaForCausalLM``."""
+        for name in ("position_ids", "past_key_values", "cache"):
+            if others.get(name) is not None:
+                raise ValueError(f"{name} is not supported: the whole sequence is computed, from position 0")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -267,7 +270,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> CausalLMOutput:
         """Logits of whole sequences, each one document.
 
@@ -287,6 +290,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
+            **others,
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None

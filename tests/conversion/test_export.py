@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from transformers import AutoTokenizer
 
 from megatron_mosa.checkpoint import hf_export
 from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.checkpoint.hf_import import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence
 from megatron_mosa.checkpoint.manifest import digests, files_below
 from megatron_mosa.cli import main
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM, MosaHeads
 from megatron_mosa.kernels.naive import select_tokens
@@ -177,6 +179,8 @@ def test_padding_at_the_end_changes_nothing_and_elsewhere_is_refused(
             model(tokens, attention_mask=bad)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); legal: \(3, 40\)"):
         model(tokens, attention_mask=torch.ones(3, 1, 40, 40))
+    with pytest.raises(ValueError, match=r"position_ids is not supported"):
+        model(tokens, position_ids=torch.zeros_like(tokens))
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -193,6 +197,21 @@ def test_another_function_is_not_exported(
     assert left_behind(tmp_path) == []
     export_hf(trained["hybrid"].checkpoint, tmp_path / "out", checks_logits=False)
     assert "not checked against the Megatron model (--no-check)" in capsys.readouterr().out
+
+
+def test_a_file_system_that_takes_no_more(trained: dict[str, Trained], tmp_path: Path) -> None:
+    export_hf(trained["pure"].checkpoint, tmp_path / "out", checks_logits=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"model-00001-of-00001.safetensors cannot be written|did not take it"):
+            export_hf(trained["dense"].checkpoint, tmp_path / "out", checks_logits=False, force=True)
+        with pytest.raises(StorageError):
+            import_hf(tmp_path / "out", tmp_path / "back")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_behind(tmp_path) == ["out"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_mosa_heads"] == 6  # the old one
 
 
 def test_damage_is_named_and_the_source_stays(trained: dict[str, Trained], tmp_path: Path) -> None:

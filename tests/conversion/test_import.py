@@ -128,7 +128,7 @@ def test_files_that_are_not_what_they_should_be(trained: dict[str, Trained], tmp
         ({}, rf"{key} is missing, expected \(6, 24\)"),
         ({key: torch.zeros(3, 24)}, rf"{key} is \(3, 24\), expected \(6, 24\)"),
         ({key: tensors[key], "more": torch.zeros(1)}, r"more is \(1,\), expected none"),
-        ({key: tensors[key].double()}, rf"{key} is F64; legal: F32, BF16, F16"),
+        ({key: tensors[key].double()}, rf"{key} is F64; legal: F32, BF16, F16 "),
     ):
         save_file({name: tensor for name, tensor in tensors.items() if name != key} | change, shard)
         with pytest.raises(UserError, match=message):
