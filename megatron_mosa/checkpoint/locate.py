@@ -95,7 +95,8 @@ def publishing(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system did not take it.
     """
-    writing, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+    place = target.resolve()
+    writing, old = (place.with_name(f".{what}-{place.name}") for what in ("writing", "replaced"))
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()
@@ -103,14 +104,15 @@ def publishing(target: Path) -> Iterator[Path]:
         for entry in (*writing.rglob("*"), writing):
             sync(entry)
         shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(writing, target)
-        sync(target.parent)
+        if place.exists():
+            os.rename(place, old)
+        os.rename(writing, place)
+        sync(place.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"OUT={target} did not take it: {error.strerror or error}") from None
+    except (OSError, StorageError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"OUT={target} did not take it: {reason}; make room, or give another folder") from None
     finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        if old.exists() and not place.exists():
+            os.rename(old, place)
         shutil.rmtree(writing, ignore_errors=True)
