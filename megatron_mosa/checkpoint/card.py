@@ -88,7 +88,6 @@ It was trained on packed sequences with attention inside documents; here every s
 """
 _CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
 tags: [mosa, megatron_mosa]
 ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -204,7 +204,10 @@ def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
     """The divergence of the exported model from Megatron's with the same, rounded weights."""
     print("comparing logits with the Megatron model", flush=True)
     tokens = fixed_batch(source.config, source.vocab_rows)
-    read: Callable[[str], Tensor] = lambda name: source.read(name).to(dtype).float()  # noqa: E731
+
+    def read(name: str) -> Tensor:
+        return source.read(name).to(dtype).float()
+
     expected = megatron_logits(source.config, source.vocab_rows, read, tokens)
     divergence = largest_divergence(expected, exported_logits(folder, tokens))
     if divergence > MOST_KL:

@@ -183,6 +183,20 @@ def test_padding_at_the_end_changes_nothing_and_elsewhere_is_refused(
         model(tokens, position_ids=torch.zeros_like(tokens))
 
 
+def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, Path]) -> None:
+    model = MosaForCausalLM(MosaConfig.from_pretrained(exported["pure"]))
+    heads = model.model.layers[0].self_attn.mosa_heads
+    for weight, bound in (
+        (heads.router_weight, 24**-0.5),
+        (heads.qkv_weight, 24**-0.5),
+        (heads.proj_weight, (24 * 6) ** -0.5),
+    ):
+        assert 0.9 * bound < weight.abs().max() <= bound
+    tokens = torch.randint(300, (2, 40))
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
 def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
