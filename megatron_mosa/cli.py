@@ -11,14 +11,22 @@ import typer
 from megatron_mosa import __version__
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import run
+from megatron_mosa.errors import UserError
 from megatron_mosa.scaling.commands import isoflop, sweep
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="Checkpoints: look at them, convert them; one process, no GPU.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
 
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/: the newest.")
+]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a model that lies at OUT.")]
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
@@ -56,6 +64,55 @@ def data_index(config: ConfigPath, overrides: Overrides = None) -> None:
 
     for folder in build_index(settings):
         print(folder)
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(
+    path: CheckpointPath,
+    full: Annotated[bool, typer.Option("--full", help="Compare hashes of all files, not sizes alone.")] = False,
+) -> None:
+    """Print model, step, layout, sizes and health of a checkpoint, a Hugging Face folder or DeepSpeed's."""
+    from megatron_mosa.checkpoint.inspect import inspect  # slow to import, as below
+
+    inspect(path, full=full)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    path: CheckpointPath,
+    target: Target,
+    to: Annotated[str, typer.Option("--to", metavar="hf", help="The format to write.")],
+    dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help="Type of the weights.")] = "float32",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: the dataset's."),
+    ] = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare logits with the Megatron model; a line says so.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write a folder that transformers loads without this project, and compare its logits with the model's."""
+    if to != "hf":
+        raise UserError(f"--to={to} is not a format; legal: hf")
+    from megatron_mosa.checkpoint.hf_export import export_hf
+
+    export_hf(path, target, dtype=dtype, tokenizer=tokenizer, checks_logits=not no_check, force=force)
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder with config.json and safetensors.")],
+    target: Target,
+    source: Annotated[str, typer.Option("--from", metavar="hf", help="The format to read.")],
+    force: Force = False,
+) -> None:
+    """Write an exported model, or a Llama, as a checkpoint to start from (checkpoint.initialize_from)."""
+    if source != "hf":
+        raise UserError(f"--from={source} is not a format; legal: hf")
+    from megatron_mosa.checkpoint.hf_import import import_hf
+
+    import_hf(path, target, force=force)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,15 +22,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from megatron_mosa.engine import TrainingEngine
+from megatron_mosa.checkpoint.manifest import DamagedError
+from megatron_mosa.checkpoint.offline import SafeReader, is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
 
+if TYPE_CHECKING:
+    from megatron_mosa.engine import TrainingEngine
+
 FORMAT_VERSION = 2
-
-
-class DamagedError(UserError):
-    """A checkpoint that is not what was written; says which file."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Metadata:
 
 def snapshot(engine: TrainingEngine) -> dict[str, Tensor]:
     """The engine's state in host memory, as DTensors of global shape, to be written at leisure; collective."""
-    return _global_view(engine.module, engine.state())
+    return global_view(engine.module, engine.state())
 
 
 def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None) -> None:
@@ -81,8 +81,7 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
         dcp.save(state, checkpoint_id=path / "state", process_group=group)
     except CheckpointException as error:  # the same on every rank
         for rank, (cause, _) in error.failures.items():
-            # Torch's archive writer makes a RuntimeError of what the file system says.
-            if isinstance(cause, OSError) or "PytorchStreamWriter failed" in str(cause):
+            if is_storage_failure(cause):
                 raise StorageError(f"rank {rank}: {str(cause).splitlines()[0]}") from None
         raise
 
@@ -90,8 +89,8 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
     """Fill the engine from ``path``, whatever layout wrote it; a collective over all ranks."""
     state = engine.state()
-    view = _global_view(engine.module, state)
-    dcp.load(view, checkpoint_id=path / "state")
+    view = global_view(engine.module, state)
+    dcp.load(view, storage_reader=SafeReader(path / "state"))
     engine.load_state(state, optimizer_step)
 
 
@@ -122,8 +121,8 @@ def read_metadata(path: Path) -> Metadata:
     )
 
 
-def _global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same storage as DTensors of global shape over the tensor-parallel group."""
+def global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some or all of an engine's state, as DTensors of global shape over the tensor-parallel group; no copy."""
     # The group decides who talks; the mesh only describes CPU tensors, and DCP itself moves no tensor between ranks.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
     parameters = dict(model.named_parameters())

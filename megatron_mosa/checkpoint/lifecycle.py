@@ -7,13 +7,12 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.checkpoint.format import (
-    DamagedError,
     Metadata,
     read_metadata,
     read_state,
@@ -21,11 +20,13 @@ from megatron_mosa.checkpoint.format import (
     write_metadata,
     write_state,
 )
-from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage, sync, write_manifest
+from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, sync, write_manifest
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
-from megatron_mosa.engine import TrainingEngine
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
+
+if TYPE_CHECKING:
+    from megatron_mosa.engine import TrainingEngine
 
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import xxhash
 
+from megatron_mosa.errors import RunError, UserError
+
 MANIFEST = "manifest.json"
 ALGORITHM = "xxh3_128"
 _THREADS = 8  # hashing lets other threads run
 _BLOCK = 1 << 22
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written; says which file."""
+
+
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Say of damage that is found inside, where it is; it is a conversion's failure, not its user's mistake.
+
+    Raises:
+        RunError: for every ``DamagedError``.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        raise RunError(f"'{folder}' is damaged: {error}; restore it, or give another one") from None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_mosa.errors import UserError, nearest
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
 }
-_PATHS = ("run.directory", "data.path", "data.index_path")
+_PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initialize_from")
 _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
 
 

@@ -136,6 +136,7 @@ class CheckpointSection:
     keep_permanent: int | None = None
     asynchronous: bool = True
     resume: str = "auto"
+    initialize_from: str | None = None
 
 
 @dataclass

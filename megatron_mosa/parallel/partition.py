@@ -20,7 +20,7 @@ class Partition:
     def part_of(self, whole: Tensor, rank: int, size: int) -> Tensor:
         """One rank's part of the whole tensor."""
         blocks = self.unfold(whole)
-        return blocks.chunk(size, dim=self.unfolded_dim)[rank].flatten(self.dim, self.unfolded_dim)
+        return self.fold(blocks.chunk(size, dim=self.unfolded_dim)[rank])
 
     def unfold(self, tensor: Tensor) -> Tensor:
         """A view of a part, or of the whole, in which a part is a contiguous range of the whole.
@@ -28,6 +28,10 @@ class Partition:
         [..., s * n, ...] becomes [..., s, n, ...] with the blocks apart.
         """
         return tensor.unflatten(self.dim, (self.stride, -1))
+
+    def fold(self, unfolded: Tensor) -> Tensor:
+        """The inverse of ``unfold``: the blocks one after the other."""
+        return unfolded.flatten(self.dim, self.unfolded_dim)
 
     @property
     def unfolded_dim(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from megatron_mosa.checkpoint import CheckpointStore
+from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
@@ -29,7 +29,8 @@ from megatron_mosa.train.writers import Writers
 
 
 def pretrain(config: Config) -> None:
-    """Train to ``train.steps`` (or ``train.stop_after_step``) from the newest checkpoint, or from the seed.
+    """Train to ``train.steps`` (or ``train.stop_after_step``) from the newest checkpoint, else from
+    the weights of ``checkpoint.initialize_from``, else from the seed.
 
     Collective: every rank of the job calls it. Writes the run directory (config.yaml, metrics.jsonl, checkpoints/,
     loss.png, TensorBoard events).
@@ -84,6 +85,9 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
     if start.checkpoint is not None:
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
+    elif start.initial is not None:
+        load_initial_weights(engine, start.initial)
+        writers.note(f"weights taken from {start.initial}, optimizer state fresh")
     callbacks = [
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mosa.checkpoint import CheckpointStore, Metadata, Newest, read_metadata, refuse_other_model
+from megatron_mosa.checkpoint import (
+    CheckpointStore,
+    Metadata,
+    Newest,
+    find_initial_weights,
+    read_metadata,
+    refuse_other_model,
+)
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
@@ -36,6 +43,9 @@ class Start:
 
     damaged: tuple[tuple[Path, str], ...]
     """Newer checkpoints that are not sound, and what is wrong with each."""
+
+    initial: Path | None
+    """The checkpoint whose weights the run begins with, if it has none of its own; None: weights of the seed."""
 
     index_samples: int
     """Samples in one shuffled pass: recorded by the first start, because the data order depends on it."""
@@ -64,7 +74,8 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> 
 
     Raises:
         UserError: a layout that does not fit the world, a dataset that is missing or damaged, a run directory with
-            another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never".
+            another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never";
+            initial weights that are missing, damaged or another model's.
     """
     refuse_wrong_apex()
     _check_apex(config)
@@ -75,7 +86,7 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> 
     _refuse_other_tokenizer(config, data.manifest)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
-    start = Start(directory, data, checkpoint, metadata, damaged, _index_samples(config, metadata))
+    start = Start(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
     _check_lengths(config, start)
     if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
         raise UserError(
@@ -84,6 +95,10 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> 
         )
     if checkpoint is not None and metadata is not None:
         refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
+    elif config.checkpoint.initialize_from is not None:
+        path = Path(config.checkpoint.initialize_from)
+        initial = find_initial_weights(path, config, start.data_identity, reads_all=reads_all)
+        return replace(start, initial=initial)
     return start
 
 

@@ -238,3 +238,26 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(runner: 
     assert all(
         "loss" not in line or line["loss"] is None or line["loss"] < 1e6 for line in runner.lines("diverges")[:2]
     )
+
+
+def test_a_run_starts_from_weights_that_went_to_hugging_face_and_back(runner: Runner, whole_run: str) -> None:
+    source, folder = runner.folder / "runs" / whole_run / "checkpoints" / "step-00000010", runner.folder
+    mosa = [sys.executable, "-m", "megatron_mosa", "checkpoint"]
+    for words in (
+        ["export", f"{source}", f"{folder}/hf", "--to", "hf"],
+        ["import", f"{folder}/hf", f"{folder}/imported", "--from", "hf"],
+    ):
+        done = runner.call([*mosa, *words])
+        assert done.returncode == 0, done.stderr
+    options = [f"checkpoint.initialize_from={folder}/imported", "train.stop_after_step=5"]
+    options += ["optimizer.learning_rate=1e-12", "optimizer.min_learning_rate=0", "optimizer.weight_decay=0"]
+    output = runner.pretrain("warm", "parallel.tensor_model_parallel_size=1", "parallel.zero_stage=3", *options)
+    assert f"weights taken from {folder}/imported, optimizer state fresh" in output
+
+    def validation_loss(name: str, step: int) -> float:
+        lines = (line for line in runner.lines(name) if line["step"] == step and "validation_loss" in line)
+        return next(lines)["validation_loss"]
+
+    # Nothing was learned at that rate: it is the model that the first run ended with.
+    assert validation_loss("warm", 5) == pytest.approx(validation_loss(whole_run, 10), rel=1e-6)
+    assert abs(validation_loss(whole_run, 5) - validation_loss(whole_run, 10)) > 1e-3

@@ -81,6 +81,14 @@ def test_a_fitting_start_is_let_through(overrides: list[str]) -> None:
     assert check_start(config, 2).checkpoint == folder
 
 
+def test_initial_weights_are_for_a_first_start_only(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=initial", "checkpoint.initialize_from=nowhere"])
+    assert "checkpoint.initialize_from: 'nowhere' does not exist" in refused(config)
+    folder = leave_checkpoint(config)
+    start = check_start(config, 2)
+    assert (start.checkpoint, start.initial) == (folder, None)
+
+
 def test_world_sizes_that_do_not_fit(overrides: list[str]) -> None:
     assert "world size 3" in refused(load_config(QUICKSTART, overrides), 3)
 

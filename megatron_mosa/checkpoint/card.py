@@ -1,0 +1,120 @@
+"""The model card of an exported model: README.md, generated from what the checkpoint and its run say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.checkpoint.format import Metadata
+from megatron_mosa.config import Config
+from megatron_mosa.metrics import read_journal
+
+_NON_CAUSAL = "not causal: expert choice selects with the whole sequence in view, so no decoder could reach it"
+
+
+def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str]) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    Args:
+        metadata: the checkpoint's.
+        config: of the model, see ``model_config``.
+        checkpoint: its folder; the losses are read from the metrics.jsonl of the run directory that it lies in.
+        facts: lines of the table that the exporter knows, by their names.
+    """
+    selects = config.mosa.num_heads > 0
+    rows = (
+        {"model": _model(config)}
+        | facts
+        | {
+            "training": f"step {metadata.step:,}, {metadata.consumed_samples:,} sequences of "
+            f"{config.data.sequence_length:,} tokens",
+            "data": _data(metadata),
+        }
+        | _losses(metadata.step, checkpoint, selects)
+        | {"written by": ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))}
+    )
+    table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+    return _CARD.format(table=table, generation=_SELECTING if selects else _DENSE, documents=_documents(config))
+
+
+def _model(config: Config) -> str:
+    model, mosa = config.model, config.mosa
+    heads = []
+    if model.num_dense_heads:
+        groups = f" in {model.num_query_groups} groups" if model.num_query_groups else ""
+        heads.append(f"{model.num_dense_heads} dense{groups}")
+    if model.num_local_heads:
+        heads.append(f"{model.num_local_heads} sliding-window")
+    if mosa.num_heads:
+        heads.append(f"{mosa.num_heads} MoSA (sparsity {mosa.sparsity:g})")
+    return (
+        f"{model.num_layers} layers of width {model.hidden_size} with {', '.join(heads)} heads of width "
+        f"{model.head_dim}; {model.normalization}, {model.activation}, MLP of width {model.ffn_hidden_size}"
+    )
+
+
+def _data(metadata: Metadata) -> str:
+    data = metadata.config.get("data", {})
+    sources = ", ".join(data.get("blend") or data.get("sources") or []) if metadata.data.get("fingerprint") else ""
+    fingerprint = metadata.data.get("fingerprint")
+    return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: the checkpoint does not say"
+
+
+def _losses(step: int, checkpoint: Path, selects: bool) -> dict[str, str]:
+    lines = [line for line in read_journal(checkpoint.resolve().parents[1] / "metrics.jsonl") if line["step"] <= step]
+    label = f" ({_NON_CAUSAL})" if selects else ""
+    found = {}
+    for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
+        line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
+        if line is not None:
+            found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,}{label}"
+    return found or {"losses": "unknown: no metrics.jsonl beside the checkpoint"}
+
+
+def _documents(config: Config) -> str:
+    return _WITHIN if config.model.attend_within_documents else ""
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+_SELECTING = """**Expert choice is not causal.** A MoSA head takes the tokens of the sequence with the largest scores,
+so what the model predicts at a token depends on the tokens after it, and the losses above are not those of a decoder.
+`generate` is therefore not offered and raises an error. The model scores and embeds whole sequences."""
+_DENSE = """All heads are causal. `generate` works; it computes the whole sequence for every new token."""
+_WITHIN = """
+It was trained on packed sequences with attention inside documents; here every sequence is one document.
+"""
+_CARD = """---
+library_name: transformers
+tags: [mosa, megatron_mosa]
+---
+
+# A MoSA language model
+
+Mixture of Sparse Attention ([arXiv 2505.00315](https://arxiv.org/abs/2505.00315)), exported by megatron_mosa.
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+batch = tokenizer(["some text", "some more of it"], padding=True, return_tensors="pt")
+logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [B, T, vocab_size]
+```
+
+The model's code is in this folder. The tokenizer needs none of it: without `trust_remote_code` transformers may ask
+whether to run it, and either answer gives the tokenizer.
+
+{generation}
+{documents}
+Padding belongs at the end of a sequence (`padding_side="right"`, as the tokenizer is set) and changes nothing at other
+tokens. `vocab_size` counts the rows of the embedding, padding of the vocabulary included.
+"""

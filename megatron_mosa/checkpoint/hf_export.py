@@ -1,0 +1,218 @@
+"""A checkpoint as a folder that transformers loads without this project."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.card import model_card
+from megatron_mosa.checkpoint.format import Metadata, read_metadata
+from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.logits import (
+    MOST_KL,
+    exported_logits,
+    fixed_batch,
+    largest_divergence,
+    megatron_logits,
+)
+from megatron_mosa.checkpoint.manifest import DamagedError, digests, find_damage, naming_damage, write_manifest
+from megatron_mosa.checkpoint.model_config import model_config, to_transformers
+from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.safetensors_folder import INDEX
+from megatron_mosa.checkpoint.tokenizer_files import FoundTokenizer, find_tokenizer, write_tokenizer
+from megatron_mosa.checkpoint.weights import Weight, model_weights
+from megatron_mosa.config import Config
+from megatron_mosa.errors import RunError, StorageError, UserError
+from megatron_mosa.hf import MODELLING_FILES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of ours, opened."""
+
+    path: Path
+    metadata: Metadata
+    config: Config
+    state: StateReader
+    weights: list[Weight]
+    vocab_rows: int
+
+    @classmethod
+    def open(cls, folder: Path, metadata: Metadata) -> Source:
+        """Read all that says what the model is, none of the tensors; see that they are what was written.
+
+        Raises:
+            DamagedError: a file is missing or is another one.
+            UserError: the weights are not those of the model that the checkpoint describes.
+        """
+        if metadata.has_manifest:
+            print(f"{folder}: comparing all files with the manifest", flush=True)
+            if damage := find_damage(folder, reads_all=True):
+                raise DamagedError(damage)
+        state, config = StateReader(folder), model_config(metadata.config)
+        embedding = state.weights.get("embedding.word_embeddings.weight")
+        rows = embedding.shape[0] if embedding else 0
+        weights = model_weights(config, rows)
+        found, expected = {name: info.shape for name, info in state.weights.items()}, {w.name: w.shape for w in weights}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"'{folder}' is not the model that its metadata.json describes: {name} is "
+                    f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}; nothing can be exported"
+                )
+        return cls(folder, metadata, config, state, weights, rows)
+
+    def read(self, name: str) -> Tensor:
+        """The fp32 master weight of that name."""
+        return self.state.read(f"model.{name}")
+
+
+def export_hf(
+    path: Path,
+    target: Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: Path | None = None,
+    checks_logits: bool = True,
+    force: bool = False,
+) -> None:
+    """Write safetensors, configuration, modelling code, tokenizer and a model card to ``target``.
+
+    Reads one tensor at a time. The check at the end builds the whole model, in fp32, first Megatron's, then the
+    exported one.
+
+    Args:
+        path: a checkpoint, or a run directory: its newest.
+        target: a folder that is not there.
+        dtype: "float32" or "bfloat16", of all weights.
+        tokenizer: the tokenizer.json, or its folder; None: the one in the dataset that the checkpoint names.
+        checks_logits: compare logits on a fixed batch; the Megatron model takes the weights in ``dtype``, too.
+        force: replace a model that lies at ``target``.
+
+    Raises:
+        UserError: no such checkpoint, no tokenizer, a target that is taken.
+        RunError: the checkpoint is damaged, or the exported model another function than the Megatron model; nothing is
+            left behind then.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is not legal; legal: {', '.join(DTYPES)}")
+    checkpoint, kind = find_model(path)
+    if kind is not Kind.OURS:
+        raise UserError(f"'{path}' is a {kind.value}; legal: a {Kind.OURS.value}, or a run directory")
+    refuse_target(target, checkpoint, force=force)
+    with naming_damage(checkpoint):
+        metadata = read_metadata(checkpoint)
+        found = find_tokenizer(metadata, tokenizer)
+        source = Source.open(checkpoint, metadata)
+        _export(source, target, dtype, found, checks_logits)
+
+
+def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
+    parameters = sum(info.elements for info in source.state.weights.values())
+    with publishing(target) as folder:
+        end_id = write_tokenizer(found, source.config.data.sequence_length, folder)
+        _write_config(source, dtype, end_id, folder)
+        shards = _write_shards(source, DTYPES[dtype], folder)
+        for file in MODELLING_FILES:
+            shutil.copyfile(file, folder / file.name)
+        divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
+        verdict = (
+            "not checked against the Megatron model (--no-check)"
+            if divergence is None
+            else f"largest KL divergence from the Megatron model {divergence:.1e} nats, on a fixed batch in fp32"
+        )
+        facts = {"parameters": f"{parameters:,}, kept in {dtype}", "logits": verdict}
+        facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
+        card = model_card(source.metadata, source.config, source.path, facts)
+        (folder / "README.md").write_text(card)
+        write_manifest(folder, digests(folder, shards))
+    print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
+
+
+def _write_shards(source: Source, dtype: torch.dtype, folder: Path) -> list[str]:
+    """Stream the weights into shards, and write the index of them; return their names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from megatron_mosa.data.shards import progress
+
+    shards = list(_plan(source.weights, dtype.itemsize))
+    places: dict[str, str] = {}
+    total = sum(dtype.itemsize * source.state.weights[weight.name].elements for weight in source.weights)
+    with progress(total, "exporting") as bar:
+        for number, weights in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for weight in weights:
+                parts = weight.fusion.split(source.read(weight.name).to(dtype))
+                tensors |= {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
+            try:
+                save_file(tensors, folder / name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise StorageError(f"{name} cannot be written ({error})") from None
+            shutil.copymode(folder / "config.json", folder / name)  # safetensors makes files for the owner alone
+            places |= dict.fromkeys(tensors, name)
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return sorted(set(places.values()))
+
+
+def _plan(weights: list[Weight], itemsize: int) -> Iterator[list[Weight]]:
+    """Weights in order, in shards of at most ``_SHARD_BYTES`` where a weight is no larger by itself."""
+    shard: list[Weight] = []
+    size = 0
+    for weight in weights:
+        own = itemsize * torch.Size(weight.shape).numel()
+        if shard and size + own > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(weight)
+        size += own
+    yield shard
+
+
+def _write_config(source: Source, dtype: str, end_id: int, folder: Path) -> None:
+    from megatron_mosa.hf.configuration_mosa import MosaConfig
+
+    arguments: dict[str, Any] = to_transformers(source.config, source.vocab_rows) | {
+        "architectures": ["MosaForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_mosa.MosaConfig",
+            "AutoModel": "modeling_mosa.MosaModel",
+            "AutoModelForCausalLM": "modeling_mosa.MosaForCausalLM",
+        },
+        "bos_token_id": None,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+    }
+    MosaConfig(**arguments, dtype=dtype).save_pretrained(folder)
+
+
+def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
+    """The divergence of the exported model from Megatron's with the same, rounded weights."""
+    print("comparing logits with the Megatron model", flush=True)
+    tokens = fixed_batch(source.config, source.vocab_rows)
+
+    def read(name: str) -> Tensor:
+        return source.read(name).to(dtype).float()
+
+    expected = megatron_logits(source.config, source.vocab_rows, read, tokens)
+    divergence = largest_divergence(expected, exported_logits(folder, tokens))
+    if divergence > MOST_KL:
+        raise RunError(
+            f"the exported model is not the Megatron model: the KL divergence of their logits reaches {divergence:.1e} "
+            f"nats, legal: {MOST_KL:.0e}; nothing was exported"
+        )
+    return divergence

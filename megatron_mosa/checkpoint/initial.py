@@ -1,0 +1,70 @@
+"""Starting a run from the weights of another checkpoint: a run's, or an imported one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed import checkpoint as dcp
+
+from megatron_mosa.checkpoint.format import global_view, read_metadata
+from megatron_mosa.checkpoint.locate import Kind, find_model
+from megatron_mosa.checkpoint.manifest import find_damage
+from megatron_mosa.checkpoint.offline import SafeReader, StateReader
+from megatron_mosa.checkpoint.weights import model_weights
+from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_mosa.engine import TrainingEngine
+
+_KEY = "checkpoint.initialize_from"
+
+
+def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, reads_all: bool) -> Path:
+    """The checkpoint at ``path`` (of a run directory the newest), if its weights fit the model of ``config``.
+
+    What has no weights of its own, such as sparsity, window, rotary base or sequence length, may be another.
+
+    Args:
+        data: the run's ``vocab_size`` and ``tokenizer_hash``.
+        reads_all: look for damage in all files, not in their sizes alone.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, another tokenizer, or weights of other names or shapes.
+    """
+    try:
+        folder, kind = find_model(path)
+    except UserError as error:
+        raise UserError(f"{_KEY}: {error}") from None
+    if kind is not Kind.OURS:
+        raise UserError(
+            f"{_KEY}={path} is a {kind.value}; import it first: mosa checkpoint import {path} OUT --from hf"
+        )
+    metadata = read_metadata(folder)
+    if metadata.has_manifest and (damage := find_damage(folder, reads_all=reads_all)):
+        raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or give another one")
+    theirs = metadata.data["tokenizer_hash"]
+    if theirs is not None and theirs != data["tokenizer_hash"]:
+        raise UserError(
+            f"{_KEY}: '{folder}' was trained with another tokenizer ({theirs}) than the dataset was built with "
+            f"({data['tokenizer_hash']}); rebuild the dataset with that one (data.tokenizer=PATH)"
+        )
+    rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
+    expected = {weight.name: weight.shape for weight in model_weights(config, rows)}
+    found = {name: info.shape for name, info in StateReader(folder).weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{_KEY}: '{folder}' holds another model: {name} is {found.get(name, 'missing')}, the run's is "
+                f"{expected.get(name, 'none')}; make sections model and mosa those of that checkpoint"
+            )
+    return folder
+
+
+def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
+    """Fill the engine's weights, with fresh moments, whatever layout wrote them; a collective over all ranks."""
+    state = engine.state()
+    weights = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
+    dcp.load(global_view(engine.module, weights), storage_reader=SafeReader(folder / "state"))
+    engine.load_state(state, optimizer_step=0)

@@ -1,0 +1,114 @@
+"""What a folder holds, told without loading it: a checkpoint of ours, a Hugging Face folder, DeepSpeed's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model
+from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
+from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.errors import RunError
+
+
+def inspect(path: Path, *, full: bool = False) -> None:
+    """Print what lies at ``path``; of a run directory or its ``checkpoints/``, the newest checkpoint.
+
+    Args:
+        full: compare hashes of all files with the manifest, not sizes alone.
+
+    Raises:
+        UserError: no model that is known.
+        RunError: the model is damaged; what is wrong with it is printed, too.
+    """
+    folder, kind = find_model(path)
+    tell = {Kind.OURS: _ours, Kind.HUGGING_FACE: _hugging_face, Kind.DEEPSPEED: _deepspeed}[kind]
+    facts = {"path": str(folder), "kind": kind.value}
+    damage = None
+    try:
+        damage = tell(folder, facts, full)
+    except DamagedError as error:
+        damage = str(error)
+    facts["size"] = _bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    if damage is not None:
+        facts["health"] = f"damaged: {damage}"
+    width = max(map(len, facts))
+    print("\n".join(f"{name:{width}}  {fact}" for name, fact in facts.items()))
+    if damage is not None:
+        raise RunError(f"'{folder}' is damaged: {damage}")
+
+
+def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts; return what is wrong."""
+    metadata = read_metadata(folder)
+    model, mosa = metadata.config["model"], metadata.config["mosa"]
+    facts["format"] = str(metadata.format_version)
+    facts["model"] = (
+        f"{model['num_layers']} layers of width {model['hidden_size']}; heads: {model['num_dense_heads']} dense, "
+        f"{model.get('num_local_heads', 0)} local, {mosa['num_heads']} MoSA"
+    )
+    facts["step"] = (
+        f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, {metadata.consumed_samples:,} samples)"
+    )
+    sizes = (f"{name.replace('_', ' ')} {size}" for name, size in metadata.layout.items())
+    facts["written at"] = ", ".join(sizes) or "one process, by an import"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))
+    # Sizes first: the index of a file that was cut off says little.
+    damage = find_damage(folder, reads_all=full) if metadata.has_manifest else None
+    if damage is None:
+        state = StateReader(folder)
+        facts["parameters"] = _parameters(info.elements for info in state.weights.values())
+        facts["optimizer state"] = "Adam's moments" if state.has_optimizer_state else "none"
+        facts["health"] = _healthy(metadata.has_manifest, full)
+    return damage
+
+
+def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts; return what is wrong."""
+    content = read_json(folder / "config.json")
+    facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
+    has_manifest = (folder / MANIFEST).is_file()
+    damage = find_damage(folder, reads_all=full) if has_manifest else None
+    if damage is None:
+        tensors = SafetensorsFolder(folder).tensors
+        facts["parameters"] = _parameters(info.elements for info in tensors.values())
+        facts["types"] = ", ".join(sorted({info.dtype for info in tensors.values()}))
+        facts["health"] = _healthy(has_manifest, full)
+    return damage
+
+
+def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts, all from names: the files are pickles, and are not opened."""
+    tags = deepspeed_tags(folder)
+    latest = folder / "latest"
+    facts["tags"] = ", ".join(tag.name for tag in tags)
+    if latest.is_file():
+        facts["latest"] = latest.read_text().strip()
+    names = [file.name for file in tags[-1].glob("*.pt")]
+    for what, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
+        ranks = {match[1] for name in names if (match := re.search(pattern, name))}
+        facts[f"{what} ranks"] = str(len(ranks))
+    facts["health"] = "not checked: DeepSpeed keeps no hashes" + (", --full has nothing to compare" if full else "")
+    return None
+
+
+def _healthy(has_manifest: bool, full: bool) -> str:
+    if not has_manifest:
+        return "no manifest to compare with"
+    return "all files are what was written (hashes)" if full else "all files have their sizes (--full compares hashes)"
+
+
+def _parameters(elements: Iterable[int]) -> str:
+    counts = list(elements)
+    return f"{sum(counts):,} in {len(counts)} tensors"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

@@ -1,0 +1,118 @@
+"""What lies at a path (a checkpoint of ours, DeepSpeed's, a Hugging Face folder), and a place to write another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+from megatron_mosa.checkpoint.lifecycle import CheckpointStore
+from megatron_mosa.checkpoint.manifest import sync
+from megatron_mosa.errors import StorageError, UserError, nearest
+
+
+class Kind(Enum):
+    """Who wrote a folder."""
+
+    OURS = "megatron_mosa checkpoint"
+    HUGGING_FACE = "Hugging Face model folder"
+    DEEPSPEED = "DeepSpeed checkpoint"
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What kind of model a folder holds, by the names of its files; None: no kind that is known."""
+    if (path / "metadata.json").is_file() and (path / "state").is_dir():
+        return Kind.OURS
+    if (path / "config.json").is_file():
+        return Kind.HUGGING_FACE
+    if deepspeed_tags(path):
+        return Kind.DEEPSPEED
+    return None
+
+
+def deepspeed_tags(path: Path) -> list[Path]:
+    """The folders of DeepSpeed's that hold model states: the folder itself, or those below it, newest last."""
+    folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else []
+    found = [folder for folder in folders if any(folder.glob("*_model_states.pt"))]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime)
+
+
+def find_model(path: Path) -> tuple[Path, Kind]:
+    """The folder meant by a path, and its kind; of a run directory or its ``checkpoints/`` the newest checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    kind = kind_of(path)
+    if kind is not None:
+        return path, kind
+    for folder in (path / "checkpoints", path):
+        if published := CheckpointStore(folder, keep_last=1).published():
+            return published[-1], Kind.OURS
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; give the folder of a checkpoint")
+    raise UserError(
+        f"'{path}' holds no model; legal: a checkpoint (metadata.json, state/), a run directory or its checkpoints/, a "
+        "Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt)"
+    )
+
+
+def refuse_target(target: Path, source: Path, *, force: bool) -> None:
+    """Refuse a place that is taken, or cannot be written.
+
+    Args:
+        force: a model that lies there may be replaced; anything else may not.
+
+    Raises:
+        UserError: naming the place and what to do.
+    """
+    resolved, read = target.resolve(), source.resolve()
+    if resolved == read or resolved in read.parents or read in resolved.parents:
+        raise UserError(f"OUT={target} lies in, or holds, the source '{source}'; give a folder apart from it")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        what = "is not writable" if target.parent.is_dir() else "is no folder"
+        raise UserError(f"OUT={target}: '{target.parent}' {what}; give a new folder below one that can be written")
+    if not os.path.lexists(target):
+        return
+    is_model = kind_of(target) in (Kind.OURS, Kind.HUGGING_FACE)
+    if not force:
+        fix = "give another folder, or --force to replace it" if is_model else "give another folder"
+        raise UserError(f"OUT={target} exists; {fix}")
+    if target.is_symlink() or not is_model:
+        raise UserError(f"OUT={target} is no model folder, and --force replaces no other; give another folder")
+
+
+@contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, renamed to it at the end; if that is not reached nothing is left behind.
+
+    A model that lies at ``target`` is there until the new one is complete.
+
+    Raises:
+        StorageError: the file system did not take it.
+    """
+    place = target.resolve()
+    writing, old = (place.with_name(f".{what}-{place.name}") for what in ("writing", "replaced"))
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        yield writing
+        for entry in (*writing.rglob("*"), writing):
+            sync(entry)
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            os.rename(place, old)
+        os.rename(writing, place)
+        sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, StorageError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"OUT={target} did not take it: {reason}; make room, or give another folder") from None
+    finally:
+        if old.exists() and not place.exists():
+            os.rename(old, place)
+        shutil.rmtree(writing, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""Logits of one fixed batch, by the Megatron model and by the exported one, in one process on the CPU in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_mosa.config import Config
+
+MOST_KL = 1e-6
+_SHAPE = (2, 256)  # sequences, and tokens in each at most
+_BLOCK = 64  # tokens whose distributions are compared at once
+
+
+def fixed_batch(config: Config, vocab_rows: int) -> Tensor:
+    """Random tokens, always the same for a model: int64 [2, T], T at most 256."""
+    shape = (_SHAPE[0], min(_SHAPE[1], config.data.sequence_length))
+    return torch.randint(vocab_rows, shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """Logits [B, T, vocab_rows] of a GPTModel with the weights that ``read`` gives by Megatron's names.
+
+    Builds process groups of one, and leaves none.
+    """
+    from megatron_mosa.kernels import Documents
+    from megatron_mosa.model import build_empty_model
+    from megatron_mosa.parallel import destroy_parallel, initialize_parallel, partition_of
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # of one: no port, no launcher
+    try:
+        initialize_parallel(1, config.run.seed)
+        model = build_empty_model(config, vocab_rows).eval()
+        for name, parameter in model.named_parameters():
+            weight, partition = read(name), partition_of(parameter)
+            if partition is not None and partition.stride > 1:
+                weight = partition.fold(weight)
+            parameter.data.copy_(weight)
+        within = config.model.attend_within_documents
+        documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one a sequence
+        return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)
+    finally:
+        destroy_parallel()
+
+
+@torch.no_grad()
+def exported_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits [B, T, vocab_rows] of an exported model, whatever type it is kept in, computed in fp32."""
+    from transformers.utils import logging
+
+    from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+
+    logging.disable_progress_bar()
+    model = MosaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()(tokens).logits
+
+
+def largest_divergence(expected: Tensor, found: Tensor) -> float:
+    """Largest Kullback-Leibler divergence of a token's next-token distributions, in nats; logits [B, T, V]."""
+    largest = 0.0
+    blocks = zip(expected.flatten(0, 1).split(_BLOCK), found.flatten(0, 1).split(_BLOCK), strict=True)
+    for ours, theirs in blocks:
+        log_p, log_q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        largest = max(largest, divergence.nan_to_num(torch.inf).max().item())
+    return largest

@@ -1,0 +1,127 @@
+"""The description of a model alone: taken from a checkpoint's configuration, written for transformers and read back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mosa.config import Config, config_from_dict
+from megatron_mosa.errors import UserError
+
+# What both sides have under a name of their own; the rest is spelled out below.
+_SAME = {
+    "hidden_size": ("model", "hidden_size"),
+    "intermediate_size": ("model", "ffn_hidden_size"),
+    "num_hidden_layers": ("model", "num_layers"),
+    "head_dim": ("model", "head_dim"),
+    "num_dense_heads": ("model", "num_dense_heads"),
+    "num_local_heads": ("model", "num_local_heads"),
+    "norm_type": ("model", "normalization"),
+    "norm_eps": ("model", "layernorm_epsilon"),
+    "rotary_percent": ("model", "rotary_percent"),
+    "rotary_base": ("model", "rotary_base"),
+    "initializer_range": ("model", "init_method_std"),
+    "tie_word_embeddings": ("model", "tie_embeddings"),
+    "num_mosa_heads": ("mosa", "num_heads"),
+    "sparsity": ("mosa", "sparsity"),
+    "include_first_token": ("mosa", "include_first_token"),
+    "max_position_embeddings": ("data", "sequence_length"),
+}
+_ACTIVATIONS = {"gelu": "gelu", "swiglu": "silu"}
+
+
+def model_config(tree: dict[str, Any]) -> Config:
+    """A checked configuration of the model that ``tree`` describes, for one process on a CPU in fp32.
+
+    Args:
+        tree: sections ``model`` and ``mosa``, and ``data.sequence_length``, as checkpoints keep them; the run that was
+            trained with them does not matter, so that its data need not be there.
+
+    Raises:
+        UserError: a value that is not legal.
+    """
+    return config_from_dict(
+        {
+            "run": {"name": "model"},
+            "model": tree["model"],
+            "mosa": tree["mosa"] | {"backend": "naive"},
+            "data": {"path": "none", "sequence_length": tree["data"]["sequence_length"]},
+            "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
+        }
+    )
+
+
+def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
+    """Arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
+    from megatron_mosa.model.costs import local_window
+
+    ours = {"model": config.model, "mosa": config.mosa, "data": config.data}
+    return {key: getattr(ours[section], name) for key, (section, name) in _SAME.items()} | {
+        "vocab_size": vocab_rows,
+        "num_key_value_heads": config.model.num_query_groups or config.model.num_dense_heads,
+        "local_window": local_window(config) if config.model.num_local_heads else 0,
+        "hidden_act": _ACTIVATIONS[config.model.activation],
+    }
+
+
+def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
+    """The inverse: a configuration, and the rows of the embedding, from the content of a ``config.json``.
+
+    Raises:
+        UserError: a key that is missing or has no counterpart here; a model type that is neither "mosa" nor "llama".
+    """
+    kind = content.get("model_type")
+    if kind not in _READERS:
+        raise UserError(f"config.json: model_type={kind} cannot be imported; legal: {', '.join(_READERS)}")
+    try:
+        theirs = _READERS[kind](content)
+        tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {}, "data": {}}
+        for key, (section, name) in _SAME.items():
+            tree[section][name] = theirs[key]
+        activation = {value: name for name, value in _ACTIVATIONS.items()}.get(theirs["hidden_act"])
+        tree["model"]["activation"] = activation or theirs["hidden_act"]
+        # Whatever the padding was a multiple of, these rows are one of themselves.
+        tree["model"]["vocab_size_multiple"] = theirs["vocab_size"]
+        if theirs["num_key_value_heads"] != theirs["num_dense_heads"]:
+            tree["model"]["num_query_groups"] = theirs["num_key_value_heads"]
+        if theirs["num_local_heads"]:
+            tree["model"]["local_window"] = theirs["local_window"]
+    except KeyError as error:
+        raise UserError(
+            f"config.json: {error.args[0]} is missing; it is no {kind} model that can be imported"
+        ) from None
+    return model_config(tree), theirs["vocab_size"]
+
+
+def _llama(content: dict[str, Any]) -> dict[str, Any]:
+    """A Llama in MosaConfig's terms: dense heads alone, all channels rotated, RMSNorm, SwiGLU."""
+    heads = content["num_attention_heads"]
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for key, value, legal in (
+        ("attention_bias", content.get("attention_bias", False), False),
+        ("mlp_bias", content.get("mlp_bias", False), False),
+        ("hidden_act", content.get("hidden_act", "silu"), "silu"),
+        ("rope_type", kind, "default"),
+    ):
+        if value != legal:
+            raise UserError(f"config.json: {key}={value} has no counterpart here; legal for a llama: {legal}")
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+    return {key: content[key] for key in same} | {
+        "num_dense_heads": heads,
+        "num_key_value_heads": content.get("num_key_value_heads") or heads,
+        "head_dim": content.get("head_dim") or content["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "norm_type": "RMSNorm",
+        "norm_eps": content.get("rms_norm_eps", 1e-6),
+        "rotary_percent": 1.0,
+        "rotary_base": float(rope.get("rope_theta", content.get("rope_theta", 10000.0))),
+        "initializer_range": content.get("initializer_range", 0.02),
+        "tie_word_embeddings": content.get("tie_word_embeddings", False),
+        "num_local_heads": 0,
+        "num_mosa_heads": 0,
+        "sparsity": 16.0,
+        "include_first_token": True,
+    }
+
+
+_READERS = {"mosa": dict, "llama": _llama}

@@ -1,0 +1,74 @@
+"""The tokenizer of a model, found by its hash and written for transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_mosa.checkpoint.format import Metadata
+from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.errors import UserError
+
+
+class FoundTokenizer(NamedTuple):
+    """A tokenizer.json, and the token that ends a document."""
+
+    file: Path
+    end_of_document_id: int
+
+
+def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
+    """The tokenizer that the model was trained with: the one given, else the one in its dataset.
+
+    Args:
+        given: a tokenizer.json, or a folder that holds one.
+
+    Raises:
+        UserError: there is none, or it is another one.
+    """
+    from megatron_mosa.data import end_of_document_id, load_manifest, load_tokenizer, tokenizer_hash
+    from megatron_mosa.data.manifest import MANIFEST_FILE
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE
+
+    folder = given or _dataset(metadata)
+    file = folder / TOKENIZER_FILE if folder is not None and folder.is_dir() else folder
+    if file is None or not file.is_file():
+        where = f"there is none at '{file}'" if file is not None else "the checkpoint names no dataset"
+        raise UserError(f"the model's tokenizer is not found: {where}; give it: --tokenizer PATH of its tokenizer.json")
+    recorded, found = metadata.data.get("tokenizer_hash"), tokenizer_hash(file)
+    if recorded is not None and recorded != found:
+        raise UserError(
+            f"'{file}' is not the model's tokenizer: its SHA-256 is {found}, the checkpoint's {recorded}; give the "
+            "right one: --tokenizer PATH"
+        )
+    if given is None and (file.parent / MANIFEST_FILE).is_file():
+        return FoundTokenizer(file, load_manifest(file.parent).end_of_document_id)
+    return FoundTokenizer(file, end_of_document_id(load_tokenizer(str(file)), file))
+
+
+def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -> int:
+    """Write tokenizer.json, as it is, and tokenizer_config.json; return the id of the end-of-document token."""
+    from megatron_mosa.data import load_tokenizer
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE
+
+    shutil.copyfile(found.file, folder / TOKENIZER_FILE)
+    end_token = load_tokenizer(str(found.file)).id_to_token(found.end_of_document_id)
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_token,
+        "pad_token": end_token,
+        "padding_side": "right",
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return found.end_of_document_id
+
+
+def _dataset(metadata: Metadata) -> Path | None:
+    data = metadata.config.get("data", {})
+    parts = blend_parts(data.get("blend") or [])
+    path = data.get("path") or (parts[0][1] if parts else None)
+    return Path(path).expanduser() if path else None

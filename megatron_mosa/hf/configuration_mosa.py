@@ -1,0 +1,93 @@
+"""Configuration of a MoSA language model (Mixture of Sparse Attention, arXiv 2505.00315) for transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class MosaConfig(PretrainedConfig):
+    """What a MoSA language model is made of.
+
+    Every layer adds up dense heads (all tokens before), local heads (a sliding window) and MoSA heads (each among the
+    tokens that it selects); a number of 0 leaves a kind out.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        hidden_size, intermediate_size, num_hidden_layers: h, the width of the MLP, layers.
+        head_dim: h', the width of every head.
+        num_dense_heads, num_key_value_heads: dense heads, and the key and value heads that they share in groups.
+        num_local_heads, local_window: sliding-window heads; the tokens that each sees, the token itself included.
+        num_mosa_heads, sparsity: E; each selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence.
+        include_first_token: token 0 is always among the selected.
+        hidden_act: "gelu" (two matrices) or "silu" (three: SwiGLU).
+        norm_type, norm_eps: "LayerNorm" (with a bias) or "RMSNorm".
+        rotary_percent, rotary_base: share of a head's channels that is rotated; base of the frequencies.
+        max_position_embeddings: the length of the sequences that the model was trained on; no limit.
+
+    Raises:
+        ValueError: a word or number that is not legal.
+    """
+
+    model_type = "mosa"
+    keys_to_ignore_at_inference = ()
+
+    def __init__(
+        self,
+        vocab_size: int = 8064,
+        hidden_size: int = 512,
+        intermediate_size: int = 2048,
+        num_hidden_layers: int = 6,
+        head_dim: int = 64,
+        num_dense_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        num_local_heads: int = 0,
+        local_window: int = 0,
+        num_mosa_heads: int = 0,
+        sparsity: float = 16.0,
+        include_first_token: bool = True,
+        hidden_act: str = "gelu",
+        norm_type: str = "LayerNorm",
+        norm_eps: float = 1e-5,
+        rotary_percent: float = 0.5,
+        rotary_base: float = 10000.0,
+        max_position_embeddings: int = 1024,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.head_dim = head_dim
+        self.num_dense_heads = num_dense_heads
+        self.num_key_value_heads = num_dense_heads if num_key_value_heads is None else num_key_value_heads
+        self.num_local_heads = num_local_heads
+        self.local_window = local_window
+        self.num_mosa_heads = num_mosa_heads
+        self.sparsity = sparsity
+        self.include_first_token = include_first_token
+        self.hidden_act = hidden_act
+        self.norm_type = norm_type
+        self.norm_eps = norm_eps
+        self.rotary_percent = rotary_percent
+        self.rotary_base = rotary_base
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        for name, legal in (("hidden_act", ("gelu", "silu")), ("norm_type", ("LayerNorm", "RMSNorm"))):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")
+        if num_dense_heads + num_local_heads + num_mosa_heads < 1:
+            raise ValueError("num_dense_heads, num_local_heads and num_mosa_heads are all 0; set one of them above 0")
+        if num_local_heads and local_window < 1:
+            raise ValueError(f"local_window={local_window}; legal with local heads: 1 or more")
+        kwargs["use_cache"] = False  # there is none: the whole sequence is computed at once
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
+        self.num_attention_heads = num_dense_heads + num_local_heads + num_mosa_heads
+
+    def num_selected(self, length: int) -> int:
+        """k, the tokens that a MoSA head selects of ``length``."""
+        return min(max(int(length / self.sparsity), 2), length)

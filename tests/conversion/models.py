@@ -1,0 +1,98 @@
+"""Small Megatron models of every kind, written as checkpoints, each with the logits that Megatron computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+
+from megatron_mosa.checkpoint import Metadata
+from megatron_mosa.checkpoint.format import global_view, write_metadata
+from megatron_mosa.checkpoint.manifest import digests, files_below, write_manifest
+from megatron_mosa.config import Config, config_to_dict, load_config
+from megatron_mosa.data import tokenizer_hash
+from megatron_mosa.kernels import Documents
+from megatron_mosa.model import build_empty_model
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+TINY = [
+    "model.num_layers=2", "model.hidden_size=24", "model.head_dim=8", "data.sequence_length=40", "mosa.sparsity=4",
+    "parallel.tensor_model_parallel_size=1",
+]  # fmt: skip
+KINDS = {
+    "dense": [
+        "model.num_dense_heads=4", "model.num_query_groups=2", "mosa.num_heads=0", "model.normalization=RMSNorm",
+        "model.activation=swiglu", "model.tie_embeddings=true", "model.rotary_percent=1.0",
+    ],
+    "local": [
+        "model.num_dense_heads=0", "model.num_local_heads=4", "model.local_window=7", "mosa.num_heads=0",
+        "model.ffn_hidden_size=40", "model.layernorm_epsilon=1e-3",
+    ],
+    "hybrid": [
+        "model.num_dense_heads=2", "model.num_local_heads=2", "mosa.num_heads=6", "mosa.include_first_token=false",
+        "model.normalization=RMSNorm", "model.activation=swiglu", "model.rotary_base=500.0",
+        "model.attend_within_documents=true", "model.restart_rotary=true", "mosa.selection_scope=document",
+    ],
+    "pure": ["model.num_dense_heads=0", "mosa.num_heads=6", "model.tie_embeddings=true"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, and what Megatron's own model of those weights is and computes."""
+
+    checkpoint: Path
+    config: Config
+    weights: dict[str, Tensor]
+    """Every parameter by its global name, as the model holds it."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def train(directory: Path, data: Path, options: list[str]) -> Trained:
+    """Write a checkpoint of random weights into a run directory; the process groups must be up."""
+    config = load_config(QUICKSTART, [*TINY, *options, f"data.path={data}"])
+    model = build_empty_model(config, 300).eval()  # rows of the embedding: 384
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        spread = 0.3 if parameter.dim() > 1 else 0.1
+        center = 0.0 if parameter.dim() > 1 else 1.0
+        parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
+    state = {}
+    for name, parameter in model.named_parameters():
+        state |= {
+            f"model.{name}": parameter.detach().clone(),
+            f"exp_avg.{name}": torch.randn(parameter.shape, generator=generator),
+            f"exp_avg_sq.{name}": torch.rand(parameter.shape, generator=generator),
+        }
+    checkpoint = directory / "checkpoints" / "step-00000012"
+    checkpoint.mkdir(parents=True)
+    dcp.save(global_view(model, state), checkpoint_id=checkpoint / "state")
+    metadata = Metadata(
+        step=12,
+        consumed_samples=192,
+        optimizer_step=11,
+        config=config_to_dict(config),
+        data={
+            "index_samples": 400,
+            "tokenizer_hash": tokenizer_hash(data / "tokenizer.json"),
+            "vocab_size": 300,
+            "fingerprint": "0123abcd",
+        },
+        versions={"torch": torch.__version__},
+        layout={"tensor_parallel_size": 1, "data_parallel_size": 1},
+    )
+    write_metadata(metadata, checkpoint)
+    write_manifest(checkpoint, digests(checkpoint, files_below(checkpoint)))
+    line = '{"step": 12, "validation_loss": 4.25, "causal": false}\n{"step": 13, "loss": 9.0}\n'
+    (directory / "metrics.jsonl").write_text(line)
+    tokens = torch.randint(300, (3, 40), generator=generator)
+    documents = Documents.from_starts(torch.zeros_like(tokens)) if config.model.attend_within_documents else None
+    logits = model(tokens, torch.arange(40).expand_as(tokens), documents)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return Trained(checkpoint, config, weights, tokens, logits)

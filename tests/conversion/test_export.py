@@ -1,0 +1,302 @@
+"""Export: the folder is the model, wherever transformers is; what goes wrong leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from megatron_mosa.checkpoint import hf_export
+from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.checkpoint.hf_import import import_hf
+from megatron_mosa.checkpoint.logits import largest_divergence
+from megatron_mosa.checkpoint.manifest import digests, files_below
+from megatron_mosa.cli import main
+from megatron_mosa.errors import RunError, StorageError, UserError
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.modeling_mosa import MosaForCausalLM, MosaHeads
+from megatron_mosa.kernels.naive import select_tokens
+from tests.conversion.models import KINDS, Trained
+
+
+@pytest.fixture(scope="session")
+def exported(trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An export of every kind, its logits checked by the export itself."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind, model in trained.items():
+        export_hf(model.checkpoint, folder / kind)
+    return {kind: folder / kind for kind in trained}
+
+
+def load(folder: Path) -> MosaForCausalLM:
+    return MosaForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_exported_model_is_the_megatron_model(
+    trained: dict[str, Trained], exported: dict[str, Path], kind: str
+) -> None:
+    model = trained[kind]
+    found = load(exported[kind])(model.tokens).logits
+    assert found.shape == (3, 40, 384)
+    assert largest_divergence(model.logits, found) < 1e-9
+    torch.testing.assert_close(found, model.logits, rtol=0, atol=1e-4)
+    assert model.logits.std() > 0.3  # not a comparison of flat distributions
+    half = model.tokens[:, :20]
+    if model.config.mosa.num_heads == 0:  # causal
+        torch.testing.assert_close(load(exported[kind])(half).logits, found[:, :20], rtol=0, atol=1e-4)
+
+
+# What a machine that has transformers, but none of this, does with the folder.
+ELSEWHERE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("megatron_mosa", "megatron", "deepspeed"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+for case in torch.load(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(case["folder"], trust_remote_code=True).eval()
+    with torch.no_grad():
+        found = model(case["tokens"]).logits
+        torch.testing.assert_close(found, case["logits"], rtol=0, atol=1e-4)
+        states = AutoModel.from_pretrained(case["folder"], trust_remote_code=True).eval()(case["tokens"])
+        torch.testing.assert_close(model.lm_head(states.last_hidden_state), found, rtol=0, atol=1e-5)
+        tokenizer = AutoTokenizer.from_pretrained(case["folder"])
+        batch = tokenizer(["to export 7 and import 49 and back", "back"], padding=True, return_tensors="pt")
+        assert tokenizer.decode(batch.input_ids[0]) == "to export 7 and import 49 and back"
+        padded = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        count = int(batch.attention_mask[1].sum())
+        assert count < batch.input_ids.shape[1]
+        alone = model(input_ids=batch.input_ids[1:, :count]).logits
+        torch.testing.assert_close(padded[1:, :count], alone, rtol=0, atol=1e-4)
+    try:
+        longer = model.generate(case["tokens"], max_new_tokens=2, do_sample=False)
+        assert longer.shape[1] == case["tokens"].shape[1] + 2 and not model.config.num_mosa_heads
+        assert torch.equal(longer[:, -2], case["logits"][:, -1].argmax(-1))
+    except NotImplementedError as error:
+        assert model.config.num_mosa_heads and "expert choice selects with the whole sequence in view" in str(error)
+assert not {"megatron_mosa", "megatron", "deepspeed"} & set(sys.modules)
+print("done")
+"""
+
+
+def test_it_works_without_this_project(trained: dict[str, Trained], exported: dict[str, Path], tmp_path: Path) -> None:
+    cases = [
+        {"folder": str(exported[kind]), "tokens": trained[kind].tokens, "logits": trained[kind].logits}
+        for kind in ("dense", "hybrid")
+    ]
+    torch.save(cases, tmp_path / "cases.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ELSEWHERE, str(tmp_path / "cases.pt")],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("done")
+
+
+def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str, Path]) -> None:
+    folder = exported["hybrid"]
+    names = [
+        "README.md", "config.json", "configuration_mosa.py", "manifest.json", "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json", "modeling_mosa.py", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert all(
+        path.stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777 for path in folder.iterdir()
+    )
+    card = (folder / "README.md").read_text()
+    assert "step 12, 192 sequences of 40 tokens" in card and "fingerprint 0123abcd" in card
+    assert "| validation loss | 4.2500 nats per token at step 12 (not causal: expert choice" in card
+    assert "9.0" not in card  # of a step that is not in the checkpoint
+    assert "generate` is therefore not offered" in card and "here every sequence is one document" in card
+    assert "not causal" not in (exported["dense"] / "README.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"]) == (384, 0)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+
+
+def test_bfloat16_and_shards(
+    trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hf_export, "_SHARD_BYTES", 20_000)
+    export_hf(trained["pure"].checkpoint.parents[1], tmp_path / "out", dtype="bfloat16")
+    assert "nats, on a fixed batch in fp32" in capsys.readouterr().out
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == 3 and shards == sorted(set(index["weight_map"].values()))
+    assert all((tmp_path / "out" / name).stat().st_size < 22_000 for name in shards)
+    for name in shards:
+        for key, tensor in load_file(tmp_path / "out" / name).items():
+            assert tensor.dtype == torch.bfloat16 and index["weight_map"][key] == name
+    embedding = load(tmp_path / "out").model.embed_tokens.weight
+    expected = trained["pure"].weights["embedding.word_embeddings.weight"].bfloat16()
+    assert torch.equal(embedding.bfloat16(), expected)
+
+
+@torch.no_grad()
+def test_selection_ties_and_padding() -> None:
+    config = MosaConfig(hidden_size=8, head_dim=4, num_mosa_heads=3, sparsity=2, include_first_token=True)
+    scores = torch.randint(4, (5, 3, 12), generator=torch.Generator().manual_seed(0)) / 4  # full of ties
+    heads = MosaHeads(config)
+    assert torch.equal(heads.select(scores, None), select_tokens(scores, 6, True))
+    lengths = [12, 3, 8, 1, 7]
+    found = heads.select(scores, lengths)
+    for number, length in enumerate(lengths):
+        count = config.num_selected(length)
+        alone = select_tokens(scores[number : number + 1, :, :length], count, True)[0]
+        assert torch.equal(found[number, :, :count], alone)
+        assert (found[number, :, count:] == 12).all()
+
+
+@torch.no_grad()
+def test_padding_at_the_end_changes_nothing_and_elsewhere_is_refused(
+    trained: dict[str, Trained], exported: dict[str, Path]
+) -> None:
+    model, tokens = load(exported["hybrid"]), trained["hybrid"].tokens
+    mask = torch.ones_like(tokens)
+    mask[1, 17:] = 0
+    padded = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1, :17], model(tokens[1:2, :17]).logits[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded[0], trained["hybrid"].logits[0], rtol=0, atol=1e-4)
+    for bad in (mask.flip(1), torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match=r"padding belongs at the end of a sequence; set tokenizer.padding_side"):
+            model(tokens, attention_mask=bad)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); legal: \(3, 40\)"):
+        model(tokens, attention_mask=torch.ones(3, 1, 40, 40))
+    with pytest.raises(ValueError, match=r"position_ids is not supported"):
+        model(tokens, position_ids=torch.zeros_like(tokens))
+
+
+def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, Path]) -> None:
+    model = MosaForCausalLM(MosaConfig.from_pretrained(exported["pure"]))
+    heads = model.model.layers[0].self_attn.mosa_heads
+    for weight, bound in (
+        (heads.router_weight, 24**-0.5),
+        (heads.qkv_weight, 24**-0.5),
+        (heads.proj_weight, (24 * 6) ** -0.5),
+    ):
+        assert 0.9 * bound < weight.abs().max() <= bound
+    tokens = torch.randint(300, (2, 40))
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_another_function_is_not_exported(
+    trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = hf_export.to_transformers
+    monkeypatch.setattr(hf_export, "to_transformers", lambda *given: right(*given) | {"rotary_base": 501.0})
+    with pytest.raises(RunError, match=r"the KL divergence of their logits reaches .* legal: 1e-06; nothing was"):
+        export_hf(trained["hybrid"].checkpoint, tmp_path / "out")
+    assert left_behind(tmp_path) == []
+    export_hf(trained["hybrid"].checkpoint, tmp_path / "out", checks_logits=False)
+    assert "not checked against the Megatron model (--no-check)" in capsys.readouterr().out
+
+
+def test_a_file_system_that_takes_no_more(trained: dict[str, Trained], tmp_path: Path) -> None:
+    export_hf(trained["pure"].checkpoint, tmp_path / "out", checks_logits=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"^OUT=.*/out did not take it: .*; make room"):
+            export_hf(trained["dense"].checkpoint, tmp_path / "out", checks_logits=False, force=True)
+        with pytest.raises(StorageError, match=r"^OUT=.*/back did not take it: .*; make room"):
+            import_hf(tmp_path / "out", tmp_path / "back")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_behind(tmp_path) == ["out"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_mosa_heads"] == 6  # the old one
+
+
+def test_damage_is_named_and_the_source_stays(trained: dict[str, Trained], tmp_path: Path) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(trained["pure"].checkpoint.parents[1], source)
+    state = source / "checkpoints" / "step-00000012" / "state" / "__0_0.distcp"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 3] ^= 1
+    state.write_bytes(content)
+    before = digests(source, files_below(source))
+    with pytest.raises(RunError, match=r"step-00000012' is damaged: state/__0_0.distcp is not what was written"):
+        export_hf(source, tmp_path / "out")
+    assert left_behind(tmp_path) == ["run"] and digests(source, files_below(source)) == before
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """``mosa checkpoint ...``; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["mosa", "checkpoint", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code  # type: ignore[return-value]
+
+
+def test_wrong_use(
+    trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, out = trained["dense"].checkpoint, tmp_path / "out"
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / "tokenizer.json").write_text((checkpoint.parents[2] / "data" / "tokenizer.json").read_text() + "\n")
+    cases: list[tuple[list[object], str]] = [
+        (["export", checkpoint, out, "--to", "gguf"], "--to=gguf is not a format; legal: hf"),
+        (["export", checkpoint, out, "--to", "hf", "--dtype", "int8"], "--dtype=int8 is not legal; legal: float32, bf"),
+        (["export", tmp_path / "none", out, "--to", "hf"], "none' does not exist"),
+        (["export", checkpoint, checkpoint / "out", "--to", "hf"], "lies in, or holds, the source"),
+        (["export", checkpoint, tmp_path / "a" / "b", "--to", "hf"], "is no folder; give a new folder below one"),
+        (["export", checkpoint, tmp_path / "precious", "--to", "hf"], "precious exists; give another folder"),
+        (["export", checkpoint, tmp_path / "precious", "--to", "hf", "--force"], "--force replaces no other"),
+        (
+            ["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "tokenizer.json"],
+            "is not the model's tokenizer: its SHA-256 is",
+        ),
+        (["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "no.json"], "give it: --tokenizer PATH"),
+        (["import", checkpoint, out, "--from", "hf"], "is a megatron_mosa checkpoint; legal: a Hugging Face"),
+    ]
+    for words, message in cases:
+        assert command(monkeypatch, *words) == 2, words
+        told = capsys.readouterr().err.splitlines()
+        assert message in told[-1] and told[-1].startswith("error: "), told
+    assert left_behind(tmp_path) == ["precious", "tokenizer.json"] and left_behind(tmp_path / "precious") == ["file"]
+
+
+def test_a_model_is_replaced_when_forced(
+    trained: dict[str, Trained], exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(exported["pure"], out)
+    words = ["export", trained["dense"].checkpoint, out, "--to", "hf", "--no-check"]
+    assert command(monkeypatch, *words) == 2
+    assert json.loads((out / "config.json").read_text())["num_mosa_heads"] == 6
+    assert command(monkeypatch, *words, "--force") == 0
+    assert json.loads((out / "config.json").read_text())["num_mosa_heads"] == 0
+    assert left_behind(tmp_path) == ["out"]
+
+
+def test_weights_that_are_not_those_of_the_configuration(trained: dict[str, Trained], tmp_path: Path) -> None:
+    shutil.copytree(trained["dense"].checkpoint, tmp_path / "step-00000012")
+    file = tmp_path / "step-00000012" / "metadata.json"
+    content = json.loads(file.read_text())
+    content["config"]["model"]["num_query_groups"] = 4
+    file.write_text(json.dumps(content | {"format_version": 1}))
+    message = r"decoder.layers.0.self_attention.dense_heads.qkv_weight is \(64, 24\), expected \(96, 24\)"
+    with pytest.raises(UserError, match=message):
+        export_hf(tmp_path / "step-00000012", tmp_path / "out")

@@ -1,0 +1,182 @@
+"""Import: bit for bit what was exported, or the Llama that transformers made; and a start from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_mosa.checkpoint import find_initial_weights, load_initial_weights, read_metadata
+from megatron_mosa.checkpoint.hf_export import Source, export_hf
+from megatron_mosa.checkpoint.hf_import import import_hf
+from megatron_mosa.checkpoint.logits import largest_divergence, megatron_logits
+from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage
+from megatron_mosa.checkpoint.model_config import model_config
+from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.config import load_config
+from megatron_mosa.engine import DeepSpeedEngine
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.parallel import destroy_parallel, initialize_parallel
+from tests.conversion.models import KINDS, QUICKSTART, TINY, Trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_bit_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
+    model = trained[kind]
+    export_hf(model.checkpoint, tmp_path / "out", checks_logits=False)
+    before = digests(tmp_path / "out", files_below(tmp_path / "out"))
+    import_hf(tmp_path / "out", tmp_path / "back")
+    assert digests(tmp_path / "out", files_below(tmp_path / "out")) == before
+    original, back = StateReader(model.checkpoint), StateReader(tmp_path / "back")
+    assert back.weights == original.weights and not back.has_optimizer_state
+    for name in original.weights:
+        assert torch.equal(original.read(f"model.{name}"), back.read(f"model.{name}")), name
+    assert find_damage(tmp_path / "back", reads_all=True) is None
+    metadata = read_metadata(tmp_path / "back")
+    assert (metadata.step, metadata.data["vocab_size"]) == (0, 300)
+    # The rest says how packed sequences were treated, or is a number that was derived before.
+    dropped = {"attend_within_documents", "restart_rotary", "selection_scope", "backend", "vocab_size_multiple"}
+    described = model_config(metadata.config)
+    for section in ("model", "mosa"):
+        asked, found = vars(getattr(model.config, section)), vars(getattr(described, section))
+        if asked.get("num_local_heads"):
+            asked = asked | {"local_window": asked["local_window"] or 40 // 4}
+        assert {key: value for key, value in asked.items() if key not in dropped} == {
+            key: value for key, value in found.items() if key not in dropped
+        }
+
+
+def test_an_imported_model_can_be_exported_again(trained: dict[str, Trained], tmp_path: Path) -> None:
+    export_hf(trained["hybrid"].checkpoint, tmp_path / "out", checks_logits=False)
+    import_hf(tmp_path / "out", tmp_path / "back")
+    export_hf(tmp_path / "back", tmp_path / "again", tokenizer=tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("groups", "tied"), [(2, False), (4, True)])
+def test_a_llama_is_imported(tmp_path: Path, groups: int, tied: bool) -> None:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=groups, max_position_embeddings=64, rms_norm_eps=1e-4, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0}, initializer_range=0.2,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).eval()
+    llama.save_pretrained(tmp_path / "llama")
+    if tied:  # as older files have it: the embedding once more, and a buffer
+        tensors = load_file(tmp_path / "llama" / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        save_file(tensors, tmp_path / "llama" / "model.safetensors")
+    import_hf(tmp_path / "llama", tmp_path / "out")
+    source = Source.open(tmp_path / "out", read_metadata(tmp_path / "out"))
+    tokens = torch.randint(101, (2, 50))
+    found = megatron_logits(source.config, source.vocab_rows, source.read, tokens)
+    expected = llama(tokens).logits.detach()
+    assert expected.std() > 0.3
+    assert largest_divergence(expected, found) < 1e-9
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_a_llama_may_not_have(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    good = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).to_dict()
+    for change, message in (
+        ({"attention_bias": True}, r"attention_bias=True has no counterpart here; legal for a llama: False"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 has no counterpart"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2 cannot be imported; legal: mosa, llama"),
+        ({}, r"holds neither model.safetensors.index.json nor model.safetensors"),
+    ):
+        file.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=message):
+            import_hf(tmp_path, tmp_path.with_name("out"))
+    del good["hidden_size"]
+    file.write_text(json.dumps(good))
+    with pytest.raises(UserError, match=r"config.json: hidden_size is missing"):
+        import_hf(tmp_path, tmp_path.with_name("out"))
+    file.write_text("{")
+    with pytest.raises(RunError, match=r"is damaged: config.json is damaged"):
+        import_hf(tmp_path, tmp_path.with_name("out"))
+    assert not tmp_path.with_name("out").exists()
+
+
+def test_files_that_are_not_what_they_should_be(trained: dict[str, Trained], tmp_path: Path) -> None:
+    folder, out = tmp_path / "hf", tmp_path / "out"
+    export_hf(trained["pure"].checkpoint, folder, checks_logits=False)
+    shard = folder / "model-00001-of-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
+    with pytest.raises(RunError, match=r"model-00001-of-00001.safetensors is not what was written"):
+        import_hf(folder, out)
+    (folder / "manifest.json").unlink()
+    shard.write_bytes(whole[:-50])
+    with pytest.raises(RunError, match=r"model-00001-of-00001.safetensors is damaged \("):
+        import_hf(folder, out)
+    shard.unlink()
+    with pytest.raises(RunError, match=r"model-00001-of-00001.safetensors cannot be read \("):
+        import_hf(folder, out)
+    shard.write_bytes(whole)
+    tensors = load_file(shard)
+    key = "model.layers.1.self_attn.mosa_heads.router_weight"
+    for change, message in (
+        ({}, rf"{key} is missing, expected \(6, 24\)"),
+        ({key: torch.zeros(3, 24)}, rf"{key} is \(3, 24\), expected \(6, 24\)"),
+        ({key: tensors[key], "more": torch.zeros(1)}, r"more is \(1,\), expected none"),
+        ({key: tensors[key].double()}, rf"{key} is F64; legal: F32, BF16, F16 "),
+    ):
+        save_file({name: tensor for name, tensor in tensors.items() if name != key} | change, shard)
+        with pytest.raises(UserError, match=message):
+            import_hf(folder, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_run_starts_from_imported_weights(trained: dict[str, Trained], tmp_path: Path) -> None:
+    model = trained["hybrid"]
+    export_hf(model.checkpoint, tmp_path / "out", checks_logits=False)
+    import_hf(tmp_path / "out", tmp_path / "back")
+    config, identity = model.config, read_metadata(model.checkpoint).data
+    longer = load_config(QUICKSTART, [*TINY, *KINDS["hybrid"], "mosa.sparsity=8", "data.sequence_length=80"])
+    for asked in (config, longer):
+        assert find_initial_weights(tmp_path / "back", asked, identity, reads_all=True) == tmp_path / "back"
+    layout = initialize_parallel(1, seed=1)
+    try:
+        engine = DeepSpeedEngine(config, 300, layout)
+        assert not torch.equal(engine.state()["model.output_layer.weight"], model.weights["output_layer.weight"])
+        load_initial_weights(engine, tmp_path / "back")
+        state, steps = engine.state(), engine.optimizer_step()
+        parameters = dict(engine.module.named_parameters())
+        engine.destroy()
+    finally:
+        destroy_parallel()
+    assert steps == 0
+    for name, weight in model.weights.items():
+        assert torch.equal(state[f"model.{name}"], weight) and torch.equal(parameters[name].detach(), weight), name
+        assert not state[f"exp_avg.{name}"].any() and not state[f"exp_avg_sq.{name}"].any()
+
+
+def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Path) -> None:
+    model = trained["hybrid"]
+    identity = read_metadata(model.checkpoint).data
+    other = load_config(QUICKSTART, [*TINY, *KINDS["hybrid"], "mosa.num_heads=4"])
+    name = "decoder.layers.0.self_attention.mosa_heads.proj_weight"
+    message = rf"checkpoint.initialize_from: .* holds another model: {name} is \(6, 8, 24\), the run's is \(4, 8, 24\)"
+    with pytest.raises(UserError, match=message):
+        find_initial_weights(model.checkpoint, other, identity, reads_all=False)
+    with pytest.raises(UserError, match=r"was trained with another tokenizer"):
+        find_initial_weights(model.checkpoint, model.config, identity | {"tokenizer_hash": "0"}, reads_all=False)
+    with pytest.raises(UserError, match=r"checkpoint.initialize_from: '.*nothing' does not exist"):
+        find_initial_weights(tmp_path / "nothing", model.config, identity, reads_all=False)
+    export_hf(model.checkpoint, tmp_path / "hf", checks_logits=False)
+    with pytest.raises(UserError, match=r"import it first: mosa checkpoint import .*/hf OUT --from hf"):
+        find_initial_weights(tmp_path / "hf", model.config, identity, reads_all=False)
+    damaged = tmp_path / "step-00000012"
+    shutil.copytree(model.checkpoint, damaged)
+    (damaged / "state" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged: state/__0_0.distcp has 0 bytes"):
+        find_initial_weights(damaged, model.config, identity, reads_all=False)
