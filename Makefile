@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-gpu memcheck bench check format clean
+.PHONY: help setup pretrain test test-matrix test-gpu memcheck bench check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,7 @@ help: ## list the targets (this is the default)
 	@echo "make TARGET [VARIABLE=value ...]"
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
-		while read -r target text; do printf '  %-9s %s\n' "$$target" "$$text"; done
+		while read -r target text; do printf '  %-11s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "Variables:"
 	@echo "  CONFIG       configuration file of pretrain; now $(CONFIG)"
@@ -65,6 +65,9 @@ pretrain: setup ## build corpus, tokenizer and dataset, pretrain a model, write 
 
 test: setup ## run all tests
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests
+
+test-matrix: setup ## save at every layout and load at every other, weights and moments compared to the last bit
+	@$(ACTIVATE); python -W ignore -m tests.distributed.test_layouts
 
 test-gpu: setup ## run the tests that need a GPU
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
+from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, optimizer
 from megatron_mosa.engine.protocol import Batch
@@ -137,6 +138,38 @@ def write_seed_checkpoint(config: Config, path: Path) -> None:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         write_state(snapshot(engine), path, None)
         engine.destroy()
+
+
+def save_after_training(config: Config, path: Path) -> float:
+    """Write the engine's state after two steps; the loss of the third."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        for step in range(2):
+            engine.train_step(micro_batches(config, layout, step), 1e-3)
+        write_state(snapshot(engine), path, None)
+        loss = engine.train_step(micro_batches(config, layout, 2), 1e-3).loss
+        engine.destroy()
+    return loss
+
+
+def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
+    """Of each state that ``save_after_training`` wrote: how many of this rank's weights and moments are not what the
+    files hold, and the loss of the third step."""
+    with parallel(config) as layout:
+        engine, found = DeepSpeedEngine(config, VOCAB_SIZE, layout), []
+        parameters = dict(engine.module.named_parameters())
+        for path in paths:
+            read_state(engine, path, optimizer_step=2)
+            reader, unequal = StateReader(path), 0
+            for key, tensor in engine.state().items():
+                expected, partition = reader.read(key), partition_of(parameters[key.partition(".")[2]])
+                if partition is not None:
+                    expected = expected.flatten(partition.dim, partition.dim + int(partition.stride > 1))
+                    expected = partition.part_of(expected, layout.tensor_parallel_rank, layout.tensor_parallel_size)
+                unequal += not torch.equal(expected, tensor)
+            found.append((unequal, engine.train_step(micro_batches(config, layout, 2), 1e-3).loss))
+        engine.destroy()
+    return found
 
 
 def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_norms: bool = False) -> dict | None:
