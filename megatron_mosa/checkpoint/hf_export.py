@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_mosa.checkpoint.logits import (
     largest_divergence,
     megatron_logits,
 )
-from megatron_mosa.checkpoint.manifest import DamagedError, digests, find_damage, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import DamagedError, digests, find_damage, naming_damage, sync, write_manifest
 from megatron_mosa.checkpoint.model_config import model_config, to_transformers
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.checkpoint.safetensors_folder import INDEX
@@ -142,31 +143,42 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
 
 def _write_shards(source: Source, dtype: torch.dtype, folder: Path) -> list[str]:
     """Stream the weights into shards, and write the index of them; return their names."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     from megatron_mosa.data.shards import progress
 
     shards = list(_plan(source.weights, dtype.itemsize))
     places: dict[str, str] = {}
     total = sum(dtype.itemsize * source.state.weights[weight.name].elements for weight in source.weights)
-    with progress(total, "exporting") as bar:
+    # A shard is written while the next is read: two in memory, and the disk is never waited for alone.
+    with progress(total, "exporting") as bar, ThreadPoolExecutor(1) as disk:
+        written: Future[None] | None = None
         for number, weights in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, Tensor] = {}
             for weight in weights:
                 parts = weight.fusion.split(source.read(weight.name).to(dtype))
                 tensors |= {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
-            try:
-                save_file(tensors, folder / name, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise StorageError(f"{name} cannot be written ({error})") from None
-            shutil.copymode(folder / "config.json", folder / name)  # safetensors makes files for the owner alone
+            if written is not None:
+                written.result()
+            written = disk.submit(_write_shard, tensors, folder / name)
             places |= dict.fromkeys(tensors, name)
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+        if written is not None:
+            written.result()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return sorted(set(places.values()))
+
+
+def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise StorageError(f"{file.name} cannot be written ({error})") from None
+    shutil.copymode(file.parent / "config.json", file)  # safetensors makes files for the owner alone
+    sync(file)
 
 
 def _plan(weights: list[Weight], itemsize: int) -> Iterator[list[Weight]]:
