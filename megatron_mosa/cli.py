@@ -115,6 +115,22 @@ def checkpoint_import(
     import_hf(path, target, force=force)
 
 
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same kind or not.")],
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", help="Largest difference of a tensor, relative to its norm; 0: to the last bit."),
+    ] = 0.0,
+    no_logits: Annotated[bool, typer.Option("--no-logits", help="Compare tensors alone.")] = False,
+) -> None:
+    """Compare two models tensor by tensor and by the logits of a fixed batch; exit code 1 if they differ."""
+    from megatron_mosa.checkpoint.verify import verify
+
+    verify(first, second, tolerance=tolerance, compares_logits=not no_logits)
+
+
 def main() -> None:
     """Run ``mosa``; exit codes: 0 done, 1 failed, 2 wrong use."""
     sys.exit(run(app))

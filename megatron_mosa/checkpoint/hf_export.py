@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.card import model_card
-from megatron_mosa.checkpoint.format import Metadata, read_metadata
+from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import (
     MOST_KL,
@@ -24,59 +23,17 @@ from megatron_mosa.checkpoint.logits import (
     largest_divergence,
     megatron_logits,
 )
-from megatron_mosa.checkpoint.manifest import DamagedError, digests, find_damage, naming_damage, sync, write_manifest
-from megatron_mosa.checkpoint.model_config import model_config, to_transformers
-from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.manifest import digests, naming_damage, sync, write_manifest
+from megatron_mosa.checkpoint.model_config import to_transformers
+from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.safetensors_folder import INDEX
 from megatron_mosa.checkpoint.tokenizer_files import FoundTokenizer, find_tokenizer, write_tokenizer
-from megatron_mosa.checkpoint.weights import Weight, model_weights
-from megatron_mosa.config import Config
+from megatron_mosa.checkpoint.weights import Weight
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf import MODELLING_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint of ours, opened."""
-
-    path: Path
-    metadata: Metadata
-    config: Config
-    state: StateReader
-    weights: list[Weight]
-    vocab_rows: int
-
-    @classmethod
-    def open(cls, folder: Path, metadata: Metadata) -> Source:
-        """Read all that says what the model is, none of the tensors; see that they are what was written.
-
-        Raises:
-            DamagedError: a file is missing or is another one.
-            UserError: the weights are not those of the model that the checkpoint describes.
-        """
-        if metadata.has_manifest:
-            print(f"{folder}: comparing all files with the manifest", flush=True)
-            if damage := find_damage(folder, reads_all=True):
-                raise DamagedError(damage)
-        state, config = StateReader(folder), model_config(metadata.config)
-        embedding = state.weights.get("embedding.word_embeddings.weight")
-        rows = embedding.shape[0] if embedding else 0
-        weights = model_weights(config, rows)
-        found, expected = {name: info.shape for name, info in state.weights.items()}, {w.name: w.shape for w in weights}
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                raise UserError(
-                    f"'{folder}' is not the model that its metadata.json describes: {name} is "
-                    f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}; nothing can be exported"
-                )
-        return cls(folder, metadata, config, state, weights, rows)
-
-    def read(self, name: str) -> Tensor:
-        """The fp32 master weight of that name."""
-        return self.state.read(f"model.{name}")
 
 
 def export_hf(

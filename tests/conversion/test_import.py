@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mosa.checkpoint import find_initial_weights, load_initial_weights, read_metadata
-from megatron_mosa.checkpoint.hf_export import Source, export_hf
+from megatron_mosa.checkpoint.hf_export import export_hf
 from megatron_mosa.checkpoint.hf_import import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence, megatron_logits
 from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage
 from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.config import load_config
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.errors import RunError, UserError

@@ -1,0 +1,116 @@
+"""Are two checkpoints, of whatever kinds, the same model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.logits import fixed_batch, largest_divergence, megatron_logits
+from megatron_mosa.checkpoint.manifest import naming_damage
+from megatron_mosa.checkpoint.opened import Opened, Source, open_model
+from megatron_mosa.errors import RunError, UserError
+
+_WEIGHT = "model."  # what keys of weights begin with, those of moments do not
+
+
+class Difference(NamedTuple):
+    """Of one tensor."""
+
+    relative: float
+    """Norm of the difference over the norm of the first, both in fp64; infinite where one has a NaN."""
+
+    name: str
+
+
+def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits: bool = True) -> None:
+    """Compare all weights, Adam's moments if both have them, and the logits of a fixed batch; print what was found.
+
+    Args:
+        first, second: checkpoints, run directories (their newest) or Hugging Face folders.
+        tolerance: the largest relative difference of a tensor; 0: to the last bit.
+        compares_logits: build both models, one after the other, in fp32 on the CPU.
+
+    Raises:
+        UserError: no such model; a tolerance below 0.
+        RunError: they differ, naming the tensor that differs most; one of them is damaged.
+    """
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance={tolerance} is not legal; legal: 0 (to the last bit) or more")
+    models = []
+    for path in (first, second):
+        with naming_damage(path):
+            models.append(open_model(path))
+    ours, theirs = models
+    _refuse_other_shapes(ours, theirs)
+    _judge(*_compare(ours, theirs), tolerance)
+    if compares_logits:
+        _compare_logits(ours, theirs, tolerance)
+
+
+def _refuse_other_shapes(ours: Opened, theirs: Opened) -> None:
+    shapes = [{weight.name: weight.shape for weight in model.weights} for model in (ours, theirs)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise RunError(
+                f"not the same model: {name} is {shapes[0].get(name, 'missing')} in '{ours.path}', "
+                f"{shapes[1].get(name, 'missing')} in '{theirs.path}'"
+            )
+
+
+def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
+    """The largest difference, and what was compared."""
+    from megatron_mosa.data.shards import progress
+
+    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights]
+    moments = sorted(_moments(ours) & _moments(theirs))
+    parameters = sum(torch.Size(weight.shape).numel() for weight in ours.weights)
+    found = []
+    with progress(4 * parameters * (1 + len(moments) // len(weights)), "comparing") as bar:
+        for key in [*weights, *moments]:
+            tensor = _read(ours, key)
+            found.append(Difference(_relative(tensor, _read(theirs, key)), key))
+            bar.update(tensor.nbytes)
+    return max(found), f"{len(weights)} weights" + (f" and {len(moments)} moments" if moments else "")
+
+
+def _moments(model: Opened) -> set[str]:
+    return {key for key in model.state.tensors if not key.startswith(_WEIGHT)} if isinstance(model, Source) else set()
+
+
+def _read(model: Opened, key: str) -> Tensor:
+    with naming_damage(model.path):
+        if isinstance(model, Source):
+            return model.state.read(key)
+        return model.read(key.removeprefix(_WEIGHT))
+
+
+def _relative(first: Tensor, second: Tensor) -> float:
+    if torch.equal(first, second):
+        return 0.0
+    difference = ((first.double() - second.double()).norm() / first.double().norm().clamp(min=1e-300)).item()
+    return difference if difference > 0 else float("inf")  # NaN, or zeros of other signs
+
+
+def _judge(worst: Difference, compared: str, tolerance: float) -> None:
+    if worst.relative > tolerance:
+        legal = "to the last bit" if tolerance == 0 else f"within {tolerance:g}"
+        raise RunError(
+            f"they differ: of {compared}, {worst.name} differs most, by {worst.relative:.1e} of its norm; asked for: "
+            f"equal {legal}"
+        )
+    print(f"{compared}: " + ("equal to the last bit" if worst.relative == 0 else f"within {worst.relative:.1e}"))
+
+
+def _compare_logits(ours: Opened, theirs: Opened, tolerance: float) -> None:
+    tokens = fixed_batch(ours.config, ours.vocab_rows)
+    expected, found = (megatron_logits(model.config, model.vocab_rows, model.read, tokens) for model in (ours, theirs))
+    divergence = largest_divergence(expected, found)
+    print(f"logits of {tokens.numel()} fixed tokens: largest KL divergence {divergence:.1e} nats")
+    if tolerance == 0 and not torch.equal(expected, found):
+        raise RunError(
+            f"they differ: weights are equal, but logits are not (KL divergence {divergence:.1e} nats): the models are "
+            "described differently; compare them with mosa checkpoint inspect"
+        )
