@@ -102,17 +102,30 @@ def checkpoint_export(
 
 @checkpoint_app.command("import")
 def checkpoint_import(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A folder with config.json and safetensors.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="hf: a folder; mosa-pytorch: a layer's state dict.")],
     target: Target,
-    source: Annotated[str, typer.Option("--from", metavar="hf", help="The format to read.")],
+    source: Annotated[str, typer.Option("--from", metavar="hf|mosa-pytorch", help="The format to read.")],
+    other_heads: Annotated[
+        str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: what the other heads are.")
+    ] = "dense",
+    prefix: Annotated[
+        str, typer.Option("--prefix", help="mosa-pytorch: what the layer's names begin with, as in layers.0.attention.")
+    ] = "",
     force: Force = False,
 ) -> None:
-    """Write an exported model, or a Llama, as a checkpoint to start from (checkpoint.initialize_from)."""
-    if source != "hf":
-        raise UserError(f"--from={source} is not a format; legal: hf")
-    from megatron_mosa.checkpoint.hf_import import import_hf
+    """Write an exported model, or a Llama, as a checkpoint to start from (checkpoint.initialize_from).
 
-    import_hf(path, target, force=force)
+    With --from mosa-pytorch one attention layer of the authors' PyTorch code as a .safetensors file for ours.
+    """
+    from megatron_mosa.checkpoint.hf_import import import_hf
+    from megatron_mosa.checkpoint.upstream import import_layer
+
+    if source == "hf":
+        import_hf(path, target, force=force)
+    elif source == "mosa-pytorch":
+        import_layer(path, target, other_heads=other_heads, prefix=prefix, force=force)
+    else:
+        raise UserError(f"--from={source} is not a format; legal: hf, mosa-pytorch")
 
 
 @checkpoint_app.command("verify")

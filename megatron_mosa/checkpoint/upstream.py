@@ -1,0 +1,126 @@
+"""One attention layer of the paper's authors' PyTorch code (arXiv 2505.00315) as one of ours.
+
+A MoSA module of theirs keeps ``r.0.weight`` [E, h], ``QKV.W`` [E, h, 3h'] and ``O.W`` [E, h', h]; a hybrid has them below
+``mosa_heads.``, beside the other heads' ``W_QKV.weight`` [3 H h', h] (of each head queries, keys, values) and
+``W_O.weight`` [h, H h'] below ``other_heads.``. Both are laid out as ours.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.manifest import sync
+from megatron_mosa.errors import RunError, StorageError, UserError
+
+_MOSA = {"r.0.weight": "router_weight", "QKV.W": "qkv_weight", "O.W": "proj_weight"}
+_OTHERS = {"W_QKV.weight": "qkv_weight", "W_O.weight": "proj_weight"}
+OTHER_HEADS = ("dense", "local")
+
+
+def import_layer(
+    path: Path, target: Path, *, other_heads: str = "dense", prefix: str = "", force: bool = False
+) -> None:
+    """Write a file for ``layer.load_state_dict(safetensors.torch.load_file(target), strict=False)`` of our attention.
+
+    Args:
+        path: a state dict, by torch.save or as safetensors.
+        target: a .safetensors file that is not there.
+        other_heads: what the other heads of a hybrid are, "dense" or "local".
+        prefix: what names of the layer begin with, in the state dict of a whole model.
+        force: replace the file at ``target``.
+
+    Raises:
+        UserError: no such file, tensors that are missing, unknown or of shapes that do not fit, a target that is taken.
+        RunError: the file cannot be read; nothing in it is executed.
+        StorageError: the file system does not take the target.
+    """
+    if other_heads not in OTHER_HEADS:
+        raise UserError(f"--other-heads={other_heads} is not legal; legal: {', '.join(OTHER_HEADS)}")
+    if target.suffix != ".safetensors":
+        raise UserError(f"OUT={target} is no place for a layer; give a file whose name ends in .safetensors")
+    if target.exists() and not (force and target.is_file()):
+        raise UserError(f"OUT={target} exists; give another file, or --force to replace it")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(f"OUT={target}: '{target.parent}' is no folder that can be written; give a file in one that is")
+    ours = _renamed(_read(path), prefix, other_heads, path)
+    sizes = _checked(ours, other_heads, path)
+    _write(ours, target)
+    print(f"{target}: {sizes}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"'{path}' is no file; give a state dict (torch.save or safetensors)")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"'{path}' cannot be read as tensors ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"'{path}' holds no state dict; save one module's: torch.save(module.state_dict(), FILE)")
+    return content
+
+
+def _renamed(theirs: dict[str, Tensor], prefix: str, other_heads: str, path: Path) -> dict[str, Tensor]:
+    """In our names; all of the layer's and nothing else."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
+    is_hybrid = any(name.startswith("mosa_heads.") for name in found)
+    names = {f"{'mosa_heads.' * is_hybrid}{name}": f"mosa_heads.{ours}" for name, ours in _MOSA.items()}
+    if is_hybrid:
+        names |= {f"other_heads.{name}": f"{other_heads}_heads.{ours}" for name, ours in _OTHERS.items()}
+    missing = sorted(names.keys() - found.keys())
+    unknown = sorted(name for name in found.keys() - names.keys() if not name.endswith("inv_freq"))
+    if missing or unknown:
+        what = f"{prefix}{missing[0]} is missing" if missing else f"{prefix}{unknown[0]} is unknown"
+        raise UserError(f"'{path}' is no layer of the authors' MoSA: {what}; legal: {', '.join(names)} (see --prefix)")
+    return {ours: found[name] for name, ours in names.items()}
+
+
+def _checked(layer: dict[str, Tensor], other_heads: str, path: Path) -> str:
+    """See that the shapes fit each other; what the layer is, in the words of a configuration."""
+    router, qkv = layer["mosa_heads.router_weight"], layer["mosa_heads.qkv_weight"]
+    heads, width = router.shape if router.dim() == 2 else (0, 0)
+    size = qkv.shape[-1] // 3
+    expected = {
+        "mosa_heads.router_weight": (heads, width),
+        "mosa_heads.qkv_weight": (heads, width, 3 * size),
+        "mosa_heads.proj_weight": (heads, size, width),
+    }
+    number = 0
+    others = layer.get(f"{other_heads}_heads.proj_weight")
+    if others is not None:
+        number = others.shape[-1] // max(1, size)
+        expected[f"{other_heads}_heads.qkv_weight"] = (3 * number * size, width)
+        expected[f"{other_heads}_heads.proj_weight"] = (width, number * size)
+    for name, shape in expected.items():
+        if layer[name].shape != shape or not layer[name].is_floating_point():
+            raise UserError(
+                f"'{path}': {name} is {tuple(layer[name].shape)} of {layer[name].dtype}; to fit the others it must be "
+                f"{shape} of floating-point numbers"
+            )
+    kind = f"model.num_{other_heads}_heads={number} " if others is not None else ""
+    return f"hidden_size {width}: mosa.num_heads={heads} {kind}model.head_dim={size}"
+
+
+def _write(layer: dict[str, Tensor], target: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    writing = target.with_name(f".writing-{target.name}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in layer.items()}, writing)
+        writing.chmod(0o644)  # safetensors makes files for the owner alone
+        sync(writing)
+        os.replace(writing, target)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"OUT={target} did not take it: {error}; make room, or give another place") from None
+    finally:
+        writing.unlink(missing_ok=True)
