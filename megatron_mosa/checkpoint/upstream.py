@@ -1,7 +1,7 @@
 """One attention layer of the paper's authors' PyTorch code (arXiv 2505.00315) as one of ours.
 
-A MoSA module of theirs keeps ``r.0.weight`` [E, h], ``QKV.W`` [E, h, 3h'] and ``O.W`` [E, h', h]; a hybrid has them below
-``mosa_heads.``, beside the other heads' ``W_QKV.weight`` [3 H h', h] (of each head queries, keys, values) and
+A MoSA module of theirs keeps ``r.0.weight`` [E, h], ``QKV.W`` [E, h, 3h'] and ``O.W`` [E, h', h]; a hybrid has them
+below ``mosa_heads.``, beside the other heads' ``W_QKV.weight`` [3 H h', h] (of each head queries, keys, values) and
 ``W_O.weight`` [h, H h'] below ``other_heads.``. Both are laid out as ours.
 """
 
