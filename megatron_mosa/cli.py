@@ -128,6 +128,22 @@ def checkpoint_import(
         raise UserError(f"--from={source} is not a format; legal: hf, mosa-pytorch")
 
 
+@checkpoint_app.command("reshard")
+def checkpoint_reshard(
+    path: CheckpointPath,
+    target: Target,
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", min=1, help="Size to cut for; default: the one that wrote it.")
+    ] = None,
+    drop_optimizer: Annotated[bool, typer.Option("--drop-optimizer", help="Leave Adam's moments out.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint once more, cut for another tensor-parallel size. (Runs resume at any size without it.)"""
+    from megatron_mosa.checkpoint.reshard import reshard
+
+    reshard(path, target, tensor_parallel=tensor_parallel, drop_optimizer=drop_optimizer, force=force)
+
+
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face folder.")],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,11 +31,9 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
     """
     from megatron_mosa.kernels import Documents
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.parallel import destroy_parallel, initialize_parallel, partition_of
+    from megatron_mosa.parallel import partition_of
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # of one: no port, no launcher
-    try:
-        initialize_parallel(1, config.run.seed)
+    with one_process(config):
         model = build_empty_model(config, vocab_rows).eval()
         for name, parameter in model.named_parameters():
             weight, partition = read(name), partition_of(parameter)
@@ -44,6 +43,17 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
         within = config.model.attend_within_documents
         documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one a sequence
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)
+
+
+@contextmanager
+def one_process(config: Config) -> Iterator[None]:
+    """Megatron's process groups, of one process, without port or launcher; none are left."""
+    from megatron_mosa.parallel import destroy_parallel, initialize_parallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        initialize_parallel(1, config.run.seed)
+        yield
     finally:
         destroy_parallel()
 

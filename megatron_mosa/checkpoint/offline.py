@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata as StateMetadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.errors import StorageError
@@ -99,8 +100,18 @@ class StateReader:
         return tensor
 
 
-def write_state_offline(tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor], checkpoint: Path) -> None:
+def write_state_offline(
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    checkpoint: Path,
+    cuts: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
     """Write ``state/`` of a checkpoint folder from tensors that are asked for one at a time, in the order given.
+
+    Args:
+        tensors, read: keys, and how to read one.
+        checkpoint: the folder.
+        cuts: dimension and number of equal parts of those tensors that are written in parts, a file each.
 
     Raises:
         StorageError: the file system does not take it.
@@ -111,7 +122,7 @@ def write_state_offline(tensors: Mapping[str, TensorInfo], read: Callable[[str],
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group
-            dcp.save(state, storage_writer=writer, planner=_ReadingPlanner(read), no_dist=True)
+            dcp.save(state, storage_writer=writer, planner=_ReadingPlanner(read, cuts or {}), no_dist=True)
     except CheckpointException as error:
         raised = next(iter(error.failures.values()))[0]
         if is_storage_failure(raised):
@@ -127,15 +138,47 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 class _ReadingPlanner(dcp.DefaultSavePlanner):
-    """Takes a tensor's value from a function at the moment when it is written."""
+    """Takes a tensor's value from a function at the moment when it is written, in parts where it is to be cut."""
 
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, read: Callable[[str], Tensor], cuts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__(flatten_state_dict=False)
         self._read = read
+        self._cuts = cuts
+        self._whole: tuple[str, Tensor] | None = None  # what parts were last taken from
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """As DefaultSavePlanner."""
-        return self._read(index.fqn).contiguous()
+    def create_local_plan(self) -> SavePlan:
+        """As DefaultSavePlanner, with an item for each part."""
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[part for item in plan.items for part in self._parts(item)])
+        return self.plan
+
+    def _parts(self, item: WriteItem) -> list[WriteItem]:
+        if item.index.fqn not in self._cuts or item.tensor_data is None:
+            return [item]
+        dim, number = self._cuts[item.index.fqn]
+        sizes = list(item.tensor_data.size)
+        sizes[dim] //= number
+        parts = []
+        for part in range(number):
+            offsets = [0] * len(sizes)
+            offsets[dim] = part * sizes[dim]
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            index = replace(item.index, offset=chunk.offsets, index=part)
+            data = replace(item.tensor_data, chunk=chunk)
+            parts.append(replace(item, index=index, type=WriteItemType.SHARD, tensor_data=data))
+        return parts
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The tensor, or its part."""
+        key = write_item.index.fqn
+        if self._whole is None or self._whole[0] != key:
+            self._whole = key, self._read(key)
+        tensor = self._whole[1]
+        if key not in self._cuts or write_item.tensor_data is None:
+            self._whole = None
+            return tensor.contiguous()
+        chunk, (dim, _) = write_item.tensor_data.chunk, self._cuts[key]
+        return tensor.narrow(dim, chunk.offsets[dim], chunk.sizes[dim]).clone()
 
 
 class SafeReader(dcp.FileSystemReader):
