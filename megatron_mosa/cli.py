@@ -105,6 +105,10 @@ def checkpoint_import(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="hf: a folder; mosa-pytorch: a layer's state dict.")],
     target: Target,
     source: Annotated[str, typer.Option("--from", metavar="hf|mosa-pytorch", help="The format to read.")],
+    add_mosa_heads: Annotated[
+        int, typer.Option("--add-mosa-heads", min=0, help="hf: fresh MoSA heads in each layer of a model without any.")
+    ] = 0,
+    sparsity: Annotated[float, typer.Option("--sparsity", help="hf: rho of the added heads; k = T / rho.")] = 16.0,
     other_heads: Annotated[
         str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: what the other heads are.")
     ] = "dense",
@@ -121,7 +125,7 @@ def checkpoint_import(
     from megatron_mosa.checkpoint.upstream import import_layer
 
     if source == "hf":
-        import_hf(path, target, force=force)
+        import_hf(path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
     elif source == "mosa-pytorch":
         import_layer(path, target, other_heads=other_heads, prefix=prefix, force=force)
     else:

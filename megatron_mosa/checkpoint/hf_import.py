@@ -9,21 +9,26 @@ import torch
 from torch import Tensor
 
 from megatron_mosa import __version__
+from megatron_mosa.checkpoint.added_heads import WithMosaHeads
 from megatron_mosa.checkpoint.format import Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
-from megatron_mosa.checkpoint.opened import HuggingFaceModel
+from megatron_mosa.checkpoint.opened import HuggingFaceModel, Opened
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import UserError
 
 
-def import_hf(path: Path, target: Path, *, force: bool = False) -> None:
+def import_hf(
+    path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
+) -> None:
     """Write the weights of an exported model, or of a Llama, as a checkpoint to start from; one tensor at a time.
 
     Args:
         path: a folder with config.json and safetensors.
         target: a folder that is not there.
+        add_mosa_heads: fresh ones in each layer of a model without any; 0: none.
+        sparsity: rho, of these.
         force: replace a model that lies at ``target``.
 
     Raises:
@@ -36,14 +41,16 @@ def import_hf(path: Path, target: Path, *, force: bool = False) -> None:
         raise UserError(f"'{path}' is a {kind.value}; legal: a {Kind.HUGGING_FACE.value}")
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
-        _import(folder, target)
+        model: Opened = HuggingFaceModel.open(folder)
+        if add_mosa_heads:
+            model = WithMosaHeads.of(model, add_mosa_heads, sparsity)
+        _import(model, target)
 
 
-def _import(folder: Path, target: Path) -> None:
-    model = HuggingFaceModel.open(folder)
+def _import(model: Opened, target: Path) -> None:
     with publishing(target) as writing:
         _write(model, writing)
-        write_metadata(_metadata(model.config, model.vocab_rows, folder), writing)
+        write_metadata(_metadata(model.config, model.vocab_rows, model.path), writing)
         write_manifest(writing, digests(writing, files_below(writing)))
     parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
@@ -52,7 +59,7 @@ def _import(folder: Path, target: Path) -> None:
     )
 
 
-def _write(model: HuggingFaceModel, writing: Path) -> None:
+def _write(model: Opened, writing: Path) -> None:
     from megatron_mosa.data.shards import progress
 
     infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}

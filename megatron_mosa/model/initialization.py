@@ -65,11 +65,17 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
             partition = partition_of(parameter)
             if partition is not None:
                 shape[partition.dim] *= size
-            weight = torch.empty(shape)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed_of(seed, f"{module_name}.{name}"))
-                _initialiser(module, name, model.config)(weight)
+            weight = draw(seed, f"{module_name}.{name}", tuple(shape), _initialiser(module, name, model.config))
             yield parameter, weight if partition is None else partition.part_of(weight, rank, size)
+
+
+def draw(seed: int, name: str, shape: tuple[int, ...], initialise: Initialiser) -> Tensor:
+    """The initial value, fp32, of the parameter of that global name and shape."""
+    weight = torch.empty(shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed_of(seed, name))
+        initialise(weight)
+    return weight
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -181,3 +181,27 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
     (damaged / "state" / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(UserError, match=r"is damaged: state/__0_0.distcp has 0 bytes"):
         find_initial_weights(damaged, model.config, identity, reads_all=False)
+
+
+def test_fresh_mosa_heads_change_nothing_until_they_learn(trained: dict[str, Trained], tmp_path: Path) -> None:
+    export_hf(trained["dense"].checkpoint, tmp_path / "dense", checks_logits=False)
+    import_hf(tmp_path / "dense", tmp_path / "hybrid", add_mosa_heads=6, sparsity=4.0)
+    source = Source.open(tmp_path / "hybrid", read_metadata(tmp_path / "hybrid"))
+    assert (source.config.mosa.num_heads, source.config.mosa.sparsity) == (6, 4.0)
+    model = trained["dense"]
+    found = megatron_logits(source.config, source.vocab_rows, source.read, model.tokens)
+    torch.testing.assert_close(found, model.logits, rtol=0, atol=1e-5)
+    heads = "decoder.layers.1.self_attention.mosa_heads."
+    for name, bound in (("router_weight", 24**-0.5), ("qkv_weight", 24**-0.5)):  # 1 / sqrt(h), 1 / sqrt(3h')
+        weight = source.read(heads + name)
+        assert 0.8 * bound < weight.abs().max() <= bound and not torch.equal(
+            weight, source.read(heads.replace("1", "0") + name)
+        )
+    assert not source.read(heads + "proj_weight").any()
+    for options, message in ((dict(sparsity=0.5), "sparsity"), (dict(add_mosa_heads=-1), "num_heads")):
+        with pytest.raises(UserError, match=message):
+            import_hf(tmp_path / "dense", tmp_path / "no", **{"add_mosa_heads": 2} | options)
+    export_hf(trained["pure"].checkpoint, tmp_path / "pure", checks_logits=False)
+    with pytest.raises(UserError, match="has MoSA heads; leave the option out"):
+        import_hf(tmp_path / "pure", tmp_path / "no", add_mosa_heads=2)
+    assert not (tmp_path / "no").exists()
