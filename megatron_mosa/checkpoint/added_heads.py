@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from megatron_mosa.checkpoint.logits import one_process
 from megatron_mosa.checkpoint.opened import Opened
 from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from megatron_mosa.attention.heads import PartitionedHeads
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class WithMosaHeads:
         """
         if model.config.mosa.num_heads:
             raise UserError(f"--add-mosa-heads={heads}: '{model.path}' has MoSA heads; leave the option out")
-        tree = config_to_dict(
-            replace(model.config, mosa=replace(model.config.mosa, num_heads=heads, sparsity=sparsity))
-        )
-        config = config_from_dict(tree)  # checks it
-        return cls(model, config, model_weights(config, model.vocab_rows))
+        from megatron_mosa.model import build_empty_model
+
+        mosa = replace(model.config.mosa, num_heads=heads, sparsity=sparsity)
+        config = config_from_dict(config_to_dict(replace(model.config, mosa=mosa)))  # checks it
+        one_layer = replace(config, model=replace(config.model, num_layers=1))
+        with one_process(one_layer):
+            modules = dict(build_empty_model(one_layer, model.vocab_rows).named_modules())
+        initialisers = cast("PartitionedHeads", modules["decoder.layers.0.self_attention.mosa_heads"]).initialisers
+        return cls(model, config, model_weights(config, model.vocab_rows), initialisers)
 
     @property
     def path(self) -> Path:

@@ -30,6 +30,8 @@ class ForkedRuns:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.pop(name, None)  # of process groups that other tests had in this process
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.integration.fork_server"], cwd=runner.folder, text=True,
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -52,6 +54,11 @@ class ForkedRuns:
     def exit_code(self) -> int:
         """Of the run that was started last."""
         return int(self._answer())
+
+    def finish(self, name: str) -> None:
+        """Start or go on, to the end."""
+        self.start(name)
+        assert self.exit_code() == 0, (self.runner.folder / f"{name}.log").read_text()[-3000:]
 
     def _answer(self) -> str:
         assert self.server.stdout is not None
@@ -90,8 +97,7 @@ def wait_for_a_save(checkpoints: Path, since: int) -> None:
 
 
 def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner, runs: ForkedRuns) -> None:
-    runs.start("undisturbed")
-    assert runs.exit_code() == 0
+    runs.finish("undisturbed")
     checkpoints = runner.folder / "runs" / "killed" / "checkpoints"
     moments = random.Random(0)
     half_written, kept = 0, []
@@ -107,8 +113,7 @@ def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner, runs: Fo
         kept.append(published(checkpoints))
         half_written += bool(list(checkpoints.glob(".writing-*")))
     assert half_written >= KILLS // 4  # else the moments were none of a save
-    runs.start("killed")
-    assert runs.exit_code() == 0
+    runs.finish("killed")
     log = (runner.folder / "killed.log").read_text()
     assert [int(step) for step in re.findall(r"resumed from \S*step-(\d+)", log)] == [step for step in kept if step]
     assert "damaged" not in log
