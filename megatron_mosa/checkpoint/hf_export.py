@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mosa.checkpoint.card import model_card
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import (
     MOST_KL,
     exported_logits,
@@ -65,9 +65,7 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not legal; legal: {', '.join(DTYPES)}")
-    checkpoint, kind = find_model(path)
-    if kind is not Kind.OURS:
-        raise UserError(f"'{path}' is a {kind.value}; legal: a {Kind.OURS.value}, or a run directory")
+    checkpoint = find_model_of(Kind.OURS, path)
     refuse_target(target, checkpoint, force=force)
     with naming_damage(checkpoint):
         metadata = read_metadata(checkpoint)

@@ -11,12 +11,11 @@ from torch import Tensor
 from megatron_mosa import __version__
 from megatron_mosa.checkpoint.added_heads import WithMosaHeads
 from megatron_mosa.checkpoint.format import Metadata, write_metadata
-from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
 from megatron_mosa.checkpoint.opened import HuggingFaceModel, Opened
 from megatron_mosa.config import Config, config_to_dict
-from megatron_mosa.errors import UserError
 
 
 def import_hf(
@@ -36,9 +35,7 @@ def import_hf(
             another shape, a target that is taken.
         RunError: a damaged file, or one that the file system does not take.
     """
-    folder, kind = find_model(path)
-    if kind is not Kind.HUGGING_FACE:
-        raise UserError(f"'{path}' is a {kind.value}; legal: a {Kind.HUGGING_FACE.value}")
+    folder = find_model_of(Kind.HUGGING_FACE, path)
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
         model: Opened = HuggingFaceModel.open(folder)

@@ -61,6 +61,19 @@ def find_model(path: Path) -> tuple[Path, Kind]:
     )
 
 
+def find_model_of(kind: Kind, path: Path) -> Path:
+    """The folder meant by a path, as ``find_model``, if it is of that kind.
+
+    Raises:
+        UserError: there is none, or one of another kind.
+    """
+    folder, found = find_model(path)
+    if found is not kind:
+        legal = f"a {kind.value}" + (", or a run directory" if kind is Kind.OURS else "")
+        raise UserError(f"'{path}' is a {found.value}; legal: {legal}")
+    return folder
+
+
 def refuse_target(target: Path, source: Path, *, force: bool) -> None:
     """Refuse a place that is taken, or cannot be written.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata, write_metadata
-from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import one_process
 from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import write_state_offline
@@ -38,9 +38,7 @@ def reshard(
         RunError: the checkpoint is damaged.
         StorageError: the file system does not take it.
     """
-    folder, kind = find_model(path)
-    if kind is not Kind.OURS:
-        raise UserError(f"'{path}' is a {kind.value}; legal: a {Kind.OURS.value}, or a run directory")
+    folder = find_model_of(Kind.OURS, path)
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
         metadata = read_metadata(folder)
