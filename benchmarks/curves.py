@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,9 @@ def main(
     """Train three times, and compare."""
     if not torch.cuda.is_available():
         raise SystemExit("error: no GPU; the kernels are compared where they run")
-    curves = {name: losses(*which, steps, precision, directory) for name, which in RUNS.items()}
+    with ThreadPoolExecutor() as pool:  # side by side: what is compared are losses, not times
+        runs = {name: pool.submit(losses, *which, steps, precision, directory) for name, which in RUNS.items()}
+        curves = {name: run.result() for name, run in runs.items()}
     about = facts(f"python -m benchmarks.curves --steps {steps} --precision {precision}")
     text = f"# Training on both backends, {precision}, on {about['card']}\n\n{json.dumps(about)}\n\n{table(curves)}\n"
     output.mkdir(parents=True, exist_ok=True)

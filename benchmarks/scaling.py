@@ -54,7 +54,7 @@ def measure_series(points: list[tuple[float, Shape]]) -> list[dict[str, Any]]:
 
 
 def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Milliseconds over the variable, measured and as the FLOPs grow from the first point."""
+    """Milliseconds over the variable: measured, and as FLOPs would cost at the rate of the slowest point."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 4))
@@ -64,7 +64,9 @@ def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
             continue
         values, times = [p["value"] for p in points], [p["both"]["milliseconds"] for p in points]
         axis.loglog(values, times, "o-", label="measured")
-        axis.loglog(values, [times[0] * p["flops"] / points[0]["flops"] for p in points], "--", label="as FLOPs")
+        most = max(points, key=lambda point: point["both"]["milliseconds"])
+        rate = most["both"]["milliseconds"] / most["flops"]
+        axis.loglog(values, [rate * p["flops"] for p in points], "--", label="as FLOPs")
         axis.set(xlabel=name, ylabel="ms, forward and backward")
         axis.legend()
     figure.tight_layout()

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.offline import SafeReader, is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.parallel import partition_of, tensor_parallel_group
+from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
@@ -66,9 +67,29 @@ class Metadata:
         return self.format_version >= 2
 
 
-def snapshot(engine: TrainingEngine) -> dict[str, Tensor]:
-    """The engine's state in host memory, as DTensors of global shape, to be written at leisure; collective."""
-    return global_view(engine.module, engine.state())
+def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
+    """This rank's share of the engine's state in host memory, to be written at leisure; collective.
+
+    Args:
+        memory: where it is copied to; whoever gives it waits until the snapshot before has been written.
+
+    Returns:
+        DTensors of global shape.
+    """
+    return global_view(engine.module, engine.state(_own_share(engine.module), memory.copy))
+
+
+def _own_share(model: torch.nn.Module) -> set[str]:
+    """Parameters such that every data-parallel rank has about as many numbers to copy and to write as any other."""
+    group = data_parallel_group()
+    loads, mine = [0] * group.size(), set()
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += size
+        if rank == group.rank():
+            mine.add(name)
+    return mine
 
 
 def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None) -> None:

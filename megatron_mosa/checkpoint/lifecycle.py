@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from megatron_mosa.checkpoint.format import (
     write_metadata,
     write_state,
 )
+from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, sync, write_manifest
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.errors import StorageError, UserError
@@ -56,6 +57,8 @@ class CheckpointStore:
         self.keep_permanent = keep_permanent
         self._writer: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
+        self._memory = HostMemory()
+        self._saving: Future[Path] | None = None
 
     @classmethod
     def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
@@ -114,13 +117,17 @@ class CheckpointStore:
     def begin_save(self, engine: TrainingEngine, metadata: Metadata) -> Future[Path]:
         """Copy the state to host memory and let a thread publish it; collective.
 
-        Saves follow each other in the order they were begun. The result is what ``save`` returns or raises.
+        One save at a time: the next waits until the one before has come to its end. The result is what ``save`` returns
+        or raises.
         """
         if self._writer is None:
             # A group of its own: its collectives run beside those of training.
             self._writer = ThreadPoolExecutor(1, "checkpoint")
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        return self._writer.submit(self._publish, snapshot(engine), metadata)
+        if self._saving is not None:
+            wait([self._saving])  # its state lies in the memory that this one's takes
+        self._saving = self._writer.submit(self._publish, snapshot(engine, self._memory), metadata)
+        return self._saving
 
     def close(self) -> None:
         """Wait for what is being saved; before the process groups go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine.optimizer import adamw, set_state, step_count
-from megatron_mosa.engine.protocol import Batch, StepResult
+from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
@@ -121,11 +121,15 @@ class DeepSpeedEngine:
         """How many times the optimizer has stepped (Adam's bias correction counts from it)."""
         return step_count(self._optimizer, self._zero.optimised_tensors()[0])
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
         """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
 
         Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names. A collective:
-        every rank must call it. The tensors are on the CPU.
+        every rank must call it.
+
+        Args:
+            names: the parameters whose state this rank takes; all of them by default.
+            copy: takes each tensor to host memory, on the current stream.
         """
         if not self.optimizer_step():
             self._allocate_moments(0)
@@ -133,7 +137,11 @@ class DeepSpeedEngine:
         state = {}
         for name, parameter in self.module.named_parameters():
             for key, moment in _KEYS.items():
-                state[f"{key}.{name}"] = self._zero.read(parameter, moment).detach().to("cpu", torch.float32)
+                tensor = self._zero.read(parameter, moment).detach()
+                if names is None or name in names:
+                    state[f"{key}.{name}"] = copy(f"{key}.{name}", tensor)
+        if self.layout.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         return state
 
     def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:

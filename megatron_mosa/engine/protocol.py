@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,14 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 """tokens, labels (int64), loss_mask (fp32), and document_starts (int64) where attention stays inside documents; each
 [micro-batch, T]."""
+
+CopyToHost = Callable[[str, Tensor], Tensor]
+"""A copy in host memory, fp32, of the tensor of that key. One from a GPU may be under way until its stream is done."""
+
+
+def to_host(key: str, tensor: Tensor) -> Tensor:
+    """A copy in memory of its own."""
+    return tensor.to("cpu", torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class TrainingEngine(Protocol):
         """How many times the optimizer has stepped."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Master weights and moments, whole over data-parallel ranks."""
+    def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
+        """Master weights and moments of some or all parameters, whole over data-parallel ranks."""
         ...
 
     def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:

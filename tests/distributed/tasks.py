@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
+from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, optimizer
@@ -136,7 +137,7 @@ def write_seed_checkpoint(config: Config, path: Path) -> None:
     """Write the engine's state before any step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
-        write_state(snapshot(engine), path, None)
+        write_state(snapshot(engine, HostMemory()), path, None)
         engine.destroy()
 
 
@@ -146,10 +147,19 @@ def save_after_training(config: Config, path: Path) -> float:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         for step in range(2):
             engine.train_step(micro_batches(config, layout, step), 1e-3)
-        write_state(snapshot(engine), path, None)
+        write_state(snapshot(engine, HostMemory()), path, None)
         loss = engine.train_step(micro_batches(config, layout, 2), 1e-3).loss
         engine.destroy()
     return loss
+
+
+def snapshot_sizes(config: Config) -> tuple[int, int]:
+    """Numbers in this rank's snapshot, and in the whole state of its tensor-parallel rank."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        share, whole = snapshot(engine, HostMemory()), engine.state()
+        engine.destroy()
+    return sum(t.to_local().numel() for t in share.values()), sum(t.numel() for t in whole.values())  # type: ignore
 
 
 def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:

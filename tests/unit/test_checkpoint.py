@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata
+from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
 from megatron_mosa.errors import UserError
 
@@ -139,3 +141,14 @@ def test_what_stays(
     (tmp_path / ".writing-step-00000024").mkdir()  # left by a run that was killed
     CheckpointStore(tmp_path, 2, permanent_interval, keep_permanent)._prune()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in stay]
+
+
+def test_host_memory_keeps_a_place_for_each_key() -> None:
+    memory, generator = HostMemory(), torch.Generator().manual_seed(0)
+    first = {f"{n}": torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (5, 1000, 1, 70)}
+    copies = {key: memory.copy(key, tensor) for key, tensor in first.items()}
+    assert all(torch.equal(copies[key], tensor.float()) for key, tensor in first.items())
+    assert all(copy.untyped_storage().nbytes() == 4 * copy.numel() for copy in copies.values())
+    again = {key: memory.copy(key, -tensor) for key, tensor in first.items()}
+    assert all(torch.equal(again[key], -tensor.float()) for key, tensor in first.items())
+    assert all(again[key].data_ptr() == copy.data_ptr() for key, copy in copies.items())
