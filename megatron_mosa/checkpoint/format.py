@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.offline import SafeReader, is_storage_failure
+from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader, is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
@@ -79,16 +79,22 @@ def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
     return global_view(engine.module, engine.state(_own_share(engine.module), memory.copy))
 
 
-def _own_share(model: torch.nn.Module) -> set[str]:
-    """Parameters such that every data-parallel rank has about as many numbers to copy and to write as any other."""
+def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
+    """Get the memory that the first snapshot will take."""
+    share = _own_share(engine.module).items()
+    memory.reserve({f"{kind}.{name}": size for name, size in share for kind in ("model", *MOMENTS)})
+
+
+def _own_share(model: torch.nn.Module) -> dict[str, int]:
+    """Parameters, and their sizes, such that every data-parallel rank has about as many numbers to write."""
     group = data_parallel_group()
-    loads, mine = [0] * group.size(), set()
+    loads, mine = [0] * group.size(), {}
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         rank = loads.index(min(loads))
         loads[rank] += size
         if rank == group.rank():
-            mine.add(name)
+            mine[name] = size
     return mine
 
 

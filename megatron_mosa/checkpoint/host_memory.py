@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,18 +21,23 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
+        self._places: dict[str, Tensor] = {}
         self._rest = np.empty(0, dtype=np.float32)
         self._size = 0
 
+    def reserve(self, sizes: Mapping[str, int]) -> None:
+        """Get the memory of tensors, by key and number of elements, that will be copied later."""
+        for key, size in sizes.items():
+            if key not in self._places:
+                self._places[key] = self._place(size)
+
     def copy(self, key: str, tensor: Tensor) -> Tensor:
-        """Begin to copy a tensor to the place that ``key`` has had since its first copy.
+        """Begin to copy a tensor to the place that ``key`` has had since it was first heard of.
 
         A copy from a GPU is done when the current stream is.
         """
-        if key not in self._tensors:
-            self._tensors[key] = self._place(tensor.numel()).view(tensor.shape)
-        return self._tensors[key].copy_(tensor, non_blocking=True)
+        self.reserve({key: tensor.numel()})
+        return self._places[key].view(tensor.shape).copy_(tensor, non_blocking=True)
 
     def _place(self, numbers: int) -> Tensor:
         taken = -(-numbers // _ALIGNED) * _ALIGNED

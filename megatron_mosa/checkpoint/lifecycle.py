@@ -7,7 +7,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor
 from torch import distributed as dist
@@ -16,6 +16,7 @@ from megatron_mosa.checkpoint.format import (
     Metadata,
     read_metadata,
     read_state,
+    reserve,
     snapshot,
     write_metadata,
     write_state,
@@ -58,7 +59,7 @@ class CheckpointStore:
         self._writer: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._memory = HostMemory()
-        self._saving: Future[Path] | None = None
+        self._last: Future[Any] | None = None
 
     @classmethod
     def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
@@ -114,20 +115,28 @@ class CheckpointStore:
         """
         return self.begin_save(engine, metadata).result()
 
+    def prepare(self, engine: TrainingEngine) -> None:
+        """Get the host memory of saves in the thread that will write them, while training begins; collective."""
+        self._last = self._start_writer().submit(reserve, engine, self._memory)
+
     def begin_save(self, engine: TrainingEngine, metadata: Metadata) -> Future[Path]:
         """Copy the state to host memory and let a thread publish it; collective.
 
         One save at a time: the next waits until the one before has come to its end. The result is what ``save`` returns
         or raises.
         """
+        writer = self._start_writer()
+        if self._last is not None:
+            wait([self._last])  # its state lies in the memory that this one's takes
+        saving = self._last = writer.submit(self._publish, snapshot(engine, self._memory), metadata)
+        return saving
+
+    def _start_writer(self) -> ThreadPoolExecutor:
         if self._writer is None:
             # A group of its own: its collectives run beside those of training.
             self._writer = ThreadPoolExecutor(1, "checkpoint")
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        if self._saving is not None:
-            wait([self._saving])  # its state lies in the memory that this one's takes
-        self._saving = self._writer.submit(self._publish, snapshot(engine, self._memory), metadata)
-        return self._saving
+        return self._writer
 
     def close(self) -> None:
         """Wait for what is being saved; before the process groups go."""

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.errors import StorageError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -77,7 +79,7 @@ class StateReader:
     @property
     def has_optimizer_state(self) -> bool:
         """Whether there are Adam's moments for every weight."""
-        return all(f"{moment}.{name}" in self.tensors for name in self.weights for moment in ("exp_avg", "exp_avg_sq"))
+        return all(f"{moment}.{name}" in self.tensors for name in self.weights for moment in MOMENTS)
 
     def read(self, key: str) -> Tensor:
         """One whole tensor, put together of the parts that the ranks wrote.

@@ -38,6 +38,11 @@ class Checkpointing(Callback):
         self.data = data
         self.saving: _Save | None = None
 
+    def on_start(self, trainer: Trainer) -> None:
+        """Get ready, beside the first steps."""
+        if trainer.state.step < trainer.last_step:
+            self.store.prepare(trainer.engine)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save if it is time; say what became of the save before."""
         if self.saving is not None and self.saving.outcome.done():
@@ -77,8 +82,9 @@ class Checkpointing(Callback):
                 raise StorageError(f"{what}; make room and start the run again") from None
             self.writers.note(f"{what}; the run goes on")
         else:
-            waited = saving.copied + time.perf_counter() - waiting
-            self.writers.note(f"checkpoint {path} (training waited {waited:.2f} s)")
+            written = time.perf_counter() - waiting
+            waited = f"{saving.copied:.2f} s for the copy in memory, {written:.2f} s for the disk"
+            self.writers.note(f"checkpoint {path} (training waited {waited})")
 
     def _metadata(self, trainer: Trainer) -> Metadata:
         return Metadata(
