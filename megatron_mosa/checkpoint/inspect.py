@@ -1,16 +1,19 @@
-"""What a folder holds, told without loading it: a checkpoint of ours, a Hugging Face folder, DeepSpeed's."""
+"""What a folder holds, told without loading it: a checkpoint of ours or another program's, a Hugging Face folder."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model
+from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
 from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.weights import partition_keys
+from megatron_mosa.data.shards import progress
 from megatron_mosa.errors import RunError
 
 
@@ -25,7 +28,13 @@ def inspect(path: Path, *, full: bool = False) -> None:
         RunError: the model is damaged; what is wrong with it is printed, too.
     """
     folder, kind = find_model(path)
-    tell = {Kind.OURS: _ours, Kind.HUGGING_FACE: _hugging_face, Kind.DEEPSPEED: _deepspeed}[kind]
+    tell = {
+        Kind.OURS: _ours,
+        Kind.HUGGING_FACE: _hugging_face,
+        Kind.DEEPSPEED: _deepspeed,
+        Kind.TORCH_DIST: _torch_dist,
+        Kind.STATE_DICT: _safetensors,
+    }[kind]
     facts = {"path": str(folder), "kind": kind.value}
     damage = None
     try:
@@ -70,6 +79,11 @@ def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None
     """Add facts; return what is wrong."""
     content = read_json(folder / "config.json")
     facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
+    return _safetensors(folder, facts, full)
+
+
+def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts; return what is wrong."""
     has_manifest = (folder / MANIFEST).is_file()
     damage = find_damage(folder, reads_all=full) if has_manifest else None
     if damage is None:
@@ -92,6 +106,23 @@ def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
         facts[f"{what} ranks"] = str(len(ranks))
     facts["health"] = "not checked: DeepSpeed keeps no hashes" + (", --full has nothing to compare" if full else "")
+    return None
+
+
+def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts, of the index alone unless ``full``; return what is wrong."""
+    iteration = cast(Path, torch_dist_iteration(folder))
+    facts["iteration"] = iteration.name
+    state = StateReader(iteration, "")
+    weights, optimizer = partition_keys(state.tensors)
+    facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
+    facts["types"] = ", ".join(sorted({str(state.tensors[key].dtype).removeprefix("torch.") for key in weights}))
+    facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
+    if full:
+        with progress(None, "comparing checksums") as bar:
+            if damage := state.find_change(state.tensors.keys(), bar.update):
+                return damage
+    facts["health"] = "all tensors are what was written (checksums)" if full else "not checked (--full: checksums)"
     return None
 
 

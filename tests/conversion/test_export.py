@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_mosa.checkpoint import hf_export
+from megatron_mosa.checkpoint import hf_export, safetensors_folder
 from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.hf_import import import_hf
+from megatron_mosa.checkpoint.imported import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence
 from megatron_mosa.checkpoint.manifest import digests, files_below
 from megatron_mosa.cli import main
@@ -134,7 +134,7 @@ def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str
 def test_bfloat16_and_shards(
     trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hf_export, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_folder, "_SHARD_BYTES", 20_000)
     export_hf(trained["pure"].checkpoint.parents[1], tmp_path / "out", dtype="bfloat16")
     assert "nats, on a fixed batch in fp32" in capsys.readouterr().out
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
