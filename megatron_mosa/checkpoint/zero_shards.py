@@ -144,7 +144,7 @@ class ZeroShards:
         groups = _of(_of(self._load(name), "optimizer_state_dict"), self._groups_key)
         if not all(isinstance(group, Tensor) and group.dim() == 1 for group in groups):
             raise DamagedError(f"{name}: {self._groups_key} are no vectors")
-        return groups
+        return [group.detach() for group in groups]
 
     def _part(self, part: Range) -> Tensor:
         return self._groups(part.rank)[part.group][part.start : part.stop]
