@@ -12,9 +12,12 @@ from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, to
 from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.saved_objects import find_change
 from megatron_mosa.checkpoint.weights import partition_keys
 from megatron_mosa.data.shards import progress
 from megatron_mosa.errors import RunError
+
+_UNCHECKED = "not checked (--full: checksums)"
 
 
 def inspect(path: Path, *, full: bool = False) -> None:
@@ -95,7 +98,7 @@ def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 
 def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts, all from names: the files are pickles, and are not opened."""
+    """Add facts, all from names: the files are pickles, and are not unpickled; return what is wrong."""
     tags = deepspeed_tags(folder)
     latest = folder / "latest"
     facts["tags"] = ", ".join(tag.name for tag in tags)
@@ -105,7 +108,17 @@ def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     for what, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
         facts[f"{what} ranks"] = str(len(ranks))
-    facts["health"] = "not checked: DeepSpeed keeps no hashes" + (", --full has nothing to compare" if full else "")
+    damage = _changed_files(tags[-1]) if full else None
+    facts["health"] = f"all files of {tags[-1].name} are what was written (checksums)" if full else _UNCHECKED
+    return damage
+
+
+def _changed_files(folder: Path) -> str | None:
+    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "comparing checksums") as bar:
+        for file in sorted(folder.glob("*.pt")):
+            with file.open("rb") as stream:
+                if change := find_change(stream, bar.update):
+                    return f"{file.name} {change}"
     return None
 
 
@@ -122,7 +135,7 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
         with progress(None, "comparing checksums") as bar:
             if damage := state.find_change(state.tensors.keys(), bar.update):
                 return damage
-    facts["health"] = "all tensors are what was written (checksums)" if full else "not checked (--full: checksums)"
+    facts["health"] = "all tensors are what was written (checksums)" if full else _UNCHECKED
     return None
 
 

@@ -18,7 +18,7 @@ _SAME = {
     "ffn_hidden_size": ("model", "ffn_hidden_size"),
     "kv_channels": ("model", "head_dim"),
     "normalization": ("model", "normalization"),
-    "norm_epsilon": ("model", "layernorm_epsilon"),
+    "layernorm_epsilon": ("model", "layernorm_epsilon"),
     "rotary_percent": ("model", "rotary_percent"),
     "rotary_base": ("model", "rotary_base"),
     "init_method_std": ("model", "init_method_std"),
@@ -35,6 +35,8 @@ _FIXED: dict[str, Any] = {
     "qk_l2_norm": False,
     "multi_latent_attention": False,
     "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
     "use_rope_scaling": False,
@@ -43,8 +45,13 @@ _FIXED: dict[str, Any] = {
     "openai_gelu": False,
     "onnx_safe": None,
     "window_size": None,
+    "softmax_scale": None,
     "softmax_type": "vanilla",
     "attention_output_gate": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "linear_attention_freq": None,
+    "use_mup": False,
     "no_rope_freq": None,
     "heterogeneous_layers_config_path": None,
     "experimental_attention_variant": None,
@@ -76,6 +83,7 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
         **values
         | _FIXED
         | {
+            "norm_epsilon": config.model.layernorm_epsilon,
             "ffn_hidden_size": config.model.ffn_hidden_size or 4 * config.model.hidden_size,
             "group_query_attention": groups is not None,
             "num_query_groups": groups or 1,  # Megatron-LM's default, which counts with group_query_attention alone
@@ -103,10 +111,12 @@ def from_megatron_args(args: Namespace, vocab_rows: int) -> Config:
         UserError: an argument that is missing or has no counterpart here.
     """
     theirs = vars(args)
+    if "norm_epsilon" in theirs:  # as Megatron-LM called it before megatron-core 0.19
+        theirs = theirs | {"layernorm_epsilon": theirs["norm_epsilon"]}
     for key, legal in _FIXED.items():
         value = theirs.get(key, None if key in _EXPLICIT else legal)
         if value != legal and value not in _ALIKE.get(key, ()):
-            raise UserError(f"common.pt: args.{key}={value} has no counterpart here; legal: {legal}")
+            raise UserError(f"args.{key}={value} has no counterpart here; legal: {legal}")
     try:
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {"num_heads": 0}, "data": {}}
         for key, (section, name) in _SAME.items():
@@ -120,5 +130,5 @@ def from_megatron_args(args: Namespace, vocab_rows: int) -> Config:
         if theirs.get("group_query_attention"):
             tree["model"]["num_query_groups"] = theirs["num_query_groups"]
     except KeyError as error:
-        raise UserError(f"common.pt: args.{error.args[0]} is missing; it is no GPT that can be imported") from None
+        raise UserError(f"args.{error.args[0]} is missing; it is no GPT that can be imported") from None
     return model_config(tree)

@@ -109,6 +109,21 @@ class StateReader:
             raise DamagedError(f"{', '.join(files)}: '{key}' cannot be read ({_cause(error)})") from None
         return tensor
 
+    def read_bytes(self, key: str) -> bytes | None:
+        """What is kept under a key that is no tensor's; None: there is no such key.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        for index, info in self._metadata.storage_data.items():
+            if index.fqn == key:
+                try:
+                    with (Path(self._reader.path) / info.relative_path).open("rb") as file:
+                        return BufferedReader(Window(file, info.offset, info.length)).read()
+                except OSError as error:
+                    raise DamagedError(f"{self._file(info)} cannot be read ({error.strerror})") from None
+        return None
+
     def find_change(self, keys: Collection[str], advance: Callable[[int], object]) -> str | None:
         """What is wrong with the parts of some tensors by their checksums, as ``saved_objects.find_change``."""
         for index, info in self._metadata.storage_data.items():

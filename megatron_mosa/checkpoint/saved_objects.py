@@ -6,6 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Collection
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,33 +32,36 @@ class StandIn:
         """What a pickle would set stays unset."""
 
 
-def load_saved(path: Path, harmless: Collection[str], known: Collection[type] = ()) -> dict[str, Any]:
-    """The object of a file of torch.save, its tensors mapped from the file.
+def load_saved(file: Path | BytesIO, name: str, harmless: Collection[str], known: Collection[type] = ()) -> Any:
+    """The object that torch.save wrote; tensors of a file are mapped from it.
 
     Args:
-        path: the file.
-        harmless: full names of classes whose objects become a ``StandIn``.
+        file: where it lies.
+        name: what to call it in errors.
+        harmless: full names of classes, or with a dot at the end of packages, whose objects become a ``StandIn``.
         known: classes whose objects are made.
 
     Raises:
-        DamagedError: it cannot be read, holds no dictionary, or asks for another class, which is not even imported.
+        DamagedError: it cannot be read, or asks for another class or function, which is not even imported.
     """
-    allowed = [*known, *((StandIn, name) for name in harmless)]
+    prefixes = tuple(entry for entry in harmless if entry.endswith("."))
     try:
-        with safe_globals(allowed):
-            if unsafe := sorted(get_unsafe_globals_in_checkpoint(path)):
-                raise DamagedError(f"{path.name} asks for {unsafe[0]}: refused, nothing of it was run")
-            content = torch.load(path, "cpu", weights_only=True, mmap=True)
+        with safe_globals([*known]):
+            asked = get_unsafe_globals_in_checkpoint(file)
+        stand_ins = [entry for entry in asked if entry in harmless or entry.startswith(prefixes)]
+        if refused := sorted(set(asked) - set(stand_ins)):
+            raise DamagedError(f"{name} asks for {refused[0]}: refused, nothing of it was run")
+        if isinstance(file, BytesIO):
+            file.seek(0)
+        with safe_globals([*known, *((StandIn, entry) for entry in stand_ins)]):
+            return torch.load(file, "cpu", weights_only=True, mmap=isinstance(file, Path))
     except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read ({error.strerror})") from None
+        raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
     except DamagedError:
         raise
     except Exception as error:  # whatever a broken archive or pickle makes of itself
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DamagedError(f"{path.name} is damaged, or no file of torch.save ({lines[0]})") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path.name} holds a {type(content).__name__}, no dictionary")
-    return content
+        raise DamagedError(f"{name} is damaged, or was not written by torch.save ({lines[0]})") from None
 
 
 class Window(io.RawIOBase):

@@ -1,8 +1,9 @@
 """A GPT in Megatron-LM's ``torch_dist`` format, opened: torch's distributed checkpoint, with arguments beside it.
 
 A folder ``iter_0000100`` has the index (``.metadata``) and files (``__0_0.distcp``, ...) of torch's, ``metadata.json``
-with the format's version, and ``common.pt`` with what is no tensor: ``args``, ``iteration`` and more. Beside it
-``latest_checkpointed_iteration.txt`` names the newest. Keys of weights are those of ``GPTModel.sharded_state_dict``.
+with the format's version, and ``common.pt`` with what is no tensor: ``args``, ``iteration`` and more. (Megatron-core
+0.19 keeps that in the files of torch's, too.) Beside it ``latest_checkpointed_iteration.txt`` names the newest. Keys of
+weights are those of ``GPTModel.sharded_state_dict``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import cast
 
@@ -26,21 +28,12 @@ from megatron_mosa.checkpoint.weights import Weight, model_weights, partition_ke
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
 
-BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_FILE = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
 _HARMLESS = (
     "_io.BytesIO",
-    "megatron.core.enums.ModelType",
-    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    "megatron.core.rerun_state_machine.RerunDiagnostic",
-    "megatron.core.rerun_state_machine.RerunMode",
-    "megatron.core.rerun_state_machine.RerunState",
-    "megatron.core.transformer.enums.AttnBackend",
-    "megatron.core.transformer.enums.CudaGraphScope",
+    "megatron.",
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
     "numpy.dtype",
@@ -84,9 +77,9 @@ class TorchDistModel:
             DamagedError: a file is missing, damaged, or would run code.
         """
         iteration = cast(Path, torch_dist_iteration(folder))
-        _refuse_backend(iteration)
-        args = _read_args(iteration)
+        _refuse_format(iteration)
         state = StateReader(iteration, "")
+        args = _read_args(iteration, state)
         embedding = state.tensors.get("embedding.word_embeddings.weight")
         if embedding is None:
             raise UserError(f"'{folder}' has no embedding.word_embeddings.weight; legal: a GPT of Megatron-LM's")
@@ -110,9 +103,9 @@ class TorchDistModel:
         return weight.from_module(parts[0]) if len(parts) == 1 else weight.fusion.join(parts)
 
 
-def _refuse_backend(iteration: Path) -> None:
+def _refuse_format(iteration: Path) -> None:
     content = read_json(iteration / "metadata.json")
-    for key, legal in BACKEND.items():
+    for key, legal in FORMAT.items():
         if content.get(key) != legal:
             raise UserError(
                 f"'{iteration}': metadata.json has {key}={content.get(key)}; legal: {legal}; save it with "
@@ -120,11 +113,16 @@ def _refuse_backend(iteration: Path) -> None:
             )
 
 
-def _read_args(iteration: Path) -> Namespace:
-    common = load_saved(iteration / "common.pt", _HARMLESS, (Namespace,))
-    args = common.get("args")
+def _read_args(iteration: Path, state: StateReader) -> Namespace:
+    content = state.read_bytes(_COMMON_KEY)
+    if content is None or (iteration / COMMON_FILE).is_file():
+        common = load_saved(iteration / COMMON_FILE, COMMON_FILE, _HARMLESS, (Namespace,))
+    else:
+        found = load_saved(BytesIO(content), _COMMON_KEY, _HARMLESS, (Namespace,))
+        common = found[0] if isinstance(found, list) and found else found
+    args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
-        raise UserError(f"'{iteration}': common.pt holds no args, which describe the model; save it with Megatron-LM")
+        raise UserError(f"'{iteration}' holds no args, which describe the model; legal: what Megatron-LM itself saved")
     return args
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from megatron_mosa.checkpoint.manifest import naming_damage
 from megatron_mosa.checkpoint.megatron_args import to_megatron_args
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
 from megatron_mosa.checkpoint.opened import Source
-from megatron_mosa.checkpoint.torch_dist import BACKEND
+from megatron_mosa.checkpoint.torch_dist import COMMON_FILE, FORMAT
 from megatron_mosa.checkpoint.weights import Weight, stacked
 
+_COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # what Megatron-core before 0.19 asks for
 _LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -42,8 +44,10 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
             iteration = writing / "iter_0000000"
             iteration.mkdir()
             _write_weights(source, iteration)
-            torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, iteration / "common.pt")
-            (iteration / "metadata.json").write_text(json.dumps(BACKEND))
+            common = BytesIO()
+            torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, common)
+            (iteration / COMMON_FILE).write_bytes(common.getvalue())
+            (iteration / "metadata.json").write_text(json.dumps(FORMAT | _COMMON_FORMAT))
             (writing / TRACKER).write_text("0")
     parameters = sum(torch.Size(weight.shape).numel() for weight in source.weights)
     print(f"{target}: {parameters:,} parameters in fp32; load it in Megatron-LM with --load {target} --finetune")
@@ -61,9 +65,10 @@ def _write_weights(source: Source, iteration: Path) -> None:
     for key, weights in rows.items():
         shape = next(iter(weights.values())).module_shape
         infos[key] = TensorInfo(shape if None in weights else (layers, *shape), torch.float32)
-    # Megatron's linear modules keep a state of their own, which is empty without FP8; loading asks for it.
-    places = [f"{name}._extra_state/shard_{layer}_{layers}" for name in _LINEAR for layer in range(layers)]
-    states = {f"decoder.layers.{place}": [None] for place in places}
+    # Megatron's linear modules, and Transformer Engine's norm, keep a state of their own, which is empty without FP8;
+    # loading asks for it.
+    places = [f"layers.{name}._extra_state/shard_{layer}_{layers}" for name in _LINEAR for layer in range(layers)]
+    states = {f"decoder.{place}": [None] for place in [*places, "final_layernorm._extra_state/shard_0_1"]}
     with progress(sum(4 * info.elements for info in infos.values()), "exporting") as bar:
 
         def read(key: str, layer: int | None = None) -> Tensor:

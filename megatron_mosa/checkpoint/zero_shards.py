@@ -28,10 +28,7 @@ from megatron_mosa.errors import UserError
 
 _HARMLESS = (
     "argparse.Namespace",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.",
     "numpy._core.multiarray._reconstruct",  # of random states
     "numpy.core.multiarray._reconstruct",
     "numpy.dtype",
@@ -135,7 +132,7 @@ class ZeroShards:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._mapped:
-            self._mapped[name] = load_saved(self.folder / name, _HARMLESS)
+            self._mapped[name] = load_saved(self.folder / name, name, _HARMLESS)
         return self._mapped[name]
 
     def _groups(self, rank: int) -> list[Tensor]:

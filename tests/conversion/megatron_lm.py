@@ -75,7 +75,7 @@ def logits(model: GPTModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def save_gpt(arguments: dict[str, Any], size: int, folder: Path, way: str, tokens: Tensor) -> Tensor:
+def save_gpt(arguments: dict[str, Any], size: int, folder: Path, way: str, tokens: Tensor, more: Any = None) -> Tensor:
     """Write a random model as Megatron-LM would after iteration 7; return its logits. The process groups must be up."""
     model = build_gpt(arguments, size)
     generator = torch.Generator().manual_seed(3)  # of norms alone, which are whole on every rank
@@ -89,7 +89,7 @@ def save_gpt(arguments: dict[str, Any], size: int, folder: Path, way: str, token
     dist.barrier()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     weights = model.sharded_state_dict(metadata=WAYS[way] | {"dp_cp_group": group})
-    whole = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 7, "model": weights}
+    whole = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 7, "model": weights, "more": more}
     dist_checkpointing.save(whole, str(iteration))
     return logits(model, tokens)
 

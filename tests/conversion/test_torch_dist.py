@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -136,6 +138,28 @@ def test_norms_of_their_own_and_other_tensors(theirs: tuple[Path, Tensor], tmp_p
         open_model(folder)
 
 
+def test_what_megatron_core_0_19_writes(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """What is no tensor lies in the files of torch's, and arguments have other names."""
+    arguments = ARGUMENTS | {"layernorm_epsilon": ARGUMENTS["norm_epsilon"]}
+    del arguments["norm_epsilon"]
+    folder, mark = tmp_path / "gpt", tmp_path / "mark"
+
+    def write(common: dict[str, Any]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with one_rank():
+            save_gpt(ARGUMENTS, 1, folder, "stacked", TOKENS, ShardedObject("common_state", common, (1,), (0,)))
+        (folder / "iter_0000007" / "common.pt").unlink()
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (folder / "iter_0000007" / "metadata.json").write_text(json.dumps(backend))
+
+    write({"args": Namespace(**arguments, exit_signal=signal.SIGTERM, where=tmp_path), "iteration": 7})
+    torch.testing.assert_close(our_logits(folder), theirs[1], rtol=0, atol=1e-4)
+    write({"args": Namespace(**arguments), "more": Evil(mark)})
+    with pytest.raises(RunError, match=r"common_state/shard_0_1 asks for posix\.mkdir: refused"):
+        import_model(Kind.TORCH_DIST, folder, tmp_path / "out")
+    assert not mark.exists()
+
+
 def test_heads_that_megatron_does_not_have(trained: dict[str, Trained], tmp_path: Path) -> None:
     for kind, key in (("pure", "mosa.num_heads=6"), ("local", "model.num_local_heads=4")):
         with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*legal for torch-dist: 0"):
@@ -185,7 +209,7 @@ def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], t
     (iteration / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
     refused(r"iter_0000007/\.metadata asks for posix\.mkdir")
     torch.save({"iteration": 7}, iteration / "common.pt")
-    refused("common.pt holds no args", UserError)
+    refused("holds no args", UserError)
     os.truncate(iteration / "common.pt", 500)
     refused(r"common\.pt is damaged")
     (iteration / "common.pt").unlink()
