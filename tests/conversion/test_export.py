@@ -20,6 +20,8 @@ from megatron_mosa.checkpoint.hf_export import export_hf
 from megatron_mosa.checkpoint.imported import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence
 from megatron_mosa.checkpoint.manifest import digests, files_below
+from megatron_mosa.checkpoint.state_dict_export import export_state_dict
+from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
 from megatron_mosa.cli import main
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
@@ -222,6 +224,9 @@ def test_a_file_system_that_takes_no_more(trained: dict[str, Trained], tmp_path:
             export_hf(trained["dense"].checkpoint, tmp_path / "out", checks_logits=False, force=True)
         with pytest.raises(StorageError, match=r"^OUT=.*/back did not take it: .*; make room"):
             import_hf(tmp_path / "out", tmp_path / "back")
+        for write in (export_state_dict, export_torch_dist):
+            with pytest.raises(StorageError, match=r"^OUT=.*/new did not take it: .*; make room"):
+                write(trained["dense"].checkpoint, tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert left_behind(tmp_path) == ["out"]
