@@ -102,6 +102,8 @@ def checkpoint_export(
     fp32: one state dict as safetensors, also of DeepSpeed's ZeRO shards.
     torch-dist: what Megatron-LM loads, of models with dense heads alone.
     """
+    if to in ("fp32", "torch-dist") and (dtype, tokenizer, no_check) != ("float32", None, False):
+        raise UserError(f"--dtype, --tokenizer and --no-check belong to --to hf; --to {to} writes fp32 weights alone")
     from megatron_mosa.checkpoint.hf_export import export_hf
     from megatron_mosa.checkpoint.state_dict_export import export_state_dict
     from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist

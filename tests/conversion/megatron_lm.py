@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.core.transformer import TransformerConfig
+from packaging.version import Version
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
@@ -43,11 +47,12 @@ WAYS: dict[str, dict[str, Any]] = {
 def build_gpt(arguments: dict[str, Any], size: int) -> GPTModel:
     """On the CPU, with whole logits on every rank; the process groups must be up."""
     args = Namespace(**arguments)
+    epsilon = arguments["norm_epsilon"] if "norm_epsilon" in arguments else args.layernorm_epsilon  # of 0.19
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads, kv_channels=args.kv_channels,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        normalization=args.normalization, layernorm_epsilon=args.norm_epsilon, init_method_std=args.init_method_std,
+        normalization=args.normalization, layernorm_epsilon=epsilon, init_method_std=args.init_method_std,
         gated_linear_unit=args.swiglu, activation_func=F.silu if args.swiglu else F.gelu,
         add_bias_linear=args.add_bias_linear, tensor_model_parallel_size=size, use_cpu_initialization=True,
         attention_dropout=0.0, hidden_dropout=0.0, persist_layer_norm=False, bias_dropout_fusion=False,
@@ -75,8 +80,19 @@ def logits(model: GPTModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def save_gpt(arguments: dict[str, Any], size: int, folder: Path, way: str, tokens: Tensor, more: Any = None) -> Tensor:
-    """Write a random model as Megatron-LM would after iteration 7; return its logits. The process groups must be up."""
+def save_gpt(
+    arguments: dict[str, Any], size: int, folder: Path, way: str, tokens: Tensor, common_file: bool = True
+) -> Tensor:
+    """Write a random model as Megatron-LM would after iteration 7; return its logits. The process groups must be up.
+
+    Args:
+        arguments: Megatron-LM's, of the model and others.
+        size: of tensor parallelism.
+        folder: which is made.
+        way: in WAYS.
+        tokens: [B, T], for the logits.
+        common_file: False: keep what is no tensor where Megatron-core 0.19 does, whichever is installed.
+    """
     model = build_gpt(arguments, size)
     generator = torch.Generator().manual_seed(3)  # of norms alone, which are whole on every rank
     for name, parameter in model.named_parameters():
@@ -89,8 +105,17 @@ def save_gpt(arguments: dict[str, Any], size: int, folder: Path, way: str, token
     dist.barrier()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     weights = model.sharded_state_dict(metadata=WAYS[way] | {"dp_cp_group": group})
-    whole = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 7, "model": weights, "more": more}
-    dist_checkpointing.save(whole, str(iteration))
+    common: dict[str, Any] = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": 7}
+    if not common_file and Version(version("megatron-core")) < Version("0.19"):
+        dist_checkpointing.save(
+            {"model": weights, "": ShardedObject("common_state", common, (1,), (0,))}, str(iteration)
+        )
+        (iteration / "common.pt").unlink()
+        config = json.loads((iteration / "metadata.json").read_text())
+        kept = {key: value for key, value in config.items() if key.startswith("sharded")}
+        (iteration / "metadata.json").write_text(json.dumps(kept))
+    else:
+        dist_checkpointing.save(common | {"model": weights}, str(iteration))
     return logits(model, tokens)
 
 

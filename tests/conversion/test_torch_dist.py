@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -144,17 +143,15 @@ def test_what_megatron_core_0_19_writes(theirs: tuple[Path, Tensor], tmp_path: P
     del arguments["norm_epsilon"]
     folder, mark = tmp_path / "gpt", tmp_path / "mark"
 
-    def write(common: dict[str, Any]) -> None:
+    def write(**more: object) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with one_rank():
-            save_gpt(ARGUMENTS, 1, folder, "stacked", TOKENS, ShardedObject("common_state", common, (1,), (0,)))
-        (folder / "iter_0000007" / "common.pt").unlink()
-        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (folder / "iter_0000007" / "metadata.json").write_text(json.dumps(backend))
+            save_gpt(arguments | more, 1, folder, "stacked", TOKENS, common_file=False)
+        assert not (folder / "iter_0000007" / "common.pt").exists()
 
-    write({"args": Namespace(**arguments, exit_signal=signal.SIGTERM, where=tmp_path), "iteration": 7})
+    write(exit_signal=signal.SIGTERM, where=tmp_path)
     torch.testing.assert_close(our_logits(folder), theirs[1], rtol=0, atol=1e-4)
-    write({"args": Namespace(**arguments), "more": Evil(mark)})
+    write(more=Evil(mark))
     with pytest.raises(RunError, match=r"common_state/shard_0_1 asks for posix\.mkdir: refused"):
         import_model(Kind.TORCH_DIST, folder, tmp_path / "out")
     assert not mark.exists()
@@ -198,10 +195,14 @@ def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], t
     def refused(message: str, error: type[Exception] = RunError) -> None:
         with pytest.raises(error, match=message):
             import_model(Kind.TORCH_DIST, folder, out)
-        shutil.rmtree(folder)
-        shutil.copytree(theirs[0], folder)
+        restore()
 
-    shutil.copytree(theirs[0], folder)
+    def restore() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(theirs[0], folder)
+        torch.save({"args": Namespace(**ARGUMENTS)}, iteration / "common.pt")  # which 0.19 does not write
+
+    restore()
     torch.save({"args": Evil(mark)}, iteration / "common.pt")
     refused(r"common\.pt asks for posix\.mkdir: refused, nothing of it was run")
     torch.save({"args": Namespace(**ARGUMENTS, more=Evil(mark))}, iteration / "common.pt")
@@ -212,8 +213,6 @@ def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], t
     refused("holds no args", UserError)
     os.truncate(iteration / "common.pt", 500)
     refused(r"common\.pt is damaged")
-    (iteration / "common.pt").unlink()
-    refused(r"common\.pt cannot be read")
     (iteration / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 2})
     )
@@ -248,6 +247,9 @@ def test_inspect_and_targets(
     with pytest.raises(UserError, match="exists; give another folder, or --force to replace it"):
         export_torch_dist(checkpoint, tmp_path / "out")
     export_torch_dist(checkpoint, tmp_path / "out", force=True)
+    (tmp_path / "out" / "iter_0000000" / "common.pt").unlink()
+    with pytest.raises(RunError, match=r"common\.pt cannot be read"):
+        import_model(Kind.TORCH_DIST, tmp_path / "out", tmp_path / "back")
     with pytest.raises(UserError, match="is a megatron_mosa checkpoint; legal: a Megatron-LM torch_dist checkpoint"):
         import_model(Kind.TORCH_DIST, checkpoint, tmp_path / "back")
     done = CliRunner().invoke(app, ["checkpoint", "import", str(tmp_path), str(tmp_path / "x"), "--from", "torch"])
