@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def build_gpt(arguments: dict[str, Any], size: int) -> GPTModel:
     """On the CPU, with whole logits on every rank; the process groups must be up."""
     args = Namespace(**arguments)
-    epsilon = arguments["norm_epsilon"] if "norm_epsilon" in arguments else args.layernorm_epsilon  # of 0.19
+    epsilon = arguments.get("norm_epsilon") or args.layernorm_epsilon  # as 0.19 calls it
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads, kv_channels=args.kv_channels,
