@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.locate import Kind, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo
 from megatron_mosa.checkpoint.opened import Source
@@ -35,6 +35,8 @@ def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
         StorageError: the file system does not take it.
     """
     folder, kind = find_model(path)
+    if deepspeed_tags(folder):  # beside a config.json, as transformers' Trainer leaves them
+        kind = Kind.DEEPSPEED
     if kind not in (Kind.OURS, Kind.DEEPSPEED):
         legal = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
         raise UserError(f"'{path}' is a {kind.value}; --to fp32 takes {legal}")

@@ -81,7 +81,13 @@ def logits(model: GPTModel, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def save_gpt(
-    arguments: dict[str, Any], size: int, folder: Path, way: str, tokens: Tensor, common_file: bool = True
+    arguments: dict[str, Any],
+    size: int,
+    folder: Path,
+    way: str,
+    tokens: Tensor,
+    common_file: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Write a random model as Megatron-LM would after iteration 7; return its logits. The process groups must be up.
 
@@ -92,12 +98,14 @@ def save_gpt(
         way: in WAYS.
         tokens: [B, T], for the logits.
         common_file: False: keep what is no tensor where Megatron-core 0.19 does, whichever is installed.
+        dtype: of the weights in the checkpoint, with which logits are computed in fp32.
     """
     model = build_gpt(arguments, size)
     generator = torch.Generator().manual_seed(3)  # of norms alone, which are whole on every rank
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.copy_(("weight" in name) + 0.3 * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype)
     iteration = folder / "iter_0000007"
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         iteration.mkdir(parents=True)
@@ -116,7 +124,7 @@ def save_gpt(
         (iteration / "metadata.json").write_text(json.dumps(kept))
     else:
         dist_checkpointing.save(common | {"model": weights}, str(iteration))
-    return logits(model, tokens)
+    return logits(model.float(), tokens)
 
 
 @torch.no_grad()

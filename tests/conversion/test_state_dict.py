@@ -100,6 +100,7 @@ def test_tags(saved: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path) 
     shutil.copytree(saved[NAMES[1]][0] / "global_step2", folder / "global_step3")
     export_state_dict(folder, tmp_path / "latest")
     assert all(torch.equal(tensor, read(tmp_path / "tag")[key]) for key, tensor in read(tmp_path / "latest").items())
+    (folder / "config.json").write_text("{}")  # as transformers' Trainer leaves it beside
     (folder / "latest").write_text("global_step4")
     with pytest.raises(RunError, match="latest names 'global_step4', which is no tag folder; there are: global_step2"):
         export_state_dict(folder, tmp_path / "out")

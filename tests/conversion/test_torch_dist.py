@@ -110,6 +110,18 @@ def test_there_and_back_is_exact(trained: dict[str, Trained], tmp_path: Path, ki
     verify(trained[kind].checkpoint, tmp_path / "back")
 
 
+def test_weights_in_bf16_and_fresh_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads that are added compute nothing at first."""
+    with one_rank():
+        expected = save_gpt(ARGUMENTS, 1, tmp_path / "gpt", "stacked", TOKENS, dtype=torch.bfloat16)
+    inspect(tmp_path / "gpt")
+    assert "bfloat16" in capsys.readouterr().out
+    torch.testing.assert_close(our_logits(tmp_path / "gpt"), expected, rtol=0, atol=1e-4)
+    import_model(Kind.TORCH_DIST, tmp_path / "gpt", tmp_path / "out", add_mosa_heads=4, sparsity=4.0)
+    assert open_model(tmp_path / "out").config.mosa.num_heads == 4
+    torch.testing.assert_close(our_logits(tmp_path / "out"), expected, rtol=0, atol=1e-4)
+
+
 def test_norms_of_their_own_and_other_tensors(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
     """Names of norms that are modules of their own are known, optimizer state is left, an unknown weight is not."""
     index = pickle.loads((theirs[0] / "iter_0000007" / ".metadata").read_bytes())
