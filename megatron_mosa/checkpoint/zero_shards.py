@@ -76,7 +76,10 @@ class ZeroShards:
         self._shapes = [{name: tuple(shape) for name, shape in group.items()} for group in _of(model, "param_shapes")]
         self._shared: dict[str, str] = dict(_of(model, "shared_params"))
         self._frozen: dict[str, Shape] = {k: tuple(v) for k, v in (model.get("frozen_param_shapes") or {}).items()}
-        self._ranges = dict(self._partitioned() if self._is_partitioned else self._consecutive())
+        try:
+            self._ranges = dict(self._partitioned() if self._is_partitioned else self._consecutive())
+        except (IndexError, TypeError, ValueError) as error:
+            raise DamagedError(f"its files are not of one checkpoint ({error})") from None
         self.tensors = self._infos(model)
 
     def read(self, name: str) -> Tensor:

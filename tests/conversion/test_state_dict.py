@@ -131,7 +131,11 @@ def test_shards_that_are_missing_or_damaged(
     refused(r"optim_states\.pt is missing; legal: what ZeRO 1, 2 or 3 wrote")
     os.truncate(shard, shard.stat().st_size // 2)
     refused(rf"{shard.name} is not what was written")
+    inspect(folder, full=True)
     flip(shard, content=changed_parameter(shard))
+    inspect(folder)
+    with pytest.raises(RunError, match=rf"is damaged: {shard.name} is not what was written"):
+        inspect(folder, full=True)
     refused(rf"{shard.name} is not what was written \(Bad CRC-32")
     for file in (shard, next(tag.glob("*rank_0*model_states.pt"), tag / "mp_rank_00_model_states.pt")):
         content: dict[str, Any] = torch.load(file, weights_only=False)

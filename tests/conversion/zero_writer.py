@@ -12,6 +12,7 @@ from tests.distributed import tasks
 
 # stage, precision, type of accumulated gradients: what DeepSpeed keeps in files of different shapes
 KINDS = [(1, "fp32", "fp32"), (1, "bf16", "fp32"), (1, "bf16", "bf16"), (2, "fp16", "fp16"), (3, "bf16", "bf16")]
+_REORDERED = {"round_robin_gradients": True, "parameter_alignment": True}
 
 
 class Net(torch.nn.Module):
@@ -47,7 +48,8 @@ def save_zero(folder: Path, number: int) -> dict[str, Tensor]:
         ]
         settings = {
             "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": stage},
+            # under ZeRO 2 parameters in another order and with gaps between them
+            "zero_optimization": {"stage": stage} | (_REORDERED if stage == 2 else {}),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "data_types": {"grad_accum_dtype": gradients},
