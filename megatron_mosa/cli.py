@@ -71,7 +71,7 @@ def checkpoint_inspect(
     path: CheckpointPath,
     full: Annotated[bool, typer.Option("--full", help="Compare hashes of all files, not sizes alone.")] = False,
 ) -> None:
-    """Print model, step, layout, sizes and health of a checkpoint, a Hugging Face folder or DeepSpeed's."""
+    """Print what a checkpoint of ours or of another program, or an exported model, is and how sound."""
     from megatron_mosa.checkpoint.inspect import inspect  # slow to import, as below
 
     inspect(path, full=full)
@@ -79,36 +79,54 @@ def checkpoint_inspect(
 
 @checkpoint_app.command("export")
 def checkpoint_export(
-    path: CheckpointPath,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint, a run directory (its newest); fp32: or DeepSpeed's.")
+    ],
     target: Target,
-    to: Annotated[str, typer.Option("--to", metavar="hf", help="The format to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help="Type of the weights.")] = "float32",
+    to: Annotated[str, typer.Option("--to", metavar="hf|fp32|torch-dist", help="The format to write.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="float32|bfloat16", help="hf: type of the weights.")
+    ] = "float32",
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: the dataset's."),
+        typer.Option("--tokenizer", metavar="PATH", help="hf: tokenizer.json or its folder; default: the dataset's."),
     ] = None,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not compare logits with the Megatron model; a line says so.")
+        bool, typer.Option("--no-check", help="hf: do not compare logits with the Megatron model; a line says so.")
     ] = False,
     force: Force = False,
 ) -> None:
-    """Write a folder that transformers loads without this project, and compare its logits with the model's."""
-    if to != "hf":
-        raise UserError(f"--to={to} is not a format; legal: hf")
-    from megatron_mosa.checkpoint.hf_export import export_hf
+    """Write a checkpoint for other programs.
 
-    export_hf(path, target, dtype=dtype, tokenizer=tokenizer, checks_logits=not no_check, force=force)
+    hf: a folder that transformers loads without this project; its logits are compared with the model's.
+    fp32: one state dict as safetensors, also of DeepSpeed's ZeRO shards.
+    torch-dist: what Megatron-LM loads, of models with dense heads alone.
+    """
+    if to in ("fp32", "torch-dist") and (dtype, tokenizer, no_check) != ("float32", None, False):
+        raise UserError(f"--dtype, --tokenizer and --no-check belong to --to hf; --to {to} writes fp32 weights alone")
+    from megatron_mosa.checkpoint.hf_export import export_hf
+    from megatron_mosa.checkpoint.state_dict_export import export_state_dict
+    from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
+
+    if to == "hf":
+        export_hf(path, target, dtype=dtype, tokenizer=tokenizer, checks_logits=not no_check, force=force)
+    elif to == "fp32":
+        export_state_dict(path, target, force=force)
+    elif to == "torch-dist":
+        export_torch_dist(path, target, force=force)
+    else:
+        raise UserError(f"--to={to} is not a format; legal: hf, fp32, torch-dist")
 
 
 @checkpoint_app.command("import")
 def checkpoint_import(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="hf: a folder; mosa-pytorch: a layer's state dict.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="hf, torch-dist: a folder; mosa-pytorch: a layer's.")],
     target: Target,
-    source: Annotated[str, typer.Option("--from", metavar="hf|mosa-pytorch", help="The format to read.")],
+    source: Annotated[str, typer.Option("--from", metavar="hf|torch-dist|mosa-pytorch", help="The format to read.")],
     add_mosa_heads: Annotated[
-        int, typer.Option("--add-mosa-heads", min=0, help="hf: fresh MoSA heads in each layer of a model without any.")
+        int, typer.Option("--add-mosa-heads", min=0, help="Fresh MoSA heads in each layer of a model without any.")
     ] = 0,
-    sparsity: Annotated[float, typer.Option("--sparsity", help="hf: rho of the added heads; k = T / rho.")] = 16.0,
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Rho of the added heads; k = T / rho.")] = 16.0,
     other_heads: Annotated[
         str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: what the other heads are.")
     ] = "dense",
@@ -117,19 +135,23 @@ def checkpoint_import(
     ] = "",
     force: Force = False,
 ) -> None:
-    """Write an exported model, or a Llama, as a checkpoint to start from (checkpoint.initialize_from).
+    """Write a model as a checkpoint to start from (checkpoint.initialize_from).
+
+    hf: an exported model, or a Llama. torch-dist: a GPT of Megatron-LM's, without experts or biases.
 
     With --from mosa-pytorch one attention layer of the authors' PyTorch code as a .safetensors file for ours.
     """
-    from megatron_mosa.checkpoint.hf_import import import_hf
+    from megatron_mosa.checkpoint.imported import import_model
+    from megatron_mosa.checkpoint.locate import Kind
     from megatron_mosa.checkpoint.upstream import import_layer
 
-    if source == "hf":
-        import_hf(path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
+    kinds = {"hf": Kind.HUGGING_FACE, "torch-dist": Kind.TORCH_DIST}
+    if source in kinds:
+        import_model(kinds[source], path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
     elif source == "mosa-pytorch":
         import_layer(path, target, other_heads=other_heads, prefix=prefix, force=force)
     else:
-        raise UserError(f"--from={source} is not a format; legal: hf, mosa-pytorch")
+        raise UserError(f"--from={source} is not a format; legal: {', '.join(kinds)}, mosa-pytorch")
 
 
 @checkpoint_app.command("reshard")

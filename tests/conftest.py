@@ -1,16 +1,30 @@
-"""With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any."""
+"""With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any.
+
+And one pool of processes per world size, for the whole session.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.distributed.pool import WorkerPools
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPools]:
+    """On the CPU."""
+    pools = WorkerPools()
+    yield pools
+    pools.close()
 
 
 class RequireAll:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,17 +20,16 @@ from megatron_mosa.checkpoint.logits import (
     largest_divergence,
     megatron_logits,
 )
-from megatron_mosa.checkpoint.manifest import digests, naming_damage, sync, write_manifest
+from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
 from megatron_mosa.checkpoint.model_config import to_transformers
 from megatron_mosa.checkpoint.opened import Source
-from megatron_mosa.checkpoint.safetensors_folder import INDEX
+from megatron_mosa.checkpoint.safetensors_folder import Piece, write_shards
 from megatron_mosa.checkpoint.tokenizer_files import FoundTokenizer, find_tokenizer, write_tokenizer
 from megatron_mosa.checkpoint.weights import Weight
-from megatron_mosa.errors import RunError, StorageError, UserError
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELLING_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
 
 
 def export_hf(
@@ -79,7 +75,7 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
     with publishing(target) as folder:
         end_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_id, folder)
-        shards = _write_shards(source, DTYPES[dtype], folder)
+        shards = write_shards(_pieces(source, DTYPES[dtype]), folder)
         for file in MODELLING_FILES:
             shutil.copyfile(file, folder / file.name)
         divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
@@ -96,58 +92,15 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
     print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
 
 
-def _write_shards(source: Source, dtype: torch.dtype, folder: Path) -> list[str]:
-    """Stream the weights into shards, and write the index of them; return their names."""
-    from megatron_mosa.data.shards import progress
+def _pieces(source: Source, dtype: torch.dtype) -> list[Piece]:
+    def piece(weight: Weight) -> Piece:
+        def read() -> dict[str, Tensor]:
+            parts = weight.fusion.split(source.read(weight.name).to(dtype))
+            return {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
 
-    shards = list(_plan(source.weights, dtype.itemsize))
-    places: dict[str, str] = {}
-    total = sum(dtype.itemsize * source.state.weights[weight.name].elements for weight in source.weights)
-    # A shard is written while the next is read: two in memory, and the disk is never waited for alone.
-    with progress(total, "exporting") as bar, ThreadPoolExecutor(1) as disk:
-        written: Future[None] | None = None
-        for number, weights in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for weight in weights:
-                parts = weight.fusion.split(source.read(weight.name).to(dtype))
-                tensors |= {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
-            if written is not None:
-                written.result()
-            written = disk.submit(_write_shard, tensors, folder / name)
-            places |= dict.fromkeys(tensors, name)
-            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
-        if written is not None:
-            written.result()
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return sorted(set(places.values()))
+        return Piece(dtype.itemsize * torch.Size(weight.shape).numel(), read)
 
-
-def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise StorageError(f"{file.name} cannot be written ({error})") from None
-    shutil.copymode(file.parent / "config.json", file)  # safetensors makes files for the owner alone
-    sync(file)
-
-
-def _plan(weights: list[Weight], itemsize: int) -> Iterator[list[Weight]]:
-    """Weights in order, in shards of at most ``_SHARD_BYTES`` where a weight is no larger by itself."""
-    shard: list[Weight] = []
-    size = 0
-    for weight in weights:
-        own = itemsize * torch.Size(weight.shape).numel()
-        if shard and size + own > _SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(weight)
-        size += own
-    yield shard
+    return [piece(weight) for weight in source.weights]
 
 
 def _write_config(source: Source, dtype: str, end_id: int, folder: Path) -> None:

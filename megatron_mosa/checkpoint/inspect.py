@@ -1,17 +1,23 @@
-"""What a folder holds, told without loading it: a checkpoint of ours, a Hugging Face folder, DeepSpeed's."""
+"""What a folder holds, told without loading it: a checkpoint of ours or another program's, a Hugging Face folder."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model
+from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
 from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.saved_objects import find_change
+from megatron_mosa.checkpoint.weights import partition_keys
+from megatron_mosa.data.shards import progress
 from megatron_mosa.errors import RunError
+
+_UNCHECKED = "not checked (--full: checksums)"
 
 
 def inspect(path: Path, *, full: bool = False) -> None:
@@ -25,7 +31,13 @@ def inspect(path: Path, *, full: bool = False) -> None:
         RunError: the model is damaged; what is wrong with it is printed, too.
     """
     folder, kind = find_model(path)
-    tell = {Kind.OURS: _ours, Kind.HUGGING_FACE: _hugging_face, Kind.DEEPSPEED: _deepspeed}[kind]
+    tell = {
+        Kind.OURS: _ours,
+        Kind.HUGGING_FACE: _hugging_face,
+        Kind.DEEPSPEED: _deepspeed,
+        Kind.TORCH_DIST: _torch_dist,
+        Kind.STATE_DICT: _safetensors,
+    }[kind]
     facts = {"path": str(folder), "kind": kind.value}
     damage = None
     try:
@@ -70,6 +82,11 @@ def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None
     """Add facts; return what is wrong."""
     content = read_json(folder / "config.json")
     facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
+    return _safetensors(folder, facts, full)
+
+
+def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts; return what is wrong."""
     has_manifest = (folder / MANIFEST).is_file()
     damage = find_damage(folder, reads_all=full) if has_manifest else None
     if damage is None:
@@ -81,7 +98,7 @@ def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None
 
 
 def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts, all from names: the files are pickles, and are not opened."""
+    """Add facts, all from names: the files are pickles, and are not unpickled; return what is wrong."""
     tags = deepspeed_tags(folder)
     latest = folder / "latest"
     facts["tags"] = ", ".join(tag.name for tag in tags)
@@ -91,7 +108,34 @@ def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     for what, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
         facts[f"{what} ranks"] = str(len(ranks))
-    facts["health"] = "not checked: DeepSpeed keeps no hashes" + (", --full has nothing to compare" if full else "")
+    damage = _changed_files(tags[-1]) if full else None
+    facts["health"] = f"all files of {tags[-1].name} are what was written (checksums)" if full else _UNCHECKED
+    return damage
+
+
+def _changed_files(folder: Path) -> str | None:
+    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "comparing checksums") as bar:
+        for file in sorted(folder.glob("*.pt")):
+            with file.open("rb") as stream:
+                if change := find_change(stream, bar.update):
+                    return f"{file.name} {change}"
+    return None
+
+
+def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Add facts, of the index alone unless ``full``; return what is wrong."""
+    iteration = cast(Path, torch_dist_iteration(folder))
+    facts["iteration"] = iteration.name
+    state = StateReader(iteration, "")
+    weights, optimizer = partition_keys(state.tensors)
+    facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
+    facts["types"] = ", ".join(sorted({str(state.tensors[key].dtype).removeprefix("torch.") for key in weights}))
+    facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
+    if full:
+        with progress(None, "comparing checksums") as bar:
+            if damage := state.find_change(state.tensors.keys(), bar.update):
+                return damage
+    facts["health"] = "all tensors are what was written (checksums)" if full else _UNCHECKED
     return None
 
 

@@ -1,4 +1,4 @@
-"""What lies at a path (a checkpoint of ours, DeepSpeed's, a Hugging Face folder), and a place to write another."""
+"""What lies at a path, a checkpoint of ours or of another program's, and a place to write another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 from megatron_mosa.checkpoint.lifecycle import CheckpointStore
 from megatron_mosa.checkpoint.manifest import sync
+from megatron_mosa.checkpoint.safetensors_folder import INDEX
 from megatron_mosa.errors import StorageError, UserError, nearest
+
+TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Kind(Enum):
@@ -20,6 +23,11 @@ class Kind(Enum):
     OURS = "megatron_mosa checkpoint"
     HUGGING_FACE = "Hugging Face model folder"
     DEEPSPEED = "DeepSpeed checkpoint"
+    TORCH_DIST = "Megatron-LM torch_dist checkpoint"
+    STATE_DICT = "folder of safetensors"
+
+
+_REPLACEABLE = (Kind.OURS, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # what an export or import writes
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -28,6 +36,10 @@ def kind_of(path: Path) -> Kind | None:
         return Kind.OURS
     if (path / "config.json").is_file():
         return Kind.HUGGING_FACE
+    if (path / INDEX).is_file():
+        return Kind.STATE_DICT
+    if torch_dist_iteration(path) is not None:
+        return Kind.TORCH_DIST
     if deepspeed_tags(path):
         return Kind.DEEPSPEED
     return None
@@ -38,6 +50,15 @@ def deepspeed_tags(path: Path) -> list[Path]:
     folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else []
     found = [folder for folder in folders if any(folder.glob("*_model_states.pt"))]
     return sorted(found, key=lambda folder: folder.stat().st_mtime)
+
+
+def torch_dist_iteration(path: Path) -> Path | None:
+    """The folder that Megatron-LM wrote a checkpoint into: the path itself, or the one below that was its newest."""
+    tracker = path / TRACKER
+    if tracker.is_file():
+        name = tracker.read_text(errors="replace").strip()
+        path = path / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
+    return path if (path / ".metadata").is_file() and (path / "metadata.json").is_file() else None
 
 
 def find_model(path: Path) -> tuple[Path, Kind]:
@@ -57,7 +78,8 @@ def find_model(path: Path) -> tuple[Path, Kind]:
         raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; give the folder of a checkpoint")
     raise UserError(
         f"'{path}' holds no model; legal: a checkpoint (metadata.json, state/), a run directory or its checkpoints/, a "
-        "Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt)"
+        "Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM torch_dist "
+        f"checkpoint ({TRACKER}, or .metadata and metadata.json), safetensors ({INDEX})"
     )
 
 
@@ -91,7 +113,7 @@ def refuse_target(target: Path, source: Path, *, force: bool) -> None:
         raise UserError(f"OUT={target}: '{target.parent}' {what}; give a new folder below one that can be written")
     if not os.path.lexists(target):
         return
-    is_model = kind_of(target) in (Kind.OURS, Kind.HUGGING_FACE)
+    is_model = kind_of(target) in _REPLACEABLE
     if not force:
         fix = "give another folder, or --force to replace it" if is_model else "give another folder"
         raise UserError(f"OUT={target} exists; {fix}")

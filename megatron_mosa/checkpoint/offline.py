@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from io import BufferedReader, BytesIO
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata as StateMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mosa.checkpoint.manifest import DamagedError
+from megatron_mosa.checkpoint.saved_objects import Window, find_change
 from megatron_mosa.errors import StorageError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,6 +40,9 @@ _METADATA_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),  # of a name in a table
     ("pathlib", "PosixPath"),
+} | {
+    ("torch.distributed.checkpoint.planner", name)  # Megatron-LM keeps the ranks' plans with the index
+    for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
 }  # fmt: skip
 
 
@@ -54,15 +60,19 @@ class TensorInfo:
 
 
 class StateReader:
-    """The ``state/`` of a checkpoint folder."""
+    """The ``state/`` of a checkpoint folder, or what torch's distributed checkpoint wrote into another."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, below: str = "state") -> None:
         """Read the index alone.
+
+        Args:
+            checkpoint: the folder.
+            below: where in it; "": in itself.
 
         Raises:
             DamagedError: it is missing, damaged, or holds what an index does not.
         """
-        self._reader = SafeReader(checkpoint / "state")
+        self._reader = SafeReader(checkpoint / below)
         self._metadata = self._reader.read_metadata()
         self.tensors = {
             key: TensorInfo(tuple(entry.size), entry.properties.dtype)
@@ -81,25 +91,57 @@ class StateReader:
         """Whether there are Adam's moments for every weight."""
         return all(f"{moment}.{name}" in self.tensors for name in self.weights for moment in MOMENTS)
 
-    def read(self, key: str) -> Tensor:
-        """One whole tensor, put together of the parts that the ranks wrote.
+    def read(self, key: str, row: int | None = None) -> Tensor:
+        """One whole tensor, or one row of its first dimension, put together of the parts that the ranks wrote.
 
         Raises:
             KeyError: there is none of that name.
             DamagedError: it cannot be read; names the files that hold it.
         """
         info = self.tensors[key]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty(info.shape if row is None else info.shape[1:], dtype=info.dtype)
+        planner = None if row is None else _RowPlanner(tensor, row)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is no process group
-                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+                dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            files = {info.relative_path for index, info in self._metadata.storage_data.items() if index.fqn == key}
-            raise DamagedError(
-                f"state/{', state/'.join(sorted(files))}: '{key}' cannot be read ({_cause(error)})"
-            ) from None
+            stored = self._metadata.storage_data.items()
+            files = sorted({self._file(info) for index, info in stored if index.fqn == key})
+            raise DamagedError(f"{', '.join(files)}: '{key}' cannot be read ({_cause(error)})") from None
         return tensor
+
+    def read_bytes(self, key: str) -> bytes | None:
+        """What is kept under a key that is no tensor's; None: there is no such key.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        for index, info in self._metadata.storage_data.items():
+            if index.fqn == key:
+                try:
+                    with (Path(self._reader.path) / info.relative_path).open("rb") as file:
+                        return BufferedReader(Window(file, info.offset, info.length)).read()
+                except OSError as error:
+                    raise DamagedError(f"{self._file(info)} cannot be read ({error.strerror})") from None
+        return None
+
+    def find_change(self, keys: Collection[str], advance: Callable[[int], object]) -> str | None:
+        """What is wrong with the parts of some tensors by their checksums, as ``saved_objects.find_change``."""
+        for index, info in self._metadata.storage_data.items():
+            if index.fqn not in keys:
+                continue
+            try:
+                with (Path(self._reader.path) / info.relative_path).open("rb") as file:
+                    change = find_change(BufferedReader(Window(file, info.offset, info.length)), advance)
+            except OSError as error:
+                change = f"cannot be read ({error.strerror})"
+            if change is not None:
+                return f"{self._file(info)} {change}"
+        return None
+
+    def _file(self, info: Any) -> str:
+        return f"{Path(self._reader.path).name}/{info.relative_path}"
 
 
 def write_state_offline(
@@ -107,6 +149,10 @@ def write_state_offline(
     read: Callable[[str], Tensor],
     checkpoint: Path,
     cuts: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    below: str = "state",
+    read_part: Callable[[str, int], Tensor] | None = None,
+    objects: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``state/`` of a checkpoint folder from tensors that are asked for one at a time, in the order given.
 
@@ -114,17 +160,21 @@ def write_state_offline(
         tensors, read: keys, and how to read one.
         checkpoint: the folder.
         cuts: dimension and number of equal parts of those tensors that are written in parts, a file each.
+        below: where in the folder; "": in itself.
+        read_part: how to read one of the parts; None: as a part of the whole.
+        objects: what else to keep, by keys of their own.
 
     Raises:
         StorageError: the file system does not take it.
     """
     # Torch keeps what it writes into one file until the file is closed: one a tensor.
-    writer = dcp.FileSystemWriter(checkpoint / "state", single_file_per_rank=False)
-    state = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in tensors.items()}
+    writer = dcp.FileSystemWriter(checkpoint / below, single_file_per_rank=False)
+    state: dict[str, Any] = {k: torch.empty(info.shape, dtype=info.dtype, device="meta") for k, info in tensors.items()}
+    state |= objects or {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group
-            dcp.save(state, storage_writer=writer, planner=_ReadingPlanner(read, cuts or {}), no_dist=True)
+            dcp.save(state, storage_writer=writer, planner=_ReadingPlanner(read, cuts or {}, read_part), no_dist=True)
     except CheckpointException as error:
         raised = next(iter(error.failures.values()))[0]
         if is_storage_failure(raised):
@@ -142,9 +192,15 @@ def is_storage_failure(error: BaseException) -> bool:
 class _ReadingPlanner(dcp.DefaultSavePlanner):
     """Takes a tensor's value from a function at the moment when it is written, in parts where it is to be cut."""
 
-    def __init__(self, read: Callable[[str], Tensor], cuts: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        read: Callable[[str], Tensor],
+        cuts: Mapping[str, tuple[int, int]],
+        read_part: Callable[[str, int], Tensor] | None,
+    ) -> None:
         super().__init__(flatten_state_dict=False)
         self._read = read
+        self._read_part = read_part
         self._cuts = cuts
         self._whole: tuple[str, Tensor] | None = None  # what parts were last taken from
 
@@ -170,9 +226,13 @@ class _ReadingPlanner(dcp.DefaultSavePlanner):
             parts.append(replace(item, index=index, type=WriteItemType.SHARD, tensor_data=data))
         return parts
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
         """The tensor, or its part."""
         key = write_item.index.fqn
+        if write_item.type is WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        if self._read_part is not None and key in self._cuts and write_item.index.index is not None:
+            return self._read_part(key, write_item.index.index).contiguous()
         if self._whole is None or self._whole[0] != key:
             self._whole = key, self._read(key)
         tensor = self._whole[1]
@@ -181,6 +241,27 @@ class _ReadingPlanner(dcp.DefaultSavePlanner):
             return tensor.contiguous()
         chunk, (dim, _) = write_item.tensor_data.chunk, self._cuts[key]
         return tensor.narrow(dim, chunk.offsets[dim], chunk.sizes[dim]).clone()
+
+
+class _RowPlanner(dcp.DefaultLoadPlanner):
+    """Reads one row [...] of a tensor [L, ...] alone."""
+
+    def __init__(self, tensor: Tensor, row: int) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensor = tensor
+        self._row = row
+
+    def create_local_plan(self) -> LoadPlan:
+        """The parts of which the row is made."""
+        (key,) = self.state_dict
+        offsets = torch.Size([self._row, *[0] * self._tensor.dim()])
+        chunk = ChunkStorageMetadata(offsets, torch.Size([1, *self._tensor.shape]))
+        entry = cast(StateMetadata, self.metadata).state_dict_metadata[key]
+        return LoadPlan(create_read_items_for_chunk_list(key, cast(TensorStorageMetadata, entry), [chunk]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Where the row is read to."""
+        return self._tensor[None]
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -192,15 +273,16 @@ class SafeReader(dcp.FileSystemReader):
         """As FileSystemReader, once."""
         if self._index is None:
             file = Path(self.path) / ".metadata"
+            name = f"{Path(self.path).name}/.metadata"
             try:
                 with file.open("rb") as stream:
                     self._index = _checked(_IndexUnpickler(stream).load())
             except OSError as error:
-                raise DamagedError(f"state/.metadata cannot be read ({error.strerror})") from None
-            except DamagedError:
-                raise
+                raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+            except DamagedError as error:
+                raise DamagedError(f"{name} {error}") from None
             except Exception as error:  # whatever a broken pickle makes of itself
-                raise DamagedError(f"state/.metadata is damaged ({_cause(error)})") from None
+                raise DamagedError(f"{name} is damaged ({_cause(error)})") from None
         return self._index
 
 
@@ -211,15 +293,15 @@ class _IndexUnpickler(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise DamagedError(f"state/.metadata asks for {module}.{name}, which no checkpoint needs: refused, not loaded")
+        raise DamagedError(f"asks for {module}.{name}, which no checkpoint needs: refused, not loaded")
 
 
 def _checked(index: Any) -> StateMetadata:
     if not isinstance(index, StateMetadata) or not isinstance(index.storage_data, dict):
-        raise DamagedError(f"state/.metadata is damaged (it holds a {type(index).__name__})")
+        raise DamagedError(f"is damaged (it holds a {type(index).__name__})")
     for info in index.storage_data.values():
         if PurePath(info.relative_path).name != info.relative_path:
-            raise DamagedError(f"state/.metadata names a file outside of state/: {info.relative_path}")
+            raise DamagedError(f"names a file outside of its folder: {info.relative_path}")
     return index
 
 

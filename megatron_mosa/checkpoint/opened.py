@@ -14,6 +14,7 @@ from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damag
 from megatron_mosa.checkpoint.model_config import from_transformers, model_config
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.torch_dist import TorchDistModel
 from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
@@ -50,7 +51,7 @@ class Opened(Protocol):
 
 
 def open_model(path: Path) -> Opened:
-    """A checkpoint of ours (of a run directory the newest) or a Hugging Face folder.
+    """A checkpoint of ours (of a run directory the newest) or of Megatron-LM's, or a Hugging Face folder.
 
     Raises:
         UserError: there is none, or it is not what it says of itself.
@@ -61,7 +62,9 @@ def open_model(path: Path) -> Opened:
         return Source.open(folder, read_metadata(folder))
     if kind is Kind.HUGGING_FACE:
         return HuggingFaceModel.open(folder)
-    legal = f"a {Kind.OURS.value}, a run directory, or a {Kind.HUGGING_FACE.value}"
+    if kind is Kind.TORCH_DIST:
+        return TorchDistModel.open(folder)
+    legal = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
     raise UserError(f"'{path}' is a {kind.value}; legal: {legal}")
 
 

@@ -1,9 +1,10 @@
-"""The safetensors of a Hugging Face folder: what is in them, and one tensor at a time."""
+"""A folder of safetensors: what is in them, and one tensor at a time; written in shards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.errors import UserError
+from megatron_mosa.checkpoint.manifest import DamagedError, sync
+from megatron_mosa.errors import StorageError, UserError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,70 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedError(f"{path.name} is damaged (it holds a {type(content).__name__})")
     return content
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are read together and lie in one shard."""
+
+    nbytes: int
+    """Of all of them."""
+
+    read: Callable[[], dict[str, Tensor]]
+    """Contiguous, and none of them a view of another."""
+
+
+def write_shards(pieces: Sequence[Piece], folder: Path) -> list[str]:
+    """Stream pieces into shards, in order, and write the index of them; return the shards' names.
+
+    Raises:
+        StorageError: the file system does not take it.
+    """
+    from megatron_mosa.data.shards import progress
+
+    shards = list(_plan(pieces))
+    places: dict[str, str] = {}
+    total = sum(piece.nbytes for piece in pieces)
+    # A shard is written while the next is read: two in memory, and the disk is never waited for alone.
+    with progress(total, "exporting") as bar, ThreadPoolExecutor(1) as disk:
+        written: Future[None] | None = None
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for piece in shard:
+                tensors |= piece.read()
+            if written is not None:
+                written.result()
+            written = disk.submit(_write_shard, tensors, folder / name)
+            places |= dict.fromkeys(tensors, name)
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+        if written is not None:
+            written.result()
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return sorted(set(places.values()))
+
+
+def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise StorageError(f"{file.name} cannot be written ({error})") from None
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
+    sync(file)
+
+
+def _plan(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in order, in shards of at most ``_SHARD_BYTES`` where one is no larger by itself."""
+    shard: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if shard and size + piece.nbytes > _SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(piece)
+        size += piece.nbytes
+    yield shard

@@ -1,12 +1,14 @@
-"""How the weights of a model are called and laid out, here and in transformers: described once, for every conversion.
+"""How weights are called and laid out, here, in transformers and in Megatron-LM: described once, for every conversion.
 
-Outside, a projection is a matrix of its own; here some of them lie in one tensor. Weights of MoSA heads are the same on
-both sides: ``router_weight`` [E, h], ``qkv_weight`` [E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h].
+In transformers a projection is a matrix of its own; here some of them lie in one tensor. Weights of MoSA heads are the
+same on both sides: ``router_weight`` [E, h], ``qkv_weight`` [E, h, 3h'] with columns q, k, v, ``proj_weight``
+[E, h', h]. Megatron-LM has dense heads alone, laid out as here; its layers lie in one tensor [L, ...], or each in one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +16,21 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import Config
+from megatron_mosa.parallel import Partition
+
+_GATED = Partition(dim=0, stride=2)  # how a module holds the two matrices of a gated MLP
+
+# Parts of names of ours, and of Megatron-LM's: a norm belongs to the matrix behind it, as in Transformer Engine.
+_LINEAR = {
+    ".self_attention.dense_heads.qkv_weight": ".self_attention.linear_qkv.weight",
+    ".self_attention.dense_heads.proj_weight": ".self_attention.linear_proj.weight",
+}
+_NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Fusion(Protocol):
@@ -94,6 +111,39 @@ class Weight:
         """Shapes in transformers."""
         return tuple(tuple(part.shape) for part in self.fusion.split(torch.empty(self.shape, device="meta")))
 
+    @property
+    def module_shape(self) -> tuple[int, ...]:
+        """The global shape in a module's state dict, and in Megatron-LM."""
+        return tuple(self.for_module(torch.empty(self.shape, device="meta")).shape)
+
+    def for_module(self, tensor: Tensor) -> Tensor:
+        """As a module holds it, of what a checkpoint does; a view."""
+        return _GATED.fold(tensor) if isinstance(self.fusion, GateAndUp) else tensor
+
+    def from_module(self, tensor: Tensor) -> Tensor:
+        """The inverse of ``for_module``."""
+        return _GATED.unfold(tensor) if isinstance(self.fusion, GateAndUp) else tensor
+
+    def megatron_names(self) -> tuple[str, str]:
+        """Names in Megatron-LM: of its checkpoints, and where a norm is a module of its own there, too."""
+        joined = _replaced(self.name, _LINEAR)
+        return _replaced(joined, _NORMS), joined
+
+
+def stacked(name: str) -> tuple[str, int | None]:
+    """The name without a layer's number, of the layers in one tensor [L, ...], and the number; None: not of a layer."""
+    layer = _LAYER.search(name)
+    return _LAYER.sub(".layers.", name), int(layer[1]) if layer else None
+
+
+def partition_keys(keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Keys of tensors in a checkpoint of Megatron-LM's: of weights, and of optimizer state."""
+    weights: list[str] = []
+    optimizer: list[str] = []
+    for key in keys:
+        (optimizer if _OPTIMIZER.match(key) else weights).append(key)
+    return weights, optimizer
+
 
 def model_weights(config: Config, vocab_rows: int) -> list[Weight]:
     """All weights of a model, embedding first, layer by layer.
@@ -115,6 +165,12 @@ def model_weights(config: Config, vocab_rows: int) -> list[Weight]:
     if not model.tie_embeddings:
         weights.append(Weight("output_layer.weight", embedding, ("lm_head.weight",)))
     return weights
+
+
+def _replaced(name: str, parts: Mapping[str, str]) -> str:
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _norm(config: Config, ours: str, theirs: str) -> Iterator[Weight]:

@@ -27,6 +27,7 @@ KINDS = {
         "model.num_dense_heads=4", "model.num_query_groups=2", "mosa.num_heads=0", "model.normalization=RMSNorm",
         "model.activation=swiglu", "model.tie_embeddings=true", "model.rotary_percent=1.0",
     ],
+    "gelu": ["model.num_dense_heads=4", "mosa.num_heads=0", "model.ffn_hidden_size=40", "model.layernorm_epsilon=1e-4"],
     "local": [
         "model.num_dense_heads=0", "model.num_local_heads=4", "model.local_window=7", "mosa.num_heads=0",
         "model.ffn_hidden_size=40", "model.layernorm_epsilon=1e-3",

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_mosa.checkpoint import hf_export
+from megatron_mosa.checkpoint import hf_export, safetensors_folder
 from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.hf_import import import_hf
+from megatron_mosa.checkpoint.imported import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence
 from megatron_mosa.checkpoint.manifest import digests, files_below
+from megatron_mosa.checkpoint.state_dict_export import export_state_dict
+from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
 from megatron_mosa.cli import main
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
@@ -134,7 +136,7 @@ def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str
 def test_bfloat16_and_shards(
     trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hf_export, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_folder, "_SHARD_BYTES", 20_000)
     export_hf(trained["pure"].checkpoint.parents[1], tmp_path / "out", dtype="bfloat16")
     assert "nats, on a fixed batch in fp32" in capsys.readouterr().out
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -222,6 +224,9 @@ def test_a_file_system_that_takes_no_more(trained: dict[str, Trained], tmp_path:
             export_hf(trained["dense"].checkpoint, tmp_path / "out", checks_logits=False, force=True)
         with pytest.raises(StorageError, match=r"^OUT=.*/back did not take it: .*; make room"):
             import_hf(tmp_path / "out", tmp_path / "back")
+        for write in (export_state_dict, export_torch_dist):
+            with pytest.raises(StorageError, match=r"^OUT=.*/new did not take it: .*; make room"):
+                write(trained["dense"].checkpoint, tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert left_behind(tmp_path) == ["out"]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mosa.checkpoint import find_initial_weights, load_initial_weights, read_metadata
 from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.hf_import import import_hf
+from megatron_mosa.checkpoint.imported import import_hf
 from megatron_mosa.checkpoint.logits import largest_divergence, megatron_logits
 from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage
 from megatron_mosa.checkpoint.model_config import model_config

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a checkpoint of ours: its weights, without optimizer state."""
+"""A model of another program as a checkpoint of ours: its weights, without optimizer state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from megatron_mosa.checkpoint.format import Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
-from megatron_mosa.checkpoint.opened import HuggingFaceModel, Opened
+from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
 
 
 def import_hf(
     path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
 ) -> None:
-    """Write the weights of an exported model, or of a Llama, as a checkpoint to start from; one tensor at a time.
+    """``import_model`` of an exported model, or of a Llama: a folder with config.json and safetensors."""
+    import_model(Kind.HUGGING_FACE, path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
+
+
+def import_model(
+    kind: Kind, path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
+) -> None:
+    """Write the weights of a model as a checkpoint to start from; one tensor at a time.
 
     Args:
-        path: a folder with config.json and safetensors.
+        kind: what lies at ``path``, a Hugging Face folder or a checkpoint of Megatron-LM's.
+        path: its folder.
         target: a folder that is not there.
         add_mosa_heads: fresh ones in each layer of a model without any; 0: none.
         sparsity: rho, of these.
@@ -35,10 +43,10 @@ def import_hf(
             another shape, a target that is taken.
         RunError: a damaged file, or one that the file system does not take.
     """
-    folder = find_model_of(Kind.HUGGING_FACE, path)
+    folder = find_model_of(kind, path)
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
-        model: Opened = HuggingFaceModel.open(folder)
+        model = open_model(folder)
         if add_mosa_heads:
             model = WithMosaHeads.of(model, add_mosa_heads, sparsity)
         _import(model, target)

@@ -1,0 +1,62 @@
+"""Weights as one fp32 state dict, under their own names: of a checkpoint of ours, or of DeepSpeed's ZeRO shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, publishing, refuse_target
+from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.offline import TensorInfo
+from megatron_mosa.checkpoint.opened import Source
+from megatron_mosa.checkpoint.safetensors_folder import Piece, write_shards
+from megatron_mosa.checkpoint.zero_shards import ZeroShards
+from megatron_mosa.errors import UserError
+
+
+def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
+    """Write a folder of safetensors with an index of them, one tensor at a time.
+
+    Names and shapes are those of the module's ``state_dict``; numbers of floating point are fp32, of parameters the
+    optimizer's fp32 master weights.
+
+    Args:
+        path: a checkpoint of ours, a run directory (its newest), or a DeepSpeed checkpoint of ZeRO 1, 2 or 3.
+        target: a folder that is not there.
+        force: replace a model that lies at ``target``.
+
+    Raises:
+        UserError: no such checkpoint, one that cannot be merged, a target that is taken.
+        RunError: the checkpoint is damaged; nothing is left behind then.
+        StorageError: the file system does not take it.
+    """
+    folder, kind = find_model(path)
+    if deepspeed_tags(folder):  # beside a config.json, as transformers' Trainer leaves them
+        kind = Kind.DEEPSPEED
+    if kind not in (Kind.OURS, Kind.DEEPSPEED):
+        legal = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
+        raise UserError(f"'{path}' is a {kind.value}; --to fp32 takes {legal}")
+    refuse_target(target, folder, force=force)
+    with naming_damage(folder):
+        if kind is Kind.OURS:
+            source = Source.open(folder, read_metadata(folder))
+            weights = {weight.name: weight for weight in source.weights}
+            infos = {name: TensorInfo(weight.module_shape, torch.float32) for name, weight in weights.items()}
+            _write(infos, lambda name: weights[name].for_module(source.read(name)), target)
+        else:
+            shards = ZeroShards(folder)
+            _write(shards.tensors, shards.read, target)
+
+
+def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], target: Path) -> None:
+    def piece(name: str, info: TensorInfo) -> Piece:
+        return Piece(info.elements * info.dtype.itemsize, lambda: {name: read(name).contiguous()})
+
+    with publishing(target) as folder:
+        shards = write_shards([piece(name, info) for name, info in infos.items()], folder)
+        write_manifest(folder, digests(folder, shards))
+    print(f"{target}: {sum(info.elements for info in infos.values()):,} numbers in {len(infos)} tensors")

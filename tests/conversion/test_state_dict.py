@@ -1,0 +1,165 @@
+"""``mosa checkpoint export --to fp32``: DeepSpeed's shards against DeepSpeed's own merge, and a checkpoint of ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from megatron_mosa.checkpoint import safetensors_folder
+from megatron_mosa.checkpoint.inspect import inspect
+from megatron_mosa.checkpoint.manifest import find_damage
+from megatron_mosa.checkpoint.state_dict_export import export_state_dict
+from megatron_mosa.cli import app
+from megatron_mosa.errors import RunError, UserError
+from tests.conversion.models import Trained
+from tests.conversion.test_offline import Evil
+from tests.conversion.zero_writer import KINDS, Net, save_zero
+from tests.distributed.pool import WorkerPools
+
+NAMES = ["-".join(map(str, kind)) for kind in KINDS]
+
+
+@pytest.fixture(scope="module")
+def saved(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    """Of each kind, what two ranks wrote, and the parameters that they computed with."""
+    folder = tmp_path_factory.mktemp("zero")
+    return {
+        name: (folder / name, workers(2).run(save_zero, folder / name, number)[0]) for number, name in enumerate(NAMES)
+    }
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shards_make_what_deepspeed_makes_of_them(
+    saved: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, name: str
+) -> None:
+    folder, computed = saved[name]
+    done = CliRunner().invoke(app, ["checkpoint", "export", str(folder), str(tmp_path / "out"), "--to", "fp32"])
+    assert done.exit_code == 0, done.output
+    assert find_damage(tmp_path / "out", reads_all=True) is None
+    found = read(tmp_path / "out")
+    assert found.keys() == Net().state_dict().keys()
+    assert found.pop("count").dtype == torch.int64
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    if name == "1-bf16-fp32":  # which DeepSpeed's own merge does not know
+        expected = computed | {"output.weight": computed["embedding.weight"], "scale": torch.full((3,), 0.1)}
+        found = {key: tensor.to(expected[key].dtype) for key, tensor in found.items()}
+    else:
+        merged = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+        expected = {key: tensor.contiguous().float() for key, tensor in merged.items() if key != "count"}
+        expected.setdefault("frozen.weight", computed["frozen.weight"].float())  # not in theirs under ZeRO 1
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    Net().load_state_dict(read(tmp_path / "out"))
+
+
+def test_a_checkpoint_of_ours(
+    trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(safetensors_folder, "_SHARD_BYTES", 20_000)
+    model = trained["hybrid"]
+    export_state_dict(model.checkpoint.parents[1], tmp_path / "out")
+    found = read(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert found.keys() == model.weights.keys()
+    for name, weight in model.weights.items():
+        assert torch.equal(found[name], weight), name
+    capsys.readouterr()
+    inspect(tmp_path / "out", full=True)
+    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert told["kind"].strip() == "folder of safetensors" and "hashes" in told["health"]
+    with pytest.raises(UserError, match="exists; give another folder, or --force"):
+        export_state_dict(model.checkpoint, tmp_path / "out")
+    export_state_dict(model.checkpoint, tmp_path / "out", force=True)
+    with pytest.raises(UserError, match="--to fp32 takes a megatron_mosa checkpoint"):
+        export_state_dict(tmp_path / "out", tmp_path / "again")
+    command = ["checkpoint", "export", str(model.checkpoint), str(tmp_path / "again"), "--to"]
+    done = CliRunner().invoke(app, [*command, "fp32", "--dtype", "bfloat16"])
+    assert "--dtype, --tokenizer and --no-check belong to --to hf" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "fp16"])
+    assert "--to=fp16 is not a format; legal: hf, fp32, torch-dist" in str(done.exception)
+
+
+def test_tags(saved: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path) -> None:
+    folder = tmp_path / "zero"
+    shutil.copytree(saved[NAMES[0]][0], folder)
+    export_state_dict(folder / "global_step2", tmp_path / "tag")
+    shutil.copytree(saved[NAMES[1]][0] / "global_step2", folder / "global_step3")
+    export_state_dict(folder, tmp_path / "latest")
+    assert all(torch.equal(tensor, read(tmp_path / "tag")[key]) for key, tensor in read(tmp_path / "latest").items())
+    (folder / "config.json").write_text("{}")  # as transformers' Trainer leaves it beside
+    (folder / "latest").write_text("global_step4")
+    with pytest.raises(RunError, match="latest names 'global_step4', which is no tag folder; there are: global_step2"):
+        export_state_dict(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[-1]])
+def test_shards_that_are_missing_or_damaged(
+    saved: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path, name: str
+) -> None:
+    folder, mark = tmp_path / "zero", tmp_path / "mark"
+    tag = folder / "global_step2"
+
+    def refused(message: str, error: type[Exception] = RunError) -> None:
+        with pytest.raises(error, match=message):
+            export_state_dict(folder, tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"zero"}
+        restore()
+
+    def restore() -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved[name][0], folder)
+        return next(tag.glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+
+    shard = restore()
+    shard.unlink()
+    refused(rf"{shard.name} is missing; 2 data-parallel ranks wrote")
+    next(tag.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")).unlink()
+    refused(r"optim_states\.pt is missing; legal: what ZeRO 1, 2 or 3 wrote")
+    os.truncate(shard, shard.stat().st_size // 2)
+    refused(rf"{shard.name} is not what was written")
+    inspect(folder, full=True)
+    flip(shard, content=changed_parameter(shard))
+    inspect(folder)
+    with pytest.raises(RunError, match=rf"is damaged: {shard.name} is not what was written"):
+        inspect(folder, full=True)
+    refused(rf"{shard.name} is not what was written \(Bad CRC-32")
+    for file in (shard, next(tag.glob("*rank_0*model_states.pt"), tag / "mp_rank_00_model_states.pt")):
+        content: dict[str, Any] = torch.load(file, weights_only=False)
+        torch.save(content | {"more": Evil(mark)}, file)
+        refused(rf"{file.name} asks for posix\.mkdir: refused, nothing of it was run")
+    content = torch.load(shard, weights_only=False)
+    torch.save({"optimizer_state_dict": {"zero_stage": 1}}, shard)
+    refused(r"'\w+' is missing in it")
+    del content
+    shutil.copy(shard, tag / shard.name.replace("mp_rank_00", "mp_rank_01"))
+    refused(r"is of 2 model-parallel ranks.*legal: one \(mp_rank_00\)", UserError)
+    (tag / "layer_0_expert_0_mp_rank_00_model_states.pt").touch()
+    refused(r"has files of experts; legal: models without", UserError)
+
+
+def changed_parameter(shard: Path) -> bytes:
+    """Numbers that lie in a shard, as they do."""
+    state = torch.load(shard, weights_only=False)["optimizer_state_dict"]
+    groups = state.get("single_partition_of_fp32_groups", state.get("fp32_flat_groups"))
+    return groups[0][:8].detach().numpy().tobytes()
+
+
+def flip(file: Path, content: bytes) -> None:
+    """One bit of some bytes of a file."""
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(content) + 2] ^= 1
+    file.write_bytes(whole)
