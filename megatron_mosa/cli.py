@@ -10,14 +10,14 @@ import typer
 
 from megatron_mosa import __version__
 from megatron_mosa.config import load_config
-from megatron_mosa.entry import run
+from megatron_mosa.entry import keep_freed_memory, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.scaling.commands import isoflop, sweep
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-checkpoint_app = typer.Typer(help="Checkpoints: look at them, convert them; one process, no GPU.", no_args_is_help=True)
+checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
@@ -64,6 +64,12 @@ def data_index(config: ConfigPath, overrides: Overrides = None) -> None:
 
     for folder in build_index(settings):
         print(folder)
+
+
+@checkpoint_app.callback()
+def checkpoint() -> None:
+    """Checkpoints: look at them, convert them; one process, no GPU."""
+    keep_freed_memory()
 
 
 @checkpoint_app.command("inspect")

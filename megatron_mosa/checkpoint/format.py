@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
 
 FORMAT_VERSION = 2
+METADATA = "metadata.json"
 
 
 @dataclass
@@ -123,7 +124,7 @@ def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
 
 def write_metadata(metadata: Metadata, path: Path) -> None:
     """Write ``metadata.json`` into a checkpoint folder."""
-    (path / "metadata.json").write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n")
+    (path / METADATA).write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -133,7 +134,7 @@ def read_metadata(path: Path) -> Metadata:
         DamagedError: it is missing or damaged.
         UserError: it is of a newer format than this program knows.
     """
-    file = path / "metadata.json"
+    file = path / METADATA
     try:
         content = json.loads(file.read_text())
         version = content["format_version"]

@@ -20,7 +20,7 @@ from megatron_mosa.checkpoint.logits import (
     largest_divergence,
     megatron_logits,
 )
-from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
 from megatron_mosa.checkpoint.model_config import to_transformers
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.safetensors_folder import Piece, write_shards
@@ -75,7 +75,7 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
     with publishing(target) as folder:
         end_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_id, folder)
-        shards = write_shards(_pieces(source, DTYPES[dtype]), folder)
+        records = write_shards(_pieces(source, DTYPES[dtype]), folder)
         for file in MODELLING_FILES:
             shutil.copyfile(file, folder / file.name)
         divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
@@ -88,7 +88,7 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
         facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
         card = model_card(source.metadata, source.config, source.path, facts)
         (folder / "README.md").write_text(card)
-        write_manifest(folder, digests(folder, shards))
+        write_manifest(folder, records)
     print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
 
 

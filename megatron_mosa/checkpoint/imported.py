@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_mosa import __version__
 from megatron_mosa.checkpoint.added_heads import WithMosaHeads
-from megatron_mosa.checkpoint.format import Metadata, write_metadata
+from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import FileRecord, digests, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
 from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
@@ -54,9 +54,9 @@ def import_model(
 
 def _import(model: Opened, target: Path) -> None:
     with publishing(target) as writing:
-        _write(model, writing)
+        records = _write(model, writing)
         write_metadata(_metadata(model.config, model.vocab_rows, model.path), writing)
-        write_manifest(writing, digests(writing, files_below(writing)))
+        write_manifest(writing, records | digests(writing, [METADATA]))
     parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
         f"{target}: {parameters:,} parameters, no optimizer state; start a run from it with "
@@ -64,7 +64,7 @@ def _import(model: Opened, target: Path) -> None:
     )
 
 
-def _write(model: Opened, writing: Path) -> None:
+def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
     from megatron_mosa.data.shards import progress
 
     infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}
@@ -75,7 +75,7 @@ def _write(model: Opened, writing: Path) -> None:
             bar.update(tensor.nbytes)
             return tensor
 
-        write_state_offline(infos, read, writing)
+        return write_state_offline(infos, read, writing)
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:

@@ -104,6 +104,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def settle(path: Path) -> FileRecord:
+    """See a file that was just written onto the disk and out of the page cache; return its record.
+
+    A conversion writes gigabytes that it does not read again. Cached, they would push out what others use, and new
+    memory for each page can cost the kernel more than the write.
+    """
+    record = _digest(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return record
+
+
 def _digest(path: Path) -> FileRecord:
     hasher, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:

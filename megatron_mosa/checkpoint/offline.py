@@ -6,9 +6,11 @@ Megatron's global names and the global shapes.
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePath
@@ -18,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata as StateMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_mosa.checkpoint.manifest import DamagedError
+from megatron_mosa.checkpoint.manifest import DamagedError, FileRecord, settle
 from megatron_mosa.checkpoint.saved_objects import Window, find_change
 from megatron_mosa.errors import StorageError
 
@@ -153,7 +156,7 @@ def write_state_offline(
     below: str = "state",
     read_part: Callable[[str, int], Tensor] | None = None,
     objects: Mapping[str, Any] | None = None,
-) -> None:
+) -> dict[str, FileRecord]:
     """Write ``state/`` of a checkpoint folder from tensors that are asked for one at a time, in the order given.
 
     Args:
@@ -164,11 +167,15 @@ def write_state_offline(
         read_part: how to read one of the parts; None: as a part of the whole.
         objects: what else to keep, by keys of their own.
 
+    Returns:
+        Records of all files, by their paths from ``checkpoint``.
+
     Raises:
         StorageError: the file system does not take it.
     """
     # Torch keeps what it writes into one file until the file is closed: one a tensor.
     writer = dcp.FileSystemWriter(checkpoint / below, single_file_per_rank=False)
+    writer.fs = files = _SettledFiles()
     state: dict[str, Any] = {k: torch.empty(info.shape, dtype=info.dtype, device="meta") for k, info in tensors.items()}
     state |= objects or {}
     try:
@@ -180,6 +187,7 @@ def write_state_offline(
         if is_storage_failure(raised):
             raise StorageError(_cause(error)) from None
         raise raised from None
+    return {path.relative_to(checkpoint).as_posix(): record for path, record in files.records.items()}
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -187,6 +195,26 @@ def is_storage_failure(error: BaseException) -> bool:
     # Torch's archive writer makes a RuntimeError of what the file system says.
     words = ("PytorchStreamWriter failed", "inline_container")
     return isinstance(error, OSError) or any(word in str(error) for word in words)
+
+
+class _SettledFiles(FileSystem):
+    """Keeps records of the files that are written."""
+
+    def __init__(self) -> None:
+        self.records: dict[Path, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """As FileSystem; a file that was written is settled."""
+        with super().create_stream(path, mode) as stream:
+            yield stream
+        if "w" in mode:
+            self.records[Path(path)] = settle(Path(path))
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """As FileSystem: the index gets its name when it is complete."""
+        super().rename(path, new_path)
+        self.records[Path(new_path)] = self.records.pop(Path(path))
 
 
 class _ReadingPlanner(dcp.DefaultSavePlanner):

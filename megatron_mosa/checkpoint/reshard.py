@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import read_metadata, write_metadata
+from megatron_mosa.checkpoint.format import METADATA, read_metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import one_process
-from megatron_mosa.checkpoint.manifest import digests, files_below, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import write_state_offline
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
@@ -94,9 +94,9 @@ def _write(source: Source, target: Path, size: int, dims: dict[str, int], drop_o
                 bar.update(tensor.nbytes)
                 return tensor
 
-            write_state_offline(tensors, read, writing, cuts)
+            records = write_state_offline(tensors, read, writing, cuts)
         layout = {"tensor_parallel_size": size, "data_parallel_size": 1}
         write_metadata(replace(source.metadata, layout=layout), writing)
-        write_manifest(writing, digests(writing, files_below(writing)))
+        write_manifest(writing, records | digests(writing, [METADATA]))
     what = "without optimizer state" if drop_optimizer else f"{len(tensors)} tensors"
     print(f"{target}: {what}, cut for tensor-parallel size {size}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import DamagedError, sync
+from megatron_mosa.checkpoint.manifest import DamagedError, FileRecord, settle
 from megatron_mosa.errors import StorageError, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -109,8 +109,8 @@ class Piece:
     """Contiguous, and none of them a view of another."""
 
 
-def write_shards(pieces: Sequence[Piece], folder: Path) -> list[str]:
-    """Stream pieces into shards, in order, and write the index of them; return the shards' names.
+def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]:
+    """Stream pieces into shards, in order, and write the index of them; return the shards' records.
 
     Raises:
         StorageError: the file system does not take it.
@@ -119,28 +119,28 @@ def write_shards(pieces: Sequence[Piece], folder: Path) -> list[str]:
 
     shards = list(_plan(pieces))
     places: dict[str, str] = {}
+    records: dict[str, FileRecord] = {}
     total = sum(piece.nbytes for piece in pieces)
     # A shard is written while the next is read: two in memory, and the disk is never waited for alone.
     with progress(total, "exporting") as bar, ThreadPoolExecutor(1) as disk:
-        written: Future[None] | None = None
+        written: Future[None] = Future()
+        written.set_result(None)
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, Tensor] = {}
             for piece in shard:
                 tensors |= piece.read()
-            if written is not None:
-                written.result()
-            written = disk.submit(_write_shard, tensors, folder / name)
+            written.result()
+            written = disk.submit(_write_shard, tensors, folder / name, records)
             places |= dict.fromkeys(tensors, name)
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
-        if written is not None:
-            written.result()
+        written.result()
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return sorted(set(places.values()))
+    return records
 
 
-def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
+def _write_shard(tensors: dict[str, Tensor], file: Path, records: dict[str, FileRecord]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -149,7 +149,7 @@ def _write_shard(tensors: dict[str, Tensor], file: Path) -> None:
     except SafetensorError as error:
         raise StorageError(f"{file.name} cannot be written ({error})") from None
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
-    sync(file)
+    records[file.name] = settle(file)
 
 
 def _plan(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, publishing, refuse_target
-from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.safetensors_folder import Piece, write_shards
@@ -57,6 +57,6 @@ def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], targe
         return Piece(info.elements * info.dtype.itemsize, lambda: {name: read(name).contiguous()})
 
     with publishing(target) as folder:
-        shards = write_shards([piece(name, info) for name, info in infos.items()], folder)
-        write_manifest(folder, digests(folder, shards))
+        records = write_shards([piece(name, info) for name, info in infos.items()], folder)
+        write_manifest(folder, records)
     print(f"{target}: {sum(info.elements for info in infos.values()):,} numbers in {len(infos)} tensors")
