@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader, is_storage_failure
+from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader
+from megatron_mosa.checkpoint.offline_writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 

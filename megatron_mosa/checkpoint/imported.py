@@ -13,7 +13,8 @@ from megatron_mosa.checkpoint.added_heads import WithMosaHeads
 from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import FileRecord, digests, naming_damage, write_manifest
-from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
+from megatron_mosa.checkpoint.offline import TensorInfo
+from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
 

@@ -15,7 +15,7 @@ from megatron_mosa.checkpoint.format import METADATA, read_metadata, write_metad
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import one_process
 from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
-from megatron_mosa.checkpoint.offline import write_state_offline
+from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
 from megatron_mosa.errors import UserError

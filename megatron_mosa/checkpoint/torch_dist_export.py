@@ -13,7 +13,8 @@ from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.locate import TRACKER, Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.manifest import naming_damage
 from megatron_mosa.checkpoint.megatron_args import to_megatron_args
-from megatron_mosa.checkpoint.offline import TensorInfo, write_state_offline
+from megatron_mosa.checkpoint.offline import TensorInfo
+from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.torch_dist import COMMON_FILE, FORMAT
 from megatron_mosa.checkpoint.weights import Weight, stacked

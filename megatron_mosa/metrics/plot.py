@@ -5,11 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Draw training and validation loss over tokens, and the unigram entropy where it is known.
@@ -19,6 +14,11 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         path: PNG file to write.
         title: name of the run.
     """
+    import matplotlib  # 0.6 s, which commands that draw nothing need not wait for
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
     validation = [
         (line["tokens"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None

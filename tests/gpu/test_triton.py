@@ -113,7 +113,7 @@ def test_atomics_add_up_to_the_same(fused: ModuleType) -> None:
     assert max(ours) < 1e-5
 
 
-@pytest.mark.parametrize("width", [200, 1000])
+@pytest.mark.parametrize("width", [72, 200, 1000])
 def test_chunks_of_the_sum_over_heads_do_not_change_it(
     fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +127,7 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
 
     sequence = 40 * 33 * width * 2
     whole = run(1)
-    for cut in ((3,), (1, sequence), (1, 1)):  # pairs of sequences; each; 128 columns of each
+    for cut in ((3,), (1, sequence), (1, 1), (4, 1)):  # pairs of sequences; each; columns of each
         for ours, theirs in zip(run(*cut), whole, strict=True):
             assert torch.equal(ours, theirs)
 

@@ -137,9 +137,12 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
             assert torch.equal(ours, theirs)
 
 
-def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, 320, 8)]
-    sequence_bytes = 3 * 5 * 320 * 4
+@pytest.mark.parametrize("width", [320, 72])
+def test_chunks_of_the_sum_over_heads_do_not_change_it(
+    fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, width, 8)]
+    sequence_bytes = 3 * 5 * width * 4
 
     def run(fewest: int, most_bytes: int = 1 << 20) -> list[torch.Tensor]:
         monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
@@ -148,9 +151,16 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkey
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
     whole = run(1)
-    for cut in ((2,), (1, sequence_bytes), (1, 1)):  # pairs of sequences; each; halves of each
+    for cut in ((2,), (1, sequence_bytes), (1, 1), (4, 1)):  # pairs of sequences; each; columns of each
         for ours, theirs in zip(run(*cut), whole, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_no_chunk_is_more_than_half_of_the_products() -> None:
+    for width in range(32, 1200):
+        for batch in (1, 2, 3, 4, 9):
+            sequences, columns = scattered.chunks_of(batch, 1000 * width, width)
+            assert sequences * columns <= batch * (width + 1) // 2
 
 
 def test_without_determinism_atomics_add_up(fused: ModuleType) -> None:

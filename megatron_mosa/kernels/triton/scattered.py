@@ -58,7 +58,7 @@ def _scattered_kernel(
     last_column = tl.minimum(tl.minimum(CHUNK, H - FIRST_COLUMN), sweep_from + SWEEP * COLUMNS)
     for start in range(sweep_from, last_column, COLUMNS):
         column = start + tl.arange(0, COLUMNS)  # of the chunk
-        inside = FIRST_COLUMN + column < H
+        inside = column < last_column
         w_rows = weights + (FIRST_COLUMN + column).to(tl.int64)[None] * stride_h
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if IS_WHOLE:
@@ -117,14 +117,15 @@ def _combine_kernel(
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
     """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time.
 
-    Columns are cut where one sequence is too much, but not below 128: a layer of one narrow sequence is one chunk.
+    Columns are cut where one sequence is too much for a chunk, to multiples of 128 that let kernels read many bytes at
+    once, or of 16 in a narrow layer: no chunk is more than half of a layer of 32 columns or more.
     """
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
+    step = 128 if width >= 128 * FEWEST_CHUNKS else 16
     slices = 1
-    while sequence_bytes > allowed * slices and width > 128 * slices:
+    while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
-    # Slices begin at multiples of 128, or kernels could not read as many bytes at once.
-    return max(1, allowed // sequence_bytes), width if slices == 1 else -(-width // (128 * slices)) * 128
+    return max(1, allowed // sequence_bytes), width if slices == 1 else -(-width // (step * slices)) * step
 
 
 def scattered_product(
