@@ -22,6 +22,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large ones come from the heap, too
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+        mallopt(-8, 1)  # M_ARENA_MAX: and is one for all threads
 
 
 def run(program: Callable[[], object]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -37,7 +37,7 @@ def write_state_offline(
 ) -> dict[str, FileRecord]:
     """Write ``state/`` of a checkpoint folder from tensors that are asked for one at a time, in the order given.
 
-    A thread of its own asks for the next one while the present one is written.
+    One thread reads the next tensor, one writes the present one, one sees the last onto the disk.
 
     Args:
         tensors, read: keys, and how to read one.
@@ -54,20 +54,27 @@ def write_state_offline(
         StorageError: the file system does not take it.
     """
     # Torch keeps what it writes into one file until the file is closed: one a tensor.
-    writer = dcp.FileSystemWriter(checkpoint / below, single_file_per_rank=False)
-    writer.fs = files = _SettledFiles()
+    writer = dcp.FileSystemWriter(checkpoint / below, single_file_per_rank=False, sync_files=False)
     state: dict[str, Any] = {k: torch.empty(info.shape, dtype=info.dtype, device="meta") for k, info in tensors.items()}
     state |= objects or {}
     try:
-        with warnings.catch_warnings(), closing(_ReadingPlanner(read, cuts or {}, read_part)) as planner:
+        with (
+            warnings.catch_warnings(),
+            closing(_ReadingPlanner(read, cuts or {}, read_part)) as planner,
+            closing(_SettledFiles()) as files,
+        ):
             warnings.simplefilter("ignore")  # that there is no process group
+            writer.fs = files
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+            records = files.records()
     except CheckpointException as error:
         raised = next(iter(error.failures.values()))[0]
         if is_storage_failure(raised):
             raise StorageError(cause_of(error)) from None
         raise raised from None
-    return {path.relative_to(checkpoint).as_posix(): record for path, record in files.records.items()}
+    except OSError as error:
+        raise StorageError(cause_of(error)) from None
+    return {path.relative_to(checkpoint).as_posix(): record for path, record in records.items()}
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -78,10 +85,11 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 class _SettledFiles(FileSystem):
-    """Keeps records of the files that are written."""
+    """Settles the files that are written, in a thread."""
 
     def __init__(self) -> None:
-        self.records: dict[Path, FileRecord] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._records: dict[Path, Future[FileRecord]] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
@@ -89,12 +97,25 @@ class _SettledFiles(FileSystem):
         with super().create_stream(path, mode) as stream:
             yield stream
         if "w" in mode:
-            self.records[Path(path)] = settle(Path(path))
+            self._records[Path(path)] = self._pool.submit(settle, Path(path))
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         """As FileSystem: the index gets its name when it is complete."""
+        self._records[Path(path)].result()
         super().rename(path, new_path)
-        self.records[Path(new_path)] = self.records.pop(Path(path))
+        self._records[Path(new_path)] = self._records.pop(Path(path))
+
+    def records(self) -> dict[Path, FileRecord]:
+        """Of all files, when they are on the disk.
+
+        Raises:
+            OSError: one is not.
+        """
+        return {path: future.result() for path, future in self._records.items()}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 _Reading = tuple[str, int | None]  # a key, and which of its parts
