@@ -25,6 +25,9 @@ class MosaConfig(PretrainedConfig):
         norm_type, norm_eps: "LayerNorm" (with a bias) or "RMSNorm".
         rotary_percent, rotary_base: share of a head's channels that is rotated; base of the frequencies.
         max_position_embeddings: the length of the sequences that the model was trained on; no limit.
+        attend_within_documents, restart_rotary, selection_scope: how training kept apart the documents of one packed
+            sequence: attention, positions, and what MoSA heads select among ("sequence" or "document"). Kept for
+            training on; here a sequence is one document, for which they change nothing.
 
     Raises:
         ValueError: a word or number that is not legal.
@@ -55,6 +58,9 @@ class MosaConfig(PretrainedConfig):
         max_position_embeddings: int = 1024,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
+        attend_within_documents: bool = False,
+        restart_rotary: bool = False,
+        selection_scope: str = "sequence",
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -76,6 +82,9 @@ class MosaConfig(PretrainedConfig):
         self.rotary_base = rotary_base
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.attend_within_documents = attend_within_documents
+        self.restart_rotary = restart_rotary
+        self.selection_scope = selection_scope
         for name, legal in (("hidden_act", ("gelu", "silu")), ("norm_type", ("LayerNorm", "RMSNorm"))):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")

@@ -279,7 +279,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             attention_mask: [B, T], 0 at padding, which must be at the end; it changes nothing at other tokens.
             inputs_embeds: [B, T, h], instead of ids.
             labels: [B, T], the ids themselves, -100 where they do not count: gives ``loss``, in nats per token.
-            logits_to_keep: logits of that many last positions alone; 0: of all.
+            logits_to_keep: logits, and the loss, of that many last positions alone; 0: of all.
             output_hidden_states: return what every layer gives, too.
 
         Returns:
@@ -295,7 +295,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            predicted, expected = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            expected = labels[:, -logits_to_keep:][:, 1:].flatten()
+            predicted = logits[:, :-1].flatten(0, 1).float()
             loss = F.cross_entropy(predicted, expected.to(predicted.device), ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 

@@ -195,7 +195,10 @@ def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, P
     ):
         assert 0.9 * bound < weight.abs().max() <= bound
     tokens = torch.randint(300, (2, 40))
-    model(tokens, labels=tokens).loss.backward()
+    whole, last = model(tokens, labels=tokens), model(tokens, labels=tokens, logits_to_keep=10)
+    expected = torch.nn.functional.cross_entropy(whole.logits[:, 30:39].flatten(0, 1), tokens[:, 31:].flatten())
+    assert last.logits.shape[1] == 10 and torch.allclose(last.loss, expected)
+    whole.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
