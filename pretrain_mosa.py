@@ -11,6 +11,7 @@ import sys
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import run
 from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import DONE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def main() -> None:
+def main() -> int:
     """Check, and train unless only the check was asked for."""
     arguments = parse_arguments()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
@@ -36,8 +37,8 @@ def main() -> None:
 
     if arguments.check_only:
         check_start(config, arguments.world_size or 1)
-    else:
-        pretrain(config)
+        return DONE
+    return pretrain(config)
 
 
 if __name__ == "__main__":

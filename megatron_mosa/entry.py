@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import GaveUpError, RunError, UserError
+from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, WRONG_USE
 
 
 def keep_freed_memory() -> None:
@@ -25,15 +26,23 @@ def keep_freed_memory() -> None:
         mallopt(-8, 1)  # M_ARENA_MAX: and is one for all threads
 
 
+def exit_code_of(error: Exception) -> int:
+    """Of a program that such an error ended."""
+    return WRONG_USE if isinstance(error, UserError) else GAVE_UP if isinstance(error, GaveUpError) else FAILED
+
+
 def run(program: Callable[[], object]) -> int:
-    """Run a program; return its exit code: 0 done, 1 failed, 2 wrong use. Our own bugs keep their traceback."""
+    """Run a program; return its exit code (``exit_codes``), which is what it returns if that is a number.
+
+    Our own bugs keep their traceback.
+    """
     # Megatron-core warns at import of every optional package that is absent; the README says what that means.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     try:
-        program()
+        code = program()
     except (UserError, RunError) as error:
         if local_rank == 0:  # once a node
             print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+        return exit_code_of(error)
+    return code if isinstance(code, int) else DONE

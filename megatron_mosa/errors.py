@@ -18,6 +18,10 @@ class RunError(Exception):
     """A run that cannot go on through no mistake in how it was asked for: one readable line, exit code 1."""
 
 
+class GaveUpError(RunError):
+    """A run that another start would not help: exit code 3 of pretrain_mosa.py."""
+
+
 class StorageError(RunError):
     """A file system that did not take what was to be written, on any rank."""
 

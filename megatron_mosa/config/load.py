@@ -140,6 +140,8 @@ def _fits(value: Any, kind: str) -> bool:
     """Stricter than OmegaConf, which turns 7 into '7', 2 into true and '3' into 3."""
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+    if kind == "list[int]":
+        return isinstance(value, list) and all(_fits(item, "int") for item in value)
     if kind == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "int":

@@ -21,6 +21,9 @@ _CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "constant", "wsd"),
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
+    "resilience.on_spike": ("log", "rewind"),
+    "fault_injection.fault": (None, "kill", "stop", "error", "SIGTERM", "SIGUSR1", "nan"),
+    "fault_injection.place": ("step", "validation", "save"),
 }
 _POSITIVE = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.head_dim", "model.rotary_base",
@@ -30,11 +33,13 @@ _POSITIVE = (
     "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
     "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
     "checkpoint.keep_last", "checkpoint.permanent_interval", "checkpoint.keep_permanent", "logging.interval",
-    "logging.peak_tflops",
+    "logging.peak_tflops", "resilience.rendezvous_timeout", "resilience.max_skipped_steps", "resilience.spike_sigmas",
+    "resilience.spike_window", "fault_injection.step",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
+    "resilience.stop_before_limit", "resilience.hang_timeout", "resilience.max_rewinds", "fault_injection.rank",
 )  # fmt: skip
 
 

@@ -94,6 +94,7 @@ class TrainSection:
 
     steps: int = MISSING
     stop_after_step: int | None = None
+    skip_steps: list[int] = field(default_factory=list)
     micro_batch_size: int = MISSING
     global_batch_size: int = MISSING
     precision: str = "bf16"
@@ -140,6 +141,30 @@ class CheckpointSection:
 
 
 @dataclass
+class ResilienceSection:
+    """When a run stops itself, and what it does about steps that go wrong."""
+
+    stop_before_limit: float = 120.0
+    hang_timeout: float = 1800.0
+    rendezvous_timeout: float = 600.0
+    max_skipped_steps: int = 5
+    spike_sigmas: float = 6.0
+    spike_window: int = 128
+    on_spike: str = "log"
+    max_rewinds: int = 3
+
+
+@dataclass
+class FaultInjectionSection:
+    """A fault to be had on purpose, once: for tests of what a run survives."""
+
+    fault: str | None = None
+    rank: int = 0
+    step: int = 1
+    place: str = "step"
+
+
+@dataclass
 class LoggingSection:
     """What is reported, and how often."""
 
@@ -162,4 +187,6 @@ class Config:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    resilience: ResilienceSection = field(default_factory=ResilienceSection)
+    fault_injection: FaultInjectionSection = field(default_factory=FaultInjectionSection)
     logging: LoggingSection = field(default_factory=LoggingSection)

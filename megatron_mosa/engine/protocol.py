@@ -33,6 +33,9 @@ class StepResult:
     grad_norm: float
     """Global norm before clipping."""
 
+    was_asked: bool = False
+    """The step was left out because the configuration says so: nothing was computed."""
+
     @property
     def is_finite(self) -> bool:
         """Whether loss and norm are finite; if not, the engine has skipped the step. The same on every rank."""

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import distributed as dist
 
+from megatron_mosa.errors import RunError
 from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
 from megatron_mosa.parallel.launch import launch_environment
 
@@ -34,10 +35,21 @@ class Layout:
         return self.rank == 0
 
 
-def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minutes: float = 10.0) -> Layout:
+def initialize_parallel(
+    tensor_model_parallel_size: int, seed: int, timeout_minutes: float = 10.0, rendezvous_seconds: float | None = None
+) -> Layout:
     """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
 
     Tensor-parallel ranks are neighbours: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
+
+    Args:
+        tensor_model_parallel_size: ranks that share one model.
+        seed: of torch's generators.
+        timeout_minutes: how long a collective may take.
+        rendezvous_seconds: how long all ranks may take to meet; None: as long as a collective.
+
+    Raises:
+        RunError: they did not meet.
     """
     rank, world_size, local_rank = launch_environment()
     if answer_cuda_with_cpu():
@@ -51,7 +63,9 @@ def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minu
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **options)
+        store = _meet(rank, world_size, rendezvous_seconds or timeout.total_seconds())
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size)
     torch.manual_seed(seed)
     # No layer draws random numbers in its forward pass, so Megatron's tracker of per-rank generators can be the one
@@ -66,6 +80,20 @@ def initialize_parallel(tensor_model_parallel_size: int, seed: int, timeout_minu
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def _meet(rank: int, world_size: int, seconds: float) -> dist.Store:
+    """The store of all ranks, when all have come to it."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
+    except (dist.DistError, RuntimeError) as error:  # some of torch's errors of the store are plain ones
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"rank {rank} of {world_size} did not meet the others at {where} within {seconds:.0f} s "
+            f"({str(error).splitlines()[0]}); see that all {world_size} processes were started and that MASTER_ADDR "
+            "and MASTER_PORT can be reached from every node"
+        ) from None
+    return store
 
 
 def use_deterministic_algorithms() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
+from megatron_mosa.entry import exit_code_of
+from megatron_mosa.exit_codes import DONE, STOPPED
+from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
 from megatron_mosa.parallel import (
     Layout,
@@ -18,8 +22,10 @@ from megatron_mosa.parallel import (
     on_main_rank,
     use_deterministic_algorithms,
 )
+from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.progress import Progress
+from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.report import report
@@ -28,40 +34,68 @@ from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 
 
-def pretrain(config: Config) -> None:
+def pretrain(config: Config) -> int:
     """Train to ``train.steps`` (or ``train.stop_after_step``) from the newest checkpoint, else from
     the weights of ``checkpoint.initialize_from``, else from the seed.
 
     Collective: every rank of the job calls it. Writes the run directory (config.yaml, metrics.jsonl, checkpoints/,
-    loss.png, TensorBoard events).
+    loss.png, TensorBoard events, status.json).
+
+    Returns:
+        ``exit_codes.DONE``, or ``STOPPED`` if a signal or the job's time limit ended it early, with a checkpoint.
 
     Raises:
         UserError: whatever ``check_start`` refuses, and a run directory that cannot be written.
+        GaveUpError: losses stay not finite.
+        RunError: the ranks did not meet; the last checkpoint could not be written.
     """
     if config.train.deterministic:
         use_deterministic_algorithms()
     rank, world_size, _ = launch_environment()
+    survival = Survival.begin(config, Path(config.run.directory) / config.run.name, rank)
     start = check_start(config, world_size, reads_all=rank == 0)
-    layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
+    survival.watchdog.beat("meeting the other ranks")
+    layout = initialize_parallel(
+        config.parallel.tensor_model_parallel_size,
+        config.run.seed,
+        rendezvous_seconds=config.resilience.rendezvous_timeout,
+    )
+    stopped = None
     try:
+        survival.interruption.join()
         # Nodes may see different checkpoints for a while on a shared file system: what rank 0 has found counts.
         start = on_main_rank(lambda: start)
         config.data.index_samples = start.index_samples
         step = start.metadata.step if start.metadata else 0
-        if step < config.train.steps:
-            _train(config, start, layout)
+        if step < config.train.steps or _last_measured(start) < step:
+            stopped = _train(config, start, layout, survival)
         elif layout.is_main:
             print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
         if layout.is_main:
             report(start.directory)
+            survival.status.end(STOPPED if stopped else DONE, stopped or "")
+    except Exception as error:
+        survival.status.end(exit_code_of(error), f"rank {rank}: {error or type(error).__name__}")
+        raise
     finally:
         destroy_parallel()
+        survival.end()
+    return STOPPED if stopped else DONE
 
 
-def _train(config: Config, start: Start, layout: Layout) -> None:
+def _last_measured(start: Start) -> int:
+    """The last step of the run that has a validation line."""
+    lines = read_journal(start.directory / "metrics.jsonl")
+    return max((line["step"] for line in lines if "validation_loss" in line), default=0)
+
+
+def _train(config: Config, start: Start, layout: Layout, survival: Survival) -> str | None:
+    """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
+    survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
+    last_measured = _last_measured(start)
     writers = Writers(config, start.directory, is_main=layout.is_main, resumed_step=state.step)
     vocab_size = start.manifest.vocab_size
     writers.note(
@@ -88,20 +122,26 @@ def _train(config: Config, start: Start, layout: Layout) -> None:
     elif start.initial is not None:
         load_initial_weights(engine, start.initial)
         writers.note(f"weights taken from {start.initial}, optimizer state fresh")
+    resilience = config.resilience
     callbacks = [
+        SignsOfLife(survival),
+        WrongSteps(writers, resilience.spike_sigmas, resilience.spike_window, resilience.max_skipped_steps),
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
-        Validation(writers, validation),
+        Validation(writers, validation, last_measured),
         Checkpointing(writers, store, start.data_identity),
     ]
-    trainer = Trainer(config, engine, layout, state, callbacks)
+    trainer = Trainer(config, engine, layout, state, callbacks, survival)
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
     try:
         trainer.run(batches)
     finally:
         store.close()
+    if trainer.stopping:
+        writers.note(f"stopped at step {state.step}: {trainer.stopping}; start the run again to go on")
     writers.close()
     engine.destroy()
+    return trainer.stopping
 
 
 def _training_batches(config: Config, start: Start, state: TrainingState, layout: Layout) -> Iterator[Batch]:

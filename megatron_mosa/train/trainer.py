@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,12 +11,10 @@ from itertools import islice
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
-from megatron_mosa.errors import RunError
 from megatron_mosa.parallel import Layout
+from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.schedule import learning_rate
-
-MAX_SKIPPED_STEPS = 5
 
 
 @dataclass
@@ -23,6 +23,8 @@ class TrainingState:
 
     step: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0
+    """Not finite, since this start."""
 
 
 class Trainer:
@@ -38,17 +40,26 @@ class Trainer:
         layout: Layout,
         state: TrainingState,
         callbacks: Sequence[Callback],
+        survival: Survival | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
         self.layout = layout
         self.state = state
         self.callbacks = callbacks
+        self.survival = survival
+        self.stopping: str | None = None
+        """Why the run stops after the step that was just taken; None: it goes on."""
         self.learning_rate = 0.0
 
     @property
     def last_step(self) -> int:
-        """The step after which this start ends: ``train.steps``, or ``train.stop_after_step`` if that comes first."""
+        """The step after which this start ends: ``train.steps``, or ``train.stop_after_step`` if that comes first.
+
+        Where the run was asked to stop, it is the step that was just taken: what happens at an end happens then.
+        """
+        if self.stopping:
+            return self.state.step
         return min(self.config.train.steps, self.config.train.stop_after_step or self.config.train.steps)
 
     @property
@@ -60,19 +71,35 @@ class Trainer:
         """Train on this rank's micro-batches, which must start at ``state.consumed_samples``."""
         for callback in self.callbacks:
             callback.on_start(self)
-        skipped = 0
+        self.is_to_stop("getting ready")
         while self.state.step < self.last_step:
             result = self._step(batches)
+            self.is_to_stop(f"what follows step {self.state.step}")
             for callback in self.callbacks:
                 callback.after_step(self, result)
-            skipped = 0 if result.is_finite else skipped + 1
-            if skipped == MAX_SKIPPED_STEPS:
-                raise RunError(
-                    f"loss or gradients were not finite in {skipped} steps in a row, up to step {self.state.step}; "
-                    "lower optimizer.learning_rate or look at the data; the last checkpoint before them is kept"
-                )
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def is_to_stop(self, doing: str) -> bool:
+        """Whether the run stops now, as all ranks agree; a collective, and a sign of life.
+
+        Args:
+            doing: what the run does next, for the watchdog.
+        """
+        self.beat(doing)
+        if self.survival is not None:
+            self.stopping = self.stopping or self.survival.interruption.agreed()
+        return self.stopping is not None
+
+    def beat(self, doing: str) -> None:
+        """A sign of life for the watchdog, and what the run does next."""
+        if self.survival is not None:
+            self.survival.watchdog.beat(doing)
+
+    def strike(self, place: str, step: int) -> None:
+        """Have an injected fault, if one is asked for here."""
+        if self.survival is not None:
+            self.survival.faults.strike(place, step)
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         train = self.config.train
@@ -81,7 +108,16 @@ class Trainer:
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.enter_context(callback.around_step(self, step))
-            result = self.engine.train_step(islice(batches, self.engine.accumulation_steps), self.learning_rate)
+            result = self._train(islice(batches, self.engine.accumulation_steps), step)
         self.state.step = step
         self.state.consumed_samples += train.global_batch_size
         return result
+
+    def _train(self, batches: Iterator[Batch], step: int) -> StepResult:
+        if step in self.config.train.skip_steps:
+            deque(batches, maxlen=0)
+            return StepResult(loss=math.nan, grad_norm=math.nan, was_asked=True)
+        self.strike("step", step)
+        if self.survival is not None:
+            batches = self.survival.faults.poisoned(batches, step)
+        return self.engine.train_step(batches, self.learning_rate)

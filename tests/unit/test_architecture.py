@@ -9,9 +9,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 FLOORS = [
-    {"errors", "entry"},
+    {"errors", "entry", "exit_codes"},
     {"config", "hf", "kernels", "parallel"},
-    {"attention", "data"},
+    {"attention", "data", "resilience"},
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
@@ -20,7 +20,13 @@ FLOORS = [
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 # On one floor, only in this direction.
-SIDEWAYS = {("entry", "errors"), ("checkpoint", "engine"), ("checkpoint", "metrics"), ("__main__", "cli")}
+SIDEWAYS = {
+    ("entry", "errors"),
+    ("entry", "exit_codes"),
+    ("checkpoint", "engine"),
+    ("checkpoint", "metrics"),
+    ("__main__", "cli"),
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -50,13 +50,14 @@ class Checkpointing(Callback):
         step = trainer.state.step
         if not is_due(trainer, trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
-        if not result.is_finite:
+        if not (result.is_finite or result.was_asked or trainer.stopping):
             self.writers.note("no checkpoint: the last step was not finite")
             return
         self._finish(trainer)  # two at a time would be twice the state in host memory
         begun = time.perf_counter()
         outcome = self.store.begin_save(trainer.engine, self._metadata(trainer))
         self.saving = _Save(step, time.perf_counter() - begun, outcome)
+        trainer.strike("save", step)
         if not trainer.config.checkpoint.asynchronous:
             self._finish(trainer)
 
@@ -73,6 +74,7 @@ class Checkpointing(Callback):
         saving, self.saving = self.saving, None
         if saving is None:
             return
+        trainer.beat(f"waiting for the checkpoint of step {saving.step}")
         waiting = time.perf_counter()
         try:
             path = saving.outcome.result()
@@ -85,6 +87,8 @@ class Checkpointing(Callback):
             written = time.perf_counter() - waiting
             waited = f"{saving.copied:.2f} s for the copy in memory, {written:.2f} s for the disk"
             self.writers.note(f"checkpoint {path} (training waited {waited})")
+            if trainer.survival is not None:
+                trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
 
     def _metadata(self, trainer: Trainer) -> Metadata:
         return Metadata(

@@ -49,10 +49,6 @@ class Progress(Callback):
         """Stop the clock and report."""
         self.seconds += time.perf_counter() - self.started
         self.steps += 1
-        if not result.is_finite:
-            self.writers.note(
-                f"step {trainer.state.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}"
-            )
         if not is_due(trainer, trainer.config.logging.interval, trainer.state.step):
             return
         batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length

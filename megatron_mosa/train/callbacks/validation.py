@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from megatron_mosa.data import ValidationSamples, validation_batches
-from megatron_mosa.engine import StepResult
+from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.train.callbacks.base import Callback, is_due
 from megatron_mosa.train.trainer import Trainer
 from megatron_mosa.train.writers import Writers
@@ -18,14 +19,26 @@ class Validation(Callback):
     non-causal: no decoder could reach it.
     """
 
-    def __init__(self, writers: Writers, samples: ValidationSamples) -> None:
+    def __init__(self, writers: Writers, samples: ValidationSamples, last_measured: int = 0) -> None:
+        """
+        Args:
+            writers, samples: where lines go, and what is measured on.
+            last_measured: the last step of this run that has a validation line.
+        """
         self.writers = writers
         self.samples = samples
+        self.last_measured = last_measured
         self.unigram_entropy = samples.unigram_entropy()
 
+    def on_start(self, trainer: Trainer) -> None:
+        """Make up for what the start before was stopped from."""
+        step = trainer.state.step
+        if step and self.last_measured < step and is_due(trainer, trainer.config.validation.interval, step):
+            self._evaluate(trainer)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Evaluate if it is time."""
-        if is_due(trainer, trainer.config.validation.interval, trainer.state.step):
+        """Evaluate if it is time, and there is time."""
+        if is_due(trainer, trainer.config.validation.interval, trainer.state.step) and not trainer.stopping:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -35,7 +48,10 @@ class Validation(Callback):
             data_parallel_rank=trainer.layout.data_parallel_rank,
             data_parallel_size=trainer.layout.data_parallel_size,
         )
-        loss = trainer.engine.evaluate(batches)
+        loss = trainer.engine.evaluate(_until_stopped(batches, trainer))
+        if trainer.stopping:
+            self.writers.note(f"validation of step {trainer.state.step} broken off")
+            return
         line = {
             "step": trainer.state.step,
             "tokens": trainer.tokens,
@@ -45,3 +61,12 @@ class Validation(Callback):
             "causal": trainer.config.mosa.num_heads == 0,
         }
         self.writers.validation(line)
+
+
+def _until_stopped(batches: Iterator[Batch], trainer: Trainer) -> Iterator[Batch]:
+    """As many on every rank: all have the same number, and agree."""
+    for number, batch in enumerate(batches):
+        if trainer.is_to_stop(f"validating step {trainer.state.step}, batch {number}"):
+            return
+        trainer.strike("validation", trainer.state.step)
+        yield batch

@@ -1,0 +1,1 @@
+"""What a run needs to survive: signals, time limits, hangs, and a file that says how it is."""

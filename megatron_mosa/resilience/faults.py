@@ -1,0 +1,57 @@
+"""Faults on purpose, for tests of what a run survives (section ``fault_injection``)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_mosa.config.schema import FaultInjectionSection
+
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "SIGTERM": signal.SIGTERM,
+    "SIGUSR1": signal.SIGUSR1,
+}
+
+
+class FaultInjection:
+    """The fault that the configuration asks for: on one rank, at one place of one step, once in a run directory."""
+
+    def __init__(self, section: FaultInjectionSection, directory: Path, rank: int) -> None:
+        self.section = section
+        self._done = directory / "fault_injected"
+        self._rank = rank
+
+    def strike(self, place: str, step: int) -> None:
+        """Have the fault if this is where and when."""
+        fault = self.section.fault
+        if fault is None or fault == "nan" or not self._is_here(place, step):
+            return
+        self._note()
+        if fault == "error":
+            raise RuntimeError("injected by fault_injection.fault=error")
+        os.kill(os.getpid(), _SIGNALS[fault])
+
+    def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
+        """The batches of a step; with fault "nan" the loss of the first becomes not a number on this rank."""
+        is_here = self.section.fault == "nan" and self._is_here("step", step)
+        for batch in batches:
+            if is_here:
+                self._note()
+                batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}
+                is_here = False
+            yield batch
+
+    def _is_here(self, place: str, step: int) -> bool:
+        asked = (self.section.place, self.section.step, self.section.rank)
+        return asked == (place, step, self._rank) and not self._done.exists()
+
+    def _note(self) -> None:
+        self._done.touch()
+        print(f"rank {self._rank}: fault_injection.fault={self.section.fault}", file=sys.stderr, flush=True)

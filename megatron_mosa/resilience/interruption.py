@@ -1,0 +1,103 @@
+"""Requests to stop, from signals and from the job's time limit, agreed upon by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import cast
+
+import torch
+from torch import distributed as dist
+
+# SIGUSR1 is a notice (Slurm's --signal), the others ask at once. Their order is that of precedence where ranks differ.
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+TIME_LIMIT = "the time limit is near"
+REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
+
+
+class Signals:
+    """Notes the first signal that asks this process to stop; the second of a kind ends it now.
+
+    A handler in Python runs between two instructions of the main thread, which may be waiting for another rank inside a
+    collective. So the C handler's byte on a socket (``signal.set_wakeup_fd``) is read by a thread, and the second
+    signal ends a process that hangs, too.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+
+    def listen(self) -> None:
+        """Begin; in the main thread."""
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_leave_to_the_parent)  # loader processes get the job's signals, too
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Give back the handlers that were there before.
+
+        After a signal was heeded the process is about to end, and keeps its exit code: others are ignored. (Launchers
+        end all processes when the first has another exit code than 0.)
+        """
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
+        self._writing.close()  # ends the thread
+
+    def _read(self) -> None:
+        while data := self._reading.recv(64):
+            for byte in data:
+                number = signal.Signals(byte)
+                if number in self.received:
+                    os.write(2, f"{number.name} for the second time: exiting now\n".encode())
+                    os._exit(128 + number)
+                if number in SIGNALS:
+                    self.received.append(number)
+
+
+def _leave_to_the_parent() -> None:
+    signal.set_wakeup_fd(-1)
+
+
+class Interruption:
+    """Whether the run is to stop, the same on every rank."""
+
+    def __init__(self, signals: Signals, deadline: float | None) -> None:
+        """
+        Args:
+            signals: this process's.
+            deadline: when to stop, in Unix time; None: no limit. One rank's is enough, and clocks differ.
+        """
+        self.signals = signals
+        self.deadline = deadline
+        self._group: dist.ProcessGroup | None = None
+        self._reason: str | None = None
+
+    def join(self) -> None:
+        """Make the group that agrees, on the hosts; a collective of all ranks."""
+        if dist.is_initialized():
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+
+    def agreed(self) -> str | None:
+        """Why to stop now: one of ``REASONS``; None: go on. A collective of all ranks, of one number on the hosts."""
+        if self._reason is None:
+            code = torch.tensor(self._own())
+            if self._group is not None:
+                dist.all_reduce(code, dist.ReduceOp.MAX, self._group)
+            self._reason = REASONS[int(code) - 1] if int(code) else None
+        return self._reason
+
+    def _own(self) -> int:
+        """The number of this process's reason, from 1; 0: none."""
+        if self.signals.received:
+            return 1 + SIGNALS.index(self.signals.received[0])
+        is_late = self.deadline is not None and time.time() >= self.deadline
+        return 1 + REASONS.index(TIME_LIMIT) if is_late else 0

@@ -1,0 +1,78 @@
+"""status.json of a run directory: how the run is, for people, ``mosa status`` and batch scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.exit_codes import NAMES
+
+STATUS = "status.json"
+RUNNING = "running"
+_SECONDS_BETWEEN = 2.0
+
+
+class RunStatus:
+    """Writes how a run is; on other ranks than the main one, nothing while it runs."""
+
+    def __init__(self, directory: Path, *, is_main: bool) -> None:
+        self.path = directory / STATUS
+        self.is_main = is_main
+        self.is_ours = False
+        self._written = 0.0
+        self._content: dict[str, Any] = {
+            "state": RUNNING,
+            "attempt": os.environ.get("MOSA_ATTEMPT"),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "started": time.time(),
+        }
+
+    def begin(self) -> None:
+        """From now on the run directory is this job's, and its status, too."""
+        before = read_status(self.path.parent) or {}
+        kept = {key: before[key] for key in ("step", "loss", "checkpoint", "checkpoint_time") if key in before}
+        self._content = kept | self._content | {"starts": before.get("starts", 0) + 1}
+        self.is_ours = True
+        self.update("starting")
+
+    def update(self, doing: str, **facts: Any) -> None:
+        """Note what the run is doing; written if the last time is 2 s ago, or if it is doing something else."""
+        is_news = doing != self._content.get("doing")
+        self._content |= {"doing": doing} | facts
+        if self.is_main and self.is_ours and (is_news or time.time() - self._written >= _SECONDS_BETWEEN):
+            self._write()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Note how it ended; for any rank. The first to say so is nearest to the cause, and is believed."""
+        before = read_status(self.path.parent) or {}
+        if not self.is_ours or before.get("state", RUNNING) != RUNNING:
+            return
+        ending = {"state": NAMES.get(code, NAMES[1]), "exit_code": code, "reason": reason}
+        self._content = before | self._content | ending
+        self._write()
+
+    def _write(self) -> None:
+        """Best effort: a full disk must not end a run for its status."""
+        self._written = self._content["updated"] = time.time()
+        temporary = self.path.with_name(f".{STATUS}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self._content, indent=1) + "\n")
+            os.replace(temporary, self.path)
+        except OSError:
+            pass
+
+
+def read_status(directory: Path) -> dict[str, Any] | None:
+    """What was last written; None: nothing that can be read."""
+    try:
+        content = json.loads((directory / STATUS).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,117 @@
+"""``mosa status``: how a run is, from the files of its run directory alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
+from megatron_mosa.resilience.status import RUNNING, STATUS, read_status
+
+SILENT_SECONDS = 60.0
+"""A run that has said nothing for this long, or for ten of its steps, may be dead."""
+
+
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again and again, until it ends; Ctrl-C to leave.")
+    ] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 5.0,
+) -> None:
+    """Is the run alive? Its step, loss, speed, last checkpoint, starts and time left.
+
+    Exit code 0: it runs, is done, or was stopped to go on; 1: it failed, hangs or has fallen silent.
+    """
+    console = Console()
+    content = _read(run)
+    if watch:
+        with Live(console=console, auto_refresh=False) as live:
+            try:
+                while True:
+                    content = _read(run)
+                    live.update(_table(run, content), refresh=True)
+                    if content["state"] != RUNNING:
+                        break
+                    time.sleep(interval)
+            except KeyboardInterrupt:
+                pass
+    else:
+        console.print(_table(run, content))
+    if not is_well(content, time.time()):
+        raise typer.Exit(FAILED)
+
+
+def is_well(content: dict[str, Any], now: float) -> bool:
+    """Whether a run runs, is done, or was stopped to go on."""
+    if content["state"] == RUNNING:
+        return silence(content, now) is None
+    return content.get("exit_code") in (DONE, STOPPED)
+
+
+def silence(content: dict[str, Any], now: float) -> float | None:
+    """Seconds since a run was last heard of, if they are too many; it may save or validate, which takes longer."""
+    silent = now - content["updated"]
+    return silent if silent > max(SILENT_SECONDS, 10 * content.get("seconds_per_step", 0.0)) else None
+
+
+def _read(run: Path) -> dict[str, Any]:
+    content = read_status(run)
+    if content is None or not {"state", "updated"} <= content.keys():
+        runs = sorted(path.parent.name for path in run.parent.glob(f"*/{STATUS}")) if run.parent.is_dir() else []
+        known = f"; runs beside it: {', '.join(runs)}" if runs else ""
+        raise UserError(f"'{run}' has no {STATUS} that can be read: no run, or one that has not begun yet{known}")
+    return content
+
+
+def _table(run: Path, content: dict[str, Any]) -> Table:
+    now = time.time()
+    table = Table(title=str(run), show_header=False, title_justify="left")
+    for key, value in facts(content, now).items():
+        table.add_row(key, value)
+    return table
+
+
+def facts(content: dict[str, Any], now: float) -> dict[str, str]:
+    """What is known of a run, in words."""
+    step, last, seconds = content.get("step"), content.get("last_step"), content.get("seconds_per_step")
+    silent = silence(content, now)
+    state = content["state"]
+    if state == RUNNING:
+        state = f"running: {content.get('doing', '')}"
+        if silent is not None:
+            state = f"no sign of life for {_duration(silent)}; last: {content.get('doing', '')}"
+    elif content.get("reason"):
+        state = f"{state}: {content['reason']}"
+    found = {"state": state}
+    if step is not None:
+        found["step"] = f"{step} of {last}" if last else str(step)
+    if content.get("loss") is not None:
+        found["loss"] = f"{content['loss']:.4f}"
+    if content.get("skipped_steps"):
+        found["skipped"] = f"{content['skipped_steps']} steps since this start"
+    if content.get("tokens_per_second"):
+        found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s a step, with what lies between"
+    if content.get("checkpoint"):
+        age = f", {_duration(now - content['checkpoint_time'])} ago" if "checkpoint_time" in content else ""
+        found["checkpoint"] = content["checkpoint"] + age
+    if state.startswith("running") and seconds and step is not None and last:
+        found["time left"] = _duration((last - step) * seconds)
+    found["starts"] = str(content.get("starts", 1))
+    where = f"process {content.get('process')} on {content.get('host')}"
+    found["where"] = f"job {content['job']}, {where}" if content.get("job") else where
+    found["heard of"] = f"{_duration(now - content['updated'])} ago"
+    return found
+
+
+def _duration(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 86400)
+    clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock
