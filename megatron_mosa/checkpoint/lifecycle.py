@@ -126,8 +126,7 @@ class CheckpointStore:
         or raises.
         """
         writer = self._start_writer()
-        if self._last is not None:
-            wait([self._last])  # its state lies in the memory that this one's takes
+        self.wait()  # its state lies in the memory that this one's takes
         saving = self._last = writer.submit(self._publish, snapshot(engine, self._memory), metadata)
         return saving
 
@@ -137,6 +136,11 @@ class CheckpointStore:
             self._writer = ThreadPoolExecutor(1, "checkpoint")
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         return self._writer
+
+    def wait(self) -> None:
+        """Until what is being saved is published, or has failed."""
+        if self._last is not None:
+            wait([self._last])
 
     def close(self) -> None:
         """Wait for what is being saved; before the process groups go."""

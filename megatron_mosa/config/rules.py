@@ -22,7 +22,7 @@ _CHOICES = {
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "resilience.on_spike": ("log", "rewind"),
-    "fault_injection.fault": (None, "kill", "stop", "error", "SIGTERM", "SIGUSR1", "nan"),
+    "fault_injection.fault": (None, "kill", "stop", "error", "SIGTERM", "SIGUSR1", "nan", "garbage"),
     "fault_injection.place": ("step", "validation", "save"),
 }
 _POSITIVE = (

@@ -1,6 +1,6 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
-from megatron_mosa.parallel.agree import on_every_rank, on_main_rank
+from megatron_mosa.parallel.agree import Hosts, on_every_rank, on_main_rank
 from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
 from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
 from megatron_mosa.parallel.launch import launch_environment
@@ -10,6 +10,7 @@ from megatron_mosa.parallel.partition import Partition, partition_of
 from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
 
 __all__ = [
+    "Hosts",
     "Layout",
     "ModelParallelUnit",
     "Partition",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import torch
 from torch import distributed
 
 from megatron_mosa.errors import StorageError, UserError
@@ -55,3 +56,17 @@ def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup 
         if isinstance(found, StorageError):
             raise found
     return outcomes
+
+
+class Hosts:
+    """All ranks, in a group of their own that needs no device (gloo): for what must be agreed upon between steps."""
+
+    def __init__(self) -> None:
+        """A collective."""
+        self._group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers; a collective."""
+        numbers = torch.tensor(number)
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
+        return int(numbers)

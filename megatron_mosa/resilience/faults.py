@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_mosa.config.schema import FaultInjectionSection
@@ -18,6 +19,7 @@ _SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGUSR1": signal.SIGUSR1,
 }
+_OF_DATA = ("nan", "garbage")
 
 
 class FaultInjection:
@@ -31,7 +33,7 @@ class FaultInjection:
     def strike(self, place: str, step: int) -> None:
         """Have the fault if this is where and when."""
         fault = self.section.fault
-        if fault is None or fault == "nan" or not self._is_here(place, step):
+        if fault is None or fault in _OF_DATA or not self._is_here(place, step):
             return
         self._note()
         if fault == "error":
@@ -39,13 +41,16 @@ class FaultInjection:
         os.kill(os.getpid(), _SIGNALS[fault])
 
     def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of a step; with fault "nan" the loss of the first becomes not a number on this rank."""
-        is_here = self.section.fault == "nan" and self._is_here("step", step)
+        """The batches of a step; on this rank their loss becomes not a number, or that of garbage."""
+        is_here = self.section.fault in _OF_DATA and self._is_here("step", step)
+        if is_here:
+            self._note()
         for batch in batches:
             if is_here:
-                self._note()
-                batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}
-                is_here = False
+                if self.section.fault == "nan":
+                    batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}
+                else:
+                    batch = batch | {"labels": torch.zeros_like(batch["labels"])}
             yield batch
 
     def _is_here(self, place: str, step: int) -> bool:

@@ -9,10 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import cast
 
-import torch
-from torch import distributed as dist
+from megatron_mosa.parallel import Hosts
 
 # SIGUSR1 is a notice (Slurm's --signal), the others ask at once. Their order is that of precedence where ranks differ.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -78,21 +76,15 @@ class Interruption:
         """
         self.signals = signals
         self.deadline = deadline
-        self._group: dist.ProcessGroup | None = None
+        self.hosts: Hosts | None = None
+        """Who agrees; None: this process alone."""
         self._reason: str | None = None
 
-    def join(self) -> None:
-        """Make the group that agrees, on the hosts; a collective of all ranks."""
-        if dist.is_initialized():
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-
     def agreed(self) -> str | None:
-        """Why to stop now: one of ``REASONS``; None: go on. A collective of all ranks, of one number on the hosts."""
+        """Why to stop now: one of ``REASONS``; None: go on. A collective."""
         if self._reason is None:
-            code = torch.tensor(self._own())
-            if self._group is not None:
-                dist.all_reduce(code, dist.ReduceOp.MAX, self._group)
-            self._reason = REASONS[int(code) - 1] if int(code) else None
+            code = self._own() if self.hosts is None else self.hosts.largest(self._own())
+            self._reason = REASONS[code - 1] if code else None
         return self._reason
 
     def _own(self) -> int:

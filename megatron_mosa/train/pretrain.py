@@ -15,6 +15,7 @@ from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
 from megatron_mosa.parallel import (
+    Hosts,
     Layout,
     destroy_parallel,
     initialize_parallel,
@@ -29,6 +30,7 @@ from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.report import report
+from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.start import Start, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
@@ -62,7 +64,7 @@ def pretrain(config: Config) -> int:
     )
     stopped = None
     try:
-        survival.interruption.join()
+        survival.interruption.hosts = Hosts()
         # Nodes may see different checkpoints for a while on a shared file system: what rank 0 has found counts.
         start = on_main_rank(lambda: start)
         config.data.index_samples = start.index_samples
@@ -93,6 +95,7 @@ def _train(config: Config, start: Start, layout: Layout, survival: Survival) -> 
     """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
+    config.train.skip_steps += on_main_rank(lambda: skipped_steps(start.directory))
     survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
     last_measured = _last_measured(start)
@@ -117,20 +120,24 @@ def _train(config: Config, start: Start, layout: Layout, survival: Survival) -> 
         aside = on_main_rank(functools.partial(store.set_aside, path))
         writers.note(f"checkpoint {path} is damaged: {damage}; set aside as {aside.name}")
     if start.checkpoint is not None:
+        survival.status.update("resuming", checkpoint=start.checkpoint.name)
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
     elif start.initial is not None:
         load_initial_weights(engine, start.initial)
         writers.note(f"weights taken from {start.initial}, optimizer state fresh")
-    resilience = config.resilience
     callbacks = [
         SignsOfLife(survival),
-        WrongSteps(writers, resilience.spike_sigmas, resilience.spike_window, resilience.max_skipped_steps),
+        WrongSteps(writers, config.resilience),
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation, last_measured),
         Checkpointing(writers, store, start.data_identity),
     ]
-    trainer = Trainer(config, engine, layout, state, callbacks, survival)
+    rewinder = Rewinder(
+        start.directory, store, writers, lambda state: _training_batches(config, start, state, layout),
+        config.resilience.max_rewinds,
+    )  # fmt: skip
+    trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder)
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
     try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
@@ -15,6 +16,18 @@ from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.schedule import learning_rate
+
+
+class Spike(Exception):
+    """Raised by a callback: the run is to go back to before the step that was just taken, and leave it out."""
+
+
+class Rewinder(Protocol):
+    """Takes a run back; collective."""
+
+    def rewind(self, engine: TrainingEngine, spike: int) -> tuple[TrainingState, Iterator[Batch]] | None:
+        """Where the run stands before step ``spike``, and its batches from there; None: it goes on from here."""
+        ...
 
 
 @dataclass
@@ -41,6 +54,7 @@ class Trainer:
         state: TrainingState,
         callbacks: Sequence[Callback],
         survival: Survival | None = None,
+        rewinder: Rewinder | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -48,6 +62,7 @@ class Trainer:
         self.state = state
         self.callbacks = callbacks
         self.survival = survival
+        self.rewinder = rewinder
         self.stopping: str | None = None
         """Why the run stops after the step that was just taken; None: it goes on."""
         self.learning_rate = 0.0
@@ -75,10 +90,23 @@ class Trainer:
         while self.state.step < self.last_step:
             result = self._step(batches)
             self.is_to_stop(f"what follows step {self.state.step}")
-            for callback in self.callbacks:
-                callback.after_step(self, result)
+            batches = self._after_step(result, batches)
         for callback in self.callbacks:
             callback.on_end(self)
+
+    def _after_step(self, result: StepResult, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Call the callbacks; the batches to go on with, others than before if a spike takes the run back."""
+        for callback in self.callbacks:
+            try:
+                callback.after_step(self, result)
+            except Spike:
+                spike = self.state.step
+                found = self.rewinder.rewind(self.engine, spike) if self.rewinder is not None else None
+                if found is not None:
+                    self.state, batches = found
+                    self.config.train.skip_steps = [*self.config.train.skip_steps, spike]
+                    break
+        return batches
 
     def is_to_stop(self, doing: str) -> bool:
         """Whether the run stops now, as all ranks agree; a collective, and a sign of life.
@@ -90,6 +118,11 @@ class Trainer:
         if self.survival is not None:
             self.stopping = self.stopping or self.survival.interruption.agreed()
         return self.stopping is not None
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank; a collective."""
+        hosts = self.survival.interruption.hosts if self.survival is not None else None
+        return flag if hosts is None else bool(hosts.largest(int(flag)))
 
     def beat(self, doing: str) -> None:
         """A sign of life for the watchdog, and what the run does next."""

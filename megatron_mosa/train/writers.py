@@ -30,9 +30,21 @@ class Writers:
             settings = {"id": config.run.name, "name": config.run.name, "resume": "allow", "dir": str(run_directory)}
             self.wandb = wandb.init(project=config.logging.wandb_project, config=config_to_dict(config), **settings)
         if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+            self._open_tensorboard(resumed_step)
 
-            self.tensorboard = SummaryWriter(run_directory / "tensorboard", purge_step=resumed_step + 1)
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which will be run again."""
+        if not self.is_main:
+            return
+        self.journal = Journal(self.journal.path, step)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+            self._open_tensorboard(step)
+
+    def _open_tensorboard(self, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.tensorboard = SummaryWriter(self.journal.path.parent / "tensorboard", purge_step=resumed_step + 1)
 
     def note(self, text: str) -> None:
         """One line for the reader at the terminal."""

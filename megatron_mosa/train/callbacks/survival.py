@@ -7,12 +7,13 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 
+from megatron_mosa.config.schema import ResilienceSection
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import GaveUpError
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.base import Callback
-from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.trainer import Spike, Trainer
 from megatron_mosa.train.writers import Writers
 
 
@@ -55,10 +56,11 @@ class SignsOfLife(Callback):
 class WrongSteps(Callback):
     """Counts steps that are not finite, which the engine has skipped on every rank; notes losses that jump."""
 
-    def __init__(self, writers: Writers, sigmas: float, window: int, limit: int) -> None:
+    def __init__(self, writers: Writers, section: ResilienceSection) -> None:
         self.writers = writers
-        self.spikes = SpikeDetector(sigmas, window)
-        self.limit = limit
+        self.spikes = SpikeDetector(section.spike_sigmas, section.spike_window)
+        self.limit = section.max_skipped_steps
+        self.rewinds = section.on_spike == "rewind"
         self.in_a_row = 0
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -66,6 +68,7 @@ class WrongSteps(Callback):
 
         Raises:
             GaveUpError: too many in a row were not finite.
+            Spike: the loss has jumped, and ``resilience.on_spike`` is "rewind".
         """
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
@@ -74,8 +77,11 @@ class WrongSteps(Callback):
             return
         if result.is_finite:
             self.in_a_row = 0
-            if (excess := self.spikes.excess(result.loss)) is not None:
+            excess = self.spikes.excess(result.loss)
+            if excess is not None:
                 self.writers.note(f"step {step}: loss {result.loss:.4f} is a spike of {excess:.1f} sigmas; {samples}")
+            if self.rewinds and trainer.any_rank(excess is not None):
+                raise Spike
             return
         self.in_a_row += 1
         trainer.state.skipped_steps += 1
