@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from megatron_mosa.parallel import Hosts
+if TYPE_CHECKING:
+    from megatron_mosa.parallel import Hosts
 
 # SIGUSR1 is a notice (Slurm's --signal), the others ask at once. Their order is that of precedence where ranks differ.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)

@@ -55,7 +55,7 @@ class RunStatus:
         if not self.is_ours or before.get("state", RUNNING) != RUNNING:
             return
         ending = {"state": NAMES.get(code, NAMES[1]), "exit_code": code, "reason": reason}
-        self._content = before | self._content | ending
+        self._content = (before | self._content if self.is_main else self._content | before) | ending
         self._write()
 
     def _write(self) -> None:

@@ -1,0 +1,232 @@
+"""Signals, deadlines, watchdog, spikes, status: each in processes of its own or by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_mosa.cli import app
+from megatron_mosa.config.schema import FaultInjectionSection
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED
+from megatron_mosa.resilience import deadline
+from megatron_mosa.resilience.faults import FaultInjection
+from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
+from megatron_mosa.resilience.spikes import SpikeDetector
+from megatron_mosa.resilience.status import RunStatus, read_status
+from megatron_mosa.resilience.status_view import facts, is_well
+
+LISTENER = """
+import os, signal, sys, threading, time
+from megatron_mosa.resilience.interruption import Interruption, Signals
+signals = Signals()
+signals.listen()
+print("ready", flush=True)
+if sys.argv[1] == "blocked":
+    lock = threading.Lock(); lock.acquire(); os.read(os.pipe()[0], 1)  # a system call that no signal ends
+interruption = Interruption(signals, None)
+while interruption.agreed() is None:
+    time.sleep(0.01)
+print(interruption.agreed(), flush=True)
+time.sleep(60 if sys.argv[1] == "stays" else 0)
+signals.close()
+"""
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """A process that has said that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
+    process = start(LISTENER, "ends")
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == f"{number.name}\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("how", ["stays", "blocked"])
+def test_the_second_signal_of_a_kind_ends_a_process_at_once(how: str) -> None:
+    process = start(LISTENER, how)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # a notice, then the order
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    errors = process.communicate(timeout=30)[1]
+    assert (process.returncode, time.monotonic() - begun < 5) == (128 + signal.SIGTERM, True)
+    assert "SIGTERM for the second time" in errors
+
+
+def test_forked_processes_do_not_speak_for_their_parent() -> None:
+    program = LISTENER.replace(
+        'print("ready", flush=True)',
+        """
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+time.sleep(0.3)
+os.kill(child, signal.SIGUSR1)
+time.sleep(0.3)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+assert not signals.received, signals.received
+print("ready", flush=True)""",
+    )
+    process = start(program, "ends")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "SIGTERM\n"
+
+
+def test_the_time_limit_is_a_reason_too() -> None:
+    assert Interruption(Signals(), time.time() + 60).agreed() is None
+    assert Interruption(Signals(), time.time() - 1).agreed() == TIME_LIMIT
+
+
+def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert deadline.job_end() is None
+    end = int(time.time()) + 1000
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+    assert deadline.job_end() == end
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    squeue = tmp_path / "squeue"
+    for answer, expected in ((time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end)), end), ("N/A", None), ("", None)):
+        squeue.write_text(f"#!/bin/sh\n[ \"$*\" = '--noheader --format=%e --jobs=7' ] && echo {answer}\n")
+        squeue.chmod(0o755)
+        assert deadline.job_end() == expected
+
+
+WATCHED = """
+import os, signal, sys, time
+from pathlib import Path
+from megatron_mosa.resilience import watchdog
+watchdog.GRACE_SECONDS = 0.5
+dog = watchdog.Watchdog(Path(sys.argv[1]), 3, 1.0, lambda: print("told", flush=True))
+dog.start()
+print("ready", flush=True)
+def hang_here():
+    time.sleep(60)
+for step in range(5):
+    dog.beat(f"taking step {step}")
+    time.sleep(0.4)
+hang_here()
+"""
+
+
+def test_the_watchdog_leaves_stacks_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    process = start(WATCHED, str(tmp_path / "stacks"))
+    begun = time.monotonic()
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == HUNG and 3 < time.monotonic() - begun < 8  # 2 s of steps, 1 of silence, the grace
+    assert output == "told\n" and "no progress for 1 s while taking step 4" in errors
+    stacks = (tmp_path / "stacks" / "rank-00003.txt").read_text()
+    assert "hang_here" in stacks and "while taking step 4" in stacks
+
+
+def test_time_in_which_a_process_was_stopped_is_no_hang(tmp_path: Path) -> None:
+    process = start(WATCHED, str(tmp_path))
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1.2)
+    assert process.poll() is None and not (tmp_path / "rank-00003.txt").exists()
+    process.kill()
+    process.communicate()
+
+
+def test_spikes_stand_out_of_their_past_and_do_not_enter_it() -> None:
+    spikes = SpikeDetector(sigmas=6, window=4)
+    losses = [5.0, 5.1, 4.9, 5.0]  # deviation 0.0707
+    assert [spikes.excess(loss) for loss in losses] == [None] * 4
+    assert spikes.excess(5.42) is None  # 5.9 sigmas; 4.9 to 5.42 from now on
+    spikes = SpikeDetector(sigmas=6, window=4)
+    for loss in losses:
+        spikes.excess(loss)
+    assert spikes.excess(5.43) == pytest.approx(0.43 / 0.005**0.5)
+    assert spikes.excess(5.43) is not None  # it was not taken for normal
+    assert spikes.excess(1.0) is None  # better is no spike
+
+
+def test_status_of_a_run(tmp_path: Path) -> None:
+    assert read_status(tmp_path) is None
+    status, other = RunStatus(tmp_path, is_main=True), RunStatus(tmp_path, is_main=False)
+    status.update("not ours yet", step=1)
+    status.end(FAILED, "not ours yet")
+    assert read_status(tmp_path) is None
+    for each in (status, other):
+        each.begin()
+    status.update("training", step=7, last_step=10, loss=2.5, seconds_per_step=2.0, tokens_per_second=100.0)
+    other.update("something else", step=99)
+    content = read_status(tmp_path)
+    assert content is not None and (content["state"], content["step"], content["starts"]) == ("running", 7, 1)
+    now = content["updated"]
+    assert is_well(content, now + 59) and not is_well(content, now + 61)
+    assert facts(content, now)["time left"] == "0:00:06"
+    assert facts(content, now + 100)["state"].startswith("no sign of life for 0:01:40; last: training")
+    other.end(HUNG, "rank 1: no progress")
+    status.end(FAILED, "rank 0: connection closed")  # what followed from it
+    content = read_status(tmp_path)
+    assert content is not None and (content["state"], content["exit_code"], content["step"]) == ("hung", HUNG, 7)
+    assert not is_well(content, now)
+    again = RunStatus(tmp_path, is_main=True)
+    again.begin()
+    content = read_status(tmp_path)
+    assert content is not None and (content["starts"], content["step"], "exit_code" in content) == (2, 7, False)
+    for code, well in ((STOPPED, True), (DONE, True), (FAILED, False)):
+        again.begin()
+        again.end(code)
+        content = read_status(tmp_path)
+        assert content is not None and is_well(content, now + 1e6) is well
+
+
+def test_mosa_status(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    status = RunStatus(run, is_main=True)
+    status.begin()
+    status.update("training", step=3, last_step=9, loss=1.25)
+    assert CliRunner().invoke(app, ["status", str(run)]).exit_code == 0
+    status.end(FAILED, "rank 4: out of memory")
+    result = CliRunner().invoke(app, ["status", str(run), "--watch", "--interval", "0.1"])
+    assert result.exit_code == 1
+    assert re.search(r"failed: rank 4: out of memory", result.output) and "3 of 9" in result.output
+    with pytest.raises(UserError, match=r"has no status.json that can be read.*; runs beside it: one"):
+        CliRunner().invoke(app, ["status", str(run.parent / "two")], catch_exceptions=False)
+
+
+def test_a_fault_is_had_once_where_it_is_asked_for(tmp_path: Path) -> None:
+    section = FaultInjectionSection(fault="error", rank=1, step=3, place="validation")
+    FaultInjection(section, tmp_path, 0).strike("validation", 3)
+    faults = FaultInjection(section, tmp_path, 1)
+    faults.strike("validation", 2)
+    faults.strike("step", 3)
+    with pytest.raises(RuntimeError, match="injected by fault_injection"):
+        faults.strike("validation", 3)
+    FaultInjection(section, tmp_path, 1).strike("validation", 3)
+
+
+def test_status_json_is_plain_json(tmp_path: Path) -> None:
+    status = RunStatus(tmp_path, is_main=True)
+    status.begin()
+    status.update("training", loss=None)
+    assert json.loads((tmp_path / "status.json").read_text())["loss"] is None
