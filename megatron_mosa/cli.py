@@ -12,6 +12,7 @@ from megatron_mosa import __version__
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import keep_freed_memory, run
 from megatron_mosa.errors import UserError
+from megatron_mosa.resilience.doctor import doctor
 from megatron_mosa.scaling.commands import isoflop, sweep
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
@@ -21,6 +22,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
+app.command("doctor")(doctor)
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/: the newest.")

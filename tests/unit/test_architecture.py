@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 FLOORS = [
     {"errors", "entry"},
     {"config", "hf", "kernels", "parallel"},
-    {"attention", "data"},
+    {"attention", "data", "resilience"},
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
