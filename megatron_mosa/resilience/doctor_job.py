@@ -29,7 +29,7 @@ def examine_job(settings: Settings) -> int:
         UserError: a launcher's variables that make no sense.
         RunError: rank 0 cannot be reached; rank 0 itself reports instead.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about connections; read as torch loads
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # we say what failed; it is read as torch loads
     started = time.monotonic()
     rank, world_size, local_rank = parallel_module("launch").launch_environment()
     try:
