@@ -19,7 +19,7 @@ from megatron_mosa.resilience import doctor_node as node_checks
 from megatron_mosa.resilience.doctor import Settings
 from megatron_mosa.resilience.doctor_meeting import GRACE_SECONDS, Job, absence, absent_nodes
 from megatron_mosa.resilience.doctor_node import Finding, Report, import_quietly, node_name, parallel_module, run_check
-from megatron_mosa.resilience.doctor_verdict import Verdict, judge, print_errors, publish
+from megatron_mosa.resilience.doctor_verdict import Verdict, judge, print_errors, print_verdict, write_json
 
 
 def examine_job(settings: Settings) -> int:
@@ -30,12 +30,12 @@ def examine_job(settings: Settings) -> int:
         RunError: rank 0 cannot be reached; rank 0 itself reports instead.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # we say what failed; it is read as torch loads
-    started = time.monotonic()
     rank, world_size, local_rank = parallel_module("launch").launch_environment()
     try:
         import_quietly("torch")
     except Exception:
         return _tell_without_torch(rank, local_rank, settings)
+    started = time.monotonic()  # now: importing torch on many nodes at once takes what it takes
     job = Job(rank, world_size, started + settings.timeout)
     code, is_stuck = _examine(job, settings, started)
     job.leave()
@@ -53,14 +53,14 @@ def _tell_without_torch(rank: int, local_rank: int, settings: Settings) -> int:
     run_check(report, "open files", node_checks.check_limits)
     verdict = judge([report], settings.slow)
     if rank == 0:
-        publish(verdict, settings)
+        _publish(verdict, settings)
     elif local_rank == 0:
         print_errors(verdict)
     return 1
 
 
 def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
-    """Exit code, and whether a check of this process hangs."""
+    """Exit code, and whether something of this process may hang in a thread."""
     job.send("here", node_name())
     folder = _RunDirectory(settings.run_directory)
     if job.rank == 0:
@@ -68,7 +68,7 @@ def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
         if len(here) < job.world_size:
             verdict = Verdict([], [absence(job, here, settings.timeout)], absent_nodes(here), [])
             job.announce("roster", None)
-            return publish(verdict, settings), False
+            return _publish(verdict, settings), False
         _within(settings.timeout, folder.open)  # where it hangs, so does the check of this node
         job.announce("roster", [[here[rank] for rank in range(job.world_size)], folder.token])
     roster = job.hear("roster", started + 2 * settings.timeout)
@@ -89,8 +89,8 @@ def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
         if job.rank == 0:
             reports = _collect_reports(job, "communication", nodes, settings.timeout)
     if job.rank == 0:
-        folder.close()
-        job.announce("code", publish(judge(list(reports.values()), settings.slow), settings))
+        _within(settings.timeout, folder.close)
+        job.announce("code", _publish(judge(list(reports.values()), settings.slow), settings))
     return job.hear("code", time.monotonic() + 3 * settings.timeout), hangs
 
 
@@ -168,6 +168,19 @@ def _collect_reports(job: Job, name: str, nodes: list[str], timeout: float) -> d
                 "answer", f"rank {rank} came, and then no more was heard of it", "see its output and the node's dmesg"
             )
     return reports
+
+
+def _publish(verdict: Verdict, settings: Settings) -> int:
+    """Tell, and write the JSON file; return the exit code."""
+    code = print_verdict(verdict)
+    path = settings.json
+    if path is not None:
+        failure = _within(settings.timeout, lambda: write_json(verdict, path))
+        if failure is not None:
+            what = f"writing --json={path} {failure}; name a file in a folder that can be written"
+            print(f"error: {what}", file=sys.stderr)
+            code = 1
+    return code
 
 
 def _within(seconds: float, action: Callable[[], None]) -> str | None:

@@ -8,9 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_mosa.resilience.doctor import Settings
 from megatron_mosa.resilience.doctor_node import Finding, Report
 
 _PACKAGES = ("python", "torch", "CUDA", "NCCL", "megatron-core", "deepspeed", "triton", "apex")
@@ -145,14 +145,13 @@ def compare_clocks(reports: list[Report]) -> list[Finding]:
 
 
 def judge_communication(reports: list[Report]) -> list[Finding]:
-    """Whose collectives failed. When one rank fails all others do, so whom nothing tells apart is not blamed."""
+    """Whose collectives failed. When one rank fails all others may, too; ``merge`` then blames none."""
     failures = {r.node: r.facts["communication_failure"] for r in reports if "communication_failure" in r.facts}
     if not failures or any(report.stage == "silent" for report in reports):  # the silent one has its own finding
         return []
     what = "; ".join(f"node {node}: {failure}" for node, failure in list(failures.items())[:4])
     fix = "set NCCL_DEBUG=INFO, see the network interfaces (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and halve the job"
-    is_all = len(failures) == len({report.node for report in reports})
-    return [Finding("communication", f"ranks cannot communicate ({what})", fix, nodes=() if is_all else (*failures,))]
+    return [Finding("communication", f"ranks cannot communicate ({what})", fix, nodes=(*failures,))]
 
 
 def merge(findings: Iterable[Finding], nodes: list[str]) -> list[Finding]:
@@ -185,23 +184,20 @@ def print_errors(verdict: Verdict) -> None:
             print("\n".join(lines(finding)), file=sys.stderr)
 
 
-def publish(verdict: Verdict, settings: Settings) -> int:
-    """Write the JSON file; print table, warnings, verdict and errors; return the exit code."""
-    code = int(verdict.is_bad)
-    if settings.json is not None:
-        try:
-            settings.json.parent.mkdir(parents=True, exist_ok=True)
-            settings.json.write_text(json.dumps(as_json(verdict), indent=2) + "\n")
-        except OSError as error:
-            what = f"--json={settings.json} cannot be written ({error.strerror}); name a file in a folder that can"
-            print(f"error: {what}", file=sys.stderr)
-            code = 1
+def print_verdict(verdict: Verdict) -> int:
+    """Print table, warnings and verdict, and the errors on standard error; return the exit code."""
     if verdict.rows:
         _print_table(verdict)
         warnings = [line for finding in verdict.findings if not finding.is_bad for line in lines(finding)]
         print("\n".join(warnings + [_summary(verdict)]), flush=True)
     print_errors(verdict)
-    return code
+    return int(verdict.is_bad)
+
+
+def write_json(verdict: Verdict, path: Path) -> None:
+    """Write all that is known; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(verdict), indent=2) + "\n")
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ import torch
 
 from megatron_mosa.cli import app
 from megatron_mosa.entry import run
-from megatron_mosa.resilience import doctor_node
+from megatron_mosa.resilience import doctor_job, doctor_node
+from megatron_mosa.resilience.doctor import Settings
 from megatron_mosa.resilience.doctor_collectives import bus_bandwidth
+from megatron_mosa.resilience.doctor_meeting import absent_nodes
 from megatron_mosa.resilience.doctor_node import Finding, Report, check_gpus, check_versions, driver_version
 from megatron_mosa.resilience.doctor_verdict import Verdict, as_json, judge, lines, minority
 
@@ -221,6 +224,47 @@ def test_too_little_space_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as exit_:
         app(["doctor", "--run-directory", str(tmp_path), "--minimum-disk", "1e9"])
     assert exit_.value.code == 1 and "1e+09 that it needs; make room" in capsys.readouterr().err
+
+
+def test_a_json_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings(tmp_path, tmp_path / "file" / "doctor.json", timeout=5, minimum_disk=0, slow=1.5)
+    assert doctor_job._publish(Verdict([], [], [], []), settings) == 1
+    assert "error: writing --json=" in capsys.readouterr().err
+
+
+def test_a_check_that_hangs_is_bad_and_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(doctor_node, "check_versions", lambda report: report.facts.update(torch=None))
+    monkeypatch.setattr(doctor_node, "check_directory", lambda *_: released.wait(60))
+    report = Report(0, "n0")
+    assert doctor_job._look(report, ["n0"], None, Settings(tmp_path, None, timeout=0.3, minimum_disk=0, slow=1.5))
+    released.set()
+    assert [finding.what for finding in report.findings] == ["the check of run directory did not end within 0.3 s"]
+
+
+def test_nccl_wants_a_card_for_each_rank_and_nothing_runs_beside_a_hanging_check() -> None:
+    def plan(*cards: str, stage: str = "done") -> str | None:
+        gpus = [[{"uuid": card}] if card else [] for card in cards]
+        found = [
+            Report(rank, f"n{rank}", {"torch": "2.6.0", "gpus": gpu}, stage="done") for rank, gpu in enumerate(gpus)
+        ]
+        found[-1].stage = stage
+        return doctor_job._plan(found)
+
+    assert plan("a", "b") == "nccl"
+    assert plan("a", "a") == plan("a", "") == plan("", "") == "gloo"
+    assert plan("a", "b", stage="GPUs") is None and plan("a") is None
+
+
+def test_nodes_that_nobody_came_from_are_named_under_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-5]" ] && printf "n3\\nn4\\nn5\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert absent_nodes({0: "n3"}) == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[3-5]")
+    assert absent_nodes({0: "n3", 2: "n5"}) == ["n4"]
 
 
 def test_the_json_file_tells_all() -> None:
