@@ -164,7 +164,7 @@ def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -
 
 def test_wrong_apex_is_bad_and_its_code_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('the code of the wrong apex ran')\n")
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('the code of the wrong apex ran')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     report = Report(0, "n0")
     check_versions(report)
