@@ -193,6 +193,7 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     content = read_status(tmp_path)
     assert content is not None and (content["starts"], content["step"], "exit_code" in content) == (2, 7, False)
     for code, well in ((STOPPED, True), (DONE, True), (FAILED, False)):
+        again = RunStatus(tmp_path, is_main=True)
         again.begin()
         again.end(code)
         content = read_status(tmp_path)

@@ -1,0 +1,276 @@
+"""``mosa doctor``: comparisons between nodes with numbers made by hand, and the command on this machine alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mosa.cli import app
+from megatron_mosa.entry import run
+from megatron_mosa.resilience import doctor_job, doctor_node
+from megatron_mosa.resilience.doctor import Settings
+from megatron_mosa.resilience.doctor_collectives import bus_bandwidth
+from megatron_mosa.resilience.doctor_meeting import absent_nodes
+from megatron_mosa.resilience.doctor_node import Finding, Report, check_gpus, check_versions, driver_version
+from megatron_mosa.resilience.doctor_verdict import Verdict, as_json, judge, lines, minority
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in [*launcher, *(name for name in os.environ if name.startswith("SLURM"))]:
+        monkeypatch.setenv(name, "")  # restored afterwards, also where the code sets it
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+
+
+def reports(name: str, *values: object, **facts: object) -> list[Report]:
+    """One rank a node, n0, n1, ..., with a fact each."""
+    return [Report(rank, f"n{rank}", {name: value, **facts}) for rank, value in enumerate(values)]
+
+
+def judged(found: list[Report], slow: float = 1.5) -> tuple[list[str], list[str]]:
+    """Bad nodes, and those with warnings."""
+    verdict = judge(found, slow)
+    warned = [node for finding in verdict.findings if not finding.is_bad for node in finding.nodes]
+    return verdict.bad_nodes, warned
+
+
+def test_the_minority_is_named_and_of_equals_the_first_is_right() -> None:
+    assert minority({0: "a", 1: "b", 2: "b"}) == ("b", [0])
+    assert minority({1: "b", 0: "a"}) == ("a", [1])
+    assert minority({0: None, 1: None}) == (None, [])
+
+
+def test_another_version_is_bad_and_another_driver_a_warning() -> None:
+    assert judged(reports("torch", "2.6.0", "2.13.0", "2.13.0")) == (["n0"], [])
+    assert judged(reports("driver", "570.1", "580.1", "580.1")) == ([], ["n0"])
+    assert judged(reports("torch", "2.6.0", "2.6.0")) == ([], [])
+    line = lines(judge(reports("torch", "2.6.0", "2.6.0", None), 1.5).findings[0])[0]
+    assert line.startswith("error: node n2: torch is absent where most ranks have 2.6.0; ")
+
+
+def test_a_slow_gpu_is_bad_and_a_slow_cpu_a_warning() -> None:
+    card = [{"uuid": "a", "name": "H100"}]
+    assert judged(reports("matrix_tflops", [600.0], [390.0], gpus=card)) == (["n1"], [])
+    assert judged(reports("matrix_tflops", [600.0], [410.0], gpus=card)) == ([], [])  # 1.46 times
+    assert judged(reports("matrix_tflops", [600.0], [410.0], gpus=card), slow=1.4) == (["n1"], [])
+    assert judged(reports("matrix_tflops", [0.1], [0.01])) == ([], ["n1"])
+    assert judged(reports("matrix_tflops", [600.0, 600.0, 300.0], gpus=card)) == (["n0"], [])  # alone with three
+
+
+def test_a_node_that_lost_a_gpu_is_bad() -> None:
+    def cards(*names: str) -> list[dict[str, str]]:
+        return [{"uuid": name, "name": "H100"} for name in names]
+
+    assert judged(reports("gpus", cards("a", "b"), cards("c"), cards("d", "e"))) == (["n1"], [])
+    # Each process may see its own alone: what counts is the node.
+    bound = [Report(rank, f"n{rank // 2}", {"gpus": cards(str(rank))}) for rank in range(4)]
+    assert judged(bound) == ([], [])
+
+
+def test_clocks_are_compared_with_the_median_unless_there_are_two() -> None:
+    assert judged(reports("clock_offset_s", 0.0, 0.9)) == ([], [])
+    assert judged(reports("clock_offset_s", 0.0, -2.0)) == ([], ["n1"])
+    assert judged(reports("clock_offset_s", 0.0, 61.0)) == (["n1"], [])
+    assert judged(reports("clock_offset_s", 0.0, 100.0, 100.1)) == (["n0"], [])
+
+
+def test_what_all_nodes_have_is_no_nodes_fault() -> None:
+    found = reports("torch", "2.6.0", "2.6.0", "2.6.0")
+    for report in found:
+        report.add("free space", "3 GiB free", "make room")
+    verdict = judge(found, 1.5)
+    assert verdict.is_bad and verdict.bad_nodes == []
+    assert [line for finding in verdict.findings for line in lines(finding)] == [
+        "error: all 3 nodes: 3 GiB free; make room"
+    ]
+    assert judge(found[:1], 1.5).bad_nodes == ["n0"]
+
+
+def test_failed_collectives_blame_those_alone_that_failed() -> None:
+    found = reports("torch", "2.6.0", "2.6.0")
+    found[1].facts["communication_failure"] = "all-reduce failed (x)"
+    assert judge(found, 1.5).bad_nodes == ["n1"]
+    found[0].facts["communication_failure"] = "all-reduce did not end within 5 s"
+    assert judge(found, 1.5).is_bad and judge(found, 1.5).bad_nodes == []
+
+
+def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    # 8 ranks, 1 GB in 10 ms: 100 GB/s of algorithm bandwidth, times 2 * 7/8, and times 7/8
+    assert bus_bandwidth("all-reduce", 10**9, 0.01, 8) == pytest.approx(175.0)
+    assert bus_bandwidth("all-gather", 10**9, 0.01, 8) == pytest.approx(87.5)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build  (dvs)",
+    ],
+)
+def test_driver_version_is_read(line: str, tmp_path: Path) -> None:
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.2.0\n")
+    assert driver_version(tmp_path / "version") == "535.104.05"
+    assert driver_version(tmp_path / "absent") is None
+
+
+def test_each_process_looks_at_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(position: int, peers: int) -> Report:
+        report = Report(0, "n0")
+        check_gpus(report, position, peers)
+        return report
+
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="H100", uuid=f"u{i}"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((60 if i == 3 else 79) * gib, 80 * gib))
+    monkeypatch.setattr(doctor_node, "matrix_tflops", lambda device: 600.0 + device.index)
+    assert look(0, 1).facts["matrix_tflops"] == [600.0, 601.0, 602.0, 603.0]
+    assert look(0, 2).facts["matrix_tflops"] == [600.0, 602.0]
+    assert [str(f) for f in look(0, 2).findings] == []
+    busy = look(1, 2).findings
+    assert len(busy) == 1 and not busy[0].is_bad and "GPU 3: 20.0 of 80.0 GiB" in busy[0].what
+
+
+def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor_node.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor_node, "matrix_tflops", lambda device: 0.1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    report = Report(0, "n0")
+    check_gpus(report, 0, 1)
+    assert len(report.findings) == 1 and report.findings[0].is_bad
+    assert "driver on your system is too old (found version 11040)" in report.findings[0].what
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
+    report = Report(0, "n0")
+    check_gpus(report, 0, 1)
+    assert report.findings == []
+
+
+def test_wrong_apex_is_bad_and_its_code_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('the code of the wrong apex ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = Report(0, "n0")
+    check_versions(report)
+    assert [finding.check for finding in report.findings] == ["apex"]
+    assert "is not NVIDIA apex" in report.findings[0].what and "pip uninstall apex" in report.findings[0].fix
+    assert "apex" not in sys.modules
+
+
+def test_a_torch_that_cannot_be_imported_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "megatron_mosa", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert "error: node n7: torch cannot be imported (libcudart.so.13: cannot open shared object); " in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout and "verdict: bad" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--timeout=0", "--slow=1", "--minimum-disk=-1"])
+def test_wrong_options_are_exit_code_2(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda: app(["doctor", option])) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option} is out of range; legal: ")
+
+
+def test_a_sound_machine_is_exit_code_0_and_nothing_is_left_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "out" / "doctor.json"
+    with pytest.raises(SystemExit) as exit_:
+        app(["doctor", "--run-directory", str(tmp_path / "a" / "runs"), "--json", str(found), "--minimum-disk", "0"])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 0, captured
+    assert "verdict: well (1 node, 1 rank" in captured.out and captured.err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    content = json.loads(found.read_text())
+    assert content["bad_nodes"] == [] and content["is_bad"] is False
+    rank = content["ranks"][0]
+    assert (rank["node"], rank["facts"]["torch"]) == ("n7", torch.__version__)
+    assert rank["facts"]["write_mib_s"] > 0 and rank["facts"]["matrix_tflops"][0] > 0
+
+
+def test_an_unwritable_run_directory_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        app(["doctor", "--run-directory", str(tmp_path / "file" / "runs"), "--json", str(tmp_path / "doctor.json")])
+    assert exit_.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith(
+        f"error: node n7: run directory {tmp_path}/file/runs cannot be written (Not a directory)"
+    )
+    assert json.loads((tmp_path / "doctor.json").read_text())["bad_nodes"] == ["n7"]
+
+
+def test_too_little_space_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        app(["doctor", "--run-directory", str(tmp_path), "--minimum-disk", "1e9"])
+    assert exit_.value.code == 1 and "1e+09 that it needs; make room" in capsys.readouterr().err
+
+
+def test_a_json_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings(tmp_path, tmp_path / "file" / "doctor.json", timeout=5, minimum_disk=0, slow=1.5)
+    assert doctor_job._publish(Verdict([], [], [], []), settings) == 1
+    assert "error: writing --json=" in capsys.readouterr().err
+
+
+def test_a_check_that_hangs_is_bad_and_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(doctor_node, "check_versions", lambda report: report.facts.update(torch=None))
+    monkeypatch.setattr(doctor_node, "check_directory", lambda *_: released.wait(60))
+    report = Report(0, "n0")
+    assert doctor_job._look(report, ["n0"], None, Settings(tmp_path, None, timeout=0.3, minimum_disk=0, slow=1.5))
+    released.set()
+    assert [finding.what for finding in report.findings] == ["the check of run directory did not end within 0.3 s"]
+
+
+def test_nccl_wants_a_card_for_each_rank_and_nothing_runs_beside_a_hanging_check() -> None:
+    def plan(*cards: str, stage: str = "done") -> str | None:
+        gpus = [[{"uuid": card}] if card else [] for card in cards]
+        found = [
+            Report(rank, f"n{rank}", {"torch": "2.6.0", "gpus": gpu}, stage="done") for rank, gpu in enumerate(gpus)
+        ]
+        found[-1].stage = stage
+        return doctor_job._plan(found)
+
+    assert plan("a", "b") == "nccl"
+    assert plan("a", "a") == plan("a", "") == plan("", "") == "gloo"
+    assert plan("a", "b", stage="GPUs") is None and plan("a") is None
+
+
+def test_nodes_that_nobody_came_from_are_named_under_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-5]" ] && printf "n3\\nn4\\nn5\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert absent_nodes({0: "n3"}) == []
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[3-5]")
+    assert absent_nodes({0: "n3", 2: "n5"}) == ["n4"]
+
+
+def test_the_json_file_tells_all() -> None:
+    report = Report(0, "n0", {"torch": "2.6.0"})
+    finding = Finding("torch", "what", "fix", nodes=("n0",))
+    content = json.loads(json.dumps(as_json(Verdict([], [finding], ["n0"], [report]))))
+    assert content["is_bad"] is True and content["bad_nodes"] == ["n0"]
+    assert content["findings"] == [{"check": "torch", "what": "what", "fix": "fix", "is_bad": True, "nodes": ["n0"]}]
+    assert content["ranks"][0]["facts"] == {"torch": "2.6.0"}
