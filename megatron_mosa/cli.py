@@ -13,6 +13,7 @@ from megatron_mosa.config import load_config
 from megatron_mosa.entry import keep_freed_memory, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.scaling.commands import isoflop, sweep
+from megatron_mosa.slurm.commands import submit
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
@@ -21,6 +22,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
+app.command("submit")(submit)
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/: the newest.")

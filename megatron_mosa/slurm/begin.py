@@ -32,7 +32,7 @@ def begin(config: Config) -> tuple[Path, str]:
         return run, "done"
     if record.verdict == "stop":
         if chain is not None and chain == record.chain:
-            return run, f"stop a job before it in the chain: {record.reason}"
+            return run, f"stop as the job before it in this chain ({record.reason}); submit anew to go on"
         record.failures = 0
     record.starts += 1
     record.attempt, record.chain = os.environ.get("MOSA_ATTEMPT"), chain

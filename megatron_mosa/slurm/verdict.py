@@ -1,9 +1,13 @@
 """``python -m megatron_mosa.slurm.verdict RUN EXIT_CODE``: does a run that ended start again?
 
-Prints one line: ``done``, ``stop REASON`` or ``again SECONDS REASON``, and keeps ``RUN/slurm.json``. The environment
-has MOSA_ATTEMPT, the attempt that ended; MOSA_MAX_RETRIES, failures in a row without a newer checkpoint that are
-followed by another start (default 5); MOSA_BACKOFF_SECONDS, the wait after the first of them (default 10), which doubles
-with each, up to ten minutes. No torch: a node waits for this.
+Prints one line: ``done``, ``stop REASON`` or ``again SECONDS REASON``, and keeps ``RUN/slurm.json``. From the
+environment it takes
+
+    MOSA_ATTEMPT           the attempt that ended
+    MOSA_MAX_RETRIES       failures in a row without a newer checkpoint that are followed by another start; default 5
+    MOSA_BACKOFF_SECONDS   to wait after the first of them, default 10; it doubles with each, up to ten minutes
+
+No torch: a whole allocation waits for this.
 """
 
 from __future__ import annotations

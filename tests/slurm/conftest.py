@@ -47,13 +47,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slurm")
 
 
+NOT_RUN: list[str] = []
+
+
+def _skip(reason: str) -> None:
+    NOT_RUN.append(reason)
+    pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if NOT_RUN:
+        terminalreporter.section("NOT RUN: the tests of Slurm jobs", yellow=True)
+        terminalreporter.line(NOT_RUN[0])
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes, n1 and n2, on loopback."""
     if missing := missing_programs():
-        pytest.skip(f"Slurm is not here ({', '.join(missing)} missing): make test SLURM=install")
+        _skip(f"Slurm is not here ({', '.join(missing)} missing): make test SLURM=install")
     if os.geteuid() != 0:
-        pytest.skip("slurmctld and slurmd of the tests run as root alone")
+        _skip("slurmctld and slurmd of the tests run as root alone")
     folder = Path(tempfile.mkdtemp(prefix="mosa-slurm-"))  # a short path: munge's socket has at most 107 characters
     cluster = Cluster(folder)
     yield cluster

@@ -9,13 +9,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 FLOORS = [
-    {"errors", "entry"},
+    {"errors", "entry", "exit_codes"},
     {"config", "hf", "kernels", "parallel"},
     {"attention", "data"},
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
-    {"scaling"},
+    {"scaling", "slurm"},
     {"cli", "__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
