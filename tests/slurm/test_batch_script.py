@@ -125,6 +125,41 @@ def test_scancel_is_final(jobs: Jobs, stand_in: str) -> None:
     assert "Slurm is ending this job itself; not requeued" in jobs.output("cancelled")
 
 
+def test_a_cluster_that_requeues_nothing_leaves_it_to_the_chain(jobs: Jobs, stand_in: str) -> None:
+    variables = {"MOSA_ROOT": stand_in, "EXITS": "75 3", "MOSA_MIN_SECONDS": "9" * 12, "MOSA_CHAIN": "a"}
+    first = jobs.submit("chained", "--no-requeue", **variables)
+    after = [jobs.submit("chained", f"--dependency=afterany:{first}", **variables)]
+    after.append(jobs.submit("chained", f"--dependency=afterany:{after[0]}", **variables))
+    states = [jobs.cluster.wait_for_job(job)["ExitCode"] for job in (first, *after)]
+    assert states == ["75:0", "3:0", "1:0"], jobs.output("chained")
+    assert attempts(jobs, "chained") == [
+        f"{first}-0-1",
+        f"{after[0]}-0-1",
+    ]  # after a hopeless end the rest does nothing
+    assert "the next job of the chain goes on" in jobs.output("chained")
+    assert "not started again: as the job before it in this chain (as asked)" in jobs.output("chained")
+
+
+DOCTOR = """#!/bin/sh
+[ "$1 $2 $3" = "-m megatron_mosa doctor" ] || exec python "$@"
+[ "$4" = --help ] && exit 0
+while [ "$1" != --json ]; do shift; done
+[ $SLURMD_NODENAME = n2 ] || { echo '{"bad_nodes": ["n1"]}' > "$2"; exit 1; }
+"""
+
+
+def test_a_node_that_fails_preflight_twice_is_left_out(jobs: Jobs, stand_in: str) -> None:
+    jobs.cluster.wait_for_nodes()
+    doctor = jobs.folder / "doctor"
+    doctor.write_text(DOCTOR)
+    doctor.chmod(0o755)
+    job = jobs.submit("ill", MOSA_ROOT=stand_in, EXITS="0", MOSA_PREFLIGHT="1", MOSA_PYTHON=str(doctor))
+    state = jobs.cluster.wait_for_job(job)
+    assert (state["JobState"], state["ExcNodeList"], state["NodeList"]) == ("COMPLETED", "n1", "n2"), jobs.output("ill")
+    assert (jobs.run("ill") / "attempts").read_text() == f"{job}-1-1 n2\n"
+    assert record(jobs, "ill")["preflight_failures"] == {"n1": 2}
+
+
 def test_wrong_uses_are_one_line(jobs: Jobs, tmp_path: Path) -> None:
     cases = {
         (): "usage: sbatch",
