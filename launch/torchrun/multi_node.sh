@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Usage, on every node at the same time: NNODES=n MASTER_ADDR=HOST launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
-# or in a Slurm job, which tells both: srun --ntasks-per-node=1 launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
+# Usage: NNODES=n MASTER_ADDR=HOST launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
+#   on every node at the same time;
+# or srun --ntasks-per-node=1 launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
+#   in a Slurm job, which tells both.
 # Pretrains under torchrun on several nodes, which meet at MASTER_ADDR:MASTER_PORT (c10d rendezvous; one of the nodes,
 # default port 29500): one process for each visible GPU, or one on a CPU; NPROC=n in the environment overrides that.
 # MAX_RESTARTS=n has torchrun start all processes again after a failure, up to n times.

@@ -119,16 +119,21 @@ class Jobs:
 
 @pytest.fixture(scope="session")
 def jobs(cluster: Cluster) -> Jobs:
-    """With a tiny dataset."""
+    """Without a dataset, for programs that stand in for training."""
     folder = cluster.folder / "work"
     folder.mkdir()
+    return Jobs(cluster, folder, [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"])
+
+
+@pytest.fixture(scope="session")
+def training(jobs: Jobs) -> Jobs:
+    """With a tiny dataset."""
     library = Path(os.__file__).parent
     texts = [{"text": (library / name).read_text()} for name in ("cmd.py", "copy.py", "csv.py", "dis.py", "enum.py")]
-    source = folder / "texts.jsonl"
+    source = jobs.folder / "texts.jsonl"
     source.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    overrides = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
-    jobs = Jobs(cluster, folder, overrides)
-    command = [sys.executable, "-m", "megatron_mosa", "data", "build", CONFIG, *overrides, f"data.sources=[{source}]"]
+    command = [sys.executable, "-m", "megatron_mosa", "data", "build", CONFIG, *jobs.overrides]
+    command.append(f"data.sources=[{source}]")
     done = subprocess.run(command, env=os.environ | jobs.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return jobs

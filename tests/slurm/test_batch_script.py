@@ -68,7 +68,8 @@ def test_two_nodes_that_answer(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_a_run_over_two_nodes(jobs: Jobs, tensor_parallel: int) -> None:
+def test_a_run_over_two_nodes(training: Jobs, tensor_parallel: int) -> None:
+    jobs = training
     name = f"tp{tensor_parallel}"
     job = jobs.submit(name, "--nodes=2", overrides=(f"parallel.tensor_model_parallel_size={tensor_parallel}",))
     state = jobs.cluster.wait_for_job(job)
@@ -112,7 +113,7 @@ def test_a_signal_ends_with_a_requeue_or_a_restart(jobs: Jobs, stand_in: str, ta
     jobs.cluster.call("scancel", "-s", "USR1", *([target] if target == "-b" else []), job)
     assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.output(name)
     assert attempts(jobs, name) == [f"{job}-0-1", f"{job}-1-1" if target == "-b" else f"{job}-0-2"]
-    assert "SIGUSR1" in jobs.output(name) or target == "--"
+    assert "again in 0 s: as asked" in jobs.output(name)  # the ranks got it, and it is no failure
 
 
 def test_scancel_is_final(jobs: Jobs, stand_in: str) -> None:

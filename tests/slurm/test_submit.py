@@ -17,11 +17,12 @@ def submit(jobs: Jobs, *arguments: str, **variables: str) -> subprocess.Complete
     command = [sys.executable, "-m", "megatron_mosa", "submit", CONFIG, *jobs.overrides, *arguments]
     environment = {**jobs.cluster.environment, **jobs.environment(**variables)}
     return subprocess.run(
-        command, cwd=jobs.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=jobs.folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
-def test_a_dry_run_shows_the_job_and_leaves_nothing(jobs: Jobs) -> None:
+def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
+    jobs = training
     options = ["--nodes=2", "--gpus-per-node=2", "--time=10:00", "--sbatch-argument=--mem=0", "--chain=3", "--dry-run"]
     done = submit(jobs, "run.name=dry", *options)
     assert done.returncode == 0, done.stderr
@@ -36,7 +37,8 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(jobs: Jobs) -> None:
     assert not jobs.run("dry").exists()
 
 
-def test_a_chain_trains_once_and_its_second_job_ends_at_once(jobs: Jobs) -> None:
+def test_a_chain_trains_once_and_its_second_job_ends_at_once(training: Jobs) -> None:
+    jobs = training
     done = submit(jobs, "run.name=chain", "--nodes=2", "--time=1:00:00", "--chain=2")
     assert done.returncode == 0, done.stderr
     (folder,) = (jobs.run("chain") / "submit").iterdir()
@@ -67,7 +69,8 @@ def test_a_chain_trains_once_and_its_second_job_ends_at_once(jobs: Jobs) -> None
         (["--nodes=2", "--partition=none"], None, 1, "error: sbatch refused the job: "),
     ],
 )
-def test_mistakes_are_one_line(jobs: Jobs, arguments: list[str], path: str | None, code: int, line: str) -> None:
+def test_mistakes_are_one_line(training: Jobs, arguments: list[str], path: str | None, code: int, line: str) -> None:
+    jobs = training
     variables = {"PATH": path} if path else {}
     done = submit(jobs, "run.name=mistakes", *arguments, **variables)
     assert done.returncode == code
