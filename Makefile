@@ -12,6 +12,7 @@ TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 PYTEST_ARGS ?=
+SLURM ?=
 
 # Activates the virtual environment in a recipe. On PATH too: torch's extension builder looks for ninja there.
 ACTIVATE = VIRTUAL_ENV="$$(cd "$(VENV)" && pwd)"; PATH="$$VIRTUAL_ENV/bin:$$PATH"; export VIRTUAL_ENV PATH
@@ -32,6 +33,8 @@ help: ## list the targets (this is the default)
 	@echo "  ARGS         overrides for pretrain, as in ARGS='train.steps=20 run.name=try'"
 	@echo "  NPROC        processes of pretrain; default: one for each visible GPU, or 2 on a CPU"
 	@echo "  PYTEST_ARGS  arguments for pytest, as in PYTEST_ARGS='-x -k mosa'"
+	@echo "  SLURM        SLURM=install: test installs slurm-wlm and munge with apt before (as root), which tests/slurm"
+	@echo "               needs; without them these tests are reported as not run"
 	@echo "  PYTHON       Python 3.11, 3.12 or 3.13 to set up with; now $(PYTHON)"
 	@echo "  VENV         the virtual environment; now $(VENV)"
 	@echo "  TORCH        the torch to install, a requirement or a wheel; now $(TORCH)"
@@ -63,7 +66,12 @@ pretrain: setup ## build corpus, tokenizer and dataset, pretrain a model, write 
 	@$(ACTIVATE); mosa data build "$(CONFIG)" $(ARGS)
 	@$(ACTIVATE); launch/torchrun/local.sh "$(CONFIG)" $(ARGS)
 
-test: setup ## run all tests
+test: setup ## run all tests; SLURM=install installs Slurm for tests/slurm first
+	@case '$(SLURM)' in \
+		'') ;; \
+		install) launch/slurm/install.sh ;; \
+		*) echo 'error: SLURM=$(SLURM): legal: install, or nothing' >&2; exit 2 ;; \
+	esac
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests
 
 test-matrix: setup ## save at every layout and load at every other, weights and moments compared to the last bit

@@ -15,6 +15,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.resilience.doctor import doctor
 from megatron_mosa.resilience.status_view import status
 from megatron_mosa.scaling.commands import isoflop, sweep
+from megatron_mosa.slurm.commands import submit
 
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
@@ -25,6 +26,7 @@ app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
 app.command("status")(status)
 app.command("doctor")(doctor)
+app.command("submit")(submit)
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/: the newest.")

@@ -66,11 +66,12 @@ class Start:
         }
 
 
-def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> Start:
+def check_start(config: Config, world_size: int, *, reads_all: bool = False, devices_are_here: bool = True) -> Start:
     """Decide whether and from where ``world_size`` processes may start.
 
     Args:
         reads_all: look for damage in all that the newest checkpoint holds, not in the sizes of its files alone.
+        devices_are_here: False: the run will be on other machines than this one, whose GPUs, or none, do not matter.
 
     Raises:
         UserError: a layout that does not fit the world, a dataset that is missing or damaged, a run directory with
@@ -78,8 +79,9 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False) -> 
             initial weights that are missing, damaged or another model's.
     """
     refuse_wrong_apex()
-    _check_apex(config)
-    mosa_backend(config)
+    if devices_are_here:
+        _check_apex(config)
+        mosa_backend(config)
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data)

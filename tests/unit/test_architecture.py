@@ -15,7 +15,7 @@ FLOORS = [
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
-    {"scaling"},
+    {"scaling", "slurm"},
     {"cli", "__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}

@@ -1,0 +1,97 @@
+"""Launchers of several nodes without Slurm, two "nodes" of this machine; and what all scripts of launch/ refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+TINY = ["model.num_layers=1", "model.hidden_size=16", "model.head_dim=8", "mosa.num_heads=2", "mosa.sparsity=8"]
+TINY += ["data.sequence_length=32", "data.vocab_size=300", "data.validation_fraction=0.3", "data.num_workers=0"]
+TINY += ["train.steps=2", "train.micro_batch_size=2", "train.global_batch_size=4", "optimizer.warmup_steps=1"]
+TINY += ["validation.interval=2", "validation.num_samples=2", "logging.interval=1", "logging.tensorboard=false"]
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small dataset, and a place for runs."""
+    folder = tmp_path_factory.mktemp("launchers")
+    (folder / "texts").mkdir()
+    for name in ("cmd.py", "copy.py", "csv.py", "dis.py"):
+        (folder / "texts" / f"{name}.txt").write_text((Path(os.__file__).parent / name).read_text())
+    chosen = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
+    sources = f"data.sources=[{folder}/texts]"
+    subprocess.run([sys.executable, "-m", "megatron_mosa", "data", "build", CONFIG, *chosen, sources], check=True)
+    return chosen
+
+
+@contextmanager
+def started(command: list[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A program of one node."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two names of one machine\nlocalhost slots=1\n127.0.0.1 slots=1\n")
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    common |= {"NNODES": "2", "NPROC": "1"} if launcher == "torchrun" else {"HOSTFILE": f"{tmp_path}/hosts"}
+    command = [str(ROOT / "launch" / launcher / "multi_node.sh"), CONFIG, *overrides, f"run.name={launcher}"]
+    with started(command, NODE_RANK="0", **common) as first, started(command, NODE_RANK="1", **common) as second:
+        outputs = [process.communicate(timeout=280)[0] for process in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0), "\n".join(outputs)
+    (directory,) = (word.partition("=")[2] for word in overrides if word.startswith("run.directory="))
+    lines = [json.loads(line) for line in (Path(directory) / launcher / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "variables", "line"),
+    [
+        ("torchrun/local.sh", [], {}, "usage: "),
+        ("torchrun/multi_node.sh", [], {"NNODES": "2", "MASTER_ADDR": "a"}, "usage: "),
+        ("torchrun/multi_node.sh", ["c.yaml"], {"NNODES": "2"}, "usage: "),
+        ("torchrun/multi_node.sh", ["c.yaml"], {"NNODES": "x", "MASTER_ADDR": "a", "NPROC": "1"}, "error: NNODES=x: "),
+        ("deepspeed/multi_node.sh", ["c.yaml"], {}, "usage: "),
+        ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "/none"}, "error: HOSTFILE=/none cannot be read"),
+        ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "BAD"}, "error: HOSTFILE="),
+        ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "GOOD", "NODE_RANK": "2"}, "error: NODE_RANK=2: legal: 0"),
+        ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "GOOD", "NODE_RANK": "0"}, "error: "),
+        ("slurm/pretrain.sbatch", [], {}, "usage: "),
+        ("slurm/pretrain.sbatch", ["c.yaml"], {}, "error: not in a Slurm job"),
+    ],
+)
+def test_wrong_uses(script: str, arguments: list[str], variables: dict[str, str], line: str, tmp_path: Path) -> None:
+    (tmp_path / "BAD").write_text("node1 slots=2\nnode2\n")
+    (tmp_path / "GOOD").write_text("node1 slots=2\n\n# comment\nnode2 slots=1\n")
+    if variables.get("HOSTFILE") in ("BAD", "GOOD"):
+        variables = variables | {"HOSTFILE": f"{tmp_path}/{variables['HOSTFILE']}"}
+    ours = ("SLURM_", "NNODES", "NPROC", "MASTER_", "HOSTFILE", "NODE_RANK")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(line)

@@ -1,0 +1,78 @@
+"""``mosa submit`` on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.slurm.conftest import CONFIG, Jobs
+
+
+def submit(jobs: Jobs, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_mosa", "submit", CONFIG, *jobs.overrides, *arguments]
+    environment = {**jobs.cluster.environment, **jobs.environment(**variables)}
+    return subprocess.run(
+        command, cwd=jobs.folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
+    jobs = training
+    options = ["--nodes=2", "--gpus-per-node=2", "--time=10:00", "--sbatch-argument=--mem=0", "--chain=3", "--dry-run"]
+    done = submit(jobs, "run.name=dry", *options)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    wanted = {"--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=10:00", "--mem=0", "--job-name=dry"}
+    assert wanted <= {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    last_option = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[:last_option])  # sbatch reads them up to the first command
+    assert any(line.startswith("# sbatch --parsable ") for line in lines)
+    assert "--dependency=afterany:JOB" in lines[-1]
+    assert not jobs.run("dry").exists()
+
+
+def test_a_chain_trains_once_and_its_second_job_ends_at_once(training: Jobs) -> None:
+    jobs = training
+    done = submit(jobs, "run.name=chain", "--nodes=2", "--time=1:00:00", "--chain=2")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (jobs.run("chain") / "submit").iterdir()
+    first, second = (folder / "jobs.txt").read_text().split()
+    assert f"job {first}, then {second}: 2 node(s) x 1 task(s)" in done.stdout
+    assert f"scancel {first} {second}" in done.stdout
+    for job in (first, second):
+        state = jobs.cluster.wait_for_job(job)
+        log = (jobs.run("chain") / "logs" / f"slurm-{job}.out").read_text()
+        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert jobs.steps("chain") == [1, 2, 3, 4]
+    assert "the run is done" in log and "attempt" not in log
+    assert json.loads((jobs.run("chain") / "slurm.json").read_text())["starts"] == 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 4
+    assert "torch" in json.loads((folder / "versions.json").read_text())
+    assert (folder / "git.txt").read_text().startswith(("commit ", "not a git checkout"))
+    assert (folder / "command.txt").read_text().startswith("mosa submit ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "code", "line"),
+    [
+        (["--nodes=0"], None, 2, "error: --nodes=0 is out of range; legal: 1 or more"),
+        (["--nodes=3"], None, 2, "error: world size 3 is not divisible by parallel.tensor_model_parallel_size=2"),
+        (["--sbatch-argument=x"], None, 2, "error: --sbatch-argument='x' is no option"),
+        (["train.stepz=3"], None, 2, "error: "),
+        ([], "/none", 1, "error: sbatch is not on PATH"),
+        (["--nodes=2", "--partition=none"], None, 1, "error: sbatch refused the job: "),
+    ],
+)
+def test_mistakes_are_one_line(training: Jobs, arguments: list[str], path: str | None, code: int, line: str) -> None:
+    jobs = training
+    variables = {"PATH": path} if path else {}
+    done = submit(jobs, "run.name=mistakes", *arguments, **variables)
+    assert done.returncode == code
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
+    assert os.path.exists(jobs.run("mistakes")) == ("--partition=none" in arguments)

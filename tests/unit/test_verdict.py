@@ -1,0 +1,186 @@
+"""Does a run that ended start again? The policy, its memory in slurm.json, and what the batch script reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.config import load_config
+from megatron_mosa.errors import UserError
+from megatron_mosa.slurm.begin import begin
+from megatron_mosa.slurm.preflight import note_failure
+from megatron_mosa.slurm.record import Record, checkpoint_step, outcome
+from megatron_mosa.slurm.verdict import judge, settle
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOSA_ATTEMPT", "MOSA_CHAIN", "MOSA_MAX_RETRIES", "MOSA_BACKOFF_SECONDS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def leave_status(run: Path, **content: object) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "status.json").write_text(json.dumps(content))
+
+
+def leave_checkpoint(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "failures"),
+    [
+        (0, "done", 0),
+        (2, "stop", 1),
+        (3, "stop", 1),
+        (75, "again", 1),
+        (1, "again", 2),
+        (76, "again", 2),
+        (137, "again", 2),
+        (143, "again", 2),
+    ],
+)
+def test_exit_codes(code: int, verdict: str, failures: int) -> None:
+    record = Record(failures=1, step=7)
+    judge(record, code, "why", 7, max_retries=5, backoff=10)
+    assert (record.verdict, record.failures, record.reason) == (verdict, failures, "why")
+
+
+def test_waits_double_up_to_ten_minutes_and_end_at_the_cap() -> None:
+    record = Record()
+    waits = [judge(record, 1, "crash", 0, max_retries=8, backoff=10) for _ in range(8)]
+    assert waits == [10, 20, 40, 80, 160, 320, 600, 600]
+    assert record.verdict == "again"
+    judge(record, 1, "crash", 0, max_retries=8, backoff=10)
+    assert record.verdict == "stop"
+    assert record.reason == "9 failures in a row without a checkpoint after step 0; last: crash"
+
+
+def test_only_a_newer_checkpoint_resets_the_count() -> None:
+    record = Record(failures=5, step=10)
+    judge(record, 75, "stopped", 10, max_retries=5, backoff=10)  # a stop is no failure, nor is it progress
+    assert record.failures == 5
+    assert judge(record, 1, "crash", 11, max_retries=5, backoff=10) == 10
+    assert (record.failures, record.step) == (1, 11)
+
+
+def test_what_the_run_wrote_counts_if_it_is_of_this_attempt(tmp_path: Path) -> None:
+    leave_status(tmp_path, attempt="7-0-1", state="stopped", exit_code=75, reason="SIGUSR1")
+    assert outcome(tmp_path, "7-0-1", 137) == (75, "SIGUSR1")  # srun killed a slower rank
+    assert outcome(tmp_path, "7-0-2", 137) == (137, "killed by signal 9")
+    leave_status(tmp_path, attempt="7-0-2", state="running", step=3)
+    assert outcome(tmp_path, "7-0-2", 1) == (1, "failed")
+    assert outcome(tmp_path, "7-0-2", None)[0] == 1
+    (tmp_path / "status.json").write_text('{"attempt": "7-0-2", "sta')
+    assert outcome(tmp_path, "7-0-2", 76) == (76, "hung")
+
+
+def test_a_checkpoint_counts_when_it_is_published(tmp_path: Path) -> None:
+    assert checkpoint_step(tmp_path) == 0
+    for name in ("step-00000004", "step-00000012", "step-00000003", "damaged-step-00000090", ".writing-step-99"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint_step(tmp_path) == 12
+
+
+def call(run: Path, code: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_mosa.slurm.verdict", str(run), str(code)]
+    environment = {"PYTHONPATH": str(QUICKSTART.parents[1])} | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_program_prints_one_line_and_remembers(tmp_path: Path) -> None:
+    variables = {"MOSA_ATTEMPT": "1-0-1", "MOSA_BACKOFF_SECONDS": "3", "MOSA_MAX_RETRIES": "2"}
+    run = tmp_path / "run"
+    lines = [call(run, code, **variables).stdout for code in (1, 137, 1)]
+    last = "stop 3 failures in a row without a checkpoint after step 0; last: failed\n"
+    assert lines == ["again 3 failed\n", "again 6 killed by signal 9\n", last]
+    leave_checkpoint(run, 5)
+    leave_status(run, attempt="1-0-1", state="stopped", exit_code=75, reason="time\nlimit")
+    assert call(run, 143, **variables).stdout == "again 0 time limit\n"
+    assert json.loads((run / "slurm.json").read_text())["failures"] == 0
+    assert call(run, 0, MOSA_ATTEMPT="1-0-2").stdout == "done\n"
+
+
+def test_the_program_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys, megatron_mosa.slurm.begin, megatron_mosa.slurm.verdict; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(QUICKSTART.parents[1])})
+
+
+def test_wrong_uses_are_one_line(tmp_path: Path) -> None:
+    done = call(tmp_path, 1, MOSA_MAX_RETRIES="many")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: MOSA_MAX_RETRIES=many: legal: ")
+    with pytest.raises(UserError, match="MOSA_BACKOFF_SECONDS=-1: legal: "), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSA_BACKOFF_SECONDS", "-1")
+        settle(Record(), tmp_path, 1, "")
+
+
+class Run:
+    """The run directory of a quickstart of 100 steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.config = load_config(QUICKSTART, [f"run.directory={folder}", "train.steps=100"])
+        self.path = folder / "quickstart"
+
+    def begin(self, attempt: str, chain: str = "") -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOSA_ATTEMPT", attempt)
+            if chain:
+                patch.setenv("MOSA_CHAIN", chain)
+            run, line = begin(self.config)
+        assert run == self.path
+        return line
+
+    def end(self, code: int) -> str:
+        return settle(Record.read(self.path), self.path, code, "why")
+
+
+def test_an_attempt_that_nobody_saw_end_is_a_failure_unless_it_said_otherwise(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.begin("1-0-1") == "go"
+    assert run.begin("1-1-1") == "go"
+    assert (Record.read(run.path).failures, Record.read(run.path).starts) == (1, 2)
+    leave_status(run.path, attempt="1-1-1", state="stopped", exit_code=75)
+    assert run.begin("1-2-1") == "go"
+    assert Record.read(run.path).failures == 1
+    for number in range(3, 7):
+        assert run.begin(f"1-{number}-1") == "go"
+    assert run.begin("1-7-1").startswith("stop 6 failures in a row")
+
+
+def test_a_chain_ends_with_the_run_and_a_longer_run_goes_on(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.begin("1-0-1", chain="a") == "go"
+    leave_checkpoint(run.path, 100)
+    assert run.end(0) == "done"
+    assert run.begin("2-0-1", chain="a") == "done"
+    run.config.train.steps = 101
+    assert run.begin("3-0-1") == "go"
+
+
+def test_a_stop_ends_its_chain_and_a_new_submission_starts_afresh(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert run.begin("1-0-1", chain="a") == "go"
+    assert run.end(3) == "stop why"
+    assert run.begin("2-0-1", chain="a").startswith("stop as the job before it in this chain (why)")
+    record = Record.read(run.path)
+    record.failures = 6
+    record.write(run.path)
+    assert run.begin("3-0-1", chain="b") == "go"
+    assert Record.read(run.path).failures == 0
+
+
+def test_a_node_that_fails_preflight_twice_is_excluded(tmp_path: Path) -> None:
+    report = tmp_path / "preflight.json"
+    report.write_text(json.dumps({"bad_nodes": ["n7", "n9"]}))
+    assert note_failure(tmp_path, report) == ("again 10 preflight failed on n7, n9", [])
+    report.write_text(json.dumps({"bad_nodes": ["n9", "n3"]}))
+    assert note_failure(tmp_path, report) == ("again 20 preflight failed on n9, n3", ["n9"])
+    assert note_failure(tmp_path, tmp_path / "none")[1] == []
