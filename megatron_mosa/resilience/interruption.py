@@ -30,13 +30,14 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
-        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int] = {}
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
 
     def listen(self) -> None:
         """Begin; in the main thread."""
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        for number in SIGNALS:  # None: a handler that is no Python's, and cannot be given back
+            self._before[number] = signal.signal(number, lambda *_: None) or signal.SIG_DFL
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_leave_to_the_parent)  # loader processes get the job's signals, too
         threading.Thread(target=self._read, name="signals", daemon=True).start()
@@ -53,14 +54,17 @@ class Signals:
         self._writing.close()  # ends the thread
 
     def _read(self) -> None:
-        while data := self._reading.recv(64):
-            for byte in data:
-                number = signal.Signals(byte)
-                if number in self.received:
-                    os.write(2, f"{number.name} for the second time: exiting now\n".encode())
-                    os._exit(128 + number)
-                if number in SIGNALS:
-                    self.received.append(number)
+        with self._reading:
+            while data := self._reading.recv(64):
+                for byte in data:
+                    self._note(signal.Signals(byte))
+
+    def _note(self, number: signal.Signals) -> None:
+        if number in self.received:
+            os.write(2, f"{number.name} for the second time: exiting now\n".encode())
+            os._exit(128 + number)
+        if number in SIGNALS:
+            self.received.append(number)
 
 
 def _leave_to_the_parent() -> None:

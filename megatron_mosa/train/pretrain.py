@@ -55,27 +55,8 @@ def pretrain(config: Config) -> int:
         use_deterministic_algorithms()
     rank, world_size, _ = launch_environment()
     survival = Survival.begin(config, Path(config.run.directory) / config.run.name, rank)
-    start = check_start(config, world_size, reads_all=rank == 0)
-    survival.watchdog.beat("meeting the other ranks")
-    layout = initialize_parallel(
-        config.parallel.tensor_model_parallel_size,
-        config.run.seed,
-        rendezvous_seconds=config.resilience.rendezvous_timeout,
-    )
-    stopped = None
     try:
-        survival.interruption.hosts = Hosts()
-        # Nodes may see different checkpoints for a while on a shared file system: what rank 0 has found counts.
-        start = on_main_rank(lambda: start)
-        config.data.index_samples = start.index_samples
-        step = start.metadata.step if start.metadata else 0
-        if step < config.train.steps or _last_measured(start) < step:
-            stopped = _train(config, start, layout, survival)
-        elif layout.is_main:
-            print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
-        if layout.is_main:
-            report(start.directory)
-            survival.status.end(STOPPED if stopped else DONE, stopped or "")
+        stopped = _pretrain(config, rank, world_size, survival)
     except Exception as error:
         survival.status.end(exit_code_of(error), f"rank {rank}: {error or type(error).__name__}")
         raise
@@ -85,20 +66,44 @@ def pretrain(config: Config) -> int:
     return STOPPED if stopped else DONE
 
 
+def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) -> str | None:
+    """Meet the other ranks, train, report; why it stopped early, if it did."""
+    start = check_start(config, world_size, reads_all=rank == 0)
+    survival.watchdog.beat("meeting the other ranks")
+    layout = initialize_parallel(
+        config.parallel.tensor_model_parallel_size,
+        config.run.seed,
+        rendezvous_seconds=config.resilience.rendezvous_timeout,
+    )
+    survival.interruption.hosts = Hosts()
+    # Nodes may see different files for a while on a shared file system: what rank 0 has found counts.
+    start, last_measured = on_main_rank(lambda: (start, _last_measured(start)))
+    config.data.index_samples = start.index_samples
+    step = start.metadata.step if start.metadata else 0
+    stopped = None
+    if step < config.train.steps or last_measured < step:
+        stopped = _train(config, start, last_measured, layout, survival)
+    elif layout.is_main:
+        print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
+    if layout.is_main:
+        report(start.directory)
+        survival.status.end(STOPPED if stopped else DONE, stopped or "")
+    return stopped
+
+
 def _last_measured(start: Start) -> int:
     """The last step of the run that has a validation line."""
     lines = read_journal(start.directory / "metrics.jsonl")
     return max((line["step"] for line in lines if "validation_loss" in line), default=0)
 
 
-def _train(config: Config, start: Start, layout: Layout, survival: Survival) -> str | None:
+def _train(config: Config, start: Start, last_measured: int, layout: Layout, survival: Survival) -> str | None:
     """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
     config.train.skip_steps += on_main_rank(lambda: skipped_steps(start.directory))
     survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
-    last_measured = _last_measured(start)
     writers = Writers(config, start.directory, is_main=layout.is_main, resumed_step=state.step)
     vocab_size = start.manifest.vocab_size
     writers.note(

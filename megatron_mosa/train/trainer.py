@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
@@ -17,17 +17,12 @@ from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.schedule import learning_rate
 
+if TYPE_CHECKING:
+    from megatron_mosa.train.rewind import Rewinder
+
 
 class Spike(Exception):
     """Raised by a callback: the run is to go back to before the step that was just taken, and leave it out."""
-
-
-class Rewinder(Protocol):
-    """Takes a run back; collective."""
-
-    def rewind(self, engine: TrainingEngine, spike: int) -> tuple[TrainingState, Iterator[Batch]] | None:
-        """Where the run stands before step ``spike``, and its batches from there; None: it goes on from here."""
-        ...
 
 
 @dataclass

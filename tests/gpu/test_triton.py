@@ -113,7 +113,7 @@ def test_atomics_add_up_to_the_same(fused: ModuleType) -> None:
     assert max(ours) < 1e-5
 
 
-@pytest.mark.parametrize("width", [72, 200, 1000])
+@pytest.mark.parametrize("width", [6, 72, 200, 1000])
 def test_chunks_of_the_sum_over_heads_do_not_change_it(
     fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,11 @@ class Jobs:
         lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
         return [line["step"] for line in lines if "loss" in line]
 
+    def losses(self, name: str) -> list[float]:
+        """Training and validation losses in the journal."""
+        lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
+        return [line.get("loss", line.get("validation_loss")) for line in lines]
+
     def explain(self, name: str) -> str:
         """All logs of a run, for a failed assertion."""
         logs = sorted(self.run(name).glob("logs/*/*.log"))

@@ -141,9 +141,25 @@ def test_a_cluster_that_requeues_nothing_leaves_it_to_the_chain(jobs: Jobs, stan
     assert "not started again: as the job before it in this chain (as asked)" in jobs.output("chained")
 
 
+def test_a_run_is_stopped_by_a_signal_and_goes_on_where_it_was(training: Jobs) -> None:
+    """With the real check of the nodes before it, and the real program after it."""
+    jobs = training
+    jobs.cluster.wait_for_nodes()
+    two = ("parallel.tensor_model_parallel_size=2",)
+    fault = ("fault_injection.fault=SIGUSR1", "fault_injection.rank=1", "fault_injection.step=2")
+    undisturbed = jobs.submit("undisturbed", "--nodes=2", overrides=two)
+    assert jobs.cluster.wait_for_job(undisturbed)["JobState"] == "COMPLETED", jobs.explain("undisturbed")
+    job = jobs.submit("signalled", "--nodes=2", overrides=two + fault, MOSA_PREFLIGHT="1", MOSA_MIN_SECONDS="0")
+    assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.explain("signalled")
+    assert "again in 0 s: SIGUSR1" in jobs.output("signalled")
+    assert record(jobs, "signalled")["starts"] == 2
+    report = json.loads((jobs.run("signalled") / "logs" / f"{job}-0-1" / "preflight.json").read_text())
+    assert report["bad_nodes"] == []
+    assert jobs.losses("signalled") == jobs.losses("undisturbed")
+
+
 DOCTOR = """#!/bin/sh
 [ "$1 $2 $3" = "-m megatron_mosa doctor" ] || exec python "$@"
-[ "$4" = --help ] && exit 0
 while [ "$1" != --json ]; do shift; done
 [ $SLURMD_NODENAME = n2 ] || { echo '{"bad_nodes": ["n1"]}' > "$2"; exit 1; }
 """

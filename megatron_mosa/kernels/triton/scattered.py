@@ -118,10 +118,10 @@ def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
     """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time.
 
     Columns are cut where one sequence is too much for a chunk, to multiples of 128 that let kernels read many bytes at
-    once, or of 16 in a narrow layer: no chunk is more than half of a layer of 32 columns or more.
+    once, or of fewer in a narrow layer: no chunk is more than half of a layer, but for an odd column.
     """
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
-    step = 128 if width >= 128 * FEWEST_CHUNKS else 16
+    step = next(step for step in (128, 16, 1) if step == 1 or width >= step * FEWEST_CHUNKS)
     slices = 1
     while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
