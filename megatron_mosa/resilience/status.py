@@ -36,11 +36,13 @@ class RunStatus:
 
     def begin(self) -> None:
         """From now on the run directory is this job's, and its status, too."""
-        before = read_status(self.path.parent) or {}
+        self._take_over(read_status(self.path.parent) or {})
+        self.update("starting")
+
+    def _take_over(self, before: dict[str, Any]) -> None:
         kept = {key: before[key] for key in ("step", "loss", "checkpoint", "checkpoint_time") if key in before}
         self._content = kept | self._content | {"starts": before.get("starts", 0) + 1}
         self.is_ours = True
-        self.update("starting")
 
     def update(self, doing: str, **facts: Any) -> None:
         """Note what the run is doing; written if the last time is 2 s ago, or if it is doing something else."""
@@ -50,8 +52,18 @@ class RunStatus:
             self._write()
 
     def end(self, code: int, reason: str = "") -> None:
-        """Note how it ended; for any rank. The first to say so is nearest to the cause, and is believed."""
+        """Note how it ended; for any rank. The first to say so is nearest to the cause, and is believed.
+
+        What ends before it begins, by a mistake, is noted for a batch script (MOSA_ATTEMPT) alone: other processes may
+        be at work in the run directory.
+        """
         before = read_status(self.path.parent) or {}
+        attempt = self._content["attempt"]
+        if not self.is_ours and attempt is not None:
+            if before.get("attempt") != attempt:
+                self._take_over(before)
+                before = self._content
+            self.is_ours = True
         if not self.is_ours or before.get("state", RUNNING) != RUNNING:
             return
         ending = {"state": NAMES.get(code, NAMES[1]), "exit_code": code, "reason": reason}

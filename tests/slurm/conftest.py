@@ -88,7 +88,8 @@ class Jobs:
         path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
         common = {"MOSA_ROOT": str(ROOT), "PYTHONPATH": str(ROOT), "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
         fast = {"MOSA_BACKOFF_SECONDS": "0.2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return common | fast | {"MOSA_PREFLIGHT": "0"} | variables
+        below_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # must not reach the ranks
+        return common | fast | below_torchrun | {"MOSA_PREFLIGHT": "0"} | variables
 
     def submit(self, name: str, *options: str, overrides: tuple[str, ...] = (), **variables: str) -> str:
         """By hand, as docs/slurm.md says; returns the job id."""

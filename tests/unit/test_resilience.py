@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config.schema import FaultInjectionSection
 from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED
+from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, WRONG_USE
 from megatron_mosa.resilience import deadline
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
@@ -198,6 +198,21 @@ def test_status_of_a_run(tmp_path: Path) -> None:
         again.end(code)
         content = read_status(tmp_path)
         assert content is not None and is_well(content, now + 1e6) is well
+
+
+def test_a_mistake_before_the_beginning_is_noted_for_the_batch_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSA_ATTEMPT", "7-0-1")
+    running = RunStatus(tmp_path, is_main=True)
+    running.begin()
+    monkeypatch.setenv("MOSA_ATTEMPT", "7-0-2")
+    for rank, reason in enumerate(("world size 1", "another")):  # the second rank to say so is not believed
+        RunStatus(tmp_path, is_main=rank == 0).end(WRONG_USE, reason)
+    content = read_status(tmp_path)
+    assert content is not None
+    assert (content["attempt"], content["exit_code"], content["reason"]) == ("7-0-2", WRONG_USE, "world size 1")
+    assert content["starts"] == 2
 
 
 def test_mosa_status(tmp_path: Path) -> None:
