@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosa.attention.functional import num_selected_tokens
 
 RECOMPUTE = ("none", "attention", "full")
+SELECTIONS = ("expert_choice", "threshold")
 SELECTION_SCOPES = ("sequence", "document")
 
 
@@ -35,6 +37,20 @@ class MosaTransformerConfig(TransformerConfig):
 
     mosa_include_first_token: bool = False
     """Token 0 is always among the selected; inside documents that of each (scope "sequence": of the first k)."""
+
+    mosa_selection: str = "expert_choice"
+    """expert_choice: the k best of the sequence; threshold: every token whose score is above its head's threshold, and
+    the first token (of each document), whatever ``mosa_include_first_token`` says. The engine that steps the optimizer
+    calls ``update_thresholds`` after each step."""
+
+    mosa_capacity_factor: float = 2.0
+    """With thresholds, in training: a head takes at most this times k tokens of a sequence, the first that come."""
+
+    mosa_threshold_ema: float = 0.1
+    """Weight of the last batch in the moving average that a threshold is."""
+
+    mosa_threshold_warmup_steps: int = 250
+    """Updates of the thresholds before training selects by them; until then it is expert choice."""
 
     mosa_attend_within_documents: bool = False
     """Attention of all heads stays inside documents: give ``Documents`` as the model's ``attention_mask``."""
@@ -86,10 +102,7 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
         if self.mosa_recompute not in RECOMPUTE:
             raise ValueError(f"mosa_recompute={self.mosa_recompute!r} is not known; legal: {', '.join(RECOMPUTE)}")
-        if self.mosa_selection_scope not in SELECTION_SCOPES:
-            raise ValueError(
-                f"mosa_selection_scope={self.mosa_selection_scope!r} is not known; legal: {', '.join(SELECTION_SCOPES)}"
-            )
+        self._check_selection()
         if not self.mosa_attend_within_documents and (
             self.mosa_selection_scope == "document" or self.mosa_restart_rotary
         ):
@@ -102,6 +115,21 @@ class MosaTransformerConfig(TransformerConfig):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")
 
+    def _check_selection(self) -> None:
+        for name, legal in (("mosa_selection", SELECTIONS), ("mosa_selection_scope", SELECTION_SCOPES)):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")
+        if self.mosa_selection == "threshold" and self.mosa_selection_scope == "document":
+            raise ValueError(
+                "mosa_selection='threshold' has no use for mosa_selection_scope='document'; set 'sequence'"
+            )
+        if self.mosa_capacity_factor < 1:
+            raise ValueError(f"mosa_capacity_factor={self.mosa_capacity_factor} is below 1; legal: 1 or more")
+        if not 0 < self.mosa_threshold_ema <= 1:
+            raise ValueError(f"mosa_threshold_ema={self.mosa_threshold_ema}; legal: above 0, up to 1")
+        if self.mosa_threshold_warmup_steps < 1:
+            raise ValueError(f"mosa_threshold_warmup_steps={self.mosa_threshold_warmup_steps}; legal: 1 or more")
+
     @property
     def head_dim(self) -> int:
         """h', the width of every head."""
@@ -111,3 +139,7 @@ class MosaTransformerConfig(TransformerConfig):
     def num_selected(self, sequence_length: int) -> int:
         """k for a sequence of ``sequence_length`` tokens."""
         return num_selected_tokens(sequence_length, self.mosa_sparsity)
+
+    def capacity(self, sequence_length: int) -> int:
+        """Tokens of a sequence that a head with a threshold takes at most, in training."""
+        return min(math.ceil(self.mosa_capacity_factor * self.num_selected(sequence_length)), sequence_length)

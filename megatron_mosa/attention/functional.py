@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels.naive import accumulation_dtype
 
 
 def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
@@ -21,7 +22,9 @@ def mosa_attention(
     qkv_weight: Tensor,
     proj_weight: Tensor,
     *,
-    num_selected: int | Callable[[int], int],
+    num_selected: int | Callable[[int], int] | None = None,
+    thresholds: Tensor | None = None,
+    capacity: int | None = None,
     include_first_token: bool = False,
     rotary_percent: float = 0.5,
     rotary_base: float = 10000.0,
@@ -29,11 +32,14 @@ def mosa_attention(
     restart_rotary: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1).
+    """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1), or with thresholds.
 
     Each of E heads scores all T tokens, selects its own ``num_selected``, lets them attend to one another causally
     with rotary positions of the original sequence, multiplies the result by the scores, and adds its projection
     back at the selected places. Membership is NOT causal: it depends on the whole sequence.
+
+    With ``thresholds`` (not of the paper) a head selects the first token and every token whose score is above its own
+    threshold: causal, since neither depends on what comes after the token.
 
     With ``documents`` a selected token attends to the selected tokens of its own document only (not of the paper).
 
@@ -44,8 +50,12 @@ def mosa_attention(
         proj_weight: [E, h', h].
         num_selected: k of the sequence, 1 to T; or, with ``documents``, a rule that gives the k of each document from
             its length L, 1 to L: then a head selects the best of every document instead of the best of the sequence.
+            None with ``thresholds``, and only then.
+        thresholds: [E], in the type of the scores: fp32 (fp64 for fp64 states).
+        capacity: with ``thresholds``: a head takes the first so many of its tokens, 1 to T; None: all, and the host
+            waits to learn how many.
         include_first_token: token 0 is always among the selected, of each document where they are selected from one by
-            one, else of the first k documents.
+            one, else of the first k documents; with ``thresholds`` they always are.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
         documents: that the sequences are packed of, from ``Documents.from_starts``; None: one a sequence.
@@ -60,15 +70,18 @@ def mosa_attention(
         ValueError: an argument of the wrong rank, shape or range, or a backend that is not available.
     """
     _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
-    _check_options(hidden_states, num_selected, rotary_percent, documents)
+    _check_options(hidden_states, rotary_percent, documents)
+    _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
     kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
     starts = None if documents is None else documents.starts
     selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
     selected = num_selected if selection is None else selection.num_slots
     scores = kernels.router_scores(hidden_states, router_weight)
-    indices = kernels.select_tokens(
-        scores, selected, include_first_token, starts, None if selection is None else selection.quotas
-    )
+    if thresholds is not None:
+        indices = kernels.select_above(scores, thresholds, capacity, starts)
+    else:
+        quotas = None if selection is None else selection.quotas
+        indices = kernels.select_tokens(scores, selected, include_first_token, starts, quotas)
     return kernels.selected_attention(
         hidden_states,
         router_weight,
@@ -84,17 +97,42 @@ def mosa_attention(
     )
 
 
-def _check_options(
-    hidden_states: Tensor, num_selected: int | Callable[[int], int], rotary_percent: float, documents: Documents | None
+def _check_selection(
+    hidden_states: Tensor,
+    router_weight: Tensor,
+    num_selected: int | Callable[[int], int] | None,
+    thresholds: Tensor | None,
+    capacity: int | None,
+    documents: Documents | None,
 ) -> None:
+    length, heads = hidden_states.shape[1], router_weight.shape[0]
+    if (num_selected is None) == (thresholds is None):
+        both = "are both given" if thresholds is not None else "are both None"
+        raise ValueError(f"num_selected and thresholds {both}; legal: one of them (expert choice, or thresholds)")
+    if thresholds is not None:
+        if thresholds.shape != (heads,) or thresholds.device != hidden_states.device:
+            raise ValueError(
+                f"thresholds have shape {tuple(thresholds.shape)} on {thresholds.device}; legal: {(heads,)} on "
+                f"{hidden_states.device}, one for each row of router_weight"
+            )
+        dtype = accumulation_dtype(hidden_states.dtype)
+        if thresholds.dtype != dtype:
+            raise ValueError(f"thresholds are {thresholds.dtype}; legal: {dtype}, as the scores")
+        if capacity is not None and not 1 <= capacity <= length:
+            raise ValueError(f"capacity={capacity} is out of range; legal: 1 to T={length}, or None")
+    elif capacity is not None:
+        raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; legal: None")
+    elif callable(num_selected):
+        if documents is None:
+            raise ValueError("num_selected is a rule for each document, but documents=None; legal: an integer")
+    elif num_selected is not None and not 1 <= num_selected <= length:
+        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
+
+
+def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Documents | None) -> None:
     batch, length, _ = hidden_states.shape
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
-    if callable(num_selected):
-        if documents is None:
-            raise ValueError("num_selected is a rule for each document, but documents=None; legal: an integer")
-    elif not 1 <= num_selected <= length:
-        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
     if not 0.0 <= rotary_percent <= 1.0:
         raise ValueError(f"rotary_percent={rotary_percent} is out of range; legal: 0 to 1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
+from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import Documents, get_backend
 from megatron_mosa.kernels.documents import document_attention
-from megatron_mosa.kernels.naive import apply_rotary
+from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary, is_above
 from megatron_mosa.kernels.window import sliding_window_attention
+
+THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
 
 
 class PartitionedHeads(MegatronModule):
@@ -144,11 +148,17 @@ class LocalHeads(CausalHeads):
 
 
 class MosaHeads(PartitionedHeads):
-    """MoSA heads with expert choice, initialised as the authors do."""
+    """MoSA heads with expert choice or with thresholds, initialised as the authors do.
+
+    With thresholds every forward pass in training counts its scores in ``histogram``, for ``update_thresholds``.
+    """
 
     router_weight: torch.nn.Parameter  # [E / tp, h]
     qkv_weight: torch.nn.Parameter  # [E / tp, h, 3h']
     proj_weight: torch.nn.Parameter  # [E / tp, h', h]
+    thresholds: Tensor  # fp32 [E / tp]
+    threshold_updates: Tensor  # fp32 [E / tp]: how often they were updated
+    histogram: Tensor  # int32 [E / tp, bins]: scores since the last update
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group)
@@ -156,24 +166,26 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("router_weight", (heads, width), 0, _uniform(width**-0.5))
         self.add_weight("qkv_weight", (heads, width, 3 * head_dim), 0, _uniform((3 * head_dim) ** -0.5))
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
+        if config.mosa_selection == "threshold":
+            self._add_thresholds(heads // tp_group.size())
+        self.load: Tensor | None = None  # fp32 [E / tp]: tokens above the threshold over T / rho, in the last batch
         self.records_selection = False
         # scores [B, E, T], indices [B, E, k] (T in empty places) of the last forward
         self.selection: tuple[Tensor, Tensor] | None = None
+        self.dropped = torch.zeros(())  # how many tokens above thresholds the capacity has left out there
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
         config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         kernels = get_backend(config.mosa_backend, states, config.head_dim)
-        starts = None if documents is None else documents.starts
-        quotas, slots, num_selected = None, None, config.num_selected(states.shape[1])
-        if documents is not None and config.mosa_selection_scope == "document":
-            selection = documents.selection(config.num_selected)
-            quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
         scores = kernels.router_scores(states, self.router_weight)
-        indices = kernels.select_tokens(scores, num_selected, config.mosa_include_first_token, starts, quotas)
+        if config.mosa_selection == "threshold" and self.training and not is_repetition():
+            kernels.count_scores(scores, self.histogram)
+        indices, slots = self._select(kernels, scores, documents)
         if self.records_selection:
             self.selection = scores.detach(), indices
+            self.dropped = self._dropped(scores, indices, documents)
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -183,11 +195,76 @@ class MosaHeads(PartitionedHeads):
             self.proj_weight,
             rotary_percent=config.mosa_rotary_percent,
             rotary_base=config.mosa_rotary_base,
-            document_starts=starts,
+            document_starts=None if documents is None else documents.starts,
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
         )
         return output.transpose(0, 1)
+
+    def _select(
+        self, kernels: ModuleType, scores: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Documents | None]:
+        """Indices [B, E / tp, k], and the slots as packed documents where a number of each document was selected."""
+        config, length = self.config, scores.shape[-1]
+        starts = None if documents is None else documents.starts
+        if self.selects_above(self.training):
+            capacity = config.capacity(length) if self.training else None
+            return kernels.select_above(scores, self.thresholds, capacity, starts), None
+        quotas, slots, num_selected = None, None, config.num_selected(length)
+        if documents is not None and config.mosa_selection_scope == "document":
+            selection = documents.selection(config.num_selected)
+            quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
+        includes_first = config.mosa_include_first_token or config.mosa_selection == "threshold"
+        return kernels.select_tokens(scores, num_selected, includes_first, starts, quotas), slots
+
+    def _dropped(self, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
+        if not self.selects_above(self.training):
+            return scores.new_zeros(())
+        above = is_above(scores, self.thresholds, None if documents is None else documents.starts)  # [B, E, T]
+        return above.sum() - (indices < scores.shape[-1]).sum()
+
+    def selects_above(self, training: bool) -> bool:
+        """Whether tokens above the thresholds are taken, not the k best: in training when the warm-up is over, else as
+        soon as the thresholds were updated once."""
+        if self.config.mosa_selection != "threshold":
+            return False
+        return self._num_updates() >= (self.config.mosa_threshold_warmup_steps if training else 1)
+
+    def _num_updates(self) -> int:
+        """Known to the host until the buffer is changed by others: no forward pass waits for the device."""
+        updates = self.threshold_updates
+        if self._counted[:2] != (id(updates), updates._version):
+            self._counted = id(updates), updates._version, int(updates.min())
+        return self._counted[2]
+
+    def _add_thresholds(self, heads: int) -> None:
+        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
+        for name in THRESHOLD_BUFFERS:
+            # Made of integers: in its construction of models ZeRO-3 makes bf16 of new tensors in fp32.
+            self.register_buffer(name, torch.zeros(heads, dtype=torch.int32, device=device).float())
+            self.partition_dims[name] = 0
+        counts = torch.zeros(heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
+        self.register_buffer("histogram", counts, persistent=False)
+        self._counted = 0, 0, 0  # the buffer's identity and version, and its value then
+
+    def update(self, thresholds: Tensor, load: Tensor) -> None:
+        """Take over new thresholds [E / tp], and count the update; ``load`` [E / tp] is what the old ones took."""
+        updates = self._num_updates() + 1
+        self.thresholds.copy_(thresholds)
+        self.threshold_updates += 1
+        self._counted = id(self.threshold_updates), self.threshold_updates._version, updates
+        self.histogram.zero_()
+        self.load = load
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MosaHeads:
+        """As Module, but the thresholds of a model that becomes bf16 stay fp32."""
+        kept = {name: self._buffers[name] for name in THRESHOLD_BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if buffer is not None and moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
 
 def _uniform(bound: float) -> Callable[[Tensor], object]:

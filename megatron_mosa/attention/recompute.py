@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 
-_SELECTIONS = ("megatron_mosa::select_tokens", "megatron_mosa::fused_select_tokens")
+_SELECTIONS = {f"megatron_mosa::{name}" for name in (
+    "select_tokens", "fused_select_tokens", "select_above", "fused_select_above",
+)}  # fmt: skip
+_repeats: ContextVar[bool] = ContextVar("repeats", default=False)
+
+
+def is_repetition() -> bool:
+    """Whether this forward pass is one that backward does again: what the first has counted is not to count twice."""
+    return _repeats.get()
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -21,8 +30,23 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     The selected indices are kept from the first call: a second selection from scores that rounding has moved would
     give the gradients of another function.
     """
-    contexts = partial(create_selective_checkpoint_contexts, _keep_selection)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **kwargs)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **kwargs)
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of the first forward pass, and of its repetition."""
+    first, again = create_selective_checkpoint_contexts(_keep_selection)
+    return first, _repetition(again)
+
+
+@contextmanager
+def _repetition(context: AbstractContextManager[Any]) -> Iterator[None]:
+    token = _repeats.set(True)
+    try:
+        with context:
+            yield
+    finally:
+        _repeats.reset(token)
 
 
 def _keep_selection(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -27,7 +27,8 @@ from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader
 from megatron_mosa.checkpoint.offline_writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
+from megatron_mosa.model.state import Stored, stored_tensors
+from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
@@ -84,19 +85,19 @@ def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
 def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
     """Get the memory that the first snapshot will take."""
     share = _own_share(engine.module).items()
-    memory.reserve({f"{kind}.{name}": size for name, size in share for kind in ("model", *MOMENTS)})
+    kinds = {True: ("model", *MOMENTS), False: ("model",)}
+    memory.reserve({f"{kind}.{name}": stored.size for name, stored in share for kind in kinds[stored.is_trained]})
 
 
-def _own_share(model: torch.nn.Module) -> dict[str, int]:
-    """Parameters, and their sizes, such that every data-parallel rank has about as many numbers to write."""
+def _own_share(model: torch.nn.Module) -> dict[str, Stored]:
+    """Some of the tensors, such that every data-parallel rank has about as many numbers to write."""
     group = data_parallel_group()
     loads, mine = [0] * group.size(), {}
-    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+    for name, stored in sorted(stored_tensors(model).items(), key=lambda item: (-item[1].size, item[0])):
         rank = loads.index(min(loads))
-        loads[rank] += size
+        loads[rank] += stored.size
         if rank == group.rank():
-            mine[name] = size
+            mine[name] = stored
     return mine
 
 
@@ -154,10 +155,10 @@ def global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, T
     """Some or all of an engine's state, as DTensors of global shape over the tensor-parallel group; no copy."""
     # The group decides who talks; the mesh only describes CPU tensors, and DCP itself moves no tensor between ranks.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
-    parameters = dict(model.named_parameters())
+    tensors = stored_tensors(model)
     view: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        partition = partition_of(parameters[key.partition(".")[2]])
+        partition = tensors[key.partition(".")[2]].partition
         if partition is None:
             view[key] = DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
         elif partition.stride == 1:

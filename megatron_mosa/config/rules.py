@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable
 
 from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.config.mosa_rules import documents, sparsity, threshold
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
 
 _CHOICES = {
     "mosa.backend": ("auto", "naive", "triton"),
+    "mosa.selection": ("expert_choice", "threshold"),
     "mosa.selection_scope": ("sequence", "document"),
     "model.activation": ("gelu", "swiglu"),
     "model.normalization": ("LayerNorm", "RMSNorm"),
@@ -28,7 +30,8 @@ _CHOICES = {
 _POSITIVE = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.head_dim", "model.rotary_base",
     "model.num_query_groups", "model.local_window", "model.layernorm_epsilon", "model.init_method_std",
-    "model.vocab_size_multiple", "mosa.sparsity", "parallel.tensor_model_parallel_size", "data.vocab_size",
+    "model.vocab_size_multiple", "mosa.sparsity", "mosa.threshold_ema", "mosa.threshold_warmup_steps",
+    "parallel.tensor_model_parallel_size", "data.vocab_size",
     "data.tokenizer_bytes", "data.shard_bytes", "data.stream_timeout", "data.index_samples", "train.steps",
     "train.stop_after_step", "train.micro_batch_size", "train.global_batch_size", "optimizer.learning_rate",
     "optimizer.epsilon", "validation.interval", "validation.num_samples", "checkpoint.interval",
@@ -187,25 +190,6 @@ def _heads(config: Config) -> None:
         )
 
 
-def _documents(config: Config) -> None:
-    """Options that need documents, and heads to honour them."""
-    asked = {
-        "mosa.selection_scope=document": config.mosa.selection_scope == "document",
-        "model.restart_rotary=true": config.model.restart_rotary,
-    }
-    for setting, is_asked in asked.items():
-        if is_asked and not config.model.attend_within_documents:
-            raise UserError(
-                f"{setting} knows no documents: attention goes over the whole packed sequence; set "
-                "model.attend_within_documents=true, or leave it out"
-            )
-    if config.mosa.selection_scope == "document" and not config.mosa.num_heads:
-        raise UserError(
-            "mosa.selection_scope=document has no MoSA heads: mosa.num_heads=0, and dense and local heads select "
-            "nothing; set mosa.selection_scope=sequence"
-        )
-
-
 def _partitioned_widths(config: Config) -> None:
     size = config.parallel.tensor_model_parallel_size
     ffn = config.model.ffn_hidden_size or 4 * config.model.hidden_size
@@ -223,14 +207,6 @@ def _rotary(config: Config) -> None:
         raise UserError(f"model.rotary_percent={percent} is out of range; legal: 0 to 1")
     if head_dim % 2:
         raise UserError(f"model.head_dim={head_dim} is odd; rotary positions turn pairs: legal: even numbers")
-
-
-def _sparsity(config: Config) -> None:
-    if config.mosa.sparsity < 1:
-        raise UserError(
-            f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
-            "legal: 1 (every token) or more"
-        )
 
 
 def _batches(config: Config) -> None:
@@ -295,6 +271,6 @@ def _seed(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _apex, _sequence, _sparsity, _heads,
-    _documents, _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
+    _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _apex, _sequence, sparsity, _heads,
+    documents, threshold, _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
 )  # fmt: skip

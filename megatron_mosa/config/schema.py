@@ -51,7 +51,11 @@ class MosaSection:
     num_heads: int = MISSING
     sparsity: float = 16.0
     include_first_token: bool = True
+    selection: str = "expert_choice"
     selection_scope: str = "sequence"
+    capacity_factor: float = 2.0
+    threshold_ema: float = 0.1
+    threshold_warmup_steps: int = 250
     backend: str = "auto"
 
 

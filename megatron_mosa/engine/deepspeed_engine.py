@@ -14,6 +14,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_mosa.attention.thresholds import forget_scores, threshold_buffers, update_thresholds
 from megatron_mosa.config import Config
 from megatron_mosa.engine.optimizer import adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
@@ -51,6 +52,7 @@ class DeepSpeedEngine:
             self._engine: Any = deepspeed.initialize(
                 model=model, optimizer=self._optimizer, config=settings, mpu=ModelParallelUnit()
             )[0]
+        _move_buffers(model, layout.device)
         self._zero = zero_state(self._engine)
 
     def _settings(self, config: Config) -> dict[str, Any]:
@@ -94,7 +96,12 @@ class DeepSpeedEngine:
             total += loss.detach()
         dist.all_reduce(total, group=data_parallel_group())
         mean = total / (self.accumulation_steps * self.layout.data_parallel_size)
-        return StepResult(loss=mean.item(), grad_norm=float(self._engine.get_global_grad_norm()))
+        result = StepResult(loss=mean.item(), grad_norm=float(self._engine.get_global_grad_norm()))
+        if result.is_finite:
+            update_thresholds(self.module, data_parallel_group())
+        else:
+            forget_scores(self.module)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -124,11 +131,11 @@ class DeepSpeedEngine:
     def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
         """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
 
-        Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names. A collective:
-        every rank must call it.
+        Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names; thresholds of MoSA
+        heads are ``model.NAME`` alone. A collective: every rank must call it.
 
         Args:
-            names: the parameters whose state this rank takes; all of them by default.
+            names: the parameters and thresholds whose state this rank takes; all of them by default.
             copy: takes each tensor to host memory, on the current stream.
         """
         if not self.optimizer_step():
@@ -140,6 +147,9 @@ class DeepSpeedEngine:
                 tensor = self._zero.read(parameter, moment).detach()
                 if names is None or name in names:
                     state[f"{key}.{name}"] = copy(f"{key}.{name}", tensor)
+        for name, buffer in threshold_buffers(self.module).items():
+            if names is None or name in names:
+                state[f"model.{name}"] = copy(f"model.{name}", buffer)
         if self.layout.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return state
@@ -150,6 +160,9 @@ class DeepSpeedEngine:
         for name, parameter in self.module.named_parameters():
             for key, moment in _KEYS.items():
                 self._zero.write(parameter, moment, state[f"{key}.{name}"].to(self.layout.device))
+        for name, buffer in threshold_buffers(self.module).items():
+            buffer.copy_(state[f"model.{name}"])
+        forget_scores(self.module)
 
     def _allocate_moments(self, optimizer_step: int) -> None:
         """Create Adam's state, which is otherwise created in the first step, so that it can be filled."""
@@ -173,6 +186,13 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
         mem_efficient_linear=False,  # else torch's linear is replaced for the whole process
         mpu=ModelParallelUnit(),
     )
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """DeepSpeed leaves them behind where ZeRO-3 has partitioned the parameters."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _refuse_unsummed_gradients(model: torch.nn.Module) -> None:

@@ -20,7 +20,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def get_backend(name: str, hidden_states: Tensor, head_dim: int = 64) -> ModuleType:
-    """The module that implements ``router_scores``, ``select_tokens`` and ``selected_attention``.
+    """The module that implements ``router_scores``, ``select_tokens``, ``select_above``, ``count_scores`` and
+    ``selected_attention``.
 
     Args:
         name: "naive", "triton", or "auto": what the environment variable MOSA_BACKEND says, else "triton" where it

@@ -86,6 +86,69 @@ def _(
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
+def select_above(
+    scores: Tensor, thresholds: Tensor, capacity: int | None, document_starts: Tensor | None = None
+) -> Tensor:
+    """Every token whose score is above its head's threshold, and the first of each document; causal.
+
+    Args:
+        scores: [B, E, T]; one that is not a number is above nothing.
+        thresholds: [E], in the type of the scores.
+        capacity: C, 1 to T: a head takes the first C such tokens of a sequence; None: all of them, C being the largest
+            number that a head takes, which the host waits for.
+        document_starts: int64 [B, T], as ``Documents.starts``; None: one document a sequence.
+
+    Returns:
+        int64 [B, E, C], contiguous, in position order; T in empty places, at the end.
+    """
+    if capacity is None:
+        capacity = most_above(scores, thresholds, document_starts)
+    return _select_above(scores, thresholds, capacity, document_starts)
+
+
+def most_above(scores: Tensor, thresholds: Tensor, document_starts: Tensor | None = None) -> int:
+    """The largest number of tokens of a sequence that a head takes without a capacity; the host waits for it."""
+    return int(is_above(scores, thresholds, document_starts).sum(dim=-1).max())
+
+
+def is_above(scores: Tensor, thresholds: Tensor, document_starts: Tensor | None = None) -> Tensor:
+    """Which tokens ``select_above`` takes without a capacity: bool [B, E, T]."""
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    is_first = (places if document_starts is None else places - document_starts) == 0  # [T] or [B, T]
+    return (scores > thresholds[:, None]) | is_first.unsqueeze(-2)  # [B, E, T]
+
+
+@torch.library.custom_op("megatron_mosa::select_above", mutates_args=())  # one op, so that recompute can keep it
+def _select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None = None) -> Tensor:
+    length = scores.shape[-1]
+    places = torch.arange(length, device=scores.device)
+    taken = torch.where(is_above(scores, thresholds, document_starts), places, length)  # [B, E, T]
+    return taken.sort(dim=-1).values[..., :capacity].contiguous()
+
+
+@_select_above.register_fake
+def _(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None = None) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
+
+
+HISTOGRAM_BINS = 1024
+HISTOGRAM_LOGITS = 16.0  # bins of equal width over -16 to 16: in fp32 a score beyond is 0 or 1, nearly
+
+
+def count_scores(scores: Tensor, histogram: Tensor) -> None:
+    """Count the scores of each head, by their logits; those beyond the ends go into the last bins.
+
+    Args:
+        scores: [B, E, T].
+        histogram: int32 [E, HISTOGRAM_BINS], contiguous; the counts are added to it.
+    """
+    heads, bins = histogram.shape
+    logits = torch.logit(scores.detach())  # [B, E, T]
+    place = (logits + HISTOGRAM_LOGITS) * (bins / (2 * HISTOGRAM_LOGITS))
+    place = place.nan_to_num(0.0).clamp(0, bins - 1).long() + bins * torch.arange(heads, device=scores.device)[:, None]
+    histogram.view(-1).scatter_add_(0, place.flatten(), histogram.new_ones(()).expand(place.numel()))
+
+
 def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Angles per position of the rotated pairs: base^(-2i / rotary_dim), [rotary_dim / 2]."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim

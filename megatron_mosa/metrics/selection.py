@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.attention.thresholds import DEAD, OVERLOADED, mosa_layers
 
 
 @contextmanager
@@ -25,11 +25,6 @@ def recorded_selection(model: torch.nn.Module) -> Iterator[None]:
             layer.records_selection = False
 
 
-def mosa_layers(model: torch.nn.Module) -> list[MosaHeads]:
-    """The MoSA heads of each layer that has some, in depth order."""
-    return [module for module in model.modules() if isinstance(module, MosaHeads)]
-
-
 @torch.no_grad()
 def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
     """Per layer, over the heads of all tensor-parallel ranks and the last recorded micro-batch.
@@ -39,8 +34,10 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
     Returns:
         ``selected_score_mean``: mean router score of the selected tokens.
         ``unselected_share``: share of the tokens that no head takes.
+        And of heads with thresholds, what ``_threshold_statistics`` says.
     """
     means, shares = [], []
+    of_thresholds = _threshold_statistics(model)
     for layer in mosa_layers(model):
         if layer.selection is None:
             continue
@@ -54,4 +51,35 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
         means.append(mean.item() / layer.tp_group.size())
         shares.append(1.0 - taken.float().mean().item())
         layer.selection = None
-    return {"selected_score_mean": means, "unselected_share": shares}
+    return {"selected_score_mean": means, "unselected_share": shares} | of_thresholds
+
+
+def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
+    """Per layer, of heads whose thresholds were updated.
+
+    Returns:
+        ``selection_load``: share of the last step's tokens, of the global batch, that lie above their head's threshold
+            as it was in the step, over 1 / rho; the mean over heads.
+        ``dead_heads``, ``overloaded_heads``: heads whose load is below 0.5, and above 2.
+        ``overflow_share``: share of the taken tokens of the last recorded micro-batch that the capacity has dropped; 0
+            in warm-up, where tokens are not taken by threshold.
+    """
+    found: dict[str, list[float]] = {}
+    for layer in mosa_layers(model):
+        if layer.load is None or layer.selection is None:
+            continue
+        load, (scores, indices) = layer.load, layer.selection  # [E], [B, E, T], [B, E, k]
+        sums = [load.sum(), (load < DEAD).sum(), (load > OVERLOADED).sum(), torch.ones_like(load).sum()]
+        sums += [(indices < scores.shape[-1]).sum(), layer.dropped]
+        totals = torch.stack([value.double() for value in sums])
+        dist.all_reduce(totals, group=layer.tp_group)
+        load_sum, dead, overloaded, heads, taken, dropped = totals.tolist()
+        values = {
+            "selection_load": load_sum / heads,
+            "overflow_share": dropped / (taken + dropped),
+            "dead_heads": int(dead),
+            "overloaded_heads": int(overloaded),
+        }
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return found

@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_mosa.attention import num_selected_tokens
+from megatron_mosa.kernels import naive
 from megatron_mosa.kernels import triton as fused
 from megatron_mosa.kernels.triton import tiles
 from tests.kernels.test_documents import pack
@@ -90,6 +91,9 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
             tensors = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes]
             scores = fused.router_scores(*tensors[:2])
             fused.select_tokens(scores, selected)
+            for documents in (None, pack([[200, 312]] * 64).starts):
+                fused.select_above(scores, torch.full((9,), 0.5), selected, documents)
+            fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
             indices = torch.arange(selected).expand(64, 9, selected)
             starts = pack([[200, 312]] * 64).starts if selected > num_selected_tokens(512, 16.0) else None
             for deterministic in (True, False):

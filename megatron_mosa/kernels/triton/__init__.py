@@ -6,7 +6,13 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
-from megatron_mosa.kernels.triton.ops import fused_attention, fused_router_scores, fused_select_tokens
+from megatron_mosa.kernels.triton.ops import (
+    fused_attention,
+    fused_count_scores,
+    fused_router_scores,
+    fused_select_above,
+    fused_select_tokens,
+)
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
@@ -25,6 +31,20 @@ def select_tokens(
     if quotas is not None or (document_starts is not None and include_first_token):
         return naive.select_tokens(scores, num_selected, include_first_token, document_starts, quotas)
     return fused_select_tokens(scores, num_selected, include_first_token)
+
+
+def select_above(
+    scores: Tensor, thresholds: Tensor, capacity: int | None, document_starts: Tensor | None = None
+) -> Tensor:
+    """As ``naive.select_above``."""
+    if capacity is None:
+        capacity = naive.most_above(scores, thresholds, document_starts)
+    return fused_select_above(scores, thresholds, capacity, document_starts)
+
+
+def count_scores(scores: Tensor, histogram: Tensor) -> None:
+    """As ``naive.count_scores``."""
+    fused_count_scores(scores.detach(), histogram)
 
 
 def selected_attention(

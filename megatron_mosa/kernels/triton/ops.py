@@ -42,6 +42,23 @@ def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
+@torch.library.custom_op("megatron_mosa::fused_select_above", mutates_args=())
+def fused_select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+    """As ``naive.select_above`` with a capacity, for fp32 scores."""
+    return selection.select_above(scores, thresholds, capacity, document_starts)
+
+
+@fused_select_above.register_fake
+def _(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
+
+
+@torch.library.custom_op("megatron_mosa::fused_count_scores", mutates_args=("histogram",))
+def fused_count_scores(scores: Tensor, histogram: Tensor) -> None:
+    """As ``naive.count_scores``, for fp32 scores."""
+    selection.count_scores(scores, histogram)
+
+
 def _rotation(states: Tensor, proj_weight: Tensor, percent: float, base: float, documents: Tensor | None) -> Rotation:
     half = rotary_dim(proj_weight.shape[1], percent) // 2
     return Rotation(*rotary_table(states.shape[1], half, base, states.device), documents)

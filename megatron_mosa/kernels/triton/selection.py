@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mosa.kernels.naive import HISTOGRAM_LOGITS
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, strides, with_contiguous_rows
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, multiprocessors, strides, with_contiguous_rows
 
 
 @triton.jit
@@ -137,3 +138,68 @@ def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tens
         IS_ONE_BLOCK=length <= chosen["BLOCK"], **chosen,
     )  # fmt: skip
     return indices
+
+
+@triton.jit
+def _select_above_kernel(
+    scores, thresholds, starts, indices, T, E, C, HAS_STARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # b * E + e
+    threshold = tl.load(thresholds + row % E)
+    taken = 0
+    for start in range(0, T, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        score = tl.load(scores + row * T + token, mask=token < T, other=0.0)
+        first = token == 0
+        if HAS_STARTS:
+            first = tl.load(starts + row // E * T + token, mask=token < T, other=-1) == token
+        chosen = ((score > threshold) | first) & (token < T)
+        slot = taken + _running_count(chosen, BLOCK) - 1
+        tl.store(indices + row * C + slot, token.to(tl.int64), mask=chosen & (slot < C))
+        taken += tl.sum(chosen.to(tl.int32))
+    for start in range(0, C, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        tl.store(indices + row * C + slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(slot >= taken) & (slot < C))
+
+
+def select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+    """As ``naive.select_above`` with a capacity, of fp32 scores and thresholds."""
+    batch, heads, length = scores.shape
+    indices = torch.empty((batch, heads, capacity), dtype=torch.int64, device=scores.device)
+    starts = None if document_starts is None else document_starts.contiguous()
+    _select_above_kernel[(batch * heads,)](
+        scores.contiguous(), thresholds.contiguous(), starts, indices, length, heads, capacity,
+        HAS_STARTS=starts is not None, **tiles.select_above(length),
+    )  # fmt: skip
+    return indices
+
+
+@triton.jit(do_not_specialize=["B"])
+def _count_scores_kernel(
+    scores, histogram, B, E, T, stride, LOGITS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Count the scores of one head in some of the sequences: number p, p + P, ... of them for program p of P."""
+    head = tl.program_id(0)
+    counts = tl.zeros((BINS,), dtype=tl.int32)
+    row = scores + (tl.program_id(1).to(tl.int64) * E + head) * T
+    for _ in range(tl.program_id(1), B, tl.num_programs(1)):
+        for start in range(0, T, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            score = tl.load(row + token, mask=token < T, other=0.5)
+            score = tl.where(score == score, score, 0.0)
+            place = (tl.log(score) - tl.log(1.0 - score) + LOGITS) * (BINS / (2 * LOGITS))
+            place = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(tl.int32)
+            counts += tl.histogram(place, BINS, mask=token < T)
+        row += stride
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + head.to(tl.int64) * BINS + bins, counts, mask=counts > 0, sem="relaxed")
+
+
+def count_scores(scores: Tensor, histogram: Tensor) -> None:
+    """As ``naive.count_scores``, of fp32 scores; integers add up to the same in any order."""
+    batch, heads, length = scores.shape
+    programs = max(1, min(batch, 8 * multiprocessors(scores.device) // heads))
+    _count_scores_kernel[(heads, programs)](
+        scores.contiguous(), histogram, batch, heads, length, programs * heads * length,
+        LOGITS=HISTOGRAM_LOGITS, BINS=histogram.shape[1], **tiles.count_scores(length),
+    )  # fmt: skip

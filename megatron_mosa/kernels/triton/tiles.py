@@ -53,6 +53,18 @@ def selection(length: int) -> Tiles:
     return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)), maxnreg=96 if block < 8192 else 128)
 
 
+def select_above(length: int) -> Tiles:
+    """Scores of a head that one program compares at a time."""
+    block = min(power_of_2(length), 2048)
+    return dict(BLOCK=block, num_warps=max(1, block // 512))
+
+
+def count_scores(length: int) -> Tiles:
+    """Scores of a head that one program counts at a time."""
+    block = min(power_of_2(length), 1024)
+    return dict(BLOCK=block, num_warps=max(1, block // 256))
+
+
 def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int, gates: bool) -> Tiles:
     """Rows of a head by all columns of its matrix; INNER is along the width of the states.
 

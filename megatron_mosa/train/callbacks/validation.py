@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megatron_mosa.attention.thresholds import is_causal
 from megatron_mosa.data import ValidationSamples, validation_batches
 from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.train.callbacks.base import Callback, is_due
@@ -15,8 +16,8 @@ from megatron_mosa.train.writers import Writers
 class Validation(Callback):
     """Measures the loss on the same validation samples every time.
 
-    Expert choice selects with the whole sequence in view, so the loss of a model with MoSA heads is labelled
-    non-causal: no decoder could reach it.
+    Expert choice selects with the whole sequence in view, so the loss of a model with such MoSA heads is labelled
+    non-causal: no decoder could reach it. Heads with thresholds select by them here, in warm-up too.
     """
 
     def __init__(self, writers: Writers, samples: ValidationSamples, last_measured: int = 0) -> None:
@@ -58,7 +59,7 @@ class Validation(Callback):
             "validation_loss": loss,
             "validation_perplexity": math.exp(min(loss, 700.0)),  # not beyond what a float holds
             "unigram_entropy": self.unigram_entropy,
-            "causal": trainer.config.mosa.num_heads == 0,
+            "causal": is_causal(trainer.engine.module),
         }
         self.writers.validation(line)
 

@@ -1,0 +1,58 @@
+"""Rules of what MoSA heads select."""
+
+from __future__ import annotations
+
+from megatron_mosa.config.schema import Config
+from megatron_mosa.errors import UserError
+
+
+def sparsity(config: Config) -> None:
+    """A head cannot select more tokens than there are."""
+    if config.mosa.sparsity < 1:
+        raise UserError(
+            f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
+            "legal: 1 (every token) or more"
+        )
+
+
+def documents(config: Config) -> None:
+    """Options that need documents, and heads to honour them."""
+    asked = {
+        "mosa.selection_scope=document": config.mosa.selection_scope == "document",
+        "model.restart_rotary=true": config.model.restart_rotary,
+    }
+    for setting, is_asked in asked.items():
+        if is_asked and not config.model.attend_within_documents:
+            raise UserError(
+                f"{setting} knows no documents: attention goes over the whole packed sequence; set "
+                "model.attend_within_documents=true, or leave it out"
+            )
+    if config.mosa.selection_scope == "document" and not config.mosa.num_heads:
+        raise UserError(
+            "mosa.selection_scope=document has no MoSA heads: mosa.num_heads=0, and dense and local heads select "
+            "nothing; set mosa.selection_scope=sequence"
+        )
+
+
+def threshold(config: Config) -> None:
+    """Options of selection by a threshold, and those that it does not go with."""
+    mosa = config.mosa
+    if mosa.threshold_ema > 1:
+        raise UserError(f"mosa.threshold_ema={mosa.threshold_ema} is out of range; legal: above 0, up to 1")
+    if not 1 <= mosa.capacity_factor < float("inf"):
+        raise UserError(
+            f"mosa.capacity_factor={mosa.capacity_factor} is out of range: a head that takes its share would lose "
+            "tokens; legal: a number of 1 or more"
+        )
+    if mosa.selection != "threshold":
+        return
+    if mosa.selection_scope == "document":
+        raise UserError(
+            "mosa.selection_scope=document does not go with mosa.selection=threshold: a threshold takes tokens one by "
+            "one, whatever document they are of; set mosa.selection_scope=sequence (attention stays inside documents)"
+        )
+    if not mosa.include_first_token:
+        raise UserError(
+            "mosa.include_first_token=false does not go with mosa.selection=threshold, which always takes the first "
+            "token; set mosa.include_first_token=true"
+        )
