@@ -70,6 +70,6 @@ class WithMosaHeads:
         if ".mosa_heads." not in name:
             return self.model.read(name)
         shape = next(weight.shape for weight in self.weights if weight.name == name)
-        if name.endswith(".proj_weight"):
+        if name.endswith((".proj_weight", ".thresholds", ".threshold_updates")):
             return torch.zeros(shape)
         return draw(self.config.run.seed, name, shape, self.initialisers[name.rpartition(".")[2]])

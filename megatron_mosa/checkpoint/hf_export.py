@@ -95,12 +95,16 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
 def _pieces(source: Source, dtype: torch.dtype) -> list[Piece]:
     def piece(weight: Weight) -> Piece:
         def read() -> dict[str, Tensor]:
-            parts = weight.fusion.split(source.read(weight.name).to(dtype))
+            parts = weight.fusion.split(source.read(weight.name).to(_type_of(weight, dtype)))
             return {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
 
-        return Piece(dtype.itemsize * torch.Size(weight.shape).numel(), read)
+        return Piece(_type_of(weight, dtype).itemsize * torch.Size(weight.shape).numel(), read)
 
-    return [piece(weight) for weight in source.weights]
+    return [piece(weight) for weight in source.weights if weight.parts]
+
+
+def _type_of(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    return dtype if weight.is_trained else torch.float32
 
 
 def _write_config(source: Source, dtype: str, end_id: int, folder: Path) -> None:
@@ -125,8 +129,10 @@ def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
     print("comparing logits with the Megatron model", flush=True)
     tokens = fixed_batch(source.config, source.vocab_rows)
 
+    types = {weight.name: _type_of(weight, dtype) for weight in source.weights}
+
     def read(name: str) -> Tensor:
-        return source.read(name).to(dtype).float()
+        return source.read(name).to(types[name]).float()
 
     expected = megatron_logits(source.config, source.vocab_rows, read, tokens)
     divergence = largest_divergence(expected, exported_logits(folder, tokens))

@@ -10,6 +10,7 @@ from torch.distributed import checkpoint as dcp
 from megatron_mosa.checkpoint.format import global_view, read_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model
 from megatron_mosa.checkpoint.manifest import find_damage
+from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.checkpoint.offline import SafeReader, StateReader
 from megatron_mosa.checkpoint.weights import model_weights
 from megatron_mosa.config import Config, padded_vocab_size
@@ -24,7 +25,8 @@ _KEY = "checkpoint.initialize_from"
 def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, reads_all: bool) -> Path:
     """The checkpoint at ``path`` (of a run directory the newest), if its weights fit the model of ``config``.
 
-    What has no weights of its own, such as sparsity, window, rotary base or sequence length, may be another.
+    What has no weights of its own, such as sparsity, window, rotary base or sequence length, may be another. So may the
+    selection: a run with thresholds begins its warm-up where the checkpoint has none, and expert choice needs none.
 
     Args:
         data: the run's ``vocab_size`` and ``tokenizer_hash``.
@@ -51,8 +53,10 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
             f"({data['tokenizer_hash']}); rebuild the dataset with that one (data.tokenizer=PATH)"
         )
     rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
-    expected = {weight.name: weight.shape for weight in model_weights(config, rows)}
-    found = {name: info.shape for name, info in StateReader(folder).weights.items()}
+    expected = {weight.name: weight.shape for weight in model_weights(config, rows) if weight.is_trained}
+    theirs_too = model_weights(model_config(metadata.config), rows)
+    untrained = {weight.name for weight in theirs_too if not weight.is_trained}
+    found = {name: info.shape for name, info in StateReader(folder).weights.items() if name not in untrained}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
@@ -63,8 +67,12 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
 
 
 def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
-    """Fill the engine's weights, with fresh moments, whatever layout wrote them; a collective over all ranks."""
+    """Fill the engine's weights, and thresholds where there are some, with fresh moments, whatever layout wrote them.
+
+    A collective over all ranks.
+    """
     state = engine.state()
-    weights = {key: tensor for key, tensor in state.items() if key.startswith("model.")}
+    found = StateReader(folder).tensors
+    weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}
     dcp.load(global_view(engine.module, weights), storage_reader=SafeReader(folder / "state"))
     engine.load_state(state, optimizer_step=0)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
 _DAMAGED = "damaged-"
+# Of sections model and mosa, what says how a model is computed or trained, not which it is.
+_MAY_DIFFER = ("backend", "capacity_factor", "threshold_ema", "threshold_warmup_steps")
 
 
 class Newest(NamedTuple):
@@ -218,7 +220,7 @@ def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict)
         for key, ours in config[section].items():
             # A key that the checkpoint lacks came later; until then the model was what its default says.
             theirs = metadata.config[section].get(key, getattr(defaults, key))
-            _same(f"{section}.{key}", theirs, ours, path, fix, key == "backend")
+            _same(f"{section}.{key}", theirs, ours, path, fix, key in _MAY_DIFFER)
     _same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
     _same(
         "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix

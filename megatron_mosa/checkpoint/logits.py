@@ -31,15 +31,15 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
     """
     from megatron_mosa.kernels import Documents
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.parallel import partition_of
+    from megatron_mosa.model.state import stored_tensors
 
     with one_process(config):
         model = build_empty_model(config, vocab_rows).eval()
-        for name, parameter in model.named_parameters():
-            weight, partition = read(name), partition_of(parameter)
+        for name, (tensor, partition, _) in stored_tensors(model).items():
+            weight = read(name)
             if partition is not None and partition.stride > 1:
                 weight = partition.fold(weight)
-            parameter.data.copy_(weight)
+            tensor.copy_(weight)
         within = config.model.attend_within_documents
         documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one a sequence
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)

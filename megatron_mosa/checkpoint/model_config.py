@@ -26,8 +26,10 @@ _SAME = {
     "include_first_token": ("mosa", "include_first_token"),
     "max_position_embeddings": ("data", "sequence_length"),
 }
-# How documents of one packed sequence were kept apart in training; folders of old, and Llamas, do not say.
-_DOCUMENTS = {
+# What MoSA heads select, and how documents of one packed sequence were kept apart in training; folders of old, and
+# Llamas, do not say.
+_OPTIONAL = {
+    "selection": ("mosa", "selection"),
     "attend_within_documents": ("model", "attend_within_documents"),
     "restart_rotary": ("model", "restart_rotary"),
     "selection_scope": ("mosa", "selection_scope"),
@@ -61,7 +63,7 @@ def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
     from megatron_mosa.model.costs import local_window
 
     ours = {"model": config.model, "mosa": config.mosa, "data": config.data}
-    return {key: getattr(ours[section], name) for key, (section, name) in (_SAME | _DOCUMENTS).items()} | {
+    return {key: getattr(ours[section], name) for key, (section, name) in (_SAME | _OPTIONAL).items()} | {
         "vocab_size": vocab_rows,
         "num_key_value_heads": config.model.num_query_groups or config.model.num_dense_heads,
         "local_window": local_window(config) if config.model.num_local_heads else 0,
@@ -83,7 +85,7 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {}, "data": {}}
         for key, (section, name) in _SAME.items():
             tree[section][name] = theirs[key]
-        for key, (section, name) in _DOCUMENTS.items():
+        for key, (section, name) in _OPTIONAL.items():
             if key in theirs:
                 tree[section][name] = theirs[key]
         activation = {value: name for name, value in _ACTIVATIONS.items()}.get(theirs["hidden_act"])

@@ -55,14 +55,14 @@ def _split_dims(source: Source, size: int) -> dict[str, int]:
         UserError: the size does not divide what is split; names those that do.
     """
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.parallel import partition_of
+    from megatron_mosa.model.state import stored_tensors
 
     _refuse_size(source.config, size)
     one_layer = replace(source.config, model=replace(source.config.model, num_layers=1))
     with one_process(one_layer):
         dims = {}
-        for name, parameter in build_empty_model(one_layer, source.vocab_rows).named_parameters():
-            if (partition := partition_of(parameter)) is not None:
+        for name, stored in stored_tensors(build_empty_model(one_layer, source.vocab_rows)).items():
+            if (partition := stored.partition) is not None:
                 dims[name] = partition.dim if partition.stride == 1 else partition.unfolded_dim
     first = "decoder.layers.0."
     for layer in range(1, source.config.model.num_layers):

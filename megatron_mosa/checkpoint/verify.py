@@ -64,7 +64,8 @@ def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
     """The largest difference, and what was compared."""
     from megatron_mosa.data.shards import progress
 
-    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights]
+    both_ours = isinstance(ours, Source) and isinstance(theirs, Source)
+    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]
     moments = sorted(_moments(ours) & _moments(theirs))
     parameters = sum(torch.Size(weight.shape).numel() for weight in ours.weights)
     found = []

@@ -2,7 +2,8 @@
 
 In transformers a projection is a matrix of its own; here some of them lie in one tensor. Weights of MoSA heads are the
 same on both sides: ``router_weight`` [E, h], ``qkv_weight`` [E, h, 3h'] with columns q, k, v, ``proj_weight``
-[E, h', h]. Megatron-LM has dense heads alone, laid out as here; its layers lie in one tensor [L, ...], or each in one.
+[E, h', h], and ``thresholds`` [E] where they select by these. Megatron-LM has dense heads alone, laid out as here; its
+layers lie in one tensor [L, ...], or each in one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_mosa.config import Config
 from megatron_mosa.parallel import Partition
 
+CALIBRATED = 2.0**20  # updates of thresholds that come from elsewhere: more than any warm-up takes
 _GATED = Partition(dim=0, stride=2)  # how a module holds the two matrices of a gated MLP
 
 # Parts of names of ours, and of Megatron-LM's: a norm belongs to the matrix behind it, as in Transformer Engine.
@@ -73,6 +75,22 @@ class GateAndUp:
 
 
 @dataclass(frozen=True)
+class NotThere:
+    """A tensor that transformers has no use for; read back, it has one value everywhere."""
+
+    shape: tuple[int, ...]
+    value: float
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """As Fusion: none."""
+        return ()
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """As Fusion, of none."""
+        return torch.full(self.shape, self.value)
+
+
+@dataclass(frozen=True)
 class GroupedQkv:
     """Megatron's linear_qkv, [G (H / G + 2) h', h]: queries, key and value of group 0, then those of group 1, ..."""
 
@@ -106,6 +124,9 @@ class Weight:
     """Names in transformers."""
 
     fusion: Fusion = ALONE
+
+    is_trained: bool = True
+    """Whether an optimizer steps it; what it does not is fp32 everywhere."""
 
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes in transformers."""
@@ -202,6 +223,10 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
         }
         for name, shape in shapes.items():
             yield Weight(f"{ours}mosa_heads.{name}", shape, (f"{theirs}mosa_heads.{name}",))
+    if selecting and config.mosa.selection == "threshold":
+        name, shape = "mosa_heads.thresholds", (selecting,)
+        yield Weight(ours + name, shape, (theirs + name,), is_trained=False)
+        yield Weight(f"{ours}mosa_heads.threshold_updates", shape, (), NotThere(shape, CALIBRATED), is_trained=False)
 
 
 def _mlp(config: Config, ours: str, theirs: str) -> Iterator[Weight]:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_mosa.data import train_tokenizer
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel
-from tests.conversion.models import KINDS, Trained, train
+from tests.conversion.models import CAUSAL, KINDS, Trained, train
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """One of each kind, all weights random, norms too."""
-    folder = tmp_path_factory.mktemp("conversion")
+    return make(tmp_path_factory.mktemp("conversion"), KINDS)
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model whose MoSA heads select by thresholds."""
+    return make(tmp_path_factory.mktemp("causal"), {"causal": CAUSAL})["causal"]
+
+
+def make(folder: Path, kinds: dict[str, list[str]]) -> dict[str, Trained]:
+    """Checkpoints in a folder, of one tokenizer."""
     data = folder / "data"
     data.mkdir()
     texts = [f"to export {number} and import {number * number} and back" for number in range(200)]
     train_tokenizer(texts, 300).save(str(data / "tokenizer.json"))
     initialize_parallel(1, seed=1)
     try:
-        return {kind: train(folder / f"{kind}-run", data, options) for kind, options in KINDS.items()}
+        return {kind: train(folder / f"{kind}-run", data, options) for kind, options in kinds.items()}
     finally:
         destroy_parallel()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
+from megatron_mosa.attention.thresholds import threshold_buffers
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.checkpoint.format import global_view, write_metadata
 from megatron_mosa.checkpoint.manifest import digests, files_below, write_manifest
@@ -40,6 +41,8 @@ KINDS = {
     "pure": ["model.num_dense_heads=0", "mosa.num_heads=6", "model.tie_embeddings=true"],
 }  # fmt: skip
 
+CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=threshold"]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -64,6 +67,8 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         spread = 0.3 if parameter.dim() > 1 else 0.1
         center = 0.0 if parameter.dim() > 1 else 1.0
         parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in threshold_buffers(model).items():  # as after 7 updates; a quarter of the tokens, about
+        buffer.copy_(7 if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator))
     state = {}
     for name, parameter in model.named_parameters():
         state |= {
@@ -71,6 +76,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
             f"exp_avg.{name}": torch.randn(parameter.shape, generator=generator),
             f"exp_avg_sq.{name}": torch.rand(parameter.shape, generator=generator),
         }
+    state |= {f"model.{name}": buffer.clone() for name, buffer in threshold_buffers(model).items()}
     checkpoint = directory / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
     dcp.save(global_view(model, state), checkpoint_id=checkpoint / "state")

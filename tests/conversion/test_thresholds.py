@@ -1,0 +1,103 @@
+"""Thresholds of MoSA heads in conversions: they are part of the model, but no weights that an optimizer steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.checkpoint.imported import import_hf
+from megatron_mosa.checkpoint.initial import find_initial_weights
+from megatron_mosa.checkpoint.inspect import inspect
+from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.reshard import reshard
+from megatron_mosa.checkpoint.state_dict_export import export_state_dict
+from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.config import load_config
+from megatron_mosa.errors import RunError, UserError
+from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY, Trained
+from tests.conversion.test_reshard import shards
+
+HEADS = "decoder.layers.1.self_attention.mosa_heads."
+
+
+def test_reshard_cuts_them_with_the_heads(causal: Trained, tmp_path: Path) -> None:
+    reshard(causal.checkpoint, tmp_path / "two", tensor_parallel=2)
+    found = shards(tmp_path / "two")
+    for name in ("thresholds", "threshold_updates"):
+        assert found[f"model.{HEADS}{name}"] == [((0,), (3,)), ((3,), (3,))]
+        assert f"exp_avg.{HEADS}{name}" not in found
+    verify(causal.checkpoint, tmp_path / "two")
+    reshard(tmp_path / "two", tmp_path / "bare", tensor_parallel=1, drop_optimizer=True)
+    verify(causal.checkpoint, tmp_path / "bare")
+
+
+def test_inspect_and_fp32_know_them(causal: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(causal.checkpoint, full=True)
+    assert "optimizer state  Adam's moments" in capsys.readouterr().out
+    export_state_dict(causal.checkpoint, tmp_path / "fp32")
+    (file,) = (tmp_path / "fp32").glob("*.safetensors")
+    thresholds = StateReader(causal.checkpoint).read(f"model.{HEADS}thresholds")
+    assert torch.equal(load_file(file)[f"{HEADS}thresholds"], thresholds)
+    reshard(causal.checkpoint, tmp_path / "bare", drop_optimizer=True)
+    inspect(tmp_path / "bare")
+    assert "optimizer state  none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_keeps_thresholds_in_fp32_and_comes_back_calibrated(
+    causal: Trained, tmp_path: Path, dtype: str
+) -> None:
+    export_hf(causal.checkpoint, tmp_path / "hf", dtype=dtype, checks_logits=False)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["selection"] == "threshold"
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    tensors, state = load_file(file), StateReader(causal.checkpoint)
+    found = tensors["model.layers.1.self_attn.mosa_heads.thresholds"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, state.read(f"model.{HEADS}thresholds"))
+    assert not [name for name in tensors if "updates" in name]
+    import_hf(tmp_path / "hf", tmp_path / "back")
+    back = StateReader(tmp_path / "back")
+    assert torch.equal(back.read(f"model.{HEADS}thresholds"), found)
+    assert (back.read(f"model.{HEADS}threshold_updates") > 10_000).all()  # of any warm-up
+    verify(tmp_path / "hf", tmp_path / "back")  # the number of updates is no part of an exported model
+    if dtype == "float32":
+        verify(causal.checkpoint, tmp_path / "hf")
+
+
+def test_verify_sees_other_thresholds(causal: Trained, tmp_path: Path) -> None:
+    export_hf(causal.checkpoint, tmp_path / "hf", checks_logits=False)
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    thresholds = load_file(file)["model.layers.1.self_attn.mosa_heads.thresholds"].numpy().tobytes()
+    place = bytes(content).index(thresholds)
+    content[place + 2] ^= 64
+    file.write_bytes(content)
+    (tmp_path / "hf" / "manifest.json").unlink()
+    with pytest.raises(RunError, match="layers.1.self_attention.mosa_heads.thresholds differs most"):
+        verify(causal.checkpoint, tmp_path / "hf", compares_logits=False)
+
+
+def test_runs_of_either_selection_may_begin_with_either_weights(
+    causal: Trained, trained: dict[str, Trained], tmp_path: Path
+) -> None:
+    """A threshold run begins its warm-up where there are no thresholds; expert choice needs none."""
+    identity = {"vocab_size": 300, "tokenizer_hash": None}
+    pure = trained["pure"].checkpoint
+    for folder, options in (
+        (pure, KINDS["pure"]),
+        (pure, [*KINDS["pure"], "mosa.selection=threshold"]),
+        (causal.checkpoint, CAUSAL),
+        (causal.checkpoint, [*CAUSAL, "mosa.selection=expert_choice"]),
+    ):
+        identity["tokenizer_hash"] = json.loads((folder / "metadata.json").read_text())["data"]["tokenizer_hash"]
+        config = load_config(QUICKSTART, [*TINY, *options])
+        assert find_initial_weights(folder, config, identity, reads_all=False) == folder
+    with pytest.raises(UserError, match="holds another model: decoder.layers.0.self_attention.dense_heads"):
+        find_initial_weights(
+            causal.checkpoint, load_config(QUICKSTART, [*TINY, *KINDS["pure"]]), identity, reads_all=False
+        )
