@@ -22,6 +22,7 @@ from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, optimizer
 from megatron_mosa.engine.protocol import Batch
 from megatron_mosa.model import build_model, language_model_loss
+from megatron_mosa.model.state import stored_tensors
 from megatron_mosa.parallel import (
     Layout,
     SequenceParallelLayerNorm,
@@ -169,12 +170,12 @@ def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
     files hold, and the loss of the third step."""
     with parallel(config) as layout:
         engine, found = DeepSpeedEngine(config, VOCAB_SIZE, layout), []
-        parameters = dict(engine.module.named_parameters())
+        tensors = stored_tensors(engine.module)
         for path in paths:
             read_state(engine, path, optimizer_step=2)
             reader, unequal = StateReader(path), 0
             for key, tensor in engine.state().items():
-                expected, partition = reader.read(key), partition_of(parameters[key.partition(".")[2]])
+                expected, partition = reader.read(key), tensors[key.partition(".")[2]].partition
                 if partition is not None:
                     expected = expected.flatten(partition.dim, partition.dim + int(partition.stride > 1))
                     expected = partition.part_of(expected, layout.tensor_parallel_rank, layout.tensor_parallel_size)

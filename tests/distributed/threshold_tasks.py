@@ -1,0 +1,88 @@
+"""What the worker processes do with heads that select by thresholds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers, update_thresholds
+from megatron_mosa.checkpoint.format import read_state
+from megatron_mosa.config import Config
+from megatron_mosa.engine import DeepSpeedEngine
+from megatron_mosa.kernels.naive import count_scores
+from megatron_mosa.model import build_model
+from megatron_mosa.parallel import data_parallel_group
+from tests.distributed.tasks import VOCAB_SIZE, micro_batches, parallel
+
+
+def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The buffers of all tensor-parallel ranks, put together."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    whole = {}
+    for name, buffer in threshold_buffers(model).items():
+        parts = [torch.empty_like(buffer) for _ in range(group.size())]
+        dist.all_gather(parts, buffer.contiguous(), group=group)
+        whole[name] = torch.cat(parts)
+    return whole
+
+
+def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
+    """Losses, thresholds after each step, how near a score came to a threshold, and the validation loss."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        read_state(engine, seed_checkpoint, optimizer_step=0)  # type: ignore[arg-type]
+        layers = mosa_layers(engine.module)
+        found: dict = {"losses": [], "thresholds": [], "loads": [], "margin": math.inf, "capacities": set()}
+        for layer in layers:
+            layer.records_selection = True
+        for step in range(steps):
+            before = [layer.thresholds.clone() for layer in layers]
+            found["losses"].append(engine.train_step(micro_batches(config, layout, step), 1e-3).loss)
+            found["thresholds"].append(of_all_heads(engine.module))
+            for layer, old in zip(layers, before, strict=True):
+                assert layer.selection is not None
+                scores, indices = layer.selection
+                found["capacities"].add(indices.shape[-1])
+                if step >= config.mosa.threshold_warmup_steps:
+                    found["margin"] = min(found["margin"], (scores - old[:, None]).abs().min().item())
+                assert not layer.histogram.any()  # all was taken into account
+        found["types"] = {str(buffer.dtype) for buffer in threshold_buffers(engine.module).values()}
+        found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
+        assert not any(layer.histogram.any() for layer in layers)  # evaluation counts nothing
+        engine.destroy()
+    return found
+
+
+def updates_of_given_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
+    """Thresholds after updates by scores [steps, batch, E, T], of which each data-parallel rank sees its share."""
+    with parallel(config) as layout:
+        model = build_model(config, VOCAB_SIZE)
+        size, rank = layout.data_parallel_size, layout.data_parallel_rank
+        for step in scores:
+            for layer in mosa_layers(model):
+                mine = step.chunk(size)[rank].chunk(layout.tensor_parallel_size, dim=1)[layout.tensor_parallel_rank]
+                for part in mine.split(1):  # micro-batches
+                    count_scores(part, layer.histogram)
+            update_thresholds(model, data_parallel_group())
+        return of_all_heads(model)
+
+
+def around_a_poisoned_step(config: Config) -> tuple[bool, bool]:
+    """Whether a step that was not finite left the thresholds as they were, and nothing counted for the next."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        engine.train_step(micro_batches(config, layout, 0), 1e-3)
+        before = {name: buffer.clone() for name, buffer in threshold_buffers(engine.module).items()}
+        poisoned = micro_batches(config, layout, 1)
+        if layout.data_parallel_rank == layout.data_parallel_size - 1:
+            poisoned[-1]["loss_mask"][0, 0] = torch.nan
+        engine.train_step(poisoned, 1e-3)
+        after = threshold_buffers(engine.module)
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        empty = not any(layer.histogram.any() for layer in mosa_layers(engine.module))
+        engine.destroy()
+    return same, empty
