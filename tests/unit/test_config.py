@@ -78,6 +78,12 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("parallel.zero_stage=4", ["parallel.zero_stage=4", "legal: 0, 1, 2, 3"]),
         ("train.precision=bf61", ["train.precision=bf61", "did you mean 'bf16'"]),
         ("mosa.selection_scope=document", ["mosa.selection_scope=document", "model.attend_within_documents=true"]),
+        ("mosa.selection=thresholds", ["mosa.selection=thresholds", "did you mean 'threshold'", "expert_choice"]),
+        ("mosa.threshold_ema=1.5", ["mosa.threshold_ema=1.5", "above 0, up to 1"]),
+        ("mosa.threshold_ema=0", ["mosa.threshold_ema=0.0", "greater than 0"]),
+        ("mosa.threshold_warmup_steps=0", ["mosa.threshold_warmup_steps=0", "greater than 0"]),
+        ("mosa.capacity_factor=0.9", ["mosa.capacity_factor=0.9", "1 or more"]),
+        ("mosa.capacity_factor=.inf", ["mosa.capacity_factor=inf", "1 or more"]),
         ("mosa.selection_scope=documents", ["mosa.selection_scope=documents", "did you mean 'document'"]),
         ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
@@ -129,6 +135,18 @@ def test_heads_that_select_nothing_cannot_select_of_documents() -> None:
     load_config(QUICKSTART, documents)
     with pytest.raises(UserError, match=r"mosa.num_heads=0.*set mosa.selection_scope=sequence"):
         load_config(QUICKSTART, [*documents, "mosa.num_heads=0"])
+
+
+def test_what_a_threshold_does_not_go_with() -> None:
+    by_threshold = ["mosa.selection=threshold", "model.attend_within_documents=true"]
+    load_config(QUICKSTART, by_threshold)
+    load_config(QUICKSTART, [*by_threshold, "mosa.num_heads=0"])  # the dense model to compare with
+    for override in ("mosa.selection_scope=document", "mosa.include_first_token=false"):
+        key, _, value = override.partition("=")
+        with pytest.raises(
+            UserError, match=rf"{override} does not go with mosa.selection=threshold.*; set {key}=(?!{value})"
+        ):
+            load_config(QUICKSTART, [*by_threshold, override])
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

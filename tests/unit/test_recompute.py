@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_mosa.attention import get_mosa_block_spec
+from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.triton import selection as fused_selection
 from megatron_mosa.parallel import Layout
@@ -15,11 +16,13 @@ from tests.unit.test_spec import build_gpt, make_config
 
 
 def gradients(
-    recompute: str, monkeypatch: pytest.MonkeyPatch, backend: str = "naive"
+    recompute: str, monkeypatch: pytest.MonkeyPatch, backend: str = "naive", by_threshold: bool = False
 ) -> tuple[list[torch.Tensor], int, int]:
     """Of one model's parameters; how often tokens were selected; bytes kept between forward and backward."""
     selections = 0
     place, name = (naive.torch, "sort") if backend == "naive" else (fused_selection, "select")
+    if by_threshold:
+        place, name = (naive, "is_above") if backend == "naive" else (fused_selection, "select_above")
     select = getattr(place, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -28,8 +31,12 @@ def gradients(
         return select(*args, **kwargs)
 
     torch.manual_seed(0)
-    config = make_config(mosa_recompute=recompute, mosa_backend=backend)
+    config = make_config(
+        mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice"
+    )
     model = build_gpt(config, get_mosa_block_spec(config))
+    for buffer_name, buffer in threshold_buffers(model).items():
+        buffer.fill_(1000 if buffer_name.endswith("updates") else 0.5)
     tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(32).expand(4, 32)
     kept: dict[int, int] = {}
@@ -43,17 +50,20 @@ def gradients(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
         loss.backward()
+    for heads in mosa_layers(model) if by_threshold else ():
+        assert (heads.histogram.sum(dim=-1) == 4 * 32).all()  # every score once
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 
+@pytest.mark.parametrize("by_threshold", [False, True])
 @pytest.mark.parametrize("backend", ["naive", "triton"])
 @pytest.mark.parametrize("recompute", ["attention", "full"])
 def test_recompute_is_exact_and_selects_once(
-    layout: Layout, recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, recompute: str, backend: str, by_threshold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, selections, kept = gradients("none", monkeypatch, backend)
+    expected, selections, kept = gradients("none", monkeypatch, backend, by_threshold)
     assert selections == 2  # one a layer
-    found, selections_again, kept_less = gradients(recompute, monkeypatch, backend)
+    found, selections_again, kept_less = gradients(recompute, monkeypatch, backend, by_threshold)
     assert selections_again == 2
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -1,0 +1,216 @@
+"""Selection by thresholds against plain loops, in both backends, and the histogram that thresholds come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_mosa.attention import mosa_attention
+from megatron_mosa.attention.thresholds import quantile_of, share_above
+from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels.triton import tiles
+from tests.kernels.reference import mosa_reference
+from tests.kernels.test_documents import pack
+from tests.kernels.test_naive import make_inputs
+
+
+@pytest.fixture(params=["naive", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """A backend; torch fills new memory with NaN meanwhile."""
+    torch.use_deterministic_algorithms(True)
+    yield get_backend(request.param, torch.empty(0))
+    torch.use_deterministic_algorithms(False)
+
+
+def expected(
+    scores: torch.Tensor, thresholds: torch.Tensor, capacity: int | None, starts: torch.Tensor | None = None
+) -> list[list[list[int]]]:
+    """Tokens in order, one by one."""
+    chosen = []
+    for b, sequence in enumerate(scores.tolist()):
+        chosen.append([])
+        for row, threshold in zip(sequence, thresholds.tolist(), strict=True):
+            taken: list[int] = []
+            for t, score in enumerate(row):
+                is_first = t == (0 if starts is None else int(starts[b, t]))
+                if (score > threshold or is_first) and (capacity is None or len(taken) < capacity):
+                    taken.append(t)
+            chosen[-1].append(taken)
+    slots = capacity or max(len(taken) for rows in chosen for taken in rows)
+    return [[taken + [scores.shape[-1]] * (slots - len(taken)) for taken in rows] for rows in chosen]
+
+
+def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ties = torch.randint(0, 5, (2, 3, 101), generator=generator) / 5
+    wrong = torch.rand(2, 3, 40, generator=generator)
+    wrong[0, :, ::3], wrong[1, 1] = torch.nan, torch.nan
+    return {
+        "ties": (ties, torch.tensor([0.2, 0.4, 0.8])),
+        "none": (torch.rand(2, 2, 33, generator=generator), torch.tensor([1.0, 0.999999])),
+        "all": (torch.rand(1, 2, 33, generator=generator), torch.tensor([-1.0, 0.0])),
+        "not a number": (wrong, torch.tensor([0.3, 0.5, 0.7])),
+        "one token": (torch.rand(3, 2, 1, generator=generator), torch.tensor([0.0, 1.0])),
+        "many blocks": (torch.rand(1, 2, 5000, generator=generator), torch.tensor([0.1, 0.97])),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_selection_equals_a_plain_loop(kernels: ModuleType, name: str) -> None:
+    scores, thresholds = cases()[name]
+    for capacity in {1, 2, 31, scores.shape[-1], None}:
+        if capacity is None or capacity <= scores.shape[-1]:
+            indices = kernels.select_above(scores, thresholds, capacity)
+            assert indices.dtype == torch.int64 and indices.is_contiguous()
+            assert indices.tolist() == expected(scores, thresholds, capacity)
+
+
+def test_the_first_token_of_each_document_is_taken(kernels: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(1)
+    starts = pack([[1, 12, 1, 1, 2], [17], [5, 12]]).starts
+    scores, thresholds = torch.rand(3, 4, 17, generator=generator), torch.tensor([0.1, 0.5, 0.9, 1.0])
+    for capacity in (2, 5, 17, None):
+        assert kernels.select_above(scores, thresholds, capacity, starts).tolist() == expected(
+            scores, thresholds, capacity, starts
+        )
+
+
+def test_strides_do_not_matter(kernels: ModuleType) -> None:
+    scores, thresholds = cases()["ties"]
+    strided = scores.mT.contiguous().mT
+    assert torch.equal(kernels.select_above(strided, thresholds, 7), kernels.select_above(scores, thresholds, 7))
+
+
+@pytest.mark.parametrize("capacity", [4, None])
+def test_output_and_gradients_equal_the_independent_loop(capacity: int | None) -> None:
+    """What a head takes is a sequence of its own, all of it selected: the reference knows nothing of thresholds."""
+    inputs = make_inputs(1, 15, 1, 6, 4)
+    scores = naive.router_scores(inputs[0], inputs[1]).detach()
+    for share in (0.2, 0.6):
+        threshold = scores.quantile(1 - share).reshape(1)
+        (taken,) = expected(scores, threshold, None)[0][:1]
+        taken = taken[:capacity]
+        alone = mosa_reference(
+            inputs[0][:, taken], *inputs[1:], num_selected=len(taken), include_first_token=True,
+            rotary_percent=0.0, rotary_base=100.0,
+        )  # fmt: skip
+        output = mosa_attention(*inputs, thresholds=threshold, capacity=capacity, rotary_percent=0.0)
+        torch.testing.assert_close(output[:, taken], alone, rtol=1e-10, atol=1e-12)
+        assert output[:, [t for t in range(15) if t not in taken]].abs().max() == 0
+        found = torch.autograd.grad(output.square().sum(), inputs)
+        for ours, theirs in zip(found, torch.autograd.grad(alone.square().sum(), inputs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_both_backends_compute_the_same_layer() -> None:
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 40, 3, 24, 8)]
+    thresholds = torch.tensor([0.3, 0.5, 0.9])
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    documents = Documents.from_lengths([[3, 37], [20, 20]])
+    for options in (dict(capacity=10), dict(capacity=None), dict(capacity=9, documents=documents)):
+        both = []
+        for backend in ("naive", "triton"):
+            output = mosa_attention(*inputs, thresholds=thresholds, backend=backend, **options)  # type: ignore[arg-type]
+            both.append([output, *torch.autograd.grad(output, inputs, upstream)])
+        for ours, theirs in zip(*both, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_after_a_token_matters_to_it() -> None:
+    inputs = [tensor.detach() for tensor in make_inputs(2, 30, 4, 16, 8)]
+    thresholds = torch.full((4,), 0.55, dtype=torch.float64)
+    changed = [inputs[0].clone(), *inputs[1:]]
+    changed[0][:, 13:] = torch.randn(2, 17, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for capacity in (6, None):
+        before, after = (mosa_attention(*t, thresholds=thresholds, capacity=capacity) for t in (inputs, changed))
+        torch.testing.assert_close(before[:, :13], after[:, :13], rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(before[:, 13:], after[:, 13:])
+    before, after = (mosa_attention(*tensors, num_selected=8) for tensors in (inputs, changed))
+    assert not torch.allclose(before[:, :13], after[:, :13])  # expert choice looks ahead
+
+
+def test_scores_are_counted_by_their_logits(kernels: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(5, 3, 70, generator=generator)
+    logits[0, 0, :4] = torch.tensor([-40.0, 40.0, torch.inf, -torch.inf])
+    scores = logits.sigmoid()
+    scores[1, 1, 5] = torch.nan
+    histogram = torch.ones(3, naive.HISTOGRAM_BINS, dtype=torch.int32)
+    kernels.count_scores(scores, histogram)
+    counts = torch.zeros_like(histogram)
+    for b, e, t in torch.cartesian_prod(*map(torch.arange, scores.shape)).tolist():
+        score = float(scores[b, e, t])
+        logit = -math.inf if not score > 0 else math.inf if score == 1 else math.log(score) - math.log1p(-score)
+        place = (logit + naive.HISTOGRAM_LOGITS) * naive.HISTOGRAM_BINS / (2 * naive.HISTOGRAM_LOGITS)
+        counts[e, int(min(max(place, 0), naive.HISTOGRAM_BINS - 1))] += 1
+    found = histogram - 1
+    assert torch.equal(found.sum(-1), torch.full((3,), 350))
+    assert (found.cumsum(-1) - counts.cumsum(-1)).abs().max() <= 1  # rounding at the bounds of bins
+    assert (found - counts).abs().sum() <= 4
+
+
+def test_quantile_and_share_are_inverses_and_right_within_a_bin() -> None:
+    scores = (2 * torch.randn(4, 6, 500, generator=torch.Generator().manual_seed(3))).sigmoid()
+    histogram = torch.zeros(6, naive.HISTOGRAM_BINS, dtype=torch.int32)
+    naive.count_scores(scores, histogram)
+    width = 2 * naive.HISTOGRAM_LOGITS / naive.HISTOGRAM_BINS
+    for share in (1 / 2, 1 / 7, 1 / 32, 1 / 256):
+        quantile = quantile_of(histogram, share)
+        exact = scores.double().transpose(0, 1).flatten(1).quantile(1 - share, dim=1, interpolation="lower")
+        assert (torch.logit(quantile) - torch.logit(exact)).abs().max() < 2 * width
+        torch.testing.assert_close(share_above(histogram, quantile), torch.full((6,), share, dtype=torch.float64))
+    assert torch.equal(share_above(histogram, torch.zeros(6)), torch.ones(6, dtype=torch.float64))
+    assert not share_above(histogram, torch.ones(6)).any()
+
+
+def test_all_scores_in_one_bin_are_split_by_interpolation() -> None:
+    histogram = torch.zeros(1, naive.HISTOGRAM_BINS, dtype=torch.int32)
+    naive.count_scores(torch.full((1, 1, 64), 0.501), histogram)
+    low, high = (torch.logit(quantile_of(histogram, share)).item() for share in (0.75, 0.25))
+    width = 2 * naive.HISTOGRAM_LOGITS / naive.HISTOGRAM_BINS
+    assert (low, high) == pytest.approx((0.25 * width, 0.75 * width), rel=1e-6)
+
+
+def test_the_operators_are_good_citizens() -> None:
+    scores, thresholds = cases()["ties"]
+    starts = pack([[50, 51]] * 2).starts
+    histogram = torch.zeros(3, naive.HISTOGRAM_BINS, dtype=torch.int32)
+    operators = torch.ops.megatron_mosa
+    get_backend("triton", scores)
+    for operator, arguments in (
+        (operators.select_above, (scores.mT.contiguous().mT, thresholds, 7, starts)),
+        (operators.fused_select_above, (scores, thresholds, 7, starts)),
+        (operators.fused_select_above, (scores, thresholds, 7, None)),
+        (operators.fused_count_scores, (scores, histogram)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("length", [1, 16, 100, 1024, 8192, 100_000])
+def test_tiles(length: int) -> None:
+    for chosen in (tiles.select_above(length), tiles.count_scores(length)):
+        assert chosen["BLOCK"] & (chosen["BLOCK"] - 1) == 0 and chosen["num_warps"] in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_selected=3), "num_selected and thresholds are both given"),
+        (dict(thresholds=None), "num_selected and thresholds are both None"),
+        (dict(thresholds=torch.zeros(3, dtype=torch.float64)), r"thresholds have shape \(3,\) on cpu; legal: \(2,\)"),
+        (dict(thresholds=torch.zeros(2)), "thresholds are torch.float32; legal: torch.float64, as the scores"),
+        (dict(capacity=0), "capacity=0 is out of range; legal: 1 to T=8"),
+        (dict(capacity=9), "capacity=9"),
+        (dict(thresholds=None, num_selected=3, capacity=4), "capacity=4 is for thresholds"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    names = ("hidden_states", "router_weight", "qkv_weight", "proj_weight")
+    arguments = dict(zip(names, make_inputs(1, 8, 2, 4, 4), strict=True))
+    arguments |= dict(thresholds=torch.zeros(2, dtype=torch.float64)) | change
+    with pytest.raises(ValueError, match=message):
+        mosa_attention(**arguments)
