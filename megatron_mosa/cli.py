@@ -12,6 +12,7 @@ from megatron_mosa import __version__
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import keep_freed_memory, run
 from megatron_mosa.errors import UserError
+from megatron_mosa.evaluation.commands import evaluate
 from megatron_mosa.resilience.doctor import doctor
 from megatron_mosa.resilience.status_view import status
 from megatron_mosa.scaling.commands import isoflop, sweep
@@ -24,6 +25,7 @@ checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
+app.command("evaluate")(evaluate)
 app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("submit")(submit)

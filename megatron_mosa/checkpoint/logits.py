@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,18 +31,33 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
     """
     from megatron_mosa.kernels import Documents
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.model.state import stored_tensors
 
     with one_process(config):
         model = build_empty_model(config, vocab_rows).eval()
-        for name, (tensor, partition, _) in stored_tensors(model).items():
-            weight = read(name)
-            if partition is not None and partition.stride > 1:
-                weight = partition.fold(weight)
-            tensor.copy_(weight)
+        fill_model(model, read)
         within = config.model.attend_within_documents
         documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one a sequence
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)
+
+
+@torch.no_grad()
+def fill_model(model: torch.nn.Module, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> None:
+    """Copy weights, and thresholds, into a model of one process.
+
+    Args:
+        model: a GPTModel.
+        read: the tensor of a name of Megatron's, in the shape that a checkpoint has it in.
+        names: those that can be read; None: all. Thresholds that are not among them stay as they are.
+    """
+    from megatron_mosa.model.state import stored_tensors
+
+    for name, (tensor, partition, is_trained) in stored_tensors(model).items():
+        if names is not None and name not in names and not is_trained:
+            continue
+        weight = read(name)
+        if partition is not None and partition.stride > 1:
+            weight = partition.fold(weight)
+        tensor.copy_(weight)
 
 
 @contextmanager

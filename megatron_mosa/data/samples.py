@@ -120,7 +120,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The first windows of T + 1 tokens of the validation split, in file order, without overlap or shuffle.
+    """The first windows of T + 1 tokens of a split, in file order, without overlap or shuffle.
 
     Of several datasets each gives its share of the windows, one dataset after the other. Where a split is too short
     for its share, there are fewer windows in all, and the shares stay.
@@ -130,21 +130,28 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         sequence_length: T, tokens a sample.
         num_samples: windows at most; ``len`` says how many there are.
         mark_documents: give ``document_starts`` with every sample.
+        split: "validation", or "train" for what wants text that the model is not measured on.
 
     Raises:
-        UserError: a validation split is shorter than T + 1 tokens.
+        UserError: a split is shorter than T + 1 tokens.
     """
 
     def __init__(
-        self, mixture: Mixture, *, sequence_length: int, num_samples: int, mark_documents: bool = False
+        self,
+        mixture: Mixture,
+        *,
+        sequence_length: int,
+        num_samples: int,
+        mark_documents: bool = False,
+        split: str = "validation",
     ) -> None:
         self.mixture = mixture
         self.mark_documents = mark_documents
         self.sequence_length = sequence_length
-        _check_lengths(mixture, "validation", sequence_length)
-        there = [m.splits["validation"]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
+        _check_lengths(mixture, split, sequence_length)
+        there = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
         counts = _shares(mixture.weights, there, num_samples)
-        self._indexed = [IndexedDataset(str(path / "validation")) for path in mixture.paths]
+        self._indexed = [IndexedDataset(str(path / split)) for path in mixture.paths]
         self._places = [(number, window) for number, count in enumerate(counts) for window in range(count)]
 
     def __len__(self) -> int:

@@ -148,10 +148,10 @@ def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -
     return splits
 
 
-def progress(total: int | None, description: str, initial: int = 0) -> Any:
-    """A bar over bytes of text on stderr; with a known total it shows the time left."""
+def progress(total: int | None, description: str, initial: int = 0, unit: str = "B") -> Any:
+    """A bar over bytes of text on stderr, or other units; with a known total it shows the time left."""
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
-    return tqdm(total=total, initial=initial, desc=description, unit="B", unit_scale=True, mininterval=interval)
+    return tqdm(total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval)
 
 
 class _ShardWriter:

@@ -127,6 +127,22 @@ def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
     assert runner.losses(whole_run)[-1] < runner.losses(whole_run)[0]
 
 
+def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
+    file = runner.folder / "evaluation.json"
+    command = ["evaluate", f"runs/{whole_run}", "--samples", "6", "--lengths", "2", "--output", str(file)]
+    done = runner.call([sys.executable, "-m", "megatron_mosa", *command])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    in_training = [line["validation_loss"] for line in runner.lines(whole_run) if "validation_loss" in line][-1]
+    assert found["full_sequence"]["loss"] == pytest.approx(in_training, abs=1e-5)  # another program, one process
+    assert found["full_sequence"]["label"].startswith("NON-CAUSAL") and "NON-CAUSAL" in done.stdout
+    assert found["causal"]["label"].startswith("causal, by thresholds") and found["causal"]["loss"] > 0
+    ranges = [(row["first"], row["last"]) for row in found["by_position"]]
+    assert ranges == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
+    assert any(row["flip_rate"] for row in found["by_position"])
+    assert [row["length"] for row in found["by_length"]] == [128]
+
+
 def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:
     runner.pretrain("halves", "train.stop_after_step=5")
     assert len(runner.losses("halves")) == 5

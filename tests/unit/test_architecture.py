@@ -14,7 +14,7 @@ FLOORS = [
     {"attention", "data", "resilience"},
     {"model"},
     {"checkpoint", "engine", "metrics"},
-    {"train"},
+    {"evaluation", "train"},
     {"scaling", "slurm"},
     {"cli", "__main__"},
 ]

@@ -1,0 +1,167 @@
+"""All measures of one model, in the order in which they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.opened import Opened
+from megatron_mosa.config import Config
+from megatron_mosa.data import Mixture, ValidationSamples
+from megatron_mosa.data.loader import validation_batches
+from megatron_mosa.errors import UserError
+from megatron_mosa.evaluation.flips import flip_rates
+from megatron_mosa.evaluation.losses import (
+    Tick,
+    chosen_positions,
+    estimate,
+    position_ranges,
+    prefix_losses,
+    token_losses,
+)
+from megatron_mosa.evaluation.model import Evaluated, calibrate, evaluated
+
+NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
+CAUSAL = "causal"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and with what.
+
+    Attributes:
+        num_samples: windows of the validation split.
+        prefixes: positions in each range whose loss is measured on the prefix alone, too; 0: none.
+        lengths: multiples of the trained length.
+        calibration_samples: windows of the training split that thresholds are calibrated on.
+        tokens_at_once: in one forward pass.
+    """
+
+    num_samples: int
+    prefixes: int
+    lengths: tuple[int, ...]
+    calibration_samples: int
+    tokens_at_once: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def looks_ahead(config: Config) -> bool:
+    """Whether MoSA heads select with the whole sequence in view."""
+    return config.mosa.num_heads > 0 and config.mosa.selection == "expert_choice"
+
+
+def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> dict[str, Any]:
+    """Measure a model; ``report.lines`` prints what this returns.
+
+    Returns:
+        ``full_sequence``, ``causal``: loss, error (of the mean), label; ``by_position``: of each range of positions
+        the same losses, those of prefixes alone, the leak, the flip rate; ``by_length``: of multiples of the length.
+
+    Raises:
+        UserError: too little text.
+    """
+    return _Evaluation(model, mixture, settings, tick).run()
+
+
+class _Evaluation:
+    def __init__(self, model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> None:
+        self.model, self.mixture, self.settings, self.tick = model, mixture, settings, tick
+        self.length = model.config.data.sequence_length
+        self.samples = self._samples(1)
+        if len(self.samples) < 2:
+            raise UserError(
+                f"the validation split has {len(self.samples)} window(s) of {self.length} tokens; 2 are the least: "
+                "rebuild the dataset with a larger data.validation_fraction"
+            )
+        self.ranges = position_ranges(self.length)
+
+    def run(self) -> dict[str, Any]:
+        looks = looks_ahead(self.model.config)
+        label = NON_CAUSAL if looks else CAUSAL
+        with self._built(self.model.config.mosa.selection) as model:
+            full = self._losses(model, 1)
+            ranges = self._by_range(model, full)
+            lengths = {multiple: self._losses(model, multiple) for multiple in self.settings.lengths}
+        causal, causal_lengths, how = full, lengths, "the model itself"
+        if looks:
+            how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
+            with self._built("threshold") as model:
+                calibrate(model, self._calibration)
+                causal = self._losses(model, 1)
+                causal_lengths = {multiple: self._losses(model, multiple) for multiple in self.settings.lengths}
+        for part, row in zip(self.ranges, ranges, strict=True):
+            row["causal"] = causal[:, part.start : part.stop].mean().item()
+        return {
+            "samples": len(self.samples),
+            "sequence_length": self.length,
+            "full_sequence": _told(full) | {"label": label},
+            "causal": _told(causal) | {"label": f"causal, {how}"},
+            "by_position": ranges,
+            "by_length": [
+                {
+                    "length": multiple * self.length,
+                    "full_sequence": _told(lengths[multiple]) | {"label": label},
+                    "causal": _told(causal_lengths[multiple]),
+                }
+                for multiple in lengths
+            ],
+        }
+
+    def _built(self, selection: str) -> Any:
+        return evaluated(self.model, self.settings.device, self.settings.dtype, selection)
+
+    def _samples(self, multiple: int, split: str = "validation", count: int | None = None) -> ValidationSamples:
+        """As many tokens at every multiple of the length."""
+        return ValidationSamples(
+            self.mixture,
+            sequence_length=multiple * self.length,
+            num_samples=max(1, (count or self.settings.num_samples) // multiple),
+            mark_documents=self.model.config.model.attend_within_documents,
+            split=split,
+        )
+
+    def _losses(self, model: Evaluated, multiple: int) -> Tensor:
+        samples = self.samples if multiple == 1 else self._samples(multiple)
+        return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
+
+    def _by_range(self, model: Evaluated, full: Tensor) -> list[dict[str, Any]]:
+        """Of each range of positions."""
+        positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
+        at_once = self.settings.tokens_at_once
+        prefix = prefix_losses(model, self.samples, positions, at_once, self.tick) if positions else full[:, :0]
+        has_heads = self.model.config.mosa.num_heads > 0
+        ends = [part.stop - 1 for part in self.ranges[:-1]]  # after the last token nothing can change
+        flips = flip_rates(model, self.samples, ends, at_once, self.tick).tolist() if has_heads else []
+        rows = []
+        for number, part in enumerate(self.ranges):
+            columns = [i for i, position in enumerate(positions) if position in part]
+            here = [positions[i] for i in columns]
+            row: dict[str, Any] = {
+                "first": part.start,
+                "last": part.stop - 1,
+                "full_sequence": full[:, part.start : part.stop].mean().item(),
+                "flip_rate": flips[number] if number < len(flips) else None,
+            }
+            if columns:
+                leak = estimate((prefix[:, columns] - full[:, here]).mean(dim=1))
+                row |= {"positions": here, "prefix_only": prefix[:, columns].mean().item()}
+                row |= {"leak": leak.mean, "leak_error": leak.error}
+            rows.append(row)
+        return rows
+
+    def _calibration(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        samples = self._samples(1, "train", self.settings.calibration_samples)
+        size = max(1, self.settings.tokens_at_once // self.length)
+        for batch in validation_batches(samples, micro_batch_size=size, data_parallel_rank=0, data_parallel_size=1):
+            self.tick(batch["tokens"].numel())
+            yield batch["tokens"], batch.get("document_starts")
+
+
+def _told(losses: Tensor) -> dict[str, Any]:
+    of_samples = estimate(losses.double().mean(dim=1))
+    return {"loss": of_samples.mean, "error": of_samples.error, "tokens": losses.numel()}

@@ -1,0 +1,64 @@
+"""An evaluation as tables for people."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def tell(found: dict[str, Any], console: Console) -> None:
+    """Print what ``evaluate`` returned."""
+    console.print(_losses(found))
+    console.print(_positions(found))
+    if found["by_length"]:
+        console.print(_lengths(found))
+
+
+def _losses(found: dict[str, Any]) -> Table:
+    title = f"{found['samples']} windows of {found['sequence_length']} tokens, nats per token"
+    table = _table(title, ("loss", "error", "perplexity"), first="")
+    for name, key in (("full sequence", "full_sequence"), ("causal", "causal")):
+        entry = found[key]
+        numbers = (f"{entry['loss']:.4f}", f"{entry['error']:.4f}", f"{math.exp(min(entry['loss'], 700)):.2f}")
+        table.add_row(f"{name} ({entry['label']})", *numbers)
+    return table
+
+
+def _positions(found: dict[str, Any]) -> Table:
+    columns = ("full sequence", "causal", "prefix only", "leak", "its error", "flip rate")
+    table = _table("By position", columns, first="positions")
+    for row in found["by_position"]:
+        first, last = row["first"], row["last"]
+        numbers = [_number(row.get(key)) for key in ("full_sequence", "causal", "prefix_only", "leak", "leak_error")]
+        flips = row["flip_rate"]
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}", *numbers, "-" if flips is None else f"{flips:.2%}"
+        )
+    table.caption = (
+        "prefix only: at chosen positions, from the tokens up to there. leak: prefix only less full sequence, there. "
+        "flip rate: selections up to the last position that another future changes."
+    )
+    return table
+
+
+def _lengths(found: dict[str, Any]) -> Table:
+    table = _table("By length of the sequence", ("full sequence", "error", "causal", "error"), first="tokens")
+    for row in found["by_length"]:
+        cells = [f"{row[key][part]:.4f}" for key in ("full_sequence", "causal") for part in ("loss", "error")]
+        table.add_row(str(row["length"]), *cells)
+    return table
+
+
+def _table(title: str, columns: tuple[str, ...], first: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

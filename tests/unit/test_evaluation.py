@@ -1,0 +1,185 @@
+"""Measures of a model, against computations that know nothing of them; models that look ahead are seen to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.attention.thresholds import mosa_layers
+from megatron_mosa.checkpoint.logits import one_process
+from megatron_mosa.checkpoint.model_config import model_config
+from megatron_mosa.config import Config
+from megatron_mosa.data import ValidationSamples
+from megatron_mosa.errors import UserError
+from megatron_mosa.evaluation.commands import _device, _multiples, _write, evaluate
+from megatron_mosa.evaluation.flips import flip_rates
+from megatron_mosa.evaluation.losses import chosen_positions, estimate, position_ranges, prefix_losses, token_losses
+from megatron_mosa.evaluation.model import Evaluated, calibrate
+from megatron_mosa.evaluation.report import tell
+from megatron_mosa.metrics.selection import recorded_selection
+from megatron_mosa.model import build_model
+
+LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
+
+
+class Windows(ValidationSamples):
+    """Random text, as ``ValidationSamples`` gives it."""
+
+    def __init__(self, count: int) -> None:
+        self.sequence_length = LENGTH
+        self.tokens = torch.randint(VOCABULARY, (count, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = self.tokens[index]
+        return {"tokens": window[:-1], "labels": window[1:], "loss_mask": torch.ones(LENGTH)}
+
+
+def config(selection: str) -> Config:
+    model = {"num_layers": 2, "hidden_size": 16, "head_dim": 8, "num_dense_heads": 1, "vocab_size_multiple": 1}
+    mosa = {"num_heads": 3, "sparsity": SPARSITY, "selection": selection}
+    made = model_config({"model": model, "mosa": mosa, "data": {"sequence_length": LENGTH}})
+    if selection == "threshold":
+        made.mosa.threshold_warmup_steps, made.mosa.threshold_ema, made.mosa.capacity_factor = 1, 1.0, SPARSITY
+    return made
+
+
+@pytest.fixture(params=["expert_choice", "threshold"])
+def model(request: pytest.FixtureRequest) -> Iterator[Evaluated]:
+    with built(request.param) as found:
+        yield found
+
+
+@contextmanager
+def built(selection: str) -> Iterator[Evaluated]:
+    """A model of random weights; with thresholds calibrated on other text."""
+    with one_process(config(selection)):
+        module = build_model(config(selection), VOCABULARY).eval()
+        with torch.no_grad():
+            for layer in mosa_layers(module):
+                layer.router_weight.mul_(8)  # so that heads do not agree on everything
+                layer.proj_weight.mul_(8)  # and later layers feel it
+        model = Evaluated(module, torch.device("cpu"))
+        if selection == "threshold":
+            calibrate(model, lambda: [(Windows(40).tokens[20:, :-1], None)])
+        yield model
+
+
+def selected(layer: MosaHeads) -> tuple[Tensor, Tensor]:
+    """Scores [B, E, T] and indices [B, E, k] of the last recorded pass."""
+    assert layer.selection is not None
+    return layer.selection
+
+
+def ignore(tokens: int) -> None:
+    assert tokens > 0
+
+
+def is_causal(model: Evaluated) -> bool:
+    return mosa_layers(model.module)[0].selects_above(training=False)
+
+
+def losses_of(model: Evaluated, tokens: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = model.module(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def test_losses_of_tokens_and_of_prefixes(model: Evaluated) -> None:
+    windows = Windows(5)
+    tokens, labels = windows.tokens[:, :-1], windows.tokens[:, 1:]
+    found = token_losses(model, windows, 2 * LENGTH, ignore)
+    torch.testing.assert_close(found, losses_of(model, tokens, labels))
+    positions = [0, 5, LENGTH - 1]
+    prefixes = prefix_losses(model, windows, positions, 2 * LENGTH, ignore)
+    expected = [losses_of(model, tokens[:, : end + 1], labels[:, : end + 1])[:, end] for end in positions]
+    torch.testing.assert_close(prefixes, torch.stack(expected, dim=1))
+    leak = (prefixes - found[:, positions]).abs()
+    assert leak[:, -1].max() < 1e-5  # the prefix is the sequence
+    assert (leak.max() < 1e-5) == is_causal(model)
+
+
+def test_flips_are_selections_that_the_future_decides(model: Evaluated) -> None:
+    windows = Windows(4)
+    positions = [0, 7, 15]
+    rates = flip_rates(model, windows, positions, 4 * LENGTH, ignore)
+    tokens = windows.tokens[:, :-1]
+    expected = []
+    for position in positions:
+        sets = []
+        for text in (tokens, torch.cat((tokens[:, : position + 1], tokens.roll(1, 0)[:, position + 1 :]), dim=1)):
+            with recorded_selection(model.module):
+                model.forward(text)
+            sets.append(
+                {
+                    (number, *where, token)
+                    for number, layer in enumerate(mosa_layers(model.module))
+                    for where in np.ndindex(4, 3)
+                    for token in selected(layer)[1][where].tolist()
+                    if token <= position
+                }
+            )
+        expected.append(len(sets[0] ^ sets[1]) / (len(sets[0]) + len(sets[1])))
+    assert rates.tolist() == pytest.approx(expected)
+    assert (rates.max() == 0) == is_causal(model)
+
+
+def test_calibrated_thresholds_let_the_asked_share_through() -> None:
+    with built("threshold") as model, recorded_selection(model.module):
+        model.forward(Windows(40).tokens[20:, :-1])
+        for layer in mosa_layers(model.module):
+            scores = selected(layer)[0].transpose(0, 1).flatten(1).numpy()  # [E, B * T]
+            thresholds = np.quantile(scores, 1 - 1 / SPARSITY, axis=1)
+            np.testing.assert_allclose(layer.thresholds.numpy(), thresholds, atol=0.02)
+            shares = (scores > layer.thresholds.numpy()[:, None]).mean(axis=1)
+            np.testing.assert_allclose(shares, 1 / SPARSITY, atol=0.02)
+
+
+def test_ranges_and_positions() -> None:
+    assert position_ranges(6) == [range(1), range(1, 2), range(2, 4), range(4, 6)]
+    assert position_ranges(1) == [range(1)]
+    assert chosen_positions(position_ranges(16), 2) == [0, 1, 2, 3, 5, 7, 11, 15]
+    assert chosen_positions(position_ranges(6), 1) == [0, 1, 3, 5]
+    assert estimate(torch.tensor([1.0, 3.0])) == (2.0, pytest.approx(1.0))
+
+
+def test_a_report_of_all_there_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"loss": 2.0, "error": 0.1, "tokens": 10, "label": "NON-CAUSAL"}
+    rows = [{"first": 0, "last": 0, "full_sequence": 1.0, "causal": 1.5, "flip_rate": None}]
+    rows.append(rows[0] | {"last": 3, "prefix_only": 3.25, "leak": 0.5, "leak_error": 0.25, "flip_rate": 0.125})
+    lengths = [{"length": 8, "full_sequence": told, "causal": told | {"loss": 2.5}}]
+    found = {"samples": 2, "sequence_length": 4, "full_sequence": told, "causal": told, "by_position": rows}
+    tell(found | {"by_length": lengths}, Console(width=200))
+    output = capsys.readouterr().out
+    for text in ("NON-CAUSAL", "7.39", "0-3", "3.2500", "0.5000", "12.50%", "2.5000"):
+        assert text in output
+
+
+@pytest.mark.parametrize("text", ["1", "2,x", "-2"])
+def test_wrong_lengths(text: str) -> None:
+    with pytest.raises(UserError, match=rf"--lengths={text} is not legal; legal: numbers from 2 on"):
+        _multiples(text)
+    assert _multiples("2, 4") == (2, 4) and _multiples("") == ()
+
+
+def test_wrong_uses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--device=tpu is not legal; legal: cpu"):
+        _device("tpu")
+    with pytest.raises(UserError, match="--dtype=int8 is not legal; legal: float32, bfloat16"):
+        evaluate(tmp_path, dtype="int8", lengths="")
+    with pytest.raises(Exception, match="cannot be written: No such file"):
+        _write({}, tmp_path / "none" / "file.json")
+    _write({"a": 1}, tmp_path / "file.json")
+    assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
