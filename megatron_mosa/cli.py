@@ -184,6 +184,22 @@ def checkpoint_reshard(
     reshard(path, target, tensor_parallel=tensor_parallel, drop_optimizer=drop_optimizer, force=force)
 
 
+@checkpoint_app.command("causalize")
+def checkpoint_causalize(
+    path: CheckpointPath,
+    target: Target,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A built dataset to calibrate on; default: the run's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Training sequences of it.")] = 256,
+    force: Force = False,
+) -> None:
+    """Give the MoSA heads of an expert-choice model thresholds: the same weights, selecting causally."""
+    from megatron_mosa.checkpoint.causalize import causalize
+
+    causalize(path, target, data=data, samples=samples, force=force)
+
+
 @checkpoint_app.command("verify")
 def checkpoint_verify(
     first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face folder.")],

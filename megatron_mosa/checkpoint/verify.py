@@ -67,10 +67,11 @@ def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
     both_ours = isinstance(ours, Source) and isinstance(theirs, Source)
     weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]
     moments = sorted(_moments(ours) & _moments(theirs))
-    parameters = sum(torch.Size(weight.shape).numel() for weight in ours.weights)
+    sizes = {weight.name: torch.Size(weight.shape).numel() for weight in ours.weights}
     found = []
-    with progress(4 * parameters * (1 + len(moments) // len(weights)), "comparing") as bar:
-        for key in [*weights, *moments]:
+    keys = [*weights, *moments]
+    with progress(4 * sum(sizes[key.partition(".")[2]] for key in keys), "comparing") as bar:
+        for key in keys:
             tensor = _read(ours, key)
             found.append(Difference(_relative(tensor, _read(theirs, key)), key))
             bar.update(tensor.nbytes)

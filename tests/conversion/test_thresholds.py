@@ -38,7 +38,8 @@ def test_reshard_cuts_them_with_the_heads(causal: Trained, tmp_path: Path) -> No
 
 def test_inspect_and_fp32_know_them(causal: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(causal.checkpoint, full=True)
-    assert "optimizer state  Adam's moments" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 MoSA with thresholds" in printed and "optimizer state  Adam's moments" in printed
     export_state_dict(causal.checkpoint, tmp_path / "fp32")
     (file,) = (tmp_path / "fp32").glob("*.safetensors")
     thresholds = StateReader(causal.checkpoint).read(f"model.{HEADS}thresholds")

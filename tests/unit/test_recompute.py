@@ -55,9 +55,13 @@ def gradients(
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 
-@pytest.mark.parametrize("by_threshold", [False, True])
-@pytest.mark.parametrize("backend", ["naive", "triton"])
-@pytest.mark.parametrize("recompute", ["attention", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "backend", "by_threshold"),
+    [
+        *((recompute, "naive", by) for recompute in ("attention", "full") for by in (False, True)),
+        *(("attention", "triton", False), ("full", "triton", False), ("attention", "triton", True)),
+    ],
+)
 def test_recompute_is_exact_and_selects_once(
     layout: Layout, recompute: str, backend: str, by_threshold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

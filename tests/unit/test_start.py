@@ -104,6 +104,10 @@ def test_a_missing_dataset(overrides: list[str], tmp_path: Path) -> None:
         ("model.num_layers=5", ["model.num_layers", "another model: 4, but the run asks for 5"]),
         ("mosa.num_heads=16", ["mosa.num_heads", "another model: 14, but the run asks for 16"]),
         ("mosa.sparsity=8", ["mosa.sparsity"]),
+        (
+            "mosa.selection=threshold",
+            ["mosa.selection", "another model: expert_choice, but the run asks for threshold"],
+        ),
         ("run.seed=9", ["run.seed"]),
         ("data.sequence_length=32", ["data.sequence_length"]),
     ],
@@ -115,11 +119,18 @@ def test_another_models_checkpoints(overrides: list[str], change: str, parts: li
         assert part in message
 
 
+def test_how_it_is_trained_may_change(overrides: list[str]) -> None:
+    checkpoint = leave_checkpoint(load_config(QUICKSTART, [*overrides, "run.name=same"]))
+    changes = ["mosa.capacity_factor=3", "mosa.threshold_ema=0.2", "mosa.threshold_warmup_steps=9"]
+    assert check_start(load_config(QUICKSTART, [*overrides, "run.name=same", *changes]), 2).checkpoint == checkpoint
+
+
 def test_a_checkpoint_from_before_a_key_had_its_default(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=older"])
     checkpoint = leave_checkpoint(config)
     metadata = json.loads((checkpoint / "metadata.json").read_text())
     del metadata["config"]["model"]["attend_within_documents"]
+    del metadata["config"]["mosa"]["selection"]
     (checkpoint / "metadata.json").write_text(json.dumps(metadata))
     assert check_start(config, 2).checkpoint == checkpoint
     config.model.attend_within_documents = True

@@ -153,9 +153,8 @@ def test_statistics_of_expert_choice_are_what_they_were(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "local", "mosa", "all", "documents"])
-@pytest.mark.parametrize("backend", ["naive", "triton"])
 @torch.no_grad()
-def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str, backend: str) -> None:
+def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str) -> None:
     counts: dict = {
         "dense": dict(num_attention_heads=2),
         "local": dict(num_local_heads=2),
@@ -176,11 +175,11 @@ def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str, backend:
         assert (before - after)[:, 20:].abs().max() > 1e-2
         return (before - after)[:, :20].abs().max().item()
 
-    model = build(**heads, **within, mosa_backend=backend)
+    model = build(**heads, **within)
     for name, buffer in threshold_buffers(model).items():
         buffer.fill_(1 if name.endswith("updates") else 0.52)
     assert largest_change(model) < 1e-6
-    by_choice = build(**heads, **within, mosa_backend=backend, mosa_selection="expert_choice")
+    by_choice = build(**heads, **within, mosa_selection="expert_choice")
     assert (largest_change(by_choice) > 1e-3) == (heads["num_mosa_heads"] > 0)  # expert choice looks ahead
 
 
