@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,18 @@ def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
     assert [line["step"] for line in validation] == [5, 10]
     assert all(line["causal"] is False and line["unigram_entropy"] > 0 for line in validation)
     assert runner.losses(whole_run)[-1] < runner.losses(whole_run)[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) -> None:
+    environment = ["MASTER_ADDR=127.0.0.1", "MASTER_PORT=29777", f"RANK={rank}", "WORLD_SIZE=2", "LOCAL_RANK=0"]
+    script = [sys.executable, str(ROOT / "pretrain_mosa.py"), runner.config, *runner.overrides]
+    begun = time.monotonic()
+    done = runner.call(["env", *environment, *script, "run.name=alone", "resilience.rendezvous_timeout=3"])
+    assert time.monotonic() - begun < 60  # imports included
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and f"rank {rank} of 2 did not meet the others at 127.0.0.1:29777 within 3 s" in errors[0]
 
 
 def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:

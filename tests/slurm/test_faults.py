@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 
@@ -88,6 +89,21 @@ def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str
     wait_until_done(jobs, job, run)
     check_recovery(jobs, run, undisturbed)
     assert jobs.cluster.job(job)["Restarts"] == str(int(min_seconds == NO_TIME))
+
+
+def test_scancel_saves_and_the_next_job_goes_on(training: Jobs, undisturbed: list[float]) -> None:
+    jobs = training
+    overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=2")
+    job = jobs.submit("cancel", "--nodes=2", overrides=overrides)
+    jobs.cluster.wait((jobs.run("cancel") / "fault_injected").exists, 60, "step that takes long")
+    jobs.cluster.call("scancel", job)
+    assert jobs.cluster.wait_for_job(job)["JobState"] == "CANCELLED"
+    status = jobs.run("cancel") / "status.json"
+    jobs.cluster.wait(lambda: json.loads(status.read_text())["state"] == "stopped", 20, "end of the ranks")
+    assert jobs.steps("cancel") == [1, 2, 3, 4]
+    wait_until_done(jobs, jobs.submit("cancel", "--nodes=2", overrides=overrides), "cancel")
+    assert jobs.steps("cancel") == STEPS
+    assert jobs.losses("cancel") == undisturbed
 
 
 def test_a_rank_that_hangs(training: Jobs, undisturbed: list[float]) -> None:
