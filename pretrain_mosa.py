@@ -12,6 +12,7 @@ from megatron_mosa.config import load_config
 from megatron_mosa.entry import run
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
+from megatron_mosa.resilience.interruption import hold_notice
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,6 +34,8 @@ def main() -> int:
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
         raise UserError(f"--world-size={arguments.world_size}: legal: 1 or more, together with --check-only")
     config = load_config(arguments.config, arguments.overrides)
+    if not arguments.check_only:
+        hold_notice()
     from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
 
     if arguments.check_only:

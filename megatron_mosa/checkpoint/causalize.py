@@ -13,13 +13,12 @@ from torch import Tensor
 
 from megatron_mosa.checkpoint.format import METADATA, Metadata, read_metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.checkpoint.logits import one_process
+from megatron_mosa.checkpoint.logits import fill_model, one_process
 from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
 from megatron_mosa.checkpoint.offline import TensorInfo
 from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.weights import CALIBRATED
-from megatron_mosa.config import Config
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.errors import UserError
 
@@ -106,34 +105,21 @@ def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> Tr
 
 def _calibrated(source: Source, read: TrainingSamples, samples: int) -> tuple[dict[str, Tensor], list[float]]:
     """The new tensors by their names, and the losses by expert choice and by threshold."""
-    from megatron_mosa.attention.thresholds import threshold_buffers, update_thresholds
+    from megatron_mosa.attention.thresholds import threshold_buffers
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.model.state import stored_tensors
+    from megatron_mosa.model.calibration import calibrate, calibrating
 
-    config = _calibrating(source.config)
+    config = calibrating(source.config)
     numbers = range(samples)
     losses = []
     with one_process(config), torch.no_grad():
         model = build_empty_model(config, source.vocab_rows)
-        for name, (tensor, partition, is_trained) in stored_tensors(model).items():
-            if is_trained:
-                weight = source.read(name)
-                tensor.copy_(partition.fold(weight) if partition is not None and partition.stride > 1 else weight)
-        for is_last in (False, False, True):
-            losses.append(_pass(model.train(not is_last), read, numbers))
-            if not is_last:
-                update_thresholds(model, None)
+        fill_model(model, source.read, {weight.name for weight in source.weights})
+        calibrate(model, lambda: losses.append(_pass(model, read, numbers)))
+        losses.append(_pass(model, read, numbers))
         found = {name: buffer.clone() for name, buffer in threshold_buffers(model).items()}
     counts = {name: torch.full_like(buffer, CALIBRATED) for name, buffer in found.items() if name.endswith("_updates")}
-    return found | counts, [losses[0], losses[2]]
-
-
-def _calibrating(config: Config) -> Config:
-    """A threshold is its last quantile; the second pass selects by those of the first, without a capacity."""
-    mosa = replace(
-        config.mosa, **_CHANGES, threshold_warmup_steps=1, threshold_ema=1.0, capacity_factor=2 * config.mosa.sparsity
-    )
-    return replace(config, mosa=mosa)
+    return found | counts, [losses[0], losses[-1]]
 
 
 def _pass(model: torch.nn.Module, read: TrainingSamples, numbers: Sequence[int]) -> float:

@@ -24,7 +24,7 @@ _CHOICES = {
     "checkpoint.resume": ("auto", "never"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "resilience.on_spike": ("log", "rewind"),
-    "fault_injection.fault": (None, "kill", "stop", "error", "SIGTERM", "SIGUSR1", "nan", "garbage"),
+    "fault_injection.fault": (None, "kill", "stop", "pause", "error", "SIGTERM", "SIGUSR1", "nan", "garbage"),
     "fault_injection.place": ("step", "validation", "save"),
 }
 _POSITIVE = (
@@ -43,6 +43,7 @@ _NOT_NEGATIVE = (
     "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
     "resilience.stop_before_limit", "resilience.hang_timeout", "resilience.max_rewinds", "fault_injection.rank",
+    "fault_injection.seconds",
 )  # fmt: skip
 
 

@@ -166,6 +166,7 @@ class FaultInjectionSection:
     rank: int = 0
     step: int = 1
     place: str = "step"
+    seconds: float = 30.0
 
 
 @dataclass

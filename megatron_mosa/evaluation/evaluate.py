@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +11,19 @@ from torch import Tensor
 from megatron_mosa.checkpoint.opened import Opened
 from megatron_mosa.config import Config
 from megatron_mosa.data import Mixture, ValidationSamples
-from megatron_mosa.data.loader import validation_batches
 from megatron_mosa.errors import UserError
 from megatron_mosa.evaluation.flips import flip_rates
 from megatron_mosa.evaluation.losses import (
     Tick,
+    batches,
     chosen_positions,
     estimate,
     position_ranges,
     prefix_losses,
     token_losses,
 )
-from megatron_mosa.evaluation.model import Evaluated, calibrate, evaluated
+from megatron_mosa.evaluation.model import Evaluated, evaluated
+from megatron_mosa.model.calibration import calibrate
 
 NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
 CAUSAL = "causal"
@@ -91,7 +91,7 @@ class _Evaluation:
         if looks:
             how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
             with self._built("threshold") as model:
-                calibrate(model, self._calibration)
+                calibrate(model.module, lambda: self._go_over_text(model))
                 causal = self._losses(model, 1)
                 causal_lengths = {multiple: self._losses(model, multiple) for multiple in self.settings.lengths}
         for part, row in zip(self.ranges, ranges, strict=True):
@@ -154,12 +154,12 @@ class _Evaluation:
             rows.append(row)
         return rows
 
-    def _calibration(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _go_over_text(self, model: Evaluated) -> None:
+        """What thresholds are calibrated on."""
         samples = self._samples(1, "train", self.settings.calibration_samples)
-        size = max(1, self.settings.tokens_at_once // self.length)
-        for batch in validation_batches(samples, micro_batch_size=size, data_parallel_rank=0, data_parallel_size=1):
+        for batch in batches(samples, self.settings.tokens_at_once):
+            model.forward(batch["tokens"], batch.get("document_starts"))
             self.tick(batch["tokens"].numel())
-            yield batch["tokens"], batch.get("document_starts")
 
 
 def _told(losses: Tensor) -> dict[str, Any]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.attention.thresholds import update_thresholds
 from megatron_mosa.checkpoint.logits import fill_model, one_process
 from megatron_mosa.checkpoint.opened import Opened
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_empty_model
+from megatron_mosa.model.calibration import calibrating
 
-CALIBRATION_PASSES = 3
-CALIBRATION_CAPACITY = 4.0  # a head takes at most so many times T / rho tokens meanwhile: memory is bounded by it
 _BLOCK = 8192  # tokens whose cross entropy is computed at once: logits of all would be the largest tensor by far
 
 
@@ -63,31 +61,9 @@ def evaluated(model: Opened, device: torch.device, dtype: torch.dtype, selection
         selection: ``mosa.selection`` of its MoSA heads; "threshold" where the checkpoint has no thresholds: those are
             to be calibrated.
     """
-    config = copy.deepcopy(model.config)
-    config.mosa.selection, config.mosa.backend = selection, "auto"
-    if selection != model.config.mosa.selection:  # see calibrate
-        config.mosa.threshold_warmup_steps, config.mosa.threshold_ema = 1, 1.0
-        config.mosa.capacity_factor = CALIBRATION_CAPACITY
+    config = model.config if selection == model.config.mosa.selection else calibrating(model.config)
+    config = replace(config, mosa=replace(config.mosa, backend="auto"))
     with one_process(config):
         module = build_empty_model(config, model.vocab_rows).eval()
         fill_model(module, model.read, {weight.name for weight in model.weights})
         yield Evaluated(module.to(device=device, dtype=dtype), device)
-
-
-@torch.no_grad()
-def calibrate(model: Evaluated, batches: Callable[[], Iterable[tuple[Tensor, Tensor | None]]]) -> None:
-    """Set thresholds by the scores that the model gives to text.
-
-    The first pass selects by expert choice, the others by the thresholds of the one before: in deeper layers scores
-    depend on what the layers below have selected.
-
-    Args:
-        model: built for thresholds from a checkpoint without.
-        batches: tokens, and where their documents begin, int64 [B, T]; called once for each pass.
-    """
-    model.module.train()  # scores are counted then; nothing else differs, and no gradient is made
-    for _ in range(CALIBRATION_PASSES):
-        for tokens, starts in batches():
-            model.forward(tokens, starts)
-        update_thresholds(model.module, None)
-    model.module.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import STOPPED
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def doctor(
 ) -> None:
     """Look at every node of a job before it trains; exit code 1 names the bad ones and what to do.
 
-    Alone it looks at this machine; under srun, torchrun or DeepSpeed's launcher at all nodes, one process a task.
+    Alone it looks at this machine; under srun, torchrun or DeepSpeed's launcher at all nodes, one process a task. If
+    all is well but SIGUSR1 has asked the job to stop meanwhile, the exit code is 75.
     """
     for name, value, legal, is_legal in (
         ("timeout", timeout, "more than 0", timeout > 0),
@@ -58,6 +61,9 @@ def doctor(
             raise UserError(f"--{name}={value:g} is out of range; legal: {legal}")
     from megatron_mosa.resilience.doctor_job import examine_job
 
+    notices: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: notices.append(number))
     code = examine_job(Settings(run_directory, json, timeout, minimum_disk, slow))
-    if code:
-        raise typer.Exit(code)
+    signal.signal(signal.SIGUSR1, before)
+    if code or notices:
+        raise typer.Exit(code or STOPPED)

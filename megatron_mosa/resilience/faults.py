@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ class FaultInjection:
         self._note()
         if fault == "error":
             raise RuntimeError("injected by fault_injection.fault=error")
+        if fault == "pause":
+            time.sleep(self.section.seconds)
+            return
         os.kill(os.getpid(), _SIGNALS[fault])
 
     def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:

@@ -20,6 +20,11 @@ TIME_LIMIT = "the time limit is near"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
 
 
+def hold_notice() -> None:
+    """Have SIGUSR1 wait until ``Signals`` listens; until then it would end the process, which imports for a while."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
 class Signals:
     """Notes the first signal that asks this process to stop; the second of a kind ends it now.
 
@@ -41,6 +46,7 @@ class Signals:
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_leave_to_the_parent)  # loader processes get the job's signals, too
         threading.Thread(target=self._read, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see hold_notice
 
     def close(self) -> None:
         """Give back the handlers that were there before.

@@ -1,7 +1,7 @@
 """``python -m megatron_mosa.slurm.verdict RUN EXIT_CODE``: does a run that ended start again?
 
-Prints one line: ``done``, ``stop REASON`` or ``again SECONDS REASON``, and keeps ``RUN/slurm.json``. From the
-environment it takes
+Prints two lines, ``done``, ``stop REASON`` or ``again SECONDS REASON``, and the run's own exit code, which srun may not
+know; keeps ``RUN/slurm.json``. From the environment it takes
 
     MOSA_ATTEMPT           the attempt that ended
     MOSA_MAX_RETRIES       failures in a row without a newer checkpoint that are followed by another start; default 5
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     try:
         code, reason = outcome(run, os.environ.get("MOSA_ATTEMPT"), int(arguments[1]))
-        print(settle(Record.read(run), run, code, reason))
+        print(settle(Record.read(run), run, code, reason), code, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

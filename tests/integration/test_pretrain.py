@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,29 @@ def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
     assert ranges == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
     assert any(row["flip_rate"] for row in found["by_position"])
     assert [row["length"] for row in found["by_length"]] == [128]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) -> None:
+    environment = ["MASTER_ADDR=127.0.0.1", "MASTER_PORT=29777", f"RANK={rank}", "WORLD_SIZE=2", "LOCAL_RANK=0"]
+    script = [sys.executable, str(ROOT / "pretrain_mosa.py"), runner.config, *runner.overrides]
+    begun = time.monotonic()
+    done = runner.call(["env", *environment, *script, "run.name=alone", "resilience.rendezvous_timeout=3"])
+    assert time.monotonic() - begun < 60  # imports included
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and f"rank {rank} of 2 did not meet the others at 127.0.0.1:29777 within 3 s" in errors[0]
+
+
+def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:
+    common = ["parallel.tensor_model_parallel_size=1", "optimizer.learning_rate=0.01"]  # learns fast enough to jump
+    spike = ["fault_injection.fault=garbage", "fault_injection.rank=1", "fault_injection.step=8"]
+    detector = ["resilience.spike_window=3", "resilience.spike_sigmas=3", "resilience.on_spike=rewind"]
+    output = runner.pretrain("spike", *common, *spike, *detector)
+    assert "step 8: loss" in output and "step-00000004; step 8 will be left out" in output
+    runner.pretrain("told", *common, "train.skip_steps=[8]")
+    assert runner.losses("spike") == runner.losses("told")
+    assert json.loads((runner.folder / "runs" / "spike" / "skip_steps.json").read_text()) == [8]
 
 
 def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:

@@ -55,10 +55,18 @@ def _skip(reason: str) -> None:
     pytest.skip(reason)
 
 
+TIMES: dict[str, tuple[float, float]] = {}
+"""Of each fault, in seconds: until the attempt had ended, and until the next had published a step of its own."""
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if NOT_RUN:
         terminalreporter.section("NOT RUN: the tests of Slurm jobs", yellow=True)
         terminalreporter.line(NOT_RUN[0])
+    if TIMES:
+        terminalreporter.section("faults in Slurm jobs: seconds to the end of the attempt, to the next new step")
+        for name, (ended, recovered) in TIMES.items():
+            terminalreporter.line(f"{name:20} {ended:6.1f} {recovered:6.1f}")
 
 
 @pytest.fixture(scope="session")

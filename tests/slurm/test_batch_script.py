@@ -177,6 +177,19 @@ def test_a_node_that_fails_preflight_twice_is_left_out(jobs: Jobs, stand_in: str
     assert record(jobs, "ill")["preflight_failures"] == {"n1": 2}
 
 
+def test_a_stop_during_preflight_is_no_failure(jobs: Jobs, stand_in: str) -> None:
+    doctor = jobs.folder / "asked"
+    asked = jobs.folder / "asked-already"
+    text = f'[ "$1 $2 $3" = "-m megatron_mosa doctor" ] || exec python "$@"\n[ ! -e {asked} ] || exit 0'
+    doctor.write_text(f"#!/bin/sh\n{text}\ntouch {asked}\nexit 75\n")
+    doctor.chmod(0o755)
+    variables = {"MOSA_ROOT": stand_in, "EXITS": "0", "MOSA_PREFLIGHT": "1", "MOSA_PYTHON": str(doctor)}
+    job = jobs.submit("asked", **variables, MOSA_MIN_SECONDS="0")
+    assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.output("asked")
+    assert attempts(jobs, "asked") == [f"{job}-0-2"]
+    assert record(jobs, "asked")["failures"] == 0 and record(jobs, "asked")["preflight_failures"] == {}
+
+
 def test_wrong_uses_are_one_line(jobs: Jobs, tmp_path: Path) -> None:
     cases = {
         (): "usage: sbatch",

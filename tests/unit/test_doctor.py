@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import torch
 
 from megatron_mosa.cli import app
 from megatron_mosa.entry import run
+from megatron_mosa.exit_codes import STOPPED
 from megatron_mosa.resilience import doctor_job, doctor_node
 from megatron_mosa.resilience.doctor import Settings
 from megatron_mosa.resilience.doctor_collectives import bus_bandwidth
@@ -224,6 +226,18 @@ def test_too_little_space_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as exit_:
         app(["doctor", "--run-directory", str(tmp_path), "--minimum-disk", "1e9"])
     assert exit_.value.code == 1 and "1e+09 that it needs; make room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("found", "code"), [(0, STOPPED), (1, 1)])
+def test_a_job_that_is_to_stop_meanwhile(monkeypatch: pytest.MonkeyPatch, found: int, code: int) -> None:
+    def examine(_: Settings) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return found
+
+    monkeypatch.setattr(doctor_job, "examine_job", examine)
+    with pytest.raises(SystemExit) as exit_:
+        app(["doctor"])
+    assert exit_.value.code == code
 
 
 def test_a_json_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,10 +24,11 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.evaluation.commands import _device, _multiples, _write, evaluate
 from megatron_mosa.evaluation.flips import flip_rates
 from megatron_mosa.evaluation.losses import chosen_positions, estimate, position_ranges, prefix_losses, token_losses
-from megatron_mosa.evaluation.model import Evaluated, calibrate
+from megatron_mosa.evaluation.model import Evaluated
 from megatron_mosa.evaluation.report import tell
 from megatron_mosa.metrics.selection import recorded_selection
 from megatron_mosa.model import build_model
+from megatron_mosa.model.calibration import calibrate, calibrating
 
 LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
 
@@ -49,11 +50,9 @@ class Windows(ValidationSamples):
 
 def config(selection: str) -> Config:
     model = {"num_layers": 2, "hidden_size": 16, "head_dim": 8, "num_dense_heads": 1, "vocab_size_multiple": 1}
-    mosa = {"num_heads": 3, "sparsity": SPARSITY, "selection": selection}
+    mosa = {"num_heads": 3, "sparsity": SPARSITY}
     made = model_config({"model": model, "mosa": mosa, "data": {"sequence_length": LENGTH}})
-    if selection == "threshold":
-        made.mosa.threshold_warmup_steps, made.mosa.threshold_ema, made.mosa.capacity_factor = 1, 1.0, SPARSITY
-    return made
+    return calibrating(made) if selection == "threshold" else made
 
 
 @pytest.fixture(params=["expert_choice", "threshold"])
@@ -73,7 +72,7 @@ def built(selection: str) -> Iterator[Evaluated]:
                 layer.proj_weight.mul_(8)  # and later layers feel it
         model = Evaluated(module, torch.device("cpu"))
         if selection == "threshold":
-            calibrate(model, lambda: [(Windows(40).tokens[20:, :-1], None)])
+            calibrate(module, lambda: model.forward(Windows(40).tokens[20:, :-1]))
         yield model
 
 

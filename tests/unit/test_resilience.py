@@ -27,7 +27,11 @@ from megatron_mosa.resilience.status_view import facts, is_well
 
 LISTENER = """
 import os, signal, sys, threading, time
-from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.interruption import Interruption, Signals, hold_notice
+if sys.argv[1] == "imports":
+    hold_notice()
+    print("ready", flush=True)
+    time.sleep(0.5)
 signals = Signals()
 signals.listen()
 print("ready", flush=True)
@@ -57,6 +61,13 @@ def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
     process = start(LISTENER, "ends")
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == f"{number.name}\n"
+    assert process.returncode == 0
+
+
+def test_a_notice_waits_until_the_imports_are_done() -> None:
+    process = start(LISTENER, "imports")
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=30)[0] == "ready\nSIGUSR1\n"
     assert process.returncode == 0
 
 

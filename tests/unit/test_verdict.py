@@ -95,17 +95,17 @@ def call(run: Path, code: int, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_program_prints_one_line_and_remembers(tmp_path: Path) -> None:
+def test_the_program_prints_a_verdict_and_remembers(tmp_path: Path) -> None:
     variables = {"MOSA_ATTEMPT": "1-0-1", "MOSA_BACKOFF_SECONDS": "3", "MOSA_MAX_RETRIES": "2"}
     run = tmp_path / "run"
     lines = [call(run, code, **variables).stdout for code in (1, 137, 1)]
-    last = "stop 3 failures in a row without a checkpoint after step 0; last: failed\n"
-    assert lines == ["again 3 failed\n", "again 6 killed by signal 9\n", last]
+    last = "stop 3 failures in a row without a checkpoint after step 0; last: failed\n1\n"
+    assert lines == ["again 3 failed\n1\n", "again 6 killed by signal 9\n137\n", last]
     leave_checkpoint(run, 5)
     leave_status(run, attempt="1-0-1", state="stopped", exit_code=75, reason="time\nlimit")
-    assert call(run, 143, **variables).stdout == "again 0 time limit\n"
+    assert call(run, 143, **variables).stdout == "again 0 time limit\n75\n"
     assert json.loads((run / "slurm.json").read_text())["failures"] == 0
-    assert call(run, 0, MOSA_ATTEMPT="1-0-2").stdout == "done\n"
+    assert call(run, 0, MOSA_ATTEMPT="1-0-2").stdout == "done\n0\n"
 
 
 def test_the_program_needs_no_torch(tmp_path: Path) -> None:

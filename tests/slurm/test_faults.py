@@ -1,0 +1,176 @@
+"""What real runs over two nodes of a real Slurm survive: each ends with the losses of a run that nothing befell."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+
+import psutil
+import pytest
+
+from tests.slurm.conftest import TIMES, Jobs
+from tests.slurm.test_submit import submit
+
+STEPS = list(range(1, 7))
+LONGER = (
+    "train.steps=6",
+    "validation.interval=3",
+    "checkpoint.interval=1",
+    "checkpoint.keep_last=6",
+    "resilience.stop_before_limit=0",
+)
+TENSOR_PARALLEL = (*LONGER, "parallel.tensor_model_parallel_size=2")
+DATA_PARALLEL = (*LONGER, "parallel.tensor_model_parallel_size=1")
+MUCH_TIME, NO_TIME = "0", "9" * 12  # MOSA_MIN_SECONDS: start again in the job, or by requeue
+
+
+def fault(name: str, *, rank: int = 1, step: int = 4, place: str = "step") -> tuple[str, ...]:
+    values = {"fault": name, "rank": rank, "step": step, "place": place}
+    return tuple(f"fault_injection.{key}={value}" for key, value in values.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training: Jobs) -> list[float]:
+    return run_to_the_end(training, "undisturbed-tp2", *TENSOR_PARALLEL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_data_parallel(training: Jobs) -> list[float]:
+    return run_to_the_end(training, "undisturbed-dp2", *DATA_PARALLEL)
+
+
+def run_to_the_end(jobs: Jobs, name: str, *overrides: str) -> list[float]:
+    """Losses of a run over two nodes."""
+    wait_until_done(jobs, jobs.submit(name, "--nodes=2", overrides=overrides), name)
+    return jobs.losses(name)
+
+
+def wait_until_done(jobs: Jobs, job: str, name: str) -> None:
+    state = jobs.cluster.wait_for_job(job)
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), jobs.explain(name)
+    assert processes_of(name) == []
+
+
+def processes_of(name: str) -> list[int]:
+    """Those that a run left behind."""
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if f"run.name={name}" in (p.info["cmdline"] or ())]
+
+
+def check_recovery(jobs: Jobs, name: str, losses: list[float]) -> None:
+    """The run went on from a checkpoint, once, to the same losses; notes how long that took."""
+    attempts = sorted((jobs.run(name) / "logs").glob("*-*"), key=lambda path: path.stat().st_mtime)
+    said = [(attempt / "rank-0.log").read_text() for attempt in attempts]
+    resumed = [re.search(r"resumed from \S*step-0*(\d+)", text) for text in said]
+    assert resumed[0] is None and resumed[-1] is not None, jobs.explain(name)  # never from step 0 again
+    assert jobs.steps(name) == STEPS
+    assert jobs.losses(name) == losses, jobs.explain(name)
+    struck = (jobs.run(name) / "fault_injected").stat().st_mtime
+    ended = re.search(rf"^(.{{19}}) .* attempt {attempts[0].name} ended", jobs.output(name), re.MULTILINE)
+    first_new = jobs.run(name) / "checkpoints" / f"step-{int(resumed[-1][1]) + 1:08d}" / "manifest.json"
+    end = datetime.fromisoformat(ended[1]).timestamp() if ended else float("nan")  # the script itself died
+    TIMES[name] = (end - struck, first_new.stat().st_mtime - struck)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "min_seconds"),
+    [
+        ("SIGUSR1", "step", NO_TIME),
+        ("SIGTERM", "save", MUCH_TIME),
+        ("SIGTERM", "validation", MUCH_TIME),
+        ("kill", "step", MUCH_TIME),
+        ("error", "step", MUCH_TIME),
+    ],
+)
+def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str, place: str, min_seconds: str) -> None:
+    jobs, run = training, f"{name}-{place}"
+    overrides = (*TENSOR_PARALLEL, *fault(name, step=3 if place == "validation" else 4, place=place))
+    job = jobs.submit(run, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=min_seconds)
+    wait_until_done(jobs, job, run)
+    check_recovery(jobs, run, undisturbed)
+    assert jobs.cluster.job(job)["Restarts"] == str(int(min_seconds == NO_TIME))
+
+
+def test_scancel_saves_and_the_next_job_goes_on(training: Jobs, undisturbed: list[float]) -> None:
+    jobs = training
+    overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=2")
+    job = jobs.submit("cancel", "--nodes=2", overrides=overrides)
+    jobs.cluster.wait((jobs.run("cancel") / "fault_injected").exists, 60, "step that takes long")
+    jobs.cluster.call("scancel", job)
+    assert jobs.cluster.wait_for_job(job)["JobState"] == "CANCELLED"
+    status = jobs.run("cancel") / "status.json"
+    jobs.cluster.wait(lambda: json.loads(status.read_text())["state"] == "stopped", 20, "end of the ranks")
+    assert jobs.steps("cancel") == [1, 2, 3, 4]
+    wait_until_done(jobs, jobs.submit("cancel", "--nodes=2", overrides=overrides), "cancel")
+    assert jobs.steps("cancel") == STEPS
+    assert jobs.losses("cancel") == undisturbed
+
+
+def test_a_rank_that_hangs(training: Jobs, undisturbed: list[float]) -> None:
+    jobs = training
+    overrides = (*TENSOR_PARALLEL, *fault("stop"), "resilience.hang_timeout=8")
+    job = jobs.submit("stop", "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=MUCH_TIME)
+    wait_until_done(jobs, job, "stop")
+    check_recovery(jobs, "stop", undisturbed)
+    assert "no progress for 8 s while" in (jobs.run("stop") / "stacks" / "rank-00000.txt").read_text()
+    assert "again in 0 s: rank 0: no progress" in jobs.output("stop")
+
+
+def test_a_time_limit(training: Jobs, undisturbed: list[float]) -> None:
+    """Of a minute; Slurm looks every 30 s and rounds the notice up to that."""
+    jobs = training
+    overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=40")
+    job = jobs.submit("limit", "--nodes=2", "--time=1", "--signal=USR1@20", overrides=overrides)
+    wait_until_done(jobs, job, "limit")
+    check_recovery(jobs, "limit", undisturbed)
+    assert jobs.cluster.job(job)["Restarts"] == "1"
+    assert ": SIGUSR1; " in jobs.output("limit")
+
+
+@pytest.mark.parametrize("node", ["n2", "n1"])  # n1 has the batch script and rank 0
+def test_a_node_that_dies(training: Jobs, undisturbed: list[float], node: str) -> None:
+    jobs, cluster = training, training.cluster
+    overrides = (*TENSOR_PARALLEL, *fault("pause"))
+    job = jobs.submit(node, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=MUCH_TIME)
+    struck = jobs.run(node) / "fault_injected"
+    cluster.wait(struck.exists, 60, "step to die in")
+    cluster.kill_node(node)
+    struck.touch()
+    cluster.wait(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "requeue")
+    cluster.start_node(node)
+    wait_until_done(jobs, job, node)
+    check_recovery(jobs, node, undisturbed)
+
+
+def test_a_number_that_is_none(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
+    jobs = training
+    wanted = run_to_the_end(jobs, "told", *DATA_PARALLEL, "train.skip_steps=[4]")
+    losses = run_to_the_end(jobs, "nan", *DATA_PARALLEL, *fault("nan"))
+    assert losses[:3] == undisturbed_data_parallel[:3]
+    assert losses == wanted and losses != undisturbed_data_parallel, jobs.explain("nan")
+    assert "step 4 skipped: loss nan" in (jobs.run("nan") / "logs").glob("*/rank-0.log").__next__().read_text()
+
+
+def test_a_chain_goes_on_where_the_job_before_it_was_stopped(training: Jobs, undisturbed: list[float]) -> None:
+    jobs = training
+    options = ["--nodes=2", "--chain=2", "--sbatch-argument=--no-requeue", *fault("SIGUSR1")]
+    done = submit(jobs, "run.name=links", *TENSOR_PARALLEL, *options, MOSA_MIN_SECONDS=NO_TIME)
+    assert done.returncode == 0, done.stderr
+    (names,) = (jobs.run("links") / "submit").glob("*/jobs.txt")
+    first, second = names.read_text().split()
+    assert jobs.cluster.wait_for_job(first)["ExitCode"] == "75:0"
+    wait_until_done(jobs, second, "links")
+    assert jobs.steps("links") == STEPS
+    assert jobs.losses("links") == undisturbed
+
+
+def test_a_run_goes_on_with_another_number_of_nodes(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
+    jobs = training
+    wait_until_done(
+        jobs, jobs.submit("shrunk", "--nodes=2", overrides=(*DATA_PARALLEL, "train.stop_after_step=3")), "shrunk"
+    )
+    assert jobs.steps("shrunk") == [1, 2, 3]
+    wait_until_done(jobs, jobs.submit("shrunk", "--nodes=1", overrides=DATA_PARALLEL), "shrunk")
+    assert jobs.steps("shrunk") == STEPS
+    assert jobs.losses("shrunk")[:4] == undisturbed_data_parallel[:4]
+    assert jobs.losses("shrunk") == pytest.approx(undisturbed_data_parallel, abs=1e-6)
