@@ -17,7 +17,7 @@ FLOORS = [
     {"model"},
     {"checkpoint", "engine", "metrics"},
     {"train"},
-    {"scaling", "slurm"},
+    {"decode", "scaling", "slurm"},
     {"cli", "__main__"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
