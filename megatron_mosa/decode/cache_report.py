@@ -47,7 +47,7 @@ class Row:
     """By kind of heads: keys and values that are there."""
 
     allocated: int
-    """Of all kinds: buffers, with their room to grow, as long as the head with the most tokens."""
+    """Of all kinds: buffers with their room to grow, blocks that are not full, the table of blocks."""
 
     selected_share: float | None
     """Tokens that a MoSA head has selected, of all, in the mean; None: there are no MoSA heads."""

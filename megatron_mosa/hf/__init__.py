@@ -6,5 +6,6 @@ The files of ``MODELLING_FILES`` are copied into every exported folder as they a
 from pathlib import Path
 
 MODELLING_FILES = tuple(
-    Path(__file__).with_name(f"{name}_mosa.py") for name in ("configuration", "modeling", "heads", "tokens", "cache")
+    Path(__file__).with_name(f"{name}_mosa.py")
+    for name in ("configuration", "modeling", "heads", "tokens", "cache", "rows")
 )

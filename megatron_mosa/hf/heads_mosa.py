@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache_mosa import DenseRows, MosaCacheLayer, SelectedRows, WindowRows
+from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
+from .rows_mosa import DenseRows, SelectedRows, WindowRows
 from .tokens_mosa import Tokens, rotate
 
 PIECE = 512  # queries that attend at once where a mask is needed
@@ -150,19 +151,10 @@ class MosaHeads(nn.Module):
         """Among the selected tokens [B, E, k, h'], which are in order; places that are not ``taken`` [B, E, k] last."""
         first = rows is None or rows.keys is None
         if rows is not None:
-            batch, heads, count, _ = key.shape
-            before = 0 if rows.counts is None else rows.counts  # [B, E]
-            after = before + taken.sum(-1)
-            length = rows.reserve(key, int(after.max()))
-            places = (after - taken.sum(-1))[..., None] + torch.arange(count, device=key.device)  # [B, E, k]
-            sequence = torch.arange(batch, device=key.device)[:, None, None]
-            head = torch.arange(heads, device=key.device)[:, None]
-            rows.write((sequence, head, places.masked_fill(~taken, rows.rows)), key, value)
-            rows.counts = after
+            own = rows.add_packed(key, value, taken)  # [B, E, k]
             if not first:
-                visible = torch.arange(length, device=key.device) <= places.unsqueeze(-1)  # [B, E, k, rows]
-                assert rows.keys is not None and rows.values is not None
-                keys, values = rows.keys[:, :, :length], rows.values[:, :, :length]
+                keys, values = rows.read()  # [B, E, rows, h']
+                visible = torch.arange(keys.shape[2], device=key.device) <= own.unsqueeze(-1)  # [B, E, k, rows]
                 return F.scaled_dot_product_attention(query, keys, values, visible)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)  # places are in order of positions
 
@@ -178,13 +170,10 @@ class MosaHeads(nn.Module):
         table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
         cos, sin = (part[table] for part in tokens.rotary)  # [n, 1, pairs]
         query, key = rotate(states[:, :2], cos, sin).unbind(1)  # [n, h']
-        length = rows.reserve(key.new_empty(batch, len(self.router_weight), 0, key.shape[-1]))
-        assert rows.counts is not None and rows.keys is not None and rows.values is not None
-        places = rows.counts[sequence, head]  # [n]
-        rows.write((sequence, head, places), key, states[:, 2])
-        rows.counts = rows.counts + chosen
-        keys, values = rows.keys[sequence, head, :length], rows.values[sequence, head, :length]  # [n, rows, h']
-        visible = torch.arange(length, device=key.device) <= places[:, None]  # [n, rows]
+        rows.begin(key.new_empty(batch, len(self.router_weight), 0, key.shape[-1]))
+        own = rows.add_pairs(chosen, (sequence, head), key, states[:, 2])  # [n]
+        keys, values = rows.read((sequence, head))  # [n, rows, h']
+        visible = torch.arange(keys.shape[1], device=key.device) <= own[:, None]  # [n, rows]
         attended = F.scaled_dot_product_attention(query[:, None], keys, values, visible[:, None])[:, 0]  # [n, h']
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
         return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
