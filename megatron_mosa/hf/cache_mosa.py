@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_mosa import MosaConfig
 from .rows_mosa import DenseRows, Rows, SelectedRows, WindowRows
+
+# What transformers calls the cache, in arguments and outputs: "past_key_values" in earlier versions.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MosaCacheLayer(CacheLayerMixin):
@@ -126,3 +130,26 @@ def cache_shape(config: MosaConfig) -> dict[str, int]:
         "num_mosa_heads",
     )
     return {name: getattr(config, name) for name in names}
+
+
+def named(cache: MosaCache | None) -> dict[str, Any]:
+    """The cache under its name in outputs and arguments, if there is one."""
+    return {} if cache is None else {CACHE: cache}
+
+
+def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
+    """Refuse a cache that does not go with the model and the batch.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not isinstance(cache, MosaCache):
+        raise ValueError(f"{CACHE} is a {type(cache).__name__}; legal: what model.new_cache() gives, or none")
+    if torch.is_grad_enabled():
+        raise ValueError("a cache takes no gradients; call the model under torch.no_grad(), or with use_cache=False")
+    for name, value in cache_shape(config).items():
+        if cache.shape[name] != value:
+            raise ValueError(f"{CACHE} is of another model: its {name}={cache.shape[name]}, this model's {value}")
+    if cache.batch not in (None, batch):
+        raise ValueError(f"{CACHE} holds {cache.batch} sequences, the input {batch}; legal: as many")
+    cache.batch = batch

@@ -16,14 +16,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_mosa import MosaCache, MosaCacheLayer, cache_shape
+from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, check_cache, named
 from .configuration_mosa import MosaConfig
 from .heads_mosa import MosaAttention, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
-# What transformers calls the cache, in arguments and outputs: "past_key_values" in earlier versions.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MosaMLP(nn.Module):
@@ -166,29 +164,6 @@ class MosaModel(MosaPreTrainedModel):
             )
 
 
-def named(cache: MosaCache | None) -> dict[str, Any]:
-    """The cache under its name in outputs and arguments, if there is one."""
-    return {} if cache is None else {CACHE: cache}
-
-
-def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
-    """Refuse a cache that does not go with the model and the batch.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if not isinstance(cache, MosaCache):
-        raise ValueError(f"{CACHE} is a {type(cache).__name__}; legal: what model.new_cache() gives, or none")
-    if torch.is_grad_enabled():
-        raise ValueError("a cache takes no gradients; call the model under torch.no_grad(), or with use_cache=False")
-    for name, value in cache_shape(config).items():
-        if cache.shape[name] != value:
-            raise ValueError(f"{CACHE} is of another model: its {name}={cache.shape[name]}, this model's {value}")
-    if cache.batch not in (None, batch):
-        raise ValueError(f"{CACHE} holds {cache.batch} sequences, the input {batch}; legal: as many")
-    cache.batch = batch
-
-
 class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     """A MoSA language model with its output embedding."""
 
@@ -271,8 +246,11 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         if causal_approximation is not None:
             raise ValueError(f"causal_approximation={causal_approximation!r}: the model is causal; legal: None")
         self.model.check_thresholds()
-        if self._wants_cache(args, kwargs) and kwargs.get("cache", kwargs.get("past_key_values")) is None:
-            kwargs |= {CACHE: self.new_cache()}
+        given = [
+            cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
+        ]
+        if given or self._wants_cache(args, kwargs):
+            kwargs[CACHE] = given[0] if given else self.new_cache()
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
 
     def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -89,6 +89,11 @@ for case in torch.load(sys.argv[1]):
     try:
         longer = model.generate(case["tokens"], max_new_tokens=2, do_sample=False)
         assert longer.shape[1] == case["tokens"].shape[1] + 2 and not model.config.num_mosa_heads
+        tokenizer.padding_side = "left"
+        batch = tokenizer(["to export 7 and import 49 and back", "back"], padding=True, return_tensors="pt")
+        both = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        alone = model.generate(**tokenizer("back", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+        assert torch.equal(both[1, -3:], alone[0, -3:])
         assert torch.equal(longer[:, -2], case["logits"][:, -1].argmax(-1))
     except ValueError as error:
         assert model.config.num_mosa_heads and "select with the whole sequence in view" in str(error)
@@ -118,8 +123,8 @@ def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str
     folder = exported["hybrid"]
     names = [
         "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "heads_mosa.py", "manifest.json",
-        "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_mosa.py", "tokenizer.json",
-        "tokenizer_config.json", "tokens_mosa.py",
+        "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_mosa.py", "rows_mosa.py",
+        "tokenizer.json", "tokenizer_config.json", "tokens_mosa.py",
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(

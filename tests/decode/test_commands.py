@@ -14,6 +14,7 @@ from megatron_mosa.cli import main
 from megatron_mosa.decode.cache_report import baseline_heads
 from megatron_mosa.decode.commands import parse_lengths
 from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.modeling_mosa import CACHE
 from tests.decode.models import build
 from tests.decode.test_generate import by_hand
 
@@ -116,7 +117,7 @@ def test_the_report_measures_the_cache(mosa, folder: Path, tmp_path: Path) -> No
     # the same tokens at once, and counted
     model, pair = build("hybrid"), 2 * 8 * 4
     tokens = torch.randint(97, (1, 2048), generator=torch.Generator().manual_seed(0))[:, :300]
-    cache = model(tokens, use_cache=True)["cache"]
+    cache = model(tokens, use_cache=True)[CACHE]
     selected = sum(int(layer.mosa.counts.sum()) for layer in cache.layers)
     assert rows[1]["used"] == {"dense": 3 * 2 * 300 * pair, "local": 3 * 2 * 6 * pair, "mosa": selected * pair}
     assert rows[1]["total"] == sum(rows[1]["used"].values()) < rows[1]["allocated"]
