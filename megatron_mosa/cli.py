@@ -10,6 +10,7 @@ import typer
 
 from megatron_mosa import __version__
 from megatron_mosa.config import load_config
+from megatron_mosa.decode.commands import cache_report, generate
 from megatron_mosa.entry import keep_freed_memory, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.evaluation.commands import evaluate
@@ -26,6 +27,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
+app.command("generate")(generate)
+app.command("cache-report")(cache_report)
 app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("submit")(submit)

@@ -21,7 +21,9 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
         checkpoint: its folder; the losses are read from the metrics.jsonl of the run directory that it lies in.
         facts: lines of the table that the exporter knows, by their names.
     """
-    selects = config.mosa.num_heads > 0
+    # How MoSA heads select; a model without them is causal whatever it says.
+    selection = getattr(config.mosa, "selection", "expert_choice") if config.mosa.num_heads else "none"
+    looks_ahead = selection == "expert_choice"
     rows = (
         {"model": _model(config)}
         | facts
@@ -30,11 +32,11 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
             f"{config.data.sequence_length:,} tokens",
             "data": _data(metadata),
         }
-        | _losses(metadata.step, checkpoint, selects)
+        | _losses(metadata.step, checkpoint, looks_ahead)
         | {"written by": ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))}
     )
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
-    return _CARD.format(table=table, generation=_SELECTING if selects else _DENSE, documents=_documents(config))
+    return _CARD.format(table=table, generation=_GENERATION[selection], documents=_documents(config))
 
 
 def _model(config: Config) -> str:
@@ -60,9 +62,9 @@ def _data(metadata: Metadata) -> str:
     return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: the checkpoint does not say"
 
 
-def _losses(step: int, checkpoint: Path, selects: bool) -> dict[str, str]:
+def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
     lines = [line for line in read_journal(checkpoint.resolve().parents[1] / "metrics.jsonl") if line["step"] <= step]
-    label = f" ({_NON_CAUSAL})" if selects else ""
+    label = f" ({_NON_CAUSAL})" if looks_ahead else ""
     found = {}
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
@@ -79,10 +81,18 @@ def _cell(text: Any) -> str:
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 
-_SELECTING = """**Expert choice is not causal.** A MoSA head takes the tokens of the sequence with the largest scores,
-so what the model predicts at a token depends on the tokens after it, and the losses above are not those of a decoder.
-`generate` is therefore not offered and raises an error. The model scores and embeds whole sequences."""
-_DENSE = """All heads are causal. `generate` works; it computes the whole sequence for every new token."""
+_GENERATION = {
+    "expert_choice": """**Expert choice is not causal.** A MoSA head takes the tokens of the sequence with the largest
+scores, so what the model predicts at a token depends on the tokens after it, and the losses above are not those of a
+decoder. The model scores and embeds whole sequences. `generate` is refused, unless the approximation is asked for by
+name: `generate(..., causal_approximation="prefix")` has the heads choose in the prefix anew for every token, which is
+not what was trained, and slow.""",
+    "threshold": """All heads are causal: a MoSA head takes a token if its score is above the head's threshold.
+`generate` keeps keys and values of the selected tokens alone. Prompts of several lengths are padded at the left
+(`tokenizer.padding_side = "left"`).""",
+    "none": """All heads are causal. `generate` keeps keys and values. Prompts of several lengths are padded at the left
+(`tokenizer.padding_side = "left"`).""",
+}
 _WITHIN = """
 It was trained on packed sequences with attention inside documents; here every sequence is one document.
 """
@@ -115,6 +125,6 @@ whether to run it, and either answer gives the tokenizer.
 
 {generation}
 {documents}
-Padding belongs at the end of a sequence (`padding_side="right"`, as the tokenizer is set) and changes nothing at other
-tokens. `vocab_size` counts the rows of the embedding, padding of the vocabulary included.
+Padding may be at either end of a sequence, if `attention_mask` says where, and changes nothing at other tokens.
+`vocab_size` counts the rows of the embedding, padding of the vocabulary included.
 """

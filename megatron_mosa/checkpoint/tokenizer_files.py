@@ -60,6 +60,7 @@ def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -
         "eos_token": end_token,
         "pad_token": end_token,
         "padding_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
     }

@@ -19,8 +19,11 @@ class MosaConfig(PretrainedConfig):
         head_dim: h', the width of every head.
         num_dense_heads, num_key_value_heads: dense heads, and the key and value heads that they share in groups.
         num_local_heads, local_window: sliding-window heads; the tokens that each sees, the token itself included.
-        num_mosa_heads, sparsity: E; each selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence.
-        include_first_token: token 0 is always among the selected.
+        num_mosa_heads, sparsity: E; each selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or
+            about as many by its threshold.
+        selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": every token
+            whose score is above the head's own threshold, and the first.
+        include_first_token: expert choice always selects token 0.
         hidden_act: "gelu" (two matrices) or "silu" (three: SwiGLU).
         norm_type, norm_eps: "LayerNorm" (with a bias) or "RMSNorm".
         rotary_percent, rotary_base: share of a head's channels that is rotated; base of the frequencies.
@@ -49,6 +52,7 @@ class MosaConfig(PretrainedConfig):
         local_window: int = 0,
         num_mosa_heads: int = 0,
         sparsity: float = 16.0,
+        selection: str = "expert_choice",
         include_first_token: bool = True,
         hidden_act: str = "gelu",
         norm_type: str = "LayerNorm",
@@ -74,6 +78,7 @@ class MosaConfig(PretrainedConfig):
         self.local_window = local_window
         self.num_mosa_heads = num_mosa_heads
         self.sparsity = sparsity
+        self.selection = selection
         self.include_first_token = include_first_token
         self.hidden_act = hidden_act
         self.norm_type = norm_type
@@ -85,18 +90,28 @@ class MosaConfig(PretrainedConfig):
         self.attend_within_documents = attend_within_documents
         self.restart_rotary = restart_rotary
         self.selection_scope = selection_scope
-        for name, legal in (("hidden_act", ("gelu", "silu")), ("norm_type", ("LayerNorm", "RMSNorm"))):
+        for name, legal in (
+            ("hidden_act", ("gelu", "silu")),
+            ("norm_type", ("LayerNorm", "RMSNorm")),
+            ("selection", ("expert_choice", "threshold")),
+        ):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")
         if num_dense_heads + num_local_heads + num_mosa_heads < 1:
             raise ValueError("num_dense_heads, num_local_heads and num_mosa_heads are all 0; set one of them above 0")
         if num_local_heads and local_window < 1:
             raise ValueError(f"local_window={local_window}; legal with local heads: 1 or more")
-        kwargs["use_cache"] = False  # there is none: the whole sequence is computed at once
+        use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
+        self.use_cache = use_cache and self.can_decode  # by generate
         self.num_attention_heads = num_dense_heads + num_local_heads + num_mosa_heads
 
+    @property
+    def can_decode(self) -> bool:
+        """Whether what the model does at a token depends on the tokens before it alone."""
+        return not self.num_mosa_heads or self.selection == "threshold"
+
     def num_selected(self, length: int) -> int:
-        """k, the tokens that a MoSA head selects of ``length``."""
+        """k, the tokens that expert choice selects of ``length``, and a threshold aims at."""
         return min(max(int(length / self.sparsity), 2), length)

@@ -25,7 +25,9 @@ from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
 from megatron_mosa.cli import main
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
-from megatron_mosa.hf.modeling_mosa import MosaForCausalLM, MosaHeads
+from megatron_mosa.hf.heads_mosa import MosaHeads
+from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
 from megatron_mosa.kernels.naive import select_tokens
 from tests.conversion.models import KINDS, Trained
 
@@ -87,9 +89,14 @@ for case in torch.load(sys.argv[1]):
     try:
         longer = model.generate(case["tokens"], max_new_tokens=2, do_sample=False)
         assert longer.shape[1] == case["tokens"].shape[1] + 2 and not model.config.num_mosa_heads
+        tokenizer.padding_side = "left"
+        batch = tokenizer(["to export 7 and import 49 and back", "back"], padding=True, return_tensors="pt")
+        both = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        alone = model.generate(**tokenizer("back", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+        assert torch.equal(both[1, -3:], alone[0, -3:])
         assert torch.equal(longer[:, -2], case["logits"][:, -1].argmax(-1))
-    except NotImplementedError as error:
-        assert model.config.num_mosa_heads and "expert choice selects with the whole sequence in view" in str(error)
+    except ValueError as error:
+        assert model.config.num_mosa_heads and "select with the whole sequence in view" in str(error)
 assert not {"megatron_mosa", "megatron", "deepspeed"} & set(sys.modules)
 print("done")
 """
@@ -115,8 +122,9 @@ def test_it_works_without_this_project(trained: dict[str, Trained], exported: di
 def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str, Path]) -> None:
     folder = exported["hybrid"]
     names = [
-        "README.md", "config.json", "configuration_mosa.py", "manifest.json", "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json", "modeling_mosa.py", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "heads_mosa.py", "manifest.json",
+        "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_mosa.py", "rows_mosa.py",
+        "tokenizer.json", "tokenizer_config.json", "tokens_mosa.py",
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(
@@ -126,7 +134,7 @@ def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str
     assert "step 12, 192 sequences of 40 tokens" in card and "fingerprint 0123abcd" in card
     assert "| validation loss | 4.2500 nats per token at step 12 (not causal: expert choice" in card
     assert "9.0" not in card  # of a step that is not in the checkpoint
-    assert "generate` is therefore not offered" in card and "here every sequence is one document" in card
+    assert "`generate` is refused, unless" in card and "here every sequence is one document" in card
     assert "not causal" not in (exported["dense"] / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"]) == (384, 0)
@@ -156,29 +164,38 @@ def test_selection_ties_and_padding() -> None:
     config = MosaConfig(hidden_size=8, head_dim=4, num_mosa_heads=3, sparsity=2, include_first_token=True)
     scores = torch.randint(4, (5, 3, 12), generator=torch.Generator().manual_seed(0)) / 4  # full of ties
     heads = MosaHeads(config)
-    assert torch.equal(heads.select(scores, None), select_tokens(scores, 6, True))
+    positions = torch.arange(12)[None]
+    whole = Tokens(positions, rotary_tables(positions, config))
+    assert torch.equal(heads.select(scores, whole), select_tokens(scores, 6, True))
     lengths = [12, 3, 8, 1, 7]
-    found = heads.select(scores, lengths)
-    for number, length in enumerate(lengths):
-        count = config.num_selected(length)
-        alone = select_tokens(scores[number : number + 1, :, :length], count, True)[0]
-        assert torch.equal(found[number, :, :count], alone)
-        assert (found[number, :, count:] == 12).all()
+    for side in ("right", "left"):
+        starts = [12 - length if side == "left" else 0 for length in lengths]
+        first, count = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
+        valid = (positions >= first) & (positions < first + count)
+        padded = Tokens(positions - first, whole.rotary, valid, valid, lengths)
+        found = heads.select(scores, padded)
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            count = config.num_selected(length)
+            alone = select_tokens(scores[number : number + 1, :, start : start + length], count, True)[0]
+            assert torch.equal(found[number, :, :count], alone + start)
+            assert (found[number, :, count:] == 12).all()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_padding_at_the_end_changes_nothing_and_elsewhere_is_refused(
-    trained: dict[str, Trained], exported: dict[str, Path]
+def test_padding_at_either_end_changes_nothing(
+    trained: dict[str, Trained], exported: dict[str, Path], side: str
 ) -> None:
     model, tokens = load(exported["hybrid"]), trained["hybrid"].tokens
     mask = torch.ones_like(tokens)
-    mask[1, 17:] = 0
+    there = slice(0, 17) if side == "right" else slice(23, 40)
+    mask[1] = 0
+    mask[1, there] = 1
     padded = model(tokens, attention_mask=mask).logits
-    torch.testing.assert_close(padded[1, :17], model(tokens[1:2, :17]).logits[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded[1, there], model(tokens[1:2, there]).logits[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(padded[0], trained["hybrid"].logits[0], rtol=0, atol=1e-4)
-    for bad in (mask.flip(1), torch.zeros_like(mask)):
-        with pytest.raises(ValueError, match=r"padding belongs at the end of a sequence; set tokenizer.padding_side"):
-            model(tokens, attention_mask=bad)
+    with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; legal: a 1 at every token"):
+        model(tokens, attention_mask=torch.zeros_like(mask))
     with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); legal: \(3, 40\)"):
         model(tokens, attention_mask=torch.ones(3, 1, 40, 40))
     with pytest.raises(ValueError, match=r"position_ids is not supported"):

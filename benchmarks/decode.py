@@ -1,0 +1,160 @@
+"""Tokens per second of decoding: MoSA models with thresholds beside a dense one, with torch and transformers alone.
+
+    python -m benchmarks.decode --output decode.json
+
+Widths are those of the paper's Small (9 layers, h 1024, h' 64). Weights are random, and thresholds set so that every
+head selects a share of 1 / sparsity of random tokens. A cache is filled with one random sequence, copied for the batch,
+and goes on with other random tokens in each sequence; what is timed are calls of the model on one token a sequence, in
+bf16 on a GPU. Before anything is timed, a small copy of each model shows that cached decoding is its forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.heads_mosa import MosaHeads
+from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+
+SMALL = {
+    "vocab_size": 8064, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9, "head_dim": 64,
+    "max_position_embeddings": 1024, "selection": "threshold", "num_dense_heads": 0,
+}  # fmt: skip
+TOY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"num_dense_heads": 9},
+    "equal FLOPs": {"num_dense_heads": 4, "num_mosa_heads": 210, "sparsity": 32},
+    "equal perplexity": {"num_dense_heads": 4, "num_mosa_heads": 14, "sparsity": 32},
+    "local": {"num_local_heads": 4, "local_window": 1024, "num_mosa_heads": 60, "sparsity": 128},
+}
+PIECE = 2048  # tokens of the prompt at once
+
+
+def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | None = None) -> MosaForCausalLM:
+    """A model with random weights, its thresholds at the quantiles of scores that random tokens have.
+
+    Args:
+        spread: standard deviation of all weights; None: as a new model's.
+    """
+    torch.manual_seed(0)
+    model = MosaForCausalLM(config).to(device=device, dtype=dtype).eval()
+    for parameter in model.parameters() if spread else ():
+        torch.nn.init.normal_(parameter, std=spread)
+    heads = [module for module in model.modules() if isinstance(module, MosaHeads)]
+
+    def set_thresholds(module: MosaHeads, given: tuple[Any, ...]) -> None:
+        scores = torch.sigmoid(given[0].float() @ module.router_weight.float().T).flatten(0, 1)  # [T, E]
+        module.thresholds.copy_(scores.quantile(1 - 1 / config.sparsity, dim=0))
+
+    for module in heads:
+        module.thresholds.fill_(0.5)
+    hooks = [module.register_forward_pre_hook(set_thresholds) for module in heads]
+    with torch.no_grad():
+        model(torch.randint(config.vocab_size, (1, 4096), device=device), logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+@torch.no_grad()
+def check(changes: dict[str, Any], device: str) -> float:
+    """The largest difference of logits, decoded and at once, of a narrow copy in fp32, to their spread."""
+    model = build(MosaConfig(**(SMALL | TOY | changes | {"local_window": 24})), device, torch.float32, spread=0.3)
+    tokens = torch.randint(TOY["vocab_size"], (2, 160), device=device)
+    expected, cache = model(tokens).logits, model.new_cache()
+    found = [model(tokens[:, :100], **{CACHE: cache}).logits]
+    found += [model(tokens[:, column : column + 1], **{CACHE: cache}).logits for column in range(100, 160)]
+    difference = ((torch.cat(found, dim=1) - expected).abs().max() / expected.std()).item()
+    if not difference < 1e-3:
+        raise SystemExit(
+            f"decoding is not the forward pass: logits differ by {difference:.1e} of their spread; nothing is timed"
+        )
+    return difference
+
+
+@torch.no_grad()
+def measure(model: MosaForCausalLM, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """Tokens per second, and bytes of the cache, at ``batch`` sequences of ``context`` tokens."""
+    device, vocabulary = model.device, model.config.vocab_size
+    prompt = torch.randint(vocabulary, (1, context), device=device)
+    cache = model.new_cache()
+    start = now(device)
+    for piece in prompt.split(PIECE, dim=1):
+        model(piece, logits_to_keep=1, **{CACHE: cache})
+    prefill = now(device) - start
+    cache.batch_repeat_interleave(batch)
+    tokens = torch.randint(vocabulary, (batch, 3 * steps), device=device)
+    for step in range(steps):  # not timed: kernels are chosen, buffers grow once
+        model(tokens[:, step : step + 1], **{CACHE: cache})
+    seconds = []
+    for repetition in (1, 2):
+        start = now(device)
+        for step in range(repetition * steps, (repetition + 1) * steps):
+            model(tokens[:, step : step + 1], **{CACHE: cache})
+        seconds.append(now(device) - start)
+    sizes = cache.bytes().values()
+    return {
+        "batch": batch,
+        "context": context,
+        "tokens_per_second": batch * steps / min(seconds),
+        "milliseconds_per_step": 1000 * min(seconds) / steps,
+        "slower_repetition": max(seconds) / min(seconds) - 1,
+        "prefill_tokens_per_second": context / prefill,
+        "cache_gib": sum(used for _, used in sizes) / 2**30,
+        "cache_allocated_gib": sum(allocated for allocated, _ in sizes) / 2**30,
+    }
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Measure all models, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--context", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--toy", action="store_true", help="narrow models, to see that it runs")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    results = []
+    print("| model | batch | context | tokens/s | ms a step | cache, GiB (allocated) | prefill, tokens/s |")
+    print("| --- |" + " ---: |" * 6)
+    for name in options.models:
+        difference = check(MODELS[name], device)
+        model = build(MosaConfig(**(SMALL | (TOY if options.toy else {}) | MODELS[name])), device, dtype)
+        for context in options.context:
+            for batch in options.batch:
+                row = {"model": name, "check": difference} | measure(model, batch, context, options.steps)
+                results.append(row)
+                print(
+                    f"| {name} | {batch} | {context:,} | {row['tokens_per_second']:,.0f} | "
+                    f"{row['milliseconds_per_step']:.2f} | {row['cache_gib']:.2f} ({row['cache_allocated_gib']:.2f}) | "
+                    f"{row['prefill_tokens_per_second']:,.0f} |",
+                    flush=True,
+                )
+        del model
+    if options.output is not None:
+        name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+        facts = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+        models = {name: SMALL | (TOY if options.toy else {}) | MODELS[name] for name in options.models}
+        options.output.write_text(json.dumps(facts | {"models": models, "rows": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

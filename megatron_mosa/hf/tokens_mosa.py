@@ -1,0 +1,80 @@
+"""Which tokens a call computes: their positions, their rotary angles, and what of them is padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache_mosa import MosaCache
+from .configuration_mosa import MosaConfig
+
+
+class Tokens(NamedTuple):
+    """What every layer must know of the tokens that it computes; the model computes it once."""
+
+    positions: Tensor
+    """[B or 1, T], in each one's own sequence, which begins after the padding at its left."""
+
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines of the positions, [B or 1, T, n] for n pairs of channels."""
+
+    valid: Tensor | None = None
+    """[B, T], False at padding; None: there is none."""
+
+    valid_keys: Tensor | None = None
+    """[B, columns], the same of all columns so far, these included."""
+
+    lengths: list[int] | None = None
+    """Tokens of each sequence without padding; of expert choice alone."""
+
+
+def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, [..., n] each, for the n pairs of channels that are rotated at positions [...]."""
+    size = 2 * int(config.head_dim * config.rotary_percent / 2)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / max(size, 1)
+    angles = positions.float().unsqueeze(-1) * config.rotary_base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading channels of queries or keys [..., h'] (half-split pairs); cos and sin [..., n]."""
+    size = 2 * cos.shape[-1]
+    if size == 0:
+        return states
+    first, second = states[..., :size].float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
+
+
+def read_tokens(
+    attention_mask: Tensor | None, hidden_states: Tensor, cache: MosaCache | None, config: MosaConfig
+) -> Tokens:
+    """Positions and padding of the tokens [B, T, h] that follow those in the cache.
+
+    Raises:
+        ValueError: a mask of another shape, one of a sequence without tokens, or none after one.
+    """
+    batch, length, _ = hidden_states.shape
+    columns = length + (0 if cache is None else cache.get_seq_length())
+    device = hidden_states.device
+    if attention_mask is not None and attention_mask.shape != (batch, columns):
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; legal: {(batch, columns)}")
+    padded = cache is not None and cache.padded
+    if attention_mask is None and padded:
+        raise ValueError(f"attention_mask is missing, and the cache began with one; legal: {(batch, columns)}, ones")
+    # A single token waits for nothing: its mask is taken to hold padding.
+    if attention_mask is None or (not padded and length > 1 and bool((attention_mask == 1).all())):
+        positions = torch.arange(columns - length, columns, device=device)[None]  # [1, T]
+        return Tokens(positions, rotary_tables(positions, config))
+    mask = attention_mask.to(device=device, dtype=torch.bool)
+    lengths = None
+    if cache is None:
+        lengths = mask.sum(dim=1).tolist()
+        if 0 in lengths:
+            raise ValueError(f"attention_mask is 0 throughout sequence {lengths.index(0)}; legal: a 1 at every token")
+    else:
+        cache.padded = True
+    positions = (mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)  # [B, T]
+    return Tokens(positions, rotary_tables(positions, config), mask[:, -length:], mask, lengths)

@@ -1,0 +1,65 @@
+"""``mosa generate`` and ``mosa cache-report`` take checkpoints, too: what comes out is what an export says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.cli import main
+from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from tests.conversion.models import Trained
+
+
+@pytest.fixture
+def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """``mosa WORDS``: its exit code, output and errors; no temporary folder is left behind."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the test printed itself
+        monkeypatch.setattr(sys, "argv", ["mosa", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert not list(temporary.glob("mosa-*"))
+        return ended.value.code, printed.out, printed.err  # type: ignore[return-value]
+
+    return call
+
+
+@torch.no_grad()
+def test_a_checkpoint_is_exported_on_the_way(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:
+    run = trained["dense"].checkpoint.parents[1]
+    export_hf(run, tmp_path / "exported", checks_logits=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
+    tokens = tokenizer("to export 7", return_tensors="pt").input_ids
+    longer = MosaForCausalLM.from_pretrained(tmp_path / "exported").generate(tokens, max_new_tokens=9, do_sample=False)
+    expected = tokenizer.decode(longer[0, tokens.shape[1] :], skip_special_tokens=True)
+    words = ("--prompt", "to export 7", "--max-new-tokens", 9, "--temperature", 0)
+    for path in (run, trained["dense"].checkpoint, tmp_path / "exported"):
+        code, printed, _ = mosa("generate", path, *words)
+        assert code == 0 and printed.rstrip("\n") == expected.rstrip("\n")
+    code, printed, _ = mosa("cache-report", run, "--lengths", "30,60", "--json", "--dense-heads", 4)
+    rows = json.loads(printed)["rows"]
+    assert code == 0 and [row["used"] for row in rows] == [{"dense": 2 * 2 * 2 * 8 * 4 * length} for length in (30, 60)]
+
+
+def test_mistakes(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:
+    code, _, errors = mosa("generate", trained["hybrid"].checkpoint, "--prompt", "to")
+    assert code == 2 and "selects by expert choice (mosa.selection), with the whole sequence in view" in errors
+    run = tmp_path / "run"
+    shutil.copytree(trained["dense"].checkpoint.parents[1], run)
+    metadata = next(run.glob("checkpoints/*/metadata.json"))
+    assert "tokenizer.json" not in {path.name for path in run.rglob("*")} and metadata.is_file()
+    code, _, errors = mosa("generate", run, "--prompt", "to", "--tokenizer", tmp_path / "none.json")
+    assert code == 2 and "the model's tokenizer is not found: there is none at" in errors

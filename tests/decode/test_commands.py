@@ -1,0 +1,167 @@
+"""``mosa generate`` and ``mosa cache-report``: what they print, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_mosa.cli import main
+from megatron_mosa.decode.cache_report import baseline_heads
+from megatron_mosa.decode.commands import parse_lengths
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.modeling_mosa import CACHE
+from tests.decode.models import build
+from tests.decode.test_generate import by_hand
+
+
+def write(folder: Path, kind: str = "hybrid", selection: str = "threshold", **changes: object) -> Path:
+    """An exported folder, with a tokenizer of single letters."""
+    model = build(kind, selection, **changes)
+    model.save_pretrained(folder)
+    letters = Tokenizer(models.WordLevel({chr(32 + number): number for number in range(95)}, unk_token=" "))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    letters.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("exported") / "hybrid")
+
+
+@pytest.fixture
+def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """``mosa WORDS``: its exit code, output and errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mosa", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err  # type: ignore[return-value]
+
+    return call
+
+
+@torch.no_grad()
+def test_generate_prints_what_the_model_says(mosa, folder: Path, tmp_path: Path) -> None:
+    prompt = torch.tensor([ord(letter) - 32 for letter in "abc d"])
+    expected = "".join(chr(32 + number) for number in by_hand(build("hybrid"), prompt, 9)[5:])
+    options = ("--max-new-tokens", 9, "--temperature", 0)
+    code, printed, _ = mosa("generate", folder, "--prompt", "abc d", *options)
+    assert (code, printed) == (0, expected + "\n")
+    (tmp_path / "prompt").write_text("abc d")
+    assert mosa("generate", folder, "--prompt-file", tmp_path / "prompt", *options)[1] == expected + "\n"
+    drawn = [mosa("generate", folder, "--prompt", "abc d", "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) > 100
+
+
+def test_mistakes_in_generating(mosa, folder: Path, tmp_path: Path) -> None:
+    expert = write(tmp_path / "expert", selection="expert_choice")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    prompt = ("--prompt", "abc")
+    cases: list[tuple[list[object], str]] = [
+        ([folder], "give either --prompt TEXT or --prompt-file FILE"),
+        ([folder, *prompt, "--prompt-file", "x"], "give either --prompt TEXT or --prompt-file FILE"),
+        ([folder, "--prompt", ""], "--prompt is empty; legal: text of one token or more"),
+        ([folder, "--prompt-file", tmp_path / "none"], "cannot be read: No such file or directory; give a file of"),
+        ([folder, *prompt, "--temperature", "-1"], "--temperature=-1.0 is out of range; legal: 0 (the most likely"),
+        ([folder, *prompt, "--top-p", "0"], "--top-p=0.0 is out of range; legal: above 0, up to 1"),
+        ([folder, *prompt, "--top-k", "-1"], "--top-k=-1 is out of range; legal: 0 (all tokens) or more"),
+        ([folder, *prompt, "--max-new-tokens", "0"], "--max-new-tokens=0 is out of range; legal: 1 or more"),
+        ([folder, *prompt, "--device", "abacus"], "--device=abacus is not there; legal: auto, cpu, and cuda"),
+        ([folder, *prompt, "--dtype", "int4"], "--dtype=int4 is not legal; legal: auto, float32, bfloat16"),
+        ([folder, *prompt, "--tokenizer", "x"], "has its own; leave it out"),
+        ([folder, *prompt, "--causal-approximation", "prefix"], "is causal without it; leave it out"),
+        ([expert, *prompt], "expert choice (mosa.selection), with the whole sequence in view, so no token can be"),
+        ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation=x is not known; legal: prefix"),
+        ([other, *prompt], "has model_type=gpt2; legal: mosa, as mosa checkpoint export --to hf writes it"),
+        ([tmp_path / "nothing", *prompt], "nothing' does not exist"),
+    ]
+    for words, message in cases:
+        code, printed, errors = mosa("generate", *words)
+        assert code == 2 and printed == "", words
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors, errors
+    code, printed, _ = mosa("generate", expert, *prompt, "--causal-approximation", "prefix", "--max-new-tokens", 4)
+    assert code == 0 and len(printed) > 1
+
+
+def test_thresholds_that_nothing_set(mosa, tmp_path: Path) -> None:
+    model = build("pure")
+    model.model.layers[1].self_attn.mosa_heads.thresholds[0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    for words in (["generate", tmp_path / "model", "--prompt", "a"], ["cache-report", tmp_path / "model"]):
+        code, _, errors = mosa(*words)
+        assert code == 2 and "mosa_heads.thresholds of layers 1 are NaN: they are not calibrated" in errors
+
+
+@torch.no_grad()
+def test_the_report_measures_the_cache(mosa, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    code, printed, _ = mosa("cache-report", folder, "--lengths", "100,300,2k", "--json", "--output", output)
+    assert code == 0
+    content = json.loads(printed)
+    assert content == json.loads((output / "cache.json").read_text())
+    assert (output / "cache.png").read_bytes().startswith(b"\x89PNG")
+    rows = content["rows"]
+    assert [row["length"] for row in rows] == [100, 300, 2048] and all(row["exact"] for row in rows)
+    # the same tokens at once, and counted
+    model, pair = build("hybrid"), 2 * 8 * 4
+    tokens = torch.randint(97, (1, 2048), generator=torch.Generator().manual_seed(0))[:, :300]
+    cache = model(tokens, use_cache=True)[CACHE]
+    selected = sum(int(layer.mosa.counts.sum()) for layer in cache.layers)
+    assert rows[1]["used"] == {"dense": 3 * 2 * 300 * pair, "local": 3 * 2 * 6 * pair, "mosa": selected * pair}
+    assert rows[1]["total"] == sum(rows[1]["used"].values()) < rows[1]["allocated"]
+    assert rows[1]["selected_share"] == pytest.approx(selected / (3 * 6 * 300))
+    heads = int(content["baseline"].split()[0])
+    assert rows[1]["dense_baseline"] == 3 * heads * 300 * pair
+
+
+def test_beyond_what_is_exact_dense_heads_see_less(mosa, folder: Path) -> None:
+    words = ("cache-report", folder, "--lengths", "100,3000", "--dense-heads", "5", "--exact-up-to")
+    table = mosa(*words, "1500")[1]
+    lines = [line for line in table.splitlines() if line.startswith("| ") and "--" not in line]
+    assert lines[1].startswith("| 100 | ") and lines[2].startswith("| 3,000* | ")
+    assert "5 dense heads a layer (--dense-heads), keys and values of every token, computed" in table
+    exact = [line for line in mosa(*words, "4000")[1].splitlines() if line.startswith("| ") and "--" not in line]
+    assert exact[1] == lines[1] and exact[2].startswith("| 3,000 | ")
+    assert exact[2].split("|")[2] == lines[2].split("|")[2]  # all keys of dense heads are there
+
+
+def test_the_baseline_is_that_of_the_paper() -> None:
+    """Section 4: 9 dense heads buy 4 and 276 of sparsity 32; grouped queries cost less."""
+    tiny = {"hidden_size": 512, "head_dim": 64, "num_dense_heads": 4, "num_mosa_heads": 276, "sparsity": 32}
+    assert baseline_heads(MosaConfig(**tiny), None) == (9, "equal FLOPs at 1024 tokens")
+    assert baseline_heads(MosaConfig(**tiny | {"num_mosa_heads": 300}), None)[0] == 10
+    assert baseline_heads(MosaConfig(**tiny), 7) == (7, "--dense-heads")
+    grouped = {"num_dense_heads": 16, "num_key_value_heads": 4}
+    assert (
+        baseline_heads(MosaConfig(hidden_size=512, head_dim=64, **grouped), None)[0] == 13
+    )  # half of a head each is saved
+
+
+def test_mistakes_in_reporting(mosa, folder: Path, tmp_path: Path) -> None:
+    expert = write(tmp_path / "expert", selection="expert_choice")
+    (tmp_path / "text").write_text("abc")
+    cases: list[tuple[list[object], str]] = [
+        ([folder, "--lengths", "1k,many"], "--lengths=1k,many: 'many' is no number of tokens; legal: such as 1000"),
+        ([folder, "--lengths", "0"], "'0' is no number of tokens"),
+        ([folder, "--dense-heads", "0"], "--dense-heads=0 is out of range; legal: 1 or more"),
+        ([folder, "--text", tmp_path / "text", "--lengths", "4"], "has 3 tokens, --lengths asks for 4; give a longer"),
+        ([folder, "--text", tmp_path / "none"], "none cannot be read: No such file or directory; give a file of text"),
+        ([expert], "there is no cache to measure; legal: models with mosa.selection=threshold"),
+    ]
+    for words, message in cases:
+        code, printed, errors = mosa("cache-report", *words)
+        assert code == 2 and printed == "", words
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors, errors
+    assert parse_lengths("4k,100, 1K") == [100, 1024, 4096]
