@@ -257,6 +257,27 @@ def test_attention_inside_documents(runner: Runner) -> None:
     assert documents == pytest.approx(packed, rel=0.02)
 
 
+def test_a_run_with_thresholds(runner: Runner, whole_run: str) -> None:
+    """As expert choice in the warm-up, another after it, and bitwise the same when it is stopped."""
+    options = ["mosa.selection=threshold", "mosa.threshold_warmup_steps=6"]
+    runner.pretrain("thresholds", *options)
+    assert runner.losses("thresholds")[:6] == runner.losses(whole_run)[:6]
+    assert runner.losses("thresholds")[7:] != runner.losses(whole_run)[7:]
+    lines = runner.lines("thresholds")
+    assert [line["causal"] for line in lines if "validation_loss" in line] == [True, True]
+    for line in (line for line in lines if "loss" in line):
+        assert all(0.3 < load < 3 for load in line["selection_load"])
+        assert all(0 <= share < 0.5 for share in line["overflow_share"])
+        assert all(0 <= count <= 6 for name in ("dead_heads", "overloaded_heads") for count in line[name])
+    runner.pretrain("threshold_halves", *options, "train.stop_after_step=7", "checkpoint.interval=7")
+    runner.pretrain("threshold_halves", *options)
+    assert runner.losses("threshold_halves") == runner.losses("thresholds")
+    expected, found = runner.weights("thresholds", 10), runner.weights("threshold_halves", 10)
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    name = "model.decoder.layers.1.self_attention.mosa_heads.threshold"
+    assert (expected[f"{name}_updates"] == 10).all() and ((expected[f"{name}s"] > 0) & (expected[f"{name}s"] < 1)).all()
+
+
 def test_bf16(runner: Runner, whole_run: str) -> None:
     runner.pretrain("bf16", "train.precision=bf16", "train.stop_after_step=3")
     losses = runner.losses("bf16")
