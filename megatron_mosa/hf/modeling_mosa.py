@@ -160,7 +160,8 @@ class MosaModel(MosaPreTrainedModel):
             layers = ", ".join(str(number) for number, lacks in enumerate(missing) if lacks)
             raise ValueError(
                 f"mosa_heads.thresholds of layers {layers} are NaN: they are not calibrated, so no head knows what to "
-                "select; legal: numbers from 0 to 1; export a checkpoint that was trained past its calibration"
+                "select; legal: numbers from 0 to 1; export what mosa checkpoint causalize writes, or a checkpoint of "
+                "mosa.selection=threshold"
             )
 
 

@@ -38,20 +38,25 @@ def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 @torch.no_grad()
-def test_a_checkpoint_is_exported_on_the_way(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:
-    run = trained["dense"].checkpoint.parents[1]
+@pytest.mark.parametrize("kind", ["dense", "causal"])
+def test_a_checkpoint_is_exported_on_the_way(
+    mosa, trained: dict[str, Trained], causal: Trained, tmp_path: Path, kind: str
+) -> None:
+    model = causal if kind == "causal" else trained[kind]
+    run = model.checkpoint.parents[1]
     export_hf(run, tmp_path / "exported", checks_logits=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
     tokens = tokenizer("to export 7", return_tensors="pt").input_ids
     longer = MosaForCausalLM.from_pretrained(tmp_path / "exported").generate(tokens, max_new_tokens=9, do_sample=False)
     expected = tokenizer.decode(longer[0, tokens.shape[1] :], skip_special_tokens=True)
     words = ("--prompt", "to export 7", "--max-new-tokens", 9, "--temperature", 0)
-    for path in (run, trained["dense"].checkpoint, tmp_path / "exported"):
+    for path in (run, model.checkpoint, tmp_path / "exported"):
         code, printed, _ = mosa("generate", path, *words)
         assert code == 0 and printed.rstrip("\n") == expected.rstrip("\n")
     code, printed, _ = mosa("cache-report", run, "--lengths", "30,60", "--json", "--dense-heads", 4)
     rows = json.loads(printed)["rows"]
-    assert code == 0 and [row["used"] for row in rows] == [{"dense": 2 * 2 * 2 * 8 * 4 * length} for length in (30, 60)]
+    assert code == 0 and [row["used"]["dense"] for row in rows] == [2 * 2 * 2 * 8 * 4 * length for length in (30, 60)]
+    assert all(("mosa" in row["used"]) == (kind == "causal") for row in rows)
 
 
 def test_mistakes(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:

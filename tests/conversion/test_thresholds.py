@@ -53,7 +53,7 @@ def test_inspect_and_fp32_know_them(causal: Trained, tmp_path: Path, capsys: pyt
 def test_an_export_keeps_thresholds_in_fp32_and_comes_back_calibrated(
     causal: Trained, tmp_path: Path, dtype: str
 ) -> None:
-    export_hf(causal.checkpoint, tmp_path / "hf", dtype=dtype, checks_logits=False)
+    export_hf(causal.checkpoint, tmp_path / "hf", dtype=dtype)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["selection"] == "threshold"
     (file,) = (tmp_path / "hf").glob("*.safetensors")
     tensors, state = load_file(file), StateReader(causal.checkpoint)
