@@ -116,7 +116,7 @@ def _check(model: MosaForCausalLM, path: Path, approximation: str | None) -> Non
         raise UserError(
             f"'{path}' selects by expert choice (mosa.selection), with the whole sequence in view, so no token can be "
             "decoded before the next are known; legal: --causal-approximation prefix (selects in the prefix anew for "
-            "every token: slow, and not what was trained), what mosa checkpoint causalize makes of its checkpoint, or a "
+            "every token: slow, and not what was trained), what mosa checkpoint causalize makes of it, or a "
             "model trained with mosa.selection=threshold"
         )
     elif approximation != "prefix":
