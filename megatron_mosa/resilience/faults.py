@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,10 +26,24 @@ _OF_DATA = ("nan", "garbage")
 class FaultInjection:
     """The fault that the configuration asks for: on one rank, at one place of one step, once in a run directory."""
 
-    def __init__(self, section: FaultInjectionSection, directory: Path, rank: int) -> None:
+    def __init__(
+        self,
+        section: FaultInjectionSection,
+        directory: Path,
+        rank: int,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            section: the fault.
+            directory: of the run.
+            rank: of this process.
+            is_asked_to_stop: what ends a pause early.
+        """
         self.section = section
         self._done = directory / "fault_injected"
         self._rank = rank
+        self._is_asked_to_stop = is_asked_to_stop
 
     def strike(self, place: str, step: int) -> None:
         """Have the fault if this is where and when."""
@@ -40,7 +54,9 @@ class FaultInjection:
         if fault == "error":
             raise RuntimeError("injected by fault_injection.fault=error")
         if fault == "pause":
-            time.sleep(self.section.seconds)
+            end = time.monotonic() + self.section.seconds
+            while time.monotonic() < end and not self._is_asked_to_stop():
+                time.sleep(0.05)
             return
         os.kill(os.getpid(), _SIGNALS[fault])
 

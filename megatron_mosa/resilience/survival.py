@@ -38,7 +38,7 @@ class Survival:
             directory / STACKS, rank, section.hang_timeout, lambda: status.end(HUNG, f"rank {rank}: no progress")
         )
         watchdog.start()
-        faults = FaultInjection(config.fault_injection, directory, rank)
+        faults = FaultInjection(config.fault_injection, directory, rank, lambda: bool(signals.received))
         return cls(Interruption(signals, deadline), watchdog, status, faults)
 
     def end(self) -> None:

@@ -67,20 +67,6 @@ def test_two_nodes_that_answer(cluster: Cluster) -> None:
     assert sorted(done.stdout.split()) == ["n1", "n2"], done.stderr
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_a_run_over_two_nodes(training: Jobs, tensor_parallel: int) -> None:
-    jobs = training
-    name = f"tp{tensor_parallel}"
-    job = jobs.submit(name, "--nodes=2", overrides=(f"parallel.tensor_model_parallel_size={tensor_parallel}",))
-    state = jobs.cluster.wait_for_job(job)
-    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), jobs.explain(name)
-    assert jobs.steps(name) == [1, 2, 3, 4]
-    assert (jobs.run(name) / "checkpoints" / "step-00000004").is_dir()
-    logs = jobs.run(name) / "logs" / f"{job}-0-1"
-    assert sorted(path.name for path in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
-    assert record(jobs, name)["verdict"] == "done" and record(jobs, name)["starts"] == 1
-
-
 def test_failures_are_retried_in_the_job_and_progress_resets_their_count(jobs: Jobs, stand_in: str) -> None:
     exits = "1 137:1 1 0:4"  # the third would be one too many, had the second not made a checkpoint
     job = jobs.submit("retry", "--nodes=2", MOSA_ROOT=stand_in, EXITS=exits, MOSA_MAX_RETRIES="2")
@@ -139,23 +125,6 @@ def test_a_cluster_that_requeues_nothing_leaves_it_to_the_chain(jobs: Jobs, stan
     ]  # after a hopeless end the rest does nothing
     assert "the next job of the chain goes on" in jobs.output("chained")
     assert "not started again: as the job before it in this chain (as asked)" in jobs.output("chained")
-
-
-def test_a_run_is_stopped_by_a_signal_and_goes_on_where_it_was(training: Jobs) -> None:
-    """With the real check of the nodes before it, and the real program after it."""
-    jobs = training
-    jobs.cluster.wait_for_nodes()
-    two = ("parallel.tensor_model_parallel_size=2",)
-    fault = ("fault_injection.fault=SIGUSR1", "fault_injection.rank=1", "fault_injection.step=2")
-    undisturbed = jobs.submit("undisturbed", "--nodes=2", overrides=two)
-    assert jobs.cluster.wait_for_job(undisturbed)["JobState"] == "COMPLETED", jobs.explain("undisturbed")
-    job = jobs.submit("signalled", "--nodes=2", overrides=two + fault, MOSA_PREFLIGHT="1", MOSA_MIN_SECONDS="0")
-    assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.explain("signalled")
-    assert "again in 0 s: SIGUSR1" in jobs.output("signalled")
-    assert record(jobs, "signalled")["starts"] == 2
-    report = json.loads((jobs.run("signalled") / "logs" / f"{job}-0-1" / "preflight.json").read_text())
-    assert report["bad_nodes"] == []
-    assert jobs.losses("signalled") == jobs.losses("undisturbed")
 
 
 DOCTOR = """#!/bin/sh

@@ -8,6 +8,7 @@ from datetime import datetime
 
 import psutil
 import pytest
+import yaml
 
 from tests.slurm.conftest import TIMES, Jobs
 from tests.slurm.test_submit import submit
@@ -46,6 +47,20 @@ def run_to_the_end(jobs: Jobs, name: str, *overrides: str) -> list[float]:
     return jobs.losses(name)
 
 
+@pytest.mark.parametrize("name", ["undisturbed-tp2", "undisturbed-dp2"])
+def test_a_run_over_two_nodes(
+    training: Jobs, undisturbed: list[float], undisturbed_data_parallel: list[float], name: str
+) -> None:
+    assert undisturbed == pytest.approx(undisturbed_data_parallel, abs=1e-5)
+    run = training.run(name)
+    assert training.steps(name) == STEPS
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    (logs,) = (run / "logs").iterdir()
+    assert logs.name.endswith("-0-1") and sorted(log.name for log in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    record = json.loads((run / "slurm.json").read_text())
+    assert record["verdict"] == "done" and record["starts"] == 1
+
+
 def wait_until_done(jobs: Jobs, job: str, name: str) -> None:
     state = jobs.cluster.wait_for_job(job)
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), jobs.explain(name)
@@ -73,22 +88,28 @@ def check_recovery(jobs: Jobs, name: str, losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "min_seconds"),
-    [
-        ("SIGUSR1", "step", NO_TIME),
-        ("SIGTERM", "save", MUCH_TIME),
-        ("SIGTERM", "validation", MUCH_TIME),
-        ("kill", "step", MUCH_TIME),
-        ("error", "step", MUCH_TIME),
-    ],
+    ("name", "place", "step"), [("SIGTERM", "save", 4), ("SIGTERM", "validation", 3), ("kill", "step", 4)]
 )
-def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str, place: str, min_seconds: str) -> None:
+def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str, place: str, step: int) -> None:
     jobs, run = training, f"{name}-{place}"
-    overrides = (*TENSOR_PARALLEL, *fault(name, step=3 if place == "validation" else 4, place=place))
-    job = jobs.submit(run, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=min_seconds)
+    overrides = (*TENSOR_PARALLEL, *fault(name, step=step, place=place))
+    job = jobs.submit(run, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=MUCH_TIME)
     wait_until_done(jobs, job, run)
     check_recovery(jobs, run, undisturbed)
-    assert jobs.cluster.job(job)["Restarts"] == str(int(min_seconds == NO_TIME))
+    assert jobs.cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_notice_and_a_requeue(training: Jobs, undisturbed: list[float]) -> None:
+    """With the real check of the nodes before each start."""
+    jobs = training
+    variables = {"MOSA_MIN_SECONDS": NO_TIME, "MOSA_PREFLIGHT": "1"}
+    job = jobs.submit("SIGUSR1-step", "--nodes=2", overrides=(*TENSOR_PARALLEL, *fault("SIGUSR1")), **variables)
+    wait_until_done(jobs, job, "SIGUSR1-step")
+    check_recovery(jobs, "SIGUSR1-step", undisturbed)
+    assert jobs.cluster.job(job)["Restarts"] == "1"
+    assert "again in 0 s: SIGUSR1" in jobs.output("SIGUSR1-step")
+    report = jobs.run("SIGUSR1-step") / "logs" / f"{job}-0-1" / "preflight.json"
+    assert json.loads(report.read_text())["bad_nodes"] == []
 
 
 def test_scancel_saves_and_the_next_job_goes_on(training: Jobs, undisturbed: list[float]) -> None:
@@ -117,7 +138,7 @@ def test_a_rank_that_hangs(training: Jobs, undisturbed: list[float]) -> None:
 
 
 def test_a_time_limit(training: Jobs, undisturbed: list[float]) -> None:
-    """Of a minute; Slurm looks every 30 s and rounds the notice up to that."""
+    """Of a minute; Slurm looks every 30 s, so that the notice comes 10 to 40 s after the start."""
     jobs = training
     overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=40")
     job = jobs.submit("limit", "--nodes=2", "--time=1", "--signal=USR1@20", overrides=overrides)
@@ -153,15 +174,24 @@ def test_a_number_that_is_none(training: Jobs, undisturbed_data_parallel: list[f
 
 def test_a_chain_goes_on_where_the_job_before_it_was_stopped(training: Jobs, undisturbed: list[float]) -> None:
     jobs = training
-    options = ["--nodes=2", "--chain=2", "--sbatch-argument=--no-requeue", *fault("SIGUSR1")]
+    options = ["--nodes=2", "--time=1:00:00", "--chain=3", "--sbatch-argument=--no-requeue", *fault("SIGUSR1")]
     done = submit(jobs, "run.name=links", *TENSOR_PARALLEL, *options, MOSA_MIN_SECONDS=NO_TIME)
     assert done.returncode == 0, done.stderr
-    (names,) = (jobs.run("links") / "submit").glob("*/jobs.txt")
-    first, second = names.read_text().split()
-    assert jobs.cluster.wait_for_job(first)["ExitCode"] == "75:0"
-    wait_until_done(jobs, second, "links")
+    (folder,) = (jobs.run("links") / "submit").iterdir()
+    first, second, third = (folder / "jobs.txt").read_text().split()
+    assert f"job {first}, then {second}, then {third}: 2 node(s) x 1 task(s)" in done.stdout
+    assert f"scancel {first} {second} {third}" in done.stdout
+    states = [jobs.cluster.wait_for_job(job) for job in (first, second, third)]
+    log = (jobs.run("links") / "logs" / f"slurm-{third}.out").read_text()
+    assert [state["ExitCode"] for state in states] == ["75:0", "0:0", "0:0"], log
+    assert "the run is done" in log and "attempt" not in log
     assert jobs.steps("links") == STEPS
     assert jobs.losses("links") == undisturbed
+    assert json.loads((jobs.run("links") / "slurm.json").read_text())["starts"] == 2
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
+    assert "torch" in json.loads((folder / "versions.json").read_text())
+    assert (folder / "git.txt").read_text().startswith(("commit ", "not a git checkout"))
+    assert (folder / "command.txt").read_text().startswith("mosa submit ")
 
 
 def test_a_run_goes_on_with_another_number_of_nodes(training: Jobs, undisturbed_data_parallel: list[float]) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
-import yaml
 
 from tests.slurm.conftest import CONFIG, Jobs
 
@@ -35,27 +33,6 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
     assert any(line.startswith("# sbatch --parsable ") for line in lines)
     assert "--dependency=afterany:JOB" in lines[-1]
     assert not jobs.run("dry").exists()
-
-
-def test_a_chain_trains_once_and_its_second_job_ends_at_once(training: Jobs) -> None:
-    jobs = training
-    done = submit(jobs, "run.name=chain", "--nodes=2", "--time=1:00:00", "--chain=2")
-    assert done.returncode == 0, done.stderr
-    (folder,) = (jobs.run("chain") / "submit").iterdir()
-    first, second = (folder / "jobs.txt").read_text().split()
-    assert f"job {first}, then {second}: 2 node(s) x 1 task(s)" in done.stdout
-    assert f"scancel {first} {second}" in done.stdout
-    for job in (first, second):
-        state = jobs.cluster.wait_for_job(job)
-        log = (jobs.run("chain") / "logs" / f"slurm-{job}.out").read_text()
-        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert jobs.steps("chain") == [1, 2, 3, 4]
-    assert "the run is done" in log and "attempt" not in log
-    assert json.loads((jobs.run("chain") / "slurm.json").read_text())["starts"] == 1
-    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 4
-    assert "torch" in json.loads((folder / "versions.json").read_text())
-    assert (folder / "git.txt").read_text().startswith(("commit ", "not a git checkout"))
-    assert (folder / "command.txt").read_text().startswith("mosa submit ")
 
 
 @pytest.mark.parametrize(
