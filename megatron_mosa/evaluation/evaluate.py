@@ -60,7 +60,8 @@ def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) ->
 
     Returns:
         ``full_sequence``, ``causal``: loss, error (of the mean), label; ``by_position``: of each range of positions
-        the same losses, those of prefixes alone, the leak, the flip rate; ``by_length``: of multiples of the length.
+        the same losses, those of prefixes alone, the leak, the flip rate; ``by_length``: of multiples of the length;
+        ``left_out``: lengths that there is too little text for, and why.
 
     Raises:
         UserError: too little text.
@@ -79,21 +80,28 @@ class _Evaluation:
                 "rebuild the dataset with a larger data.validation_fraction"
             )
         self.ranges = position_ranges(self.length)
+        self.longer: dict[int, ValidationSamples] = {}
+        self.left_out: dict[int, str] = {}
+        for multiple in settings.lengths:
+            try:
+                self.longer[multiple] = self._samples(multiple)
+            except UserError as error:
+                self.left_out[multiple * self.length] = str(error)
 
     def run(self) -> dict[str, Any]:
         looks = looks_ahead(self.model.config)
         label = NON_CAUSAL if looks else CAUSAL
         with self._built(self.model.config.mosa.selection) as model:
-            full = self._losses(model, 1)
+            full = self._losses(model, self.samples)
             ranges = self._by_range(model, full)
-            lengths = {multiple: self._losses(model, multiple) for multiple in self.settings.lengths}
+            lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
         causal, causal_lengths, how = full, lengths, "the model itself"
         if looks:
             how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
             with self._built("threshold") as model:
                 calibrate(model.module, lambda: self._go_over_text(model))
-                causal = self._losses(model, 1)
-                causal_lengths = {multiple: self._losses(model, multiple) for multiple in self.settings.lengths}
+                causal = self._losses(model, self.samples)
+                causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
         for part, row in zip(self.ranges, ranges, strict=True):
             row["causal"] = causal[:, part.start : part.stop].mean().item()
         return {
@@ -110,6 +118,7 @@ class _Evaluation:
                 }
                 for multiple in lengths
             ],
+            "left_out": self.left_out,
         }
 
     def _built(self, selection: str) -> Any:
@@ -125,8 +134,7 @@ class _Evaluation:
             split=split,
         )
 
-    def _losses(self, model: Evaluated, multiple: int) -> Tensor:
-        samples = self.samples if multiple == 1 else self._samples(multiple)
+    def _losses(self, model: Evaluated, samples: ValidationSamples) -> Tensor:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
     def _by_range(self, model: Evaluated, full: Tensor) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ def tell(found: dict[str, Any], console: Console) -> None:
     console.print(_positions(found))
     if found["by_length"]:
         console.print(_lengths(found))
+    for length, why in found["left_out"].items():
+        console.print(f"{length} tokens left out: {why}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _losses(found: dict[str, Any]) -> Table:

@@ -130,7 +130,7 @@ def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
 
 def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
     file = runner.folder / "evaluation.json"
-    command = ["evaluate", f"runs/{whole_run}", "--samples", "6", "--lengths", "2", "--output", str(file)]
+    command = ["evaluate", f"runs/{whole_run}", "--samples", "6", "--lengths", "2,9999", "--output", str(file)]
     done = runner.call([sys.executable, "-m", "megatron_mosa", *command])
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
@@ -142,6 +142,7 @@ def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
     assert ranges == [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
     assert any(row["flip_rate"] for row in found["by_position"])
     assert [row["length"] for row in found["by_length"]] == [128]
+    assert list(found["left_out"]) == [str(9999 * 64)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -160,9 +160,18 @@ def test_a_report_of_all_there_can_be(capsys: pytest.CaptureFixture[str]) -> Non
     rows.append(rows[0] | {"last": 3, "prefix_only": 3.25, "leak": 0.5, "leak_error": 0.25, "flip_rate": 0.125})
     lengths = [{"length": 8, "full_sequence": told, "causal": told | {"loss": 2.5}}]
     found = {"samples": 2, "sequence_length": 4, "full_sequence": told, "causal": told, "by_position": rows}
-    tell(found | {"by_length": lengths}, Console(width=200))
+    tell(found | {"by_length": lengths, "left_out": {16: "too little text"}}, Console(width=200))
     output = capsys.readouterr().out
-    for text in ("NON-CAUSAL", "7.39", "0-3", "3.2500", "0.5000", "12.50%", "2.5000"):
+    for text in (
+        "NON-CAUSAL",
+        "7.39",
+        "0-3",
+        "3.2500",
+        "0.5000",
+        "12.50%",
+        "2.5000",
+        "16 tokens left out: too little text",
+    ):
         assert text in output
 
 
