@@ -30,7 +30,7 @@ import os, signal, sys, threading, time
 from megatron_mosa.resilience.interruption import Interruption, Signals, hold_notice
 if sys.argv[1] == "imports":
     hold_notice()
-    print("ready", flush=True)
+    print("ready", file=sys.stdout, flush=True)
     time.sleep(0.5)
 signals = Signals()
 signals.listen()
