@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_mosa.checkpoint.dataset import open_dataset
 from megatron_mosa.checkpoint.format import METADATA, Metadata, read_metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
 from megatron_mosa.checkpoint.logits import fill_model, one_process
@@ -19,7 +20,6 @@ from megatron_mosa.checkpoint.offline import TensorInfo
 from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.weights import CALIBRATED
-from megatron_mosa.config.schema import DataSection
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,21 +77,11 @@ def _refuse_others(mosa: dict[str, Any], folder: Path) -> None:
 
 
 def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> TrainingSamples:
-    from megatron_mosa.data import TrainingSamples, open_mixture
+    from megatron_mosa.data import TrainingSamples
 
     described = metadata.config["data"]
-    section = DataSection(path=described.get("path"), blend=list(described.get("blend") or []))
-    if path is not None:
-        section = DataSection(path=str(path))
-    mixture = open_mixture(section)
-    if mixture.manifest.tokenizer_hash != metadata.data["tokenizer_hash"]:
-        raise UserError(
-            f"the model was trained with another tokenizer ({metadata.data['tokenizer_hash']}) than "
-            f"'{mixture.paths[0]}' was built with ({mixture.manifest.tokenizer_hash}); give a dataset of the model's: "
-            "--data FOLDER"
-        )
     found = TrainingSamples(
-        mixture,
+        open_dataset(metadata, path),
         sequence_length=described["sequence_length"],
         # the run's own order where its index is there
         index_samples=metadata.data["index_samples"] if path is None and metadata.data["index_samples"] else samples,

@@ -92,22 +92,19 @@ def _device(name: str) -> Any:
 
 def _dataset(model: Opened, path: Path | None) -> Mixture:
     """The dataset that is asked for, or that the model was trained on."""
+    from megatron_mosa.checkpoint.dataset import open_dataset
     from megatron_mosa.checkpoint.opened import Source
     from megatron_mosa.config.schema import DataSection
     from megatron_mosa.data import open_mixture
 
-    length = model.config.data.sequence_length
-    if path is not None:
-        data = DataSection(path=str(path), sequence_length=length)
-    elif isinstance(model, Source):
-        trained = model.metadata.config["data"]
-        data = DataSection(path=trained["path"], blend=list(trained.get("blend") or []), sequence_length=length)
-    else:
+    if isinstance(model, Source):
+        return open_dataset(model.metadata, path)
+    if path is None:
         raise UserError(f"'{model.path}' does not say where its data lies; give --data PATH, a built dataset")
-    mixture = open_mixture(data)
-    if mixture.manifest.vocab_size > model.vocab_rows:
+    mixture = open_mixture(DataSection(path=str(path)))
+    if mixture.manifest.vocab_size > model.vocab_rows:  # such a folder does not name its tokenizer
         raise UserError(
-            f"--data={mixture.paths[0]} has a vocabulary of {mixture.manifest.vocab_size}, '{model.path}' one of "
+            f"--data={path} has a vocabulary of {mixture.manifest.vocab_size}, '{model.path}' one of "
             f"{model.vocab_rows}; give the dataset of its tokenizer"
         )
     return mixture
