@@ -52,7 +52,10 @@ def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | N
 
     def set_thresholds(module: MosaHeads, given: tuple[Any, ...]) -> None:
         scores = torch.sigmoid(given[0].float() @ module.router_weight.float().T).flatten(0, 1)  # [T, E]
-        module.thresholds.copy_(scores.quantile(1 - 1 / config.sparsity, dim=0))
+        below = scores.quantile(1 - 1 / config.sparsity, dim=0, interpolation="lower")
+        above = scores.where(scores > below, torch.inf).amin(dim=0)
+        # Between two scores, and not at one: those of the first layer come back with every repetition of a token.
+        module.thresholds.copy_((below + above) / 2)
 
     for module in heads:
         module.thresholds.fill_(0.5)

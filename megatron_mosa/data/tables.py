@@ -79,9 +79,10 @@ def _open_table(file: Path, text_field: str, skip: int, scratch: str) -> Iterato
 
 
 def _no_column(where: str, text_field: str, columns: list[str]) -> UserError:
+    shown = columns[:8] + ([f"and {len(columns) - 8} more"] if len(columns) > 8 else [])
     return UserError(
         f"data.text_field='{text_field}' is no column of {where}{nearest(text_field, columns)}; "
-        f"its columns: {', '.join(columns)}"
+        f"its columns: {', '.join(shown)}"
     )
 
 
