@@ -195,12 +195,22 @@ def checkpoint_causalize(
         Path | None, typer.Option("--data", help="A built dataset to calibrate on; default: the run's own.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Training sequences of it.")] = 256,
+    load_feedback: Annotated[
+        float,
+        typer.Option(
+            "--load-feedback",
+            min=0.0,
+            max=1000.0,
+            metavar="F",
+            help="mosa.load_feedback of the result: thresholds that hold each head's load in every sequence.",
+        ),
+    ] = 0.0,
     force: Force = False,
 ) -> None:
     """Give the MoSA heads of an expert-choice model thresholds: the same weights, selecting causally."""
     from megatron_mosa.checkpoint.causalize import causalize
 
-    causalize(path, target, data=data, samples=samples, force=force)
+    causalize(path, target, data=data, samples=samples, load_feedback=load_feedback, force=force)
 
 
 @checkpoint_app.command("verify")

@@ -49,6 +49,10 @@ class MosaTransformerConfig(TransformerConfig):
     mosa_threshold_ema: float = 0.1
     """Weight of the last batch in the moving average that a threshold is."""
 
+    mosa_load_feedback: float = 0.0
+    """With thresholds: how much the threshold of a head rises, in logits, for each token that it has taken of the
+    sequence (the document) beyond 1 / rho of the tokens so far; it falls where it took fewer."""
+
     mosa_threshold_warmup_steps: int = 250
     """Updates of the thresholds before training selects by them; until then it is expert choice."""
 
@@ -127,6 +131,10 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError(f"mosa_capacity_factor={self.mosa_capacity_factor} is below 1; legal: 1 or more")
         if not 0 < self.mosa_threshold_ema <= 1:
             raise ValueError(f"mosa_threshold_ema={self.mosa_threshold_ema}; legal: above 0, up to 1")
+        if not 0 <= self.mosa_load_feedback < math.inf:
+            raise ValueError(f"mosa_load_feedback={self.mosa_load_feedback}; legal: 0 (off) or more")
+        if self.mosa_load_feedback and self.mosa_selection != "threshold":
+            raise ValueError("mosa_load_feedback moves thresholds; legal with mosa_selection='expert_choice': 0")
         if self.mosa_threshold_warmup_steps < 1:
             raise ValueError(f"mosa_threshold_warmup_steps={self.mosa_threshold_warmup_steps}; legal: 1 or more")
 

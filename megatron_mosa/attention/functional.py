@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,8 @@ def mosa_attention(
     num_selected: int | Callable[[int], int] | None = None,
     thresholds: Tensor | None = None,
     capacity: int | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
     include_first_token: bool = False,
     rotary_percent: float = 0.5,
     rotary_base: float = 10000.0,
@@ -72,13 +75,14 @@ def mosa_attention(
     _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
     _check_options(hidden_states, rotary_percent, documents)
     _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
+    _check_feedback(thresholds, feedback, share)
     kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
     starts = None if documents is None else documents.starts
     selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
     selected = num_selected if selection is None else selection.num_slots
     scores = kernels.router_scores(hidden_states, router_weight)
     if thresholds is not None:
-        indices = kernels.select_above(scores, thresholds, capacity, starts)
+        indices = kernels.select_above(scores, thresholds, capacity, starts, feedback, share)
     else:
         quotas = None if selection is None else selection.quotas
         indices = kernels.select_tokens(scores, selected, include_first_token, starts, quotas)
@@ -127,6 +131,13 @@ def _check_selection(
             raise ValueError("num_selected is a rule for each document, but documents=None; legal: an integer")
     elif num_selected is not None and not 1 <= num_selected <= length:
         raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
+
+
+def _check_feedback(thresholds: Tensor | None, feedback: float, share: float) -> None:
+    if thresholds is None and (feedback or share):
+        raise ValueError(f"feedback={feedback}, share={share} are for thresholds, but thresholds=None; legal: 0")
+    if not 0 <= feedback < math.inf or not 0 <= share <= 1:
+        raise ValueError(f"feedback={feedback}, share={share}; legal: 0 or more, and 0 to 1")
 
 
 def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Documents | None) -> None:

@@ -18,7 +18,7 @@ from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import Documents, get_backend
 from megatron_mosa.kernels.documents import document_attention
-from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary, is_above
+from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary
 from megatron_mosa.kernels.window import sliding_window_attention
 
 THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
@@ -185,7 +185,7 @@ class MosaHeads(PartitionedHeads):
         indices, slots = self._select(kernels, scores, documents)
         if self.records_selection:
             self.selection = scores.detach(), indices
-            self.dropped = self._dropped(scores, indices, documents)
+            self.dropped = self._dropped(kernels, scores, indices, documents)
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -209,7 +209,7 @@ class MosaHeads(PartitionedHeads):
         starts = None if documents is None else documents.starts
         if self.selects_above(self.training):
             capacity = config.capacity(length) if self.training else None
-            return kernels.select_above(scores, self.thresholds, capacity, starts), None
+            return kernels.select_above(scores, self.thresholds, capacity, starts, *self._feedback), None
         quotas, slots, num_selected = None, None, config.num_selected(length)
         if documents is not None and config.mosa_selection_scope == "document":
             selection = documents.selection(config.num_selected)
@@ -217,11 +217,17 @@ class MosaHeads(PartitionedHeads):
         includes_first = config.mosa_include_first_token or config.mosa_selection == "threshold"
         return kernels.select_tokens(scores, num_selected, includes_first, starts, quotas), slots
 
-    def _dropped(self, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
+    def _dropped(self, kernels: ModuleType, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
         if not self.selects_above(self.training):
             return scores.new_zeros(())
-        above = is_above(scores, self.thresholds, None if documents is None else documents.starts)  # [B, E, T]
+        starts = None if documents is None else documents.starts
+        above = kernels.count_above(scores, self.thresholds, starts, *self._feedback)  # [B, E]
         return above.sum() - (indices < scores.shape[-1]).sum()
+
+    @property
+    def _feedback(self) -> tuple[float, float]:
+        """Of a head's load to its threshold, and the load to be held."""
+        return self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
 
     def selects_above(self, training: bool) -> bool:
         """Whether tokens above the thresholds are taken, not the k best: in training when the warm-up is over, else as

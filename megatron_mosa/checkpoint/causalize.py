@@ -23,12 +23,21 @@ from megatron_mosa.checkpoint.weights import CALIBRATED
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_mosa.config import Config
     from megatron_mosa.data import TrainingSamples
 
 _CHANGES = {"selection": "threshold", "include_first_token": True}
 
 
-def causalize(path: Path, target: Path, *, data: Path | None = None, samples: int = 256, force: bool = False) -> None:
+def causalize(
+    path: Path,
+    target: Path,
+    *,
+    data: Path | None = None,
+    samples: int = 256,
+    load_feedback: float = 0.0,
+    force: bool = False,
+) -> None:
     """Write the weights of an expert-choice model with thresholds beside them; no optimizer state.
 
     Each threshold is the (1 - 1 / rho) quantile of its head's scores over training samples: once as the model selects
@@ -40,6 +49,7 @@ def causalize(path: Path, target: Path, *, data: Path | None = None, samples: in
         target: a folder that is not there.
         data: a built dataset of the same tokenizer; None: the one that the checkpoint names.
         samples: training sequences to calibrate on.
+        load_feedback: ``mosa.load_feedback`` of the result.
         force: replace a model that lies at ``target``.
 
     Raises:
@@ -48,6 +58,8 @@ def causalize(path: Path, target: Path, *, data: Path | None = None, samples: in
         RunError: the checkpoint is damaged.
         StorageError: the file system does not take it.
     """
+    from megatron_mosa.model.calibration import calibrating
+
     folder = find_model_of(Kind.OURS, path)
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
@@ -55,8 +67,8 @@ def causalize(path: Path, target: Path, *, data: Path | None = None, samples: in
         _refuse_others(metadata.config["mosa"], folder)
         read = _training_samples(metadata, data, samples)
         source = Source.open(folder, metadata)
-        thresholds, losses = _calibrated(source, read, samples)
-        _write(source, target, thresholds)
+        thresholds, losses = _calibrated(source, calibrating(source.config, load_feedback), read, samples)
+        _write(source, target, thresholds, load_feedback)
     print(
         f"{target}: thresholds of {source.config.mosa.num_heads} heads a layer from {samples} training sequences; loss "
         f"on them {losses[0]:.4f} by expert choice (not causal), {losses[1]:.4f} by threshold"
@@ -93,13 +105,14 @@ def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> Tr
     return found
 
 
-def _calibrated(source: Source, read: TrainingSamples, samples: int) -> tuple[dict[str, Tensor], list[float]]:
+def _calibrated(
+    source: Source, config: Config, read: TrainingSamples, samples: int
+) -> tuple[dict[str, Tensor], list[float]]:
     """The new tensors by their names, and the losses by expert choice and by threshold."""
     from megatron_mosa.attention.thresholds import threshold_buffers
     from megatron_mosa.model import build_empty_model
-    from megatron_mosa.model.calibration import calibrate, calibrating
+    from megatron_mosa.model.calibration import calibrate
 
-    config = calibrating(source.config)
     numbers = range(samples)
     losses = []
     with one_process(config), torch.no_grad():
@@ -127,12 +140,12 @@ def _pass(model: torch.nn.Module, read: TrainingSamples, numbers: Sequence[int])
     return total / tokens
 
 
-def _write(source: Source, target: Path, thresholds: dict[str, Tensor]) -> None:
+def _write(source: Source, target: Path, thresholds: dict[str, Tensor], load_feedback: float) -> None:
     new = {f"model.{name}": tensor for name, tensor in thresholds.items()}
     infos = {key: info for key, info in source.state.tensors.items() if key.startswith("model.")}
     infos |= {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in new.items()}
     metadata = source.metadata
-    config = metadata.config | {"mosa": metadata.config["mosa"] | _CHANGES}
+    config = metadata.config | {"mosa": metadata.config["mosa"] | _CHANGES | {"load_feedback": load_feedback}}
     with publishing(target) as writing:
         records = write_state_offline(infos, lambda key: new[key] if key in new else source.state.read(key), writing)
         layout = {"tensor_parallel_size": 1, "data_parallel_size": 1}

@@ -30,6 +30,7 @@ _SAME = {
 # Llamas, do not say.
 _OPTIONAL = {
     "selection": ("mosa", "selection"),
+    "load_feedback": ("mosa", "load_feedback"),
     "attend_within_documents": ("model", "attend_within_documents"),
     "restart_rotary": ("model", "restart_rotary"),
     "selection_scope": ("mosa", "selection_scope"),

@@ -40,10 +40,10 @@ _POSITIVE = (
     "resilience.spike_window", "fault_injection.step",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "run.seed", "data.num_workers",
-    "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.gradient_clipping",
-    "resilience.stop_before_limit", "resilience.hang_timeout", "resilience.max_rewinds", "fault_injection.rank",
-    "fault_injection.seconds",
+    "model.num_dense_heads", "model.num_local_heads", "mosa.num_heads", "mosa.load_feedback", "run.seed",
+    "data.num_workers", "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay",
+    "optimizer.gradient_clipping", "resilience.stop_before_limit", "resilience.hang_timeout",
+    "resilience.max_rewinds", "fault_injection.rank", "fault_injection.seconds",
 )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class MosaSection:
     capacity_factor: float = 2.0
     threshold_ema: float = 0.1
     threshold_warmup_steps: int = 250
+    load_feedback: float = 0.0
     backend: str = "auto"
 
 

@@ -23,6 +23,8 @@ class MosaConfig(PretrainedConfig):
             about as many by its threshold.
         selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": every token
             whose score is above the head's own threshold, and the first.
+        load_feedback: of threshold: how much a head's threshold rises, in logits, for each token that it has taken of
+            the sequence beyond 1 / sparsity of the tokens so far, and falls for each that it took less.
         include_first_token: expert choice always selects token 0.
         hidden_act: "gelu" (two matrices) or "silu" (three: SwiGLU).
         norm_type, norm_eps: "LayerNorm" (with a bias) or "RMSNorm".
@@ -53,6 +55,7 @@ class MosaConfig(PretrainedConfig):
         num_mosa_heads: int = 0,
         sparsity: float = 16.0,
         selection: str = "expert_choice",
+        load_feedback: float = 0.0,
         include_first_token: bool = True,
         hidden_act: str = "gelu",
         norm_type: str = "LayerNorm",
@@ -79,6 +82,7 @@ class MosaConfig(PretrainedConfig):
         self.num_mosa_heads = num_mosa_heads
         self.sparsity = sparsity
         self.selection = selection
+        self.load_feedback = load_feedback
         self.include_first_token = include_first_token
         self.hidden_act = hidden_act
         self.norm_type = norm_type

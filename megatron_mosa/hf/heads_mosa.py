@@ -14,6 +14,7 @@ from .rows_mosa import DenseRows, SelectedRows, WindowRows
 from .tokens_mosa import Tokens, rotate
 
 PIECE = 512  # queries that attend at once where a mask is needed
+FOLLOWED = 128  # tokens that are selected at once where each depends on those before
 
 
 class MosaCausalHeads(nn.Module):
@@ -103,6 +104,26 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | 
     return torch.cat(outputs, dim=2)
 
 
+def follow(margins: Tensor, before: Tensor, feedback: float, first: Tensor, valid: Tensor) -> Tensor:
+    """Which tokens heads take whose threshold rises by ``feedback`` with each that they took before; [B, E, T].
+
+    What is taken depends on what was taken before it, so the answer is guessed until it is the one that follows from
+    itself. There is one such, since with each round at least one more token is right for good.
+
+    Args:
+        margins: [B, E, T], of logits above a threshold that rises with nothing.
+        before: [B, E], taken before these.
+        first, valid: [B or 1, 1, T], tokens that are always taken, and that may be.
+    """
+    chosen = ((margins > feedback * before[..., None]) | first) & valid
+    while True:
+        taken = before[..., None] + chosen.cumsum(-1) - chosen.long()
+        follows = ((margins > feedback * taken) | first) & valid
+        if torch.equal(follows, chosen):
+            return chosen
+        chosen = follows
+
+
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
 
@@ -130,7 +151,9 @@ class MosaHeads(nn.Module):
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, scores, tokens, rows)
         batch, length, width = hidden_states.shape
-        indices = self.select(scores, tokens)  # [B, E, k], T in empty places, which are last
+        indices = self.select(
+            scores, tokens, None if rows is None else rows.counts
+        )  # [B, E, k], T in empty places, which are last
         output = torch.zeros(batch * length, width, dtype=torch.float32, device=hidden_states.device)
         if indices.shape[2] > 0:
             sequence = torch.arange(batch, device=indices.device)[:, None, None]
@@ -164,7 +187,7 @@ class MosaHeads(nn.Module):
         The number of pairs of a sequence and a head is read from the device: the one wait of the layer.
         """
         batch, _, width = hidden_states.shape
-        chosen = self.above_threshold(scores, tokens)[..., 0]  # [B, E]
+        chosen = self.above_threshold(scores, tokens, rows.counts)[..., 0]  # [B, E]
         sequence, head = chosen.nonzero(as_tuple=True)  # [n] each
         states = self.project_in(hidden_states[:, 0], sequence, head).unflatten(-1, (3, -1))  # [n, 3, h']
         table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
@@ -199,18 +222,34 @@ class MosaHeads(nn.Module):
         output = torch.zeros(batch, width, dtype=torch.float32, device=gated.device)
         return output.index_add_(0, sequence, projected.float())
 
-    def above_threshold(self, scores: Tensor, tokens: Tokens) -> Tensor:
-        """Which of the tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence."""
-        assert self.thresholds is not None
-        chosen = (scores > self.thresholds[:, None]) | (tokens.positions == 0)[:, None]
-        return chosen if tokens.valid is None else chosen & tokens.valid[:, None]
+    def above_threshold(self, scores: Tensor, tokens: Tokens, taken: Tensor | None) -> Tensor:
+        """Which of the tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence.
 
-    def select(self, scores: Tensor, tokens: Tokens) -> Tensor:
+        Args:
+            taken: [B, E], how many tokens each head took before these; None: none.
+        """
+        assert self.thresholds is not None
+        first = (tokens.positions == 0)[:, None]  # [B or 1, 1, T]
+        valid = torch.ones_like(first) if tokens.valid is None else tokens.valid[:, None]
+        feedback = self.config.load_feedback
+        if feedback == 0:
+            return ((scores > self.thresholds[:, None]) | first) & valid
+        share = tokens.positions[:, None] / self.config.sparsity
+        margins = torch.logit(scores) - torch.logit(self.thresholds)[:, None] + feedback * share  # [B, E, T]
+        before = scores.new_zeros(scores.shape[:2]) if taken is None else taken.to(scores.dtype)
+        pieces = []
+        for piece in margins.split(FOLLOWED, dim=-1):
+            columns = slice(len(pieces) * FOLLOWED, len(pieces) * FOLLOWED + piece.shape[-1])
+            pieces.append(follow(piece, before, feedback, first[..., columns], valid[..., columns]))
+            before = before + pieces[-1].sum(-1)
+        return torch.cat(pieces, dim=-1)
+
+    def select(self, scores: Tensor, tokens: Tokens, taken: Tensor | None) -> Tensor:
         """The columns of each head's tokens [B, E, k], in order, of scores [B, E, T]; places left over hold T."""
         if self.config.selection == "expert_choice":
             return self.largest(scores, tokens)
         length = scores.shape[-1]
-        chosen = self.above_threshold(scores, tokens)
+        chosen = self.above_threshold(scores, tokens, taken)
         places = chosen.cumsum(-1)  # from 1
         count = int(places[..., -1].max())
         indices = places.new_full((*places.shape[:2], count + 1), length)  # [B, E, 1 + k]; place 0 takes the others

@@ -87,9 +87,17 @@ def _(
 
 
 def select_above(
-    scores: Tensor, thresholds: Tensor, capacity: int | None, document_starts: Tensor | None = None
+    scores: Tensor,
+    thresholds: Tensor,
+    capacity: int | None,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
 ) -> Tensor:
     """Every token whose score is above its head's threshold, and the first of each document; causal.
+
+    With ``feedback`` a head's threshold moves, in logits, by that much for every token that it has taken before, in the
+    document, beyond ``share`` of the tokens there: down where it took fewer. So each sequence gets about its share.
 
     Args:
         scores: [B, E, T]; one that is not a number is above nothing.
@@ -97,37 +105,72 @@ def select_above(
         capacity: C, 1 to T: a head takes the first C such tokens of a sequence; None: all of them, C being the largest
             number that a head takes, which the host waits for.
         document_starts: int64 [B, T], as ``Documents.starts``; None: one document a sequence.
+        feedback: 0 or more.
+        share: 0 to 1; of no meaning without ``feedback``.
 
     Returns:
         int64 [B, E, C], contiguous, in position order; T in empty places, at the end.
     """
     if capacity is None:
-        capacity = most_above(scores, thresholds, document_starts)
-    return _select_above(scores, thresholds, capacity, document_starts)
+        capacity = int(count_above(scores, thresholds, document_starts, feedback, share).max())
+    return _select_above(scores, thresholds, capacity, document_starts, feedback, share)
 
 
-def most_above(scores: Tensor, thresholds: Tensor, document_starts: Tensor | None = None) -> int:
-    """The largest number of tokens of a sequence that a head takes without a capacity; the host waits for it."""
-    return int(is_above(scores, thresholds, document_starts).sum(dim=-1).max())
+def count_above(
+    scores: Tensor,
+    thresholds: Tensor,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+) -> Tensor:
+    """How many tokens ``select_above`` takes without a capacity: integers [B, E]."""
+    return _is_above(scores, thresholds, document_starts, feedback, share).sum(dim=-1)
 
 
-def is_above(scores: Tensor, thresholds: Tensor, document_starts: Tensor | None = None) -> Tensor:
-    """Which tokens ``select_above`` takes without a capacity: bool [B, E, T]."""
+def _is_above(
+    scores: Tensor, thresholds: Tensor, document_starts: Tensor | None, feedback: float, share: float
+) -> Tensor:
+    """bool [B, E, T]."""
     places = torch.arange(scores.shape[-1], device=scores.device)
-    is_first = (places if document_starts is None else places - document_starts) == 0  # [T] or [B, T]
-    return (scores > thresholds[:, None]) | is_first.unsqueeze(-2)  # [B, E, T]
+    inside = (places if document_starts is None else places - document_starts).unsqueeze(-2)  # [1 or B, 1, T]
+    is_first = inside == 0
+    if feedback == 0:
+        return (scores > thresholds[:, None]) | is_first  # [B, E, T]
+    margins = torch.logit(scores) - torch.logit(thresholds)[:, None] + feedback * share * inside
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    before = torch.zeros_like(scores[..., 0])  # [B, E]: taken of this document
+    for token in range(scores.shape[-1]):
+        before = before.masked_fill(is_first[..., token], 0)
+        taken[..., token] = (margins[..., token] > feedback * before) | is_first[..., token]
+        before = before + taken[..., token]
+    return taken
 
 
 @torch.library.custom_op("megatron_mosa::select_above", mutates_args=())  # one op, so that recompute can keep it
-def _select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None = None) -> Tensor:
+def _select_above(
+    scores: Tensor,
+    thresholds: Tensor,
+    capacity: int,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+) -> Tensor:
     length = scores.shape[-1]
     places = torch.arange(length, device=scores.device)
-    taken = torch.where(is_above(scores, thresholds, document_starts), places, length)  # [B, E, T]
+    is_above = _is_above(scores, thresholds, document_starts, feedback, share)
+    taken = torch.where(is_above, places, length)  # [B, E, T]
     return taken.sort(dim=-1).values[..., :capacity].contiguous()
 
 
 @_select_above.register_fake
-def _(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None = None) -> Tensor:
+def _(
+    scores: Tensor,
+    thresholds: Tensor,
+    capacity: int,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
 
 

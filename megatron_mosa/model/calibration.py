@@ -13,11 +13,11 @@ from megatron_mosa.config import Config
 PASSES = 2
 
 
-def calibrating(config: Config) -> Config:
+def calibrating(config: Config, load_feedback: float = 0.0) -> Config:
     """A model with thresholds to be found: each is the quantile of the last pass, which no capacity disturbs."""
     mosa = replace(
         config.mosa, selection="threshold", include_first_token=True, threshold_warmup_steps=1, threshold_ema=1.0,
-        capacity_factor=2 * config.mosa.sparsity,
+        capacity_factor=2 * config.mosa.sparsity, load_feedback=load_feedback,
     )  # fmt: skip
     return replace(config, mosa=mosa)
 

@@ -41,7 +41,7 @@ KINDS = {
     "pure": ["model.num_dense_heads=0", "mosa.num_heads=6", "model.tie_embeddings=true"],
 }  # fmt: skip
 
-CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=threshold"]
+CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=threshold", "mosa.load_feedback=0.05"]
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def test_heads_take_their_share_and_the_model_is_causal(
     checkpoint = of_that_data(trained["pure"], data, tmp_path)
     with pytest.raises(SystemExit, match="0"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "sys.argv", ["mosa", "checkpoint", "causalize", str(tmp_path), str(tmp_path / "out"), "--samples", "40"]
-        )
+            "sys.argv", ["mosa", "checkpoint", "causalize", str(tmp_path), str(tmp_path / "out"), "--samples", "40",
+                        "--load-feedback", "0.2"],
+        )  # fmt: skip
         main()
     assert "thresholds of 6 heads a layer from 40 training sequences; loss on them" in capsys.readouterr().out
     assert find_damage(tmp_path / "out", reads_all=True) is None
@@ -69,7 +70,7 @@ def test_heads_take_their_share_and_the_model_is_causal(
     assert all(torch.equal(before.read(key), after.read(key)) for key in after.tensors.keys() - new)
 
     model = open_model(tmp_path / "out")
-    assert model.config.mosa.selection == "threshold"
+    assert (model.config.mosa.selection, model.config.mosa.load_feedback) == ("threshold", 0.2)
     # In the first layer the states do not depend on selections: there the thresholds are the quantiles of its scores.
     from megatron_mosa.config.schema import DataSection
     from megatron_mosa.data import TrainingSamples, open_mixture

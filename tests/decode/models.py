@@ -19,6 +19,7 @@ KINDS = {
         "num_dense_heads": 4, "num_key_value_heads": 2, "num_local_heads": 2, "local_window": 6, "num_mosa_heads": 6,
         "tie_word_embeddings": True,
     },
+    "followed": {"num_dense_heads": 2, "num_mosa_heads": 6, "load_feedback": 0.5},
 }  # fmt: skip
 
 

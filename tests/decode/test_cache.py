@@ -11,7 +11,7 @@ from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from tests.decode.models import KINDS, build, random_tokens
 
-CLOSE = {"rtol": 0, "atol": 1e-5}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs from one processor to another
 LENGTH = 41
 CUTS = {
     "token by token": [1] * LENGTH,

@@ -27,7 +27,9 @@ def by_hand(heads: MosaHeads, states: Tensor) -> Tensor:
         kept: list[tuple[Tensor, Tensor]] = []
         for position, state in enumerate(states.double()):
             score = torch.sigmoid(state @ heads.router_weight[number].double())
-            if position > 0 and not score > heads.thresholds[number]:
+            excess = len(kept) - position / config.sparsity
+            threshold = torch.logit(heads.thresholds[number].double()) + config.load_feedback * excess
+            if position > 0 and not torch.logit(score) > threshold:
                 continue
             query, key, value = (state @ weight[:, size * part : size * (part + 1)] for part in range(3))
             for vector in (query, key):
@@ -44,8 +46,10 @@ def by_hand(heads: MosaHeads, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_threshold_heads_against_a_loop() -> None:
-    model = build("pure", rotary_percent=0.5)
+@pytest.mark.parametrize("feedback", [0.0, 0.5, 9.0])
+def test_threshold_heads_against_a_loop(feedback: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.FOLLOWED", 5)
+    model = build("pure", rotary_percent=0.5, load_feedback=feedback)
     heads = model.model.layers[1].self_attn.mosa_heads
     states = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(3))
     positions = torch.arange(19)[None]
@@ -61,7 +65,7 @@ def test_a_score_at_the_threshold_is_not_above_it() -> None:
     scores = torch.tensor([0.1, 0.5, 0.50001, 0.4, 0.9]).expand(2, 6, 5)
     positions = torch.arange(5)[None]
     tokens = Tokens(positions, rotary_tables(positions, heads.config))
-    assert torch.equal(heads.select(scores, tokens), torch.tensor([0, 2, 4]).expand(2, 6, 3))
+    assert torch.equal(heads.select(scores, tokens, None), torch.tensor([0, 2, 4]).expand(2, 6, 3))
 
 
 @pytest.mark.parametrize("selection", ["threshold", "expert_choice"])

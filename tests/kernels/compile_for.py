@@ -93,6 +93,8 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
             fused.select_tokens(scores, selected)
             for documents in (None, pack([[200, 312]] * 64).starts):
                 fused.select_above(scores, torch.full((9,), 0.5), selected, documents)
+                fused.select_above(scores, torch.full((9,), 0.5), selected, documents, 0.1, 0.1)
+                fused.count_above(scores, torch.full((9,), 0.5), documents, 0.1, 0.1)
             fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
             indices = torch.arange(selected).expand(64, 9, selected)
             starts = pack([[200, 312]] * 64).starts if selected > num_selected_tokens(512, 16.0) else None

@@ -28,18 +28,31 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 
 def expected(
-    scores: torch.Tensor, thresholds: torch.Tensor, capacity: int | None, starts: torch.Tensor | None = None
+    scores: torch.Tensor,
+    thresholds: torch.Tensor,
+    capacity: int | None,
+    starts: torch.Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
 ) -> list[list[list[int]]]:
     """Tokens in order, one by one."""
+
+    def is_above(score: float, threshold: float, excess: float) -> bool:
+        if not feedback:
+            return score > threshold
+        return score > 0 and math.log(score / (1 - score)) > math.log(threshold / (1 - threshold)) + feedback * excess
+
     chosen = []
     for b, sequence in enumerate(scores.tolist()):
         chosen.append([])
         for row, threshold in zip(sequence, thresholds.tolist(), strict=True):
             taken: list[int] = []
             for t, score in enumerate(row):
-                is_first = t == (0 if starts is None else int(starts[b, t]))
-                if (score > threshold or is_first) and (capacity is None or len(taken) < capacity):
+                start = 0 if starts is None else int(starts[b, t])
+                excess = sum(before >= start for before in taken) - share * (t - start)
+                if t == start or is_above(score, threshold, excess):
                     taken.append(t)
+            taken = taken[:capacity]
             chosen[-1].append(taken)
     slots = capacity or max(len(taken) for rows in chosen for taken in rows)
     return [[taken + [scores.shape[-1]] * (slots - len(taken)) for taken in rows] for rows in chosen]
@@ -78,6 +91,34 @@ def test_the_first_token_of_each_document_is_taken(kernels: ModuleType) -> None:
         assert kernels.select_above(scores, thresholds, capacity, starts).tolist() == expected(
             scores, thresholds, capacity, starts
         )
+
+
+@pytest.mark.parametrize(("length", "feedback"), [(1, 1.0), (33, 0.05), (33, 1.0), (33, 30.0), (1100, 1.0)])
+def test_feedback_equals_a_plain_loop(kernels: ModuleType, feedback: float, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    scores = (2 * torch.randn(2, 3, length, generator=generator)).sigmoid()
+    scores[1, 1, ::5] = torch.nan
+    thresholds = torch.tensor([0.2, 0.8, 0.97])
+    lengths = [[length], [length // 3, length - length // 3]] if length > 1 else [[1], [1]]
+    for starts in (None, Documents.from_lengths(lengths).starts):
+        counts = kernels.count_above(scores, thresholds, starts, feedback, 0.1)
+        for capacity in {1, max(1, length // 12), length, None}:
+            indices = kernels.select_above(scores, thresholds, capacity, starts, feedback, 0.1)
+            assert indices.tolist() == expected(scores, thresholds, capacity, starts, feedback, 0.1)
+        all_taken = expected(scores, thresholds, None, starts, feedback, 0.1)
+        assert counts.tolist() == [[sum(t < length for t in taken) for taken in rows] for rows in all_taken]
+
+
+def test_feedback_holds_the_load_of_every_sequence() -> None:
+    """Sequences whose scores lie high or low as a whole: a head takes about its share of each, not all or nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, 2048, generator=generator) + torch.tensor([-2.0, 0.0, 1.0, 3.0])[:, None, None]
+    thresholds = torch.tensor([0.8, 0.9])
+    plain = naive.count_above(logits.sigmoid(), thresholds)
+    followed = naive.count_above(logits.sigmoid(), thresholds, None, 0.1, 1 / 16)
+    assert plain.min() < 64 and plain.max() > 1000  # the share is 128
+    # A head that is n tokens ahead has its threshold 0.1 n higher: never further than its scores reach.
+    assert (followed - 128).abs().max() <= 75
 
 
 def test_strides_do_not_matter(kernels: ModuleType) -> None:
@@ -187,9 +228,9 @@ def test_the_operators_are_good_citizens() -> None:
     operators = torch.ops.megatron_mosa
     get_backend("triton", scores)
     for operator, arguments in (
-        (operators.select_above, (scores.mT.contiguous().mT, thresholds, 7, starts)),
-        (operators.fused_select_above, (scores, thresholds, 7, starts)),
-        (operators.fused_select_above, (scores, thresholds, 7, None)),
+        (operators.select_above, (scores.mT.contiguous().mT, thresholds, 7, starts, 0.0, 0.0)),
+        (operators.fused_select_above, (scores, thresholds, 7, starts, 0.0, 0.0)),
+        (operators.fused_select_above, (scores, thresholds, 7, None, 0.1, 0.25)),
         (operators.fused_count_scores, (scores, histogram)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -197,7 +238,7 @@ def test_the_operators_are_good_citizens() -> None:
 
 @pytest.mark.parametrize("length", [1, 16, 100, 1024, 8192, 100_000])
 def test_tiles(length: int) -> None:
-    for chosen in (tiles.select_above(length), tiles.count_scores(length)):
+    for chosen in (tiles.select_above(length), tiles.follow(length), tiles.count_scores(length)):
         assert chosen["BLOCK"] & (chosen["BLOCK"] - 1) == 0 and chosen["num_warps"] in (1, 2, 4, 8)
 
 

@@ -22,7 +22,7 @@ def gradients(
     selections = 0
     place, name = (naive.torch, "sort") if backend == "naive" else (fused_selection, "select")
     if by_threshold:
-        place, name = (naive, "is_above") if backend == "naive" else (fused_selection, "select_above")
+        place, name = (naive, "_is_above") if backend == "naive" else (fused_selection, "select_above")
     select = getattr(place, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:

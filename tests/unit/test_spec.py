@@ -205,6 +205,8 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
         (dict(mosa_selection="router"), "mosa_selection='router' is not known; legal: expert_choice, threshold"),
         (dict(mosa_selection="threshold", mosa_selection_scope="document"), "no use for mosa_selection_scope"),
         (dict(mosa_capacity_factor=0.5), "mosa_capacity_factor=0.5"),
+        (dict(mosa_selection="threshold", mosa_load_feedback=-0.1), "mosa_load_feedback=-0.1"),
+        (dict(mosa_load_feedback=0.1), "legal with mosa_selection='expert_choice': 0"),
         (dict(mosa_threshold_ema=0.0), "mosa_threshold_ema=0.0"),
         (dict(mosa_threshold_warmup_steps=0), "mosa_threshold_warmup_steps=0"),
         (dict(mosa_selection_scope="document"), "need mosa_attend_within_documents"),

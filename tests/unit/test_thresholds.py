@@ -133,6 +133,32 @@ def test_capacity_holds_in_training_alone(layout: Layout) -> None:
         assert heads.selection[1].shape[-1] > 10
 
 
+@torch.no_grad()
+def test_load_feedback_selects_alike_in_training_and_evaluation(layout: Layout) -> None:
+    model, tokens = build(mosa_load_feedback=0.4, mosa_capacity_factor=1.25), random_tokens(0)
+    calibrate(model)
+    first = mosa_layers(model)[0]
+    first.thresholds.fill_(0.45)  # most scores are above
+    for capacity in (10, 32):  # of training; there is none in evaluation
+        with recorded_selection(model):
+            run(model.train(capacity == 10), tokens)
+            assert first.selection is not None
+            scores, indices = first.selection
+        taken_of_all = 0
+        for b in range(4):
+            for e in range(6):
+                taken: list[int] = []
+                for t, score in enumerate(scores[b, e].double().tolist()):
+                    moved = math.log(0.45 / 0.55) + 0.4 * (len(taken) - t / 4)
+                    if t == 0 or math.log(score / (1 - score)) > moved:
+                        taken.append(t)
+                assert [t for t in indices[b, e].tolist() if t < 32] == taken[:capacity]
+                taken_of_all += len(taken)
+        assert first.dropped + (indices < 32).sum() == taken_of_all
+    assert indices.shape[-1] < 20  # where a threshold that stands still takes most of 32
+    assert int((scores > 0.45).sum(-1).max()) > 20
+
+
 def test_evaluation_and_skipped_steps_count_nothing(layout: Layout) -> None:
     model = build()
     run(model.eval(), random_tokens(0))
@@ -153,8 +179,9 @@ def test_statistics_of_expert_choice_are_what_they_were(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "local", "mosa", "all", "documents"])
+@pytest.mark.parametrize("feedback", [0.0, 0.3])
 @torch.no_grad()
-def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str) -> None:
+def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str, feedback: float) -> None:
     counts: dict = {
         "dense": dict(num_attention_heads=2),
         "local": dict(num_local_heads=2),
@@ -175,7 +202,7 @@ def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str) -> None:
         assert (before - after)[:, 20:].abs().max() > 1e-2
         return (before - after)[:, :20].abs().max().item()
 
-    model = build(**heads, **within)
+    model = build(**heads, **within, mosa_load_feedback=feedback)
     for name, buffer in threshold_buffers(model).items():
         buffer.fill_(1 if name.endswith("updates") else 0.52)
     assert largest_change(model) < 1e-6

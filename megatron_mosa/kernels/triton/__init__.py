@@ -13,6 +13,7 @@ from megatron_mosa.kernels.triton.ops import (
     fused_select_above,
     fused_select_tokens,
 )
+from megatron_mosa.kernels.triton.selection import count_followed
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
@@ -34,12 +35,30 @@ def select_tokens(
 
 
 def select_above(
-    scores: Tensor, thresholds: Tensor, capacity: int | None, document_starts: Tensor | None = None
+    scores: Tensor,
+    thresholds: Tensor,
+    capacity: int | None,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
 ) -> Tensor:
     """As ``naive.select_above``."""
     if capacity is None:
-        capacity = naive.most_above(scores, thresholds, document_starts)
-    return fused_select_above(scores, thresholds, capacity, document_starts)
+        capacity = int(count_above(scores, thresholds, document_starts, feedback, share).max())
+    return fused_select_above(scores, thresholds, capacity, document_starts, feedback, share)
+
+
+def count_above(
+    scores: Tensor,
+    thresholds: Tensor,
+    document_starts: Tensor | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+) -> Tensor:
+    """As ``naive.count_above``."""
+    if feedback == 0:
+        return naive.count_above(scores, thresholds, document_starts)
+    return count_followed(scores, thresholds, document_starts, feedback, share)
 
 
 def count_scores(scores: Tensor, histogram: Tensor) -> None:

@@ -43,13 +43,17 @@ def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
 
 
 @torch.library.custom_op("megatron_mosa::fused_select_above", mutates_args=())
-def fused_select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+def fused_select_above(
+    scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None, feedback: float, share: float
+) -> Tensor:
     """As ``naive.select_above`` with a capacity, for fp32 scores."""
-    return selection.select_above(scores, thresholds, capacity, document_starts)
+    return selection.select_above(scores, thresholds, capacity, document_starts, feedback, share)
 
 
 @fused_select_above.register_fake
-def _(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+def _(
+    scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None, feedback: float, share: float
+) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
 
 

@@ -162,16 +162,84 @@ def _select_above_kernel(
         tl.store(indices + row * C + slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(slot >= taken) & (slot < C))
 
 
-def select_above(scores: Tensor, thresholds: Tensor, capacity: int, document_starts: Tensor | None) -> Tensor:
+@triton.jit
+def _follow_kernel(
+    scores, thresholds, starts, indices, counts, T, E, C, FEEDBACK, SHARE,
+    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Selection with feedback of one head in one sequence: from one taken token to the next, not token by token."""
+    row = tl.program_id(0).to(tl.int64)  # b * E + e
+    threshold = tl.load(thresholds + row % E)
+    base = tl.log(threshold) - tl.log(1.0 - threshold)
+    taken, before = 0, 0  # of the sequence; of the document
+    for start in range(0, T, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        score = tl.load(scores + row * T + token, mask=token < T, other=0.0)
+        begin = tl.zeros((BLOCK,), tl.int32)
+        if HAS_STARTS:
+            begin = tl.load(starts + row // E * T + token, mask=token < T, other=-1).to(tl.int32)
+        margin = tl.log(score) - tl.log(1.0 - score) - base + FEEDBACK * SHARE * (token - begin).to(tl.float32)
+        margin = tl.where((score == score) & (token < T), margin, float("-inf"))
+        first = (token == begin) & (token < T)
+        last = start - 1
+        while last < start + BLOCK:
+            later = token > last
+            beginning = tl.min(tl.where(later & first, token, start + BLOCK))
+            chosen = later & (margin > FEEDBACK * before)
+            last = tl.minimum(tl.min(tl.where(chosen, token, start + BLOCK)), beginning)
+            if last < start + BLOCK:
+                before = tl.where(last == beginning, 1, before + 1)
+                if STORES:
+                    tl.store(indices + row * C + taken, last.to(tl.int64), mask=taken < C)
+                taken += 1
+                if STORES:
+                    last = tl.where(taken < C, last, start + BLOCK)
+    if STORES:
+        for start in range(0, C, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            tl.store(indices + row * C + slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(slot >= taken) & (slot < C))
+    else:
+        tl.store(counts + row, taken)
+
+
+def select_above(
+    scores: Tensor,
+    thresholds: Tensor,
+    capacity: int,
+    document_starts: Tensor | None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+) -> Tensor:
     """As ``naive.select_above`` with a capacity, of fp32 scores and thresholds."""
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, capacity), dtype=torch.int64, device=scores.device)
+    scores, thresholds = scores.contiguous(), thresholds.contiguous()
     starts = None if document_starts is None else document_starts.contiguous()
-    _select_above_kernel[(batch * heads,)](
-        scores.contiguous(), thresholds.contiguous(), starts, indices, length, heads, capacity,
-        HAS_STARTS=starts is not None, **tiles.select_above(length),
-    )  # fmt: skip
+    if feedback == 0:
+        _select_above_kernel[(batch * heads,)](
+            scores, thresholds, starts, indices, length, heads, capacity,
+            HAS_STARTS=starts is not None, **tiles.select_above(length),
+        )  # fmt: skip
+    else:
+        _follow_kernel[(batch * heads,)](
+            scores, thresholds, starts, indices, None, length, heads, capacity, feedback, share,
+            HAS_STARTS=starts is not None, STORES=True, **tiles.follow(length),
+        )  # fmt: skip
     return indices
+
+
+def count_followed(
+    scores: Tensor, thresholds: Tensor, document_starts: Tensor | None, feedback: float, share: float
+) -> Tensor:
+    """As ``naive.count_above`` with feedback, int32 [B, E], of fp32 scores and thresholds."""
+    batch, heads, length = scores.shape
+    counts = torch.empty((batch, heads), dtype=torch.int32, device=scores.device)
+    starts = None if document_starts is None else document_starts.contiguous()
+    _follow_kernel[(batch * heads,)](
+        scores.contiguous(), thresholds.contiguous(), starts, None, counts, length, heads, 0, feedback, share,
+        HAS_STARTS=starts is not None, STORES=False, **tiles.follow(length),
+    )  # fmt: skip
+    return counts
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -59,6 +59,12 @@ def select_above(length: int) -> Tiles:
     return dict(BLOCK=block, num_warps=max(1, block // 512))
 
 
+def follow(length: int) -> Tiles:
+    """Scores of a head among which one program seeks the next token that it takes."""
+    block = min(power_of_2(length), 1024)
+    return dict(BLOCK=block, num_warps=max(1, block // 512))
+
+
 def count_scores(length: int) -> Tiles:
     """Scores of a head that one program counts at a time."""
     block = min(power_of_2(length), 1024)
