@@ -26,9 +26,12 @@ def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in THRESHOLD_BUFFERS}
 
 
-def is_causal(model: torch.nn.Module) -> bool:
-    """Whether no head looks ahead in evaluation: there are no MoSA heads, or all have thresholds that were updated."""
-    return all(heads.selects_above(training=False) for heads in mosa_layers(model))
+def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
+    """Whether no head looks ahead: there are no MoSA heads, or all select by thresholds.
+
+    In evaluation they do so as soon as these were updated once, in ``training`` after the warm-up.
+    """
+    return all(heads.selects_above(training) for heads in mosa_layers(model))
 
 
 @torch.no_grad()

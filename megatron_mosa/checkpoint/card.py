@@ -7,9 +7,7 @@ from typing import Any
 
 from megatron_mosa.checkpoint.format import Metadata
 from megatron_mosa.config import Config
-from megatron_mosa.metrics import read_journal
-
-_NON_CAUSAL = "not causal: expert choice selects with the whole sequence in view, so no decoder could reach it"
+from megatron_mosa.metrics import causality, read_journal
 
 
 def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str]) -> str:
@@ -64,12 +62,12 @@ def _data(metadata: Metadata) -> str:
 
 def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
     lines = [line for line in read_journal(checkpoint.resolve().parents[1] / "metrics.jsonl") if line["step"] <= step]
-    label = f" ({_NON_CAUSAL})" if looks_ahead else ""
     found = {}
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
         if line is not None:
-            found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,}{label}"
+            label = causality(line.get("causal", not looks_ahead))  # of the line: a warm-up is expert choice
+            found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,} ({label})"
     return found or {"losses": "unknown: no metrics.jsonl beside the checkpoint"}
 
 

@@ -23,10 +23,8 @@ from megatron_mosa.evaluation.losses import (
     token_losses,
 )
 from megatron_mosa.evaluation.model import Evaluated, evaluated
+from megatron_mosa.metrics import causality
 from megatron_mosa.model.calibration import calibrate
-
-NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
-CAUSAL = "causal"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         looks = looks_ahead(self.model.config)
-        label = NON_CAUSAL if looks else CAUSAL
+        label = causality(not looks)
         with self._built(self.model.config.mosa.selection) as model:
             full = self._losses(model, self.samples)
             ranges = self._by_range(model, full)

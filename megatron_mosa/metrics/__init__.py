@@ -1,12 +1,14 @@
 """Meters and writers."""
 
 from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
-from megatron_mosa.metrics.journal import Journal, read_journal
+from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality, read_journal
 from megatron_mosa.metrics.plot import plot_losses
 from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
 __all__ = [
+    "NON_CAUSAL",
     "Journal",
+    "causality",
     "peak_flops",
     "peak_memory_gib",
     "plot_losses",

@@ -8,6 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
+
+
+def causality(is_causal: bool) -> str:
+    """What is said beside a loss, wherever one is printed."""
+    return "causal" if is_causal else NON_CAUSAL
+
 
 class Journal:
     """Appends to a run's metrics.jsonl; on resume, lines of steps that will be run again are dropped first."""

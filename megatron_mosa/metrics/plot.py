@@ -24,19 +24,26 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         (line["tokens"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None
     ]
     entropies = [line["unigram_entropy"] for line in lines if "unigram_entropy" in line]
-    causal = all(line.get("causal", True) for line in lines)
+    of_training, of_validation = (
+        {line.get("causal", True) for line in lines if line.get(key) is not None} for key in ("loss", "validation_loss")
+    )
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if training:
-        axes.plot(*zip(*training, strict=True), label="training", linewidth=1)
+        axes.plot(*zip(*training, strict=True), label="training" + _label(of_training), linewidth=1)
     if validation:
-        axes.plot(*zip(*validation, strict=True), label="validation", marker="o", markersize=3)
+        axes.plot(*zip(*validation, strict=True), label="validation" + _label(of_validation), marker="o", markersize=3)
     if entropies:
         axes.axhline(entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy of validation")
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats per token" + ("" if causal else " (non-causal selection)"))
+    axes.set_ylabel("loss, nats per token")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _label(causal: set[bool]) -> str:
+    """Of a curve, from what its points are."""
+    return "" if causal <= {True} else ", NON-CAUSAL" if causal == {False} else ", NON-CAUSAL in the warm-up"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_mosa.metrics import plot_losses, read_journal
-from megatron_mosa.train.writers import NON_CAUSAL
+from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal
 
 
 def report(directory: Path) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
-from megatron_mosa.metrics import Journal
-
-NON_CAUSAL = "non-causal: expert choice selects with the whole sequence in view"
+from megatron_mosa.metrics import NON_CAUSAL, Journal
 
 
 class Writers:

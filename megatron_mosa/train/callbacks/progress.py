@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from megatron_mosa.attention.thresholds import is_causal
 from megatron_mosa.engine import StepResult
 from megatron_mosa.metrics import peak_flops, peak_memory_gib, recorded_selection, selection_statistics
 from megatron_mosa.model import model_flops
@@ -28,6 +29,7 @@ class Progress(Callback):
         self.document_lengths = document_lengths
         self.seconds = 0.0
         self.steps = 0
+        self.is_causal = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Find out what the hardware could do."""
@@ -42,6 +44,7 @@ class Progress(Callback):
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
         """Start the clock; on steps that will be reported, let MoSA layers keep what they select."""
         reported = is_due(trainer, trainer.config.logging.interval, step)
+        self.is_causal = is_causal(trainer.engine.module, training=True)
         self.started = time.perf_counter()
         return recorded_selection(trainer.engine.module) if reported else nullcontext()
 
@@ -57,6 +60,7 @@ class Progress(Callback):
             "step": trainer.state.step,
             "tokens": trainer.tokens,
             "loss": result.loss,
+            "causal": self.is_causal,
             "grad_norm": result.grad_norm,
             "learning_rate": trainer.learning_rate,
             "tokens_per_second": batch_tokens * steps_per_second,
