@@ -64,11 +64,22 @@ def test_the_exported_model_is_the_megatron_model(
 # What a machine that has transformers, but none of this, does with the folder.
 ELSEWHERE = """
 import sys
-class Absent:
+class Without:  # nothing there, also for who only looks: accelerate, where it is installed, looks for deepspeed
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("megatron_mosa", "megatron", "deepspeed"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+            return None
+        return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path = [Without(finder) for finder in sys.meta_path]
+for name in ("megatron_mosa", "megatron", "deepspeed"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is there")
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 for case in torch.load(sys.argv[1]):
