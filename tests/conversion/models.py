@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from megatron_mosa.attention.thresholds import threshold_buffers
+from megatron_mosa.attention.thresholds import is_causal, threshold_buffers
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.checkpoint.format import global_view, write_metadata
 from megatron_mosa.checkpoint.manifest import digests, files_below, write_manifest
@@ -96,8 +97,8 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
     )
     write_metadata(metadata, checkpoint)
     write_manifest(checkpoint, digests(checkpoint, files_below(checkpoint)))
-    line = '{"step": 12, "validation_loss": 4.25, "causal": false}\n{"step": 13, "loss": 9.0}\n'
-    (directory / "metrics.jsonl").write_text(line)
+    lines = {"step": 12, "validation_loss": 4.25, "causal": is_causal(model)}, {"step": 13, "loss": 9.0}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = torch.randint(300, (3, 40), generator=generator)
     documents = Documents.from_starts(torch.zeros_like(tokens)) if config.model.attend_within_documents else None
     logits = model(tokens, torch.arange(40).expand_as(tokens), documents)

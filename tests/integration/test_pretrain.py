@@ -265,7 +265,7 @@ def test_a_run_with_thresholds(runner: Runner, whole_run: str) -> None:
     assert runner.losses("thresholds")[:6] == runner.losses(whole_run)[:6]
     assert runner.losses("thresholds")[7:] != runner.losses(whole_run)[7:]
     lines = runner.lines("thresholds")
-    assert [line["causal"] for line in lines if "loss" in line] == [line["step"] > 6 for line in lines if "loss" in line]
+    assert all(line["causal"] == (line["step"] > 6) for line in lines if "loss" in line)
     assert [line["causal"] for line in lines if "validation_loss" in line] == [True, True]
     for line in (line for line in lines if "loss" in line):
         assert all(0.3 < load < 3 for load in line["selection_load"])
