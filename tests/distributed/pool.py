@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import traceback
 import warnings
@@ -26,9 +28,7 @@ class WorkerPool:
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         self.runs = 0
         self.connections: list[Connection] = []
         self.processes = []
@@ -91,6 +91,15 @@ class WorkerPools:
         """End all processes."""
         for pool in self.pools.values():
             pool.close()
+
+
+def _free_port() -> int:
+    """Below those that the kernel gives to connections, one of which could take it before the ranks have met."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu: bool) -> None:
