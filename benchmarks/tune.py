@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import measure
+from megatron_mosa.kernels.naive import HISTOGRAM_BINS
 from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles, weights
 from megatron_mosa.kernels.triton.gathered import Gating, Rotation
 from megatron_mosa.kernels.triton.rows import rows_of
@@ -71,6 +72,9 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "rows": ("", []),
     "out, atomic": ("", []),
     "dX, atomic": ("", []),
+    "above": ("select_above", grid(BLOCK=[512, 1024, 2048], num_warps=[1, 2, 4])),
+    "followed": ("follow", grid(BLOCK=[256, 512, 1024], num_warps=[1, 2, 4])),
+    "counted": ("count_scores", grid(BLOCK=[512, 1024], num_warps=[2, 4, 8])),
 }
 
 
@@ -81,6 +85,8 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         states, router, qkv_weight, proj_weight = (t.detach() for t in layer_inputs(shape, shape.batch, device=device))
         scores = selection.router_scores(states, router)
         indices = selection.select(scores, k, True)
+        thresholds = scores.gather(-1, scores.topk(k).indices[..., -1:]).mean(0).squeeze(-1)  # a load of about 1 / rho
+        histogram = torch.zeros(shape.heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
         rows = rows_of(indices, shape.length)
         rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
@@ -95,6 +101,10 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     def of_weights(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
         weights.weight_gradient(states, rows, values, out, **options)
         return result
+
+    def counted() -> Tensor:
+        selection.count_scores(scores, histogram)
+        return histogram
 
     def out(deterministic: bool = True) -> Tensor:
         return scattered.scattered_product(saved[0], proj_weight, rows, states, k, deterministic=deterministic)
@@ -121,10 +131,13 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "sum over heads": out,
         "out, atomic": lambda: out(False),
         "dX, atomic": lambda: of_states(False),
+        "above": lambda: selection.select_above(scores, thresholds, 2 * k, None),
+        "followed": lambda: selection.select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
+        "counted": counted,
     }
 
 
-ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic")  # stages that do not count
+ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic", "above", "followed", "counted")  # these do not count
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class WorkerPools:
 def _free_port() -> int:
     """Below those that the kernel gives to connections, one of which could take it before the ranks have met."""
     while True:
-        port = random.randint(20_000, 32_000)
+        port = random.SystemRandom().randint(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

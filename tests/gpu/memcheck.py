@@ -35,6 +35,11 @@ def main() -> None:
         starts = None if documents is None else documents.starts.cuda()
         scores = fused.router_scores(*inputs[:2])
         indices = fused.select_tokens(scores, selected)
+        thresholds = torch.full((heads,), 0.5, device="cuda")
+        for feedback in (0.0, 0.1):
+            fused.select_above(scores, thresholds, selected, starts, feedback, 0.1)
+            fused.count_above(scores, thresholds, starts, feedback, 0.1)
+        fused.count_scores(scores, torch.zeros(heads, naive.HISTOGRAM_BINS, dtype=torch.int32, device="cuda"))
         if documents is not None:  # some slots are empty
             chosen = documents.selection(lambda length: num_selected_tokens(length, 2.0))
             quotas = chosen.quotas.cuda()
