@@ -103,7 +103,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         return result
 
     def counted() -> Tensor:
-        selection.count_scores(scores, histogram)
+        selection.count_scores(scores, histogram.zero_())
         return histogram
 
     def out(deterministic: bool = True) -> Tensor:
