@@ -172,7 +172,7 @@ class MosaHeads(PartitionedHeads):
         self.records_selection = False
         # scores [B, E, T], indices [B, E, k] (T in empty places) of the last forward
         self.selection: tuple[Tensor, Tensor] | None = None
-        self.dropped = torch.zeros(())  # how many tokens above thresholds the capacity has left out there
+        self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity has left out there
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
@@ -219,10 +219,10 @@ class MosaHeads(PartitionedHeads):
 
     def _dropped(self, kernels: ModuleType, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
         if not self.selects_above(self.training):
-            return scores.new_zeros(())
+            return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts
         above = kernels.count_above(scores, self.thresholds, starts, *self._feedback)  # [B, E]
-        return above.sum() - (indices < scores.shape[-1]).sum()
+        return above.sum(0) - (indices < scores.shape[-1]).sum((0, 2))
 
     @property
     def _feedback(self) -> tuple[float, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -26,7 +28,7 @@ def recorded_selection(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
+def selection_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
     """Per layer, over the heads of all tensor-parallel ranks and the last recorded micro-batch.
 
     A collective over the tensor-parallel group.
@@ -54,32 +56,45 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
     return {"selected_score_mean": means, "unselected_share": shares} | of_thresholds
 
 
-def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[float]]:
+def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
     """Per layer, of heads whose thresholds were updated.
 
     Returns:
         ``selection_load``: share of the last step's tokens, of the global batch, that lie above their head's threshold
-            as it was in the step, over 1 / rho; the mean over heads.
+            as it was in the step, over 1 / rho; the mean over heads. ``_min``, ``_max``: of a head.
         ``dead_heads``, ``overloaded_heads``: heads whose load is below 0.5, and above 2.
         ``overflow_share``: share of the taken tokens of the last recorded micro-batch that the capacity has dropped; 0
-            in warm-up, where tokens are not taken by threshold.
+            in warm-up, where tokens are not taken by threshold. ``_max``: of a head.
+        ``load_of_heads``, ``overflow_of_heads``: the same of every head, a list for each layer.
     """
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Any]] = {}
     for layer in mosa_layers(model):
-        if layer.load is None or layer.selection is None:
+        if layer.load is None or layer.selection is None or layer.dropped is None:
             continue
-        load, (scores, indices) = layer.load, layer.selection  # [E], [B, E, T], [B, E, k]
-        sums = [load.sum(), (load < DEAD).sum(), (load > OVERLOADED).sum(), torch.ones_like(load).sum()]
-        sums += [(indices < scores.shape[-1]).sum(), layer.dropped]
-        totals = torch.stack([value.double() for value in sums])
-        dist.all_reduce(totals, group=layer.tp_group)
-        load_sum, dead, overloaded, heads, taken, dropped = totals.tolist()
+        scores, indices = layer.selection  # [B, E / tp, T], [B, E / tp, k]
+        taken = (indices < scores.shape[-1]).sum((0, 2))
+        load, taken, dropped = _of_all_heads(torch.stack((layer.load, taken, layer.dropped)), layer.tp_group)
+        overflow = dropped / (taken + dropped)
         values = {
-            "selection_load": load_sum / heads,
-            "overflow_share": dropped / (taken + dropped),
-            "dead_heads": int(dead),
-            "overloaded_heads": int(overloaded),
+            "selection_load": load.mean().item(),
+            "selection_load_min": load.min().item(),
+            "selection_load_max": load.max().item(),
+            "overflow_share": (dropped.sum() / (taken + dropped).sum()).item(),
+            "overflow_share_max": overflow.max().item(),
+            "dead_heads": int((load < DEAD).sum()),
+            "overloaded_heads": int((load > OVERLOADED).sum()),
+            "load_of_heads": load.tolist(),
+            "overflow_of_heads": overflow.tolist(),
         }
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return found
+
+
+def _of_all_heads(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, E] from [n, E / tp] of each rank; by a sum, which every backend has on every device."""
+    own, count = group.rank(), values.shape[1]
+    whole = torch.zeros(len(values), group.size() * count, dtype=torch.float64, device=values.device)
+    whole[:, own * count : (own + 1) * count] = values
+    dist.all_reduce(whole, group=group)
+    return whole

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.metrics import NON_CAUSAL, Journal
 
@@ -82,7 +84,10 @@ class Writers:
             self.wandb.finish()
 
     def _record(self, kind: str, line: dict[str, Any]) -> None:
-        self.journal.write(line)
+        of_heads = {key: value for key, value in line.items() if isinstance(value, list) and _is_of_heads(value)}
+        line = {key: value for key, value in line.items() if key not in of_heads}
+        self.journal.write(line)  # without what is of every head: files would grow to gigabytes
+        self._record_histograms(kind, of_heads, line["step"])
         scalars: dict[str, float] = {}
         for key, value in line.items():
             if key in ("step", "causal"):
@@ -94,3 +99,19 @@ class Writers:
                 self.tensorboard.add_scalar(name, scalar, line["step"])
         if self.wandb is not None:
             self.wandb.log(scalars, step=line["step"])
+
+    def _record_histograms(self, kind: str, of_heads: dict[str, list[list[float]]], step: int) -> None:
+        for key, layers in of_heads.items():
+            for number, values in enumerate(layers):
+                name = f"{kind}/{key}/layer_{number}"
+                if self.tensorboard is not None:
+                    self.tensorboard.add_histogram(name, np.array(values), step)
+                if self.wandb is not None:
+                    import wandb
+
+                    self.wandb.log({name: wandb.Histogram(values)}, step=step)
+
+
+def _is_of_heads(value: list[Any]) -> bool:
+    """Whether a list has a list for each layer, not a number."""
+    return bool(value) and isinstance(value[0], list)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +272,11 @@ def test_a_run_with_thresholds(runner: Runner, whole_run: str) -> None:
         assert all(0.3 < load < 3 for load in line["selection_load"])
         assert all(0 <= share < 0.5 for share in line["overflow_share"])
         assert all(0 <= count <= 6 for name in ("dead_heads", "overloaded_heads") for count in line[name])
+    assert not any("of_heads" in key for line in lines for key in line)  # of every head, in TensorBoard alone
+    events = EventAccumulator(str(runner.folder / "runs" / "thresholds" / "tensorboard"), {"histograms": 0}).Reload()
+    for layer, load in enumerate(lines[-1 if "loss" in lines[-1] else -2]["selection_load"]):
+        histogram = events.Histograms(f"train/load_of_heads/layer_{layer}")[-1].histogram_value
+        assert histogram.num == 6 and histogram.sum / 6 == pytest.approx(load, rel=1e-5)  # of both ranks
     runner.pretrain("threshold_halves", *options, "train.stop_after_step=7", "checkpoint.interval=7")
     runner.pretrain("threshold_halves", *options)
     assert runner.losses("threshold_halves") == runner.losses("thresholds")

@@ -129,6 +129,13 @@ def test_capacity_holds_in_training_alone(layout: Layout) -> None:
         dropped = (above.sum(-1) - 10).clamp(min=0).sum()
         assert found["overflow_share"][number] == pytest.approx((dropped / above.sum()).item(), rel=1e-6)
         assert found["selection_load"][number] == pytest.approx((scores > 0.2).float().mean().item() * 4, abs=0.02)
+        loads = (scores > 0.2).float().mean((0, 2)) * 4
+        assert found["load_of_heads"][number] == pytest.approx(loads.tolist(), abs=0.03)
+        extremes = found["selection_load_min"][number], found["selection_load_max"][number]
+        assert extremes == pytest.approx((loads.min().item(), loads.max().item()), abs=0.03)
+        of_heads = (above.sum(-1) - 10).clamp(min=0).sum(0) / above.sum((0, 2))
+        assert found["overflow_of_heads"][number] == pytest.approx(of_heads.tolist(), rel=1e-6)
+        assert found["overflow_share_max"][number] == pytest.approx(of_heads.max().item(), rel=1e-6)
         assert found["overloaded_heads"][number] == 6 and found["dead_heads"][number] == 0
         assert heads.selection[1].shape[-1] > 10
 
@@ -154,7 +161,7 @@ def test_load_feedback_selects_alike_in_training_and_evaluation(layout: Layout) 
                         taken.append(t)
                 assert [t for t in indices[b, e].tolist() if t < 32] == taken[:capacity]
                 taken_of_all += len(taken)
-        assert first.dropped + (indices < 32).sum() == taken_of_all
+        assert first.dropped is not None and first.dropped.sum() + (indices < 32).sum() == taken_of_all
     assert indices.shape[-1] < 20  # where a threshold that stands still takes most of 32
     assert int((scores > 0.45).sum(-1).max()) > 20
 
