@@ -151,9 +151,11 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
     whole = run(1)
+    # The interpreter multiplies by NumPy, which rounds blocks of other shapes otherwise on some processors; that a GPU
+    # gives the same bits is tested there.
     for cut in ((2,), (1, sequence_bytes), (1, 1), (4, 1)):  # pairs of sequences; each; columns of each
         for ours, theirs in zip(run(*cut), whole, strict=True):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
 def test_no_chunk_is_more_than_half_of_the_products() -> None:
