@@ -57,6 +57,8 @@ def mosa_attention(
         thresholds: [E], in the type of the scores: fp32 (fp64 for fp64 states).
         capacity: with ``thresholds``: a head takes the first so many of its tokens, 1 to T; None: all, and the host
             waits to learn how many.
+        feedback, share: with ``thresholds``: a head's threshold moves by ``feedback``, in logits, for every token that
+            it has taken beyond ``share`` of those before; 0 or more, 0: it stays. ``share``: 0 to 1.
         include_first_token: token 0 is always among the selected, of each document where they are selected from one by
             one, else of the first k documents; with ``thresholds`` they always are.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
