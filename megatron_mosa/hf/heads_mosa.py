@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
@@ -91,16 +92,20 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | 
         rows = query.squeeze(2).unflatten(1, (groups, -1))  # [B, groups, queries, h']
         return F.scaled_dot_product_attention(rows, key, value, visible).flatten(1, 2).unsqueeze(2)
     repeats = query.shape[1] // groups
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if valid is None and length == columns:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     outputs = []
     for start in range(0, length, PIECE):
-        piece = slice(start, start + PIECE)
-        visible = column <= own[piece]  # [t, n]
-        if valid is not None:
-            visible = visible & valid[:, None, None] | (column == own[piece])
-        outputs.append(F.scaled_dot_product_attention(query[:, :, piece], key, value, visible))
+        piece = query[:, :, start : start + PIECE]
+        end = columns - length + start + piece.shape[2]
+        if valid is None:
+            visible: Any = causal_lower_right(piece.shape[2], end)
+        else:
+            at = own[start : start + PIECE]
+            visible = (column[:end] <= at) & valid[:, None, None, :end] | (column[:end] == at)
+        outputs.append(F.scaled_dot_product_attention(piece, key[:, :, :end], value[:, :, :end], visible))
     return torch.cat(outputs, dim=2)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
@@ -22,6 +23,9 @@ from .heads_mosa import MosaAttention, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
+
+# Not cuDNN's, which makes a plan for every new shape in tens of milliseconds: here each token brings a new one.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class MosaMLP(nn.Module):
@@ -136,10 +140,11 @@ class MosaModel(MosaPreTrainedModel):
             self.check_thresholds()
         tokens = read_tokens(attention_mask, hidden_states, cache, self.config)
         states = [hidden_states]
-        for number, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, tokens, None if cache is None else cache.layers[number])
-            if output_hidden_states:
-                states.append(hidden_states)
+        with sdpa_kernel(BACKENDS):
+            for number, layer in enumerate(self.layers):
+                hidden_states = layer(hidden_states, tokens, None if cache is None else cache.layers[number])
+                if output_hidden_states:
+                    states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
         everything = (*states[:-1], hidden_states) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=everything, **named(cache))
