@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
@@ -130,12 +131,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--plain", action="store_true", help="without the kernels of a step")
     parser.add_argument("--toy", action="store_true", help="narrow models, to see that it runs")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = []
+    if options.plain:
+        heads_mosa.usable = lambda states: False
     print("| model | batch | context | tokens/s | ms a step | cache, GiB (allocated) | prefill, tokens/s |")
     print("| --- |" + " ---: |" * 6)
     for name in options.models:
@@ -155,6 +159,7 @@ def main() -> None:
     if options.output is not None:
         name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
         facts = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+        facts["kernels"] = device == "cuda" and not options.plain
         models = {name: SMALL | (TOY if options.toy else {}) | MODELS[name] for name in options.models}
         options.output.write_text(json.dumps(facts | {"models": models, "rows": results}, indent=2) + "\n")
 

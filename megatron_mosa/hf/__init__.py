@@ -7,5 +7,5 @@ from pathlib import Path
 
 MODELLING_FILES = tuple(
     Path(__file__).with_name(f"{name}_mosa.py")
-    for name in ("configuration", "modeling", "heads", "tokens", "cache", "rows")
+    for name in ("configuration", "modeling", "heads", "tokens", "cache", "rows", "kernels")
 )

@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
+from .kernels_mosa import step_in_kernels, usable
 from .rows_mosa import DenseRows, SelectedRows, WindowRows
 from .tokens_mosa import Tokens, rotate
 
@@ -151,10 +152,9 @@ class MosaHeads(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
         """[B, T, h] to [B, T, h], the sum over the heads; with ``rows``, as dense heads."""
-        logits = torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float())
-        scores = torch.sigmoid(logits)  # [B, E, T], fp32 whatever the type of the model
         if rows is not None and hidden_states.shape[1] == 1:
-            return self.step(hidden_states, scores, tokens, rows)
+            return self.step(hidden_states, tokens, rows)
+        scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
         indices = self.select(
             scores, tokens, None if rows is None else rows.counts
@@ -186,25 +186,33 @@ class MosaHeads(nn.Module):
                 return F.scaled_dot_product_attention(query, keys, values, visible)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)  # places are in order of positions
 
-    def step(self, hidden_states: Tensor, scores: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
-        """One token of each sequence, [B, 1, h] to [B, 1, h]: only heads that select it compute anything.
-
-        The number of pairs of a sequence and a head is read from the device: the one wait of the layer.
-        """
+    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
+        """One token of each sequence, [B, 1, h] to [B, 1, h]: only heads that select it compute anything."""
+        rows.begin(hidden_states, len(self.router_weight))
+        assert self.thresholds is not None
+        if usable(hidden_states):
+            weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
+            states, share = hidden_states[:, 0], 1 / config.sparsity
+            output = step_in_kernels(states, weights, self.thresholds, tokens, rows, config.load_feedback, share)
+            return output[:, None]
         batch, _, width = hidden_states.shape
+        scores = self.scores(hidden_states)
         chosen = self.above_threshold(scores, tokens, rows.counts)[..., 0]  # [B, E]
         sequence, head = chosen.nonzero(as_tuple=True)  # [n] each
         states = self.project_in(hidden_states[:, 0], sequence, head).unflatten(-1, (3, -1))  # [n, 3, h']
         table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
         cos, sin = (part[table] for part in tokens.rotary)  # [n, 1, pairs]
         query, key = rotate(states[:, :2], cos, sin).unbind(1)  # [n, h']
-        rows.begin(key.new_empty(batch, len(self.router_weight), 0, key.shape[-1]))
         own = rows.add_pairs(chosen, (sequence, head), key, states[:, 2])  # [n]
         keys, values = rows.read((sequence, head))  # [n, rows, h']
-        visible = torch.arange(keys.shape[1], device=key.device) <= own[:, None]  # [n, rows]
+        visible = torch.arange(keys.shape[1], device=keys.device) <= own[:, None]  # [n, rows]
         attended = F.scaled_dot_product_attention(query[:, None], keys, values, visible[:, None])[:, 0]  # [n, h']
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
         return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
+
+    def scores(self, hidden_states: Tensor) -> Tensor:
+        """Of the router, [B, E, T], in fp32 whatever the type of the model."""
+        return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
 
     def reads_all(self, pairs: int) -> bool:
         """Whether the weights of all heads are read: copying those of every pair costs three times their bytes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -135,21 +137,51 @@ class SelectedRows(Rows):
     """The tokens that each head selected of each sequence: the n-th of them in row n, whatever its position.
 
     Heads select unequal numbers of tokens, so rows come in blocks of ``BLOCK`` from one pool, [blocks, BLOCK, h'], and
-    ``table`` [B, E, n] names the blocks of each head and sequence. Block 0 takes what is to be dropped. How many rows
-    and blocks there are the host knows up to some too many: it asks the device now and then, not at every token.
+    ``table`` [B, E, n] names the blocks of each head and sequence. Block 0 takes what is to be dropped.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Tensor | None = None  # [B, E], rows in use
         self.table: Tensor | None = None  # [B, E, n + 1]; the last column takes what is to be dropped
-        self.taken: Tensor | None = None  # [], blocks in use, block 0 included
-        self.bounds = 0, 1  # no count is larger than the first; no more blocks are in use than the second
-        self.asked = 0  # the largest count when the device was last asked
+        # [3]: blocks in use, block 0 included; the largest count; how many counts fill their blocks, so that one more
+        # token takes a new one
+        self.totals: Tensor | None = None
+        self.copied: tuple[Tensor, torch.cuda.Event] | None = None  # totals on the host, once the event is over
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"copied": None}  # an event cannot be copied, and what it waits for need not
 
     def tensors(self) -> list[Tensor]:
         """As Rows."""
         return super().tensors() + ([] if self.table is None else [self.table])
+
+    def begin(self, like: Tensor, heads: int) -> None:
+        """Before anything else: for sequences like [B, ...]."""
+        if self.counts is None:
+            self.counts = torch.zeros(like.shape[0], heads, dtype=torch.long, device=like.device)
+            self.table = torch.zeros((*self.counts.shape, 1), dtype=torch.long, device=like.device)
+            self.note(torch.tensor([1, 0, self.counts.numel()], device=like.device))
+
+    def note(self, totals: Tensor) -> None:
+        """Take over ``totals``, and begin to copy them to the host: who asks next waits for that, not this call."""
+        self.totals = totals
+        if not totals.is_cuda:
+            return
+        if self.copied is None:
+            self.copied = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
+        copy, event = self.copied
+        copy.copy_(totals, non_blocking=True)
+        event.record()
+
+    def known(self) -> list[int]:
+        """``totals``, on the host."""
+        assert self.totals is not None
+        if self.copied is None:
+            return self.totals.tolist()
+        copy, event = self.copied
+        event.synchronize()
+        return copy.tolist()
 
     def make_room(self, like: Tensor, largest: int, blocks: int) -> None:
         """So that a head and sequence may have ``largest`` rows, and all together ``blocks``; keys like [.., h']."""
@@ -166,31 +198,33 @@ class SelectedRows(Rows):
                 if before is not None:
                     now[: len(before)] = before
 
-    def add(
+    def make_room_for_one(self, like: Tensor) -> None:
+        """So that every head of every sequence may take one more token."""
+        blocks, largest, full = self.known()
+        self.make_room(like, largest + 1, blocks + full)
+
+    def put(
         self,
         index: tuple[Tensor, Tensor],
         rows: Tensor,
         there: Tensor | None,
         keys: Tensor,
         values: Tensor,
-        bounds: tuple[int, int],
+        first: Tensor,
     ) -> None:
-        """Put keys and values [..., h'] into rows [...] of sequences and heads; blocks are taken for them.
+        """Keys and values [..., h'] into rows [...] of sequences and heads; blocks are taken for them.
 
         Args:
             index: sequence and head, broadcast to [...].
             there: [...], False where there is nothing to be put; None: everywhere.
-            bounds: of the largest count and of the blocks in use after it.
+            first: [], the next block.
         """
-        self.make_room(keys, *bounds)
-        self.bounds = bounds
-        assert self.table is not None and self.taken is not None and self.keys is not None and self.values is not None
+        assert self.table is not None and self.keys is not None and self.values is not None
         begins = rows % BLOCK == 0
         begins = begins if there is None else begins & there
-        blocks = self.taken + begins.flatten().cumsum(0).view_as(begins) - 1  # [...]: the next ones, in order
+        blocks = first + begins.flatten().cumsum(0).view_as(begins) - 1  # [...]: the next ones, in order
         columns = rows // BLOCK
         self.table[(*index, columns.masked_fill(~begins, self.table.shape[2] - 1))] = blocks
-        self.taken = self.taken + begins.sum()
         if there is not None:
             columns = columns.masked_fill(~there, 0)
         place = self.table[(*index, columns)]
@@ -198,45 +232,41 @@ class SelectedRows(Rows):
         self.keys[place, rows % BLOCK] = keys
         self.values[place, rows % BLOCK] = values
 
-    def begin(self, like: Tensor) -> None:
-        """Before anything else: keys are like [B, E, n, h']."""
-        if self.counts is None:
-            self.counts = torch.zeros(like.shape[:2], dtype=torch.long, device=like.device)
-            self.table = torch.zeros((*like.shape[:2], 1), dtype=torch.long, device=like.device)
-            self.taken = torch.ones((), dtype=torch.long, device=like.device)
+    def count(self, new: Tensor) -> None:
+        """Add ``new`` [B, E] to the counts, and note the totals."""
+        assert self.counts is not None and self.totals is not None
+        before, self.counts = self.counts, self.counts + new
+        blocks = (self.counts + BLOCK - 1) // BLOCK - (before + BLOCK - 1) // BLOCK
+        full = self.counts % BLOCK == 0
+        self.note(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
     def add_packed(self, keys: Tensor, values: Tensor, there: Tensor) -> Tensor:
         """Add [B, E, k, h'], those that are ``there`` [B, E, k], which come first; return their rows, [B, E, k]."""
-        self.begin(keys)
-        assert self.counts is not None and self.taken is not None
-        new = there.sum(-1)  # [B, E]
-        before, after = self.counts, self.counts + new
-        blocks = self.taken + ((after + BLOCK - 1) // BLOCK - (before + BLOCK - 1) // BLOCK).sum()
-        largest, total = torch.stack((after.max(), blocks)).tolist()
+        self.begin(keys, keys.shape[1])
+        assert self.counts is not None and self.totals is not None
+        before, first = self.counts, self.totals[0]
+        self.count(there.sum(-1))
+        blocks, largest, _ = self.known()
+        self.make_room(keys, largest, blocks)
         rows = before[..., None] + torch.arange(keys.shape[2], device=keys.device)
         sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
         head = torch.arange(keys.shape[1], device=keys.device)[:, None]
-        self.add((sequence, head), rows, there, keys, values, (largest, total))
-        self.counts, self.asked = after, largest
+        self.put((sequence, head), rows, there, keys, values, first)
         return rows
 
     def add_pairs(self, chosen: Tensor, index: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
         """Add a token of n pairs of a sequence and a head, [n, h'], which ``chosen`` [B, E] has; return their rows."""
-        assert self.counts is not None and self.taken is not None
-        largest, blocks = self.bounds
-        room = 0 if self.keys is None else len(self.keys)
-        if largest + 1 > self.asked + STEP or blocks + len(keys) > room:
-            largest, blocks = torch.stack((self.counts.max(), self.taken)).tolist()
-            self.asked = largest
+        assert self.counts is not None and self.totals is not None
+        self.make_room_for_one(keys)
         rows = self.counts[index]  # [n]
-        self.add(index, rows, None, keys, values, (largest + 1, blocks + len(keys)))
-        self.counts = self.counts + chosen
+        self.put(index, rows, None, keys, values, self.totals[0])
+        self.count(chosen)
         return rows
 
     def read(self, index: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values of pairs [n, rows, h'], or of all [B, E, rows, h']; rows beyond a count mean nothing."""
         assert self.table is not None and self.keys is not None and self.values is not None
-        columns = slice(0, -(-self.bounds[0] // BLOCK))
+        columns = slice(0, -(-self.known()[1] // BLOCK))
         blocks = self.table[:, :, columns] if index is None else self.table[(*index, columns)]
         return self.keys[blocks].flatten(-3, -2), self.values[blocks].flatten(-3, -2)
 
@@ -250,8 +280,8 @@ class SelectedRows(Rows):
         self.keys, self.values = self.keys[blocks], self.values[blocks]
         self.table = torch.zeros_like(table)
         self.table[used] = torch.arange(1, len(blocks), device=table.device)
-        self.taken = torch.full_like(self.taken, len(blocks))  # pyright: ignore[reportArgumentType]
-        self.bounds = self.bounds[0], len(blocks)
+        full = self.counts % BLOCK == 0
+        self.note(torch.stack((full.new_full((), len(blocks), dtype=torch.long), self.counts.max(), full.sum())))
 
     def used_rows(self) -> int:
         """As Rows."""

@@ -1,4 +1,4 @@
-"""Selection by thresholds on the GPU, and decoding there: against the naive path and the whole forward pass."""
+"""Selection by thresholds on the GPU, against the naive path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from megatron_mosa.attention import mosa_attention
-from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.kernels import Documents, get_backend, naive
-from tests.decode.models import build, random_tokens
 from tests.kernels.test_documents import pack
 from tests.kernels.test_naive import make_inputs
 
@@ -78,14 +76,3 @@ def test_the_layer_and_its_gradients(fused: ModuleType, feedback: float, documen
         both.append([output, *torch.autograd.grad(output, inputs, upstream)])
     for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * theirs.abs().max().item())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["pure", "many", "hybrid", "followed"])
-def test_decoding_is_the_forward_pass(kind: str) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    model, tokens = build(kind).cuda(), random_tokens(3, 60).cuda()
-    expected, cache = model(tokens).logits, model.new_cache()
-    found = [model(tokens[:, :21], **{CACHE: cache}).logits]
-    found += [model(tokens[:, column : column + 1], **{CACHE: cache}).logits for column in range(21, 60)]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_mosa.attention import num_selected_tokens
+from megatron_mosa.hf import kernels_mosa
+from megatron_mosa.hf.rows_mosa import SelectedRows
+from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels import triton as fused
 from megatron_mosa.kernels.triton import tiles
@@ -62,6 +65,17 @@ def resources(cubin: bytes) -> str:
         command = [str(tool), "--dump-resource-usage", file.name]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return " ".join(word for word in printed.split() if word.startswith(("REG:", "STACK:")))
+
+
+def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
+    """A step, with padding and load feedback, and without."""
+    states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
+    for feedback, valid in ((0.0, None), (0.1, torch.ones(4, 1, dtype=torch.bool))):
+        rows = SelectedRows()
+        rows.begin(states, len(router))
+        tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
+        thresholds = torch.full((len(router),), 0.5)
+        kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)
 
 
 def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
@@ -104,6 +118,8 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
                     document_starts=starts, deterministic=deterministic,
                 )  # fmt: skip
                 output.sum().backward()
+            with torch.no_grad():
+                decode(*tensors[1:])
     return shared
 
 

@@ -1,0 +1,82 @@
+"""The kernels of a step, in Triton's interpreter, are the plain path; on a GPU see tests/gpu/test_decode.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_mosa.hf import kernels_mosa
+from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from tests.decode.models import build, random_tokens
+
+PROMPT, LENGTH = 60, 66  # heads fill a block of the cache, and begin another
+CHANGES = {
+    "pure": {"rotary_percent": 0.5},
+    "followed": {"load_feedback": 0.5, "head_dim": 12},
+    "hybrid": {"rotary_percent": 1.0},
+    "many": {"hidden_size": 40, "num_mosa_heads": 9},
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
+    monkeypatch.setattr(kernels_mosa, "ROWS", 16)  # so that there are several pieces
+    monkeypatch.setattr(kernels_mosa, "WIDTH_BLOCK", 32)
+
+
+def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits [B, LENGTH - PROMPT, V] of the tokens after the prompt, one by one."""
+    cache, logits = model.new_cache(), []
+    for start, end in ((0, PROMPT), *((column, column + 1) for column in range(PROMPT, LENGTH))):
+        seen = None if mask is None else mask[:, :end]
+        logits.append(model(tokens[:, start:end], attention_mask=seen, **{CACHE: cache}).logits)
+    return torch.cat(logits[1:], dim=1)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", CHANGES)
+@torch.no_grad()
+def test_decoding_is_the_forward_pass(kind: str, padded: bool) -> None:
+    model, tokens = build(kind, num_hidden_layers=1, **CHANGES[kind]), random_tokens(2, LENGTH)
+    mask = None
+    if padded:
+        mask = torch.ones_like(tokens)
+        mask[0, :7] = 0
+        mask[1, 61:63] = 0  # in the middle of what is decoded
+    expected = model(tokens, attention_mask=mask).logits[:, PROMPT:]
+    assert expected.std() > 0.3
+    found = decoded(model, tokens, mask)
+    there = torch.ones_like(tokens[:, PROMPT:], dtype=torch.bool) if mask is None else mask[:, PROMPT:].bool()
+    torch.testing.assert_close(found[there], expected[there], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_step_is_that_of_the_plain_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("pure", num_hidden_layers=1, num_mosa_heads=5).to(dtype)
+    heads = model.model.layers[0].self_attn.mosa_heads
+    tokens = random_tokens(2, PROMPT)
+    cache = model.new_cache()
+    model(tokens[:, :52], **{CACHE: cache})
+    caches = [cache, copy.deepcopy(cache)]
+    outputs: list[list[Tensor]] = [[], []]
+    heads.register_forward_hook(lambda *call: outputs[number].append(call[2]))
+    for number, interpreted in enumerate((False, True)):
+        monkeypatch.setattr(kernels_mosa, "INTERPRETED", interpreted)
+        for column in range(52, PROMPT):
+            model(tokens[:, column : column + 1], **{CACHE: caches[number]})
+    rounding = 1e-5 if dtype == torch.float32 else 0.03  # of q and k, too: of logits
+    for plain, found in zip(*outputs, strict=True):
+        assert (found - plain).norm() <= rounding * plain.norm()
+    first, second = (given.layers[0].mosa for given in caches)
+    assert torch.equal(first.counts, second.counts) and first.known() == second.known()
+    assert first.counts.max() > 16 > first.counts.min()
+    used = torch.arange(first.read()[0].shape[2]) < first.counts[..., None]
+    for plain, found in zip(first.read(), second.read(), strict=True):  # blocks may be numbered otherwise
+        assert (found[used] - plain[used]).norm() <= rounding * plain[used].norm()
+    assert second.table[:, :, :-1].unique().numel() == second.known()[0]  # no block has two owners

@@ -1,0 +1,88 @@
+"""Decoding on the GPU, by the kernels, against the whole forward pass and the plain path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from tests.decode.models import build, random_tokens
+
+WIDE = {"hidden_size": 192, "head_dim": 64, "num_mosa_heads": 40, "sparsity": 4, "num_hidden_layers": 2}
+PROMPT, LENGTH = 300, 420  # heads take up to a hundred tokens more, of several blocks and pieces of the cache
+
+
+@pytest.fixture(autouse=True)
+def precise() -> Iterator[None]:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def steps(model: MosaForCausalLM, tokens: Tensor, start: int, mask: Tensor | None, cache: object) -> Tensor:
+    """Logits of the tokens from ``start`` on, one by one."""
+    logits = []
+    for end in range(start + 1, tokens.shape[1] + 1):
+        seen = None if mask is None else mask[:, :end]
+        logits.append(model(tokens[:, end - 1 : end], attention_mask=seen, **{CACHE: cache}).logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("changes", [{}, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("kind", ["pure", "many", "hybrid", "followed", "grouped", "local"])
+def test_decoding_is_the_forward_pass(kind: str, changes: dict[str, int], padded: bool) -> None:
+    if "mosa" not in kind and changes and kind in ("grouped", "local"):
+        changes = {name: value for name, value in changes.items() if name != "num_mosa_heads"}
+    model, tokens = build(kind, **changes).cuda(), random_tokens(3, LENGTH).cuda()
+    if changes:  # logits of the router as wide as those of the narrow model
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_((24 / WIDE["hidden_size"]) ** 0.5)
+    mask = None
+    if padded:
+        mask = torch.ones_like(tokens)
+        mask[0, :130] = mask[1, 310:315] = 0
+    there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    expected = model(tokens, attention_mask=mask).logits
+    assert expected.std() > 0.1
+    cache, found, start = model.new_cache(), [], 0
+    for end in (120, 121, PROMPT):
+        seen = None if mask is None else mask[:, :end]
+        found.append(model(tokens[:, start:end], attention_mask=seen, **{CACHE: cache}).logits)
+        start = end
+    found.append(steps(model, tokens, PROMPT, mask, cache))
+    torch.testing.assert_close(torch.cat(found, dim=1)[there], expected[there], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_are_the_plain_path(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("pure", hidden_size=320, head_dim=head_dim, num_mosa_heads=70, num_hidden_layers=1)
+    for parameter in model.parameters():
+        parameter.mul_(0.3)
+    model = model.cuda().to(dtype)
+    tokens = random_tokens(5, LENGTH).cuda()
+    cache = model.new_cache()
+    model(tokens[:, :PROMPT], **{CACHE: cache})
+    caches = [cache, copy.deepcopy(cache)]
+    outputs: list[list[Tensor]] = [[], []]
+    number = 0
+    model.model.layers[0].self_attn.mosa_heads.register_forward_hook(lambda *call: outputs[number].append(call[2]))
+    steps(model, tokens, PROMPT, None, caches[0])
+    number = 1
+    monkeypatch.setattr(heads_mosa, "usable", lambda states: False)
+    steps(model, tokens, PROMPT, None, caches[1])
+    rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    for found, plain in zip(*outputs, strict=True):
+        assert (found.float() - plain.float()).norm() <= rounding * plain.float().norm()
+    first, second = (given.layers[0].mosa for given in caches)
+    assert torch.equal(first.counts, second.counts) and first.known() == second.known()
+    assert first.table[:, :, :-1].unique().numel() == first.known()[0]  # no block has two owners
