@@ -22,7 +22,9 @@ except ImportError:  # torch for CPUs comes without it
 
 INTERPRETED = False  # run on a CPU by Triton's interpreter, if the environment has TRITON_INTERPRET=1: for tests
 ROWS = 64  # of the cache, at once
-WIDTH_BLOCK = 64  # input channels of q, k and v at once
+ROUTER_BLOCK = 2048  # input channels of the router at once: most programs do nothing else
+WIDTH_BLOCK = 64  # those of q, k and v
+WARPS = 4
 COLUMNS = 64  # output channels of a program
 
 
@@ -65,30 +67,30 @@ def step_in_kernels(
     chosen = torch.empty(batch, heads, dtype=torch.int8, device=states.device)
     gated = torch.empty(batch, heads, size, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    size_block: Any = triton.next_power_of_2(size)  # pyright: ignore[reportOptionalMemberAccess]
+    power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
     kernels: Any = _pair_kernel, _sum_kernel
     kernels[0][(batch * heads,)](
         states, router, thresholds, qkv, cos, sin, tokens.positions, tokens.valid, rows.counts, rows.table, rows.totals,
-        rows.keys, rows.values, chosen, gated,
-        heads, width, size, cos.shape[-1], rows.table.shape[2],
+        rows.keys, rows.values, chosen, gated, heads, width, size, cos.shape[-1], rows.table.shape[2],
         position_stride, min(position_stride, 1), valid_stride, feedback, share, size**-0.5,
-        HAS_VALID=tokens.valid is not None, HAS_FEEDBACK=feedback != 0, SIZE_BLOCK=size_block,
-        WIDTH_BLOCK=WIDTH_BLOCK, ROWS=ROWS, BLOCK=BLOCK,
+        HAS_VALID=tokens.valid is not None, HAS_FEEDBACK=feedback != 0, SIZE_BLOCK=power(size),
+        WIDTH_BLOCK=WIDTH_BLOCK, ROUTER_BLOCK=min(power(width), ROUTER_BLOCK), ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     rows.note(rows.totals)
     kernels[1][(batch, -(-width // COLUMNS))](
-        gated, chosen, proj, output, heads, width, size, SIZE_BLOCK=size_block, COLUMNS=COLUMNS
-    )
+        gated, chosen, proj, output, heads, width, size,
+        HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS,
+    )  # fmt: skip
     return output
 
 
 if triton is not None:
 
     @triton.jit
-    def _score(state, router, width, WIDTH_BLOCK: tl.constexpr):
-        logit = tl.zeros((WIDTH_BLOCK,), dtype=tl.float32)
-        for start in range(0, width, WIDTH_BLOCK):
-            channel = start + tl.arange(0, WIDTH_BLOCK)
+    def _score(state, router, width, ROUTER_BLOCK: tl.constexpr):
+        logit = tl.zeros((ROUTER_BLOCK,), dtype=tl.float32)
+        for start in range(0, width, ROUTER_BLOCK):
+            channel = start + tl.arange(0, ROUTER_BLOCK)
             here = channel < width
             part = tl.load(state + channel, mask=here, other=0.0).to(tl.float32)
             logit += part * tl.load(router + channel, mask=here, other=0.0).to(tl.float32)
@@ -166,7 +168,7 @@ if triton is not None:
         states, router, thresholds, qkv, cos, sin, positions, valid, counts, table, totals, keys, values, chosen, gated,
         heads, width, size, rotated, columns, position_stride, angle_stride, valid_stride, feedback, share, scale,
         HAS_VALID: tl.constexpr, HAS_FEEDBACK: tl.constexpr, SIZE_BLOCK: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
-        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        ROUTER_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Of one pair: select, project, rotate, cache, attend, gate.
 
@@ -176,7 +178,7 @@ if triton is not None:
         pair = tl.program_id(0).to(tl.int64)
         sequence, head = pair // heads, pair % heads
         state = states + sequence * width
-        score = _score(state, router + head * width, width, WIDTH_BLOCK)
+        score = _score(state, router + head * width, width, ROUTER_BLOCK)
         threshold = tl.load(thresholds + head)
         count = tl.load(counts + pair)
         position = tl.load(positions + sequence * position_stride)
@@ -211,7 +213,8 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        gated, chosen, proj, output, heads, width, size, SIZE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+        gated, chosen, proj, output, heads, width, size,
+        HEADS_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """Output channels of one sequence, summed in fp32 over the heads that have chosen the token, in their order."""
         sequence = tl.program_id(0).to(tl.int64)
@@ -219,10 +222,14 @@ if triton is not None:
         channel = tl.arange(0, SIZE_BLOCK)
         both = (channel < size)[:, None] & (column < width)
         result = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for head in range(heads):
-            if tl.load(chosen + sequence * heads + head) != 0:
-                state = tl.load(gated + (sequence * heads + head) * size + channel, mask=channel < size, other=0.0)
-                place = (tl.full((), 0, tl.int64) + head) * size * width + channel[:, None] * width + column
-                weight = tl.load(proj + place, mask=both, other=0.0).to(tl.float32)
-                result += tl.sum(state.to(tl.float32)[:, None] * weight, axis=0)
+        every = tl.arange(0, HEADS_BLOCK)
+        taken = tl.load(chosen + sequence * heads + every, mask=every < heads, other=0) != 0
+        left = tl.where(taken, every, HEADS_BLOCK)
+        head = tl.min(left)
+        while head < heads:
+            state = tl.load(gated + (sequence * heads + head) * size + channel, mask=channel < size, other=0.0)
+            place = head.to(tl.int64) * size * width + channel[:, None] * width + column
+            weight = tl.load(proj + place, mask=both, other=0.0).to(tl.float32)
+            result += tl.sum(state.to(tl.float32)[:, None] * weight, axis=0)
+            head = tl.min(tl.where(left > head, left, HEADS_BLOCK))
         tl.store(output + sequence * width + column, result.to(output.dtype.element_ty), mask=column < width)

@@ -26,6 +26,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
     monkeypatch.setattr(kernels_mosa, "ROWS", 16)  # so that there are several pieces
     monkeypatch.setattr(kernels_mosa, "WIDTH_BLOCK", 32)
+    monkeypatch.setattr(kernels_mosa, "ROUTER_BLOCK", 16)
 
 
 def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None) -> Tensor:
