@@ -21,11 +21,11 @@ except ImportError:  # torch for CPUs comes without it
     triton = None
 
 INTERPRETED = False  # run on a CPU by Triton's interpreter, if the environment has TRITON_INTERPRET=1: for tests
-ROWS = 64  # of the cache, at once
+ROWS = 128  # of the cache, at once
 ROUTER_BLOCK = 2048  # input channels of the router at once: most programs do nothing else
-WIDTH_BLOCK = 64  # those of q, k and v
+WIDTH_BLOCK = 128  # those of q, k and v
 WARPS = 4
-COLUMNS = 64  # output channels of a program
+COLUMNS = 32  # output channels of a program
 
 
 def usable(states: Tensor) -> bool:
