@@ -6,6 +6,9 @@ asks how many do. Weights and cached rows are read where they lie.
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -29,8 +32,15 @@ COLUMNS = 32  # output channels of a program
 
 
 def usable(states: Tensor) -> bool:
-    """Whether the kernels run where the states are."""
-    return triton is not None and (states.is_cuda or INTERPRETED)
+    """Whether the kernels run where the states are; if not, plain PyTorch does the same."""
+    return triton is not None and (on_gpu(states.device) if states.is_cuda else INTERPRETED)
+
+
+@functools.cache
+def on_gpu(device: torch.device) -> bool:
+    """Whether they run there: an NVIDIA GPU that can bf16, and a C compiler, which Triton needs for its launchers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and compiler is not None
 
 
 def step_in_kernels(
@@ -69,18 +79,20 @@ def step_in_kernels(
     output = torch.empty_like(states)
     power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
     kernels: Any = _pair_kernel, _sum_kernel
-    kernels[0][(batch * heads,)](
-        states, router, thresholds, qkv, cos, sin, tokens.positions, tokens.valid, rows.counts, rows.table, rows.totals,
-        rows.keys, rows.values, chosen, gated, heads, width, size, cos.shape[-1], rows.table.shape[2],
-        position_stride, min(position_stride, 1), valid_stride, feedback, share, size**-0.5,
-        HAS_VALID=tokens.valid is not None, HAS_FEEDBACK=feedback != 0, SIZE_BLOCK=power(size),
-        WIDTH_BLOCK=WIDTH_BLOCK, ROUTER_BLOCK=min(power(width), ROUTER_BLOCK), ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
-    rows.note(rows.totals)
-    kernels[1][(batch, -(-width // COLUMNS))](
-        gated, chosen, proj, output, heads, width, size,
-        HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS,
-    )  # fmt: skip
+    with torch.cuda.device_of(states):  # Triton launches on the current device
+        kernels[0][(batch * heads,)](
+            states, router, thresholds, qkv, cos, sin, tokens.positions, tokens.valid, rows.counts, rows.table,
+            rows.totals, rows.keys, rows.values, chosen, gated, heads, width, size, cos.shape[-1], rows.table.shape[2],
+            position_stride, min(position_stride, 1), valid_stride, feedback, share, size**-0.5,
+            HAS_VALID=tokens.valid is not None, HAS_FEEDBACK=feedback != 0, SIZE_BLOCK=power(size),
+            WIDTH_BLOCK=WIDTH_BLOCK, ROUTER_BLOCK=min(power(width), ROUTER_BLOCK), ROWS=ROWS, BLOCK=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
+        rows.note(rows.totals)
+        kernels[1][(batch, -(-width // COLUMNS))](
+            gated, chosen, proj, output, heads, width, size,
+            HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS,
+        )  # fmt: skip
     return output
 
 

@@ -81,3 +81,22 @@ def test_a_step_is_that_of_the_plain_path(dtype: torch.dtype, monkeypatch: pytes
     for plain, found in zip(first.read(), second.read(), strict=True):  # blocks may be numbered otherwise
         assert (found[used] - plain[used]).norm() <= rounding * plain[used].norm()
     assert second.table[:, :, :-1].unique().numel() == second.known()[0]  # no block has two owners
+
+
+def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kernels_mosa.usable(torch.empty(1))  # the plain path
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("CC", raising=False)
+    for capability, compiler, runs in (((9, 0), "/gcc", True), ((7, 5), "/gcc", False), ((9, 0), None, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
+        monkeypatch.setattr("shutil.which", lambda _, answer=compiler: answer)
+        assert kernels_mosa.on_gpu.__wrapped__(device) == runs
+
+
+@torch.no_grad()
+def test_without_triton_decoding_is_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_mosa, "triton", None)
+    monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
+    model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)
+    torch.testing.assert_close(decoded(model, tokens, None), model(tokens).logits[:, PROMPT:], rtol=1e-5, atol=1e-5)
