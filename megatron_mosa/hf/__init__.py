@@ -1,4 +1,4 @@
-"""Modelling code for transformers that travels with an exported model: it knows torch and transformers, and Triton if it is there.
+"""Modelling code for transformers that travels with an exported model: it knows torch, transformers, Triton if there.
 
 The files of ``MODELLING_FILES`` are copied into every exported folder as they are.
 """
