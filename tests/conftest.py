@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from tests.distributed.pool import WorkerPools
+from tests.interpreter import speed_up
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 # These take all cores, ports, or the GPU, and some of them watch the clock: none runs beside another.
 ONE_AT_A_TIME = ("tests/distributed/", "tests/gpu/", "tests/integration/", "tests/slurm/")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first
-
+    speed_up()
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
