@@ -32,7 +32,7 @@ help: ## list the targets (this is the default)
 	@echo "  CONFIG       configuration file of pretrain; now $(CONFIG)"
 	@echo "  ARGS         overrides for pretrain, as in ARGS='train.steps=20 run.name=try'"
 	@echo "  NPROC        processes of pretrain; default: one for each visible GPU, or 2 on a CPU"
-	@echo "  PYTEST_ARGS  arguments for pytest, as in PYTEST_ARGS='-x -k mosa'"
+	@echo "  PYTEST_ARGS  arguments for pytest, as in PYTEST_ARGS='-x -k mosa'; '-n 8' for 8 tests side by side, not 2"
 	@echo "  SLURM        SLURM=install: test installs slurm-wlm and munge with apt before (as root), which tests/slurm"
 	@echo "               needs; without them these tests are reported as not run"
 	@echo "  PYTHON       Python 3.11, 3.12 or 3.13 to set up with; now $(PYTHON)"
@@ -72,7 +72,7 @@ test: setup ## run all tests; SLURM=install installs Slurm for tests/slurm first
 		install) launch/slurm/install.sh ;; \
 		*) echo 'error: SLURM=$(SLURM): legal: install, or nothing' >&2; exit 2 ;; \
 	esac
-	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests
+	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) tests
 
 test-matrix: setup ## save at every layout and load at every other, weights and moments compared to the last bit
 	@$(ACTIVATE); python -W ignore -m tests.distributed.test_layouts

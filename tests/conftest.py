@@ -1,6 +1,6 @@
 """With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any.
 
-And one pool of processes per world size, for the whole session.
+And one pool of processes per world size, for the whole session; and which tests may run side by side.
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.pool import WorkerPools
+from tests.interpreter import speed_up
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+# These take all cores, ports, or the GPU, and some of them watch the clock: none runs beside another.
+ONE_AT_A_TIME = ("tests/distributed/", "tests/gpu/", "tests/integration/", "tests/slurm/")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first
-
+    speed_up()
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,6 +44,23 @@ def workers() -> Iterator[WorkerPools]:
     pools = WorkerPools()
     yield pools
     pools.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.nodeid.startswith(ONE_AT_A_TIME))  # last, when other workers have nothing left
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of ``-n``: hands out file by file, and as one file those that must not run beside each other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Schedule(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "one at a time" if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False  # keep the order from above
+    return Schedule(config, log)
 
 
 class RequireAll:
@@ -71,6 +92,19 @@ class RequireAll:
             terminalreporter.section("skipped, but MOSA_REQUIRE_ALL=1", red=True)
             for nodeid in self.skipped:
                 terminalreporter.line(nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Of tests/slurm. Here, since with ``-n`` the process that prints it reads no conftest.py but this."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [r for r in reports if isinstance(r, pytest.TestReport) and r.nodeid.startswith("tests/slurm/")]
+    if skipped := [report.longrepr for report in reports if report.skipped]:
+        terminalreporter.section("NOT RUN: the tests of Slurm jobs", yellow=True)
+        terminalreporter.line(skipped[0][-1])  # type: ignore[index]
+    if times := [pair for report in reports if report.when == "teardown" for pair in report.user_properties]:
+        terminalreporter.section("faults in Slurm jobs: seconds to the end of the attempt, to the next new step")
+        for name, (ended, recovered) in times:  # type: ignore[misc]
+            terminalreporter.line(f"{name:20} {ended:6.1f} {recovered:6.1f}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,8 +16,8 @@ import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 240
 # A task at another tensor-parallel size makes some twenty groups whose threads (gloo) or memory (NCCL) live as long as
-# the process.
-RUNS_A_POOL = 12
+# the process, and every engine makes a few.
+MOST_GROUPS = 240
 
 
 class WorkerPool:
@@ -29,7 +29,7 @@ class WorkerPool:
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         port = _free_port()
-        self.runs = 0
+        self.groups = 0
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
@@ -41,7 +41,6 @@ class WorkerPool:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank; return the results in rank order, or raise with a rank's traceback."""
-        self.runs += 1
         for connection in self.connections:
             connection.send((function, args, kwargs))
         results: dict[int, Any] = {}
@@ -53,7 +52,7 @@ class WorkerPool:
                 raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_SECONDS} s")
             # Whichever answers first: where one rank fails, the others may wait for it for ever.
             for connection in cast(list[Connection], ready):
-                ok, result = connection.recv()
+                ok, result, self.groups = connection.recv()
                 if not ok:
                     self.close()
                     raise AssertionError(f"rank {waiting[connection]} failed:\n{result}")
@@ -63,7 +62,7 @@ class WorkerPool:
     @property
     def is_fit(self) -> bool:
         """Whether every process still serves, and is not worn out."""
-        return self.runs < RUNS_A_POOL and all(process.is_alive() for process in self.processes)
+        return self.groups < MOST_GROUPS and all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
         """End the processes that this pool started."""
@@ -120,6 +119,6 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu
         except EOFError:
             return
         try:
-            connection.send((True, function(*args, **kwargs)))
+            connection.send((True, function(*args, **kwargs), torch.distributed.get_pg_count()))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            connection.send((False, traceback.format_exc(), torch.distributed.get_pg_count()))

@@ -149,11 +149,11 @@ def test_output_and_gradients_equal_the_independent_loop(capacity: int | None) -
 
 
 def test_both_backends_compute_the_same_layer() -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 40, 3, 24, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 24, 8)]
     thresholds = torch.tensor([0.3, 0.5, 0.9])
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    documents = Documents.from_lengths([[3, 37], [20, 20]])
-    for options in (dict(capacity=10), dict(capacity=None), dict(capacity=9, documents=documents)):
+    documents = Documents.from_lengths([[3, 17], [10, 10]])
+    for options in (dict(capacity=5), dict(capacity=None), dict(capacity=4, documents=documents)):
         both = []
         for backend in ("naive", "triton"):
             output = mosa_attention(*inputs, thresholds=thresholds, backend=backend, **options)  # type: ignore[arg-type]

@@ -75,9 +75,12 @@ SHAPES = [  # B, T, E, h, h', k
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rotary_percent", [0.0, 0.7, 1.0])
-def test_fp32(fused: ModuleType, shape: tuple, rotary_percent: float) -> None:
+@pytest.mark.parametrize(
+    ("rotary_percent", "shape"),
+    [(0.7, shape) for shape in SHAPES] + [(percent, SHAPES[i]) for percent in (0.0, 1.0) for i in (0, 1, 5)],
+    ids=str,
+)
+def test_fp32(fused: ModuleType, rotary_percent: float, shape: tuple) -> None:
     inputs = make_inputs(*shape[:5])
     ours, _ = errors(fused, inputs, selection(inputs, shape[5]), rotary_percent=rotary_percent)
     assert max(ours) < 1e-5
@@ -123,12 +126,12 @@ def test_scores(fused: ModuleType) -> None:
 
 
 def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float() for tensor in make_inputs(2, 40, 3, 24, 8)]
+    inputs = [tensor.detach().float() for tensor in make_inputs(2, 12, 3, 24, 8)]
 
     def run(states: torch.Tensor) -> list[torch.Tensor]:
         states = states.detach().requires_grad_()
         weights = [tensor.detach().requires_grad_() for tensor in inputs[1:]]
-        output = mosa_attention(states, *weights, num_selected=9, backend="triton")
+        output = mosa_attention(states, *weights, num_selected=5, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), [states, *weights])]
 
     first = run(inputs[0])
@@ -141,19 +144,22 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
 def test_chunks_of_the_sum_over_heads_do_not_change_it(
     fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 12, 3, width, 8)]
-    sequence_bytes = 3 * 5 * width * 4
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 4, 3, width, 8)]
+    sequence_bytes = 3 * 2 * width * 4
 
     def run(fewest: int, most_bytes: int = 1 << 20) -> list[torch.Tensor]:
         monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
         monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
-        output = mosa_attention(*inputs, num_selected=5, backend="triton")
+        output = mosa_attention(*inputs, num_selected=2, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
     whole = run(1)
     # The interpreter multiplies by NumPy, which rounds blocks of other shapes otherwise on some processors; that a GPU
     # gives the same bits is tested there.
-    for cut in ((2,), (1, sequence_bytes), (1, 1), (4, 1)):  # pairs of sequences; each; columns of each
+    cuts: list[tuple[int, ...]] = [(2,), (1, sequence_bytes), (1, 1)]  # pairs of sequences; each; columns of each
+    if width > 128:
+        cuts.append((4, 1))  # fewer columns
+    for cut in cuts:
         for ours, theirs in zip(run(*cut), whole, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
@@ -190,13 +196,13 @@ def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) ->
 
 
 def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
     scores = fused.router_scores(inputs[0], inputs[1])
     operators = torch.ops.megatron_mosa
-    indices = fused.select_tokens(scores, 5)
+    indices = fused.select_tokens(scores, 3)
     calls = {
         operators.fused_router_scores: (inputs[0].detach(), inputs[1].detach()),
-        operators.fused_select_tokens: (scores, 5, True),
+        operators.fused_select_tokens: (scores, 3, True),
         operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True),
     }
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -206,10 +212,10 @@ def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
 
 
 def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
 
     def layer(*tensors: torch.Tensor) -> torch.Tensor:
-        return mosa_attention(*tensors, num_selected=5, backend="triton")
+        return mosa_attention(*tensors, num_selected=3, backend="triton")
 
     outputs = [layer(*inputs), torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)]
     gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]

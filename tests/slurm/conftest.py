@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,35 +47,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slurm")
 
 
-NOT_RUN: list[str] = []
-
-
-def _skip(reason: str) -> None:
-    NOT_RUN.append(reason)
-    pytest.skip(reason)
-
-
 TIMES: dict[str, tuple[float, float]] = {}
 """Of each fault, in seconds: until the attempt had ended, and until the next had published a step of its own."""
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if NOT_RUN:
-        terminalreporter.section("NOT RUN: the tests of Slurm jobs", yellow=True)
-        terminalreporter.line(NOT_RUN[0])
-    if TIMES:
-        terminalreporter.section("faults in Slurm jobs: seconds to the end of the attempt, to the next new step")
-        for name, (ended, recovered) in TIMES.items():
-            terminalreporter.line(f"{name:20} {ended:6.1f} {recovered:6.1f}")
+@pytest.fixture(autouse=True)
+def recovery_times(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """They are told with the test's result, for the summary in tests/conftest.py."""
+    yield
+    while TIMES:
+        record_property(*TIMES.popitem())
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes, n1 and n2, on loopback."""
     if missing := missing_programs():
-        _skip(f"Slurm is not here ({', '.join(missing)} missing): make test SLURM=install")
+        pytest.skip(f"Slurm is not here ({', '.join(missing)} missing): make test SLURM=install")
     if os.geteuid() != 0:
-        _skip("slurmctld and slurmd of the tests run as root alone")
+        pytest.skip("slurmctld and slurmd of the tests run as root alone")
     folder = Path(tempfile.mkdtemp(prefix="mosa-slurm-"))  # a short path: munge's socket has at most 107 characters
     cluster = Cluster(folder)
     yield cluster
