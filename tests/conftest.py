@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for r in reports if isinstance(r, pytest.TestReport) and r.nodeid.startswith("tests/slurm/")]
     if skipped := [report.longrepr for report in reports if report.skipped]:
         terminalreporter.section("NOT RUN: the tests of Slurm jobs", yellow=True)
-        terminalreporter.line(skipped[0][-1])  # type: ignore[index]
+        terminalreporter.line(skipped[0][-1].removeprefix("Skipped: "))  # type: ignore[index, union-attr]
     if times := [pair for report in reports if report.when == "teardown" for pair in report.user_properties]:
         terminalreporter.section("faults in Slurm jobs: seconds to the end of the attempt, to the next new step")
         for name, (ended, recovered) in times:  # type: ignore[misc]

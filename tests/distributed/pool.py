@@ -28,7 +28,7 @@ class WorkerPool:
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self.groups = 0
         self.connections: list[Connection] = []
         self.processes = []
@@ -92,7 +92,7 @@ class WorkerPools:
             pool.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that the kernel gives to connections, one of which could take it before the ranks have met."""
     while True:
         port = random.SystemRandom().randint(20_000, 32_000)

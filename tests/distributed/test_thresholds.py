@@ -46,8 +46,8 @@ def check_equal(found: dict, single: dict) -> None:
 
 
 CELLS = [  # ZeRO stage, tensor parallel size, sequence parallel, world size, recompute
-    (0, 1, False, 4, "none"), (1, 1, False, 4, "full"), (2, 2, False, 2, "none"), (3, 2, True, 4, "attention"),
-    (1, 4, True, 4, "none"), (3, 1, False, 2, "full"), (0, 4, False, 4, "full"), (1, 2, True, 2, "attention"),
+    (0, 1, False, 4, "none"), (1, 1, False, 4, "full"), (3, 1, False, 2, "full"), (2, 2, False, 2, "none"),
+    (1, 2, True, 2, "attention"), (3, 2, True, 4, "attention"), (1, 4, True, 4, "none"), (0, 4, False, 4, "full"),
 ]  # fmt: skip
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
-from tests.integration.test_pretrain import ROOT, Runner
+from tests.integration.test_pretrain import Runner
 from tests.integration.test_pretrain import runner as runner  # a fixture
 
 KILLS = 20
@@ -24,20 +18,11 @@ STEPS = 160  # more than the kills leave time for
 LONGEST_SAVE = 0.1  # seconds; of this model, whose saves take 0.04 to 0.07 on an idle machine
 
 
-class ForkedRuns:
-    """Runs in one process each, started by a process that has imported everything."""
+class Killable:
+    """Runs of one process each."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(name, None)  # of process groups that other tests had in this process
-        self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.integration.fork_server"], cwd=runner.folder, text=True,
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        while self._answer() != "ready":  # libraries print when they are imported
-            pass
 
     def start(self, name: str) -> int:
         """Start or go on; the process id."""
@@ -46,37 +31,18 @@ class ForkedRuns:
             "validation.interval=1000", "train.global_batch_size=2", "parallel.tensor_model_parallel_size=1",
             "logging.tensorboard=false",
         ]  # fmt: skip
-        job = dict(config=self.runner.config, overrides=overrides, printed=f"{self.runner.folder}/{name}.log")
-        assert self.server.stdin is not None
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        return int(self._answer())
+        log = self.runner.folder / f"{name}.log"
+        (child,) = self.runner.forked.start([self.runner.config, *overrides], 1, log, log)
+        return child
 
     def exit_code(self) -> int:
         """Of the run that was started last."""
-        return int(self._answer())
+        return self.runner.forked.exit_codes()[0]
 
     def finish(self, name: str) -> None:
         """Start or go on, to the end."""
         self.start(name)
         assert self.exit_code() == 0, (self.runner.folder / f"{name}.log").read_text()[-3000:]
-
-    def _answer(self) -> str:
-        assert self.server.stdout is not None
-        line = self.server.stdout.readline()
-        assert line, "the server ended"
-        return line.strip()
-
-    def close(self) -> None:
-        """End the server."""
-        self.server.terminate()
-        self.server.wait()
-
-
-@pytest.fixture(scope="module")
-def runs(runner: Runner) -> Iterator[ForkedRuns]:
-    forked = ForkedRuns(runner)
-    yield forked
-    forked.close()
 
 
 def published(checkpoints: Path) -> int:
@@ -96,7 +62,8 @@ def wait_for_a_save(checkpoints: Path, since: int) -> None:
     raise TimeoutError(f"no save began in {checkpoints}")
 
 
-def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner, runs: ForkedRuns) -> None:
+def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner) -> None:
+    runs = Killable(runner)
     runs.finish("undisturbed")
     checkpoints = runner.folder / "runs" / "killed" / "checkpoints"
     moments = random.Random(0)

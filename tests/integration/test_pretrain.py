@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.integration.forked import ForkedRuns
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -44,6 +47,7 @@ class Runner:
         self.folder = folder
         self.config = str(ROOT / "configs" / "quickstart.yaml")
         self.overrides = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
+        self.forked = ForkedRuns(folder)
 
     def call(self, command: list[str], largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -61,11 +65,19 @@ class Runner:
         script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
         return self.call([*launcher, *script], largest_file)
 
-    def pretrain(self, name: str, *overrides: str) -> str:
+    def launch(self, name: str, *overrides: str) -> str:
         """The same, to the end; returns what they print."""
         done = self.start(name, *overrides)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def pretrain(self, name: str, *overrides: str) -> str:
+        """The same without torchrun and the time that imports take."""
+        output, errors = (self.folder / f"{name}.{stream}" for stream in ("out", "err"))
+        output.unlink(missing_ok=True)
+        self.forked.start([self.config, *self.overrides, f"run.name={name}", *overrides], 2, output, errors)
+        assert self.forked.exit_codes() == [0, 0], output.read_text() + errors.read_text()
+        return output.read_text()
 
     def lines(self, name: str) -> list[dict]:
         """metrics.jsonl of a run."""
@@ -86,7 +98,7 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("pretrain")
     runner = Runner(folder)
     library = Path(os.__file__).parent
@@ -97,13 +109,14 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     mosa = [sys.executable, "-m", "megatron_mosa"]
     done = runner.call([*mosa, "data", "build", runner.config, *runner.overrides, f"data.sources=[{source}]"])
     assert done.returncode == 0, done.stderr
-    return runner
+    yield runner
+    runner.forked.close()
 
 
 @pytest.fixture(scope="module")
 def whole_run(runner: Runner) -> str:
     """Ten steps without a stop; the run's name."""
-    runner.pretrain("whole")
+    runner.launch("whole")
     return "whole"
 
 
@@ -172,7 +185,7 @@ def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:
 def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:
     runner.pretrain("halves", "train.stop_after_step=5")
     assert len(runner.losses("halves")) == 5
-    output = runner.pretrain("halves")
+    output = runner.launch("halves")
     assert "resumed from" in output and "step-00000005" in output
     assert runner.losses("halves") == runner.losses(whole_run)
     expected, found = runner.weights(whole_run, 10), runner.weights("halves", 10)
