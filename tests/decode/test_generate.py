@@ -164,5 +164,5 @@ def test_it_works_from_a_folder_alone(tmp_path: Path) -> None:
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     subprocess.run(
         [sys.executable, "-P", "-c", ELSEWHERE, str(tmp_path / "case.pt")],
-        cwd=tmp_path, env=environment, timeout=120, check=True, capture_output=True, text=True,
+        cwd=tmp_path, env=environment, timeout=240, check=True, capture_output=True, text=True,
     )  # fmt: skip

@@ -21,12 +21,13 @@ def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    sources = (ROOT / "megatron_mosa" / "kernels" / "triton").glob("*.py")
+    package = ROOT / "megatron_mosa"
+    sources = [*(package / "kernels" / "triton").glob("*.py"), package / "hf" / "kernels_mosa.py"]
     kernels = {
-        line.split("(")[0].removeprefix("def ")
+        line.split("(")[0].strip().removeprefix("def ")
         for source in sources
         for line in source.read_text().splitlines()
-        if line.startswith("def _") and "_kernel(" in line
+        if line.strip().startswith("def _") and "_kernel(" in line
     }
     assert set(found["kernels"]) == kernels
     assert found["shared"] <= found["limit"]

@@ -208,7 +208,7 @@ def test_process_with_a_live_loader_can_exit(dataset: Path) -> None:
         "b = training_batches(s, consumed_samples=0, global_batch_size=2, micro_batch_size=2,"
         "data_parallel_rank=0, data_parallel_size=1, num_workers=1); next(b)"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=240)
     assert done.returncode == 0
 
 

@@ -60,14 +60,14 @@ def start(program: str, *arguments: str) -> subprocess.Popen[str]:
 def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
     process = start(LISTENER, "ends")
     process.send_signal(number)
-    assert process.communicate(timeout=30)[0] == f"{number.name}\n"
+    assert process.communicate(timeout=240)[0] == f"{number.name}\n"
     assert process.returncode == 0
 
 
 def test_a_notice_waits_until_the_imports_are_done() -> None:
     process = start(LISTENER, "imports")
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=30)[0] == "ready\nSIGUSR1\n"
+    assert process.communicate(timeout=240)[0] == "ready\nSIGUSR1\n"
     assert process.returncode == 0
 
 
@@ -80,7 +80,7 @@ def test_the_second_signal_of_a_kind_ends_a_process_at_once(how: str) -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=240)[1]
     assert (process.returncode, time.monotonic() - begun < 5) == (128 + signal.SIGTERM, True)
     assert "SIGTERM for the second time" in errors
 
@@ -102,7 +102,7 @@ print("ready", flush=True)""",
     )
     process = start(program, "ends")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30)[0] == "SIGTERM\n"
+    assert process.communicate(timeout=240)[0] == "SIGTERM\n"
 
 
 def test_the_time_limit_is_a_reason_too() -> None:
@@ -147,7 +147,7 @@ hang_here()
 def test_the_watchdog_leaves_stacks_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
     process = start(WATCHED, str(tmp_path / "stacks"))
     begun = time.monotonic()
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=240)
     assert process.returncode == HUNG and 3 < time.monotonic() - begun < 8  # 2 s of steps, 1 of silence, the grace
     assert output == "told\n" and "no progress for 1 s while taking step 4" in errors
     stacks = (tmp_path / "stacks" / "rank-00003.txt").read_text()
