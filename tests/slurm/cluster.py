@@ -188,7 +188,7 @@ class Cluster:
         ready = lambda: self.call("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"]  # noqa: E731
         self.wait(ready, 30, "idle nodes")
 
-    def wait_for_job(self, job_id: str, seconds: float = 240) -> dict[str, str]:
+    def wait_for_job(self, job_id: str, seconds: float = 480) -> dict[str, str]:
         """Until it has ended for good; what is known of it then."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait(lambda: self.job(job_id).get("JobState") in final, seconds, f"end of job {job_id}")

@@ -144,7 +144,7 @@ def test_a_time_limit(training: Jobs, undisturbed: list[float]) -> None:
     job = jobs.submit("limit", "--nodes=2", "--time=1", "--signal=USR1@20", overrides=overrides)
     wait_until_done(jobs, job, "limit")
     check_recovery(jobs, "limit", undisturbed)
-    assert 1 <= int(jobs.cluster.job(job)["Restarts"]) <= 3  # a slow machine needs a second one
+    assert 1 <= int(jobs.cluster.job(job)["Restarts"]) <= 6  # a slow machine has started late when the notice comes
     assert ": SIGUSR1; " in jobs.output("limit")
 
 
