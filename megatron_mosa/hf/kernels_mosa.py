@@ -78,9 +78,10 @@ def step_in_kernels(
     gated = torch.empty(batch, heads, size, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
     power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
-    kernels: Any = _pair_kernel, _sum_kernel
+    pair_kernel: Any = _pair_kernel
+    sum_kernel: Any = _sum_kernel
     with torch.cuda.device_of(states):  # Triton launches on the current device
-        kernels[0][(batch * heads,)](
+        pair_kernel[(batch * heads,)](
             states, router, thresholds, qkv, cos, sin, tokens.positions, tokens.valid, rows.counts, rows.table,
             rows.totals, rows.keys, rows.values, chosen, gated, heads, width, size, cos.shape[-1], rows.table.shape[2],
             position_stride, min(position_stride, 1), valid_stride, feedback, share, size**-0.5,
@@ -89,7 +90,7 @@ def step_in_kernels(
             num_warps=WARPS,
         )  # fmt: skip
         rows.note(rows.totals)
-        kernels[1][(batch, -(-width // COLUMNS))](
+        sum_kernel[(batch, -(-width // COLUMNS))](
             gated, chosen, proj, output, heads, width, size,
             HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS,
         )  # fmt: skip

@@ -172,7 +172,7 @@ class SelectedRows(Rows):
             self.copied = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
         copy, event = self.copied
         copy.copy_(totals, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(totals.device))  # of the copy, on whatever device is the current one
 
     def known(self) -> list[int]:
         """``totals``, on the host."""
