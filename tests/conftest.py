@@ -5,6 +5,7 @@ And one pool of processes per world size, for the whole session; and which tests
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +27,8 @@ if not torch.cuda.is_available():
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.fixture(autouse=True)
-def launcher_variables() -> Iterator[None]:
-    """What a run in this process sets for DeepSpeed is not left to the programs that later tests start."""
+@contextlib.contextmanager
+def _launcher_variables_restored() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in LAUNCHER}
     yield
     for name, value in before.items():
@@ -36,6 +36,20 @@ def launcher_variables() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True, scope="module")
+def launcher_variables_of_module() -> Iterator[None]:
+    """A world that a module's fixture starts has a port of its own; an earlier one may be another program's by now."""
+    with _launcher_variables_restored():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables() -> Iterator[None]:
+    """What a run in this process sets for DeepSpeed is not left to the programs that later tests start."""
+    with _launcher_variables_restored():
+        yield
 
 
 @pytest.fixture(scope="session")
