@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_mosa.config import load_config
-from megatron_mosa.entry import run
+from megatron_mosa.entry import run, while_loading
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
 from megatron_mosa.resilience.interruption import hold_notice
@@ -36,7 +36,8 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     if not arguments.check_only:
         hold_notice()
-    from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
+    with while_loading():
+        from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
 
     if arguments.check_only:
         check_start(config, arguments.world_size or 1)

@@ -11,7 +11,7 @@ import typer
 from megatron_mosa import __version__
 from megatron_mosa.config import load_config
 from megatron_mosa.decode.commands import cache_report, generate
-from megatron_mosa.entry import keep_freed_memory, run
+from megatron_mosa.entry import collect_garbage_seldom, keep_freed_memory, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.evaluation.commands import evaluate
 from megatron_mosa.resilience.doctor import doctor
@@ -231,4 +231,5 @@ def checkpoint_verify(
 
 def main() -> None:
     """Run ``mosa``; exit codes: 0 done, 1 failed, 2 wrong use."""
+    collect_garbage_seldom()
     sys.exit(run(app))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from megatron_mosa.errors import GaveUpError, RunError, UserError
 from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, WRONG_USE
@@ -24,6 +25,27 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: large ones come from the heap, too
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
         mallopt(-8, 1)  # M_ARENA_MAX: and is one for all threads
+
+
+def collect_garbage_seldom() -> None:
+    """For a command that ends soon: Python's collector looks at 50,000 new objects at a time, not at 700.
+
+    torch, Megatron-core and DeepSpeed make half a million objects that stay. By default the collector goes through them
+    again and again while they are loaded, which is a fifth of that time.
+    """
+    gc.set_threshold(50_000, 20, 20)
+
+
+@contextmanager
+def while_loading() -> Iterator[None]:
+    """The same for training: no garbage is looked for in here, and never in what is loaded; afterwards as ever."""
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.set_threshold(*before)
 
 
 def exit_code_of(error: Exception) -> int:
@@ -45,4 +67,6 @@ def run(program: Callable[[], object]) -> int:
         if local_rank == 0:  # once a node
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
+    finally:
+        gc.freeze()  # the last collection, at the end of the process, would go through all modules for a second
     return code if isinstance(code, int) else DONE

@@ -5,7 +5,6 @@ And one pool of processes per world size, for the whole session; and which tests
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,29 +26,33 @@ if not torch.cuda.is_available():
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@contextlib.contextmanager
-def _launcher_variables_restored() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in LAUNCHER}
-    yield
-    for name, value in before.items():
+def _launcher_variables() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in LAUNCHER}
+
+
+def _restore(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
 
 
+AT_START = _launcher_variables()
+
+
 @pytest.fixture(autouse=True, scope="module")
-def launcher_variables_of_module() -> Iterator[None]:
-    """A world that a module's fixture starts has a port of its own; an earlier one may be another program's by now."""
-    with _launcher_variables_restored():
-        yield
+def launcher_variables_of_module() -> None:
+    """A world that a module's fixture starts has a port of its own; that of an earlier one may be taken by now."""
+    _restore(AT_START)
 
 
 @pytest.fixture(autouse=True)
 def launcher_variables() -> Iterator[None]:
     """What a run in this process sets for DeepSpeed is not left to the programs that later tests start."""
-    with _launcher_variables_restored():
-        yield
+    before = _launcher_variables()
+    yield
+    _restore(before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch.multiprocessing as multiprocessing
 
+from megatron_mosa.entry import while_loading
+
 TIMEOUT_SECONDS = 240
 # A task at another tensor-parallel size makes some twenty groups whose threads (gloo) or memory (NCCL) live as long as
 # the process, and every engine makes a few.
@@ -107,7 +109,10 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    import torch
+    with while_loading():
+        import torch
+
+        import megatron_mosa.train  # noqa: F401
 
     torch.set_num_threads(1)
     if on_gpu and world_size > 1:
