@@ -49,8 +49,6 @@ def threshold(config: Config) -> None:
             f"mosa.load_feedback={mosa.load_feedback} moves thresholds, and mosa.selection={mosa.selection} has none; "
             "set mosa.selection=threshold, or mosa.load_feedback=0"
         )
-    if mosa.load_feedback == float("inf"):
-        raise UserError("mosa.load_feedback=inf is out of range; legal: 0 (off) or more; 0.1 was tried")
     if mosa.selection != "threshold":
         return
     if mosa.selection_scope == "document":

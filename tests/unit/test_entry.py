@@ -1,0 +1,33 @@
+"""What entry points do alike."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from megatron_mosa.entry import run, while_loading
+
+
+def test_the_collector_leaves_alone_what_is_loaded_and_goes_on_as_before() -> None:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), while_loading():
+            assert gc.get_threshold()[0] == 0  # off
+            module = {"a": []}
+            raise ImportError
+        assert gc.get_threshold() == before
+        assert gc.get_freeze_count() > frozen
+        assert not any(thing is module for thing in gc.get_objects())
+        assert any(thing is now for now in [{"b": []}] for thing in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_a_program_ends_without_a_last_collection() -> None:
+    made = []
+    try:
+        assert run(lambda: made.append({"a": []})) == 0
+        assert not any(thing is made[0] for thing in gc.get_objects())
+    finally:
+        gc.unfreeze()
