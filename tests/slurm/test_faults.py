@@ -82,7 +82,8 @@ def check_recovery(jobs: Jobs, name: str, losses: list[float]) -> None:
     assert jobs.losses(name) == losses, jobs.explain(name)
     struck = (jobs.run(name) / "fault_injected").stat().st_mtime
     ended = re.search(rf"^(.{{19}}) .* attempt {attempts[0].name} ended", jobs.output(name), re.MULTILINE)
-    first_new = jobs.run(name) / "checkpoints" / f"step-{int(resumed[-1][1]) + 1:08d}" / "manifest.json"
+    step = next(int(match[1]) for match in resumed if match)  # of the first time: a later one may find the run done
+    first_new = jobs.run(name) / "checkpoints" / f"step-{step + 1:08d}" / "manifest.json"
     end = datetime.fromisoformat(ended[1]).timestamp() if ended else float("nan")  # the script itself died
     TIMES[name] = (end - struck, first_new.stat().st_mtime - struck)
 
