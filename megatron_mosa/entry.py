@@ -38,7 +38,10 @@ def collect_garbage_seldom() -> None:
 
 @contextmanager
 def while_loading() -> Iterator[None]:
-    """The same for training: no garbage is looked for in here, and never in what is loaded; afterwards as ever."""
+    """Around the imports of a training process: no garbage is looked for in here, and never in what is loaded.
+
+    Afterwards the collector goes on as before, so that cycles do not hold tensors of past steps for long.
+    """
     before = gc.get_threshold()
     gc.set_threshold(0)
     try:

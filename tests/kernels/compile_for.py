@@ -118,7 +118,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
                     document_starts=starts, deterministic=deterministic,
                 )  # fmt: skip
                 output.sum().backward()
-            if head_dim < 256:  # compilations that take long
+            if head_dim < 256:  # 256 compiles for longest, and takes no path of its own
                 with torch.no_grad():
                     decode(*tensors[1:])
     return shared

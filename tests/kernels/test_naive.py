@@ -92,7 +92,8 @@ def test_the_selection_is_contiguous_as_its_fake_kernel_says() -> None:
     scores = torch.rand(2, 8, 3).transpose(1, 2)
     starts, quotas = torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), 4)
     for options in ((), (True, starts), (True, starts, quotas)):
-        torch.library.opcheck(naive.select_tokens, (scores, 4, *options), test_utils="test_faketensor")
+        found = torch.library.opcheck(naive.select_tokens, (scores, 4, *options), test_utils="test_faketensor")
+        assert found == {"test_faketensor": "SUCCESS"}
 
 
 def test_first_token_is_included_whatever_its_score_and_keeps_its_own_gate() -> None:
