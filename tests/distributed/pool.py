@@ -1,25 +1,23 @@
-"""Real processes that talk over gloo, started once and reused: importing torch and Megatron takes seconds."""
+"""Real processes that talk over gloo, started once and reused."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import socket
-import traceback
-import warnings
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, cast
 
-import torch.multiprocessing as multiprocessing
+from tests.loaded import loaded_python
 
-from megatron_mosa.entry import while_loading
-
+ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 240
-# A task at another tensor-parallel size makes some twenty groups whose threads (gloo) or memory (NCCL) live as long as
-# the process, and every engine makes a few.
-MOST_GROUPS = 240
 
 
 class WorkerPool:
@@ -29,22 +27,24 @@ class WorkerPool:
     """
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
-        self.groups = 0
+        # CUDA does not survive a fork
+        command = [sys.executable if on_gpu else loaded_python(), "-m", "tests.distributed.worker"]
+        world = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if not on_gpu:
+            world["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, also where there are GPUs
         self.connections: list[Connection] = []
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, on_gpu))
-            process.start()
-            self.connections.append(ours)
-            self.processes.append(process)
+            ours, theirs = socket.socketpair()
+            environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with theirs:
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs))
+            self.connections.append(Connection(ours.detach()))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank; return the results in rank order, or raise with a rank's traceback."""
         for connection in self.connections:
-            connection.send((function, args, kwargs))
+            connection.send_bytes(pickle.dumps((function, args, kwargs)))  # ``send`` would share tensors' memory
         results: dict[int, Any] = {}
         while len(results) < len(self.connections):
             waiting = {c: rank for rank, c in enumerate(self.connections) if rank not in results}
@@ -54,7 +54,10 @@ class WorkerPool:
                 raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_SECONDS} s")
             # Whichever answers first: where one rank fails, the others may wait for it for ever.
             for connection in cast(list[Connection], ready):
-                ok, result, self.groups = connection.recv()
+                try:
+                    ok, result = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    ok, result = False, "it ended"
                 if not ok:
                     self.close()
                     raise AssertionError(f"rank {waiting[connection]} failed:\n{result}")
@@ -63,18 +66,18 @@ class WorkerPool:
 
     @property
     def is_fit(self) -> bool:
-        """Whether every process still serves, and is not worn out."""
-        return self.groups < MOST_GROUPS and all(process.is_alive() for process in self.processes)
+        """Whether every process still serves."""
+        return all(process.poll() is None for process in self.processes)
 
     def close(self) -> None:
         """End the processes that this pool started."""
         for process in self.processes:
-            process.terminate()
-            process.join(10)
+            process.kill()
+            process.wait()
 
 
 class WorkerPools:
-    """``pools(n)`` is a pool of n processes; one that died or is worn out is replaced."""
+    """``pools(n)`` is a pool of n processes; one that died is replaced."""
 
     def __init__(self, on_gpu: bool = False) -> None:
         self.on_gpu = on_gpu
@@ -95,35 +98,10 @@ class WorkerPools:
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to connections, one of which could take it before the ranks have met."""
+    """Below those that the kernel gives to connections, one of which could take it before the ranks have met, and above
+    those of launch/slurm/pretrain.sbatch."""
     while True:
-        port = random.SystemRandom().randint(20_000, 32_000)
+        port = random.SystemRandom().randint(30_000, 32_700)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-
-
-def _serve(rank: int, world_size: int, port: int, connection: Connection, on_gpu: bool) -> None:
-    if not on_gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo on the CPU, also where there are GPUs
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    with while_loading():
-        import torch
-
-        import megatron_mosa.train  # noqa: F401
-
-    torch.set_num_threads(1)
-    if on_gpu and world_size > 1:
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    warnings.filterwarnings("ignore")
-    while True:
-        try:
-            function, args, kwargs = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((True, function(*args, **kwargs), torch.distributed.get_pg_count()))
-        except BaseException:
-            connection.send((False, traceback.format_exc(), torch.distributed.get_pg_count()))

@@ -53,18 +53,27 @@ def tiny_config(**changes: object) -> Config:
     return config_from_dict(tree)
 
 
-_layouts: list[Layout] = []  # the one that this process is in
+_layouts: dict[int, tuple[Layout, dict[str, Any]]] = {}  # by tensor-parallel size, with Megatron's groups
 
 
 @contextlib.contextmanager
 def parallel(config: Config) -> Iterator[Layout]:
-    """Megatron's groups for one task; they stay for the next one at the same tensor-parallel size."""
+    """Megatron's groups for one task; they stay for later ones at the same tensor-parallel size."""
     use_deterministic_algorithms()
     size = config.parallel.tensor_model_parallel_size
-    if not _layouts or _layouts[0].tensor_parallel_size != size:
-        parallel_state.destroy_model_parallel()
-        _layouts[:] = [initialize_parallel(size, config.run.seed)]
-    yield _layouts[0]
+    groups = vars(parallel_state)
+    if size in _layouts:
+        groups.update(_layouts[size][1])
+    else:
+        groups.update(_no_groups)
+        layout = initialize_parallel(size, config.run.seed)
+        _layouts[size] = layout, {name: groups[name] for name in _no_groups}
+    torch.manual_seed(config.run.seed)
+    yield _layouts[size][0]
+
+
+# Megatron keeps its groups in variables of a module.
+_no_groups = {name: None for name, value in vars(parallel_state).items() if name.startswith("_") and value is None}
 
 
 def global_batch(config: Config, step: int) -> Batch:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.distributed.pool import free_port
+from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,14 +19,8 @@ def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
     environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{rank + 1}"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "megatron_mosa", "doctor", "--minimum-disk", "0", *options]
+    command = [loaded_python(), "-m", "megatron_mosa", "doctor", "--minimum-disk", "0", *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:

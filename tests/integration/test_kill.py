@@ -6,12 +6,13 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.integration.test_pretrain import Runner
-from tests.integration.test_pretrain import runner as runner  # a fixture
+from tests.integration.conftest import Runner
+from tests.loaded import wait_for_ranks
 
 KILLS = 20
 STEPS = 160  # more than the kills leave time for
@@ -23,26 +24,25 @@ class Killable:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self.child_file = runner.folder / "child"
 
-    def start(self, name: str) -> int:
-        """Start or go on; the process id."""
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """Start or go on."""
         overrides = [
-            *self.runner.overrides, f"run.name={name}", f"train.steps={STEPS}", "checkpoint.interval=2",
-            "validation.interval=1000", "train.global_batch_size=2", "parallel.tensor_model_parallel_size=1",
-            "logging.tensorboard=false",
+            f"train.steps={STEPS}", "checkpoint.interval=2", "validation.interval=1000", "train.global_batch_size=2",
+            "parallel.tensor_model_parallel_size=1", "logging.tensorboard=false",
         ]  # fmt: skip
-        log = self.runner.folder / f"{name}.log"
-        (child,) = self.runner.forked.start([self.runner.config, *overrides], 1, log, log)
-        return child
+        (process,) = self.runner.start(name, *overrides, processes=1, LOADED_PYTHON_CHILD=str(self.child_file))
+        return process
 
-    def exit_code(self) -> int:
-        """Of the run that was started last."""
-        return self.runner.forked.exit_codes()[0]
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """The run itself, and wait for its end."""
+        os.kill(int(self.child_file.read_text()), signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
 
     def finish(self, name: str) -> None:
         """Start or go on, to the end."""
-        self.start(name)
-        assert self.exit_code() == 0, (self.runner.folder / f"{name}.log").read_text()[-3000:]
+        assert wait_for_ranks([self.start(name)]) == [0], self.runner.printed(name, "err")[-3000:]
 
 
 def published(checkpoints: Path) -> int:
@@ -70,18 +70,17 @@ def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner) -> None:
     half_written, kept = 0, []
     for _ in range(KILLS):
         started = time.time_ns()
-        child = runs.start("killed")
+        process = runs.start("killed")
         wait_for_a_save(checkpoints, started)
         time.sleep(moments.uniform(0, LONGEST_SAVE))
         before = published(checkpoints)
-        os.kill(child, signal.SIGKILL)
-        assert runs.exit_code() == -signal.SIGKILL
+        runs.kill(process)
         assert published(checkpoints) >= before
         kept.append(published(checkpoints))
         half_written += bool(list(checkpoints.glob(".writing-*")))
     assert half_written >= KILLS // 4  # else the moments were none of a save
     runs.finish("killed")
-    log = (runner.folder / "killed.log").read_text()
+    log = runner.printed("killed", "out")
     assert [int(step) for step in re.findall(r"resumed from \S*step-(\d+)", log)] == [step for step in kept if step]
     assert "damaged" not in log
     assert runner.losses("killed") == runner.losses("undisturbed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.pool import free_port
+from tests.loaded import first_on_path, loaded_python
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -30,15 +32,14 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (folder / "texts" / f"{name}.txt").write_text((Path(os.__file__).parent / name).read_text())
     chosen = [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"]
     sources = f"data.sources=[{folder}/texts]"
-    subprocess.run([sys.executable, "-m", "megatron_mosa", "data", "build", CONFIG, *chosen, sources], check=True)
+    subprocess.run([loaded_python(), "-m", "megatron_mosa", "data", "build", CONFIG, *chosen, sources], check=True)
     return chosen
 
 
 @contextmanager
 def started(command: list[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A program of one node."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    environment = os.environ | {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=environment, text=True, **streams) as process:
         try:
@@ -47,16 +48,10 @@ def started(command: list[str], **variables: str) -> Iterator[subprocess.Popen[s
             process.terminate()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# two names of one machine\nlocalhost slots=1\n127.0.0.1 slots=1\n")
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"NNODES": "2", "NPROC": "1"} if launcher == "torchrun" else {"HOSTFILE": f"{tmp_path}/hosts"}
     command = [str(ROOT / "launch" / launcher / "multi_node.sh"), CONFIG, *overrides, f"run.name={launcher}"]
     with started(command, NODE_RANK="0", **common) as first, started(command, NODE_RANK="1", **common) as second:
@@ -90,7 +85,7 @@ def test_wrong_uses(script: str, arguments: list[str], variables: dict[str, str]
         variables = variables | {"HOSTFILE": f"{tmp_path}/{variables['HOSTFILE']}"}
     ours = ("SLURM_", "NNODES", "NPROC", "MASTER_", "HOSTFILE", "NODE_RANK")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment |= {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix}
     command = ["bash", str(ROOT / "launch" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

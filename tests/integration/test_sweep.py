@@ -6,10 +6,11 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -52,7 +53,7 @@ class Sweeper:
         if kill:
             environment["PYTHONPATH"] = str(self.folder / "killer")
         return subprocess.run(
-            [sys.executable, "-m", "megatron_mosa", *arguments],
+            [loaded_python(), "-m", "megatron_mosa", *arguments],
             cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 

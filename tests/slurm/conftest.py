@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.loaded import first_on_path, loaded_python
 from tests.slurm.cluster import Cluster, missing_programs
 
 ROOT = Path(__file__).parents[2]
@@ -83,8 +84,9 @@ class Jobs:
 
     def environment(self, **variables: str) -> dict[str, str]:
         """What jobs start with, beside the client's."""
-        path = f"{Path(sys.executable).parent}:{self.cluster.environment['PATH']}"
+        path = first_on_path(self.cluster.environment["PATH"])
         common = {"MOSA_ROOT": str(ROOT), "PYTHONPATH": str(ROOT), "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+        common["VIRTUAL_ENV"] = sys.prefix  # else the batch script puts that of the repository first
         fast = {"MOSA_BACKOFF_SECONDS": "0.2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         below_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # must not reach the ranks
         return common | fast | below_torchrun | {"MOSA_PREFLIGHT": "0"} | variables
@@ -136,7 +138,7 @@ def training(jobs: Jobs) -> Jobs:
     texts = [{"text": (library / name).read_text()} for name in ("cmd.py", "copy.py", "csv.py", "dis.py", "enum.py")]
     source = jobs.folder / "texts.jsonl"
     source.write_text("".join(json.dumps(text) + "\n" for text in texts))
-    command = [sys.executable, "-m", "megatron_mosa", "data", "build", CONFIG, *jobs.overrides]
+    command = [loaded_python(), "-m", "megatron_mosa", "data", "build", CONFIG, *jobs.overrides]
     command.append(f"data.sources=[{source}]")
     done = subprocess.run(command, env=os.environ | jobs.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from datetime import datetime
 
 import psutil
@@ -101,9 +102,9 @@ def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str
 
 
 def test_a_notice_and_a_requeue(training: Jobs, undisturbed: list[float]) -> None:
-    """With the real check of the nodes before each start."""
+    """With the real check of the nodes before each start, and a Python of its own for each program."""
     jobs = training
-    variables = {"MOSA_MIN_SECONDS": NO_TIME, "MOSA_PREFLIGHT": "1"}
+    variables = {"MOSA_MIN_SECONDS": NO_TIME, "MOSA_PREFLIGHT": "1", "MOSA_PYTHON": sys.executable}
     job = jobs.submit("SIGUSR1-step", "--nodes=2", overrides=(*TENSOR_PARALLEL, *fault("SIGUSR1")), **variables)
     wait_until_done(jobs, job, "SIGUSR1-step")
     check_recovery(jobs, "SIGUSR1-step", undisturbed)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.loaded import loaded_python
 from tests.slurm.conftest import CONFIG, Jobs
 
 
 def submit(jobs: Jobs, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_mosa", "submit", CONFIG, *jobs.overrides, *arguments]
+    command = [loaded_python(), "-m", "megatron_mosa", "submit", CONFIG, *jobs.overrides, *arguments]
     environment = {**jobs.cluster.environment, **jobs.environment(**variables)}
     return subprocess.run(
         command, cwd=jobs.folder, env=environment, capture_output=True, text=True, timeout=240, check=False

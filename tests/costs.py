@@ -1,0 +1,106 @@
+"""What the tests cost: ``make test PYTEST_ARGS='--costs'`` ends with a table of seconds and CPU seconds by file.
+
+Wall seconds are those of the worker that ran the file. CPU seconds are of all processes below it, servers and daemons
+included, whether they have ended or not; of the kernel's share most is page faults of processes that start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TICKS = os.sysconf("SC_CLK_TCK")
+NAME = "costs"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds."""
+
+    wall: float = 0.0
+    user: float = 0.0
+    system: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.user + other.user, self.system + other.system)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.wall - other.wall, self.user - other.user, self.system - other.system)
+
+
+def until_now() -> Cost:
+    """Of this process and all below it since they began."""
+    ticks, children = {}, defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        process = int(path.parent.name)
+        children[int(fields[1])].append(process)
+        # of its own, and of children that it has waited for
+        ticks[process] = int(fields[11]) + int(fields[13]), int(fields[12]) + int(fields[14])
+    below, user, system = [os.getpid()], 0, 0
+    while below:
+        process = below.pop()
+        below += children[process]
+        user, system = user + ticks[process][0], system + ticks[process][1]
+    return Cost(time.monotonic(), user / TICKS, system / TICKS)
+
+
+class Costs:
+    """Notes what each test costs, its share of fixtures included, with the report of its teardown."""
+
+    def __init__(self) -> None:
+        self.before = until_now()
+        self.of_files: dict[str, Cost] = defaultdict(Cost)
+        self.of_tests: dict[str, Cost] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.when == "teardown":
+            now = until_now()
+            cost, self.before = now - self.before, now
+            report.user_properties.append((NAME, (cost.wall, cost.user, cost.system)))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, values in report.user_properties:
+            if name == NAME:
+                cost = Cost(*values)  # type: ignore[misc]
+                self.of_files[report.nodeid.partition("::")[0]] += cost
+                self.of_tests[report.nodeid] = cost
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.of_files:
+            return
+        terminalreporter.section("costs: seconds, CPU seconds, of which the kernel's")
+        rows = dict(self.of_files)
+        for file, cost in self.of_files.items():
+            folder = str(Path(file).parent)
+            rows[folder + "/"] = rows.get(folder + "/", Cost()) + cost
+        rows["all"] = sum(self.of_files.values(), Cost())
+        for name, cost in sorted(rows.items(), key=lambda pair: (not pair[0].endswith("/"), -pair[1].wall)):
+            line = f"{cost.wall:8.1f} {cost.user + cost.system:8.1f} {cost.system:8.1f}  {name}"
+            terminalreporter.line(line)
+        if path := os.environ.get("MOSA_TEST_COSTS"):
+            lines = [f"{c.wall:.2f} {c.user:.2f} {c.system:.2f} {name}" for name, c in self.of_tests.items()]
+            Path(path).write_text("\n".join(lines) + "\n")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--costs", action="store_true", help="a table of what each file of tests costs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--costs"):
+        config.pluginmanager.register(Costs(), "mosa-costs")

@@ -1,0 +1,84 @@
+"""A Python that has everything loaded: a stand-in for ``python`` that forks, so that a start takes 0.1 s and not 10.
+
+``server.py`` loads the package and its libraries once and forks a child for each start; ``client.py`` is the program
+``python`` that tests put in the place of the interpreter. Whoever starts it sees a process like any other: arguments,
+environment, folder, streams, exit code, signals in both directions, ``kill -9`` included. What a test is to prove of a
+real start (what is imported, how long it takes, what happens during imports) it proves with ``sys.executable``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class LoadedPython:
+    """The server, which ends with this process, however that ends, and takes all that it started with it."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mosa-python-"))  # a short path: a socket's has at most 107 bytes
+        address = self.folder / "socket"
+        # -I and -S: without site-packages the client starts in 10 ms
+        code = f"#!{Path(sys.executable).resolve()} -IS\nADDRESS = {str(address)!r}\n"
+        self.program = self.folder / "python"
+        self.program.write_text(code + Path(__file__).with_name("client.py").read_text())
+        self.program.chmod(0o755)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded; ``mosa doctor`` sets it before
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.loaded.server", str(address), str(self.program)],
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.server.stdout is not None
+        while (line := self.server.stdout.readline()) != "ready\n":  # libraries print when they are imported
+            if not line:
+                raise RuntimeError(f"the loaded Python ended with exit code {self.server.wait()}")
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(30)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@cache
+def loaded_python() -> str:
+    """The path of a program to use in place of ``sys.executable``; the server starts with the first call."""
+    python = LoadedPython()
+    atexit.register(python.close)
+    return str(python.program)
+
+
+def first_on_path(path: str | None = None) -> str:
+    """A value of PATH by which ``python`` is the loaded one."""
+    return f"{Path(loaded_python()).parent}:{path or os.environ['PATH']}"
+
+
+def wait_for_ranks(ranks: list[subprocess.Popen[bytes]], seconds: float = 240) -> list[int]:
+    """Exit codes of a run's ranks; where one fails the others are asked to stop, as torchrun does."""
+    deadline, are_asked = time.monotonic() + seconds, False
+    try:
+        while running := [rank for rank in ranks if rank.poll() is None]:
+            if not are_asked and any(rank.poll() for rank in ranks):
+                are_asked = True
+                for rank in running:
+                    rank.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                running[0].wait(0.1)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{ranks[0].args} did not end within {seconds} s")
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.wait() for rank in ranks]

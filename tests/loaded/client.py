@@ -1,0 +1,47 @@
+# ``python``: hands its arguments, environment and streams to the server, passes signals on, and ends as the child does.
+# LoadedPython writes the first lines, which say where the server listens.
+import array
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+
+
+def main() -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(ADDRESS)  # type: ignore[name-defined]  # noqa: F821
+        umask = os.umask(0)
+        os.umask(umask)
+        start = {
+            "arguments": sys.argv[1:],
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),
+            "umask": umask,
+            "largest_file": resource.getrlimit(resource.RLIMIT_FSIZE),
+        }
+        streams = array.array("i", [0, 1, 2])
+        server.sendmsg([b"\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        server.sendall(json.dumps(start).encode() + b"\n")
+        answers = server.makefile()
+        child = int(answers.readline() or 0)
+        if file := os.environ.get("LOADED_PYTHON_CHILD"):  # for who means the program itself, as by ``kill -9``
+            with open(file, "w") as output:
+                print(child, file=output)
+        if child:
+            passed_on = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            for number in (*passed_on, signal.SIGCONT):
+                signal.signal(number, lambda number, frame: os.kill(child, number))
+        end = answers.readline()
+    if not end:  # the server has ended, and the child with it
+        os.kill(os.getpid(), signal.SIGKILL)
+    code = int(end)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+main()

@@ -1,0 +1,262 @@
+"""``server.py SOCKET PROGRAM``: loads everything, then forks a child for each client that connects.
+
+A child whose client is gone is killed, as the client would have been; when standard input ends, so do all.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import gc
+import importlib
+import io
+import json
+import os
+import pkgutil
+import resource
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Those below the package that it imports late, and what they import at first use.
+LIBRARIES = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "torch.distributed.run",
+    "torch.utils.tensorboard",
+    "transformers",
+)
+
+
+def load() -> None:
+    """Import what any of the programs does. Threads would not survive a fork, so none may have been started."""
+    import megatron_mosa
+
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    for module in pkgutil.walk_packages(megatron_mosa.__path__, "megatron_mosa."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # children share these pages for good
+    assert threading.active_count() == 1  # those of libraries (memory, numbers) know what a fork is
+
+
+@dataclass
+class Client:
+    """A connection, and what came of it."""
+
+    connection: socket.socket
+    received: bytes = b""
+    streams: list[int] = field(default_factory=list)
+    child: int = 0
+
+
+class Server:
+    """Serves until ``stop`` can be read, which is when it is closed."""
+
+    def __init__(self, listener: socket.socket, program: str, stop: Any) -> None:
+        self.listener = listener
+        self.program = program
+        self.clients: dict[int, Client] = {}  # by the descriptor of the connection
+        self.selector = selectors.DefaultSelector()
+        self.ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.own = [listener.fileno(), self.ended, wake]
+        for readable in (listener, self.ended, stop):
+            self.selector.register(readable, selectors.EVENT_READ)
+        self.stop = stop
+
+    def serve(self) -> None:
+        """Until standard input ends."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.stop:
+                    return self.kill_all()
+                if key.fileobj is self.listener:
+                    connection, _ = self.listener.accept()
+                    self.clients[connection.fileno()] = Client(connection)
+                    self.selector.register(connection, selectors.EVENT_READ)
+                elif key.fileobj == self.ended:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self.ended, 4096)
+                    self.tell_ends()
+                elif client := self.clients.get(key.fd):
+                    self.hear(client)
+
+    def hear(self, client: Client) -> None:
+        """A part of what is to be started, or that the client is gone."""
+        data, ancillary, _, _ = client.connection.recvmsg(1 << 16, socket.CMSG_SPACE(3 * 4))
+        for _, _, content in ancillary:
+            client.streams += array.array("i", content)
+        if not data:
+            return self.forget(client)
+        client.received += data
+        if client.received.count(b"\n") == 2:  # the first came with the streams
+            job = json.loads(client.received)
+            client.child = os.fork()
+            if client.child == 0:
+                self.become(job, client.streams)
+            for stream in client.streams:
+                os.close(stream)
+            client.streams = []
+            client.connection.sendall(f"{client.child}\n".encode())
+
+    def tell_ends(self) -> None:
+        """Of all children that have ended."""
+        by_child = {client.child: client for client in self.clients.values()}
+        while True:
+            try:
+                child, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if child == 0:
+                return
+            if client := by_child.get(child):
+                client.child = 0
+                with contextlib.suppress(BrokenPipeError):
+                    client.connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                self.forget(client)
+
+    def forget(self, client: Client) -> None:
+        if client.child:
+            os.kill(client.child, signal.SIGKILL)
+        self.selector.unregister(client.connection)
+        del self.clients[client.connection.fileno()]
+        client.connection.close()
+
+    def kill_all(self) -> None:
+        for client in self.clients.values():
+            if client.child:
+                os.kill(client.child, signal.SIGKILL)
+
+    def become(self, job: dict, streams: list[int]) -> NoReturn:
+        """In the child: what the program of that command line is. Does not return."""
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        for descriptor in (*self.own, *self.clients, *(stream for stream in streams if stream > 2)):
+            os.close(descriptor)
+        self.selector.close()
+        if os.getppid() != parent:
+            os._exit(1)
+        os._exit(run(job, self.program))
+
+
+def run(job: dict, program: str) -> int:
+    """Run the program to its end; its exit code."""
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    os.umask(job["umask"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, job["largest_file"])
+    sys.stdin, sys.stdout, sys.stderr = (
+        io.TextIOWrapper(open(number, mode, closefd=False), errors=errors, line_buffering=number == 2)
+        for number, mode, errors in ((0, "rb", "strict"), (1, "wb", "strict"), (2, "wb", "backslashreplace"))
+    )
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    code = 1
+    try:
+        code = exit_code(lambda: execute(job["arguments"], program))
+        # What the interpreter does at its end.
+        threading._shutdown()  # type: ignore[attr-defined]
+        import atexit
+
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    return code
+
+
+def execute(arguments: list[str], program: str) -> None:
+    """Python's command line: its options, then ``-c CODE``, ``-m MODULE`` or a file, and the program's arguments."""
+    sys.executable = program
+    sys.orig_argv = [program, *arguments]
+    words = iter(arguments)
+    safe_path = False
+    for word in words:
+        if word == "-u":
+            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        elif word == "-P":
+            safe_path = True
+        elif word == "-W":
+            warnings.simplefilter(next(words))  # type: ignore[arg-type]
+        else:
+            break
+    else:
+        raise SystemExit("the loaded Python reads no program from its standard input")
+    added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[1:1] = added
+    sys.path[0] = os.getcwd() if word in ("-c", "-m") else str(Path(word).resolve().parent)
+    if safe_path:
+        del sys.path[0]
+    for path in added:  # as site does
+        if (file := Path(path, "sitecustomize.py")).is_file():
+            runpy.run_path(str(file))
+    if word == "-c":
+        code = next(words)
+        sys.argv = ["-c", *words]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    elif word == "-m":
+        module = next(words)
+        sys.argv = [module, *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [word, *words]
+        runpy.run_path(word, run_name="__main__")
+
+
+def exit_code(program: Any) -> int:
+    """What a program's end means to who started it."""
+    try:
+        program()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Serve."""
+    address, program = sys.argv[1:]
+    load()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(128)
+        stop = sys.stdin
+        print("ready", flush=True)
+        Server(listener, program, stop).serve()
+
+
+if __name__ == "__main__":
+    main()
