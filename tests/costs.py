@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 TICKS = os.sysconf("SC_CLK_TCK")
-NAME = "costs"
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,14 @@ class Costs:
         if report.when == "teardown":
             now = until_now()
             cost, self.before = now - self.before, now
-            report.user_properties.append((NAME, (cost.wall, cost.user, cost.system)))
+            report.cost = cost.wall, cost.user, cost.system  # type: ignore[attr-defined]
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, values in report.user_properties:
-            if name == NAME:
-                cost = Cost(*values)  # type: ignore[misc]
-                self.of_files[report.nodeid.partition("::")[0]] += cost
-                self.of_tests[report.nodeid] = cost
+        if values := getattr(report, "cost", None):
+            cost = Cost(*values)
+            self.of_files[report.nodeid.partition("::")[0]] += cost
+            self.of_tests[report.nodeid] = cost
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.of_files:

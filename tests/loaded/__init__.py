@@ -36,7 +36,7 @@ class LoadedPython:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded; ``mosa doctor`` sets it before
         self.server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.loaded.server", str(address), str(self.program)],
+            [sys.executable, "-W", "ignore", "-m", "tests.loaded.server", str(address), str(self.program), "-" * 2000],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.server.stdout is not None

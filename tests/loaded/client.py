@@ -9,7 +9,11 @@ import socket
 import sys
 
 
+PASSED_ON = {getattr(signal, f"SIG{name}") for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "CONT")}
+
+
 def main() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is a child
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(ADDRESS)  # type: ignore[name-defined]  # noqa: F821
         umask = os.umask(0)
@@ -30,9 +34,9 @@ def main() -> None:
             with open(file, "w") as output:
                 print(child, file=output)
         if child:
-            passed_on = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-            for number in (*passed_on, signal.SIGCONT):
+            for number in PASSED_ON:
                 signal.signal(number, lambda number, frame: os.kill(child, number))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         end = answers.readline()
     if not end:  # the server has ended, and the child with it
         os.kill(os.getpid(), signal.SIGKILL)

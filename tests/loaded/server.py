@@ -1,4 +1,4 @@
-"""``server.py SOCKET PROGRAM``: loads everything, then forks a child for each client that connects.
+"""``server.py SOCKET PROGRAM ROOM``: loads everything, then forks a child for each client that connects.
 
 A child whose client is gone is killed, as the client would have been; when standard input ends, so do all.
 """
@@ -96,7 +96,10 @@ class Server:
                         os.read(self.ended, 4096)
                     self.tell_ends()
                 elif client := self.clients.get(key.fd):
-                    self.hear(client)
+                    try:
+                        self.hear(client)
+                    except OSError:  # it was killed meanwhile
+                        self.forget(client)
 
     def hear(self, client: Client) -> None:
         """A part of what is to be started, or that the client is gone."""
@@ -133,16 +136,14 @@ class Server:
                 self.forget(client)
 
     def forget(self, client: Client) -> None:
-        if client.child:
-            os.kill(client.child, signal.SIGKILL)
+        kill(client.child)
         self.selector.unregister(client.connection)
         del self.clients[client.connection.fileno()]
         client.connection.close()
 
     def kill_all(self) -> None:
         for client in self.clients.values():
-            if client.child:
-                os.kill(client.child, signal.SIGKILL)
+            kill(client.child)
 
     def become(self, job: dict, streams: list[int]) -> NoReturn:
         """In the child: what the program of that command line is. Does not return."""
@@ -161,6 +162,22 @@ class Server:
         os._exit(run(job, self.program))
 
 
+def kill(child: int) -> None:
+    """With all that it started."""
+    if child:
+        with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+            os.killpg(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+
+
+def show_command(words: list[str]) -> None:
+    """Have ``ps`` show what this process is, in the place of the server's arguments; the last of those is long."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    first, last = int(fields[45]), int(fields[46])
+    text = "\0".join(words).encode()[: last - first - 1]
+    ctypes.memmove(first, text.ljust(last - first, b"\0"), last - first)
+
+
 def run(job: dict, program: str) -> int:
     """Run the program to its end; its exit code."""
     os.environ.clear()
@@ -175,6 +192,7 @@ def run(job: dict, program: str) -> int:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    show_command([program, *job["arguments"]])
     code = 1
     try:
         code = exit_code(lambda: execute(job["arguments"], program))
@@ -248,7 +266,7 @@ def exit_code(program: Any) -> int:
 
 def main() -> None:
     """Serve."""
-    address, program = sys.argv[1:]
+    address, program, _ = sys.argv[1:]
     load()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
