@@ -15,10 +15,20 @@ import torch
 
 from tests.distributed.pool import WorkerPools
 from tests.interpreter import speed_up
+from tests.loaded import share
+
+pytest_plugins = ["tests.costs"]
 
 GPU_TESTS = Path(__file__).parent / "gpu"
-# These take all cores, ports, or the GPU, and some of them watch the clock: none runs beside another.
-ONE_AT_A_TIME = ("tests/distributed/", "tests/gpu/", "tests/integration/", "tests/slurm/")
+# Handed out first, since they take longest; those of one folder to one worker, since they share what is slow to make.
+FIRST = (
+    "tests/slurm/",
+    "tests/distributed/test_parity.py",
+    "tests/integration/test_pretrain.py",
+    "tests/kernels/test_triton_compiles.py",
+    "tests/kernels/",
+)
+TOGETHER = ("tests/slurm/", "tests/conversion/", "tests/gpu/")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first
     speed_up()
@@ -64,17 +74,17 @@ def workers() -> Iterator[WorkerPools]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.nodeid.startswith(ONE_AT_A_TIME))  # last, when other workers have nothing left
+    items.sort(key=lambda item: next((n for n, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of ``-n``: hands out file by file, and as one file those that must not run beside each other."""
+    """Of ``-n``: hands out file by file, some files together."""
     from xdist.scheduler import LoadFileScheduling
 
     class Schedule(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "one at a time" if nodeid.startswith(ONE_AT_A_TIME) else super()._split_scope(nodeid)
+            return next((path for path in TOGETHER if nodeid.startswith(path)), super()._split_scope(nodeid))
 
     config.option.loadscopereorder = False  # keep the order from above
     return Schedule(config, log)
@@ -125,5 +135,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        config.add_cleanup(share().close)
     if os.environ.get("MOSA_REQUIRE_ALL") == "1":
         config.pluginmanager.register(RequireAll(config), "require-all")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_mosa.checkpoint.hf_export import export_hf
 from tests.conftest import LAUNCHER
 from tests.conversion.conftest import make
 from tests.conversion.models import CAUSAL, KINDS
+from tests.loaded import loaded_python
 
 # The norm and the gated MLP are for generation: with them the random model says something else after every prompt.
 MODELS = {"causal": [*CAUSAL, "model.normalization=RMSNorm", "model.activation=swiglu"], "expert": KINDS["pure"]}
@@ -88,7 +88,7 @@ def lm_eval(model: Path, folder: Path, *tasks: str) -> subprocess.CompletedProce
     environment |= {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [
-            sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+            loaded_python(), "-m", "lm_eval", "--model", "hf", "--model_args",
             f"pretrained={model},trust_remote_code=True", "--include_path", "tasks", "--tasks", ",".join(tasks),
             "--device", "cpu", "--batch_size", "2", "--output_path", "out", "--log_samples",
         ],

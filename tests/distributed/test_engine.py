@@ -33,9 +33,8 @@ def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
     assert norms == pytest.approx(plain[1], rel=1e-3)
 
 
-# Another tensor-parallel size makes new groups, which takes long: it is what changes least often, here and below.
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize(("world", "tensor_parallel"), [(2, 2), (2, 1), (4, 4), (4, 2)])
+# test_parity has each layout and stage without accumulation
+@pytest.mark.parametrize(("world", "tensor_parallel", "zero"), [(2, 2, 1), (2, 1, 2), (4, 4, 3), (4, 2, 1), (4, 2, 3)])
 def test_bf16_follows_fp32(workers: WorkerPools, plain: tuple, world: int, tensor_parallel: int, zero: int) -> None:
     config = tasks.tiny_config(
         parallel__zero_stage=zero,
@@ -90,9 +89,13 @@ def test_offloaded_state_can_be_saved_and_loaded(workers: WorkerPools, zero: int
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("zero", "precision", "tensor_parallel"),
+    [
+        *((zero, "fp32", 1) for zero in (0, 1, 2, 3)),
+        *((zero, "bf16", 1) for zero in (1, 2, 3)),
+        *((0, "fp32", 2), (1, "bf16", 2), (3, "fp32", 2)),
+    ],
 )
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     workers: WorkerPools, zero: int, precision: str, tensor_parallel: int
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,14 @@ from tests.distributed import tasks
 from tests.distributed.pool import WorkerPools
 
 Cell = tuple[int, int, bool, int]  # ZeRO stage, tensor parallel size, sequence parallel, world size
-LAYOUTS: list[Cell] = [  # by tensor-parallel size, since another one makes new groups
-    (zero, *layout)
-    for layout in ((1, False, 2), (2, False, 2), (2, True, 2), (4, False, 4), (4, True, 4), (2, True, 4))
-    for zero in (0, 1, 2, 3)
-]
+DATA = (1, False, 2)
+BOTH = (2, True, 4)
+# ZeRO's stages differ where there are data-parallel ranks to part over: all of them there, with and without tensor
+# parallelism; each of the layouts without such ranks at one or two of them.
+LAYOUTS: list[Cell] = [
+    *((zero, *layout) for layout in (DATA, BOTH) for zero in (0, 1, 2, 3)),
+    (0, 2, False, 2), (3, 2, False, 2), (1, 2, True, 2), (2, 4, False, 4), (1, 4, True, 4), (3, 4, True, 4),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +67,14 @@ def test_training_does_not_depend_on_the_layout(
     check_equal(facts, single)
 
 
-FEWER_LAYOUTS: list[Cell] = [
-    (zero, *layout) for layout in ((1, False, 2), (2, True, 4), (4, True, 4)) for zero in (0, 1, 2, 3)
-]
+RECOMPUTED = [  # under ZeRO-3 a layer's weights are gathered once more
+    ("attention", (0, *DATA)), ("attention", (3, *DATA)), ("attention", (1, *BOTH)), ("attention", (3, *BOTH)),
+    ("attention", (2, 4, True, 4)), ("full", (1, *DATA)), ("full", (0, *BOTH)), ("full", (2, *BOTH)),
+    ("full", (3, *BOTH)), ("full", (1, 4, True, 4)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["attention", "full"])
-@pytest.mark.parametrize("layout", FEWER_LAYOUTS, ids=str)
+@pytest.mark.parametrize(("recompute", "layout"), RECOMPUTED, ids=str)
 def test_recompute_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
@@ -80,7 +86,7 @@ def test_recompute_changes_nothing(
     check_equal(facts, single)
 
 
-@pytest.mark.parametrize("layout", [cell for cell in FEWER_LAYOUTS if cell[0] > 0], ids=str)
+@pytest.mark.parametrize("layout", [(1, *DATA), (3, *DATA), (2, *BOTH), (3, *BOTH)], ids=str)
 def test_offload_changes_nothing(
     workers: WorkerPools,
     seed_checkpoint: Path,
@@ -103,7 +109,11 @@ def single_dense(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory)
 
 # Where rounding to bf16 moves a selection, a MoSA head's gradients are other ones: of this model all is compared,
 # of the hybrid below what does not depend on one selection.
-@pytest.mark.parametrize("layout", [cell for cell in LAYOUTS if cell[0] > 0], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [*((zero, *DATA) for zero in (1, 2, 3)), (1, *BOTH), (3, *BOTH), (1, 2, False, 2), (2, 4, True, 4)],
+    ids=str,
+)
 def test_bf16_follows_fp32_in_every_layout(
     workers: WorkerPools,
     single_dense: tuple[Path, dict],
@@ -121,7 +131,7 @@ def test_bf16_follows_fp32_in_every_layout(
     assert facts["norms"] == pytest.approx(single["norms"], rel=2e-2)
 
 
-@pytest.mark.parametrize("layout", [cell for cell in FEWER_LAYOUTS if cell[0] > 0], ids=str)
+@pytest.mark.parametrize("layout", [(1, *DATA), (3, *BOTH), (2, 4, True, 4)], ids=str)
 def test_a_hybrid_in_bf16_follows_fp32(workers: WorkerPools, seed_checkpoint: Path, single: dict, layout: Cell) -> None:
     facts = run(workers, seed_checkpoint, layout, train__precision="bf16")
     for name, weight in single["final"].items():
@@ -187,15 +197,29 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
+# What shares weights, and what adds tensors to a batch, under ZeRO-3, too; the others under one of the two.
+CELLS = [("swiglu", 1), ("rmsnorm", 3), ("tied", 1), ("tied", 3), ("grouped", 1), ("documents", 1), ("documents", 3)]
+CELLS += [("documents_by_sequence", 3), ("local", 1)]
+
+
+@pytest.fixture(scope="module")
+def single_variant(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict]]:
+    """Of a variant: a seed checkpoint, and the facts of one process."""
+
+    @cache
+    def single(variant: str) -> tuple[Path, dict]:
+        path, changes = tmp_path_factory.mktemp(variant), VARIANTS[variant]
+        workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77, **changes), path)
+        one = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0, **changes), path)[0]
+        assert one["margin"] > 1e-5
+        return path, one
+
+    return single
+
+
+@pytest.mark.parametrize(("variant", "zero"), CELLS)
 def test_variants_of_the_model_do_not_depend_on_the_layout(
-    workers: WorkerPools, tmp_path: Path, variant: str, zero: int
+    workers: WorkerPools, single_variant: Callable[..., tuple[Path, dict]], variant: str, zero: int
 ) -> None:
-    changes = VARIANTS[variant]
-    workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77, **changes), tmp_path)
-    one = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0, **changes), tmp_path)[0]
-    assert one["margin"] > 1e-5
-    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
-    config = tasks.tiny_config(parallel__zero_stage=zero, train__micro_batch_size=2, **layout, **changes)
-    check_equal(workers(4).run(tasks.training_facts, config, tmp_path)[0], one)
+    path, one = single_variant(variant)
+    check_equal(run(workers, path, (zero, *BOTH), **VARIANTS[variant]), one)

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHARED = "MOSA_LOADED_PYTHON"
+SOCKET = "socket"
 
 
 class LoadedPython:
@@ -27,37 +29,46 @@ class LoadedPython:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mosa-python-"))  # a short path: a socket's has at most 107 bytes
-        address = self.folder / "socket"
+        address = self.folder / SOCKET
         # -I and -S: without site-packages the client starts in 10 ms
         code = f"#!{Path(sys.executable).resolve()} -IS\nADDRESS = {str(address)!r}\n"
         self.program = self.folder / "python"
         self.program.write_text(code + Path(__file__).with_name("client.py").read_text())
         self.program.chmod(0o755)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        environment["TRITON_INTERPRET"] = "1"  # as tests/conftest.py
         environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded; ``mosa doctor`` sets it before
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.loaded.server", str(address), str(self.program), "-" * 2000],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        assert self.server.stdout is not None
-        while (line := self.server.stdout.readline()) != "ready\n":  # libraries print when they are imported
-            if not line:
-                raise RuntimeError(f"the loaded Python ended with exit code {self.server.wait()}")
 
     def close(self) -> None:
         """End the server and all that it started."""
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(30)
+        self.server.communicate(timeout=60)  # nothing, which ends it
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def share() -> LoadedPython:
+    """Start the server for this process and all that it starts from now on: the workers of pytest-xdist."""
+    python = LoadedPython()
+    os.environ[SHARED] = str(python.program)
+    return python
 
 
 @cache
 def loaded_python() -> str:
-    """The path of a program to use in place of ``sys.executable``; the server starts with the first call."""
-    python = LoadedPython()
-    atexit.register(python.close)
-    return str(python.program)
+    """The path of a program to use in place of ``sys.executable``; waits until everything is loaded."""
+    if not (path := os.environ.get(SHARED)):
+        python = LoadedPython()
+        atexit.register(python.close)
+        path = str(python.program)
+    socket, deadline = Path(path).with_name(SOCKET), time.monotonic() + 240
+    while not socket.exists():
+        if time.monotonic() > deadline or not socket.parent.exists():
+            raise RuntimeError("there is no loaded Python; what it said is above")
+        time.sleep(0.05)
+    return path
 
 
 def first_on_path(path: str | None = None) -> str:

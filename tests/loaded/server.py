@@ -269,11 +269,10 @@ def main() -> None:
     address, program, _ = sys.argv[1:]
     load()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        listener.bind(f"{address}.new")
         listener.listen(128)
-        stop = sys.stdin
-        print("ready", flush=True)
-        Server(listener, program, stop).serve()
+        os.rename(f"{address}.new", address)  # who waits for it can connect
+        Server(listener, program, sys.stdin).serve()
 
 
 if __name__ == "__main__":

@@ -118,14 +118,13 @@ class Cluster:
     def _start(self, name: str, command: list[str]) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, cwd=self.folder,
+                [sys.executable, str(Path(__file__).with_name("adopt.py")), *command], env=self.environment,
+                stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, cwd=self.folder,
             )  # fmt: skip
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd; one that was killed comes back with what the cluster knows of it."""
-        slurmd = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node]
-        self._start(node, [sys.executable, str(Path(__file__).with_name("adopt.py")), *slurmd])
+        self._start(node, ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node])
 
     def processes_of(self, node: str) -> list[psutil.Process]:
         """Its slurmd, first, and all that came from it: the daemon of each step, the batch script, the tasks."""
@@ -152,12 +151,7 @@ class Cluster:
                 self.kill_node(node)
         for name in ("slurmctld", "munged"):
             if name in self.daemons:
-                self.daemons[name].terminate()
-                try:
-                    self.daemons[name].wait(10)
-                except subprocess.TimeoutExpired:
-                    self.daemons[name].kill()
-                    self.daemons[name].wait()
+                self.daemons[name].communicate(timeout=20)  # nothing, which ends it
 
     def call(self, *command: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a client program."""
