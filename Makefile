@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-matrix test-gpu memcheck bench check format clean
+.PHONY: help setup pretrain test test-quick test-matrix test-gpu memcheck bench check format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -73,6 +73,14 @@ test: setup ## run all tests; SLURM=install installs Slurm for tests/slurm first
 		*) echo 'error: SLURM=$(SLURM): legal: install, or nothing' >&2; exit 2 ;; \
 	esac
 	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) tests
+
+# Unit tests, kernels on the naive path, one distributed and one integration run.
+QUICK = tests/unit $(addprefix tests/kernels/test_,naive.py documents.py window.py dispatch.py) \
+	'tests/distributed/test_parity.py::test_training_does_not_depend_on_the_layout[(3, 2, True, 4)]' \
+	tests/integration/test_pretrain.py::test_a_run_leaves_what_it_promises
+
+test-quick: setup ## run what tells most in the least time, for the inner loop
+	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) $(QUICK)
 
 test-matrix: setup ## save at every layout and load at every other, weights and moments compared to the last bit
 	@$(ACTIVATE); python -W ignore -m tests.distributed.test_layouts

@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.integration.conftest import Runner
 from tests.loaded import wait_for_ranks
 
-KILLS = 20
-STEPS = 160  # more than the kills leave time for
+KILLS = 8
+STEPS = 80  # more than the kills leave time for
 LONGEST_SAVE = 0.1  # seconds; of this model, whose saves take 0.04 to 0.07 on an idle machine
 
 

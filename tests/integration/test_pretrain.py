@@ -15,8 +15,13 @@ from tests.integration.conftest import ROOT, Runner
 @pytest.fixture(scope="module")
 def whole_run(runner: Runner) -> str:
     """Ten steps without a stop; the run's name."""
-    runner.launch("whole")
+    runner.pretrain("whole")
     return "whole"
+
+
+def test_torchrun_starts_the_same_run(runner: Runner, whole_run: str) -> None:
+    assert "step 2/10" in runner.launch("torchrun", "train.stop_after_step=2")
+    assert runner.losses("torchrun") == runner.losses(whole_run)[:2]
 
 
 def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
