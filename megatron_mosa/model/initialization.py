@@ -73,7 +73,7 @@ def draw(seed: int, name: str, shape: tuple[int, ...], initialise: Initialiser) 
     """The initial value, fp32, of the parameter of that global name and shape."""
     weight = torch.empty(shape)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed_of(seed, name))
+        torch.default_generator.manual_seed(_seed_of(seed, name))  # the CPU's alone
         initialise(weight)
     return weight
 
