@@ -67,9 +67,7 @@ def test_gradients_in_bf16_are_accumulated_in_fp32(workers: WorkerPools, zero: i
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_in_which_no_token_counts_is_skipped_and_says_so(workers: WorkerPools, zero: int) -> None:
-    config = tasks.tiny_config(
-        parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=2
-    )
+    config = tasks.tiny_config(parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=2)
     for empty, unchanged, after in workers(2).run(loss_tasks.around_an_empty_step, config):
         assert empty.is_empty and not empty.is_finite
         assert unchanged

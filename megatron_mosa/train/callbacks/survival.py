@@ -89,8 +89,7 @@ class WrongSteps(Callback):
         if result.is_empty:
             reason = "no token of its batch counts (loss_mask is zero)"
         self.writers.note(
-            f"step {step} skipped: {reason}; {samples}; "
-            f"{trainer.state.skipped_steps} skipped since this start"
+            f"step {step} skipped: {reason}; {samples}; {trainer.state.skipped_steps} skipped since this start"
         )
         if self.in_a_row == self.limit:
             raise GaveUpError(
