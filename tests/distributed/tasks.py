@@ -221,7 +221,8 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_
 
         (batch,) = micro_batches(config, layout, 0)
         with recorded_gradients(engine) as facts["gradients"]:
-            facts["first_norm"] = engine.train_step([batch], 1e-3).grad_norm
+            # Adam's first step is of the rate's size wherever a gradient is not 0, were it rounding: a small one.
+            facts["first_norm"] = engine.train_step([batch], 2.5e-4).grad_norm
         facts["margin"] = selection_margin(model, batch)
         results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(1, steps)]
         facts["losses"] = [result.loss for result in results]
