@@ -52,7 +52,9 @@ def scores_with_ties() -> torch.Tensor:
 
 @pytest.mark.parametrize("include_first_token", [False, True])
 def test_of_equal_scores_the_earlier_are_selected(fused: ModuleType, include_first_token: bool) -> None:
-    for scores in (scores_with_ties(), torch.full((1, 1, 2 * BLOCK), 0.5)):
+    rising = torch.arange(1, 38) / 40
+    slopes = torch.stack((rising, rising.roll(-5))).unsqueeze(0)  # the largest, and the smallest, in the last block
+    for scores in (scores_with_ties(), slopes, torch.full((1, 1, 2 * BLOCK), 0.5)):
         length = scores.shape[-1]
         for num_selected in (1, BLOCK + 1, length - 1):
             indices = fused.select_tokens(scores, num_selected, include_first_token)[0]
