@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,6 +56,8 @@ def around_an_empty_step(config: Config) -> tuple[StepResult, bool, StepResult]:
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {key: tensor.clone() for key, tensor in engine.state().items()}
         batches = micro_batches(config, layout, 1)
+        with pytest.raises(ValueError, match="a step takes 2 micro-batches, got 1"):
+            engine.train_step(batches[:1], 1e-3)
         empty = engine.train_step([batch | {"loss_mask": 0 * batch["loss_mask"]} for batch in batches], 1e-3)
         after = engine.state()
         unchanged = all(torch.equal(before[key], after[key]) for key in before) and engine.optimizer_step() == 1
