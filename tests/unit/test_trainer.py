@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mosa.checkpoint import CheckpointStore
+from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import Batch, StepResult
-from megatron_mosa.errors import GaveUpError
+from megatron_mosa.errors import GaveUpError, StorageError
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
@@ -27,6 +28,7 @@ from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
 from megatron_mosa.train.callbacks.base import Callback
+from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
@@ -63,6 +65,9 @@ class PretendedEngine:
         self.rates.append(learning_rate)
         self.samples.append([int(batch["tokens"]) for batch in batches])
         return self.results.get(len(self.rates) - 1, StepResult(loss=2.0, grad_norm=1.0))
+
+    def optimizer_step(self) -> int:
+        return len(self.rates)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         for _ in batches:
@@ -294,3 +299,99 @@ def test_steps_that_go_wrong_are_told_and_too_many_in_a_row_end_the_run(
     assert "step 2 skipped: loss nan, gradient norm nan; samples 4 to 7 of the data order; 1 skipped" in told
     assert "step 4 skipped: no token of its batch counts (loss_mask is zero); samples 12 to 15" in told
     assert "step 5 skipped: loss 2.0, gradient norm inf; samples 16 to 19 of the data order; 3 skipped" in told
+
+
+class Write(Future[Path]):
+    """Is under way until somebody waits for it."""
+
+    def __init__(self, outcome: Path | StorageError) -> None:
+        super().__init__()
+        self.outcome = outcome
+
+    def result(self, timeout: float | None = None) -> Path:
+        if not self.done() and isinstance(self.outcome, Path):
+            self.set_result(self.outcome)
+        elif not self.done():
+            self.set_exception(self.outcome)
+        return super().result(timeout)
+
+
+class SlowStore(CheckpointStore):
+    """Takes checkpoints down, and fails at some steps."""
+
+    def __init__(self, folder: Path, failing: tuple[int, ...] = (), permanent_interval: int | None = None) -> None:
+        super().__init__(folder, 2, permanent_interval)
+        self.failing = failing
+        self.saved: list[Metadata] = []
+        self.writes: list[Write] = []
+
+    def prepare(self, engine: Any) -> None:
+        assert not self.saved
+
+    def begin_save(self, engine: Any, metadata: Metadata) -> Future[Path]:
+        assert all(write.done() for write in self.writes)  # one at a time
+        path = self.folder / f"step-{metadata.step:08d}"
+        self.writes.append(Write(StorageError("disk full") if metadata.step in self.failing else path))
+        self.saved.append(metadata)
+        return self.writes[-1]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_checkpoints_are_saved_when_they_are_due(
+    tmp_path: Path, engine: PretendedEngine, capsys: pytest.CaptureFixture[str], asynchronous: bool
+) -> None:
+    settings = config(tmp_path, checkpoint={"interval": 4, "asynchronous": asynchronous}, train={"skip_steps": [3]})
+    nan = StepResult(math.nan, math.nan)
+    engine.results = {2: nan}  # step 4, as step 3 is left out
+    store = SlowStore(tmp_path / "checkpoints", failing=(6,), permanent_interval=3)
+    lines = writers(settings, tmp_path)
+
+    class Pending(Callback):
+        def after_step(self, trainer: Trainer, result: StepResult) -> None:
+            assert asynchronous or all(write.done() for write in store.writes)
+
+    trainer(settings, engine, [Checkpointing(lines, store, {"index_samples": 7}), Pending()]).run(batches())
+    # 3 and 6 are permanent, 4 and 8 are due, 8 is the last; step 4 was not finite
+    found = [(saved.step, saved.consumed_samples, saved.optimizer_step) for saved in store.saved]
+    assert found == [(3, 12, 2), (6, 24, 5), (8, 32, 7)]
+    assert store.saved[0].data == {"index_samples": 7}
+    assert store.saved[0].layout == {"tensor_parallel_size": 1, "data_parallel_size": 2}
+    assert all(write.done() for write in store.writes)
+    told = capsys.readouterr().out
+    assert "no checkpoint: the last step was not finite" in told
+    assert "no checkpoint of step 6: " in told and "disk full; the run goes on" in told
+    assert f"checkpoint {store.folder / 'step-00000008'} (" in told
+
+
+def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path: Path, engine: PretendedEngine) -> None:
+    settings = config(tmp_path, checkpoint={"interval": 4})
+    store = SlowStore(tmp_path / "checkpoints", failing=(8,))
+    with pytest.raises(StorageError, match="no checkpoint of step 8: .* disk full; make room and start the run again"):
+        trainer(settings, engine, [Checkpointing(writers(settings, tmp_path), store, {})]).run(batches())
+
+
+def test_a_run_that_is_asked_to_stop_saves_even_after_a_step_that_went_wrong(
+    tmp_path: Path, engine: PretendedEngine, clock: Clock
+) -> None:
+    settings = config(tmp_path, checkpoint={"interval": 100})
+    survival = survival_of(tmp_path, clock, settings)
+    engine.results = {3: StepResult(math.nan, math.nan)}
+    store = SlowStore(tmp_path / "checkpoints")
+    request = Request(survival.interruption.signals, in_step=True)
+    trainer(settings, engine, [request, Checkpointing(writers(settings, tmp_path), store, {})], survival).run(batches())
+    assert [saved.step for saved in store.saved] == [4]
+
+
+@pytest.mark.parametrize(
+    ("step", "last_measured", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
+)
+def test_a_validation_that_was_stopped_is_made_up_for(
+    tmp_path: Path, engine: PretendedEngine, step: int, last_measured: int, measured: list[int]
+) -> None:
+    settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
+    lines = writers(settings, tmp_path, step)
+    validation = Validation(lines, Samples(), last_measured)  # type: ignore[arg-type]
+    trainer(settings, engine, [validation], step=step, consumed_samples=4 * step).run(batches(4 * step))
+    found = read_journal(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in found] == measured
+    assert all(line["validation_loss"] == 3.0 and line["validation_perplexity"] == math.exp(3) for line in found)
