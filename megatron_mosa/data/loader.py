@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -37,7 +38,8 @@ def training_batches(
 
     Args:
         samples: anything with samples at every number from 0, such as ``TrainingSamples``.
-        num_workers: loader processes; 0 loads in this one.
+        num_workers: loader processes; 0 loads in this one. A step needs all its micro-batches at once, so where there
+            is CUDA the processes get those of the next step ready during a step.
         end: number of the sample to stop before, so that no loader reads ahead of a run's end; None: for ever.
 
     Returns:
@@ -53,15 +55,21 @@ def training_batches(
     numbers = _RankBatches(
         consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size, end
     )
+    has_cuda = torch.cuda.is_available()
+    ahead = 2  # batches that each loader process gets ready, torch's default
+    if has_cuda and num_workers:
+        micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
+        ahead = max(ahead, math.ceil(micro_batches / num_workers))
     loader = DataLoader(
         samples,
         batch_sampler=numbers,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=ahead if num_workers else None,
+        pin_memory=has_cuda,
         worker_init_fn=_obey_only_the_trainer,
         generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
     )
-    return iter(loader)
+    return iter(loader) if has_cuda or not num_workers else map(_own_copy, loader)
 
 
 def validation_batches(
@@ -98,6 +106,11 @@ class _RankBatches:
             first = batch + self.data_parallel_rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))
+
+
+def _own_copy(batch: Batch) -> Batch:
+    """Out of the memory shared with a loader process: each tensor there holds a file descriptor."""
+    return {name: tensor.clone() for name, tensor in batch.items()}
 
 
 def _masked(sample: Batch) -> Batch:

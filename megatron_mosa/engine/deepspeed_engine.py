@@ -80,28 +80,47 @@ class DeepSpeedEngine:
         return self._engine.module
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over ``accumulation_steps`` micro-batches ([B, T] each).
+        """One optimizer step over ``accumulation_steps`` micro-batches ([B, T] each), all of which are held at once.
 
-        The loss is the mean over the micro-batches of all data-parallel ranks.
+        The loss is the mean over the counted tokens of the global batch: a micro-batch with few of them weighs little,
+        and the result does not depend on how the batch is split over ranks and micro-batches. Where no token counts
+        there is no mean: the loss is NaN, the step is skipped, and the result says that it ``is_empty``.
+
+        Raises:
+            ValueError: another number of micro-batches.
         """
+        micro_batches = list(batches)
+        if len(micro_batches) != self.accumulation_steps:
+            raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        counted = self._counted_tokens(micro_batches)
+        # DeepSpeed averages over micro-batches and data-parallel ranks. Where every token counts, this is exact.
+        parts = self.accumulation_steps * self.layout.data_parallel_size
+        tokens = (counted / parts).float()
         total = torch.zeros((), device=self.layout.device)
-        for batch in batches:
-            loss_sum, tokens = self._loss(self._engine, batch)
-            loss = loss_sum / tokens
+        for batch in micro_batches:
+            loss = self._loss(self._engine, batch)[0] / tokens
             self._engine.backward(loss)
             self._engine.step()
             total += loss.detach()
         dist.all_reduce(total, group=data_parallel_group())
-        mean = total / (self.accumulation_steps * self.layout.data_parallel_size)
-        result = StepResult(loss=mean.item(), grad_norm=float(self._engine.get_global_grad_norm()))
+        mean, count = torch.stack(((total / parts).double(), counted)).tolist()  # waits for the device
+        norm = float(self._engine.get_global_grad_norm())
+        result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
         if result.is_finite:
             update_thresholds(self.module, data_parallel_group())
         else:
             forget_scores(self.module)
         return result
+
+    def _counted_tokens(self, micro_batches: list[Batch]) -> Tensor:
+        """Tokens of the global batch that count, fp64 on the device. Masks are summed where they lie: on the host."""
+        count = sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches)
+        counted = torch.as_tensor(count).to(self.layout.device, non_blocking=True)
+        dist.all_reduce(counted, group=data_parallel_group())
+        return counted
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

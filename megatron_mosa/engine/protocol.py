@@ -28,13 +28,16 @@ class StepResult:
     """What one optimizer step says of itself."""
 
     loss: float
-    """Mean cross entropy in nats per token."""
+    """Mean cross entropy in nats over the counted tokens of the global batch."""
 
     grad_norm: float
     """Global norm before clipping."""
 
     was_asked: bool = False
     """The step was left out because the configuration says so: nothing was computed."""
+
+    is_empty: bool = False
+    """No token of the global batch counts: there is no mean, and the engine has skipped the step."""
 
     @property
     def is_finite(self) -> bool:
@@ -53,7 +56,7 @@ class TrainingEngine(Protocol):
         ...
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over ``accumulation_steps`` micro-batches."""
+        """One optimizer step over ``accumulation_steps`` micro-batches, on the mean loss of all counted tokens."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

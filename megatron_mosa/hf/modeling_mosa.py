@@ -192,6 +192,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of sequences, each one document, or of tokens that go on from what a cache holds.
@@ -207,6 +208,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             use_cache: begin a cache if none is given; of causal models.
             logits_to_keep: logits, and the loss, of that many last positions alone; 0: of all.
             output_hidden_states: return what every layer gives, too.
+            num_items_in_batch: divisor of the summed loss instead of the number of labels that count here;
+                transformers' Trainer gives it when it accumulates gradients, and adds up the losses.
 
         Returns:
             ``logits`` [B, T, vocab_size], and what was asked for.
@@ -225,7 +228,10 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         if labels is not None:
             expected = labels[:, -logits_to_keep:][:, 1:].flatten()
             predicted = logits[:, :-1].flatten(0, 1).float()
-            loss = F.cross_entropy(predicted, expected.to(predicted.device), ignore_index=-100)
+            expected = expected.to(predicted.device)
+            loss = F.cross_entropy(predicted, expected, reduction="mean" if num_items_in_batch is None else "sum")
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(outputs.get(CACHE))
         )

@@ -226,6 +226,12 @@ def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, P
     whole, last = model(tokens, labels=tokens), model(tokens, labels=tokens, logits_to_keep=10)
     expected = torch.nn.functional.cross_entropy(whole.logits[:, 30:39].flatten(0, 1), tokens[:, 31:].flatten())
     assert last.logits.shape[1] == 10 and torch.allclose(last.loss, expected)
+    labels = tokens.clone()
+    labels[0, 5:] = -100
+    rows = [
+        model(tokens[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=4 + 39).loss for row in (0, 1)
+    ]  # as transformers' Trainer asks for each of two micro-batches
+    assert torch.allclose(sum(rows), model(tokens, labels=labels).loss)
     whole.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 

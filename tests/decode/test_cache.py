@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.hf.rows_mosa import STEP
 from tests.decode.models import KINDS, build, random_tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs from one processor to another
@@ -144,6 +145,25 @@ def test_sequences_of_a_batch_are_reordered(kind: str) -> None:
     cache.batch_select_indices(torch.tensor([5, 0, 1]))
     found = model(tokens[order, start:], attention_mask=mask[order], **{CACHE: cache}).logits
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("reorders", [False, True])
+@torch.no_grad()
+def test_full_blocks_of_all_heads_are_followed_by_new_ones(reorders: bool) -> None:
+    """More of them at once than a buffer has to spare."""
+    model, tokens = build("pure"), random_tokens(4, 35)
+    for name, buffer in model.named_buffers():
+        if name.endswith("thresholds"):
+            buffer.zero_()  # every head takes every token
+    expected = model(tokens).logits
+    _, cache = fed(model, tokens[:, :32], [32])
+    assert all(layer.mosa.known()[2] == 4 * 6 > STEP for layer in cache.layers)
+    order = torch.tensor([2, 0, 3, 1]) if reorders else torch.arange(4)
+    if reorders:
+        cache.reorder_cache(order)
+    for column in range(32, 35):
+        found = model(tokens[order, column : column + 1], **{CACHE: cache}).logits[:, 0]
+        torch.testing.assert_close(found, expected[order, column], **CLOSE)
 
 
 @pytest.mark.parametrize("all_weights", [True, False])

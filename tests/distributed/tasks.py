@@ -19,9 +19,10 @@ from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
-from megatron_mosa.engine import DeepSpeedEngine, optimizer
+from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, optimizer
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.model import build_model, language_model_loss
+from megatron_mosa.kernels import Documents
+from megatron_mosa.model import build_model
 from megatron_mosa.model.state import stored_tensors
 from megatron_mosa.parallel import (
     Layout,
@@ -34,6 +35,7 @@ from megatron_mosa.parallel import (
 from tests.distributed.fused_adam import StandInForFusedAdam
 
 VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
+RATES = (1e-3, 4e-4)  # of even and of odd steps
 
 
 def tiny_config(**changes: object) -> Config:
@@ -45,7 +47,8 @@ def tiny_config(**changes: object) -> Config:
         "parallel": {},
         "data": dict(path="unused", sequence_length=24),
         "train": dict(steps=100, micro_batch_size=4, global_batch_size=4, precision="fp32"),
-        "optimizer": dict(gradient_clipping=0.5),
+        # Strong enough to show in a few steps what is left out or given to the wrong parameters.
+        "optimizer": dict(gradient_clipping=0.5, weight_decay=20.0, beta1=0.7, beta2=0.6),
     }
     for key, value in changes.items():
         section, name = key.split("__")
@@ -80,13 +83,15 @@ def global_batch(config: Config, step: int) -> Batch:
     """The same random tokens on every rank and layout: [global batch, T].
 
     No token comes twice in a sequence: in the first layer equal tokens have equal scores, and whether such a tie stays
-    exact is a matter of rounding.
+    exact is a matter of rounding. The first sequence counts for nothing, the last one whole, those between in part: so
+    micro-batches and ranks have unequal numbers of tokens that count, some of them none.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     length = config.data.sequence_length
     shuffled = [torch.randperm(VOCAB_SIZE, generator=generator) for _ in range(config.train.global_batch_size)]
     tokens = torch.stack(shuffled)[:, : length + 1]
-    mask = torch.ones(len(tokens), length)
+    counted = torch.linspace(0, 1, len(tokens)).unsqueeze(1)
+    mask = (torch.rand(len(tokens), length, generator=torch.Generator().manual_seed(step)) < counted).float()
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
     if config.model.attend_within_documents:
         begins = torch.rand(mask.shape, generator=generator) < 0.15
@@ -194,6 +199,21 @@ def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
     return found
 
 
+@contextlib.contextmanager
+def recorded_gradients(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that a step fills with its gradients, put together, before they are clipped."""
+    gradients: dict[str, Tensor] = {}
+    model, step = engine.module, engine._engine.step
+
+    def look_and_step() -> None:
+        if engine._engine.is_gradient_accumulation_boundary():
+            gradients.update(whole(model, {name: engine.gradient(p) for name, p in model.named_parameters()}))
+        step()
+
+    with mock.patch.object(engine._engine, "step", look_and_step):
+        yield gradients
+
+
 def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_norms: bool = False) -> dict | None:
     """Initial weights; then from the seed checkpoint every gradient of the first step, losses, gradient norms and
     final weights; on rank 0."""
@@ -208,15 +228,11 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_
                 module.sums_gradients = False
         read_state(engine, seed_checkpoint, optimizer_step=0)
 
-        # The first step by hand, to look between backward and step.
         (batch,) = micro_batches(config, layout, 0)
-        loss_sum, tokens = engine._loss(engine._engine, batch)
-        engine._engine.backward(loss_sum / tokens)
-        facts["gradients"] = whole(model, {n: engine.gradient(p) for n, p in model.named_parameters()})
+        with recorded_gradients(engine) as facts["gradients"]:
+            # Adam's first step is of the rate's size wherever a gradient is not 0, were it rounding: a small one.
+            facts["first_norm"] = engine.train_step([batch], 2.5e-4).grad_norm
         facts["margin"] = selection_margin(model, batch)
-        engine._engine.step()
-        facts["first_norm"] = float(engine._engine.get_global_grad_norm())
-
         results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(1, steps)]
         facts["losses"] = [result.loss for result in results]
         facts["norms"] = [result.grad_norm for result in results]
@@ -230,13 +246,22 @@ def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[flo
     """Losses and gradient norms of ``steps`` steps under the engine, accumulation included."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
-        results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(steps)]
+        results = [engine.train_step(micro_batches(config, layout, step), RATES[step % 2]) for step in range(steps)]
         engine.destroy()
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
+def losses_of_tokens(model: torch.nn.Module, batch: Batch, layout: Layout) -> Tensor:
+    """fp32 [B, T], whatever the mask says."""
+    tokens, labels = batch["tokens"].to(layout.device), batch["labels"].to(layout.device)
+    starts = batch.get("document_starts")
+    documents = None if starts is None else Documents.from_starts(starts, layout.device)
+    positions = torch.arange(tokens.shape[1], device=layout.device).expand_as(tokens)
+    return model(tokens, positions, documents, labels=labels).float()
+
+
 def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], list[float]]:
-    """The same steps in plain PyTorch on the whole batch: no DeepSpeed, no data parallelism."""
+    """The same steps in plain PyTorch on the whole batch: no DeepSpeed, no data parallelism, and a loss of its own."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE).to(layout.device)
         decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -244,19 +269,20 @@ def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], lis
         options = config.optimizer
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=1e-3,
             betas=(options.beta1, options.beta2),
             eps=options.epsilon,
         )
         losses, norms = [], []
         for step in range(steps):
-            batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, step).items()}
-            loss_sum, tokens = language_model_loss(model, **batch)
-            (loss_sum / tokens).backward()
+            batch = global_batch(config, step)
+            loss = losses_of_tokens(model, batch, layout)[batch["loss_mask"] == 1].mean()
+            loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)))
+            for group in optimizer.param_groups:
+                group["lr"] = RATES[step % 2]
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss_sum / tokens))
+            losses.append(float(loss))
     return losses, norms
 
 
@@ -316,16 +342,27 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
     return straight, resumed
 
 
+def not_finite_on_the_last_rank(layout: Layout) -> contextlib.AbstractContextManager[object]:
+    """A context in which losses are NaN on the last data-parallel rank alone."""
+    if layout.data_parallel_rank < layout.data_parallel_size - 1:
+        return contextlib.nullcontext()
+    loss = deepspeed_engine.language_model_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        loss_sum, tokens = loss(*args, **kwargs)
+        return loss_sum * torch.nan, tokens
+
+    return mock.patch.object(deepspeed_engine, "language_model_loss", poisoned)
+
+
 def weights_around_a_poisoned_step(config: Config) -> dict:
     """Whether a step with a NaN on the last rank alone left weights and moments as they were, and what came after."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {key: tensor.clone() for key, tensor in engine.state().items()}
-        poisoned = micro_batches(config, layout, 1)
-        if layout.data_parallel_rank == layout.data_parallel_size - 1:
-            poisoned[-1]["loss_mask"][0, 0] = torch.nan
-        norm = engine.train_step(poisoned, 1e-3).grad_norm
+        with not_finite_on_the_last_rank(layout):
+            norm = engine.train_step(micro_batches(config, layout, 1), 1e-3).grad_norm
         after = engine.state()
         facts = {
             "unchanged": all(torch.equal(before[key], after[key]) for key in before),

@@ -16,7 +16,7 @@ from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.kernels.naive import count_scores
 from megatron_mosa.model import build_model
 from megatron_mosa.parallel import data_parallel_group
-from tests.distributed.tasks import VOCAB_SIZE, micro_batches, parallel
+from tests.distributed.tasks import VOCAB_SIZE, micro_batches, not_finite_on_the_last_rank, parallel
 
 
 def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -77,10 +77,8 @@ def around_a_poisoned_step(config: Config) -> tuple[bool, bool]:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {name: buffer.clone() for name, buffer in threshold_buffers(engine.module).items()}
-        poisoned = micro_batches(config, layout, 1)
-        if layout.data_parallel_rank == layout.data_parallel_size - 1:
-            poisoned[-1]["loss_mask"][0, 0] = torch.nan
-        engine.train_step(poisoned, 1e-3)
+        with not_finite_on_the_last_rank(layout):
+            engine.train_step(micro_batches(config, layout, 1), 1e-3)
         after = threshold_buffers(engine.module)
         same = all(torch.equal(before[name], after[name]) for name in before)
         empty = not any(layer.histogram.any() for layer in mosa_layers(engine.module))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
-from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata
+from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
 from megatron_mosa.checkpoint.host_memory import HostMemory
+from megatron_mosa.checkpoint.locate import publishing
 from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
 from megatron_mosa.errors import UserError
+from tests.disk import Disk
 
 
 def publish(folder: Path, step: int, **changes: object) -> Path:
@@ -152,3 +155,67 @@ def test_host_memory_keeps_a_place_for_each_key() -> None:
     again = {key: memory.copy(key, -tensor) for key, tensor in first.items()}
     assert all(torch.equal(again[key], -tensor.float()) for key, tensor in first.items())
     assert all(again[key].data_ptr() == copy.data_ptr() for key, copy in copies.items())
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A world of one."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    """A checkpoint as a run publishes it, of one tensor."""
+    metadata = Metadata(step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={})
+    store._publish({"model.weight": torch.full((50,), float(step))}, metadata)
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "keep_last"), [([4], 8, 1), ([4, 8], 12, 2), ([4, 8], 8, 2)], ids=["first", "third", "again"]
+)
+@pytest.mark.usefixtures("alone")
+def test_whenever_a_save_ends_early_a_sound_checkpoint_is_there(
+    tmp_path: Path, before: list[int], step: int, keep_last: int
+) -> None:
+    """And nothing that is not sound, whether the process was killed or the machine lost its power."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last)
+    for earlier in before:
+        save(store, earlier)
+    with Disk(store.folder, tmp_path) as disk:
+        save(store, step)
+    found = []
+    for how, folder in disk.states():
+        newest = CheckpointStore(folder, keep_last).newest(reads_all=True)
+        assert newest.path is not None and newest.damaged == (), how
+        found.append(read_metadata(newest.path).step)
+    assert set(found[:3]) == {before[-1]}  # before the first operation
+    assert set(found[-3:]) == {step}  # after the last
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_whenever_a_conversion_ends_early_a_whole_model_is_there(tmp_path: Path, replaces: bool) -> None:
+    def convert(number: int) -> None:
+        with publishing(tmp_path / "models" / "out") as writing:
+            (writing / "state").mkdir()
+            for name in ("config", "state/weights"):
+                (writing / name).write_text(f"{number}" * 9)
+
+    (tmp_path / "models").mkdir()
+    if replaces:
+        convert(1)
+    with Disk(tmp_path / "models", tmp_path) as disk:
+        convert(2)
+    found = []
+    for how, folder in disk.states():
+        there = {}
+        for place in ("out", ".replaced-out"):
+            files = [path for path in (folder / place).rglob("*") if path.is_file()]
+            if files:
+                assert sorted(file.name for file in files) == ["config", "weights"], how
+                (there[place],) = {file.read_text() for file in files}  # all of one model
+                assert there[place] in ("1" * 9, "2" * 9), how
+        assert there or not replaces, how
+        found.append(there.get("out"))
+    assert set(found[:3]) == {"1" * 9 if replaces else None}
+    assert set(found[-3:]) == {"2" * 9}

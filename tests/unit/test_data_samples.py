@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron_mosa.data import (
     TrainingSamples,
     ValidationSamples,
     build_dataset,
+    loader,
     open_mixture,
     training_batches,
     validation_batches,
@@ -164,11 +166,41 @@ def test_index_cache_that_cannot_be_written(dataset: Path, tmp_path: Path) -> No
         training(copy).prepare(0, 1)
 
 
+def ranks_batches(path: Path, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rank 1's of two, four micro-batches a step."""
+    return training_batches(
+        training(path), consumed_samples=0, global_batch_size=8, micro_batch_size=1, data_parallel_rank=1,
+        data_parallel_size=2, num_workers=workers,
+    )  # fmt: skip
+
+
 def test_loading_leaves_the_global_random_state_alone(dataset: Path) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     steps(training(dataset), 1, 1, 4, workers=1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_of_loader_processes_hold_no_shared_memory(dataset: Path) -> None:
+    """Each tensor of it holds a file descriptor, and a step holds all its micro-batches."""
+    step, expected = (list(islice(ranks_batches(dataset, workers), 4)) for workers in (1, 0))
+    assert not any(tensor.is_shared() for batch in step for tensor in batch.values())
+    for batch, here in zip(step, expected, strict=True):
+        assert all(torch.equal(batch[name], here[name]) for name in here)
+
+
+@pytest.mark.parametrize(("workers", "has_cuda", "ahead"), [(0, True, None), (3, True, 6), (9, True, 2), (3, False, 2)])
+def test_on_gpus_a_whole_step_is_read_ahead(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, workers: int, has_cuda: bool, ahead: int | None
+) -> None:
+    asked: dict = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(loader, "DataLoader", lambda samples, **options: asked.update(options) or [])
+    training_batches(
+        training(dataset), consumed_samples=0, global_batch_size=64, micro_batch_size=2, data_parallel_rank=0,
+        data_parallel_size=2, num_workers=workers,
+    )  # fmt: skip
+    assert (asked["prefetch_factor"], asked["pin_memory"]) == (ahead, has_cuda)
 
 
 def test_loading_ends_with_the_run(dataset: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import UserError
+from megatron_mosa.evaluation import evaluate as measures
 from megatron_mosa.evaluation.commands import _device, _multiples, _write, evaluate
 from megatron_mosa.evaluation.flips import flip_rates
 from megatron_mosa.evaluation.losses import chosen_positions, estimate, position_ranges, prefix_losses, token_losses
@@ -62,8 +65,8 @@ def model(request: pytest.FixtureRequest) -> Iterator[Evaluated]:
 
 
 @contextmanager
-def built(selection: str) -> Iterator[Evaluated]:
-    """A model of random weights; with thresholds calibrated on other text."""
+def built(selection: str, calibrated: bool = True) -> Iterator[Evaluated]:
+    """A model of random weights; with thresholds calibrated on other text, or not yet."""
     with one_process(config(selection)):
         module = build_model(config(selection), VOCABULARY).eval()
         with torch.no_grad():
@@ -71,7 +74,7 @@ def built(selection: str) -> Iterator[Evaluated]:
                 layer.router_weight.mul_(8)  # so that heads do not agree on everything
                 layer.proj_weight.mul_(8)  # and later layers feel it
         model = Evaluated(module, torch.device("cpu"))
-        if selection == "threshold":
+        if selection == "threshold" and calibrated:
             calibrate(module, lambda: model.forward(Windows(40).tokens[20:, :-1]))
         yield model
 
@@ -144,6 +147,48 @@ def test_calibrated_thresholds_let_the_asked_share_through() -> None:
             np.testing.assert_allclose(layer.thresholds.numpy(), thresholds, atol=0.02)
             shares = (scores > layer.thresholds.numpy()[:, None]).mean(axis=1)
             np.testing.assert_allclose(shares, 1 / SPARSITY, atol=0.02)
+
+
+class Texts(Windows):
+    """Of each split other text: the training split uses a part of the vocabulary."""
+
+    def __init__(
+        self, mixture: object, *, sequence_length: int, num_samples: int, mark_documents: bool, split: str
+    ) -> None:
+        assert sequence_length == LENGTH and not mark_documents
+        super().__init__(num_samples)
+        if split == "train":
+            self.tokens = self.tokens.roll(1) % 9
+
+
+def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def texts(split: str, count: int) -> Texts:
+        return Texts(None, sequence_length=LENGTH, num_samples=count, mark_documents=False, split=split)
+
+    monkeypatch.setattr(measures, "ValidationSamples", Texts)
+    monkeypatch.setattr(
+        measures, "evaluated", lambda model, device, dtype, selection: built(selection, calibrated=False)
+    )
+    settings = measures.Settings(
+        num_samples=6, prefixes=0, lengths=(), calibration_samples=10, tokens_at_once=2 * LENGTH,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    opened: Any = SimpleNamespace(config=config("expert_choice"))
+    found = measures.evaluate(opened, cast(Any, None), settings, ignore)
+    windows = texts("validation", 6).tokens
+    with built("expert_choice") as model:
+        expected = losses_of(model, windows[:, :-1], windows[:, 1:])
+    assert found["full_sequence"]["loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    causal = {}
+    for split in ("train", "validation"):
+        with built("threshold", calibrated=False) as model:
+            calibrate(model.module, lambda: model.forward(texts(split, 10).tokens[:, :-1]))  # noqa: B023
+            causal[split] = losses_of(model, windows[:, :-1], windows[:, 1:]).mean().item()
+    assert found["causal"]["loss"] == pytest.approx(causal["train"], rel=1e-5)
+    assert abs(causal["train"] - causal["validation"]) > 1e-3
+    assert found["causal"]["label"] == "causal, by thresholds, calibrated on 10 windows of the training split"
 
 
 def test_ranges_and_positions() -> None:

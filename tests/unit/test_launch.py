@@ -46,6 +46,12 @@ def test_srun_takes_the_first_node_and_a_port_from_the_job(monkeypatch: pytest.M
     assert os.environ["MASTER_ADDR"] == "n3"
     assert os.environ["MASTER_PORT"] == str(20000 + 1234567 % 20000)
     assert os.environ["RANK"] == "3"  # DeepSpeed reads these
+    for name in VARIABLES[:3]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.3")  # the batch script gives an address where the name does not resolve
+    monkeypatch.setenv("MASTER_PORT", "20100")
+    assert launch_environment() == (3, 4, 1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.3", "20100")
 
 
 def test_plain_python_in_a_batch_script_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
-from megatron_mosa.config.schema import FaultInjectionSection
+from megatron_mosa.config import Config
+from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, WRONG_USE
 from megatron_mosa.resilience import deadline
@@ -24,6 +25,7 @@ from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Sign
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.status import RunStatus, read_status
 from megatron_mosa.resilience.status_view import facts, is_well
+from megatron_mosa.resilience.survival import Survival
 
 LISTENER = """
 import os, signal, sys, threading, time
@@ -125,6 +127,20 @@ def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         squeue.write_text(f"#!/bin/sh\n[ \"$*\" = '--noheader --format=%e --jobs=7' ] && echo {answer}\n")
         squeue.chmod(0o755)
         assert deadline.job_end() == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_knows_when_to_stop_before_the_jobs_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    end = deadline.job_end()
+    assert end is not None
+    monkeypatch.setattr(Signals, "listen", lambda self: None)
+    config = Config(resilience=ResilienceSection(stop_before_limit=300.0, hang_timeout=0))
+    survival = Survival.begin(config, tmp_path, rank)
+    survival.end()
+    assert survival.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is asked once for all ranks
 
 
 WATCHED = """

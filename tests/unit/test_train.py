@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mosa.config.schema import OptimizerSection
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import Journal, plot_losses, read_journal
+from megatron_mosa.model import language_model_loss
 from megatron_mosa.parallel.apex import refuse_wrong_apex
 from megatron_mosa.train.schedule import learning_rate
 
@@ -43,6 +45,19 @@ def test_the_other_schedules() -> None:
     wsd = rates("wsd")
     assert wsd[3:78] == [1.0] * 75  # up to step 78 = 104 - 26
     assert wsd[78] == pytest.approx(1 - 0.9 / 26) and wsd[-1] == pytest.approx(0.1)
+
+
+def test_the_loss_is_of_tokens_that_count() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, positions: torch.Tensor, documents: None, labels: torch.Tensor):
+            assert positions.tolist() == [[0, 1, 2]] * 2 and documents is None
+            return (10 * tokens + labels).bfloat16()  # [B, T]
+
+    tokens, labels = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, 3, 4], [5, 6, 7]])
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    total, count = language_model_loss(Model(), tokens, labels, mask)
+    assert (total.item(), count.item()) == (12 + 34 + 67, 3)
+    assert total.dtype == torch.float32
 
 
 def test_journal_drops_steps_that_will_run_again_and_a_torn_last_line(tmp_path: Path) -> None:

@@ -85,9 +85,11 @@ class WrongSteps(Callback):
             return
         self.in_a_row += 1
         trainer.state.skipped_steps += 1
+        reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if result.is_empty:
+            reason = "no token of its batch counts (loss_mask is zero)"
         self.writers.note(
-            f"step {step} skipped: loss {result.loss}, gradient norm {result.grad_norm}; {samples}; "
-            f"{trainer.state.skipped_steps} skipped since this start"
+            f"step {step} skipped: {reason}; {samples}; {trainer.state.skipped_steps} skipped since this start"
         )
         if self.in_a_row == self.limit:
             raise GaveUpError(

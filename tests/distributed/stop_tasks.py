@@ -1,0 +1,72 @@
+"""What the worker processes do to agree upon a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.engine import Batch, StepResult
+from megatron_mosa.parallel import Hosts, Layout
+from megatron_mosa.resilience.faults import FaultInjection
+from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.status import RunStatus
+from megatron_mosa.resilience.survival import Survival
+from megatron_mosa.resilience.watchdog import Watchdog
+from megatron_mosa.train.trainer import Trainer, TrainingState
+from tests.distributed.tasks import parallel, tiny_config
+
+
+class _Engine:
+    """Its third step comes with a reason to stop, on one rank."""
+
+    accumulation_steps = 1
+
+    def __init__(self, interruption: Interruption, reason: str | None) -> None:
+        self.interruption = interruption
+        self.reason = reason
+        self.steps = 0
+
+    def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
+        self.steps += 1
+        if self.steps == 3 and self.reason == "deadline":
+            self.interruption.deadline = time.time() - 1
+        elif self.steps == 3 and self.reason is not None:
+            os.kill(os.getpid(), signal.Signals[self.reason])
+            while not self.interruption.signals.received:
+                time.sleep(0.001)  # a thread notes it
+        return StepResult(loss=1.0, grad_norm=1.0)
+
+
+def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
+    """The step after which a run of 6 stops, and why; each rank in ``reasons`` has its own in the third step."""
+    config = tiny_config(train__steps=6)
+    with parallel(config) as layout:
+        before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+        signals = Signals()
+        signals.listen()
+        interruption = Interruption(signals, None)
+        interruption.hosts = Hosts()
+        try:
+            trainer = _trainer(config, layout, folder, interruption, reasons.get(layout.rank))
+            trainer.run(repeat({}))
+        finally:
+            signals.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return trainer.state.step, trainer.stopping
+
+
+def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interruption, reason: str | None) -> Trainer:
+    survival = Survival(
+        interruption,
+        Watchdog(folder, layout.rank, 0, lambda: None),
+        RunStatus(folder, is_main=False),
+        FaultInjection(config.fault_injection, folder, layout.rank),
+    )
+    engine: Any = _Engine(interruption, reason)
+    return Trainer(config, engine, layout, TrainingState(), [], survival)

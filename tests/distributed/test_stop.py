@@ -1,0 +1,28 @@
+"""What one rank knows, a signal or the job's time limit, stops all ranks after the same step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.resilience.interruption import TIME_LIMIT
+from tests.distributed import stop_tasks
+from tests.distributed.pool import WorkerPools
+
+
+@pytest.mark.parametrize(
+    ("reasons", "why"),
+    [
+        ({0: "SIGUSR1"}, "SIGUSR1"),
+        ({1: "SIGTERM"}, "SIGTERM"),
+        ({0: "deadline"}, TIME_LIMIT),
+        ({0: "SIGINT", 1: "SIGUSR1"}, "SIGINT"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_all_ranks_stop_after_the_same_step(
+    workers: WorkerPools, tmp_path: Path, reasons: dict[int, str], why: str | None
+) -> None:
+    assert workers(2).run(stop_tasks.stopped, tmp_path, reasons) == [(3 if why else 6, why)] * 2
