@@ -39,7 +39,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @contextmanager
 def started(command: list[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A program of one node."""
-    environment = os.environ | {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    environment = os.environ | {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix} | variables
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=environment, text=True, **streams) as process:
         try:

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.conftest import ROOT, Runner
 
+
 @pytest.fixture(scope="module")
 def whole_run(runner: Runner) -> str:
     """Ten steps without a stop; the run's name."""
@@ -64,7 +65,8 @@ def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) -> None:
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777", "RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    world = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
     script = [str(ROOT / "pretrain_mosa.py"), runner.config, *runner.overrides, "run.name=alone"]
     begun = time.monotonic()
     done = runner.call(*script, "resilience.rendezvous_timeout=3", **world)

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 
-
 PASSED_ON = {getattr(signal, f"SIG{name}") for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "CONT")}
 
 

@@ -185,10 +185,9 @@ def run(job: dict, program: str) -> int:
     os.chdir(job["folder"])
     os.umask(job["umask"])
     resource.setrlimit(resource.RLIMIT_FSIZE, job["largest_file"])
-    sys.stdin, sys.stdout, sys.stderr = (
-        io.TextIOWrapper(open(number, mode, closefd=False), errors=errors, line_buffering=number == 2)
-        for number, mode, errors in ((0, "rb", "strict"), (1, "wb", "strict"), (2, "wb", "backslashreplace"))
-    )
+    sys.stdin, sys.stdout = (io.TextIOWrapper(os.fdopen(n, mode, closefd=False)) for n, mode in ((0, "rb"), (1, "wb")))
+    errors = os.fdopen(2, "wb", closefd=False)
+    sys.stderr = io.TextIOWrapper(errors, errors="backslashreplace", line_buffering=True)
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
