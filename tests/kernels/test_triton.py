@@ -65,8 +65,8 @@ def selection(inputs: list[torch.Tensor], num_selected: int, include_first_token
     return naive.select_tokens(naive.router_scores(inputs[0], inputs[1]).detach(), num_selected, include_first_token)
 
 
-# B, T, E, h, h', k. With small tiles a block are 8 rows of a head, 8 columns of the states, 8 tokens, 2 sequences; and in
-# attention 4 slots. Of a token 8 rows are summed at once, and then 4.
+# B, T, E, h, h', k. With small tiles a block are 8 rows of a head, 8 columns of the states, 8 tokens, 2 sequences, and
+# in attention 4 slots. Of a token 8 rows are summed at once, and then 4.
 SMALLEST = (1, 2, 1, 16, 4, 2)
 REMAINDERS = (3, 9, 2, 11, 12, 6)  # everything is several blocks and a remainder; 18 rows are three, in groups of two
 WHOLE = (2, 8, 2, 16, 16, 8)  # everything is exactly two blocks; k = T

@@ -114,7 +114,10 @@ MOMENTS = [
 
 # One process imports, and forks before any thread runs: a child dies as told, another goes on.
 KILLER = """
-import os, signal, sys
+import contextlib, os, signal, sys
+import datasets
+with contextlib.suppress(ImportError):
+    import scipy.io  # which datasets imports when it first reads
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, shards
