@@ -13,8 +13,6 @@ from contextlib import closing
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from datasets import load_dataset, load_dataset_builder
-
 from megatron_mosa.data.tables import row_text
 from megatron_mosa.errors import UserError, nearest
 
@@ -59,6 +57,9 @@ class HubSource:
             raise UserError(f"data.sources: '{source}' names no dataset; legal: {_FORM}")
         if streaming and "[" in self._split:
             raise UserError(f"data.sources: '{source}': a part of a split cannot be streamed; set data.streaming=false")
+        import datasets  # slow to import, which no other source waits for; here, and not while a stream is timed
+
+        self._library = datasets
 
     def describe(self) -> dict[str, Any]:
         """The number of files, and a hash of their names and revisions (of local files: times of change).
@@ -71,7 +72,7 @@ class HubSource:
     @cached_property
     def _description(self) -> dict[str, Any]:
         try:
-            builder = load_dataset_builder(self._dataset, self._configuration)
+            builder = self._library.load_dataset_builder(self._dataset, self._configuration)
         except Exception as error:  # of the library, its HTTP client and its file systems, each with their own
             raise UserError(
                 f"data.sources: cannot open {self.name}: {_reason(error)}; check the name ({_FORM}) and the network, "
@@ -128,7 +129,9 @@ class HubSource:
 
     def _rows(self, place: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
         """Rows from ``place`` on. Its "state" is what a stream needs to find the place without reading up to it."""
-        dataset: Any = load_dataset(self._dataset, self._configuration, split=self._split, streaming=self._streaming)
+        dataset: Any = self._library.load_dataset(
+            self._dataset, self._configuration, split=self._split, streaming=self._streaming
+        )
         rows: Any
         read = place["row"]
         if not self._streaming:

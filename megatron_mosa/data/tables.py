@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as parquet
-from datasets import load_dataset
-
 from megatron_mosa.errors import UserError, nearest
 
 _JSON = (".jsonl", ".json", ".ndjson")
@@ -66,6 +63,9 @@ def row_text(row: dict[str, Any], text_field: str, where: str) -> str | None:
 
 
 def _open_table(file: Path, text_field: str, skip: int, scratch: str) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as parquet  # both slow to import, and of no use to a training process
+    from datasets import load_dataset
+
     options: dict[str, Any] = {"parse_agent_traces": False}
     form = "json"
     if file.suffix.lower() == _PARQUET:

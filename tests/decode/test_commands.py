@@ -59,8 +59,11 @@ def test_generate_prints_what_the_model_says(mosa, folder: Path, tmp_path: Path)
     assert (code, printed) == (0, expected + "\n")
     (tmp_path / "prompt").write_text("abc d")
     assert mosa("generate", folder, "--prompt-file", tmp_path / "prompt", *options)[1] == expected + "\n"
-    drawn = [mosa("generate", folder, "--prompt", "abc d", "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) > 100
+    few = ("generate", folder, "--prompt", "abc d", "--max-new-tokens", 16, "--seed")
+    drawn = [mosa(*few, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    more = mosa("generate", folder, "--prompt", "abc d", "--seed", 1)[1]
+    assert len(more) > 100 and more.startswith(drawn[0][1].removesuffix("\n"))
 
 
 def test_mistakes_in_generating(mosa, folder: Path, tmp_path: Path) -> None:

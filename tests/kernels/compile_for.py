@@ -1,8 +1,16 @@
-"""Compiles all kernels for a GPU that need not be there: ``compile_for.py CAPABILITY [resources]``; 90 is Hopper.
+"""Compiles all kernels for GPUs that need not be there: ``compile_for.py CAPABILITY[,CAPABILITY...] [resources]``;
+90 is Hopper.
 
 Runs the operators, forward and backward, on the CPU with every launch replaced by a compilation, and prints a line of
-JSON: the kernels, and the most shared memory that one takes; with ``resources`` before it registers and stack of each
-variant (a stack is where registers are spilt to). TRITON_INTERPRET must not be set.
+JSON: for each capability the kernels, and the most shared memory that one takes; with ``resources`` before it registers
+and stack of each variant (a stack is where registers are spilt to). TRITON_INTERPRET must not be set.
+
+What is not compiled is the same program as something that is:
+
+- Products of fp32 are no tensor core's, and take the same instructions and shared memory everywhere: for 80 alone.
+- Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
+- Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
+  closest to the limit, and attention in one tile.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,21 +31,42 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.hf import kernels_mosa
 from megatron_mosa.hf.rows_mosa import SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
-from megatron_mosa.kernels import naive
+from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
 from megatron_mosa.kernels.triton import tiles
-from tests.kernels.test_documents import pack
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
-CASES = [  # dtype, h', k
-    (torch.bfloat16, 64, 64),
-    (torch.bfloat16, 128, 256),
-    (torch.float16, 256, 31),
-    (torch.float32, 64, 64),
+WITHOUT_PRODUCTS = {
+    "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
+    "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype
+    head_dim: int
+    selected: int
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    has_documents: bool = True
+    atomic: tuple[int, ...] = ()
+    """For which the output is also added up by atomics."""
+    decodes: tuple[int, ...] = ()
+    """For which a step of decoding is compiled, too."""
+    alone: frozenset[str] = frozenset()
+    """The kernels that are compiled, if not all."""
+
+
+CASES = [
+    Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
+    # In several; with atomics it takes the most shared memory of all.
+    Case(torch.bfloat16, 128, 256, atomic=(80, 90), decodes=(100,)),
+    Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
+    Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
+    Case(torch.float32, 32, 63, (80,)),  # several tiles; a number that is no multiple of 16
 ]
 
 
@@ -50,7 +80,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # kernels remember by device what is compiled
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -70,7 +100,7 @@ def resources(cubin: bytes) -> str:
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
     """A step, with padding and load feedback, and without."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
-    for feedback, valid in ((0.0, None), (0.1, torch.ones(4, 1, dtype=torch.bool))):
+    for feedback, valid in ((0.1, torch.ones(4, 1, dtype=torch.bool)), (0.0, None)):
         rows = SelectedRows()
         rows.begin(states, len(router))
         tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
@@ -78,18 +108,52 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
         kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)
 
 
+def layer(case: Case, capability: int) -> None:
+    """Forward and backward, of as many rows as make the tiles of a large layer."""
+    sizes = ((64, 512, 256), (9, 256), (9, 256, 3 * case.head_dim), (9, case.head_dim, 256))
+    tensors = [torch.zeros(size, dtype=case.dtype, requires_grad=True) for size in sizes]
+    starts = Documents.from_lengths([[200, 312]] * 64).starts
+    thresholds = torch.full((9,), 0.5)
+    scores = fused.router_scores(*tensors[:2])
+    fused.select_tokens(scores, case.selected)
+    for documents in (starts, None):
+        fused.select_above(scores, thresholds, case.selected, documents)
+        fused.select_above(scores, thresholds, case.selected, documents, 0.1, 0.1)
+        fused.count_above(scores, thresholds, documents, 0.1, 0.1)
+    fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
+    indices = torch.arange(case.selected).expand(64, 9, case.selected)
+    for deterministic in (True, False) if capability in case.atomic else (True,):
+        output = fused.selected_attention(
+            *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,
+            document_starts=starts if case.has_documents else None, deterministic=deterministic,
+        )  # fmt: skip
+        output.sum().backward()
+    if capability in case.decodes:
+        with torch.no_grad():
+            decode(*tensors[1:])
+
+
 def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     """Shared memory of each kernel, the largest of its variants."""
     shared: dict[str, int] = {}
+    first: dict[str, Case] = {}
 
     def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_only(*args: Any, **options: Any) -> None:
-            compiled = kernel.warmup(*args, grid=grid, **options)
             name = kernel.fn.__name__
+            if case.alone and name not in case.alone:
+                return
+            if name in WITHOUT_PRODUCTS and first.setdefault(name, case) is not case:
+                return
+            if name in WITHOUT_PRODUCTS and name in shared and capability != 80:
+                return
+            compiled = kernel.warmup(*args, grid=grid, **options)
+            assert compiled.asm["cubin"]
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
             if shows_resources:
                 meta = compiled.metadata
-                print(case, name, f"warps:{meta.num_warps} shared:{meta.shared}", resources(compiled.asm["cubin"]))
+                usage = f"warps:{meta.num_warps} shared:{meta.shared} {resources(compiled.asm['cubin'])}"
+                print(capability, case.dtype, case.head_dim, case.selected, name, usage)
 
         return compile_only
 
@@ -99,32 +163,12 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
         mock.patch.object(tiles, "shared_memory", lambda device: SHARED_MEMORY[capability]),
     ):
         for case in CASES:
-            dtype, head_dim, selected = case
-            # As many rows as make the tiles of a large layer.
-            sizes = ((64, 512, 256), (9, 256), (9, 256, 3 * head_dim), (9, head_dim, 256))
-            tensors = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in sizes]
-            scores = fused.router_scores(*tensors[:2])
-            fused.select_tokens(scores, selected)
-            for documents in (None, pack([[200, 312]] * 64).starts):
-                fused.select_above(scores, torch.full((9,), 0.5), selected, documents)
-                fused.select_above(scores, torch.full((9,), 0.5), selected, documents, 0.1, 0.1)
-                fused.count_above(scores, torch.full((9,), 0.5), documents, 0.1, 0.1)
-            fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
-            indices = torch.arange(selected).expand(64, 9, selected)
-            starts = pack([[200, 312]] * 64).starts if selected > num_selected_tokens(512, 16.0) else None
-            for deterministic in (True, False):
-                output = fused.selected_attention(
-                    *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,
-                    document_starts=starts, deterministic=deterministic,
-                )  # fmt: skip
-                output.sum().backward()
-            if head_dim < 256:  # 256 compiles for longest, and takes no path of its own
-                with torch.no_grad():
-                    decode(*tensors[1:])
+            if capability in case.capabilities:
+                layer(case, capability)
     return shared
 
 
 if __name__ == "__main__":
-    found = compile_all(int(sys.argv[1]), sys.argv[2:] == ["resources"])
-    limit = SHARED_MEMORY[int(sys.argv[1])]
-    print(json.dumps({"kernels": sorted(found), "shared": max(found.values()), "limit": limit}))
+    capabilities = [int(word) for word in sys.argv[1].split(",")]
+    found = {capability: compile_all(capability, sys.argv[2:] == ["resources"]) for capability in capabilities}
+    print(json.dumps(found))

@@ -21,7 +21,8 @@ from tests.kernels.test_naive import make_inputs
 
 @pytest.fixture(params=["naive", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """A backend; torch fills new memory with NaN meanwhile."""
+    """A backend; torch fills new memory with NaN meanwhile. Small tiles: 16 scores of a head are a block."""
+    request.getfixturevalue("small_tiles")
     torch.use_deterministic_algorithms(True)
     yield get_backend(request.param, torch.empty(0))
     torch.use_deterministic_algorithms(False)
@@ -60,16 +61,16 @@ def expected(
 
 def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    ties = torch.randint(0, 5, (2, 3, 101), generator=generator) / 5
+    ties = torch.randint(0, 5, (2, 3, 37), generator=generator) / 5  # two blocks and a remainder
     wrong = torch.rand(2, 3, 40, generator=generator)
     wrong[0, :, ::3], wrong[1, 1] = torch.nan, torch.nan
     return {
         "ties": (ties, torch.tensor([0.2, 0.4, 0.8])),
-        "none": (torch.rand(2, 2, 33, generator=generator), torch.tensor([1.0, 0.999999])),
-        "all": (torch.rand(1, 2, 33, generator=generator), torch.tensor([-1.0, 0.0])),
+        "none": (torch.rand(2, 2, 17, generator=generator), torch.tensor([1.0, 0.999999])),
+        "all": (torch.rand(1, 2, 32, generator=generator), torch.tensor([-1.0, 0.0])),
         "not a number": (wrong, torch.tensor([0.3, 0.5, 0.7])),
         "one token": (torch.rand(3, 2, 1, generator=generator), torch.tensor([0.0, 1.0])),
-        "many blocks": (torch.rand(1, 2, 5000, generator=generator), torch.tensor([0.1, 0.97])),
+        "many blocks": (torch.rand(1, 2, 150, generator=generator), torch.tensor([0.1, 0.97])),
     }
 
 
@@ -93,7 +94,7 @@ def test_the_first_token_of_each_document_is_taken(kernels: ModuleType) -> None:
         )
 
 
-@pytest.mark.parametrize(("length", "feedback"), [(1, 1.0), (33, 0.05), (33, 1.0), (33, 30.0), (1100, 1.0)])
+@pytest.mark.parametrize(("length", "feedback"), [(1, 1.0), (33, 0.05), (33, 1.0), (33, 30.0)])
 def test_feedback_equals_a_plain_loop(kernels: ModuleType, feedback: float, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     scores = (2 * torch.randn(2, 3, length, generator=generator)).sigmoid()
@@ -149,11 +150,11 @@ def test_output_and_gradients_equal_the_independent_loop(capacity: int | None) -
 
 
 def test_both_backends_compute_the_same_layer() -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 24, 8)]
-    thresholds = torch.tensor([0.3, 0.5, 0.9])
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 9, 2, 10, 6)]
+    thresholds = torch.tensor([0.3, 0.7])
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    documents = Documents.from_lengths([[3, 17], [10, 10]])
-    for options in (dict(capacity=5), dict(capacity=None), dict(capacity=4, documents=documents)):
+    documents = Documents.from_lengths([[3, 6], [5, 4]])
+    for options in (dict(capacity=3), dict(capacity=None), dict(capacity=4, documents=documents)):
         both = []
         for backend in ("naive", "triton"):
             output = mosa_attention(*inputs, thresholds=thresholds, backend=backend, **options)  # type: ignore[arg-type]
@@ -164,19 +165,19 @@ def test_both_backends_compute_the_same_layer() -> None:
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
 def test_nothing_after_a_token_matters_to_it(backend: str) -> None:
-    inputs = [tensor.detach().float() for tensor in make_inputs(2, 30, 4, 16, 8)]
+    inputs = [tensor.detach().float() for tensor in make_inputs(2, 10, 2, 8, 4)]
     changed = [inputs[0].clone(), *inputs[1:]]
-    changed[0][:, 13:] = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(5))
+    changed[0][:, 5:] = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(5))
 
     def outputs(**options: Any) -> list[torch.Tensor]:
         return [mosa_attention(*tensors, **options, backend=backend) for tensors in (inputs, changed)]
 
-    for capacity in (6, None):
-        before, after = outputs(thresholds=torch.full((4,), 0.55), capacity=capacity)
-        torch.testing.assert_close(before[:, :13], after[:, :13], rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(before[:, 13:], after[:, 13:])
-    before, after = outputs(num_selected=8)
-    assert not torch.allclose(before[:, :13], after[:, :13])  # expert choice looks ahead
+    for capacity in (4, None):
+        before, after = outputs(thresholds=torch.full((2,), 0.55), capacity=capacity)
+        torch.testing.assert_close(before[:, :5], after[:, :5], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(before[:, 5:], after[:, 5:])
+    before, after = outputs(num_selected=4)
+    assert not torch.allclose(before[:, :5], after[:, :5])  # expert choice looks ahead
 
 
 def test_scores_are_counted_by_their_logits(kernels: ModuleType) -> None:
@@ -223,7 +224,7 @@ def test_all_scores_in_one_bin_are_split_by_interpolation() -> None:
 
 def test_the_operators_are_good_citizens() -> None:
     scores, thresholds = cases()["ties"]
-    starts = pack([[50, 51]] * 2).starts
+    starts = pack([[18, 19]] * 2).starts
     histogram = torch.zeros(3, naive.HISTOGRAM_BINS, dtype=torch.int32)
     operators = torch.ops.megatron_mosa
     get_backend("triton", scores)

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, get_backend, naive
 from megatron_mosa.kernels.triton import scattered
+from megatron_mosa.kernels.triton.rows import rows_of
 from tests.kernels.reference import choose
-from tests.kernels.test_documents import LENGTHS, pack
+from tests.kernels.test_documents import pack
 from tests.kernels.test_naive import make_inputs
 
 
@@ -64,20 +65,25 @@ def selection(inputs: list[torch.Tensor], num_selected: int, include_first_token
     return naive.select_tokens(naive.router_scores(inputs[0], inputs[1]).detach(), num_selected, include_first_token)
 
 
-SHAPES = [  # B, T, E, h, h', k
-    (1, 2, 1, 16, 4, 2),
-    (2, 63, 3, 33, 12, 31),
-    (2, 100, 2, 40, 16, 64),
-    (1, 130, 2, 24, 8, 128),
-    (1, 20, 17, 24, 32, 5),
-    (3, 7, 2, 8, 8, 1),
-    (1, 9, 40, 16, 8, 8),  # more rows of a token than are summed at once
-]
+# B, T, E, h, h', k. With small tiles a block are 8 rows of a head, 8 columns of the states, 8 tokens, 2 sequences, and
+# in attention 4 slots. Of a token 8 rows are summed at once, and then 4.
+SMALLEST = (1, 2, 1, 16, 4, 2)
+REMAINDERS = (3, 9, 2, 11, 12, 6)  # everything is several blocks and a remainder; 18 rows are three, in groups of two
+WHOLE = (2, 8, 2, 16, 16, 8)  # everything is exactly two blocks; k = T
+TWO_TILES = (1, 7, 1, 8, 12, 6)  # of slots
+FOUR_TILES = (1, 17, 1, 8, 8, 13)  # of slots, and three of tokens
+MANY_HEADS = (1, 3, 11, 8, 8, 2)  # of a token, more rows than are summed at once
+ONE_TOKEN = (3, 7, 2, 8, 8, 1)
 
 
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
     ("rotary_percent", "shape"),
-    [(0.7, shape) for shape in SHAPES] + [(percent, SHAPES[i]) for percent in (0.0, 1.0) for i in (0, 1, 5)],
+    [
+        *((percent, shape) for percent in (0.0, 1.0) for shape in (SMALLEST, TWO_TILES)),
+        *((0.7, shape) for shape in (SMALLEST, REMAINDERS, FOUR_TILES, MANY_HEADS, ONE_TOKEN)),
+        (1.0, WHOLE),
+    ],
     ids=str,
 )
 def test_fp32(fused: ModuleType, rotary_percent: float, shape: tuple) -> None:
@@ -86,37 +92,98 @@ def test_fp32(fused: ModuleType, rotary_percent: float, shape: tuple) -> None:
     assert max(ours) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 37, 2, 33, 12, 35),  # a block and a remainder of columns, of rows and of slots
+        (1, 18, 1, 32, 32, 16),  # exactly a block of columns, of slots and of the head's width
+        (1, 3, 1, 8, 132, 2),  # queries, keys and values are too wide for one program
+    ],
+    ids=str,
+)
+def test_tiles_as_they_are_chosen(fused: ModuleType, shape: tuple) -> None:
+    inputs = make_inputs(*shape[:5])
+    ours, _ = errors(fused, inputs, selection(inputs, shape[5]), rotary_percent=1.0)
+    assert max(ours) < 1e-5
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("shape", [REMAINDERS, (2, 6, 2, 16, 16, 4)], ids=str)  # several tiles of slots; just one
 def test_fp16_loses_no_more_than_the_naive_path_does(fused: ModuleType, shape: tuple) -> None:
     inputs = make_inputs(*shape[:5])
     ours, naives = errors(fused, inputs, selection(inputs, shape[5]), torch.float16)
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
 
 
-@pytest.mark.parametrize("restart_rotary", [False, True])
-@pytest.mark.parametrize("scope", ["sequence", "document"])
-def test_documents_and_empty_slots(fused: ModuleType, scope: str, restart_rotary: bool) -> None:
-    inputs, documents = make_inputs(4, 17, 3, 16, 8), pack(LENGTHS)
+@pytest.mark.parametrize(
+    ("scope", "restart_rotary", "is_one_tile"),
+    [
+        ("sequence", False, True),
+        ("sequence", True, False),
+        ("document", False, False),
+        ("document", True, True),
+    ],
+)
+def test_documents_and_empty_slots(
+    fused: ModuleType, scope: str, restart_rotary: bool, is_one_tile: bool, request: pytest.FixtureRequest
+) -> None:
+    if not is_one_tile:  # of slots; a document's queries then meet tiles of keys none of which they see
+        request.getfixturevalue("small_tiles")
+    inputs, documents = make_inputs(3, 9, 2, 10, 6), pack([[3, 1, 5], [9], [5, 4]])
     scores = naive.router_scores(inputs[0], inputs[1]).detach()
-    indices = naive.select_tokens(scores, 7, True, documents.starts)
+    indices = naive.select_tokens(scores, 6, True, documents.starts)
     if scope == "document":
-        chosen = documents.selection(lambda length: num_selected_tokens(length, 3.0))
+        chosen = documents.selection(lambda length: num_selected_tokens(length, 1.4))
         indices = naive.select_tokens(scores, chosen.num_slots, True, documents.starts, chosen.quotas)
-        assert (indices == 17).any()
+        assert (indices == 9).any() and chosen.num_slots > 4
     ours, _ = errors(fused, inputs, indices, documents=documents, restart_rotary=restart_rotary)
     assert max(ours) < 1e-5
 
 
+@pytest.mark.usefixtures("small_tiles")  # 16 scores are a block
 @pytest.mark.parametrize("include_first_token", [False, True])
-def test_selection_on_ties(fused: ModuleType, include_first_token: bool) -> None:
-    ties = torch.randint(0, 5, (2, 3, 101), generator=torch.Generator().manual_seed(0)) / 5 + 0.1
-    for scores in (ties, torch.full((1, 2, 33), 0.5), torch.rand(1, 2, 5000)):
-        length = scores.shape[-1]
-        for num_selected in (1, 2, 31, length):
-            indices = fused.select_tokens(scores, num_selected, include_first_token)
-            for b, e in ((b, e) for b in range(scores.shape[0]) for e in range(scores.shape[1])):
-                included = [0] * include_first_token
-                assert indices[b, e].tolist() == choose(scores[b, e].tolist(), num_selected, included)
+@pytest.mark.parametrize("name", ["ties", "all equal", "all different", "one block"])
+def test_selection_on_ties(fused: ModuleType, name: str, include_first_token: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        "ties": torch.randint(0, 5, (1, 2, 37), generator=generator) / 5 + 0.1,  # two blocks and a remainder
+        "all equal": torch.full((1, 1, 32), 0.5),
+        "all different": torch.rand(1, 2, 37, generator=generator),
+        "one block": torch.randint(0, 3, (1, 2, 13), generator=generator) / 3,
+    }[name]
+    length = scores.shape[-1]
+    for num_selected in (1, 2, length - 6, length):
+        indices = fused.select_tokens(scores, num_selected, include_first_token)
+        for b, e in ((b, e) for b in range(scores.shape[0]) for e in range(scores.shape[1])):
+            included = [0] * include_first_token
+            assert indices[b, e].tolist() == choose(scores[b, e].tolist(), num_selected, included)
+
+
+@pytest.mark.parametrize("tiles", ["as they are chosen", "small"])
+def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
+    """Two words of the map, whose 32nd bit is a sign; with small tiles several blocks of everything, too."""
+    if tiles == "small":
+        request.getfixturevalue("small_tiles")
+    batch, length, heads, selected = 3, 10, 34, 5
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected].sort(-1).values
+    slots[0, 31:, 3:] = slots[2, :, 4:] = length  # empty
+    found = rows_of(slots, length)
+    entries = [[[] for _ in range(length)] for _ in range(batch)]
+    for e in range(heads):
+        places = []
+        for b in range(batch):
+            assert found.starts[e, b] == len(places)
+            for slot, token in enumerate(slots[b, e].tolist()):
+                if token < length:
+                    places.append(b << 4 | token)
+                    entries[b][token].append(e * selected + slot)
+        assert found.starts[e, batch] == len(places) and found.places[e, : len(places)].tolist() == places
+    ends = torch.tensor([len(of_token) for of_sequence in entries for of_token in of_sequence]).cumsum(0)
+    assert found.offsets.tolist() == [0, *ends.tolist()]
+    assert found.entries[: ends[-1]].tolist() == [
+        entry for of_sequence in entries for of_token in of_sequence for entry in of_token
+    ]
 
 
 def test_scores(fused: ModuleType) -> None:
@@ -126,12 +193,12 @@ def test_scores(fused: ModuleType) -> None:
 
 
 def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float() for tensor in make_inputs(2, 12, 3, 24, 8)]
+    inputs = [tensor.detach().float() for tensor in make_inputs(2, 5, 2, 10, 6)]
 
     def run(states: torch.Tensor) -> list[torch.Tensor]:
         states = states.detach().requires_grad_()
         weights = [tensor.detach().requires_grad_() for tensor in inputs[1:]]
-        output = mosa_attention(states, *weights, num_selected=5, backend="triton")
+        output = mosa_attention(states, *weights, num_selected=3, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), [states, *weights])]
 
     first = run(inputs[0])
@@ -140,28 +207,47 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("width", [144, 72, 6])
-def test_chunks_of_the_sum_over_heads_do_not_change_it(
-    fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(5, 4, 3, width, 8)]
-    sequence_bytes = 3 * 2 * width * 4
+@pytest.mark.usefixtures("small_tiles")  # 4 columns of a chunk are a block, and two of these a program
+def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(3, 3, 2, 18, 6)]
 
-    def run(fewest: int, most_bytes: int = 1 << 20) -> list[torch.Tensor]:
-        monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
-        monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
+    def run(chunk: tuple[int, int]) -> list[torch.Tensor]:
+        monkeypatch.setattr(scattered, "chunks_of", lambda *_: chunk)
         output = mosa_attention(*inputs, num_selected=2, backend="triton")
         return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
-    whole = run(1)
+    whole = run((3, 18))
     # The interpreter multiplies by NumPy, which rounds blocks of other shapes otherwise on some processors; that a GPU
     # gives the same bits is tested there.
-    cuts: list[tuple[int, ...]] = [(2,), (1, sequence_bytes), (1, 1)]  # pairs of sequences; each; columns of each
-    if width > 128:
-        cuts.append((4, 1))  # fewer columns
-    for cut in cuts:
-        for ours, theirs in zip(run(*cut), whole, strict=True):
+    for cut in (
+        (2, 18),  # two sequences, and then one
+        (1, 12),  # one after the other; 12 of their columns are a program's 8 and a block, then 6 a block and a half
+        (3, 5),  # three odd slices of columns, and 3 columns
+    ):
+        for ours, theirs in zip(run(cut), whole, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("width", "fewest", "most_bytes", "chunk"),
+    [
+        (144, 1, 1 << 20, (5, 144)),  # all
+        (144, 2, 1 << 20, (2, 144)),  # the most sequences that are no more than half
+        (144, 1, 144, (1, 144)),  # one is just as much as is allowed
+        (144, 1, 1, (1, 128)),  # slices of 128 columns, although one column were too much
+        (144, 4, 1, (1, 16)),  # a quarter of 144 is less
+        (72, 1, 1, (1, 16)),
+        (6, 1, 1, (1, 1)),
+        (6, 1, 3, (1, 3)),  # a half
+    ],
+)
+def test_sequences_and_columns_of_a_chunk(
+    width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five sequences, with one byte in each column of a sequence's products."""
+    monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
+    monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
+    assert scattered.chunks_of(5, width, width) == chunk
 
 
 def test_no_chunk_is_more_than_half_of_the_products() -> None:
@@ -171,15 +257,16 @@ def test_no_chunk_is_more_than_half_of_the_products() -> None:
             assert sequences * columns <= batch * (width + 1) // 2
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_without_determinism_atomics_add_up(fused: ModuleType) -> None:
-    inputs = make_inputs(2, 30, 5, 40, 16)
-    ours, _ = errors(fused, inputs, selection(inputs, 9), deterministic=False)
+    inputs = make_inputs(*REMAINDERS[:5])
+    ours, _ = errors(fused, inputs, selection(inputs, REMAINDERS[5]), deterministic=False)
     assert max(ours) < 1e-5
 
 
 def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) -> None:
     """Autograd would fill zeros for them: as much memory again as is kept."""
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
     output = mosa_attention(*inputs, num_selected=5, backend="triton")
     made: list[tuple[int, ...]] = []
 
@@ -196,13 +283,13 @@ def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) ->
 
 
 def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 3, 2, 8, 4)]
     scores = fused.router_scores(inputs[0], inputs[1])
     operators = torch.ops.megatron_mosa
-    indices = fused.select_tokens(scores, 3)
+    indices = fused.select_tokens(scores, 2)
     calls = {
         operators.fused_router_scores: (inputs[0].detach(), inputs[1].detach()),
-        operators.fused_select_tokens: (scores, 3, True),
+        operators.fused_select_tokens: (scores, 2, True),
         operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True),
     }
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -212,10 +299,10 @@ def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
 
 
 def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 3, 2, 8, 4)]
 
     def layer(*tensors: torch.Tensor) -> torch.Tensor:
-        return mosa_attention(*tensors, num_selected=3, backend="triton")
+        return mosa_attention(*tensors, num_selected=2, backend="triton")
 
     outputs = [layer(*inputs), torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)]
     gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
@@ -224,7 +311,7 @@ def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
 
 
 def test_flops_are_those_of_the_naive_path(fused: ModuleType) -> None:
-    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 20, 3, 16, 8)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
 
     def count(backend: str) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -233,7 +320,7 @@ def test_flops_are_those_of_the_naive_path(fused: ModuleType) -> None:
         return counter.get_total_flops()
 
     # The naive path's router has a dense gradient of two products more; the gates' gradient is no product here.
-    dense_router = 2 * 2 * 2 * 20 * 16 * 3
+    dense_router = 2 * 2 * 2 * 6 * 16 * 3
     assert count("triton") == count("naive") - dense_router
 
 

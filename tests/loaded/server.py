@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Those below the package that it imports late, and what they import at first use.
 LIBRARIES = (
+    "datasets",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "matplotlib.backends.backend_agg",

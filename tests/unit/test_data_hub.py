@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from megatron_mosa.config.schema import DataSection
@@ -72,13 +73,13 @@ def raises() -> None:
 
 def fail(monkeypatch: pytest.MonkeyPatch, fault: Any, rows: Iterator[int]) -> list[int]:
     """Let every stream fail after so many rows; return the list that counts the streams."""
-    load, opened = hub.load_dataset, []
+    load, opened = datasets.load_dataset, []
 
     def faulty(*arguments: Any, **named: Any) -> Faulty:
         opened.append(1)
         return Faulty(load(*arguments, **named), next(rows), fault)
 
-    monkeypatch.setattr(hub, "load_dataset", faulty)
+    monkeypatch.setattr(datasets, "load_dataset", faulty)
     monkeypatch.setattr(hub, "_PAUSE", 0.0)
     return opened
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, build_dataset, iter_documents, shards
 from megatron_mosa.data.shards import in_validation
 from megatron_mosa.errors import UserError
+from tests.loaded import loaded_python
 
 FRACTION = 0.3
 SHARD = 2000  # bytes: some three documents
@@ -112,9 +112,11 @@ MOMENTS = [
     ("os.rename", 1, "after"),
 ]
 
-# One process imports, and forks before any thread runs: a child dies as told, another goes on.
+# One process has all that is needed, and forks before any thread runs: a child dies as told, another goes on.
 KILLER = """
-import os, signal, sys
+import contextlib, os, signal, sys
+with contextlib.suppress(ImportError):
+    import scipy.io  # which datasets imports when it first reads
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, shards
@@ -157,7 +159,7 @@ for number, (name, call, when) in enumerate(moments):
     def go_on():
         build.train_tokenizer = forbidden
         build.build_dataset(data)
-    print(child(die), child(go_on))
+    print(child(die), child(go_on), flush=True)
 """
 
 
@@ -166,7 +168,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 ) -> None:
     settings = {"sources": sources, "vocab_size": 400, "validation_fraction": FRACTION, "shard_bytes": SHARD}
     code = KILLER.format(settings=settings, moments=MOMENTS, folder=tmp_path)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([loaded_python(), "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     outcomes = [line for line in done.stdout.splitlines() if line]  # training the tokenizer prints empty ones
     assert outcomes == ["-9 0"] * len(MOMENTS), done.stderr[-2000:]
     for number in range(len(MOMENTS)):

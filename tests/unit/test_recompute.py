@@ -32,15 +32,17 @@ def gradients(
         return select(*args, **kwargs)
 
     torch.manual_seed(0)
+    # An interpreted kernel takes a second.
+    batch, length, heads = (4, 32, 6) if backend == "naive" else (1, 8, 2)
     config = make_config(
-        mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice"
-    )
+        mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice",
+        num_mosa_heads=heads,
+    )  # fmt: skip
     model = build_gpt(config, get_mosa_block_spec(config))
     for buffer_name, buffer in threshold_buffers(model).items():
         buffer.fill_(1000 if buffer_name.endswith("updates") else 0.5)
-    batch = 4 if backend == "naive" else 1  # an interpreted kernel takes a second
-    tokens = torch.randint(0, 64, (batch, 33), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(32).expand(batch, 32)
+    tokens = torch.randint(0, 64, (batch, length + 1), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(length).expand(batch, length)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,8 +55,8 @@ def gradients(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
         loss.backward()
-    for heads in mosa_layers(model) if by_threshold else ():
-        assert (heads.histogram.sum(dim=-1) == batch * 32).all()  # every score once
+    for layer in mosa_layers(model) if by_threshold else ():
+        assert (layer.histogram.sum(dim=-1) == batch * length).all()  # every score once
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 

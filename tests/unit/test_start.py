@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_mosa.data import build_dataset, read_manifest
 from megatron_mosa.errors import UserError
 from megatron_mosa.train import check_start
 from megatron_mosa.train.directory import RunDirectory
+from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -175,32 +177,29 @@ def test_run_directories_that_cannot_be_written(overrides: list[str], tmp_path: 
         assert "is no folder" in refused(load_config(QUICKSTART, [*overrides, f"run.directory={place}"]))
 
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from megatron_mosa.config import load_config
-from megatron_mosa.train.directory import RunDirectory
-directory = RunDirectory(Path(sys.argv[1]))
-directory.prepare(load_config(sys.argv[2], []))
-child = os.fork()  # as a loader is
-if child:
-    print(child, flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_run_directory_is_one_jobs_at_a_time(overrides: list[str], tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [*overrides, f"run.directory={tmp_path}"])
-    command = [sys.executable, "-W", "ignore", "-c", HOLDER, str(tmp_path / "run"), str(QUICKSTART)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        loader = int(holder.stdout.readline())
-        with pytest.raises(UserError, match="in use by another job"):
-            RunDirectory(tmp_path / "run").prepare(config)
-        holder.kill()
-        holder.wait()
-        RunDirectory(tmp_path / "run").prepare(config)  # although its loader is still there
-        os.kill(loader, signal.SIGKILL)
+    holds, says = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        try:
+            directory = RunDirectory(tmp_path / "run")
+            directory.prepare(config)
+            if loader := os.fork():  # as a loader is
+                os.write(says, f"{loader}\n".encode())
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(says)
+    with open(holds) as told:
+        loader = int(told.readline())
+    with pytest.raises(UserError, match="in use by another job"):
+        RunDirectory(tmp_path / "run").prepare(config)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    os.kill(loader, 0)
+    RunDirectory(tmp_path / "run").prepare(config)  # although its loader is still there
+    os.kill(loader, signal.SIGKILL)
 
 
 def test_never_resuming_also_spares_a_run_without_checkpoints(overrides: list[str], tmp_path: Path) -> None:
@@ -262,7 +261,8 @@ def test_checkpoints_that_must_not_be_resumed_or_cannot_be_read(overrides: list[
 def test_the_programs_print_one_line_and_exit_with_2(command: list[str], expected: str, tmp_path: Path) -> None:
     if "build" in command:
         command = [*command, f"data.path={tmp_path}/data"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    python = sys.executable if command[0] == "pretrain_mosa.py" else loaded_python()  # which says so before it imports
+    done = subprocess.run([python, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert expected in line

@@ -15,6 +15,11 @@ from torch import Tensor
 from megatron_mosa.kernels.triton.common import power_of_2
 
 HEADS = 32  # one bit each in a word of the map
+# What one program takes at a time:
+SEQUENCES = 16
+SLOTS = 256  # at most
+TOKENS = 128
+ROWS = 512
 
 
 class Rows(NamedTuple):
@@ -142,8 +147,8 @@ def rows_of(indices: Tensor, length: int) -> Rows:
             f"legal: B * E * k and B * {1 << shift} below {2**31}"
         )
     starts = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
-    block = min(power_of_2(selected), 256)
-    _starts_kernel[(heads,)](indices, starts, batch, heads, selected, length, SEQUENCES=16, BLOCK=block)
+    block = min(power_of_2(selected), SLOTS)
+    _starts_kernel[(heads,)](indices, starts, batch, heads, selected, length, SEQUENCES=SEQUENCES, BLOCK=block)
     groups = triton.cdiv(heads, HEADS)
     places = torch.empty((heads, rows), dtype=torch.int32, device=device)
     taken_by = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
@@ -154,11 +159,11 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     )  # fmt: skip
     before = torch.empty_like(taken_by)
     counts = torch.zeros(batch * length + 1, dtype=torch.int32, device=device)
-    _count_kernel[(triton.cdiv(length, 128), batch)](taken_by, before, counts, length, groups, TOKENS=128)
+    _count_kernel[(triton.cdiv(length, TOKENS), batch)](taken_by, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
-    _entries_kernel[(triton.cdiv(rows, 512), heads)](
+    _entries_kernel[(triton.cdiv(rows, ROWS), heads)](
         places, starts, taken_by, before, offsets, entries, batch, rows, selected, length, groups,
-        SHIFT=shift, HEADS=HEADS, BLOCK=512,
+        SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
     return Rows(places, starts, offsets, entries)
