@@ -20,14 +20,15 @@ from tests.distributed.tasks import (
 )
 
 
-def step_of_an_engine(config: Config) -> tuple[StepResult, dict[str, Tensor]]:
-    """Of the first step: its result and its gradients."""
+def step_of_an_engine(config: Config) -> tuple[StepResult, dict[str, Tensor], dict[str, Tensor]]:
+    """Of the first step: its result and its gradients; the state after it."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         with recorded_gradients(engine) as gradients:
             result = engine.train_step(micro_batches(config, layout, 0), 1e-3)
+        state = engine.state()
         engine.destroy()
-    return result, gradients
+    return result, gradients, state
 
 
 def step_of_a_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:

@@ -41,12 +41,16 @@ def test_a_steps_loss_is_the_mean_over_all_tokens_that_count(workers: WorkerPool
     options: dict = dict(train__global_batch_size=4, train__micro_batch_size=1)
     loss, expected = workers(1).run(loss_tasks.step_of_a_plain_model, tasks.tiny_config(**options))[0]
     config = tasks.tiny_config(parallel__zero_stage=zero, **options)
-    result, gradients = workers(world).run(loss_tasks.step_of_an_engine, config)[0]
+    result, gradients, state = workers(world).run(loss_tasks.step_of_an_engine, config)[0]
     assert result.loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
-    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5) and norm > config.optimizer.gradient_clipping
+    for name, gradient in expected.items():
+        clipped = gradient * config.optimizer.gradient_clipping / norm
+        for key, moment in (("exp_avg", 0.3 * clipped), ("exp_avg_sq", 0.4 * clipped.square())):  # betas 0.7, 0.6
+            torch.testing.assert_close(state[f"{key}.{name}"], moment, rtol=1e-3, atol=1e-7, msg=f"{key}.{name}")
 
 
 # ZeRO-1 accumulates before it reduces, in bf16: one more rounding, of up to 2^-8. Accumulated in bf16, errors are 6e-3.
@@ -60,7 +64,7 @@ def test_gradients_in_bf16_are_accumulated_in_fp32(workers: WorkerPools, zero: i
         mosa__num_heads=0,
     )
     _, expected = workers(1).run(loss_tasks.step_of_a_plain_model, config)[0]
-    _, gradients = workers(1).run(loss_tasks.step_of_an_engine, config)[0]
+    _, gradients, _ = workers(1).run(loss_tasks.step_of_an_engine, config)[0]
     errors = [((gradients[name] - exact).norm() / exact.norm()).item() for name, exact in expected.items()]
     assert max(errors) < tolerance
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import distributed
 
-from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
+from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, lifecycle, read_metadata
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.locate import publishing
 from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
@@ -25,10 +27,7 @@ def publish(folder: Path, step: int, **changes: object) -> Path:
     (path / "state").mkdir(parents=True)
     (path / "state" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
     (path / "state" / "empty").touch()
-    metadata = Metadata(
-        step=step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={}
-    )  # fmt: skip
-    (path / "metadata.json").write_text(json.dumps(asdict(metadata) | changes))
+    (path / "metadata.json").write_text(json.dumps(asdict(metadata(step)) | changes))
     write_manifest(path, digests(path, files_below(path)))
     return path
 
@@ -165,10 +164,38 @@ def alone() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def metadata(step: int) -> Metadata:
+    return Metadata(step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={})
+
+
 def save(store: CheckpointStore, step: int) -> None:
     """A checkpoint as a run publishes it, of one tensor."""
-    metadata = Metadata(step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={})
-    store._publish({"model.weight": torch.full((50,), float(step))}, metadata)
+    store._publish({"model.weight": torch.full((50,), float(step))}, metadata(step))
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_copy_of_the_state_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save copies into the memory that the thread gets ready, and that the save before is written from."""
+    done: list[str] = []
+
+    def slowly(what: str) -> None:
+        time.sleep(0.1)
+        done.append(what)
+
+    def snapshot(engine: object, memory: HostMemory) -> dict[str, torch.Tensor]:
+        done.append("copied")
+        return {"model.weight": torch.ones(3)}
+
+    monkeypatch.setattr(lifecycle, "reserve", lambda engine, memory: slowly("reserved"))
+    monkeypatch.setattr(lifecycle, "snapshot", snapshot)
+    write = lifecycle.write_state
+    monkeypatch.setattr(lifecycle, "write_state", lambda *args: (write(*args), slowly("written")))
+    store, engine = CheckpointStore(tmp_path, keep_last=9), cast(Any, None)
+    store.prepare(engine)
+    saves = [store.begin_save(engine, metadata(step)) for step in (4, 8)]
+    store.close()
+    assert done == ["reserved", "copied", "written", "copied", "written"]
+    assert [save.result() for save in saves] == store.published()
 
 
 @pytest.mark.parametrize(

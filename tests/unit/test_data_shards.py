@@ -15,6 +15,7 @@ from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, build_dataset, iter_documents, shards
 from megatron_mosa.data.shards import in_validation
 from megatron_mosa.errors import UserError
+from tests.disk import Disk
 from tests.loaded import loaded_python
 
 FRACTION = 0.3
@@ -267,6 +268,17 @@ def test_a_damaged_shard_is_made_again(
     os.truncate(largest, 10)
     build_dataset(data)
     assert contents(tmp_path / "set") == undisturbed
+
+
+def test_a_record_appears_whole_also_when_the_power_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "build"
+    folder.mkdir()
+    texts = ["one " * 50, "two " * 50]
+    with Disk(folder, tmp_path) as disk:
+        for content in texts:
+            shards.publish(folder / "record.json", content)
+    found = [(folder / "record.json").read_text() for _, folder in disk.states() if (folder / "record.json").exists()]
+    assert set(found) == set(texts) and found[-1] == texts[1]
 
 
 def test_the_tokenizer_is_trained_on_a_bounded_beginning_of_every_source(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
@@ -266,6 +267,23 @@ def test_a_fault_is_had_once_where_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="injected by fault_injection"):
         faults.strike("validation", 3)
     FaultInjection(section, tmp_path, 1).strike("validation", 3)
+
+
+@pytest.mark.parametrize("fault", ["nan", "garbage"])
+def test_a_fault_of_data_is_of_one_step_on_one_rank(tmp_path: Path, fault: str) -> None:
+    section = FaultInjectionSection(fault=fault, rank=1, step=3)
+    batches = [{"labels": torch.tensor([[3, 4]]), "loss_mask": torch.ones(1, 2)} for _ in range(2)]
+
+    def changed(rank: int, step: int) -> list[tuple[bool, bool]]:
+        """Whether each batch has other labels, and a mask that makes its loss NaN."""
+        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step))
+        return [((b["labels"] == 0).all().item(), b["loss_mask"].isnan().all().item()) for b in found]  # type: ignore
+
+    untouched = [(False, False)] * 2
+    assert changed(0, 3) == changed(1, 2) == untouched
+    assert changed(1, 3) == [(fault == "garbage", fault == "nan")] * 2
+    assert changed(1, 3) == untouched  # once
+    assert batches[0]["labels"].tolist() == [[3, 4]] and batches[0]["loss_mask"].all()
 
 
 def test_status_json_is_plain_json(tmp_path: Path) -> None:
