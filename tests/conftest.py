@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed.pool import WorkerPools
 from tests.interpreter import speed_up
-from tests.loaded import loaded_python, share
+from tests.loaded import be_a_worker, loaded_python, share
 
 pytest_plugins = ["tests.costs"]
 
@@ -135,8 +135,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        be_a_worker()
+    elif config.getoption("numprocesses", None):
         config.add_cleanup(share().close)
-        config.option.tx = [f"popen//python={loaded_python()}"] * len(config.option.tx)  # the workers, too
+        config.option.tx = [f"popen//python={loaded_python()}"] * len(config.option.tx)
     if os.environ.get("MOSA_REQUIRE_ALL") == "1":
         config.pluginmanager.register(RequireAll(config), "require-all")

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHARED = "MOSA_LOADED_PYTHON"
+SHARED, REAL = "MOSA_LOADED_PYTHON", "MOSA_REAL_PYTHON"
 SOCKET = "socket"
 
 
@@ -52,8 +52,13 @@ class LoadedPython:
 def share() -> LoadedPython:
     """Start the server for this process and all that it starts from now on: the workers of pytest-xdist."""
     python = LoadedPython()
-    os.environ[SHARED] = str(python.program)
+    os.environ |= {SHARED: str(python.program), REAL: sys.executable}
     return python
+
+
+def be_a_worker() -> None:
+    """Of pytest-xdist, forked itself: ``sys.executable`` is a Python of its own again."""
+    sys.executable = os.environ[REAL]
 
 
 @cache
