@@ -211,11 +211,11 @@ def execute(arguments: list[str], program: str) -> None:
     """Python's command line: its options, then ``-c CODE``, ``-m MODULE`` or a file, and the program's arguments."""
     sys.executable = program
     sys.orig_argv = [program, *arguments]
-    words = iter(arguments)
+    words = iter(["-u", *arguments] if os.environ.get("PYTHONUNBUFFERED") else arguments)
     safe_path = False
     for word in words:
         if word == "-u":
-            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+            sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
         elif word == "-P":
             safe_path = True
         elif word == "-W":
