@@ -91,6 +91,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     run = Run(monkeypatch, tmp_path)
     start = run.start(4)
     (run.directory / "skip_steps.json").write_text(json.dumps([6]))  # of a spike that it went back from
+    before = [{"step": step, "loss": step / 10} for step in range(1, 7)]  # two steps further than the checkpoint
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
     damaged = publish(run.store.folder, 8)
     assert run.train(replace(start, damaged=((damaged, "broken"),))) is None
     (engine,) = run.engines
@@ -105,6 +107,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert run.store.saved[0].data == start.data_identity
     lines = read_journal(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]  # that of step 4 was missing
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert losses == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 2.0), (6, None), (7, 2.0), (8, 2.0)]
 
 
 def test_a_validation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
