@@ -231,7 +231,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             expected = expected.to(predicted.device)
             loss = F.cross_entropy(predicted, expected, reduction="mean" if num_items_in_batch is None else "sum")
             if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
+                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(outputs.get(CACHE))
         )

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.checkpoint import load_initial_weights
 from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, optimizer
 from megatron_mosa.engine.protocol import Batch
+from megatron_mosa.engine.zero_state import MOMENTS
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_model
 from megatron_mosa.model.state import stored_tensors
@@ -212,6 +214,25 @@ def recorded_gradients(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
 
     with mock.patch.object(engine._engine, "step", look_and_step):
         yield gradients
+
+
+def start_from_weights(config: Config, path: Path) -> dict[str, bool]:
+    """Of an engine that took its initial weights from what ``save_after_training`` wrote."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        load_initial_weights(engine, path)
+        # not by engine.state(), which clears moments before the first step
+        moments = [engine._zero.read(p, moment) for p in engine.module.parameters() for moment in MOMENTS]
+        reader = StateReader(path)
+        facts = {
+            "weights are theirs": all(
+                torch.equal(reader.read(key), tensor) for key, tensor in engine.state().items() if "model." in key
+            ),
+            "moments are fresh": not any(moment.any() for moment in moments),
+            "no step is counted": engine.optimizer_step() == 0,
+        }
+        engine.destroy()
+    return facts
 
 
 def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_norms: bool = False) -> dict | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -127,6 +129,14 @@ def test_an_engine_given_anothers_state_goes_on_bitwise_alike(workers: WorkerPoo
     )
     for straight, resumed in workers(2).run(tasks.losses_after_loading, config, 3, 3):
         assert straight == resumed
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_run_that_starts_from_weights_has_fresh_moments(workers: WorkerPools, zero: int, tmp_path: Path) -> None:
+    config = tasks.tiny_config(parallel__zero_stage=zero, train__micro_batch_size=2)
+    workers(2).run(tasks.save_after_training, config, tmp_path / "trained")
+    for facts in workers(2).run(tasks.start_from_weights, config, tmp_path / "trained"):
+        assert facts == dict.fromkeys(facts, True)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

@@ -103,6 +103,11 @@ def test_without_a_sound_checkpoint_nothing_starts_from_step_0(tmp_path: Path) -
         CheckpointStore(tmp_path, 2).newest()
 
 
+def test_the_newest_is_of_the_largest_step_whatever_its_digits(tmp_path: Path) -> None:
+    paths = [publish(tmp_path, step) for step in (100_000_000, 99_999_999)]
+    assert CheckpointStore(tmp_path, 2).published() == paths[::-1]
+
+
 def test_a_newer_format_is_no_damage_to_skip(tmp_path: Path) -> None:
     publish(tmp_path, 3)
     publish(tmp_path, 12, format_version=FORMAT_VERSION + 1)

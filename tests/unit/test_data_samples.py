@@ -244,7 +244,7 @@ def test_process_with_a_live_loader_can_exit(dataset: Path) -> None:
     assert done.returncode == 0
 
 
-def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path) -> None:
+def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=7)
     stored = np.fromfile(dataset / "validation.bin", dtype=np.uint16).astype(int).tolist()
     labels: list[int] = []
@@ -255,6 +255,8 @@ def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path) -> None:
     counts = Counter(labels)
     expected = -sum(c / len(labels) * math.log(c / len(labels)) for c in counts.values())
     assert len(samples) == 7 and samples.unigram_entropy() == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(samples, "_window", lambda index: np.array([5] + [1] * LENGTH))
+    assert samples.unigram_entropy() == 0  # the first token of a window is no label
     everything = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=10**6)
     assert len(everything) == len(stored) // (LENGTH + 1)
 

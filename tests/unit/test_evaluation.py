@@ -30,7 +30,7 @@ from megatron_mosa.evaluation.losses import chosen_positions, estimate, position
 from megatron_mosa.evaluation.model import Evaluated
 from megatron_mosa.evaluation.report import tell
 from megatron_mosa.metrics.selection import recorded_selection
-from megatron_mosa.model import build_model
+from megatron_mosa.model import build_model, transformer_config
 from megatron_mosa.model.calibration import calibrate, calibrating
 
 LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
@@ -139,6 +139,7 @@ def test_flips_are_selections_that_the_future_decides(model: Evaluated) -> None:
 
 
 def test_calibrated_thresholds_let_the_asked_share_through() -> None:
+    assert transformer_config(config("threshold")).capacity(LENGTH) == LENGTH  # no head of any layer misses a token
     with built("threshold") as model, recorded_selection(model.module):
         model.forward(Windows(40).tokens[20:, :-1])
         for layer in mosa_layers(model.module):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, WRONG_USE
-from megatron_mosa.resilience import deadline
+from megatron_mosa.resilience import deadline, watchdog
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
 from megatron_mosa.resilience.spikes import SpikeDetector
@@ -180,6 +181,27 @@ def test_time_in_which_a_process_was_stopped_is_no_hang(tmp_path: Path) -> None:
     assert process.poll() is None and not (tmp_path / "rank-00003.txt").exists()
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize(("stopped", "goes_off_after"), [(0, 11), (100, 111), (4, 11)])
+def test_only_the_silence_of_a_process_that_runs_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, goes_off_after: int
+) -> None:
+    """It looks every second; in the fifth the process is stopped, or only slow."""
+    now, went_off = 0, []
+
+    class Seconds:
+        def wait(self, interval: float) -> bool:
+            nonlocal now
+            now += max(1, stopped) if now == 4 else 1
+            return bool(went_off) or now > 200
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
+    dog = watchdog.Watchdog(tmp_path, 0, 10, lambda: None)
+    monkeypatch.setattr(dog, "_ended", Seconds())
+    monkeypatch.setattr(dog, "_bark", lambda: went_off.append(now))
+    dog._watch()
+    assert went_off == [goes_off_after]
 
 
 def test_spikes_stand_out_of_their_past_and_do_not_enter_it() -> None:
