@@ -45,12 +45,14 @@ LIBRARIES = (
 def load() -> None:
     """Import what any of the programs does. Threads would not survive a fork, so none may have been started."""
     import megatron_mosa
+    from tests.loaded.gloo import share_device
 
     for library in LIBRARIES:
         importlib.import_module(library)
     for module in pkgutil.walk_packages(megatron_mosa.__path__, "megatron_mosa."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    share_device()
     gc.collect()
     gc.freeze()  # children share these pages for good
     assert threading.active_count() == 1  # those of libraries (memory, numbers) know what a fork is
