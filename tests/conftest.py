@@ -20,7 +20,7 @@ from tests.loaded import be_a_worker, loaded_python, share
 pytest_plugins = ["tests.costs"]
 
 GPU_TESTS = Path(__file__).parent / "gpu"
-# Handed out first, since they take longest; those of one folder to one worker, since they share what is slow to make.
+# Handed out first, since they take longest.
 FIRST = (
     "tests/slurm/",
     "tests/distributed/test_parity.py",
@@ -28,6 +28,7 @@ FIRST = (
     "tests/kernels/test_triton_compiles.py",
     "tests/kernels/",
 )
+# Each of these folders goes to one worker: its tests share fixtures that are slow to make.
 TOGETHER = ("tests/slurm/", "tests/conversion/", "tests/gpu/")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first

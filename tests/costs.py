@@ -1,7 +1,8 @@
-"""What the tests cost: ``make test PYTEST_ARGS='--costs'`` ends with a table of seconds and CPU seconds by file.
+"""Cost of the tests: ``make test PYTEST_ARGS='-n 0 --costs'`` ends with seconds and CPU seconds by file.
 
-Wall seconds are those of the worker that ran the file. CPU seconds are of all processes below it, servers and daemons
-included, whether they have ended or not; of the kernel's share most is page faults of processes that start.
+CPU seconds are those of pytest and of all processes below it, servers and daemons included, ended or not. Under
+pytest-xdist the loaded Python is below the controller, not the workers, so its children would be missing: hence ``-n 0``.
+Set MOSA_TEST_COSTS to a file to get a line for each test, too.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class DeepSpeedEngine:
         """One optimizer step over ``accumulation_steps`` micro-batches ([B, T] each), all of which are held at once.
 
         The loss is the mean over the counted tokens of the global batch: a micro-batch with few of them weighs little,
-        and the result does not depend on how the batch is split over ranks and micro-batches. Where no token counts
-        there is no mean: the loss is NaN, the step is skipped, and the result says that it ``is_empty``.
+        and the result does not depend on how the batch is split over ranks and micro-batches. If no token
+        counts, the loss is NaN, the step is skipped and the result's ``is_empty`` is set.
 
         Raises:
             ValueError: another number of micro-batches.

@@ -37,7 +37,7 @@ class StepResult:
     """The step was left out because the configuration says so: nothing was computed."""
 
     is_empty: bool = False
-    """No token of the global batch counts: there is no mean, and the engine has skipped the step."""
+    """The loss mask of the whole global batch is zero, so the loss is undefined and the engine has skipped the step."""
 
     @property
     def is_finite(self) -> bool:

@@ -43,8 +43,9 @@ class WorkerPool:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call the function on every rank; return the results in rank order, or raise with a rank's traceback."""
+        task = pickle.dumps((function, args, kwargs))  # ``Connection.send`` would share tensors' memory
         for connection in self.connections:
-            connection.send_bytes(pickle.dumps((function, args, kwargs)))  # ``send`` would share tensors' memory
+            connection.send_bytes(task)
         results: dict[int, Any] = {}
         while len(results) < len(self.connections):
             waiting = {c: rank for rank, c in enumerate(self.connections) if rank not in results}
@@ -56,8 +57,8 @@ class WorkerPool:
             for connection in cast(list[Connection], ready):
                 try:
                     ok, result = pickle.loads(connection.recv_bytes())
-                except EOFError:
-                    ok, result = False, "it ended"
+                except (EOFError, ConnectionError):
+                    ok, result = False, "its process ended"
                 if not ok:
                     self.close()
                     raise AssertionError(f"rank {waiting[connection]} failed:\n{result}")

@@ -59,7 +59,7 @@ class Runner:
         return self.call("-m", "megatron_mosa", *arguments)
 
     def launch(self, name: str, *overrides: str) -> str:
-        """Two processes under torchrun, each a Python of its own, to their end; returns what they print."""
+        """Run two ranks to their end under a real torchrun, without the loaded Python; return their output."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
         done = self.call(*launcher, *script, python=sys.executable)
@@ -69,7 +69,7 @@ class Runner:
     def start(
         self, name: str, *overrides: str, processes: int = 2, largest_file: int | None = None, **variables: str
     ) -> list[subprocess.Popen[bytes]]:
-        """The same from the loaded Python. What the ranks print is added to two files, NAME.out and NAME.err."""
+        """Start the ranks of a run from the loaded Python; their output is appended to NAME.out and NAME.err."""
         script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
         world = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
         limit = (
@@ -85,7 +85,7 @@ class Runner:
             ]  # fmt: skip
 
     def run(self, name: str, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """``start``, to the end; the exit code is that of rank 0, or of the rank that failed."""
+        """``start``, and wait for the end; the exit code is the largest of all ranks in absolute value."""
         before = {stream: self.printed(name, stream) for stream in ("out", "err")}
         codes = wait_for_ranks(self.start(name, *overrides, **options))
         output, errors = (self.printed(name, stream)[len(before[stream]) :] for stream in before)

@@ -7,7 +7,7 @@ and stack of each variant (a stack is where registers are spilt to). TRITON_INTE
 
 What is not compiled is the same program as something that is:
 
-- Products of fp32 are no tensor core's, and take the same instructions and shared memory everywhere: for 80 alone.
+- Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80.
 - Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
 - Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
   closest to the limit, and attention in one tile.
@@ -66,7 +66,7 @@ CASES = [
     Case(torch.bfloat16, 128, 256, atomic=(80, 90), decodes=(100,)),
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
-    Case(torch.float32, 32, 63, (80,)),  # several tiles; a number that is no multiple of 16
+    Case(torch.float32, 32, 63, (80,)),  # several tiles, the last one partly filled
 ]
 
 

@@ -231,7 +231,7 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkey
     ("width", "fewest", "most_bytes", "chunk"),
     [
         (144, 1, 1 << 20, (5, 144)),  # all
-        (144, 2, 1 << 20, (2, 144)),  # the most sequences that are no more than half
+        (144, 2, 1 << 20, (2, 144)),  # two of five sequences: three would be more than half
         (144, 1, 144, (1, 144)),  # one is just as much as is allowed
         (144, 1, 1, (1, 128)),  # slices of 128 columns, although one column were too much
         (144, 4, 1, (1, 16)),  # a quarter of 144 is less

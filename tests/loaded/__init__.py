@@ -57,7 +57,7 @@ def share() -> LoadedPython:
 
 
 def be_a_worker() -> None:
-    """Of pytest-xdist, forked itself: ``sys.executable`` is a Python of its own again."""
+    """Restore ``sys.executable`` in a worker of pytest-xdist, which the server has forked."""
     sys.executable = os.environ[REAL]
 
 
@@ -71,7 +71,7 @@ def loaded_python() -> str:
     socket, deadline = Path(path).with_name(SOCKET), time.monotonic() + 240
     while not socket.exists():
         if time.monotonic() > deadline or not socket.parent.exists():
-            raise RuntimeError("there is no loaded Python; what it said is above")
+            raise RuntimeError("the loaded Python did not start; its error is printed above")
         time.sleep(0.05)
     return path
 

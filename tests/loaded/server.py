@@ -6,6 +6,7 @@ A child whose client is gone is killed, as the client would have been; when stan
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -83,6 +84,7 @@ class Server:
         for readable in (listener, self.ended, stop):
             self.selector.register(readable, selectors.EVENT_READ)
         self.stop = stop
+        self.process = os.getpid()
 
     def serve(self) -> None:
         """Until standard input ends."""
@@ -150,8 +152,9 @@ class Server:
 
     def become(self, job: dict, streams: list[int]) -> NoReturn:
         """In the child: what the program of that command line is. Does not return."""
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.process:  # the server ended before that
+            os._exit(1)
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -160,8 +163,6 @@ class Server:
         for descriptor in (*self.own, *self.clients, *(stream for stream in streams if stream > 2)):
             os.close(descriptor)
         self.selector.close()
-        if os.getppid() != parent:
-            os._exit(1)
         os._exit(run(job, self.program))
 
 
@@ -200,8 +201,6 @@ def run(job: dict, program: str) -> int:
         code = exit_code(lambda: execute(job["arguments"], program))
         # What the interpreter does at its end.
         threading._shutdown()  # type: ignore[attr-defined]
-        import atexit
-
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:

@@ -75,7 +75,6 @@ class Run:
         return replace(found, **changes)
 
     def prepare(self, first: int, last: int) -> None:
-        """As TrainingSamples."""
         self.prepared = first, last
 
     def _engine(self, *arguments: Any) -> Engine:
