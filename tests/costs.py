@@ -1,7 +1,7 @@
 """Cost of the tests: ``make test PYTEST_ARGS='-n 0 --costs'`` ends with seconds and CPU seconds by file.
 
 CPU seconds are those of pytest and of all processes below it, servers and daemons included, ended or not. Under
-pytest-xdist the loaded Python is below the controller, not the workers, so its children would be missing: hence ``-n 0``.
+pytest-xdist the loaded Python is below the controller, not the workers, so its children would be missing.
 Set MOSA_TEST_COSTS to a file to get a line for each test, too.
 """
 
