@@ -140,6 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
         be_a_worker()
     elif config.getoption("numprocesses", None):
         config.add_cleanup(share().close)
-        config.option.tx = [f"popen//python={loaded_python()}"] * len(config.option.tx)
+        if not torch.cuda.is_available():  # the loaded Python sees no GPU
+            config.option.tx = [f"popen//python={loaded_python()}"] * len(config.option.tx)
     if os.environ.get("MOSA_REQUIRE_ALL") == "1":
         config.pluginmanager.register(RequireAll(config), "require-all")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.naive import accumulation_dtype
 
 
@@ -69,11 +70,13 @@ def mosa_attention(
             environment, else Triton on GPUs of compute capability 8.0 and above, and naive elsewhere.
 
     Returns:
-        [B, T, h], the sum over the heads, in the type of ``hidden_states``.
+        [B, T, h], the sum over the heads, in the type of ``hidden_states``, or of torch.autocast where that is on.
 
     Raises:
         ValueError: an argument of the wrong rank, shape or range, or a backend that is not available.
     """
+    scored_states = hidden_states
+    hidden_states, qkv_weight, proj_weight = autocast_operands(hidden_states, qkv_weight, proj_weight)
     _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
     _check_options(hidden_states, rotary_percent, documents)
     _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
@@ -82,7 +85,7 @@ def mosa_attention(
     starts = None if documents is None else documents.starts
     selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
     selected = num_selected if selection is None else selection.num_slots
-    scores = kernels.router_scores(hidden_states, router_weight)
+    scores = kernels.router_scores(scored_states, router_weight)
     if thresholds is not None:
         indices = kernels.select_above(scores, thresholds, capacity, starts, feedback, share)
     else:

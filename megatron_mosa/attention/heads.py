@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.documents import document_attention
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary
 from megatron_mosa.kernels.window import sliding_window_attention
@@ -180,6 +181,7 @@ class MosaHeads(PartitionedHeads):
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         kernels = get_backend(config.mosa_backend, states, config.head_dim)
         scores = kernels.router_scores(states, self.router_weight)
+        states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
         if config.mosa_selection == "threshold" and self.training and not is_repetition():
             kernels.count_scores(scores, self.histogram)
         indices, slots = self._select(kernels, scores, documents)
@@ -191,8 +193,8 @@ class MosaHeads(PartitionedHeads):
             self.router_weight,
             scores,
             indices,
-            self.qkv_weight,
-            self.proj_weight,
+            qkv_weight,
+            proj_weight,
             rotary_percent=config.mosa_rotary_percent,
             rotary_base=config.mosa_rotary_base,
             document_starts=None if documents is None else documents.starts,

@@ -86,7 +86,17 @@ class MosaCache(Cache):
         super().__init__(layers=[MosaCacheLayer(config) for _ in range(config.num_hidden_layers)])  # pyright: ignore
         self.shape = cache_shape(config)
         self.batch: int | None = None  # sequences; None: nothing is in it
+        self.in_inference_mode = False  # the last call was
         self.padded = False  # an attention mask came with what is in it
+
+    def enter(self) -> None:
+        """At the beginning of a call: what an earlier one left under torch.inference_mode becomes usable here."""
+        inference = torch.is_inference_mode_enabled()
+        if self.in_inference_mode and not inference:
+            for layer in self.layers:
+                for rows in layer.parts().values():
+                    rows.leave_inference_mode()
+        self.in_inference_mode = inference
 
     def bytes(self) -> dict[str, tuple[int, int]]:
         """Bytes allocated, and of them in use, by kind of heads, over all layers."""
@@ -153,3 +163,4 @@ def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
     if cache.batch not in (None, batch):
         raise ValueError(f"{CACHE} holds {cache.batch} sequences, the input {batch}; legal: as many")
     cache.batch = batch
+    cache.enter()

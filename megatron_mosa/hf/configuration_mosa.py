@@ -39,7 +39,7 @@ class MosaConfig(PretrainedConfig):
     """
 
     model_type = "mosa"
-    keys_to_ignore_at_inference = ()
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

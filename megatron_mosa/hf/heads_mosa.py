@@ -17,6 +17,10 @@ from .tokens_mosa import Tokens, rotate
 
 PIECE = 512  # queries that attend at once where a mask is needed
 FOLLOWED = 128  # tokens that are selected at once where each depends on those before
+UNCALIBRATED = (
+    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so no head knows what to select; they must be between "
+    "0 and 1; export what mosa checkpoint causalize writes, or a checkpoint of mosa.selection=threshold"
+)
 
 
 class MosaCausalHeads(nn.Module):
@@ -140,6 +144,7 @@ class MosaHeads(nn.Module):
         self.router_weight = nn.Parameter(torch.empty(heads, width))  # [E, h]
         self.qkv_weight = nn.Parameter(torch.empty(heads, width, 3 * head_dim))  # [E, h, 3h'], columns q, k, v
         self.proj_weight = nn.Parameter(torch.empty(heads, head_dim, width))  # [E, h', h]
+        self.was_offloaded = False  # accelerate brings the weights from memory or a disk for each call
         calibrated = config.selection == "threshold"  # NaN until then
         self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if calibrated else None)
 
@@ -154,6 +159,8 @@ class MosaHeads(nn.Module):
         """[B, T, h] to [B, T, h], the sum over the heads; with ``rows``, as dense heads."""
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, tokens, rows)
+        if self.was_offloaded and self.lacks_thresholds():
+            raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
         indices = self.select(
@@ -210,9 +217,17 @@ class MosaHeads(nn.Module):
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
         return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
 
+    def lacks_thresholds(self) -> bool:
+        """Whether a threshold was never set, as far as they can be seen now. It waits for the device."""
+        if self.thresholds is None:
+            return False
+        self.was_offloaded = self.thresholds.is_meta
+        return not self.was_offloaded and bool(self.thresholds.isnan().any())
+
     def scores(self, hidden_states: Tensor) -> Tensor:
-        """Of the router, [B, E, T], in fp32 whatever the type of the model."""
-        return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
+        """Of the router, [B, E, T], in fp32 whatever the type of the model, and under autocast."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
 
     def reads_all(self, pairs: int) -> bool:
         """Whether the weights of all heads are read: copying those of every pair costs three times their bytes."""

@@ -7,6 +7,10 @@ at a token depends on the tokens after it: such a model scores whole sequences, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,18 +18,57 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, check_cache, named
 from .configuration_mosa import MosaConfig
-from .heads_mosa import MosaAttention, MosaHeads
+from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
 
 # Not cuDNN's, which makes a plan for every new shape in tens of milliseconds: here each token brings a new one.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+IGNORED_LABEL = -100
+# What transformers and PEFT may pass along to any model, without a use here.
+UNSUPPORTED = {
+    "position_ids": "positions follow from attention_mask and the cache",
+    "output_attentions": "the kernels keep no attention weights",
+}
+HARMLESS = ("cache_position",)  # what the cache knows
+
+
+def refuse_others(forward: Callable[..., Any], others: dict[str, Any]) -> None:
+    """Refuse arguments that ``forward`` does not name, rather than swallow a mistyped one.
+
+    Raises:
+        TypeError: no such argument.
+        ValueError: one that transformers has, but not this model.
+    """
+    for name, value in others.items():
+        if name in UNSUPPORTED:
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not supported: {UNSUPPORTED[name]}")
+        elif name not in HARMLESS:
+            names = [known for known in signature(forward).parameters if known not in ("self", "others")]
+            similar = get_close_matches(name, names, n=1)
+            hint = f"did you mean '{similar[0]}'?" if similar else f"it takes {', '.join(names)}, return_dict"
+            raise TypeError(f"forward() got an unexpected keyword argument '{name}'; {hint}")
+
+
+def kept(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """[B, T, ...] at the positions to keep, as ``MosaForCausalLM.forward`` describes them."""
+    if isinstance(logits_to_keep, int):
+        return states[:, -logits_to_keep:]  # all, for 0
+    places = logits_to_keep.to(states.device)
+    if places.dim() < 2:
+        return states[:, places]
+    if places.dtype == torch.bool:
+        return states[places]
+    return states[torch.arange(len(states), device=states.device)[:, None], places]
 
 
 class MosaMLP(nn.Module):
@@ -50,7 +93,7 @@ def norm(config: MosaConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.norm_eps)
 
 
-class MosaDecoderLayer(nn.Module):
+class MosaDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each behind a norm and beside a residual."""
 
     def __init__(self, config: MosaConfig) -> None:
@@ -62,7 +105,9 @@ class MosaDecoderLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None = None) -> Tensor:
         """[B, T, h] to [B, T, h]."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), tokens, cache)
+        # Gradient checkpointing repeats the layer where the model's own choice is over; entering it takes 30 us.
+        with sdpa_kernel(BACKENDS) if self.gradient_checkpointing else nullcontext():
+            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), tokens, cache)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -75,6 +120,8 @@ class MosaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MosaDecoderLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["thresholds"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch
 
     def new_cache(self) -> MosaCache:
         """An empty cache for this model, to be given to calls one after the other.
@@ -113,6 +160,7 @@ class MosaModel(MosaPreTrainedModel):
         self.norm = norm(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -125,8 +173,9 @@ class MosaModel(MosaPreTrainedModel):
         **others: Any,
     ) -> BaseModelOutputWithPast:
         """The last hidden states, [B, T, h], of ids [B, T] or embeddings [B, T, h]; see ``MosaForCausalLM``."""
-        if others.get("position_ids") is not None:
-            raise ValueError("position_ids is not supported: positions follow from attention_mask and the cache")
+        refuse_others(MosaModel.forward, others)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -135,8 +184,7 @@ class MosaModel(MosaPreTrainedModel):
             cache = self.new_cache()
         if cache is not None:
             check_cache(cache, self.config, hidden_states.shape[0])
-        past = 0 if cache is None else cache.get_seq_length()
-        if past == 0:
+        if cache is None or cache.get_seq_length() == 0:
             self.check_thresholds()
         tokens = read_tokens(attention_mask, hidden_states, cache, self.config)
         states = [hidden_states]
@@ -150,24 +198,15 @@ class MosaModel(MosaPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=everything, **named(cache))
 
     def check_thresholds(self) -> None:
-        """Refuse thresholds that nothing has set.
+        """Refuse thresholds that nothing has set. Those that accelerate keeps elsewhere their layer checks by itself.
 
         Raises:
             ValueError: naming the layers.
         """
-        if self.config.selection != "threshold" or not self.config.num_mosa_heads:
-            return
-        thresholds = [
-            heads.thresholds for heads in self.modules() if isinstance(heads, MosaHeads)
-        ]  # in order of layers
-        missing = torch.stack(thresholds).isnan().any(dim=1).tolist()
-        if any(missing):
-            layers = ", ".join(str(number) for number, lacks in enumerate(missing) if lacks)
-            raise ValueError(
-                f"mosa_heads.thresholds of layers {layers} are NaN: they are not calibrated, so no head knows what to "
-                "select; legal: numbers from 0 to 1; export what mosa checkpoint causalize writes, or a checkpoint of "
-                "mosa.selection=threshold"
-            )
+        every = [heads for heads in self.modules() if isinstance(heads, MosaHeads)]  # in order of layers
+        missing = [str(number) for number, heads in enumerate(every) if heads.lacks_thresholds()]
+        if missing:
+            raise ValueError(UNCALIBRATED.format(f"layers {', '.join(missing)}"))
 
 
 class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
@@ -181,6 +220,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -190,7 +230,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
@@ -204,16 +244,25 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             past_key_values, cache: what ``new_cache`` gives, or an earlier call returned; one thing, whose name depends
                 on the version of transformers. The call adds its tokens to it.
             inputs_embeds: [B, T, h], instead of ids.
-            labels: [B, T], the ids themselves, -100 where they do not count: gives ``loss``, in nats per token.
+            labels: [B, T], the ids themselves, -100 where they do not count: gives ``loss``, in nats per token, 0
+                where none counts.
             use_cache: begin a cache if none is given; of causal models.
-            logits_to_keep: logits, and the loss, of that many last positions alone; 0: of all.
-            output_hidden_states: return what every layer gives, too.
+            logits_to_keep: logits, and the loss, of these positions alone: the last so many, 0 being all; or indices,
+                [n] for all sequences or [B, n] for each; or a mask, bool [B, T], which gives logits [N, vocab_size].
+            output_hidden_states: return what every layer gives, too; by default the configuration says.
             num_items_in_batch: divisor of the summed loss instead of the number of labels that count here;
                 transformers' Trainer gives it when it accumulates gradients, and adds up the losses.
+            others: ``return_dict``: False gives a tuple. What transformers may pass along without a use here is
+                accepted where it asks for nothing (None or False).
 
         Returns:
             ``logits`` [B, T, vocab_size], and what was asked for.
+
+        Raises:
+            TypeError: an argument that does not exist.
+            ValueError: one that cannot be had, such as position_ids or output_attentions.
         """
+        refuse_others(MosaForCausalLM.forward, others)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -221,17 +270,17 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            **others,
+            return_dict=True,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            expected = labels[:, -logits_to_keep:][:, 1:].flatten()
-            predicted = logits[:, :-1].flatten(0, 1).float()
-            expected = expected.to(predicted.device)
-            loss = F.cross_entropy(predicted, expected, reduction="mean" if num_items_in_batch is None else "sum")
-            if num_items_in_batch is not None:
-                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+            following = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # [B, T]: of each position's prediction
+            expected = kept(following, logits_to_keep).flatten().to(logits.device)
+            loss = F.cross_entropy(logits.flatten(0, -2).float(), expected, reduction="sum")
+            if num_items_in_batch is None:
+                num_items_in_batch = (expected != IGNORED_LABEL).sum().clamp(min=1)
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(outputs.get(CACHE))
         )
@@ -252,6 +301,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                 cache of another model.
         """
         self._check_prompt(inputs, kwargs)
+        self._check_cache_implementation(args, kwargs)
         if not self.config.can_decode:
             self._check_approximation(causal_approximation)
             return super().generate(inputs, *args, **kwargs | {"use_cache": False})  # pyright: ignore
@@ -265,10 +315,22 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             kwargs[CACHE] = given[0] if given else self.new_cache()
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
 
-    def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _generation_option(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of ``generate`` says of an option: in its arguments, its configuration, or the model's."""
         given = args[0] if args else kwargs.get("generation_config")
-        choices = (kwargs.get("use_cache"), getattr(given, "use_cache", None), self.generation_config.use_cache)
-        return next((choice for choice in choices if choice is not None), True)
+        choices = (kwargs.get(name), getattr(given, name, None), getattr(self.generation_config, name, None))
+        return next((choice for choice in choices if choice is not None), None)
+
+    def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self._generation_option("use_cache", args, kwargs) is not False
+
+    def _check_cache_implementation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        asked = self._generation_option("cache_implementation", args, kwargs)
+        if asked is not None:
+            raise ValueError(
+                f"cache_implementation={asked!r} is not supported: heads that select tokens keep them in a MosaCache; "
+                "leave cache_implementation out, and generate makes one"
+            )
 
     def _check_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
         prompt = next(

@@ -26,6 +26,12 @@ class Rows:
         """Keep these sequences of the batch, in this order."""
         raise NotImplementedError
 
+    def leave_inference_mode(self) -> None:
+        """Copy what was made under torch.inference_mode, which may not be changed outside of it."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_inference():
+                setattr(self, name, value.clone())
+
     def used_rows(self) -> int:
         """Rows in use, over heads and sequences."""
         raise NotImplementedError
@@ -151,6 +157,11 @@ class SelectedRows(Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"copied": None}  # an event cannot be copied, and what it waits for need not
+
+    def leave_inference_mode(self) -> None:
+        """As Rows."""
+        super().leave_inference_mode()
+        self.copied = None
 
     def tensors(self) -> list[Tensor]:
         """As Rows."""

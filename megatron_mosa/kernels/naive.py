@@ -2,7 +2,7 @@
 
 Source: arXiv 2505.00315, section 3.1. Shapes: B sequences of T tokens of width h; E heads of width h' (``d``
 in subscripts), each selecting k tokens. Scores, softmax, gate and the sum over heads are fp32 (fp64 for fp64 inputs)
-whatever the type of the activations; matrix products return the type of their operands.
+whatever the type of the activations; matrix products return the type of their operands, under autocast, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_mosa.kernels.autocast import without_autocast
 from megatron_mosa.kernels.documents import Documents, document_attention
 
 
@@ -18,6 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@without_autocast
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     """Score every token for every head: sigmoid(X w).
 
@@ -227,6 +229,7 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
     return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
 
 
+@without_autocast
 def selected_attention(
     hidden_states: Tensor,
     router_weight: Tensor,

@@ -35,7 +35,8 @@ class LoadedPython:
         self.program = self.folder / "python"
         self.program.write_text(code + Path(__file__).with_name("client.py").read_text())
         self.program.chmod(0o755)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         environment["TRITON_INTERPRET"] = "1"  # as tests/conftest.py
         environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded; ``mosa doctor`` sets it before
         self.server = subprocess.Popen(

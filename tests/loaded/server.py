@@ -18,6 +18,7 @@ import pkgutil
 import resource
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -268,7 +269,11 @@ def exit_code(program: Any) -> int:
 def main() -> None:
     """Serve."""
     address, program, _ = sys.argv[1:]
-    load()
+    try:
+        load()
+    except BaseException:
+        shutil.rmtree(Path(address).parent)  # so that nobody waits for it
+        raise
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
         listener.listen(128)
