@@ -39,7 +39,9 @@ def losses(backend: str, seed: int, steps: int, precision: str, directory: Path)
         "logging.interval=1", "checkpoint.resume=never",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (directory / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [record["loss"] for record in records if "loss" in record]
 
 
@@ -88,8 +90,8 @@ def main(
     text = f"# Training on both backends, {precision}, on {about['card']}\n\n{json.dumps(about)}\n\n{table(curves)}\n"
     output.mkdir(parents=True, exist_ok=True)
     stem = f"curves-{precision}-{about['card'].replace(' ', '_')}-{about['date'][:10]}"
-    (output / f"{stem}.json").write_text(json.dumps(about | {"losses": curves}) + "\n")
-    (output / f"{stem}.md").write_text(text)
+    (output / f"{stem}.json").write_text(json.dumps(about | {"losses": curves}) + "\n", encoding="utf-8")
+    (output / f"{stem}.md").write_text(text, encoding="utf-8")
     plot(curves, output / f"{stem}.png")
     print(text)
 

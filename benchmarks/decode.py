@@ -161,7 +161,9 @@ def main() -> None:
         facts = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
         facts["kernels"] = device == "cuda" and not options.plain
         models = {name: SMALL | (TOY if options.toy else {}) | MODELS[name] for name in options.models}
-        options.output.write_text(json.dumps(facts | {"models": models, "rows": results}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps(facts | {"models": models, "rows": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

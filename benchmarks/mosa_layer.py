@@ -201,8 +201,8 @@ def main(
     text += table(rows) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     stem = f"mosa_layer-{about['card'].replace(' ', '_')}-{about['date'][:10]}"
-    (output / f"{stem}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    (output / f"{stem}.md").write_text(text)
+    (output / f"{stem}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (output / f"{stem}.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -89,9 +89,10 @@ def main(output: Annotated[Path, typer.Option(help="folder of the results")] = P
             lines.append(f"| {name} | {point['name']} | {time:.2f} | {point['flops'] / time / 1e9:.0f} |")
     output.mkdir(parents=True, exist_ok=True)
     stem = f"scaling-{about['card'].replace(' ', '_')}-{about['date'][:10]}"
-    (output / f"{stem}.json").write_text(json.dumps(about | {"series": series}, indent=1) + "\n")
+    (output / f"{stem}.json").write_text(json.dumps(about | {"series": series}, indent=1) + "\n", encoding="utf-8")
     (output / f"{stem}.md").write_text(
-        f"# Growth on {about['card']}\n\n{json.dumps(about)}\n\n" + "\n".join(lines) + "\n"
+        f"# Growth on {about['card']}\n\n{json.dumps(about)}\n\n" + "\n".join(lines) + "\n",
+        encoding="utf-8",
     )
     plot(series, output / f"{stem}.png")
     print("\n".join(lines))

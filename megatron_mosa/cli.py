@@ -77,6 +77,42 @@ def data_index(config: ConfigPath, overrides: Overrides = None) -> None:
         print(folder)
 
 
+Dataset = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A dataset, or a YAML file whose section data names one.")
+]
+
+
+@data_app.command("verify")
+def data_verify(path: Dataset, overrides: Overrides = None) -> None:
+    """Compare all files of a dataset with the hashes of its manifest; exit code 1 if one is damaged."""
+    from megatron_mosa.data.commands import dataset_folders, verify
+
+    for folder in dataset_folders(path, overrides or []):
+        verify(folder)
+
+
+@data_app.command("inspect")
+def data_inspect(path: Dataset, overrides: Overrides = None) -> None:
+    """Print what a dataset holds: documents, tokens, splits, tokenizer, sources, sizes."""
+    from megatron_mosa.data.commands import dataset_folders, inspect
+
+    for folder in dataset_folders(path, overrides or []):
+        inspect(folder)
+
+
+@data_app.command("sample")
+def data_sample(
+    config: ConfigPath,
+    number: Annotated[int, typer.Argument(metavar="N", help="Of the data order, from 0.")],
+    overrides: Overrides = None,
+) -> None:
+    """Print sample N as training sees it: decoded text, with a line at the end of each document."""
+    settings = load_config(config, overrides or [])
+    from megatron_mosa.train.sample import sample_text
+
+    print(sample_text(settings, number))
+
+
 @checkpoint_app.callback()
 def checkpoint() -> None:
     """Checkpoints: look at them, convert them; one process, no GPU."""

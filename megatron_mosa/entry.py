@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import os
 import sys
 import warnings
@@ -61,6 +62,9 @@ def run(program: Callable[[], object]) -> int:
 
     Our own bugs keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a locale that lacks a character of a text ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Megatron-core warns at import of every optional package that is absent; the README says what that means.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))

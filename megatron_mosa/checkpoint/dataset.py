@@ -26,7 +26,7 @@ def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
     if path is not None:
         section = DataSection(path=str(path))
     mixture = open_mixture(section)
-    if mixture.manifest.tokenizer_hash != metadata.data["tokenizer_hash"]:
+    if not mixture.manifest.tokenizer.is_same(metadata.tokenizer):
         raise UserError(
             f"the model was trained with another tokenizer ({metadata.data['tokenizer_hash']}) than "
             f"'{mixture.paths[0]}' was built with ({mixture.manifest.tokenizer_hash}); give a dataset of the model's: "

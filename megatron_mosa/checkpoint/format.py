@@ -31,6 +31,7 @@ from megatron_mosa.model.state import Stored, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 
 if TYPE_CHECKING:
+    from megatron_mosa.data.tokenizer import TokenizerIdentity
     from megatron_mosa.engine import TrainingEngine
 
 FORMAT_VERSION = 2
@@ -54,7 +55,7 @@ class Metadata:
     """The resolved configuration."""
 
     data: dict[str, Any]
-    """index_samples, tokenizer_hash, vocab_size and fingerprint of the dataset."""
+    """index_samples, tokenizer_hash, encoding_hash, vocab_size and fingerprint of the dataset."""
 
     versions: dict[str, str]
     """Of the software that wrote it."""
@@ -63,6 +64,13 @@ class Metadata:
     """Tensor- and data-parallel size that wrote it; for information."""
 
     format_version: int = FORMAT_VERSION
+
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """Of the dataset."""
+        from megatron_mosa.data.tokenizer import TokenizerIdentity  # slow to import
+
+        return TokenizerIdentity.recorded(self.data)
 
     @property
     def has_manifest(self) -> bool:
@@ -126,7 +134,7 @@ def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
 
 def write_metadata(metadata: Metadata, path: Path) -> None:
     """Write ``metadata.json`` into a checkpoint folder."""
-    (path / METADATA).write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n")
+    (path / METADATA).write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -138,7 +146,7 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
         if int(version) <= FORMAT_VERSION:
             return Metadata(**content)

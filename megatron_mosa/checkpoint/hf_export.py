@@ -24,7 +24,12 @@ from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
 from megatron_mosa.checkpoint.model_config import to_transformers
 from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.safetensors_folder import Piece, write_shards
-from megatron_mosa.checkpoint.tokenizer_files import FoundTokenizer, find_tokenizer, write_tokenizer
+from megatron_mosa.checkpoint.tokenizer_files import (
+    FoundTokenizer,
+    check_exported_tokenizer,
+    find_tokenizer,
+    write_tokenizer,
+)
 from megatron_mosa.checkpoint.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELLING_FILES
@@ -78,6 +83,8 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)
         for file in MODELLING_FILES:
             shutil.copyfile(file, folder / file.name)
+        if checks_logits:
+            check_exported_tokenizer(found, folder)
         divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
         verdict = (
             "not checked against the Megatron model (--no-check)"
@@ -87,7 +94,7 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
         facts = {"parameters": f"{parameters:,}, kept in {dtype}", "logits": verdict}
         facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
         card = model_card(source.metadata, source.config, source.path, facts)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder, records)
     print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
 

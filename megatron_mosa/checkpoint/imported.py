@@ -80,11 +80,12 @@ def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
-    from megatron_mosa.data import load_tokenizer, tokenizer_hash
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, vocabulary_size
+    from megatron_mosa.data import load_tokenizer
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_identity, vocabulary_size
 
     tokenizer = folder / TOKENIZER_FILE
     known = tokenizer.is_file()
+    identity = tokenizer_identity(tokenizer) if known else TokenizerIdentity(None, None)
     return Metadata(
         step=0,
         consumed_samples=0,
@@ -92,7 +93,8 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
         config=config_to_dict(config),
         data={
             "index_samples": None,
-            "tokenizer_hash": tokenizer_hash(tokenizer) if known else None,
+            "tokenizer_hash": identity.file_hash,
+            "encoding_hash": identity.encoding_hash,
             "vocab_size": vocabulary_size(load_tokenizer(str(tokenizer))) if known else vocab_rows,
             "fingerprint": None,
         },

@@ -14,6 +14,7 @@ from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.checkpoint.offline import SafeReader, StateReader
 from megatron_mosa.checkpoint.weights import model_weights
 from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.data.tokenizer import TokenizerIdentity
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
     selection: a run with thresholds begins its warm-up where the checkpoint has none, and expert choice needs none.
 
     Args:
-        data: the run's ``vocab_size`` and ``tokenizer_hash``.
+        data: the run's ``vocab_size``, ``tokenizer_hash`` and ``encoding_hash``.
         reads_all: look for damage in all files, not in their sizes alone.
 
     Raises:
@@ -46,8 +47,8 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
     metadata = read_metadata(folder)
     if metadata.has_manifest and (damage := find_damage(folder, reads_all=reads_all)):
         raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or give another one")
-    theirs = metadata.data["tokenizer_hash"]
-    if theirs is not None and theirs != data["tokenizer_hash"]:
+    theirs = metadata.tokenizer.file_hash
+    if theirs is not None and not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
         raise UserError(
             f"{_KEY}: '{folder}' was trained with another tokenizer ({theirs}) than the dataset was built with "
             f"({data['tokenizer_hash']}); rebuild the dataset with that one (data.tokenizer=PATH)"

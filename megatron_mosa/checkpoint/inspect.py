@@ -104,7 +104,7 @@ def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     latest = folder / "latest"
     facts["tags"] = ", ".join(tag.name for tag in tags)
     if latest.is_file():
-        facts["latest"] = latest.read_text().strip()
+        facts["latest"] = latest.read_text(encoding="utf-8").strip()
     names = [file.name for file in tags[-1].glob("*.pt")]
     for what, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}

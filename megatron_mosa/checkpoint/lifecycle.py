@@ -24,6 +24,7 @@ from megatron_mosa.checkpoint.format import (
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, sync, write_manifest
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
+from megatron_mosa.data.tokenizer import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
 
@@ -225,7 +226,8 @@ def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict)
     _same(
         "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix
     )
-    _same("data.path", metadata.data["tokenizer_hash"], data["tokenizer_hash"], path, fix, what="tokenizer hash ")
+    if not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
+        _same("data.path", metadata.data["tokenizer_hash"], data["tokenizer_hash"], path, fix, what="tokenizer hash ")
     _same("data.path", metadata.data["fingerprint"], data["fingerprint"], path, fix, what="dataset fingerprint ")
 
 

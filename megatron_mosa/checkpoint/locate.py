@@ -56,7 +56,7 @@ def torch_dist_iteration(path: Path) -> Path | None:
     """The folder that Megatron-LM wrote a checkpoint into: the path itself, or the one below that was its newest."""
     tracker = path / TRACKER
     if tracker.is_file():
-        name = tracker.read_text(errors="replace").strip()
+        name = tracker.read_text(errors="replace", encoding="utf-8").strip()
         path = path / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
     return path if (path / ".metadata").is_file() and (path / "metadata.json").is_file() else None
 

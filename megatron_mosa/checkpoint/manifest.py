@@ -61,7 +61,7 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
     """Write the manifest, and see all files and the folders' entries onto the disk."""
     content = {"algorithm": ALGORITHM, "files": {name: asdict(record) for name, record in sorted(records.items())}}
     path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for entry in (*folder.rglob("*"), folder):
         sync(entry)
 
@@ -73,7 +73,7 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
         reads_all: compare hashes, too; otherwise sizes alone, which reads next to nothing.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         records = {name: FileRecord(**record) for name, record in content["files"].items()}
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"

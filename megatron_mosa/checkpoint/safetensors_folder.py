@@ -136,7 +136,7 @@ def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
         written.result()
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return records
 
 

@@ -48,8 +48,8 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
             common = BytesIO()
             torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, common)
             (iteration / COMMON_FILE).write_bytes(common.getvalue())
-            (iteration / "metadata.json").write_text(json.dumps(FORMAT | _COMMON_FORMAT))
-            (writing / TRACKER).write_text("0")
+            (iteration / "metadata.json").write_text(json.dumps(FORMAT | _COMMON_FORMAT), encoding="utf-8")
+            (writing / TRACKER).write_text("0", encoding="utf-8")
     parameters = sum(torch.Size(weight.shape).numel() for weight in source.weights)
     print(f"{target}: {parameters:,} parameters in fp32; load it in Megatron-LM with --load {target} --finetune")
 

@@ -212,7 +212,7 @@ def _tag(path: Path) -> Path:
     latest = path / "latest"
     if not latest.is_file():
         return tags[-1]
-    name = latest.read_text(errors="replace").strip()
+    name = latest.read_text(errors="replace", encoding="utf-8").strip()
     if path / name not in tags:
         there = ", ".join(tag.name for tag in tags)
         raise DamagedError(f"latest names '{name}', which is no tag folder; there are: {there}")

@@ -88,6 +88,7 @@ class DataSection:
     validation_fraction: float = 0.01
     sequence_length: int = MISSING
     shard_bytes: int = 256_000_000
+    check_hashes: bool = True
     index_path: str | None = None  # None: below path
     index_samples: int | None = None  # None: train.steps * train.global_batch_size of the first start
     num_workers: int = 1

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,10 +19,17 @@ from typing import Any
 from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data.encoder import Encoder
 from megatron_mosa.data.hub import Interrupted
-from megatron_mosa.data.manifest import MANIFEST_FILE, SPLITS, Manifest, load_manifest, read_manifest
+from megatron_mosa.data.manifest import (
+    MANIFEST_FILE,
+    NO_SPECIAL_TOKENS,
+    SPLITS,
+    Manifest,
+    load_manifest,
+    read_manifest,
+)
 from megatron_mosa.data.shards import (
-    Encoder,
     Shard,
     has_shards,
     join_shards,
@@ -33,6 +41,7 @@ from megatron_mosa.data.shards import (
 from megatron_mosa.data.sources import STDLIB, Source, open_source
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
+    encoding_hash,
     end_of_document_id,
     load_tokenizer,
     tokenizer_hash,
@@ -48,6 +57,7 @@ _FILES = {TOKENIZER_FILE, MANIFEST_FILE, INDEX_CACHE, *(f"{s}.{suffix}" for s in
 _LOCK = ".lock"
 _REQUEST_FILE = "request.json"
 _FORCE = "mosa data build CONFIG --force"
+_PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library at each call
 
 
 def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
@@ -82,13 +92,29 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         _compare(f"data.path={data.path} holds a dataset built from", load_manifest(target).request, request, fix)
         print(f"{data.path}: up to date", file=sys.stderr)
         return read_manifest(target)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # the library turns it off once the process has forked
+    os.environ[_PARALLELISM] = "true"  # the library turns it off once the process has forked
     with _disk_errors(target), _partial_folder(partial):
         shards = _resume(partial, request, sources, force)
         if not (partial / MANIFEST_FILE).is_file():
             _write(data, request, sources, shards, partial)
         _move_into_place(partial, target)
-    return read_manifest(target)
+    manifest = read_manifest(target)
+    print("\n".join(summary(data.path, manifest)), file=sys.stderr)
+    return manifest
+
+
+def summary(name: str, manifest: Manifest) -> list[str]:
+    """What a dataset holds, and what its build left out or changed, as lines for a person."""
+    counts = {key: sum(manifest.splits[split][key] for split in SPLITS) for key in ("documents", "tokens")}
+    parts = ", ".join(f"{manifest.splits[split]['tokens']:,} {split}" for split in SPLITS)
+    lines = [
+        f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens ({parts}), "
+        f"vocabulary {manifest.vocab_size:,}"
+    ]
+    asked = manifest.request.get("vocab_size")
+    if asked is not None and manifest.vocab_size < asked:
+        lines.append(f"  the vocabulary is smaller than data.vocab_size={asked}: the text has no more pairs to merge")
+    return lines + [f"  left out or changed: {count:,} {what}" for what, count in (manifest.left_out or {}).items()]
 
 
 def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
@@ -165,7 +191,7 @@ def _partial_folder(partial: Path) -> Iterator[None]:
     A lock tells a build that goes on from what a killed one left; the kernel drops it with its process.
     """
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / _LOCK, "w") as lock:
+    with open(partial / _LOCK, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -222,21 +248,26 @@ def _write(
     vocab_size = vocabulary_size(tokenizer)
     dtype = DType.optimal_dtype(vocab_size)
     encoder = Encoder(tokenizer, end_id, dtype, data.validation_fraction)
+    os.environ[_PARALLELISM] = "false"  # each core encodes documents of its own
     shards = write_shards(folder, sources, done, encoder, data.shard_bytes)
     try:
         _check_counts(data, shards)
     except UserError:
         _remove(folder, keep={_LOCK})  # nothing to go on from: other settings are needed
         raise
+    left_out = sum((Counter(shard.left_out) for shard in shards), Counter[str]())
     manifest = Manifest(
         tokenizer_hash=tokenizer_hash(file),
+        encoding_hash=encoding_hash(tokenizer),
+        special_tokens=NO_SPECIAL_TOKENS,
+        left_out=dict(sorted(left_out.items())),
         tokenizer_source=data.tokenizer or "trained on the sources",
         vocab_size=vocab_size,
         end_of_document_id=end_id,
         splits=join_shards(folder, shards, dtype),
         request=request,
     )
-    publish(folder / MANIFEST_FILE, manifest.to_json())
+    publish(folder / MANIFEST_FILE, manifest.sealed().to_json())
 
 
 def _sample(sources: Sequence[Source], budget: int) -> Iterator[str]:

@@ -8,12 +8,15 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from megatron_mosa.data.tables import row_text
+from megatron_mosa.data.json_rows import parse_line
+from megatron_mosa.data.left_out import EMPTY, mended
+from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
 
 HUB = "hf:"
@@ -47,6 +50,7 @@ class HubSource:
     def __init__(self, source: str, text_field: str, *, streaming: bool, timeout: float) -> None:
         self.name = source
         self.text_field = text_field
+        self.left_out = Counter()
         body, _, split = source.removeprefix(HUB).partition("@")
         self._dataset, _, configuration = body.partition(":")
         self._configuration = configuration or None
@@ -70,9 +74,13 @@ class HubSource:
         return self._description
 
     @cached_property
+    def _builder(self) -> Any:
+        return self._library.load_dataset_builder(self._dataset, self._configuration)
+
+    @cached_property
     def _description(self) -> dict[str, Any]:
         try:
-            builder = self._library.load_dataset_builder(self._dataset, self._configuration)
+            builder = self._builder
         except Exception as error:  # of the library, its HTTP client and its file systems, each with their own
             raise UserError(
                 f"data.sources: cannot open {self.name}: {_reason(error)}; check the name ({_FORM}) and the network, "
@@ -109,7 +117,9 @@ class HubSource:
                     for text, place in rows:
                         failures = 0
                         if text:
-                            yield text, place
+                            yield mended(text, self.left_out), place
+                        else:
+                            self.left_out[EMPTY] += 1
                 return
             except UserError:
                 raise
@@ -129,9 +139,8 @@ class HubSource:
 
     def _rows(self, place: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
         """Rows from ``place`` on. Its "state" is what a stream needs to find the place without reading up to it."""
-        dataset: Any = self._library.load_dataset(
-            self._dataset, self._configuration, split=self._split, streaming=self._streaming
-        )
+        dataset, is_json_lines = self._open()
+        column = TextColumn(self.text_field, self.name)
         rows: Any
         read = place["row"]
         if not self._streaming:
@@ -143,11 +152,49 @@ class HubSource:
             rows = dataset.skip(read) if read else dataset
         for content in rows:
             read += 1
+            where = f"row {read} of {self.name}"
+            row = self._parsed(content["text"], where) if is_json_lines else content
             state = {"state": rows.state_dict()} if self._streaming else {}
-            yield row_text(content, self.text_field, self.name), {"row": read, **state}
-        split = (dataset.info.splits or {}).get(self._split)
+            yield column.text(row, where), {"row": read, **state}
+        column.end()
+        split = (self._builder.info.splits or {}).get(self._split)
         if split is not None and read < (split.num_examples or 0):
             raise EOFError(f"it ended, and its description promises {split.num_examples}")
+
+    def _open(self) -> tuple[Any, bool]:
+        """The rows of the split, and whether they are lines of JSON that are not parsed yet.
+
+        The library's own reader of JSON infers the type of every column from the first megabytes, and refuses a file
+        whose other rows differ in a field that nobody needs here.
+        """
+        if self._builder.name == "json":
+            files = {"train": list(map(str, self._builder.config.data_files[self._split.partition("[")[0]]))}
+            split = "train" + "".join(self._split.partition("[")[1:])
+            lines: Any = self._library.load_dataset("text", data_files=files, split=split, streaming=self._streaming)
+            first = next(iter(lines), None)
+            if first is None or (first["text"].lstrip("\ufeff")[:1] == "{" and _is_json(first["text"])):
+                return lines, True
+        dataset: Any = self._library.load_dataset(
+            self._dataset, self._configuration, split=self._split, streaming=self._streaming
+        )
+        return dataset, False
+
+    def _parsed(self, line: str, where: str) -> dict[str, Any]:
+        try:
+            value = parse_line(line.removeprefix("\ufeff").encode()) if line.strip() else {}
+        except ValueError as error:
+            raise UserError(f"data.sources: {where} {error}; repair the dataset, or give others") from None
+        if not isinstance(value, dict):
+            raise UserError(f"data.sources: {where} is {line[:40]}, not an object; repair the dataset, or give others")
+        return value
+
+
+def _is_json(line: str) -> bool:
+    try:
+        parse_line(line.removeprefix("\ufeff").encode())
+    except ValueError:
+        return False
+    return True
 
 
 def _watched(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> Generator[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import distributed
 
 from megatron_mosa.data.build import INDEX_CACHE
+from megatron_mosa.data.hashing import file_sha256
+from megatron_mosa.data.integrity import FileHash, open_indexed, refuse_damage
 from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
@@ -29,6 +31,7 @@ from megatron_mosa.errors import UserError
 # mcore masks the loss of the pad token and replaces it by token 0. Documents are packed, nothing is padded, so the
 # id must be one that no text has. It must not be equal to the end-of-document id either: mcore would then change it.
 _NO_PADDING = -1
+_HASHES = "hashes.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,24 @@ class PassIndex:
         """Whether the pass can be opened."""
         return self.path(number).is_dir()
 
+    def check(self, number: int) -> None:
+        """Compare the files of a pass with the hashes that ``build`` has written, as far as it has.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        folder = self.path(number)
+        fix = f"remove the folder '{folder}', and it is built again"
+        try:
+            recorded = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+            files = [FileHash(folder / name, expected) for name, expected in recorded.items()]
+            refuse_damage(files, fix)
+        except FileNotFoundError as error:
+            if Path(error.filename or "").name != _HASHES:  # an older one has none
+                raise UserError(f"{error.filename} is missing; {fix}") from error
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{folder / _HASHES} is damaged; {fix}") from error
+
     def open(self, number: int) -> GPTDataset | BlendedDataset:
         """The samples of a pass that is built; nothing is written."""
         return self._dataset(number, self.path(number))
@@ -74,6 +95,8 @@ class PassIndex:
                 building = Path(partial) / "index"
                 with _process_group() if len(self.mixture.paths) > 1 else contextlib.nullcontext():
                     self._dataset(number, building)
+                hashes = {file.name: file_sha256(file) for file in sorted(building.iterdir())}
+                (building / _HASHES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
                 try:
                     os.rename(building, self.path(number))
                 except OSError:
@@ -105,7 +128,7 @@ class PassIndex:
         for path, manifest, weight in zip(self.mixture.paths, self.mixture.manifests, weights, strict=True):
             # mcore's blend gives a dataset its turn when it is furthest behind its share: one sample ahead at most.
             samples = self.index_samples if len(weights) == 1 else math.ceil(weight * self.index_samples) + 1
-            indexed = IndexedDataset(str(path / "train"))
+            indexed = open_indexed(path / "train")
             documents = np.arange(len(indexed), dtype=np.int32)
             # The second argument only enters the cache key; a path there would tie the cache to where the folder lies.
             datasets.append(GPTDataset(indexed, manifest.fingerprint, documents, samples, Split.train, config))

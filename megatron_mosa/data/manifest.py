@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.data.tokenizer import TOKENIZER_FILE, tokenizer_hash
+from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_hash
 from megatron_mosa.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
+NO_SPECIAL_TOKENS = "none but the end-of-document token, behind each document"
 
 _BUILD = "mosa data build CONFIG"
 
@@ -22,8 +23,9 @@ _BUILD = "mosa data build CONFIG"
 class Manifest:
     """The description of a dataset. It holds no time and no absolute path of ours: equal input, equal bytes.
 
-    ``splits[name]`` has documents, tokens, bin_bytes, idx_bytes, and the SHA-256 of the .bin file. ``request``
-    is the settings and the state of the sources that the dataset was built from.
+    ``splits[name]`` has documents, tokens, bin_bytes, idx_bytes, and the SHA-256 of both files. ``request`` is the
+    settings and the state of the sources that the dataset was built from. Fields that are None were not known when the
+    dataset was built.
     """
 
     tokenizer_hash: str
@@ -33,6 +35,10 @@ class Manifest:
     splits: dict[str, dict[str, Any]]
     request: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    encoding_hash: str | None = None  # see TokenizerIdentity
+    special_tokens: str | None = None  # the rule by which every document was encoded, and is to be at inference
+    left_out: dict[str, int] | None = None  # of the sources, or changed, and how often
+    checksum: str | None = None  # SHA-256 of the manifest without it
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -49,9 +55,19 @@ class Manifest:
         """SHA-256 over the manifest, and through the hashes in it over tokenizer and tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """What tells its tokenizer from others."""
+        return TokenizerIdentity(self.tokenizer_hash, self.encoding_hash)
+
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        return json.dumps(known, indent=2, sort_keys=True) + "\n"
+
+    def sealed(self) -> Manifest:
+        """The manifest with its checksum."""
+        return replace(self, checksum=replace(self, checksum=None).fingerprint)
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -68,7 +84,10 @@ def load_manifest(path: str | Path) -> Manifest:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            return Manifest(**content)
+            manifest = Manifest(**content)
+            if manifest.checksum is not None and manifest.sealed() != manifest:
+                raise ValueError("its content does not have its checksum")
+            return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); rebuild the dataset: {_BUILD} --force") from error
     raise UserError(

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data.integrity import FileHash, recorded_hashes, refuse_damage
 from megatron_mosa.data.manifest import Manifest, read_manifest
+from megatron_mosa.data.tokenizer import TOKENIZER_FILE, encoding_hash, load_tokenizer
 from megatron_mosa.errors import UserError
 
 
@@ -35,30 +37,52 @@ class Mixture:
             return prints[0]
         return hashlib.sha256(json.dumps([self.weights, prints]).encode()).hexdigest()
 
+    def hashes(self) -> list[FileHash]:
+        """The recorded hashes of all token files."""
+        parts = zip(self.paths, self.manifests, strict=True)
+        return [file for path, manifest in parts for file in recorded_hashes(path, manifest)]
 
-def open_mixture(data: DataSection) -> Mixture:
+
+def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
     """Read and verify the dataset at ``data.path``, or those of ``data.blend``.
 
+    Args:
+        reads_all: compare the hashes of the tokens, too, unless there is more than a gigabyte of them or
+            ``data.check_hashes`` is off.
+
     Raises:
-        UserError: whatever ``read_manifest`` finds, a blend that is not well-formed, names a dataset twice, or mixes
-            tokenizers.
+        UserError: whatever ``read_manifest`` finds, a file with another hash, a blend that is not well-formed, names a
+            dataset twice, or mixes tokenizers.
     """
     parts = [(1.0, data.path)] if data.path is not None else blend_parts(data.blend)
     total = sum(weight for weight, _ in parts)
     manifests = [read_manifest(path) for _, path in parts]
     _refuse_strangers([path for _, path in parts], manifests)
-    return Mixture(
+    mixture = Mixture(
         paths=tuple(Path(path).expanduser() for _, path in parts),
         weights=tuple(weight / total for weight, _ in parts),
         manifests=tuple(manifests),
     )
+    if reads_all and data.check_hashes:
+        refuse_damage(mixture.hashes())
+    return mixture
+
+
+def _same_tokenizer(path: str, manifest: Manifest, other_path: str, other: Manifest) -> bool:
+    if manifest.tokenizer.is_same(other.tokenizer):
+        return True
+    if manifest.encoding_hash is not None and other.encoding_hash is not None:
+        return False
+    files = (Path(folder).expanduser() / TOKENIZER_FILE for folder in (path, other_path))  # of an older manifest
+    return len({encoding_hash(load_tokenizer(str(file))) for file in files}) == 1
 
 
 def _refuse_strangers(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
     seen: dict[str, str] = {}
     for path, manifest in zip(paths, manifests, strict=True):
         first = manifests[0]
-        if manifest.tokenizer_hash != first.tokenizer_hash or manifest.end_of_document_id != first.end_of_document_id:
+        is_same = _same_tokenizer(paths[0], first, path, manifest)
+        if not is_same or manifest.end_of_document_id != first.end_of_document_id:
             raise UserError(
                 f"data.blend: {paths[0]} and {path} were built with different tokenizers; rebuild the second with the "
                 f"first one's: mosa data build CONFIG data.path={path} data.tokenizer={paths[0]} --force"

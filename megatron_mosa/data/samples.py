@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType
 from torch import Tensor, distributed
 
 from megatron_mosa.data.index import PassIndex
+from megatron_mosa.data.integrity import open_indexed
 from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
@@ -97,7 +98,9 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             try:
                 for number in numbers:
-                    if not index.is_built(number):
+                    if index.is_built(number):
+                        index.check(number)
+                    else:
                         index.build(number)
             except UserError as error:
                 failure = str(error)
@@ -151,7 +154,7 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         _check_lengths(mixture, split, sequence_length)
         there = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
         counts = _shares(mixture.weights, there, num_samples)
-        self._indexed = [IndexedDataset(str(path / split)) for path in mixture.paths]
+        self._indexed = [open_indexed(path / split) for path in mixture.paths]
         self._places = [(number, window) for number, count in enumerate(counts) for window in range(count)]
 
     def __len__(self) -> int:

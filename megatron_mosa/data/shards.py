@@ -9,45 +9,36 @@ import os
 import struct
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from megatron_mosa.data.encoder import Encoded, Encoder
+from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source
 from megatron_mosa.errors import UserError
 
-_BATCH_CHARACTERS = 1 << 20  # enough documents to keep every core busy; encodings take some 100 bytes a token
+_BATCH_CHARACTERS = 1 << 18  # that a thread encodes at once; encodings take some 100 bytes a token
 _COPY = 1 << 24  # bytes
 _INDEX_HEAD = 18  # bytes before the counts in an .idx: magic, version, data type; one for all files of a type
 
 
-_Batch = tuple[list[str], Position]  # documents, and the place behind the last
+class _Batch(NamedTuple):
+    """Documents of a source, one after the other."""
 
-
-@dataclass(frozen=True)
-class Encoder:
-    """How a document becomes tokens, and of which split."""
-
-    tokenizer: Tokenizer
-    end_of_document_id: int
-    dtype: type[np.number]
-    validation_fraction: float
-
-    def encode(self, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """The split and the tokens [T + 1] of every document, the end-of-document token last."""
-        for text, encoding in zip(
-            texts, self.tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            split = "validation" if in_validation(text, self.validation_fraction) else "train"
-            yield split, np.asarray([*encoding.ids, self.end_of_document_id], dtype=self.dtype)
+    documents: list[Encoded]
+    last: Position | None  # the place behind them
+    left_out: Counter[str]  # of the source, from its beginning to there
 
 
 @dataclass(frozen=True)
@@ -63,12 +54,7 @@ class Shard:
     state: str  # of what was read, to see whether it changed since
     text_bytes: int
     splits: dict[str, dict[str, int]]  # documents, tokens, bin_bytes, idx_bytes
-
-
-def in_validation(text: str, validation_fraction: float) -> bool:
-    """Whether a document is held out: a function of its text alone, so that copies never straddle the splits."""
-    head = hashlib.sha256(text.encode()).digest()[:8]
-    return int.from_bytes(head, "big") / 2**64 < validation_fraction
+    left_out: dict[str, int] = field(default_factory=dict)  # or changed, and how often
 
 
 def publish(file: Path, text: str) -> None:
@@ -123,12 +109,14 @@ def write_shards(
             if own and own[-1].complete:
                 continue
             place = own[-1].last if own else None
-            batches = _batches(source.read(place), min(_BATCH_CHARACTERS, shard_bytes))
+            # What was found when the source was opened is already told in its first shard.
+            before = Counter(source.left_out) if own else Counter[str]()
             complete = False
-            while not complete:
-                shard = writer.write(len(shards), order, source, place, batches)
-                shards.append(shard)
-                place, complete = shard.last, shard.complete
+            with closing(_encoded(source, place, encoder, min(_BATCH_CHARACTERS, shard_bytes))) as batches:
+                while not complete:
+                    shard, before = writer.write(len(shards), order, source, place, batches, before)
+                    shards.append(shard)
+                    place, complete = shard.last, shard.complete
     return shards
 
 
@@ -140,11 +128,12 @@ def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         files = [_prefix(folder, shard.number, split) for shard in shards if shard.splits[split]["documents"]]
-        digest = _join_tokens(folder / f"{split}.bin", files)
+        digests = {"bin_sha256": _join_tokens(folder / f"{split}.bin", files)}
         _join_index(folder / f"{split}.idx", files, dtype)
+        digests["idx_sha256"] = file_sha256(folder / f"{split}.idx")
         counts = {key: sum(shard.splits[split][key] for shard in shards) for key in ("documents", "tokens")}
         sizes = {f"{suffix}_bytes": (folder / f"{split}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
-        splits[split] = {**counts, **sizes, "bin_sha256": digest}
+        splits[split] = {**counts, **sizes, **digests}
     return splits
 
 
@@ -166,25 +155,40 @@ class _ShardWriter:
         self._documents = self._tokens = 0
 
     def write(
-        self, number: int, order: int, source: Source, first: Position | None, batches: Iterator[_Batch]
-    ) -> Shard:
-        """Write shard ``number`` out of source number ``order``; with its record, which comes last, it counts."""
+        self,
+        number: int,
+        order: int,
+        source: Source,
+        first: Position | None,
+        batches: Iterator[_Batch],
+        before: Counter[str],
+    ) -> tuple[Shard, Counter[str]]:
+        """Write shard ``number`` out of source number ``order``; with its record, which comes last, it counts.
+
+        Args:
+            before: what the source had left out before ``first``.
+
+        Returns:
+            the shard, and what the source has left out up to its end.
+        """
         prefixes = {split: _prefix(self._folder, number, split) for split in SPLITS}
         builders = {
             split: IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._encoder.dtype)
             for split, prefix in prefixes.items()
         }
         splits = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-        text_bytes, last, complete = 0, first, True
-        for texts, place in batches:
-            for split, ids in self._encoder.encode(texts):
-                builders[split].add_document(torch.from_numpy(ids), [ids.size])
-                splits[split]["documents"] += 1
-                splits[split]["tokens"] += ids.size
-                self._tokens += ids.size
-            size = sum(len(text.encode()) for text in texts)
-            self._show(len(texts), size)
-            text_bytes, last = text_bytes + size, place
+        text_bytes, last, complete, left_out = 0, first, True, before
+        lost = Counter[str]()
+        for batch in batches:
+            for document in batch.documents:
+                builders[document.split].add_document(torch.from_numpy(document.ids), [document.ids.size])
+                splits[document.split]["documents"] += 1
+                splits[document.split]["tokens"] += document.ids.size
+                self._tokens += document.ids.size
+                lost += document.lost
+            size = sum(document.text_bytes for document in batch.documents)
+            self._show(len(batch.documents), size)
+            text_bytes, last, left_out = text_bytes + size, batch.last, batch.left_out
             if text_bytes >= self._shard_bytes:
                 complete = False
                 break
@@ -192,9 +196,10 @@ class _ShardWriter:
             builders[split].finalize(f"{prefix}.idx")
             splits[split] |= {f"{suffix}_bytes": _sync(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
         state = source.state(first, last)
-        shard = Shard(number, order, source.name, first, last, complete, state, text_bytes, splits)
+        found = dict(left_out - before + lost)
+        shard = Shard(number, order, source.name, first, last, complete, state, text_bytes, splits, found)
         publish(_record(self._folder, number), json.dumps(asdict(shard)))
-        return shard
+        return shard, left_out
 
     def _show(self, documents: int, text_bytes: int) -> None:
         self._documents += documents
@@ -203,19 +208,41 @@ class _ShardWriter:
         self._bar.update(text_bytes)
 
 
-def _batches(documents: Iterable[tuple[str, Position]], characters: int) -> Iterator[_Batch]:
-    """Documents in lists of about so many characters."""
+def _encoded(source: Source, place: Position | None, encoder: Encoder, characters: int) -> Iterator[_Batch]:
+    """The documents of a source from ``place`` on, tokenized in lists of about so many characters, in their order.
+
+    Every core encodes lists of its own, some ahead of the writer: cores that share one list wait for whoever has the
+    longest document. The last list, which may be empty, tells what the source has left out behind its last document.
+    """
+    cores = len(os.sched_getaffinity(0))
+    waiting: deque[tuple[Future[list[Encoded]], Position | None, Counter[str]]] = deque()
+    with ThreadPoolExecutor(cores) as pool, closing(source.read(place)) as documents:
+        try:
+            for texts, last, left_out in _batches(documents, source, place, characters):
+                waiting.append((pool.submit(encoder.encode, texts), last, left_out))
+                if len(waiting) > 2 * cores:
+                    encoding, *rest = waiting.popleft()
+                    yield _Batch(encoding.result(), *rest)
+            while waiting:
+                encoding, *rest = waiting.popleft()
+                yield _Batch(encoding.result(), *rest)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(
+    documents: Iterator[tuple[str, Position]], source: Source, place: Position | None, characters: int
+) -> Iterator[tuple[list[str], Position | None, Counter[str]]]:
+    """Documents in lists of about so many characters, the place behind each, and what is left out up to there."""
     batch: list[str] = []
     held = 0
-    place: Position = {}
     for text, place in documents:
         batch.append(text)
         held += len(text)
         if held >= characters:
-            yield batch, place
+            yield batch, place, Counter(source.left_out)
             batch, held = [], 0
-    if batch:
-        yield batch, place
+    yield batch, place, Counter(source.left_out)
 
 
 def _refuse_change(shard: Shard, sources: Sequence[Source]) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import codecs
 import hashlib
-import logging
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_mosa.data.hub import HUB, HubSource
+from megatron_mosa.data.left_out import BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, SEEN_AGAIN, mended
 from megatron_mosa.data.tables import is_table, table_rows
 from megatron_mosa.errors import UserError, nearest
 
@@ -30,6 +31,9 @@ class Source(Protocol):
     name: str
     """As written in ``data.sources``."""
 
+    left_out: Counter[str]
+    """What ``read`` has left out or changed so far, by the names above."""
+
     def describe(self) -> dict[str, Any]:
         """What tells two states of the source apart, with source, kind, files, and bytes (None: not known)."""
         ...
@@ -39,7 +43,10 @@ class Source(Protocol):
         ...
 
     def read(self, start: Position | None = None) -> Generator[tuple[str, Position]]:
-        """Yield every document from ``start`` on, each with the place behind it; never an empty one."""
+        """Yield every document from ``start`` on, each with the place behind it; never an empty one.
+
+        Every text can be encoded as UTF-8. A byte-order mark at the beginning of a file is not part of it.
+        """
         ...
 
     def state(self, first: Position | None, last: Position | None) -> str:
@@ -76,8 +83,9 @@ def iter_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
 class FileSource:
     """``stdlib``, a file, or a folder (read recursively, files and folders whose name starts with a dot left out).
 
-    JSON lines and Parquet give one document a row, out of column ``text_field``; any other file is one document.
-    Files that are not UTF-8 text are skipped in folders. Memory grows with the number of files, not with their size.
+    JSON and Parquet files give one document a row, out of column ``text_field``; any other file is one document.
+    Links are followed, each folder is read once. Files that are not UTF-8 text are skipped in folders. Memory grows
+    with the number of files, not with their size.
 
     Raises:
         UserError: no such file or folder.
@@ -86,7 +94,8 @@ class FileSource:
     def __init__(self, source: str, text_field: str) -> None:
         self.name = source
         self.text_field = text_field
-        self._root, self._files = _find(source)
+        self.left_out = Counter()
+        self._root, self._files = _find(source, self.left_out)
 
     def describe(self) -> dict[str, Any]:
         """The kind, files, bytes, and a hash of the names and sizes."""
@@ -112,21 +121,22 @@ class FileSource:
             UserError: a missing column, broken JSON or Parquet, a named file that is not UTF-8 text.
         """
         first, skip = (start["file"], start["row"]) if start else (0, 0)
-        skipped = []
         for number, file in enumerate(self._files[first:], start=first):
             if is_table(file):
                 for row, text in enumerate(table_rows(file, self.text_field, skip), start=skip + 1):
                     if text:
-                        yield text, {"file": number, "row": row}
+                        yield mended(text, self.left_out), {"file": number, "row": row}
+                    else:
+                        self.left_out[EMPTY] += 1
             elif text := _read_text(file):
                 yield text, {"file": number + 1, "row": 0}
-            elif text is None and file == self._root:
-                raise UserError(f"data.sources: {file} is not UTF-8 text; legal: text, JSON lines, or Parquet")
-            elif text is None:
-                skipped.append(file)
+            elif text is not None:
+                self.left_out[EMPTY] += 1
+            elif file == self._root:
+                raise UserError(f"data.sources: {file} is not UTF-8 text; expected text, JSON lines, or Parquet")
+            else:
+                self.left_out[NOT_UTF8] += 1
             skip = 0
-        if skipped:
-            _warn_once(f"{self.name}: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
 
     def state(self, first: Position | None, last: Position | None) -> str:
         """A hash over size, time of change, first and last bytes of the files between two places."""
@@ -145,7 +155,7 @@ class FileSource:
         return digest.hexdigest()
 
 
-def _find(source: str) -> tuple[Path, list[Path]]:
+def _find(source: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
     """The root of a source and its files, sorted; for a single file both are that file."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -154,13 +164,12 @@ def _find(source: str) -> tuple[Path, list[Path]]:
     root = Path(source).expanduser()
     try:
         if root.is_dir():
-            files = [f for f in root.rglob("*") if f.is_file() and not _is_hidden(f.relative_to(root))]
-            return root, sorted(files)
+            return root, sorted(_files_below(root, left_out))
         if root.exists():
             return root, [root]
         siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
-        raise UserError(f"data.sources: cannot read {source}: {error.strerror}") from error
+        raise UserError(f"data.sources: cannot read {error.filename or source}: {error.strerror}") from error
     hint = nearest(source, [STDLIB]) or nearest(root.name, siblings)
     raise UserError(
         f"data.sources: '{source}' is neither '{STDLIB}' nor an existing file or folder{hint}; a Hugging Face dataset "
@@ -168,21 +177,43 @@ def _find(source: str) -> tuple[Path, list[Path]]:
     )
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """All files below a folder. Links are followed; a folder that several lead to is read once, so loops end."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = {_identity(root)}
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
+        visible = sorted(name for name in below if not name.startswith("."))
+        files = [Path(folder, name) for name in names if not name.startswith(".")]
+        left_out[HIDDEN] += len(below) - len(visible) + len(names) - len(files)
+        below.clear()  # in place: os.walk goes on with what is left in it
+        for name in visible:
+            identity = _identity(Path(folder, name))
+            if identity in seen:
+                left_out[SEEN_AGAIN] += 1
+            else:
+                seen.add(identity)
+                below.append(name)
+        for file in files:
+            if file.is_file():
+                yield file
+            elif file.is_symlink() and not file.exists():
+                left_out[BROKEN_LINKS] += 1
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _read_text(file: Path) -> str | None:
     """The file's text, or None when it is not UTF-8."""
     try:
-        return file.read_bytes().decode("utf-8")  # not read_text: it would rewrite line ends
+        content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return content.decode("utf-8")  # not read_text: it would rewrite line ends
     except UnicodeDecodeError:
         return None
     except OSError as error:
         raise UserError(f"data.sources: cannot read {file}: {error.strerror}") from error
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """The corpus is read once for the tokenizer and once for the tokens; its warnings belong on the screen once."""
-    logging.getLogger(__name__).warning(message)

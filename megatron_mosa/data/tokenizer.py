@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -15,6 +16,15 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 
 _END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
+# Of scripts and planes that no vocabulary of characters holds all of, the last of each size in UTF-8 among them.
+_RARE_CHARACTERS = "\x01ÿĀ߿ࠀഖⵣ꧁힣\ue000\uffff\U00010000𓀀🫨\U000e0001\U0010ffff"
+PROBE = (
+    "The quick brown fox jumps over the lazy dog. It's 12:30, isn't it? They've paid $1,234.56 (some 1\u202f1 €)!\n\n"
+    "  def f(x):\n\treturn [x**2 for _ in range(10)]  # TODO\r\n"
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich; où est l'hôtel? Съешь ещё этих мягких булок. "
+    "天地玄黃,宇宙洪荒。いろはにほへと 키스의 고유조건은 نص حكيم له سر قاطع ऋषियों को सताने वाले 🫨👩‍👩‍👧 e\u0301 ﬁ x²"
+)
+"""Text in which tokenizers differ: contractions, numbers, white space, accents, scripts, emoji, combining marks."""
 _SMALLEST_VOCABULARY = 257  # all bytes and the end-of-document token
 
 
@@ -110,9 +120,66 @@ def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
     )
 
 
+def adds_special_tokens(path: Path) -> bool:
+    """Whether the tokenizer in a file has a template that adds tokens to a text."""
+    tokenizer = Tokenizer.from_file(str(path))
+    return tokenizer.encode(PROBE).ids != tokenizer.encode(PROBE, add_special_tokens=False).ids
+
+
+def knows_every_character(tokenizer: Tokenizer) -> bool:
+    """Whether any text can be encoded without loss, as with tokenizers on bytes: tried on characters that are rare."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    for character in _RARE_CHARACTERS:
+        tokens = tokenizer.encode(character, add_special_tokens=False).tokens
+        if not tokens or unknown in tokens:
+            return False
+    return True
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the highest token id, added tokens included (ids may have gaps)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+class TokenizerIdentity(NamedTuple):
+    """What tells two tokenizers apart: the bytes of their files or, where those differ, the ids that they give.
+
+    A tokenizer.json that was saved again by another program often has other bytes and gives the same ids.
+    """
+
+    file_hash: str | None
+    """SHA-256 of the tokenizer.json; None: not known."""
+
+    encoding_hash: str | None
+    """What ``encoding_hash`` gives; None: not known."""
+
+    @classmethod
+    def recorded(cls, data: Mapping[str, Any]) -> TokenizerIdentity:
+        """What a checkpoint's metadata says of its data."""
+        return cls(data.get("tokenizer_hash"), data.get("encoding_hash"))
+
+    def is_same(self, other: TokenizerIdentity) -> bool:
+        """Whether both give the same ids, as far as the hashes tell."""
+        if self.encoding_hash is not None and self.encoding_hash == other.encoding_hash:
+            return True
+        return self.file_hash == other.file_hash
+
+
+def tokenizer_identity(path: str | Path) -> TokenizerIdentity:
+    """Of a tokenizer.json."""
+    return TokenizerIdentity(tokenizer_hash(path), encoding_hash(load_tokenizer(str(path))))
+
+
+def encoding_hash(tokenizer: Tokenizer) -> str:
+    """A SHA-256 of what the tokenizer does: its vocabulary, and the ids of a text and of every token's own text.
+
+    What a training run never meets is left out: special tokens that a template adds, truncation and padding.
+    """
+    vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
+    texts = [PROBE, *(token for token, _ in vocabulary)]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    content = json.dumps([vocabulary, [encoding.ids for encoding in encodings]])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def tokenizer_hash(path: str | Path) -> str:
@@ -121,9 +188,10 @@ def tokenizer_hash(path: str | Path) -> str:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Encode whole documents as they are: nothing cut, nothing padded, no special token out of mere text."""
+    """Encode whole documents as they are: nothing cut, padded or added, no special token out of mere text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]  # templates add special tokens
     tokenizer.encode_special_tokens = True
     return tokenizer
 

@@ -92,7 +92,7 @@ def report(request: Request, output: Path | None, *, as_json: bool) -> None:
     print(json.dumps(content, indent=2) if as_json else _table(facts, rows))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "cache.json").write_text(json.dumps(content, indent=2) + "\n")
+        (output / "cache.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         plot(rows, facts, output / "cache.png")
 
 
@@ -125,7 +125,8 @@ def _tokens(request: Request, config: MosaConfig, words: Any) -> Tensor:
     if words is None:
         raise UserError(f"--text={request.text}: '{request.path}' has no tokenizer.json; leave --text out")
     try:
-        ids = words(request.text.read_text(errors="replace"), return_tensors="pt", verbose=False).input_ids
+        text = request.text.read_text(encoding="utf-8", errors="replace")
+        ids = words(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     except OSError as error:
         raise UserError(f"--text={request.text} cannot be read: {error.strerror}; give a file of text") from None
     if ids.shape[1] < needed:

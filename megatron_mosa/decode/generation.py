@@ -64,7 +64,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UserError("give either --prompt TEXT or --prompt-file FILE (- for the standard input)")
     if file is not None:
         try:
-            prompt = sys.stdin.read() if str(file) == "-" else file.read_text()
+            prompt = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "no UTF-8 text"
             raise UserError(f"--prompt-file={file} cannot be read: {reason}; give a file of text") from None
@@ -94,7 +94,7 @@ def generate_text(
     _check(model, path, causal_approximation)
     if words is None:
         raise UserError(f"'{path}' has no tokenizer.json; export it again, with its tokenizer")
-    ids = words(prompt, return_tensors="pt").input_ids.to(model.device)  # [1, T]
+    ids = words(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
     if ids.shape[1] == 0:
         raise UserError("--prompt has no tokens; legal: text of one token or more")
     torch.manual_seed(sampling.seed)

@@ -112,7 +112,7 @@ def _dataset(model: Opened, path: Path | None) -> Mixture:
 
 def _write(found: dict[str, Any], output: Path) -> None:
     try:
-        output.write_text(json.dumps(found, indent=1) + "\n")
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"--output={output} cannot be written: {error.strerror}") from None
     print(f"written: {output}")

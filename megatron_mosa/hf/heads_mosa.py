@@ -18,8 +18,8 @@ from .tokens_mosa import Tokens, rotate
 PIECE = 512  # queries that attend at once where a mask is needed
 FOLLOWED = 128  # tokens that are selected at once where each depends on those before
 UNCALIBRATED = (
-    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so no head knows what to select; they must be between "
-    "0 and 1; export what mosa checkpoint causalize writes, or a checkpoint of mosa.selection=threshold"
+    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so no head knows what to select; they must be "
+    "between 0 and 1; export what mosa checkpoint causalize writes, or a checkpoint of mosa.selection=threshold"
 )
 
 

@@ -24,12 +24,12 @@ class Journal:
         lines = [line for line in read_journal(path) if line["step"] <= resumed_step]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it is on disk when this returns, as far as the operating system goes."""
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
 
@@ -47,7 +47,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -43,7 +43,13 @@ def launch_environment() -> tuple[int, int, int]:
 def _first_slurm_node() -> str:
     nodes = os.environ["SLURM_JOB_NODELIST"]
     try:
-        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"scontrol cannot resolve SLURM_JOB_NODELIST={nodes} ({error}); set MASTER_ADDR") from None
     return names.stdout.split()[0]

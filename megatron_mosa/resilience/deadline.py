@@ -19,7 +19,9 @@ def job_end() -> float | None:
         return None
     command = ["squeue", "--noheader", "--format=%e", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+        ).stdout.split()
         return _future(datetime.fromisoformat(answer[0]).timestamp())  # local time, as squeue prints it
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None  # "N/A", "NONE": no limit

@@ -141,7 +141,13 @@ def absent_nodes(here: dict[int, str]) -> list[str]:
     if not nodes:
         return []
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return []
     return [node for node in listed.stdout.split() if node not in here.values()]

@@ -148,7 +148,7 @@ def _check_apex(report: Report) -> bool:
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """Version of the NVIDIA kernel driver, if one is loaded."""
     try:
-        match = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", path.read_text())
+        match = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", path.read_text(encoding="utf-8"))
     except OSError:
         return None
     return match[0] if match else None

@@ -197,7 +197,7 @@ def print_verdict(verdict: Verdict) -> int:
 def write_json(verdict: Verdict, path: Path) -> None:
     """Write all that is known; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(verdict), indent=2) + "\n")
+    path.write_text(json.dumps(as_json(verdict), indent=2) + "\n", encoding="utf-8")
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class RunStatus:
         self._written = self._content["updated"] = time.time()
         temporary = self.path.with_name(f".{STATUS}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(self._content, indent=1) + "\n")
+            temporary.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError:
             pass
@@ -84,7 +84,7 @@ class RunStatus:
 def read_status(directory: Path) -> dict[str, Any] | None:
     """What was last written; None: nothing that can be read."""
     try:
-        content = json.loads((directory / STATUS).read_text())
+        content = json.loads((directory / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

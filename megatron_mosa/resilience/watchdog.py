@@ -67,7 +67,7 @@ class Watchdog:
         told = f"no progress for {self.timeout:.0f} s while {self._doing}"
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
+            with self.file.open("a", encoding="utf-8") as file:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {told}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
         print(f"watchdog: {told}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)

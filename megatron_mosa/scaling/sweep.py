@@ -134,7 +134,7 @@ def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
             "what is there"
         )
     try:
-        earlier = json.loads(file.read_text())
+        earlier = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"--output={folder}: its request.json is damaged; {fix}") from None
     for section, values in identity.items():
@@ -190,7 +190,7 @@ class _Runs:
 
     def with_earlier(self, layouts: Sequence[SweepLayout]) -> list[SweepLayout]:
         """Those asked for now, after those measured by earlier calls."""
-        found = [json.loads(path.read_text()) for path in (self.folder / "layouts").glob("tp*.json")]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / "layouts").glob("tp*.json")]
         found.sort(key=lambda result: result["finished"])
         earlier = [SweepLayout(**result["layout"]) for result in found if "reason" not in result]
         return list(dict.fromkeys([*(layout for layout in earlier if layout not in layouts), *layouts]))
@@ -213,7 +213,7 @@ class _Runs:
         code = self.launch(file, processes, self._log(name))
         wall = {"wall_seconds": time.monotonic() - started}
         if result.is_file():  # ranks may still stumble on their way out; what was measured is measured
-            return json.loads(result.read_text()) | wall
+            return json.loads(result.read_text(encoding="utf-8")) | wall
         return {"reason": failure(Path(job.errors), self._log(name), code)} | wall
 
     def _keep(self, name: str, layout: SweepLayout, result: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class _Runs:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / "layouts" / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def _log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
@@ -232,7 +232,7 @@ class _Runs:
 def failure(errors: Path, log: Path, code: int) -> str:
     """Why a run failed, in one line: the first rank that said so, a signal in the launcher's report, or its code."""
     said = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
-    text = log.read_text(errors="replace") if log.is_file() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
     # A rank that is killed says nothing, and the others only that a connection was closed. SIGTERM comes from the
     # launcher, SIGABRT from NCCL's watchdog: both after another rank has failed.
@@ -240,7 +240,7 @@ def failure(errors: Path, log: Path, code: int) -> str:
         hint = ", often for lack of memory" if killed[1] == "SIGKILL" else ""
         return f"a rank was ended by {killed[1]}{hint}"
     if said:
-        return said[0].read_text()[:500]
+        return said[0].read_text(encoding="utf-8")[:500]
     return f"exit code {code}; see {log.name}"
 
 
@@ -256,7 +256,7 @@ class LocalLaunch:
         environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [*launcher, "-m", "megatron_mosa.scaling.sweep_worker", str(job)]
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
         return done.returncode
 

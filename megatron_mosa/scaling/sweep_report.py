@@ -108,14 +108,14 @@ def deviation(values: list[float], expected: list[float]) -> float:
 
 def write_report(sweep: Sweep, folder: Path) -> None:
     """Write the three files into ``folder``."""
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         names = [field.name for field in fields(Row)]
         # The mark stands in every line: a table is cut up and pasted elsewhere.
         writer = csv.DictWriter(file, [*names, "note"])
         writer.writeheader()
         for row in sweep.rows:
             writer.writerow(asdict(row) | {"note": NOT_PERFORMANCE if sweep.device == "cpu" else ""})
-    (folder / "results.md").write_text(markdown(sweep))
+    (folder / "results.md").write_text(markdown(sweep), encoding="utf-8")
     plot(sweep, folder / "scaling.png")
 
 

@@ -229,18 +229,18 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def main() -> None:
     """Do the job of the file named on the command line; leave the reason where it fails."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:
         measure(job)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        Path(f"{job.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason)
+        Path(f"{job.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason, encoding="utf-8")
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # an orderly end would wait for ranks that wait for this one

@@ -25,7 +25,7 @@ def note_failure(run: Path, report: Path) -> tuple[str, list[str]]:
     """The verdict's line, and the nodes to exclude."""
     bad: list[str] = []
     with suppress(OSError, ValueError, AttributeError):
-        bad = [str(node) for node in json.loads(report.read_text()).get("bad_nodes") or []]
+        bad = [str(node) for node in json.loads(report.read_text(encoding="utf-8")).get("bad_nodes") or []]
     record = Record.read(run)
     for node in bad:
         record.preflight_failures[node] = record.preflight_failures.get(node, 0) + 1

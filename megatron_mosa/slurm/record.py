@@ -47,7 +47,7 @@ class Record:
     def read(cls, run: Path) -> Record:
         """That of a run directory; a fresh one if there is none that can be read."""
         with suppress(OSError, ValueError, TypeError):
-            content = json.loads((run / "slurm.json").read_text())
+            content = json.loads((run / "slurm.json").read_text(encoding="utf-8"))
             known = {entry.name for entry in fields(cls)}
             return cls(**{name: value for name, value in content.items() if name in known})
         return cls()
@@ -57,7 +57,7 @@ class Record:
         self.updated = time.time()
         run.mkdir(parents=True, exist_ok=True)
         temporary = run / f".slurm.json.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, run / "slurm.json")
 
 
@@ -80,7 +80,7 @@ def outcome(run: Path, attempt: str | None, srun_code: int | None) -> tuple[int,
         srun_code: None: nobody saw it end.
     """
     with suppress(OSError, ValueError):
-        status = json.loads((run / "status.json").read_text())
+        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
         if attempt and status.get("attempt") == attempt and status.get("state") in NAMES.values():
             return int(status.get("exit_code", FAILED)), status.get("reason") or status["state"]
     if srun_code is None:

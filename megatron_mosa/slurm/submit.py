@@ -59,7 +59,7 @@ class Submission:
             UserError: the package was installed without the repository around it.
         """
         try:
-            head, mark, rest = (ROOT / TEMPLATE).read_text().partition(_OPTIONS_GO_HERE)
+            head, mark, rest = (ROOT / TEMPLATE).read_text(encoding="utf-8").partition(_OPTIONS_GO_HERE)
         except OSError as error:
             raise UserError(
                 f"no {TEMPLATE} in '{ROOT}' ({error.strerror}); mosa submit needs the repository: pip install -e it"
@@ -96,10 +96,10 @@ class Submission:
             self.folder.mkdir(parents=True)
             (self.run / "logs").mkdir(exist_ok=True)
             save_config(self.config, self.folder / "config.yaml")
-            (self.folder / "job.sbatch").write_text(self.script)
-            (self.folder / "command.txt").write_text(f"{self.command}\n{shlex.join(self.sbatch())}\n")
-            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-            (self.folder / "git.txt").write_text(git_state(ROOT))
+            (self.folder / "job.sbatch").write_text(self.script, encoding="utf-8")
+            (self.folder / "command.txt").write_text(f"{self.command}\n{shlex.join(self.sbatch())}\n", encoding="utf-8")
+            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+            (self.folder / "git.txt").write_text(git_state(ROOT), encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"'{self.folder}' cannot be written ({error.strerror}); set run.directory to a writable folder"
@@ -115,12 +115,12 @@ class Submission:
         jobs: list[str] = []
         for _ in range(self.request.chain):
             command = self.sbatch(jobs[-1] if jobs else None)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
             if done.returncode:
                 before = f"; already submitted: {', '.join(jobs)} (scancel {' '.join(jobs)})" if jobs else ""
                 raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}{before}")
             jobs.append(done.stdout.strip().partition(";")[0])  # JOB, or JOB;CLUSTER
-        (self.folder / "jobs.txt").write_text("\n".join(jobs) + "\n")
+        (self.folder / "jobs.txt").write_text("\n".join(jobs) + "\n", encoding="utf-8")
         return jobs
 
 
@@ -178,7 +178,9 @@ def git_state(root: Path) -> str:
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(root), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", check=False, env=environment
+            )
         except OSError:
             return None
         return done.stdout if done.returncode == 0 else None

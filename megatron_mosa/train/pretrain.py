@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples, training_batches
+from megatron_mosa.data.integrity import FileHash, is_large
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of
 from megatron_mosa.exit_codes import DONE, STOPPED
@@ -25,6 +26,7 @@ from megatron_mosa.parallel import (
 )
 from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
+from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
@@ -137,6 +139,7 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation, last_measured),
         Checkpointing(writers, store, start.data_identity),
+        DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),
     ]
     rewinder = Rewinder(
         start.directory, store, writers, lambda state: _training_batches(config, start, state, layout),
@@ -154,6 +157,17 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
     writers.close()
     engine.destroy()
     return trainer.stopping
+
+
+def _large_files(config: Config, start: Start) -> list[FileHash]:
+    """What was too large to be hashed before the start."""
+    files = start.data.hashes() if config.data.check_hashes else []
+    return files if is_large(files) else []
+
+
+def _newest(store: CheckpointStore) -> str:
+    newest = store.newest().path
+    return "before its first checkpoint" if newest is None else f"its last sound checkpoint is {newest}"
 
 
 def _training_batches(config: Config, start: Start, state: TrainingState, layout: Layout) -> Iterator[Batch]:

@@ -68,7 +68,7 @@ class Rewinder:
             if path not in before:
                 self.store.set_aside(path)
         temporary = self.directory / f".{SKIPPED}"
-        temporary.write_text(json.dumps([*steps, spike]) + "\n")
+        temporary.write_text(json.dumps([*steps, spike]) + "\n", encoding="utf-8")
         os.replace(temporary, self.directory / SKIPPED)
         return before[-1]
 
@@ -76,5 +76,5 @@ class Rewinder:
 def skipped_steps(directory: Path) -> list[int]:
     """Steps that this run has gone back from, and leaves out."""
     path = directory / SKIPPED
-    found: Any = json.loads(path.read_text()) if path.exists() else []
+    found: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return found

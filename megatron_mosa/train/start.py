@@ -61,6 +61,7 @@ class Start:
         return {
             "index_samples": self.index_samples,
             "tokenizer_hash": self.manifest.tokenizer_hash,
+            "encoding_hash": self.manifest.encoding_hash,
             "vocab_size": self.manifest.vocab_size,
             "fingerprint": self.data.fingerprint,
         }
@@ -84,7 +85,7 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False, dev
         mosa_backend(config)
     _check_wandb(config)
     check_world_size(config, world_size)
-    data = open_mixture(config.data)
+    data = open_mixture(config.data, reads_all=reads_all)
     _refuse_other_tokenizer(config, data.manifest)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
@@ -158,6 +159,11 @@ def training_samples(config: Config, data: Mixture, index_samples: int) -> Train
     )
 
 
+def planned_samples(config: Config, data: Mixture) -> TrainingSamples:
+    """The samples of the run that this configuration would start, or go on with."""
+    return training_samples(config, data, _index_samples(config, _newest(config, False)[2]))
+
+
 def build_index(config: Config) -> list[Path]:
     """Build every sample index up to ``train.steps`` that is not there yet; return the folders of all.
 
@@ -166,8 +172,7 @@ def build_index(config: Config) -> list[Path]:
     Raises:
         UserError: a dataset that is missing, damaged or too short, a folder that cannot be written.
     """
-    index_samples = _index_samples(config, _newest(config, False)[2])
-    samples = training_samples(config, open_mixture(config.data), index_samples)
+    samples = planned_samples(config, open_mixture(config.data))
     return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
 
 

@@ -86,3 +86,37 @@ def test_kernels_need_torch_alone_and_training_nothing_that_is_slow_to_import() 
     command = [sys.executable, "-W", "ignore", "-c", IMPORTS]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["kernels", "train"]
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call opens, reads or writes a file as text and leaves the encoding to the locale."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name not in ("open", "fdopen", "read_text", "write_text") or "encoding" in named:
+        return False
+    if name in ("read_text", "write_text"):
+        return True
+    is_method = isinstance(call.func, ast.Attribute) and name == "open"
+    modes = [*call.args[0 if is_method else 1 :], *filter(None, [named.get("mode")])]
+    if is_method and call.args and not _is_mode(call.args[0]):
+        return False  # of a class of ours, or of a library that opens bytes
+    return not any(_is_mode(mode) and "b" in mode.value for mode in modes)  # type: ignore[attr-defined]
+
+
+def _is_mode(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and set(node.value) <= set("rwaxbt+")
+
+
+def test_text_files_are_utf_8_whatever_the_locale() -> None:
+    files = [
+        *PACKAGE.rglob("*.py"),
+        *(PACKAGE.parent / "benchmarks").rglob("*.py"),
+        PACKAGE.parent / "pretrain_mosa.py",
+    ]
+    found = [
+        f"{file.relative_to(PACKAGE.parent)}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and _opens_text(node)
+    ]
+    assert not found, f"these leave the encoding to the locale; give encoding='utf-8': {', '.join(found)}"
