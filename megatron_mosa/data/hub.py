@@ -50,7 +50,7 @@ class HubSource:
     def __init__(self, source: str, text_field: str, *, streaming: bool, timeout: float) -> None:
         self.name = source
         self.text_field = text_field
-        self.left_out = Counter()
+        self.passed_over, self.left_out = Counter[str](), Counter[str]()
         body, _, split = source.removeprefix(HUB).partition("@")
         self._dataset, _, configuration = body.partition(":")
         self._configuration = configuration or None
@@ -109,6 +109,7 @@ class HubSource:
             Interrupted: it failed, stalled or ended too early every time.
             UserError: no column of text of that name.
         """
+        self.left_out = Counter[str]()
         place = start or {"row": 0}
         failures = 0
         while True:

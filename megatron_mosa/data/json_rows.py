@@ -97,7 +97,7 @@ def _values(content: BinaryIO, where: str, skip: int) -> Iterator[tuple[int, Any
         character = reader.next_character()
         if is_array and character == ",":
             reader.take(1)
-        elif is_array and character != "]":
+        elif is_array and character not in ("", "]"):
             raise _bad(where, reader.line, "is not JSON (a comma or ] is expected between the elements of an array)")
     if is_array and character == "]":
         reader.take(1)

@@ -41,6 +41,9 @@ class _Batch(NamedTuple):
     left_out: Counter[str]  # of the source, from its beginning to there
 
 
+_Waiting = tuple[Future[list[Encoded]], Position | None, Counter[str]]  # a batch whose documents are being encoded
+
+
 @dataclass(frozen=True)
 class Shard:
     """The record of a finished shard: the documents of one source between two places, tokenized."""
@@ -110,7 +113,7 @@ def write_shards(
                 continue
             place = own[-1].last if own else None
             # What was found when the source was opened is already told in its first shard.
-            before = Counter(source.left_out) if own else Counter[str]()
+            before = source.passed_over if own else Counter[str]()
             complete = False
             with closing(_encoded(source, place, encoder, min(_BATCH_CHARACTERS, shard_bytes))) as batches:
                 while not complete:
@@ -215,19 +218,25 @@ def _encoded(source: Source, place: Position | None, encoder: Encoder, character
     longest document. The last list, which may be empty, tells what the source has left out behind its last document.
     """
     cores = len(os.sched_getaffinity(0))
-    waiting: deque[tuple[Future[list[Encoded]], Position | None, Counter[str]]] = deque()
+    waiting = deque[_Waiting]()
     with ThreadPoolExecutor(cores) as pool, closing(source.read(place)) as documents:
         try:
             for texts, last, left_out in _batches(documents, source, place, characters):
                 waiting.append((pool.submit(encoder.encode, texts), last, left_out))
                 if len(waiting) > 2 * cores:
-                    encoding, *rest = waiting.popleft()
-                    yield _Batch(encoding.result(), *rest)
+                    yield _finished(waiting)
+        except UserError:  # what came before it is kept
             while waiting:
-                encoding, *rest = waiting.popleft()
-                yield _Batch(encoding.result(), *rest)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                yield _finished(waiting)
+            raise
+        while waiting:
+            yield _finished(waiting)
+
+
+def _finished(waiting: deque[_Waiting]) -> _Batch:
+    """The next list, as soon as it is encoded."""
+    documents, last, left_out = waiting.popleft()
+    return _Batch(documents.result(), last, left_out)
 
 
 def _batches(

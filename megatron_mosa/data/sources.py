@@ -31,8 +31,11 @@ class Source(Protocol):
     name: str
     """As written in ``data.sources``."""
 
+    passed_over: Counter[str]
+    """What was left out when the source was opened; see ``left_out.py`` for the names."""
+
     left_out: Counter[str]
-    """What ``read`` has left out or changed so far, by the names above."""
+    """The same, and what the last ``read`` has left out or changed so far."""
 
     def describe(self) -> dict[str, Any]:
         """What tells two states of the source apart, with source, kind, files, and bytes (None: not known)."""
@@ -94,8 +97,9 @@ class FileSource:
     def __init__(self, source: str, text_field: str) -> None:
         self.name = source
         self.text_field = text_field
-        self.left_out = Counter()
-        self._root, self._files = _find(source, self.left_out)
+        self.passed_over = Counter[str]()
+        self._root, self._files = _find(source, self.passed_over)
+        self.left_out = Counter(self.passed_over)
 
     def describe(self) -> dict[str, Any]:
         """The kind, files, bytes, and a hash of the names and sizes."""
@@ -120,6 +124,7 @@ class FileSource:
         Raises:
             UserError: a missing column, broken JSON or Parquet, a named file that is not UTF-8 text.
         """
+        self.left_out = Counter(self.passed_over)
         first, skip = (start["file"], start["row"]) if start else (0, 0)
         for number, file in enumerate(self._files[first:], start=first):
             if is_table(file):

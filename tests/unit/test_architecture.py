@@ -65,7 +65,16 @@ def test_modelling_code_travels_alone() -> None:
                 assert node.level == 1 and f"{node.module}.py" in {other.name for other in MODELLING_FILES}
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-                known = {"__future__", "typing", "torch", "transformers"}
+                known = {
+                    "__future__",
+                    "collections",
+                    "contextlib",
+                    "difflib",
+                    "inspect",
+                    "typing",
+                    "torch",
+                    "transformers",
+                }
                 if path.name == "kernels_mosa.py":
                     known |= {"triton", "functools", "os", "shutil"}  # Triton if it is there
                 for name in names:

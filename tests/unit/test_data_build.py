@@ -159,8 +159,16 @@ def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
         (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*hf:NAME"),
         ("stdlip", "text", "did you mean 'stdlib'"),
         (str(lines), "txt", "did you mean 'text'.*its columns: text, title"),
-        (str(broken(tmp_path, "bad.jsonl", b'{"text": "a"}\n{"text": \n')), "text", "bad.jsonl: line 2 is not JSON"),
-        (str(broken(tmp_path, "cut.jsonl", b'{"text": "a"}\n{"text": "b')), "text", "cut.jsonl: line 2 is not JSON"),
+        (
+            str(broken(tmp_path, "bad.jsonl", b'{"text": "a"}\n{"text": \n')),
+            "text",
+            "line 2 of .*bad.jsonl is not JSON",
+        ),
+        (
+            str(broken(tmp_path, "cut.jsonl", b'{"text": "a"}\n{"text": "b')),
+            "text",
+            "line 2 of .*cut.jsonl is not JSON",
+        ),
         (str(broken(tmp_path, "bad.parquet", b"PAR1 but not really")), "text", "cannot read .*bad.parquet"),
         (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "holds int there, not text"),
         (str(broken(tmp_path, "latin.txt", b"caf\xe9")), "text", "latin.txt is not UTF-8 text"),

@@ -159,7 +159,7 @@ def test_names_of_hugging_face_datasets(source: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             build_dataset(section(tmp_path / "set", spelled))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="data.text_field='txt' is no column of .* \\(did you mean 'text'"):
+    with pytest.raises(UserError, match="data.text_field='txt' is not a column of .* \\(did you mean 'text'"):
         build_dataset(section(tmp_path / "set", source, text_field="txt"))
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, build_dataset, iter_documents, shards
-from megatron_mosa.data.shards import in_validation
+from megatron_mosa.data.encoder import in_validation
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 from tests.loaded import loaded_python
@@ -75,7 +75,7 @@ def test_the_join_is_what_one_builder_would_write(
     for split in ("train", "validation"):
         builder = IndexedDatasetBuilder(str(tmp_path / f"{split}.bin"), dtype=np.uint16)
         for document in iter_documents(sources, "text"):
-            if in_validation(document, FRACTION) == (split == "validation"):
+            if in_validation(document.encode(), FRACTION) == (split == "validation"):
                 ids = [*tokenizer.encode(document).ids, end]
                 builder.add_document(np.array(ids), [len(ids)])  # pyright: ignore[reportArgumentType]
         builder.finalize(str(tmp_path / f"{split}.idx"))
