@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,12 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_mosa.data import hashing
 from megatron_mosa.data.hashing import REBUILD, damage, file_sha256
 from megatron_mosa.data.manifest import SPLITS, Manifest
 from megatron_mosa.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEAD = struct.Struct("<9sQBQQ")  # magic, version, data type, sequences, documents; then their lengths and offsets
 
 FOREGROUND_BYTES = 1 << 30
 """So much is hashed before a run begins: seconds. What is larger is hashed beside it."""
@@ -87,11 +91,26 @@ def open_indexed(prefix: Path) -> IndexedDataset:
         UserError: an .idx file that is damaged.
     """
     try:
+        _check_head(Path(f"{prefix}.idx"))  # mcore prints a second error where it cannot read the head
         return IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, IndexError, OverflowError, MemoryError) as error:
-        raise UserError(
-            f"{prefix}.idx is damaged: {str(error).splitlines()[0] if str(error) else 'not an index'}; {REBUILD}"
-        ) from error
+    except (AssertionError, ValueError, IndexError) as error:
+        reason = str(error).split("\n")[0] or "its counts contradict each other"
+        raise UserError(f"{prefix}.idx is damaged: {reason}; {REBUILD}") from error
+
+
+def _check_head(file: Path) -> None:
+    """Raise a ValueError if the beginning of an .idx file, or its size, is not that of one."""
+    with file.open("rb") as content:
+        head = content.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        raise ValueError("it ends within its head")
+    magic, version, code, sequences, documents = _HEAD.unpack(head)
+    if magic != _MAGIC or version != 1:
+        raise ValueError("it does not begin as an index of version 1")
+    DType.dtype_from_code(code)  # a ValueError of its own
+    size = _HEAD.size + 12 * sequences + 8 * documents
+    if size != file.stat().st_size:
+        raise ValueError(f"its counts make it {size} bytes, and it has {file.stat().st_size}")
 
 
 class HashingProcess:

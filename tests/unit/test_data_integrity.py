@@ -1,0 +1,200 @@
+"""A bit that changes anywhere in a dataset is found, by name of its file, before or beside a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_mosa.config import Config, load_config
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import TrainingSamples, build_dataset, integrity, open_mixture
+from megatron_mosa.data.commands import dataset_folders, inspect, verify
+from megatron_mosa.data.integrity import HashingProcess, open_indexed, recorded_hashes
+from megatron_mosa.data.manifest import load_manifest
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.train.callbacks.data_check import DataCheck
+from megatron_mosa.train.sample import BORDER, sample_text
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"Document {number}: " + "some words of it, " * (number % 7 + 1) for number in range(60)]
+FILES = ("manifest.json", "tokenizer.json", "train.bin", "train.idx", "validation.bin", "validation.idx")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    build_dataset(
+        DataSection(path=str(root / "set"), sources=[str(root / "a.jsonl")], vocab_size=300, validation_fraction=0.3)
+    )
+    return root / "set"
+
+
+@pytest.fixture
+def dataset(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "set")
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def places(file: Path) -> list[int]:
+    """Bits at the beginning, at the end, and spread over the file."""
+    bits = 8 * file.stat().st_size
+    return sorted({*range(0, min(bits, 8 * 40), 3), *range(0, bits, max(1, bits // 60) | 1), bits - 1})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_one_line_that_names_the_file(name: str, dataset: Path) -> None:
+    section = DataSection(path=str(dataset))
+    file = dataset / name
+    for bit in places(file):
+        flip(file, bit)
+        for look in (lambda: open_mixture(section), lambda: verify(dataset)):
+            with pytest.raises((UserError, RunError)) as caught:
+                look()
+            assert name in str(caught.value) and "\n" not in str(caught.value), bit
+        flip(file, bit)
+    open_mixture(section)
+    verify(dataset)
+
+
+def test_an_index_that_cannot_be_opened_is_one_line(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where hashes are not compared: large datasets, and other ranks than the main one."""
+    for bit in range(8 * 34):  # the head and the counts
+        flip(dataset / "train.idx", bit)
+        try:
+            open_indexed(dataset / "train")
+        except UserError as error:
+            assert "train.idx is damaged" in str(error) and "\n" not in str(error)
+        else:  # another type of the same size
+            assert bit // 8 == 17
+        flip(dataset / "train.idx", bit)
+    assert capfd.readouterr().err == ""
+
+
+def samples(dataset: Path) -> TrainingSamples:
+    mixture = open_mixture(DataSection(path=str(dataset)))
+    return TrainingSamples(mixture, sequence_length=16, index_samples=40, seed=1)
+
+
+def test_a_flipped_bit_in_the_sample_index(dataset: Path) -> None:
+    (folder,) = samples(dataset).prepare(0, 3)
+    stored = [file for file in folder.iterdir() if file.suffix == ".npy"]
+    assert stored
+    for file in stored:
+        for bit in places(file)[::20]:
+            flip(file, bit)
+            with pytest.raises(UserError, match=f"{file.name} is damaged: .*remove the folder .*built again"):
+                samples(dataset).prepare(0, 3)
+            flip(file, bit)
+    samples(dataset).prepare(0, 3)
+    (folder / "hashes.json").unlink()  # an index of before there were any
+    samples(dataset).prepare(0, 3)
+
+
+def test_a_manifest_of_before_there_were_hashes_of_indices(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((dataset / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("checksum", "encoding_hash", "special_tokens", "left_out"):
+        del manifest[name]
+    for counts in manifest["splits"].values():
+        del counts["idx_sha256"]
+    old = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (dataset / "manifest.json").write_text(old, encoding="utf-8")
+    assert load_manifest(dataset).to_json() == old  # so that runs on it find their fingerprint again
+    verify(dataset)
+    assert "their structure alone was checked" in capsys.readouterr().out
+    flip(dataset / "train.idx", 8 * 40)
+    with pytest.raises(RunError, match=r"train.idx is damaged"):
+        verify(dataset)
+
+
+def wait_for(process: HashingProcess) -> None:
+    deadline = time.monotonic() + 60
+    while not process.is_over:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Said(list[str]):
+    """Stands in for the writers of the main rank."""
+
+    is_main = True
+
+    def note(self, text: str) -> None:
+        self.append(text)
+
+
+def trainer(step: int) -> Any:
+    return SimpleNamespace(state=SimpleNamespace(step=step), any_rank=lambda flag: flag)
+
+
+def test_a_large_dataset_is_hashed_beside_the_run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "FOREGROUND_BYTES", 0)
+    files = recorded_hashes(dataset, load_manifest(dataset))
+    said = Said()
+    check = DataCheck(said, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    assert check._process is not None
+    wait_for(check._process)
+    check.after_step(trainer(1), None)  # type: ignore[arg-type]
+    assert said[-1].startswith("the dataset is sound") and not check.is_going_on
+
+    flip(dataset / "train.bin", 8 * 100)
+    open_mixture(DataSection(path=str(dataset)))  # too large to be looked at here
+    check = DataCheck(said, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    assert check._process is not None
+    wait_for(check._process)
+    with pytest.raises(
+        UserError, match=r"train.bin is damaged: .*stopped at step 9, its last sound .* step-7"
+    ) as caught:
+        check.after_step(trainer(9), None)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    (dataset / "train.idx").unlink()
+    process = HashingProcess(files)
+    wait_for(process)
+    assert "damaged" in str(process.damage())  # the first in their order
+    process.close()
+
+
+def test_hashes_are_not_compared_where_that_is_switched_off(dataset: Path) -> None:
+    flip(dataset / "train.bin", 8 * 100)
+    open_mixture(DataSection(path=str(dataset), check_hashes=False))
+
+
+def config_of(dataset: Path, tmp_path: Path) -> Config:
+    values = [
+        f"data.path={dataset}", f"run.directory={tmp_path / 'runs'}", "data.sequence_length=32", "train.steps=2",
+        "train.global_batch_size=4", "train.micro_batch_size=4",
+    ]  # fmt: skip
+    return load_config(ROOT / "configs" / "quickstart.yaml", values)
+
+
+def test_a_sample_is_the_text_that_training_sees(dataset: Path, tmp_path: Path) -> None:
+    config = config_of(dataset, tmp_path)
+    shown = "\n".join(sample_text(config, number) for number in range(8))
+    assert BORDER in shown and "Document " in shown
+    for text in shown.split(BORDER)[1:-1]:
+        pieces = [piece for piece in text.split("\n") if piece]
+        assert all(any(piece in original for original in TEXTS) for piece in pieces)
+    with pytest.raises(UserError, match="sample 8 does not exist: .* 0 to 7"):
+        sample_text(config, 8)
+
+
+def test_inspect_tells_what_is_there(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dataset_folders(dataset, []) == [dataset]
+    inspect(dataset)
+    shown = capsys.readouterr().out
+    tokens = sum(counts["tokens"] for counts in load_manifest(dataset).splits.values())
+    assert f"60 documents, {tokens:,} tokens" in shown and "a.jsonl (file, 1 files" in shown
+    assert "special tokens: none but the end-of-document token" in shown
+    with pytest.raises(UserError, match="values such as data.path=x go with a configuration file"):
+        dataset_folders(dataset, ["data.path=x"])
