@@ -42,6 +42,9 @@ class Engine(PretendedEngine):
         self.destroyed = True
 
 
+NOTHING: dict[str, dict[str, str]] = {"train": {}, "validation": {}}  # no hashes are recorded
+
+
 class Run:
     """Of rank 0 of two, each step with two samples of each."""
 
@@ -66,7 +69,9 @@ class Run:
         return pretrain._train(self.settings, start, last_measured, layout, survival)
 
     def start(self, step: int, **changes: Any) -> Start:
-        manifest = SimpleNamespace(vocab_size=50, tokenizer_hash="t", fingerprint="f")
+        manifest = SimpleNamespace(
+            vocab_size=50, tokenizer_hash="t", encoding_hash="e", fingerprint="f", splits=NOTHING
+        )
         data = Mixture((Path("unused"),), (1.0,), (cast(Any, manifest),))
         found = Start(self.directory, data, None, None, (), None, index_samples=32)
         if step:
