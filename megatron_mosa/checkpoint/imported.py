@@ -17,6 +17,7 @@ from megatron_mosa.checkpoint.offline import TensorInfo
 from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
+from megatron_mosa.errors import UserError
 
 
 def import_hf(
@@ -54,9 +55,10 @@ def import_model(
 
 
 def _import(model: Opened, target: Path) -> None:
+    metadata = _metadata(model.config, model.vocab_rows, model.path)
     with publishing(target) as writing:
         records = _write(model, writing)
-        write_metadata(_metadata(model.config, model.vocab_rows, model.path), writing)
+        write_metadata(metadata, writing)
         write_manifest(writing, records | digests(writing, [METADATA]))
     parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
@@ -86,6 +88,13 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
     tokenizer = folder / TOKENIZER_FILE
     known = tokenizer.is_file()
     identity = tokenizer_identity(tokenizer) if known else TokenizerIdentity(None, None)
+    size = vocabulary_size(load_tokenizer(str(tokenizer))) if known else vocab_rows
+    if size > vocab_rows:
+        raise UserError(
+            f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding {vocab_rows:,} rows; the embedding "
+            f"must have a row for every token: resize it to {size:,} or more, or remove {TOKENIZER_FILE} if it is not "
+            "the model's"
+        )
     return Metadata(
         step=0,
         consumed_samples=0,
@@ -95,7 +104,7 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
             "index_samples": None,
             "tokenizer_hash": identity.file_hash,
             "encoding_hash": identity.encoding_hash,
-            "vocab_size": vocabulary_size(load_tokenizer(str(tokenizer))) if known else vocab_rows,
+            "vocab_size": size,
             "fingerprint": None,
         },
         versions={"megatron_mosa": __version__} | {name: version(name) for name in ("torch", "transformers")},

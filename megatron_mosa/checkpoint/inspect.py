@@ -9,9 +9,9 @@ from typing import cast
 
 from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
-from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
+from megatron_mosa.checkpoint.manifest import DamagedError, find_damage, is_recorded
 from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.checkpoint.saved_objects import find_change
 from megatron_mosa.checkpoint.weights import partition_keys
 from megatron_mosa.data.shards import progress
@@ -88,7 +88,7 @@ def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None
 
 def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     """Add facts; return what is wrong."""
-    has_manifest = (folder / MANIFEST).is_file()
+    has_manifest = is_recorded(folder, shard_names(folder))
     damage = find_damage(folder, reads_all=full) if has_manifest else None
     if damage is None:
         tensors = SafetensorsFolder(folder).tensors

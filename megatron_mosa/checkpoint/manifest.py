@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -64,6 +64,17 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for entry in (*folder.rglob("*"), folder):
         sync(entry)
+
+
+def is_recorded(folder: Path, files: Collection[str]) -> bool:
+    """Whether there is a manifest, and it is about these files: who saves a model anew may leave an old one behind."""
+    try:
+        recorded = json.loads((folder / MANIFEST).read_text())["files"].keys()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True  # find_damage says what is wrong with it
+    return not recorded.isdisjoint(files)
 
 
 def find_damage(folder: Path, *, reads_all: bool) -> str | None:

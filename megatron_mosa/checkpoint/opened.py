@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import Metadata, read_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model
-from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage
+from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage, is_recorded
 from megatron_mosa.checkpoint.model_config import from_transformers, model_config
 from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json
+from megatron_mosa.checkpoint.safetensors_folder import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.checkpoint.torch_dist import TorchDistModel
 from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config
@@ -130,7 +131,8 @@ class HuggingFaceModel:
         content = read_json(folder / "config.json")
         config, vocab_rows = from_transformers(content)
         weights = [_named_as_in(content, weight) for weight in model_weights(config, vocab_rows)]
-        if (folder / MANIFEST).is_file() and (damage := find_damage(folder, reads_all=True)):
+        has_manifest = is_recorded(folder, shard_names(folder))
+        if has_manifest and (damage := find_damage(folder, reads_all=True)):
             raise DamagedError(f"{damage} (if the change is meant, remove {MANIFEST})")
         tensors = SafetensorsFolder(folder)
         _compare(tensors, weights, folder)
@@ -155,8 +157,8 @@ def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) ->
         part: shape for weight in weights for part, shape in zip(weight.parts, weight.part_shapes(), strict=True)
     }
     found = {key: info.shape for key, info in tensors.tensors.items() if not key.endswith("rotary_emb.inv_freq")}
-    if "lm_head.weight" not in expected:
-        found.pop("lm_head.weight", None)  # the tied embedding once more
+    if "lm_head.weight" not in expected and found.pop("lm_head.weight", None) is not None:
+        _compare_tied(tensors, folder)
     for key in sorted(expected.keys() | found.keys()):
         if found.get(key) != expected.get(key):
             raise UserError(
@@ -165,3 +167,13 @@ def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) ->
             )
         if (dtype := tensors.tensors[key].dtype) not in _EXACT:
             raise UserError(f"'{folder}': {key} is {dtype}; legal: {', '.join(_EXACT)} (exact in fp32)")
+
+
+def _compare_tied(tensors: SafetensorsFolder, folder: Path) -> None:
+    """The output embedding may be there, though it is the embedding once more; transformers would not tie another."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    if names[1] in tensors.tensors and not torch.equal(*map(tensors.read, names)):
+        raise UserError(
+            f"'{folder}' is not the model that its config.json describes: tie_word_embeddings is true, but {names[0]} "
+            f"is not {names[1]}; set tie_word_embeddings to false in config.json to keep both"
+        )

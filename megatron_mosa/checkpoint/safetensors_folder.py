@@ -36,8 +36,28 @@ class Header:
         return torch.Size(self.shape).numel()
 
 
+def shard_names(folder: Path) -> list[str]:
+    """The files that hold the tensors: ``model.safetensors``, or all that ``model.safetensors.index.json`` names.
+
+    The order is that of transformers, whose ``save_pretrained`` leaves an older index beside a new file.
+
+    Raises:
+        UserError: there are no safetensors.
+        DamagedError: the index cannot be read, or names a file elsewhere.
+    """
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    if not (folder / INDEX).is_file():
+        raise UserError(f"'{folder}' holds neither {INDEX} nor {_SINGLE}; save the model with safetensors")
+    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise DamagedError(f"{INDEX} names a file outside of the folder: {name}")
+    return names
+
+
 class SafetensorsFolder:
-    """All files that ``model.safetensors.index.json`` names, or ``model.safetensors`` alone."""
+    """All tensors of a folder."""
 
     def __init__(self, folder: Path) -> None:
         """Read index and headers alone.
@@ -47,16 +67,8 @@ class SafetensorsFolder:
             DamagedError: a file is missing or damaged; says which.
         """
         self._folder = folder
-        if (folder / INDEX).is_file():
-            names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        elif (folder / _SINGLE).is_file():
-            names = [_SINGLE]
-        else:
-            raise UserError(f"'{folder}' holds neither {INDEX} nor {_SINGLE}; save the model with safetensors")
         self.tensors: dict[str, Header] = {}
-        for name in names:
-            if Path(name).name != name:
-                raise DamagedError(f"{INDEX} names a file outside of the folder: {name}")
+        for name in shard_names(folder):
             with self._open(name) as file:
                 for key in file.keys():  # noqa: SIM118
                     view = file.get_slice(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class MosaCausalHeads(nn.Module):
         query, key = rotated.split((query.shape[1], key.shape[1]), dim=1)
         if self.window is None:
             assert rows is None or isinstance(rows, DenseRows)
-            key, value = (key, value) if rows is None else rows.append(key, value)
+            key, value = (key, value) if rows is None else of_type(query.dtype, rows.append(key, value))
             attended = causal_attention(query, key, value, tokens.valid_keys)
         else:
             assert rows is None or isinstance(rows, WindowRows)
@@ -70,7 +71,8 @@ class MosaCausalHeads(nn.Module):
             seen = None if valid is None else valid
             past = None if rows is None else rows.read()
             if past is not None:
-                keys, values = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
+                past_keys, past_values = of_type(query.dtype, past[:2])
+                keys, values = torch.cat((past_keys, keys), dim=2), torch.cat((past_values, values), dim=2)
                 places = torch.cat((past[2], asking), dim=1)  # [B, window + t]
                 seen = None if seen is None else torch.cat((torch.ones_like(past[2], dtype=torch.bool), seen), dim=1)
             distance = asking[:, :, None] - places[:, None]  # [B, t, n]
@@ -81,6 +83,12 @@ class MosaCausalHeads(nn.Module):
             if rows is not None:
                 rows.write(key[:, :, piece], value[:, :, piece], asking, valid)
         return torch.cat(outputs, dim=2)
+
+
+def of_type(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What a cache holds in the type of the queries, which torch.autocast may have changed since."""
+    keys, values = keys_and_values
+    return keys.to(dtype), values.to(dtype)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
@@ -157,10 +165,10 @@ class MosaHeads(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
         """[B, T, h] to [B, T, h], the sum over the heads; with ``rows``, as dense heads."""
+        if self.was_offloaded and self.lacks_thresholds():  # by now the weights are here
+            raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, tokens, rows)
-        if self.was_offloaded and self.lacks_thresholds():
-            raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
         indices = self.select(
@@ -188,7 +196,7 @@ class MosaHeads(nn.Module):
         if rows is not None:
             own = rows.add_packed(key, value, taken)  # [B, E, k]
             if not first:
-                keys, values = rows.read()  # [B, E, rows, h']
+                keys, values = of_type(query.dtype, rows.read())  # [B, E, rows, h']
                 visible = torch.arange(keys.shape[2], device=key.device) <= own.unsqueeze(-1)  # [B, E, k, rows]
                 return F.scaled_dot_product_attention(query, keys, values, visible)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)  # places are in order of positions
@@ -211,7 +219,7 @@ class MosaHeads(nn.Module):
         cos, sin = (part[table] for part in tokens.rotary)  # [n, 1, pairs]
         query, key = rotate(states[:, :2], cos, sin).unbind(1)  # [n, h']
         own = rows.add_pairs(chosen, (sequence, head), key, states[:, 2])  # [n]
-        keys, values = rows.read((sequence, head))  # [n, rows, h']
+        keys, values = of_type(query.dtype, rows.read((sequence, head)))  # [n, rows, h']
         visible = torch.arange(keys.shape[1], device=keys.device) <= own[:, None]  # [n, rows]
         attended = F.scaled_dot_product_attention(query[:, None], keys, values, visible[:, None])[:, 0]  # [n, h']
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
@@ -226,7 +234,8 @@ class MosaHeads(nn.Module):
 
     def scores(self, hidden_states: Tensor) -> Tensor:
         """Of the router, [B, E, T], in fp32 whatever the type of the model, and under autocast."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        kind = hidden_states.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
 
     def reads_all(self, pairs: int) -> bool:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, check_cache, named
@@ -37,25 +38,53 @@ IGNORED_LABEL = -100
 UNSUPPORTED = {
     "position_ids": "positions follow from attention_mask and the cache",
     "output_attentions": "the kernels keep no attention weights",
+    "token_type_ids": "all tokens are of one kind",
 }
 HARMLESS = ("cache_position",)  # what the cache knows
+NO_DRAFTS = "a MosaCache cannot take back the tokens of a draft"
+# What generate of transformers offers, and this model does not.
+NOT_GENERATED = {
+    "cache_implementation": "heads that select tokens keep them in a MosaCache, which generate makes by itself",
+    "assistant_model": NO_DRAFTS,
+    "assistant_early_exit": NO_DRAFTS,
+    "prompt_lookup_num_tokens": NO_DRAFTS,
+    "use_mtp": NO_DRAFTS,
+}
 
 
-def refuse_others(forward: Callable[..., Any], others: dict[str, Any]) -> None:
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that a method takes."""
+    return [name for name in signature(function).parameters if name not in ("self", "others", "args", "kwargs")]
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A question that names the argument most like one that does not exist; empty if none is."""
+    similar = get_close_matches(name, known, n=1)
+    return f"did you mean '{similar[0]}'?" if similar else ""
+
+
+def asks(name: str, value: Any) -> bool:
+    """Whether an argument that is not supported asks for anything."""
+    if name == "token_type_ids" and isinstance(value, Tensor):
+        return bool(value.any())
+    return value is not None and value is not False
+
+
+def refuse_others(forward: Callable[..., Any], others: dict[str, Any], config: MosaConfig) -> None:
     """Refuse arguments that ``forward`` does not name, rather than swallow a mistyped one.
 
     Raises:
         TypeError: no such argument.
         ValueError: one that transformers has, but not this model.
     """
-    for name, value in others.items():
-        if name in UNSUPPORTED:
-            if value is not None and value is not False:
-                raise ValueError(f"{name} is not supported: {UNSUPPORTED[name]}")
-        elif name not in HARMLESS:
-            names = [known for known in signature(forward).parameters if known not in ("self", "others")]
-            similar = get_close_matches(name, names, n=1)
-            hint = f"did you mean '{similar[0]}'?" if similar else f"it takes {', '.join(names)}, return_dict"
+    for name, reason in UNSUPPORTED.items():
+        value = others.get(name)
+        if asks(name, getattr(config, name, None) if value is None else value):
+            raise ValueError(f"{name} is not supported: {reason}; leave {name} out")
+    for name in others:
+        if name not in UNSUPPORTED and name not in HARMLESS:
+            names = [*parameters(forward), "return_dict"]
+            hint = did_you_mean(name, names) or f"it takes {', '.join(names)}"
             raise TypeError(f"forward() got an unexpected keyword argument '{name}'; {hint}")
 
 
@@ -63,7 +92,7 @@ def kept(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """[B, T, ...] at the positions to keep, as ``MosaForCausalLM.forward`` describes them."""
     if isinstance(logits_to_keep, int):
         return states[:, -logits_to_keep:]  # all, for 0
-    places = logits_to_keep.to(states.device)
+    places = torch.as_tensor(logits_to_keep, device=states.device)
     if places.dim() < 2:
         return states[:, places]
     if places.dtype == torch.bool:
@@ -173,7 +202,7 @@ class MosaModel(MosaPreTrainedModel):
         **others: Any,
     ) -> BaseModelOutputWithPast:
         """The last hidden states, [B, T, h], of ids [B, T] or embeddings [B, T, h]; see ``MosaForCausalLM``."""
-        refuse_others(MosaModel.forward, others)
+        refuse_others(MosaModel.forward, others, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
@@ -251,7 +280,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                 [n] for all sequences or [B, n] for each; or a mask, bool [B, T], which gives logits [N, vocab_size].
             output_hidden_states: return what every layer gives, too; by default the configuration says.
             num_items_in_batch: divisor of the summed loss instead of the number of labels that count here;
-                transformers' Trainer gives it when it accumulates gradients, and adds up the losses.
+                transformers' Trainer gives it when it accumulates gradients, and adds up the losses. Where it is 0, so
+                is the loss.
             others: ``return_dict``: False gives a tuple. What transformers may pass along without a use here is
                 accepted where it asks for nothing (None or False).
 
@@ -262,13 +292,14 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             TypeError: an argument that does not exist.
             ValueError: one that cannot be had, such as position_ids or output_attentions.
         """
-        refuse_others(MosaForCausalLM.forward, others)
+        refuse_others(MosaForCausalLM.forward, others, self.config)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_attentions=False,  # whatever the configuration says: if it was asked for, it was refused above
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
@@ -279,8 +310,9 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             expected = kept(following, logits_to_keep).flatten().to(logits.device)
             loss = F.cross_entropy(logits.flatten(0, -2).float(), expected, reduction="sum")
             if num_items_in_batch is None:
-                num_items_in_batch = (expected != IGNORED_LABEL).sum().clamp(min=1)
-            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+                num_items_in_batch = (expected != IGNORED_LABEL).sum()
+            count = torch.as_tensor(num_items_in_batch, device=loss.device)
+            loss = loss / count.masked_fill(count == 0, 1)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(outputs.get(CACHE))
         )
@@ -298,10 +330,10 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: expert choice without an approximation; thresholds that are not calibrated; an empty prompt; a
-                cache of another model.
+                cache of another model; what transformers offers, but this model does not, such as drafts.
         """
         self._check_prompt(inputs, kwargs)
-        self._check_cache_implementation(args, kwargs)
+        self._check_options(args, kwargs)
         if not self.config.can_decode:
             self._check_approximation(causal_approximation)
             return super().generate(inputs, *args, **kwargs | {"use_cache": False})  # pyright: ignore
@@ -324,13 +356,24 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return self._generation_option("use_cache", args, kwargs) is not False
 
-    def _check_cache_implementation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked = self._generation_option("cache_implementation", args, kwargs)
-        if asked is not None:
-            raise ValueError(
-                f"cache_implementation={asked!r} is not supported: heads that select tokens keep them in a MosaCache; "
-                "leave cache_implementation out, and generate makes one"
-            )
+    def _check_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, reason in NOT_GENERATED.items():
+            asked = self._generation_option(name, args, kwargs)
+            if asked is not None and asked is not False:
+                what = f"{name}={asked!r}" if isinstance(asked, (str, int)) else name
+                raise ValueError(f"{what} is not supported: {reason}; leave {name} out")
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As transformers, which calls it with what no option of ``generate`` is named; says what a name resembles."""
+        try:
+            super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        except ValueError as error:
+            known = [*vars(GenerationConfig()), *parameters(MosaForCausalLM.forward), "causal_approximation"]
+            hints = [did_you_mean(name, known) for name in model_kwargs if name not in known]
+            raise ValueError("; ".join([str(error), *filter(None, hints)])) from None
+        named_there = parameters(MosaForCausalLM.forward)
+        others = {name: value for name, value in model_kwargs.items() if name not in named_there}
+        refuse_others(MosaForCausalLM.forward, others, self.config)
 
     def _check_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
         prompt = next(
@@ -359,5 +402,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             "model was trained to do; nothing is kept, so a token costs a whole forward pass"
         )
 
+
+# By this table transformers' Trainer knows that with label smoothing, too, labels are those of the next position.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MosaConfig.model_type, MosaForCausalLM.__name__)
 
 __all__ = ["MosaForCausalLM", "MosaModel", "MosaPreTrainedModel"]

@@ -1,4 +1,7 @@
-"""Where a layer keeps keys and values: dense heads all, local heads a window, MoSA heads what they selected."""
+"""Where a layer keeps keys and values: dense heads all, local heads a window, MoSA heads what they selected.
+
+Where torch.autocast is on for some calls alone, keys and values come in another type than those that are there.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +127,8 @@ class WindowRows(EqualRows):
         rows = torch.where(stays, positions % self.window, self.window)[:, None]  # [B, 1, T]
         sequence = torch.arange(batch, device=keys.device)[:, None, None]
         head = torch.arange(heads, device=keys.device)[:, None]
-        self.keys[sequence, head, rows] = keys
-        self.values[sequence, head, rows] = values
+        self.keys[sequence, head, rows] = keys.to(self.keys.dtype)
+        self.values[sequence, head, rows] = values.to(self.values.dtype)
 
     def select(self, sequences: Tensor) -> None:
         """As Rows."""
@@ -240,8 +243,8 @@ class SelectedRows(Rows):
             columns = columns.masked_fill(~there, 0)
         place = self.table[(*index, columns)]
         place = place if there is None else place.masked_fill(~there, 0)
-        self.keys[place, rows % BLOCK] = keys
-        self.values[place, rows % BLOCK] = values
+        self.keys[place, rows % BLOCK] = keys.to(self.keys.dtype)
+        self.values[place, rows % BLOCK] = values.to(self.values.dtype)
 
     def count(self, new: Tensor) -> None:
         """Add ``new`` [B, E] to the counts, and note the totals."""

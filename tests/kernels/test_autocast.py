@@ -1,0 +1,161 @@
+"""torch.autocast takes products to bf16, and leaves scores, selection, thresholds and softmax where they were: fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_mosa.attention import mosa_attention
+from megatron_mosa.checkpoint.logits import one_process
+from megatron_mosa.config import load_config
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.heads_mosa import MosaHeads
+from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
+from megatron_mosa.kernels import get_backend
+from megatron_mosa.model import build_empty_model
+from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY
+from tests.kernels.reference import mosa_reference
+
+BATCH, LENGTH, HEADS, WIDTH, SIZE, SELECTED = 2, 40, 3, 32, 16, 10
+BACKENDS = ("naive", "triton")
+
+
+def tensors() -> list[Tensor]:
+    """States, router, W_QKV and W_O in fp32; all but the router's lose nothing in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((BATCH, LENGTH, WIDTH), (HEADS, WIDTH), (HEADS, WIDTH, 3 * SIZE), (HEADS, SIZE, WIDTH))
+    drawn = [
+        torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if place else 1)
+        for place, shape in enumerate(shapes)
+    ]
+    return [tensor if place == 1 else tensor.bfloat16().float() for place, tensor in enumerate(drawn)]
+
+
+def exact_scores(states: Tensor, router: Tensor) -> Tensor:
+    """[B, E, T] in fp64."""
+    return torch.sigmoid(torch.einsum("bth,eh->bet", states.double(), router.double()))
+
+
+def autocast(enabled: bool = True) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def quantiles(scores: Tensor) -> Tensor:
+    """Thresholds, fp32 [E], between two scores each: a score in bf16 would fall on the other side of some."""
+    ranked = scores.transpose(0, 1).flatten(1).sort(dim=-1).values  # [E, B * T]
+    place = ranked.shape[1] * 3 // 4
+    return ((ranked[:, place] + ranked[:, place + 1]) / 2).float()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_stay_fp32(backend: str) -> None:
+    states, router, _, _ = tensors()
+    expected = exact_scores(states, router)
+    with autocast():
+        found = get_backend(backend, states, SIZE).router_scores(states, router)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-6
+    assert (torch.sigmoid(states.bfloat16() @ router.T.bfloat16()).mT.double() - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("selection", ["expert_choice", "threshold"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_of_one_s_own(backend: str, selection: str) -> None:
+    """Against the loop in fp64: with another selection whole tokens would differ."""
+    inputs = [tensor.requires_grad_() for tensor in tensors()]
+    scores = exact_scores(inputs[0], inputs[1]).detach()
+    options: dict[str, Any] = {"num_selected": SELECTED, "include_first_token": True}
+    if selection == "threshold":
+        options = {"thresholds": quantiles(scores)}
+    with autocast():
+        found = mosa_attention(*inputs, **options, rotary_base=100.0, backend=backend)
+        again = mosa_attention(inputs[0].bfloat16(), *inputs[1:], **options, rotary_base=100.0, backend=backend)
+    plain = mosa_attention(*inputs, **options, rotary_base=100.0, backend=backend)
+    assert (found.dtype, plain.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(again, found)  # the states are the same in bf16
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    expected = plain
+    if selection == "expert_choice":
+        doubled = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        expected = mosa_reference(*doubled, **options, rotary_percent=0.5, rotary_base=100.0)
+    else:
+        doubled = inputs
+    assert 0 < relative(found, expected) < 0.02  # the interpreter cuts bf16 off, where a GPU rounds
+    gradients = torch.autograd.grad(found, inputs, upstream.to(found))
+    exact = torch.autograd.grad(expected, doubled, upstream.to(expected))
+    for gradient, right in zip(gradients, exact, strict=True):
+        assert gradient.dtype == torch.float32 and relative(gradient, right) < 0.03
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["expert_choice", "threshold"])
+def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
+    options = CAUSAL if kind == "threshold" else KINDS["pure"]
+    config = load_config(QUICKSTART, [*TINY, *options, "data.path=none", f"mosa.backend={backend}"])
+    with one_process(config):
+        model = build_empty_model(config, 300).eval()
+        heads = model.decoder.layers[0].self_attention.mosa_heads
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(LENGTH, BATCH, 24, generator=generator)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        expected = exact_scores(states.transpose(0, 1), heads.router_weight)
+        if kind == "threshold":
+            heads.thresholds.copy_(quantiles(expected))
+            heads.threshold_updates.fill_(1)
+    heads.records_selection = True
+    found = {}
+    for enabled in (False, True):
+        with autocast(enabled):
+            output = heads(states)
+        output.float().sum().backward()
+        scores, indices = heads.selection
+        assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
+        found[enabled] = output, indices
+    assert torch.equal(found[True][1], found[False][1])
+    assert found[True][0].dtype == torch.bfloat16 and 0 < relative(found[True][0], found[False][0]) < 0.02
+    assert all(parameter.grad.dtype == torch.float32 for parameter in heads.parameters())
+    if kind == "threshold":
+        assert heads.thresholds.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["expert_choice", "threshold"])
+def test_the_heads_of_an_exported_model(selection: str) -> None:
+    states, router, qkv, proj = tensors()
+    sizes = {"hidden_size": WIDTH, "head_dim": SIZE, "num_mosa_heads": HEADS, "sparsity": LENGTH / SELECTED}
+    config = MosaConfig(**sizes, selection=selection, rotary_base=100.0)  # pyright: ignore[reportArgumentType]
+    heads = MosaHeads(config)
+    for parameter, values in zip(
+        (heads.router_weight, heads.qkv_weight, heads.proj_weight), (router, qkv, proj), strict=True
+    ):
+        parameter.copy_(values)
+    expected = exact_scores(states, router)
+    if heads.thresholds is not None:
+        heads.thresholds.copy_(quantiles(expected))
+    positions = torch.arange(LENGTH)[None]
+    tokens = Tokens(positions, rotary_tables(positions, config))
+    with autocast():
+        scores, found = heads.scores(states), heads(states, tokens, None)
+    assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
+    assert torch.equal(heads.select(scores, tokens, None), heads.select(expected.float(), tokens, None))
+    if selection == "expert_choice":
+        doubled = [tensor.double() for tensor in (states, router, qkv, proj)]
+        options: dict[str, Any] = {"num_selected": SELECTED, "include_first_token": True, "rotary_percent": 0.5}
+        right = mosa_reference(*doubled, **options, rotary_base=100.0)
+    else:
+        right = heads(states, tokens, None)
+    assert 0 < relative(found, right) < 0.01
+
+
+def test_scores_of_a_device_that_knows_no_autocast() -> None:
+    """Such as meta, on which models are laid out before they have memory."""
+    heads = MosaHeads(MosaConfig(hidden_size=WIDTH, head_dim=SIZE, num_mosa_heads=HEADS)).to("meta")
+    assert heads.scores(torch.empty(BATCH, LENGTH, WIDTH, device="meta")).shape == (BATCH, HEADS, LENGTH)
