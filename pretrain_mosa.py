@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_mosa.config import load_config
+from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import run, while_loading
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
@@ -33,8 +33,10 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
         raise UserError(f"--world-size={arguments.world_size}: legal: 1 or more, together with --check-only")
-    config = load_config(arguments.config, arguments.overrides)
-    if not arguments.check_only:
+    config = load_config(arguments.config, arguments.overrides, checks_batches=False)  # pretrain checks them
+    if arguments.check_only:
+        check_world_size(config, arguments.world_size or 1)
+    else:
         hold_notice()
     with while_loading():
         from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first

@@ -22,13 +22,16 @@ _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initializ
 _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check every rule.
+
+    Args:
+        checks_batches: False where ``check_world_size`` follows, which says what fits the data-parallel ranks, too.
 
     Raises:
         UserError: a file that cannot be read, an unknown or missing key, a wrong type, a broken rule.
     """
-    return _build([_read(Path(path)), _parse_overrides(overrides)])
+    return _build([_read(Path(path)), _parse_overrides(overrides)], checks_batches)
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
@@ -81,7 +84,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _build(trees: list[dict[str, Any]]) -> Config:
+def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
     config = OmegaConf.structured(Config)
     for tree in trees:
         _refuse_unknown_keys(tree)
@@ -98,7 +101,7 @@ def _build(trees: list[dict[str, Any]]) -> Config:
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from None
     if built.model.ffn_hidden_size is None:
         built.model.ffn_hidden_size = 4 * built.model.hidden_size
-    check(built)
+    check(built, checks_batches=checks_batches)
     return built
 
 

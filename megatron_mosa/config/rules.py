@@ -47,10 +47,16 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-def check(config: Config) -> None:
-    """Apply every rule that needs the configuration alone; raise UserError at the first broken one."""
+def check(config: Config, *, checks_batches: bool = True) -> None:
+    """Apply every rule that needs the configuration alone; raise UserError at the first broken one.
+
+    Args:
+        checks_batches: False where ``check_world_size`` follows, which says what fits the data-parallel ranks, too.
+    """
     for rule in _RULES:
         rule(config)
+    if checks_batches:
+        _check_batches(config, 1)
 
 
 def check_world_size(config: Config, world_size: int) -> int:
@@ -63,14 +69,32 @@ def check_world_size(config: Config, world_size: int) -> int:
             f"to one of {divisors(world_size, *_head_counts(config).values())}"
         )
     data_parallel = world_size // tensor_parallel
-    samples = config.train.micro_batch_size * data_parallel
-    if config.train.global_batch_size % samples:
-        raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} is not divisible by micro_batch_size "
-            f"{config.train.micro_batch_size} x data-parallel size {data_parallel} = {samples}; the nearest multiple "
-            f"is {max(1, round(config.train.global_batch_size / samples)) * samples}"
-        )
+    _check_batches(config, data_parallel)
     return data_parallel
+
+
+def _check_batches(config: Config, ranks: int) -> None:
+    """A step must be whole micro-batches of all data-parallel ranks."""
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    samples = micro * ranks
+    if batch % samples == 0:
+        return
+    product = f" x {ranks} data-parallel ranks = {samples}" if ranks > 1 else ""
+    raise UserError(
+        f"train.global_batch_size={batch} must be divisible by train.micro_batch_size={micro}{product}; set "
+        + ", or ".join(_batches_that_fit(batch, micro, ranks))
+    )
+
+
+def _batches_that_fit(batch: int, micro: int, ranks: int) -> list[str]:
+    """Settings of which each alone makes whole micro-batches: the nearest."""
+    samples = micro * ranks
+    fixes = [f"train.global_batch_size={max(1, round(batch / samples)) * samples}"]
+    if batch % ranks == 0:
+        sizes = divisors(batch // ranks)
+        below, above = [size for size in sizes if size < micro], [size for size in sizes if size > micro]
+        fixes.append("train.micro_batch_size=" + " or ".join(map(str, below[-1:] + above[:1])))
+    return fixes
 
 
 def divisors(*numbers: int) -> list[int]:
@@ -210,15 +234,6 @@ def _rotary(config: Config) -> None:
         raise UserError(f"model.head_dim={head_dim} is odd; rotary positions turn pairs: legal: even numbers")
 
 
-def _batches(config: Config) -> None:
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    if batch % micro:
-        raise UserError(
-            f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro}; "
-            f"legal micro-batch sizes: {divisors(batch)}"
-        )
-
-
 def _schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.min_learning_rate > optimizer.learning_rate:
@@ -273,5 +288,5 @@ def _seed(config: Config) -> None:
 
 _RULES: tuple[Callable[[Config], None], ...] = (
     _run_name, _seed, _parallelism_that_exists, _choices, _numbers, _zero_cells, _apex, _sequence, sparsity, _heads,
-    documents, threshold, _partitioned_widths, _rotary, _batches, _schedule, _data, _place_of_data,
+    documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _place_of_data,
 )  # fmt: skip

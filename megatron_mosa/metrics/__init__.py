@@ -1,7 +1,7 @@
 """Meters and writers."""
 
 from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
-from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality, read_journal
+from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality, kind, read_journal, scalars
 from megatron_mosa.metrics.plot import plot_losses
 from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
@@ -9,10 +9,12 @@ __all__ = [
     "NON_CAUSAL",
     "Journal",
     "causality",
+    "kind",
     "peak_flops",
     "peak_memory_gib",
     "plot_losses",
     "read_journal",
     "recorded_selection",
+    "scalars",
     "selection_statistics",
 ]

@@ -42,6 +42,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def kind(line: dict[str, Any]) -> str:
+    """What a line is of: "train" or "validation"."""
+    return "validation" if "validation_loss" in line else "train"
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line under the names that TensorBoard and W&B show; what the file has as null is NaN."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if key in ("step", "causal"):
+            continue
+        values = {f"{key}/layer_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+        found |= {f"{kind(line)}/{name}": math.nan if v is None else v for name, v in values.items()}
+    return found
+
+
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a last line that was cut off by a crash is left out."""
     if not path.exists():

@@ -90,10 +90,11 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
     """
     seen: set[SweepLayout] = set()
     for layout in layouts:
-        reason = _objection(config, layout, processes)
-        if reason is not None:
+        objection = _objection(config, layout, processes)
+        if objection is not None:
             near = nearest_legal(config, layout, processes)
-            fix = "nearest legal: " + " | ".join(map(str, near)) if near else f"no layout is legal on {processes}"
+            fix = "nearest legal: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
+            reason = objection.partition("; ")[0]  # without its own advice, which is not on --layout
             raise UserError(f"--layout {layout}, on {processes} processes: {reason}; {fix}")
         if layout in seen:
             raise UserError(f"--layout {layout} is given twice (sp has no effect at tp=1); give it once")
@@ -143,9 +144,19 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
         raise UserError(
             f"--processes={processes}: no layout of this configuration fits; tensor parallelism must divide the heads "
             f"({config.model.num_dense_heads} dense, {config.mosa.num_heads} MoSA), and data parallelism "
-            f"train.global_batch_size={config.train.global_batch_size}; give fewer processes, or another batch size"
+            f"train.global_batch_size={config.train.global_batch_size}; {_what_fits(config, processes)}"
         )
     return list(layouts.values())
+
+
+def _what_fits(config: Config, processes: int) -> str:
+    """What to change where no layout fits ``processes``: the nearest numbers for which one does."""
+    fewer = next((count for count in range(processes - 1, 0, -1) if legal_layouts(config, count)), None)
+    batch = max(1, round(config.train.global_batch_size / processes)) * processes  # one sample a rank, or several
+    fixes = [f"--processes={fewer}"] if fewer else []
+    if legal_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
+        fixes.append(f"train.global_batch_size={batch}")
+    return f"set {', or '.join(fixes)}" if fixes else f"no layout is legal on {processes} processes"
 
 
 def _objection(config: Config, layout: SweepLayout, processes: int) -> str | None:

@@ -42,7 +42,7 @@ def submit(
     ] = False,
 ) -> None:
     """Check a configuration and its layout, and submit the run as a Slurm job that goes on until it is done."""
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], checks_batches=False)
     counts = {"nodes": nodes, "tasks-per-node": tasks_per_node, "chain": chain}
     for name, value in (counts | {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}).items():
         if value is not None and value < 1:

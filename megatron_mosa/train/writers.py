@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mosa.config import Config, config_to_dict
-from megatron_mosa.metrics import NON_CAUSAL, Journal
+from megatron_mosa.config import Config
+from megatron_mosa.metrics import NON_CAUSAL, Journal, kind, scalars
+from megatron_mosa.train.wandb_run import WandbRun
 
 
 class Writers:
@@ -20,15 +21,10 @@ class Writers:
         self.last_step = config.train.steps
         if not is_main:
             return
+        # Before the journal drops what will be run again: W&B has to be told of it.
+        self.wandb = WandbRun(config, run_directory, resumed_step) if config.logging.wandb_project else None
         self.journal = Journal(run_directory / "metrics.jsonl", resumed_step)
         self.tensorboard: Any = None
-        self.wandb: Any = None
-        if config.logging.wandb_project:
-            import wandb  # optional; check_start has seen to it that it is there
-
-            # A run directory is one W&B run, however often it is resumed.
-            settings = {"id": config.run.name, "name": config.run.name, "resume": "allow", "dir": str(run_directory)}
-            self.wandb = wandb.init(project=config.logging.wandb_project, config=config_to_dict(config), **settings)
         if config.logging.tensorboard:
             self._open_tensorboard(resumed_step)
 
@@ -36,6 +32,8 @@ class Writers:
         """Drop the lines of later steps, which will be run again."""
         if not self.is_main:
             return
+        if self.wandb is not None:
+            self.wandb.rewind(step)
         self.journal = Journal(self.journal.path, step)
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -55,7 +53,7 @@ class Writers:
         """A training line of metrics.jsonl; ``seconds_left`` of steps at the present speed."""
         if not self.is_main:
             return
-        self._record("train", line)
+        self._record(line)
         minutes, seconds = divmod(round(seconds_left), 60)
         self.note(
             f"step {line['step']}/{self.last_step}  loss {line['loss']:.4f}  grad norm {line['grad_norm']:.3f}  "
@@ -67,7 +65,7 @@ class Writers:
         """A validation line of metrics.jsonl."""
         if not self.is_main:
             return
-        self._record("validation", line)
+        self._record(line)
         label = "" if line["causal"] else f"  ({NON_CAUSAL})"
         self.note(
             f"step {line['step']}/{self.last_step}  validation loss {line['validation_loss']:.4f}  "
@@ -83,33 +81,24 @@ class Writers:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _record(self, kind: str, line: dict[str, Any]) -> None:
+    def _record(self, line: dict[str, Any]) -> None:
         of_heads = {key: value for key, value in line.items() if isinstance(value, list) and _is_of_heads(value)}
         line = {key: value for key, value in line.items() if key not in of_heads}
         self.journal.write(line)  # without what is of every head: files would grow to gigabytes
-        self._record_histograms(kind, of_heads, line["step"])
-        scalars: dict[str, float] = {}
-        for key, value in line.items():
-            if key in ("step", "causal"):
-                continue
-            values = {f"{key}/layer_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
-            scalars |= {f"{kind}/{name}": scalar for name, scalar in values.items()}
+        numbers = scalars(line)
+        histograms = {
+            f"{kind(line)}/{key}/layer_{number}": values
+            for key, layers in of_heads.items()
+            for number, values in enumerate(layers)
+        }
         if self.tensorboard is not None:
-            for name, scalar in scalars.items():
-                self.tensorboard.add_scalar(name, scalar, line["step"])
+            for name, number in numbers.items():
+                self.tensorboard.add_scalar(name, number, line["step"])
+            for name, values in histograms.items():
+                self.tensorboard.add_histogram(name, np.array(values), line["step"])
+            self.tensorboard.flush()  # so that a crash leaves there what it leaves in the journal
         if self.wandb is not None:
-            self.wandb.log(scalars, step=line["step"])
-
-    def _record_histograms(self, kind: str, of_heads: dict[str, list[list[float]]], step: int) -> None:
-        for key, layers in of_heads.items():
-            for number, values in enumerate(layers):
-                name = f"{kind}/{key}/layer_{number}"
-                if self.tensorboard is not None:
-                    self.tensorboard.add_histogram(name, np.array(values), step)
-                if self.wandb is not None:
-                    import wandb
-
-                    self.wandb.log({name: wandb.Histogram(values)}, step=step)
+            self.wandb.log(numbers, histograms, line["step"])
 
 
 def _is_of_heads(value: list[Any]) -> bool:

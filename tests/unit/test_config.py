@@ -93,7 +93,13 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
         ("train.apex=alway", ["train.apex=alway", "did you mean 'always'"]),
         ("mosa.backend=trition", ["mosa.backend=trition", "did you mean 'triton'", "auto, naive, triton"]),
-        ("train.micro_batch_size=3", ["train.global_batch_size=16", "[1, 2, 4, 8, 16]"]),
+        (
+            "train.micro_batch_size=3",
+            [
+                "train.global_batch_size=16 must be divisible by train.micro_batch_size=3; ",
+                "set train.global_batch_size=15, or train.micro_batch_size=2 or 4",
+            ],
+        ),
         ("model.rotary_percent=1.1", ["model.rotary_percent=1.1", "0 to 1"]),
         ("model.head_dim=31", ["model.head_dim=31", "even"]),
         ("model.ffn_hidden_size=255", ["model.ffn_hidden_size=255", "256"]),
@@ -173,10 +179,35 @@ def test_world_sizes() -> None:
     assert [check_world_size(config, world) for world in (2, 4)] == [1, 2]
     with pytest.raises(UserError, match="world size 3 is not divisible by parallel.tensor_model_parallel_size=2"):
         check_world_size(config, 3)
-    with pytest.raises(
-        UserError, match=r"global_batch_size=16 is not divisible by .* = 12; the nearest multiple is 12"
-    ):
-        check_world_size(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "product", "fixes"),
+    [
+        (64, 8, 32, "8 x 32 data-parallel ranks = 256", "train.global_batch_size=256, or train.micro_batch_size=2"),
+        (16, 4, 3, "4 x 3 data-parallel ranks = 12", "train.global_batch_size=12"),
+        (
+            1000,
+            7,
+            5,
+            "7 x 5 data-parallel ranks = 35",
+            "train.global_batch_size=1015, or train.micro_batch_size=5 or 8",
+        ),
+        (64, 9, 32, "9 x 32 data-parallel ranks = 288", "train.global_batch_size=288, or train.micro_batch_size=2"),
+        (7, 2, 1, "2", "train.global_batch_size=8, or train.micro_batch_size=1 or 7"),
+    ],
+)
+def test_a_batch_that_does_not_divide_names_sizes_that_do(
+    batch: int, micro: int, ranks: int, product: str, fixes: str
+) -> None:
+    sizes = [f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"]
+    with pytest.raises(UserError) as caught:
+        check_world_size(load_config(QUICKSTART, sizes, checks_batches=False), 2 * ranks)  # tensor-parallel size 2
+    assert str(caught.value) == f"{sizes[0]} must be divisible by train.micro_batch_size={product}; set {fixes}"
+    for fix in fixes.split(", or "):
+        key, _, values = fix.partition("=")
+        for value in values.split(" or "):
+            check_world_size(load_config(QUICKSTART, [*sizes, f"{key}={value}"], checks_batches=False), 2 * ranks)
 
 
 def test_the_vocabulary_is_padded_independently_of_the_layout() -> None:

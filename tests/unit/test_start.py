@@ -210,7 +210,8 @@ def test_never_resuming_also_spares_a_run_without_checkpoints(overrides: list[st
     assert "checkpoint.resume=never" in refused(load_config(QUICKSTART, [*chosen, "checkpoint.resume=never"]))
 
 
-def test_weights_and_biases_without_its_package(overrides: list[str]) -> None:
+def test_weights_and_biases_without_its_package(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mosa.train.start.find_spec", lambda name: None)
     assert "logging.wandb_project=mine" in refused(load_config(QUICKSTART, [*overrides, "logging.wandb_project=mine"]))
 
 

@@ -104,8 +104,15 @@ def test_default_layouts(config: Config) -> None:
     for processes in (1, 2, 8, 16):
         check_layouts(config, default_layouts(config, processes), processes)
     assert legal_layouts(config, 3) == []
-    with pytest.raises(UserError, match="--processes=3"):
-        default_layouts(config, 3)
+    for refused in (
+        lambda: default_layouts(config, 3),
+        lambda: check_layouts(config, [SweepLayout(1, False, 1, 4)], 3),
+    ):
+        with pytest.raises(UserError, match="set --processes=2, or train.global_batch_size=15$"):
+            refused()
+    check_layouts(config, default_layouts(config, 2), 2)
+    fitting = replace(config, train=replace(config.train, global_batch_size=15))
+    check_layouts(fitting, default_layouts(fitting, 3), 3)
 
 
 RESULT = {

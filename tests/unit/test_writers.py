@@ -1,0 +1,246 @@
+"""metrics.jsonl, TensorBoard and W&B (its real package, offline) tell the same of steps that are run again."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_mosa.config import Config
+from megatron_mosa.metrics import read_journal, scalars
+from megatron_mosa.train.writers import Writers
+from tests.unit.test_trainer import config
+
+OLD, NEW = 9.0, 1.0  # losses before, and of what is run again
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CACHE_DIR", f"{tmp_path}"), ("CONSOLE", "off")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+    return config(tmp_path, logging={"tensorboard": True, "wandb_project": "p"})
+
+
+def opened(settings: Config, resumed_step: int = 0) -> Writers:
+    directory = Path(settings.run.directory) / settings.run.name
+    directory.mkdir(parents=True, exist_ok=True)
+    return Writers(settings, directory, is_main=True, resumed_step=resumed_step)
+
+
+def closed(writers: Writers) -> None:
+    """Close them, and wait for the process that writes W&B's files, as the end of a program does."""
+    import wandb
+
+    writers.close()
+    wandb.teardown()
+
+
+def write(writers: Writers, first: int, last: int, loss: float) -> None:
+    """Training lines with a list by layers and one by heads, and a validation line every five steps."""
+    for step in range(first, last + 1):
+        line: dict[str, Any] = {"step": step, "loss": math.nan if step == 3 else loss + step, "causal": True}
+        line |= dict(grad_norm=1.0, learning_rate=0.125, tokens_per_second=1.0, mfu=0.5, peak_memory_gib=1.0)  # exact
+        line |= {"unselected_share": [0.25, loss], "load_of_heads": [[loss, loss], [loss, loss, loss]]}
+        writers.training(line, 0)
+        if step % 5 == 0:
+            validation = {"step": step, "validation_loss": loss - step, "causal": True}
+            writers.validation(validation | {"validation_perplexity": 2.0})
+
+
+def wandb_files(directory: Path) -> list[Path]:
+    """One of each start of a W&B run, in the order in which they were written to."""
+    return sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def identity(file: Path) -> str:
+    return file.stem.removeprefix("run-")
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """Of W&B's file: LevelDB's log after seven bytes. A block has 32 KiB and fragments of 7 bytes and their content."""
+    content, record = file.read_bytes(), b""
+    assert content.startswith(b":W&B")
+    place = 7
+    while place + 7 <= len(content):
+        if (left := -place % 32768) < 7 and left:  # the rest of a block is filled with zeros
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def wandb_rows(file: Path) -> dict[int, dict[str, Any]]:
+    """What W&B has in its file, by step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows: dict[int, dict[str, Any]] = {}
+    for data in records(file):
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row = rows.setdefault(record.history.step.num, {})
+            for item in record.history.item:
+                name, *inner = item.nested_key or [item.key]
+                value = json.loads(item.value_json)
+                row[name] = row.get(name, {}) | {inner[0]: value} if inner else value
+    return rows
+
+
+def numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Those of ours, NaN as None so that it equals itself."""
+    kept = {name: value for name, value in found.items() if not name.startswith("_") and not isinstance(value, dict)}
+    return {name: None if value == "NaN" or value != value else value for name, value in kept.items()}
+
+
+def check_agreement(directory: Path, file: Path, steps: int) -> None:
+    """Every number of the journal, at its step, is in TensorBoard and W&B, and nothing else is."""
+    expected: dict[int, dict[str, Any]] = {step: {} for step in range(1, steps + 1)}
+    for line in read_journal(directory / "metrics.jsonl"):
+        expected[line["step"]] |= numbers(scalars(line))
+    rows = wandb_rows(file)
+    assert {step: numbers(row) for step, row in rows.items()} == expected
+    events = EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "histograms": 0}).Reload()
+    shown: dict[int, dict[str, Any]] = {step: {} for step in range(1, steps + 1)}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            assert name not in shown[event.step], f"{name} has two values of step {event.step}"
+            shown[event.step] |= numbers({name: event.value})
+    assert shown == expected
+    for layer, heads in ((0, 2), (1, 3)):
+        histograms = events.Histograms(f"train/load_of_heads/layer_{layer}")
+        assert [event.step for event in histograms] == list(range(1, steps + 1))
+        assert [event.histogram_value.sum / heads for event in histograms] == [OLD] * 5 + [NEW] * (steps - 5)
+        for step in range(6, steps + 1):
+            histogram = rows[step][f"train/load_of_heads/layer_{layer}"]
+            assert sum(histogram["values"]) == heads
+            assert histogram["bins"][0] <= NEW <= histogram["bins"][-1] < OLD
+
+
+@pytest.mark.parametrize("how", ["rewind", "crash"])
+def test_all_show_the_new_values_of_steps_that_are_run_again(
+    settings: Config, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    writers = opened(settings)
+    write(writers, 1, 10, OLD)
+    if how == "rewind":
+        writers.rewind(5)
+    else:
+        writers = opened(settings, resumed_step=5)  # the first are not closed
+    write(writers, 6, 11, NEW)
+    closed(writers)
+    directory = Path(settings.run.directory) / settings.run.name
+    before, after = wandb_files(directory)
+    assert identity(before) != identity(after) == json.loads((directory / "wandb.json").read_text())["id"]
+    assert numbers(wandb_rows(before)[10])["train/loss"] == OLD + 10  # what was there stays there
+    check_agreement(directory, after, 11)
+    assert "ignored" not in "".join(capfd.readouterr())
+
+
+def test_a_resume_goes_on_with_its_wandb_run_and_another_directory_has_its_own(settings: Config) -> None:
+    writers = opened(settings)
+    write(writers, 1, 5, OLD)
+    closed(writers)
+    writers = opened(settings, resumed_step=5)
+    write(writers, 6, 7, NEW)
+    closed(writers)
+    directory = Path(settings.run.directory) / settings.run.name
+    first, second = wandb_files(directory)
+    assert identity(first) == identity(second)
+    check_agreement(directory, second, 7)  # of one id, the last has all
+    settings.run.directory += "/elsewhere"
+    closed(opened(settings))
+    (other,) = wandb_files(Path(settings.run.directory) / settings.run.name)
+    assert identity(other) != identity(first)
+
+
+class Server:
+    """Stands in for the package and W&B's server: keeps rows by id, and drops what W&B would."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[int, dict[str, Any]]] = {}
+        self.opened: list[str] = []
+        self.dropped: list[int] = []
+
+    def finish(self) -> None:
+        pass
+
+    def Histogram(self, values: list[float]) -> list[float]:
+        return values
+
+    def init(self, id: str, **_: Any) -> SimpleNamespace:
+        rows = self.rows.setdefault(id, {})
+        self.opened.append(id)
+        starting_step = least_step = max(rows) + 1 if rows else 0
+
+        def log(row: dict[str, Any], step: int) -> None:
+            nonlocal least_step
+            if step < least_step:
+                self.dropped.append(step)
+                return
+            least_step = step
+            rows.setdefault(step, {}).update(row)
+
+        return SimpleNamespace(starting_step=starting_step, log=log, finish=lambda: None)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    server = Server()
+    monkeypatch.setitem(sys.modules, "wandb", server)  # type: ignore[arg-type]
+    return server
+
+
+@pytest.mark.parametrize("had", [3, 5, 8])
+def test_a_server_that_has_fewer_steps_or_more_than_metrics_jsonl(settings: Config, server: Server, had: int) -> None:
+    """Rows that were not sent before a crash are sent; rows that the file has lost are run again in a new W&B run."""
+    write(opened(settings), 1, 5, OLD)
+    (first,) = server.opened
+    for step in range(had + 1, 6):
+        del server.rows[first][step]
+    for step in range(6, had + 1):
+        server.rows[first][step] = {"train/loss": OLD + step}
+    write(opened(settings, resumed_step=5), 6, 9, NEW)
+    assert (server.opened[-1] == first) == (had <= 5) and server.dropped == []
+    rows = server.rows[server.opened[-1]]
+    losses = {step: row["train/loss"] for step, row in rows.items() if step != 3}
+    assert losses == {step: (OLD if step < 6 else NEW) + step for step in (1, 2, 4, 5, 6, 7, 8, 9)}
+
+
+def test_a_validation_that_was_interrupted_is_not_dropped(settings: Config, server: Server) -> None:
+    write(opened(settings), 1, 4, OLD)
+    writers = opened(settings, resumed_step=4)
+    writers.validation({"step": 4, "validation_loss": 2.5, "validation_perplexity": 2.0, "causal": True})
+    assert server.dropped == []
+    assert sorted(server.rows[server.opened[-1]]) == [1, 2, 3, 4]
+    assert server.rows[server.opened[-1]][4]["validation/validation_loss"] == 2.5
+
+
+def test_runs_that_began_before_there_was_a_record_keep_their_id(settings: Config, server: Server) -> None:
+    """Which was the run's name; a run that began without W&B, or in another project, gets one of its own."""
+    directory = Path(settings.run.directory) / settings.run.name
+    (directory / "wandb").mkdir(parents=True)
+    write(opened(settings), 1, 2, OLD)
+    opened(settings, resumed_step=2)
+    assert server.opened == ["run", "run"]
+    settings.logging.wandb_project = "q"
+    (directory / "wandb").rmdir()
+    opened(settings, resumed_step=2)
+    opened(settings, resumed_step=2)
+    assert server.opened[2] == server.opened[3] != "run"
+    assert sorted(server.rows[server.opened[3]]) == [1, 2]
+    settings.logging.wandb_project = "p"
+    opened(settings, resumed_step=2)
+    assert server.opened[4] not in server.opened[:4]
