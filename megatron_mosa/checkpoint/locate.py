@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -108,9 +108,10 @@ def refuse_target(target: Path, source: Path, *, force: bool) -> None:
     resolved, read = target.resolve(), source.resolve()
     if resolved == read or resolved in read.parents or read in resolved.parents:
         raise UserError(f"OUT={target} lies in, or holds, the source '{source}'; give a folder apart from it")
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
-        what = "is not writable" if target.parent.is_dir() else "is no folder"
-        raise UserError(f"OUT={target}: '{target.parent}' {what}; give a new folder below one that can be written")
+    existing = next(folder for folder in resolved.parents if os.path.lexists(folder))  # the others will be made
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "is not writable" if existing.is_dir() else "is not a directory"
+        raise UserError(f"OUT={target}: '{existing}' {what}; give a new folder below one that can be written")
     if not os.path.lexists(target):
         return
     is_model = kind_of(target) in _REPLACEABLE
@@ -125,16 +126,18 @@ def refuse_target(target: Path, source: Path, *, force: bool) -> None:
 def publishing(target: Path) -> Iterator[Path]:
     """A folder beside ``target``, renamed to it at the end; if that is not reached nothing is left behind.
 
-    A model that lies at ``target`` is there until the new one is complete.
+    Parents of ``target`` that are missing are made. A model that lies at ``target`` is there until the new one is
+    complete.
 
     Raises:
         StorageError: the file system did not take it.
     """
     place = target.resolve()
     writing, old = (place.with_name(f".{what}-{place.name}") for what in ("writing", "replaced"))
+    missing = [folder for folder in place.parents if not folder.exists()]  # the deepest first
     try:
         shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir()
+        writing.mkdir(parents=True)
         yield writing
         for entry in (*writing.rglob("*"), writing):
             sync(entry)
@@ -151,3 +154,6 @@ def publishing(target: Path) -> Iterator[Path]:
         if old.exists() and not place.exists():
             os.rename(old, place)
         shutil.rmtree(writing, ignore_errors=True)
+        with suppress(OSError):  # not empty, or never made
+            for folder in missing:
+                folder.rmdir()

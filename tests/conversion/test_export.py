@@ -303,7 +303,14 @@ def test_wrong_use(
         (["export", checkpoint, out, "--to", "hf", "--dtype", "int8"], "--dtype=int8 is not legal; legal: float32, bf"),
         (["export", tmp_path / "none", out, "--to", "hf"], "none' does not exist"),
         (["export", checkpoint, checkpoint / "out", "--to", "hf"], "lies in, or holds, the source"),
-        (["export", checkpoint, tmp_path / "a" / "b", "--to", "hf"], "is no folder; give a new folder below one"),
+        (
+            ["export", checkpoint, tmp_path / "precious" / "file" / "b", "--to", "hf"],
+            "file' is not a directory; give a",
+        ),
+        (
+            ["export", checkpoint, tmp_path / "a" / "b", "--to", "hf", "--tokenizer", tmp_path / "no.json"],
+            "is not found",
+        ),
         (["export", checkpoint, tmp_path / "precious", "--to", "hf"], "precious exists; give another folder"),
         (["export", checkpoint, tmp_path / "precious", "--to", "hf", "--force"], "--force replaces no other"),
         (

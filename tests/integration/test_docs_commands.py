@@ -66,7 +66,7 @@ def instead(reason: str, command: str = "true") -> Way:
 
 GPU, CLUSTER, NETWORK = "needs a GPU", "needs a cluster", "needs a network"
 JOB = (SBATCH + " --time=24:00:00 launch/slurm/pretrain.sbatch", "python pretrain_mosa.py")
-CHECKED = "--check-only --world-size 32"
+CHECKED = "--check-only --world-size 32 run.name=large"
 TABLE: dict[str, dict[str, Way]] = {
     "README.md": {
         "make pretrain": Way(added=f"ARGS='{SMALL} run.name=first data.sources=[TEXTS]'"),
@@ -79,7 +79,7 @@ TABLE: dict[str, dict[str, Way]] = {
             (("launch/", "NPROC=1 launch/"),), SMALL, reason="uses every visible GPU; here one process"
         ),
         f"mosa submit configs/first_gpu_run.yaml {FIRST} --time 24:00:00": Way(
-            added="--dry-run", reason="needs a cluster to submit to"
+            added="--dry-run run.name=large", reason="needs a cluster to submit to"
         ),
         f"{SBATCH} --time=24:00:00 launch/slurm/pretrain.sbatch configs/first_gpu_run.yaml "
         "train.global_batch_size=256": Way((JOB,), CHECKED, reason=CLUSTER),
@@ -124,6 +124,9 @@ TABLE: dict[str, dict[str, Way]] = {
             added="data.path=data/new data.sources=[TEXTS] data.vocab_size=400 data.validation_fraction=0.2 --force"
         ),
         "mosa data index CONFIG [section.key=value ...]": Way(added=SMALL),
+        "mosa data inspect data/quickstart": Way(),
+        "mosa data verify data/quickstart": Way(),
+        "mosa data sample configs/quickstart.yaml 0": Way(added=SMALL),
     },
     "docs/decoding.md": {
         "mosa checkpoint export runs/NAME exported/NAME --to hf": Way((("NAME", "thresholds"),)),
@@ -292,7 +295,7 @@ class Clone:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
         environment |= {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
         done = subprocess.run(
-            ["bash", "-c", command.replace("TEXTS", self.texts)], cwd=self.folder, env=environment,
+            ["bash", "-c", " ".join(command.split()).replace("TEXTS", self.texts)], cwd=self.folder, env=environment,
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -81,7 +81,14 @@ def test_modelling_code_travels_alone() -> None:
                     assert name.partition(".")[0] in known, (path, name)
 
 
-UNNEEDED = {"datasets", "matplotlib", "pandas", "rich", "scipy", "transformers"}  # wandb, if it is there: by Megatron-core
+UNNEEDED = {
+    "datasets",
+    "matplotlib",
+    "pandas",
+    "rich",
+    "scipy",
+    "transformers",
+}  # wandb, if it is there: by Megatron-core
 IMPORTS = f"""
 import sys
 import megatron_mosa.kernels
