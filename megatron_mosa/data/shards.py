@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -211,7 +211,7 @@ class _ShardWriter:
         self._bar.update(text_bytes)
 
 
-def _encoded(source: Source, place: Position | None, encoder: Encoder, characters: int) -> Iterator[_Batch]:
+def _encoded(source: Source, place: Position | None, encoder: Encoder, characters: int) -> Generator[_Batch]:
     """The documents of a source from ``place`` on, tokenized in lists of about so many characters, in their order.
 
     Every core encodes lists of its own, some ahead of the writer: cores that share one list wait for whoever has the
