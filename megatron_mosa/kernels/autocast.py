@@ -13,8 +13,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def autocast_operands(*tensors: Tensor) -> tuple[Tensor, ...]:

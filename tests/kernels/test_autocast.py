@@ -159,3 +159,15 @@ def test_scores_of_a_device_that_knows_no_autocast() -> None:
     """Such as meta, on which models are laid out before they have memory."""
     heads = MosaHeads(MosaConfig(hidden_size=WIDTH, head_dim=SIZE, num_mosa_heads=HEADS)).to("meta")
     assert heads.scores(torch.empty(BATCH, LENGTH, WIDTH, device="meta")).shape == (BATCH, HEADS, LENGTH)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_one_graph_under_torch_compile(backend: str, enabled: bool) -> None:
+    def layer(*given: Tensor) -> Tensor:
+        with autocast(enabled):
+            return mosa_attention(*given, num_selected=SELECTED, backend=backend)
+
+    given = tensors()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*given), layer(*given))
