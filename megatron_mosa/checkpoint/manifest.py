@@ -69,7 +69,7 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
 def is_recorded(folder: Path, files: Collection[str]) -> bool:
     """Whether there is a manifest, and it is about these files: who saves a model anew may leave an old one behind."""
     try:
-        recorded = json.loads((folder / MANIFEST).read_text())["files"].keys()
+        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].keys()
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

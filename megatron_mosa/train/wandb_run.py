@@ -60,7 +60,7 @@ class WandbRun:
         """Id and title of this directory's W&B run; None: there is none in this project under this name."""
         name = self.config.run.name
         try:
-            record = json.loads((self.directory / RECORD).read_text())
+            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:  # versions that wrote no such file gave W&B the run's name as id
             return {"run_id": name, "title": name} if (self.directory / "wandb").is_dir() else None
         except ValueError:  # a power failure left half of it
@@ -82,7 +82,9 @@ class WandbRun:
 
         project, name = self.config.logging.wandb_project, self.config.run.name
         temporary = self.directory / f".{RECORD}"
-        temporary.write_text(json.dumps({"project": project, "name": name, "id": run_id, "title": title}) + "\n")
+        temporary.write_text(
+            json.dumps({"project": project, "name": name, "id": run_id, "title": title}) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, self.directory / RECORD)
         wandb.finish()  # what this process has open, whose rows would go on otherwise
         self.run: Any = wandb.init(
