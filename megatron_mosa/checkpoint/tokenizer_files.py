@@ -88,9 +88,11 @@ def check_exported_tokenizer(found: FoundTokenizer, folder: Path) -> None:
     from megatron_mosa.data import load_tokenizer
     from megatron_mosa.data.tokenizer import PROBE
 
-    tokenizer, exported = load_tokenizer(str(found.file)), AutoTokenizer.from_pretrained(folder)
+    # The folder's code was written by this export: without the flag transformers asks, and waits for an answer.
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = load_tokenizer(str(found.file))
     for text in PROBE.splitlines(keepends=True):
-        expected, given = tokenizer.encode(text).ids, exported(text).input_ids
+        expected, given = tokenizer.encode(text).ids, exported(text, verbose=False).input_ids
         if expected != given:
             raise RunError(
                 f"the exported tokenizer gives other ids than training saw: {text[:30]!r} becomes {given[:8]}, and was "
