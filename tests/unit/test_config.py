@@ -204,7 +204,7 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         "list.yaml": ("- 1\n", "must hold sections"),
         "scalar.yaml": ("train: 3\n", "section 'train' must hold keys"),
         "short.yaml": ("run: {name: a}\n", "model.num_layers is missing"),
-        "reference.yaml": (reference(), "model.num_layers is missing"),
+        "reference.yaml": (reference(), "run.name is missing"),
     }
     for name, (text, message) in cases.items():
         if text is not None:
