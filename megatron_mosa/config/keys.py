@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
+
+from megatron_mosa.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,18 @@ class Key:
             and (self.at_most is None or value <= self.at_most)
         )
 
+    def refusal(self, name: str, value: Any) -> str | None:
+        """What is wrong with a value that is not allowed, in one line: "train.steps must be at least 1, got 0"."""
+        if self.allows(value):
+            return None
+        if self.choices:
+            words = ["null" if choice is None else str(choice) for choice in self.choices]
+            hint = nearest(value, words) if isinstance(value, str) else ""
+            return f"{name} must be one of {', '.join(words)}, got {value}{hint}"
+        if value == math.inf or not self.bounds():
+            return f"{name} must be a finite number, got {value}"
+        return f"{name} must be {self.bounds()}, got {value}" + (f": {self.reason}" if self.reason else "")
+
 
 def key(default: Any, comment: str, **allowed: Any) -> Any:
     """A dataclass field with a default and a ``Key``; a list is copied for each instance."""
@@ -74,6 +88,11 @@ def key(default: Any, comment: str, **allowed: Any) -> Any:
 def required(comment: str, **allowed: Any) -> Any:
     """A dataclass field that a configuration file must set."""
     return key(MISSING, comment, **allowed)
+
+
+def keys_of(section: type[Any]) -> dict[str, Key]:
+    """The ``Key`` of each field of a section of the schema."""
+    return {item.name: item.metadata["key"] for item in fields(section)}
 
 
 def default_of(item: Field[Any]) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import Field, fields
-from typing import Any
+from dataclasses import fields
 
 from megatron_mosa.config.blend import blend_parts
-from megatron_mosa.config.keys import Key
+from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.mosa_rules import documents, threshold
 from megatron_mosa.config.schema import Config
-from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.errors import UserError
 
 
 def check(config: Config, *, checks_batches: bool = True) -> None:
@@ -84,22 +83,11 @@ def _value(config: Config, key: str) -> object:
 def _values(config: Config) -> None:
     """Each value against the choices and bounds that stand beside its field."""
     for section in fields(config):
-        for item in fields(getattr(config, section.name)):
-            _value_is_allowed(f"{section.name}.{item.name}", _value(config, f"{section.name}.{item.name}"), item)
-
-
-def _value_is_allowed(name: str, value: Any, item: Field[Any]) -> None:
-    key: Key = item.metadata["key"]
-    if key.allows(value) or (value is None and "None" in str(item.type)):
-        return
-    if key.choices:
-        words = ["null" if choice is None else str(choice) for choice in key.choices]
-        hint = nearest(value, words) if isinstance(value, str) else ""
-        raise UserError(f"{name} must be one of {', '.join(words)}, got {value}{hint}")
-    if value == math.inf or not key.bounds():
-        raise UserError(f"{name} must be a finite number, got {value}")
-    reason = f": {key.reason}" if key.reason else ""
-    raise UserError(f"{name} must be {key.bounds()}, got {value}{reason}")
+        values = getattr(config, section.name)
+        for name, key in keys_of(type(values)).items():
+            value = getattr(values, name)  # where null is not allowed, the type has refused it
+            if value is not None and (message := key.refusal(f"{section.name}.{name}", value)):
+                raise UserError(message)
 
 
 def _parallelism_that_exists(config: Config) -> None:
