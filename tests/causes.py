@@ -31,7 +31,8 @@ def main(path: str) -> None:
     samples: Counter[str] = Counter()
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         stack, _, number = line.rpartition(" ")
-        samples[cause(stack)] += int(number)
+        if number.isdecimal():  # a command line within a stack may have lines of its own
+            samples[cause(stack)] += int(number)
     total = samples.total()
     for name in [*CAUSES, THE_REST]:
         print(f"{samples[name]:8d} {samples[name] / max(total, 1):6.1%}  {name}")

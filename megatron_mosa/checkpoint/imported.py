@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_mosa import __version__
 from megatron_mosa.checkpoint.added_heads import WithMosaHeads
 from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
@@ -18,6 +16,7 @@ from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils.versions import versions
 
 
 def import_hf(
@@ -107,6 +106,6 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
             "vocab_size": size,
             "fingerprint": None,
         },
-        versions={"megatron_mosa": __version__} | {name: version(name) for name in ("torch", "transformers")},
+        versions=versions("torch", "transformers"),
         layout={},
     )
