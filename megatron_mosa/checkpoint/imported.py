@@ -81,13 +81,14 @@ def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
-    from megatron_mosa.data import load_tokenizer
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_identity, vocabulary_size
+    from megatron_mosa.data import load_tokenizer, tokenizer_hash
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, encoding_hash, vocabulary_size
 
-    tokenizer = folder / TOKENIZER_FILE
-    known = tokenizer.is_file()
-    identity = tokenizer_identity(tokenizer) if known else TokenizerIdentity(None, None)
-    size = vocabulary_size(load_tokenizer(str(tokenizer))) if known else vocab_rows
+    file = folder / TOKENIZER_FILE
+    identity, size = TokenizerIdentity(None, None), vocab_rows
+    if file.is_file():
+        tokenizer = load_tokenizer(str(file))
+        identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
     if size > vocab_rows:
         raise UserError(
             f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding {vocab_rows:,} rows; the embedding "
