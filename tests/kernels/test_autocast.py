@@ -16,7 +16,7 @@ from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
 from megatron_mosa.kernels import get_backend
-from megatron_mosa.kernels.naive import select_tokens
+from megatron_mosa.kernels.naive import select_above, select_tokens
 from megatron_mosa.model import build_empty_model
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY
 from tests.kernels.reference import mosa_reference
@@ -73,12 +73,16 @@ def test_scores_stay_fp32(backend: str) -> None:
     assert (rounded_scores(states, router).double() - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_are_of_states_before_they_are_rounded(backend: str) -> None:
+@pytest.mark.parametrize(("backend", "part"), [("naive", "states"), ("naive", "router"), ("triton", "states")])
+def test_scores_are_of_what_was_not_rounded(backend: str, part: str) -> None:
     """The output is 0 at tokens that the one head does not take."""
     _, *weights = (tensor[:1] for tensor in tensors())
     states = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(2))
-    scores, rounded = exact_scores(states, weights[0]), exact_scores(states.bfloat16(), weights[0])
+    scores = exact_scores(states, weights[0])
+    if part == "states":
+        rounded = exact_scores(states.bfloat16(), weights[0])
+    else:
+        rounded = exact_scores(states, weights[0].bfloat16())
     thresholds = between(scores, rounded)
     with autocast():
         found = mosa_attention(states, *weights, thresholds=thresholds, backend=backend)
@@ -86,6 +90,38 @@ def test_scores_are_of_states_before_they_are_rounded(backend: str) -> None:
     assert not torch.equal(expected, others)
     expected[:, 0] = True
     assert torch.equal(found.any(dim=-1), expected)
+
+
+@torch.no_grad()
+def test_gates_and_the_sum_over_heads_stay_fp32() -> None:
+    """Of sequences of one token, whose value passes through: to the last bit."""
+    states = tensors()[0].flatten(0, 1)[:, None, :SIZE]  # [B * T, 1, h'], exact in bf16
+    router = tensors()[1][:2, :SIZE]
+    identity = torch.eye(SIZE).expand(2, -1, -1)
+    qkv = torch.cat((torch.zeros(2, SIZE, 2 * SIZE), identity), dim=-1)
+    gated = (states[:, None] * get_backend("naive", states, SIZE).router_scores(states, router)[..., None]).bfloat16()
+    expected = gated.float().sum(dim=1)
+    config = MosaConfig(hidden_size=SIZE, head_dim=SIZE, num_mosa_heads=2)
+    heads = MosaHeads(config)
+    for parameter, values in ((heads.router_weight, router), (heads.qkv_weight, qkv), (heads.proj_weight, identity)):
+        parameter.copy_(values)
+    positions = torch.zeros(1, 1, dtype=torch.long)
+    with autocast():
+        found = mosa_attention(states, router, qkv, identity, num_selected=1, backend="naive")
+        exported = heads(states, Tokens(positions, rotary_tables(positions, config)), None)
+    assert torch.equal(found, expected.bfloat16()) and torch.equal(exported, expected)
+
+
+def test_the_naive_kernel_computes_in_the_types_of_its_operands() -> None:
+    states, router, qkv, proj = tensors()
+    kernels = get_backend("naive", states, SIZE)
+    scores = kernels.router_scores(states, router)
+    operands = (states, router, scores, kernels.select_tokens(scores, SELECTED), qkv, proj)
+    found = []
+    for enabled in (False, True):
+        with autocast(enabled):
+            found.append(kernels.selected_attention(*operands, rotary_percent=0.5, rotary_base=100.0))
+    assert torch.equal(*found)
 
 
 def test_softmax_denominators_stay_fp32() -> None:
@@ -153,6 +189,7 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
         if kind == "threshold":
             heads.thresholds.copy_(between(expected, rounded_scores(states.transpose(0, 1), heads.router_weight)))
             heads.threshold_updates.fill_(1)
+            thresholds = heads.thresholds.clone()
     heads.records_selection = True
     found = {}
     for enabled in (False, True):
@@ -162,6 +199,11 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
         scores, indices = heads.selection
         assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
         found[enabled] = output, indices
+        if kind == "threshold":
+            right = select_above(scores, thresholds, None, None, 0.05, 1 / 4)
+        else:
+            right = select_tokens(scores, indices.shape[2], True)
+        assert torch.equal(indices, right)
     assert torch.equal(found[True][1], found[False][1])
     assert found[True][0].dtype == torch.bfloat16 and 0 < relative(found[True][0], found[False][0]) < 0.02
     assert all(parameter.grad.dtype == torch.float32 for parameter in heads.parameters())
@@ -188,7 +230,11 @@ def test_the_heads_of_an_exported_model(selection: str) -> None:
     with autocast():
         scores, found = heads.scores(states), heads(states, tokens, None)
     assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
-    assert torch.equal(heads.select(scores, tokens, None), heads.select(expected.float(), tokens, None))
+    chosen = heads.select(scores, tokens, None)
+    if heads.thresholds is not None:
+        assert torch.equal(chosen, select_above(expected.float(), heads.thresholds, None))
+    else:
+        assert torch.equal(chosen, select_tokens(expected.float(), SELECTED, True))
     if selection == "expert_choice":
         doubled = [tensor.double() for tensor in (states, router, qkv, proj)]
         options: dict[str, Any] = {"num_selected": SELECTED, "include_first_token": True, "rotary_percent": 0.5}
