@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests of what a run survives (section ``fault_injection``)."""
+"""Fault injection, to test what a run survives (section ``fault_injection``)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGUSR1": signal.SIGUSR1,
 }
-_OF_DATA = ("nan", "garbage")
+_DATA_FAULTS = ("nan", "garbage")
 
 
 class FaultInjection:
-    """The fault that the configuration asks for: on one rank, at one place of one step, once in a run directory."""
+    """Injects the configured fault: on one rank, at one place in one step, once per run directory."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class FaultInjection:
     ) -> None:
         """
         Args:
-            section: the fault.
-            directory: of the run.
-            rank: of this process.
-            is_asked_to_stop: what ends a pause early.
+            section: the fault to inject.
+            directory: the run directory.
+            rank: this process's rank.
+            is_asked_to_stop: ends a pause early once it returns True.
         """
         self.section = section
         self._done = directory / "fault_injected"
@@ -46,11 +46,11 @@ class FaultInjection:
         self._is_asked_to_stop = is_asked_to_stop
 
     def strike(self, place: str, step: int) -> None:
-        """Have the fault if this is where and when."""
+        """Inject the fault if place and step match."""
         fault = self.section.fault
-        if fault is None or fault in _OF_DATA or not self._is_here(place, step):
+        if fault is None or fault in _DATA_FAULTS or not self._is_here(place, step):
             return
-        self._note()
+        self._record()
         if fault == "error":
             raise RuntimeError("injected by fault_injection.fault=error")
         if fault == "pause":
@@ -61,10 +61,10 @@ class FaultInjection:
         os.kill(os.getpid(), _SIGNALS[fault])
 
     def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of a step; on this rank their loss becomes not a number, or that of garbage."""
-        is_here = self.section.fault in _OF_DATA and self._is_here("step", step)
+        """Yield the batches of a step; if the fault is due, with a NaN loss mask or with garbage labels."""
+        is_here = self.section.fault in _DATA_FAULTS and self._is_here("step", step)
         if is_here:
-            self._note()
+            self._record()
         for batch in batches:
             if is_here:
                 if self.section.fault == "nan":
@@ -74,9 +74,9 @@ class FaultInjection:
             yield batch
 
     def _is_here(self, place: str, step: int) -> bool:
-        asked = (self.section.place, self.section.step, self.section.rank)
-        return asked == (place, step, self._rank) and not self._done.exists()
+        configured = (self.section.place, self.section.step, self.section.rank)
+        return configured == (place, step, self._rank) and not self._done.exists()
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         self._done.touch()
         print(f"rank {self._rank}: fault_injection.fault={self.section.fault}", file=sys.stderr, flush=True)
