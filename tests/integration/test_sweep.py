@@ -96,7 +96,7 @@ def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
     assert doomed["status"] == "failed" and "SIGKILL" in doomed["reason"]
     assert f"{DOOMED}: failed" in done.stdout
     text = (sweeper.output / "results.md").read_text()
-    assert "functional, not performance" in text and "failed: a rank was ended by SIGKILL" in text
+    assert "functional, not performance" in text and "failed: a rank was killed by SIGKILL" in text
     assert (sweeper.output / "scaling.png").stat().st_size > 1000
     seed = sweeper.output / "seed" / "step-00000000"
     assert json.loads((seed / "metadata.json").read_text())["step"] == 0

@@ -68,7 +68,7 @@ def test_a_slow_gpu_is_bad_and_a_slow_cpu_a_warning() -> None:
     assert judged(reports("matrix_tflops", [600.0], [610.0], [990.0], gpus=card)) == (
         [],
         [],
-    )  # one fast GPU is not a fault
+    )  # a fast one is no fault
     assert judged(reports("matrix_tflops", [0.1], [0.01])) == ([], ["n1"])
     assert judged(reports("matrix_tflops", [600.0, 600.0, 300.0], gpus=card)) == (["n0"], [])  # three GPUs on one node
 
