@@ -312,7 +312,7 @@ def checkpoint_causalize(
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face folder.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face model.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same kind or not.")],
     tolerance: Annotated[
         float,

@@ -152,8 +152,8 @@ def _plan(reports: list[Report]) -> str | None:
     nodes = [report.node for report in reports]
     if not all(report.facts.get("gpus") for report in reports):
         return "gloo"
-    cards = {report.facts["gpus"][_gpu_index(report, nodes)]["uuid"] for report in reports}
-    return "nccl" if len(cards) == len(reports) else "gloo"  # NCCL needs one GPU per rank
+    uuids = {report.facts["gpus"][_gpu_index(report, nodes)]["uuid"] for report in reports}
+    return "nccl" if len(uuids) == len(reports) else "gloo"  # NCCL needs one GPU per rank
 
 
 def _collect_reports(job: Job, name: str, nodes: list[str], timeout: float) -> dict[int, Report]:

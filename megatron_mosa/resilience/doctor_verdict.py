@@ -75,20 +75,20 @@ def compare_versions(name: str, reports: list[Report]) -> list[Finding]:
 
 def compare_gpus(reports: list[Report]) -> list[Finding]:
     """Find nodes with fewer or more GPUs than most (one may have fallen off the bus), or with another type."""
-    cards: dict[str, set[str]] = {}
+    uuids: dict[str, set[str]] = {}
     names: dict[str, set[str]] = {}
     for report in reports:
         if "gpus" in report.facts:
-            cards.setdefault(report.node, set()).update(gpu["uuid"] for gpu in report.facts["gpus"])
+            uuids.setdefault(report.node, set()).update(gpu["uuid"] for gpu in report.facts["gpus"])
             names.setdefault(report.node, set()).update(gpu["name"] for gpu in report.facts["gpus"])
-    if not cards:
+    if not uuids:
         return []
-    nodes = list(cards)
-    usual, others = minority({number: len(cards[node]) for number, node in enumerate(nodes)})
+    nodes = list(uuids)
+    usual, others = minority({number: len(uuids[node]) for number, node in enumerate(nodes)})
     findings = [
         Finding(
             "GPUs",
-            f"{len(cards[nodes[number]])} GPUs where most nodes have {usual}",
+            f"{len(uuids[nodes[number]])} GPUs where most nodes have {usual}",
             "see nvidia-smi and dmesg there, and what the job requested",
             nodes=(nodes[number],),
         )
@@ -96,7 +96,7 @@ def compare_gpus(reports: list[Report]) -> list[Finding]:
     ]
     usual, others = minority({number: tuple(sorted(names[node])) for number, node in enumerate(nodes)})
     for number in others:
-        if cards[nodes[number]]:
+        if uuids[nodes[number]]:
             what = f"{', '.join(sorted(names[nodes[number]]))} where most nodes have {', '.join(usual) or 'none'}"
             fix = "request one type of GPU: the slowest sets the pace"
             findings.append(Finding("GPUs", what, fix, is_bad=False, nodes=(nodes[number],)))

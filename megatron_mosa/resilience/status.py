@@ -19,7 +19,7 @@ _WRITE_INTERVAL_SECONDS = 2.0
 
 
 class RunStatus:
-    """Writes the state of a run; while the run goes on, only the main rank writes."""
+    """Writes the state of a run; while it is running, only the main rank writes."""
 
     def __init__(self, directory: Path, *, is_main: bool) -> None:
         self.path = directory / STATUS

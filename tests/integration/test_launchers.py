@@ -1,4 +1,4 @@
-"""Launchers of several nodes without Slurm, two "nodes" of this machine; and what all scripts of launch/ refuse."""
+"""Multi-node launchers without Slurm, on two "nodes" of this machine, and usage errors of all launch/ scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY += ["validation.interval=2", "validation.num_samples=2", "logging.interval=
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A small dataset, and a place for runs."""
+    """Build a small dataset; return the overrides that use it."""
     folder = tmp_path_factory.mktemp("launchers")
     (folder / "texts").mkdir()
     for name in ("cmd.py", "copy.py", "csv.py", "dis.py"):
@@ -38,7 +38,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @contextmanager
 def started(command: list[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A program of one node."""
+    """Run the program of one node."""
     environment = os.environ | {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix} | variables
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

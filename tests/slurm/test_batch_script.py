@@ -10,8 +10,8 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import SCRIPT, Jobs
 
-# Replaces pretrain_mosa.py in tests of what follows each exit code. Attempt n exits with the n-th word of EXITS; "137:2"
-# exits with 137 after publishing a checkpoint of step 2.
+# Replaces pretrain_mosa.py in tests of what follows each exit code. Attempt n exits with the n-th word of EXITS;
+# "137:2" exits with 137 after publishing a checkpoint of step 2.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path

@@ -74,7 +74,7 @@ def test_malformed_layouts_are_rejected(config: Config, text: str, parts: list[s
         (SweepLayout(2, True, 1, 3), 2, ["micro_batch_size=3", "nearest valid layouts: tp=2,sp=true,zero=1,micro=4"]),
         # 16 samples on 2 data-parallel ranks: at most 8 each
         (SweepLayout(1, False, 1, 16), 2, ["= 32", "nearest valid layouts: tp=1,sp=false,zero=1,micro=8"]),
-        (SweepLayout(1, False, 1, 0), 2, ["size must be at least 1", "nearest valid layouts: tp=1,sp=false,zero=1,micro=1"]),
+        (SweepLayout(1, False, 1, 0), 2, ["must be at least 1", "nearest valid layouts: tp=1,sp=false,zero=1,micro=1"]),
     ],
 )  # fmt: skip
 def test_an_invalid_layout_is_reported_with_its_neighbours(
