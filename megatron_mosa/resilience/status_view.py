@@ -55,7 +55,7 @@ def is_well(content: dict[str, Any], now: float) -> bool:
 
 
 def silence(content: dict[str, Any], now: float) -> float | None:
-    """Return the seconds since the last update if they are too many even for a save or a validation, else None."""
+    """Return the seconds since the last update if they exceed the limit, which a save or validation may do, or None."""
     silent = now - content["updated"]
     return silent if silent > max(SILENT_SECONDS, 10 * content.get("seconds_per_step", 0.0)) else None
 
@@ -96,7 +96,7 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
     if content.get("skipped_steps"):
         found["skipped"] = f"{content['skipped_steps']} steps since this start"
     if content.get("tokens_per_second"):
-        found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s per step, all included"
+        found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s of wall-clock time per step"
     if content.get("checkpoint"):
         age = f", {_duration(now - content['checkpoint_time'])} ago" if "checkpoint_time" in content else ""
         found["checkpoint"] = content["checkpoint"] + age

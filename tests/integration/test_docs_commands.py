@@ -1,7 +1,7 @@
-"""The commands of README.md and docs/, each run as it stands there, but for sizes; or a reason why not.
+"""The commands in README.md and docs/, each run as documented except for sizes, or with a reason why not.
 
-A document's commands run one after the other in a copy of a folder that looks like a clone of the repository with a
-dataset, three small runs and a ``.venv`` whose Python is the loaded one.
+A document's commands run in order in a copy of a directory that looks like a clone of the repository, with a dataset,
+three small runs and a ``.venv`` whose Python is the loaded one.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
 
 @dataclass(frozen=True)
 class Way:
-    """How a command is run here: with parts replaced, and words added at its end."""
+    """How the test runs a command: with parts replaced and words appended."""
 
     replaced: tuple[tuple[str, str], ...] = ()
     added: str = ""
     before: str = ""
-    """A command that makes what this one reads."""
+    """A command that creates what this one reads."""
 
     reason: str = ""
-    """Why it does not do here what it is for; what is run checks its arguments, as far as it can."""
+    """Why the command cannot do its real work here; what runs instead checks its arguments as far as possible."""
 
     instead: str = ""
-    """What is run in its place."""
+    """The command to run in its place."""
 
 
 def instead(reason: str, command: str = "true") -> Way:
-    """Nothing of the command is run; ``command`` is."""
+    """Run ``command`` in place of the documented one."""
     return Way(reason=reason, instead=command)
 
 
@@ -230,7 +230,7 @@ TABLE: dict[str, dict[str, Way]] = {
         ),
     },
 }  # fmt: skip
-# What stands for something of the reader's own.
+# Placeholders for the reader's own values.
 OPERANDS = (
     ("[section.key=value ...]", ""), ("[--force]", ""), ("[--watch]", ""), ("CONFIG", "configs/quickstart.yaml"),
     ("runs/NAME", "runs/quickstart"), ("exported/NAME", "exported/quickstart"), ("data/NAME", "data/quickstart"),
@@ -238,12 +238,12 @@ OPERANDS = (
 
 
 def is_read(language: str | None) -> bool:
-    """Whether a block may hold commands: Python has tests of its own, braces are directives of the documentation."""
+    """Return whether a block may hold commands; Python has its own tests, and braces mark Sphinx directives."""
     return language is not None and language not in ("python", "yaml") and not language.startswith("{")
 
 
 def blocks_and_prose(text: str) -> tuple[list[list[str]], str]:
-    """The lines of each code block but Python's, and what stands around all blocks, or in those without commands."""
+    """Return the lines of each non-Python code block, and all prose, including blocks without commands."""
     blocks: list[list[str]] = []
     prose: list[str] = []
     language, before = None, ""
@@ -267,7 +267,7 @@ def blocks_and_prose(text: str) -> tuple[list[list[str]], str]:
 
 
 def commands_of_block(lines: list[str]) -> list[str] | None:
-    """Its commands without comments; None: there are none. Where a line begins with "$", the others are output."""
+    """Return a block's commands without comments, or None; if a line begins with "$", the others are output."""
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     with_prompt = [line[2:] for line in joined if line.startswith("$ ")]
     if not with_prompt and joined[0].split()[0] not in PROGRAMS:
@@ -277,13 +277,13 @@ def commands_of_block(lines: list[str]) -> list[str] | None:
 
 
 def spans(prose: str) -> list[str]:
-    """What is set as code in a text and begins with one of our programs."""
+    """Return the code spans that begin with one of our programs."""
     found = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     return [span for span in found if re.match(r"(mosa|make|python -m) ", span)]
 
 
 def commands(document: str) -> list[str]:
-    """Of its code blocks, and those of its sentences that have operands."""
+    """Return the commands in a document's code blocks, and those with operands in its prose."""
     blocks, prose = blocks_and_prose((ROOT / document).read_text())
     found = [command for block in blocks for command in commands_of_block(block) or []]
     found += [span for span in spans(prose) if span.startswith("mosa ") and not is_name(span)]
@@ -291,7 +291,7 @@ def commands(document: str) -> list[str]:
 
 
 def is_name(span: str) -> bool:
-    """Whether ``mosa WORD [WORD]`` is a name, not a command with operands."""
+    """Return whether ``mosa WORD [WORD]`` is a command's name, without operands."""
     group = typer.main.get_command(app)
     words = span.split()[1:]
     while words and (group := getattr(group, "commands", {}).get(words[0])) is not None:
@@ -301,7 +301,7 @@ def is_name(span: str) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_in_the_table(document: str) -> None:
-    """And every block without any is known, and every name in a sentence exists."""
+    """Also, every block without commands is listed, and every command name in the prose exists."""
     blocks, prose = blocks_and_prose((ROOT / document).read_text())
     assert set(commands(document)) == set(TABLE.get(document, {}))
     others = [" ".join(block[0].split()) for block in blocks if commands_of_block(block) is None]
@@ -319,13 +319,13 @@ def test_every_command_is_in_the_table(document: str) -> None:
 
 @dataclass(frozen=True)
 class Clone:
-    """A folder that looks like a clone of the repository in use."""
+    """A directory that looks like a clone of the repository in use."""
 
     folder: Path
     texts: str
 
     def call(self, command: str) -> None:
-        """Run it in a shell, to success."""
+        """Run a command in a shell; it must succeed."""
         path = f"{self.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
         left_out = ("SLURM_", "MOSA_", "MAKE", "VIRTUAL_ENV")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
