@@ -59,13 +59,32 @@ def test_a_flipped_bit_is_one_line_that_names_the_file(name: str, dataset: Path)
     file = dataset / name
     for bit in places(file):
         flip(file, bit)
-        for look in (lambda: open_mixture(section), lambda: verify(dataset)):
+        for look, error in ((lambda: open_mixture(section), UserError), (lambda: verify(dataset), RunError)):
             with pytest.raises((UserError, RunError)) as caught:
                 look()
             assert name in str(caught.value) and "\n" not in str(caught.value), bit
+            is_newer = "has format version" in str(caught.value)  # as it seems
+            assert caught.type is UserError if is_newer else issubclass(caught.type, error), bit
         flip(file, bit)
     open_mixture(section)
     verify(dataset)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("size", [None, -1, 1])
+def test_a_file_that_is_gone_or_of_another_size_is_damage(name: str, size: int | None, dataset: Path) -> None:
+    file = dataset / name
+    content = file.read_bytes()
+    file.unlink()
+    if size is not None:
+        file.write_bytes((content + b"\0")[: len(content) + size])
+    with pytest.raises(UserError, match=name) as refused:
+        open_mixture(DataSection(path=str(dataset)))
+    with pytest.raises(RunError) as found:  # exit code 1, as of a flipped bit
+        verify(dataset)
+    assert str(found.value) == str(refused.value) and "\n" not in str(found.value)
+    with pytest.raises(UserError, match="it has no manifest.json"):
+        verify(dataset.parent)
 
 
 def test_an_index_that_cannot_be_opened_is_one_line(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:

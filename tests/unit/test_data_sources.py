@@ -228,6 +228,28 @@ def test_what_a_tokenizer_does_not_know_is_counted(
     assert f"left out or changed: 5 {what}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("splitter", [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
+def test_what_is_lost_is_what_no_token_covers(splitter: Any) -> None:
+    """Counted character by character, white space of all scripts and the last code points included."""
+    tokenizer = of_characters(None)
+    tokenizer.pre_tokenizer = splitter
+    blanks = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    texts = [
+        "",
+        "abc",
+        "\0",
+        "世",
+        "".join(blanks),
+        f"a世{'b'.join(blanks)}\u3001\u3002\ufeff\u200b",
+        "a" + "\U0010ffff" * 3,
+    ]
+    texts += ["".join(chr(97 + n * m % 31) + blanks[n * m % len(blanks)] for n in range(200)) for m in (1, 7)]
+    for text, encoded in zip(texts, Encoder(tokenizer, 0, int, 0.0).encode(texts), strict=True):  # type: ignore[arg-type]
+        covered = {place for begin, end in tokenizer.encode(text).offsets for place in range(begin, end)}
+        lost = [character for place, character in enumerate(text) if place not in covered and not character.isspace()]
+        assert encoded.lost == (Counter({LOST: len(lost)}) if lost else Counter()), text
+
+
 def test_tokenizers_on_bytes_lose_nothing() -> None:
     plain = train_tokenizer(["some text"], 300)
     assert knows_every_character(plain)
