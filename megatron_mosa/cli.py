@@ -84,7 +84,7 @@ Dataset = Annotated[
 
 @data_app.command("verify")
 def data_verify(path: Dataset, overrides: Overrides = None) -> None:
-    """Compare all files of a dataset with the hashes of its manifest; exit code 1 if one is damaged."""
+    """Compare all files of a dataset with the hashes of its manifest; exit code 1 if one is damaged or missing."""
     from megatron_mosa.data.commands import dataset_folders, verify
 
     for folder in dataset_folders(path, overrides or []):

@@ -19,7 +19,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, train_tokenizer
+from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
 from megatron_mosa.data.encoder import LOST, UNKNOWN, Encoder
 from megatron_mosa.data.left_out import BROKEN_LINKS, EMPTY, HIDDEN, MENDED, NOT_UTF8, SEEN_AGAIN
 from megatron_mosa.data.sources import open_source
@@ -289,3 +289,28 @@ def test_counts_do_not_depend_on_where_a_build_was_interrupted(tmp_path: Path) -
     ]
     assert found == [{EMPTY: 20, HIDDEN: 1}] * 3
     assert load_tokenizer(str(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("finished", [0, 1, 5])
+def test_counts_are_those_of_a_build_without_interruption(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "" if number % 3 == 0 else f"document {number} " * 20} for number in range(60)]
+    source = str(write_rows(tmp_path / "corpus" / "a.jsonl", rows).parent)
+    (tmp_path / "corpus" / ".hidden").touch()
+    data = DataSection(
+        path=str(tmp_path / "set"), sources=[source], vocab_size=300, validation_fraction=0.3, shard_bytes=1000
+    )
+    publish, records = shards.publish, []
+
+    def publish_some(file: Path, text: str) -> None:
+        if len(records) == finished:
+            raise KeyboardInterrupt
+        records.append(file)
+        publish(file, text)
+
+    with monkeypatch.context() as context:
+        context.setattr(shards, "publish", publish_some)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(data)
+    assert build_dataset(data).left_out == {EMPTY: 20, HIDDEN: 1}
