@@ -123,6 +123,7 @@ def test_json_in_any_layout(
         ("a.json", b'[{"text": "a"},\n{"text": "b', r"line 2 of .*a.json is not JSON"),
         ("a.json", b'[{"text": "a"}', r"line 1 of .*a.json is not JSON .*does not end"),
         ("a.json", b'{"text": "a"}\n\n nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
+        ("a.json", b'{"text": "a"}\n{"text": "b",\n"n": nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
         ("a.json", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 of .*a.json is not UTF-8"),
         ("a.jsonl.gz", b"not gzip at all", r"cannot read .*a.jsonl.gz"),
     ],
@@ -132,6 +133,14 @@ def test_a_bad_line_is_named(name: str, content: bytes, message: str, tmp_path: 
     with pytest.raises(UserError, match=message) as caught:
         documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a number at every cut, unlike an object."""
+    monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 7)
+    (tmp_path / "a.json").write_text('{"text": "a"}\n1234567890', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2 of .*a.json is 1234567890, not an object"):
+        documents(tmp_path / "a.json")
 
 
 def test_a_bad_line_of_a_hub_dataset_is_named(tmp_path: Path) -> None:
