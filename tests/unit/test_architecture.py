@@ -105,9 +105,11 @@ def test_kernels_need_torch_alone_and_training_nothing_that_is_slow_to_import() 
 
 
 def _opens_text(call: ast.Call) -> bool:
-    """Whether a call opens, reads or writes a file as text and leaves the encoding to the locale."""
+    """Whether a call opens, reads or writes a file or a pipe as text and leaves the encoding to the locale."""
     name = getattr(call.func, "attr", getattr(call.func, "id", None))
     named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if {"text", "universal_newlines"} & set(named) and "encoding" not in named:  # of subprocess
+        return name in ("run", "Popen", "check_output", "call", "check_call")
     if name not in ("open", "fdopen", "read_text", "write_text") or "encoding" in named:
         return False
     if name in ("read_text", "write_text"):

@@ -71,9 +71,9 @@ def test_a_batch_that_does_not_fit_all_ranks_is_refused_before_anything_is_writt
     values = [f"run.directory={tmp_path / 'runs'}", f"data.path={tmp_path / 'none'}", "train.global_batch_size=24"]
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        submit(QUICKSTART, [*values, "train.micro_batch_size=4"], nodes=4, tasks_per_node=2)
-    product = "train.micro_batch_size=4 x 4 data-parallel ranks = 16"
-    fixes = "train.global_batch_size=32, or train.micro_batch_size=3 or 6"
+        submit(QUICKSTART, [*values, "train.micro_batch_size=5"], nodes=4, tasks_per_node=2)
+    product = "train.micro_batch_size=5 x 4 data-parallel ranks = 20"
+    fixes = "train.global_batch_size=20, or train.micro_batch_size=3 or 6"
     assert str(caught.value) == f"train.global_batch_size=24 must be divisible by {product}; set {fixes}"
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(UserError, match="data.path=.* does not exist"):  # with such a size, what is next
