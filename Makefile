@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-quick test-matrix test-gpu memcheck bench check format clean
+.PHONY: help setup pretrain test test-quick test-matrix test-gpu memcheck bench check docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -94,8 +94,11 @@ memcheck: setup ## look for bad memory accesses of every kernel on a GPU, with C
 bench: setup ## measure the kernels on a GPU; results in benchmarks/results
 	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
 
-check: setup ## lint, formatting and types: ruff and pyright
+check: setup docs ## lint, formatting, types and documentation: ruff, pyright, Sphinx
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright
+
+docs: setup ## build the documentation site in build/docs; warnings, such as broken links, are errors
+	@$(ACTIVATE); python -W ignore -m sphinx -W -q -b html docs build/docs
 
 format: setup ## let ruff repair formatting and what else it can
 	@$(ACTIVATE); ruff check --fix . && ruff format .

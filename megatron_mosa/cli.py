@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from megatron_mosa import __version__
-from megatron_mosa.config import load_config
+from megatron_mosa.config import load_config, origins
+from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
 from megatron_mosa.decode.commands import cache_report, generate
 from megatron_mosa.entry import collect_garbage_seldom, keep_freed_memory, run
 from megatron_mosa.errors import UserError
@@ -22,6 +23,8 @@ from megatron_mosa.slurm.commands import submit
 app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+config_app = typer.Typer(help="Configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
 checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("isoflop")(isoflop)
@@ -50,6 +53,50 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
     if show:
         print(__version__)
         raise typer.Exit
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[Path | None, typer.Argument(help="YAML file; without one: every key with its meaning.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a resolved configuration with the origin of each value, or the annotated reference of all keys."""
+    if config is None:
+        print(reference(), end="")
+    else:
+        print(resolved(load_config(config, overrides or []), origins(config, overrides or [])), end="")
+
+
+@config_app.command("diff")
+def config_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="YAML file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="YAML file.")],
+) -> None:
+    """Print the keys in which two configurations differ."""
+    rows = list(difference(load_config(first), load_config(second)))
+    if not rows:
+        print(f"{first} and {second} are the same configuration")
+        return
+    rows.insert(0, ("key", str(first), str(second)))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for key, ours, theirs in rows:
+        print(f"{key:{widths[0]}}  {ours:{widths[1]}}  {theirs}")
+
+
+@config_app.command("list")
+def config_list(
+    folder: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where to look.")] = Path("configs"),
+) -> None:
+    """List the configurations in a directory, with their models."""
+    if not folder.is_dir():
+        raise UserError(
+            f"'{folder}' is not a directory; give one that holds YAML files, such as the project's configs/"
+        )
+    rows = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
+    if not rows:
+        raise UserError(f"'{folder}' holds no YAML files; give a directory that does, such as the project's configs/")
+    for name, path in rows.items():
+        print(f"{name:{max(map(len, rows))}}  {summary(load_config(path))}")
 
 
 @data_app.command("build")

@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
+from megatron_mosa.config.keys import keys_of
+from megatron_mosa.config.schema import ModelSection, MosaSection, TrainSection
 
-RECOMPUTE = ("none", "attention", "full")
-SELECTIONS = ("expert_choice", "threshold")
-SELECTION_SCOPES = ("sequence", "document")
+# Fields "mosa_NAME" that mean what NAME means in a configuration file.
+_KEYS = {
+    name: key
+    for section, names in (
+        (MosaSection, "sparsity selection selection_scope capacity_factor load_feedback"),
+        (MosaSection, "threshold_ema threshold_warmup_steps"),
+        (ModelSection, "rotary_percent rotary_base"),
+        (TrainSection, "recompute"),
+    )
+    for name, key in keys_of(section).items()
+    if name in names.split()
+}
 
 
 @dataclass
@@ -97,15 +108,12 @@ class MosaTransformerConfig(TransformerConfig):
                 f"{self.num_query_groups}"
             )
         if self.num_local_heads and self.mosa_local_window < 1:
-            raise ValueError(f"mosa_local_window={self.mosa_local_window}; legal with local heads: 1 or more")
-        if self.mosa_sparsity < 1:
-            raise ValueError(f"mosa_sparsity={self.mosa_sparsity} is below 1; legal: 1 or more")
+            raise ValueError(f"mosa_local_window must be at least 1 with local heads, got {self.mosa_local_window}")
         if self.add_bias_linear or self.add_qkv_bias:
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
-        if self.mosa_recompute not in RECOMPUTE:
-            raise ValueError(f"mosa_recompute={self.mosa_recompute!r} is not known; legal: {', '.join(RECOMPUTE)}")
+        self._check_values()
         self._check_selection()
         if not self.mosa_attend_within_documents and (
             self.mosa_selection_scope == "document" or self.mosa_restart_rotary
@@ -119,24 +127,19 @@ class MosaTransformerConfig(TransformerConfig):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")
 
+    def _check_values(self) -> None:
+        """Choices and bounds, which are those of the configuration file."""
+        for name, key in _KEYS.items():
+            if message := key.refusal(f"mosa_{name}", getattr(self, f"mosa_{name}")):
+                raise ValueError(message)
+
     def _check_selection(self) -> None:
-        for name, legal in (("mosa_selection", SELECTIONS), ("mosa_selection_scope", SELECTION_SCOPES)):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")
         if self.mosa_selection == "threshold" and self.mosa_selection_scope == "document":
             raise ValueError(
                 "mosa_selection='threshold' has no use for mosa_selection_scope='document'; set 'sequence'"
             )
-        if self.mosa_capacity_factor < 1:
-            raise ValueError(f"mosa_capacity_factor={self.mosa_capacity_factor} is below 1; legal: 1 or more")
-        if not 0 < self.mosa_threshold_ema <= 1:
-            raise ValueError(f"mosa_threshold_ema={self.mosa_threshold_ema}; legal: above 0, up to 1")
-        if not 0 <= self.mosa_load_feedback < math.inf:
-            raise ValueError(f"mosa_load_feedback={self.mosa_load_feedback}; legal: 0 (off) or more")
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
             raise ValueError("mosa_load_feedback moves thresholds; legal with mosa_selection='expert_choice': 0")
-        if self.mosa_threshold_warmup_steps < 1:
-            raise ValueError(f"mosa_threshold_warmup_steps={self.mosa_threshold_warmup_steps}; legal: 1 or more")
 
     @property
     def head_dim(self) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_mosa.config.keys import keys_of
+from megatron_mosa.config.schema import ModelSection
 from megatron_mosa.kernels import Documents, get_backend
 from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.naive import accumulation_dtype
@@ -149,8 +151,8 @@ def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Docu
     batch, length, _ = hidden_states.shape
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
-    if not 0.0 <= rotary_percent <= 1.0:
-        raise ValueError(f"rotary_percent={rotary_percent} is out of range; legal: 0 to 1")
+    if message := keys_of(ModelSection)["rotary_percent"].refusal("rotary_percent", rotary_percent):
+        raise ValueError(message)
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:

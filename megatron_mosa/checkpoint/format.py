@@ -29,6 +29,7 @@ from megatron_mosa.checkpoint.offline_writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.model.state import Stored, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
+from megatron_mosa.utils.errors import first_line
 
 if TYPE_CHECKING:
     from megatron_mosa.data.tokenizer import TokenizerIdentity
@@ -120,7 +121,7 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
     except CheckpointException as error:  # the same on every rank
         for rank, (cause, _) in error.failures.items():
             if is_storage_failure(cause):
-                raise StorageError(f"rank {rank}: {str(cause).splitlines()[0]}") from None
+                raise StorageError(f"rank {rank}: {first_line(cause)}") from None
         raise
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_mosa import __version__
 from megatron_mosa.checkpoint.added_heads import WithMosaHeads
 from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
 from megatron_mosa.checkpoint.locate import Kind, find_model_of, publishing, refuse_target
@@ -18,6 +16,7 @@ from megatron_mosa.checkpoint.offline_writer import write_state_offline
 from megatron_mosa.checkpoint.opened import Opened, open_model
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils.versions import versions
 
 
 def import_hf(
@@ -82,13 +81,14 @@ def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
-    from megatron_mosa.data import load_tokenizer
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_identity, vocabulary_size
+    from megatron_mosa.data import load_tokenizer, tokenizer_hash
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, encoding_hash, vocabulary_size
 
-    tokenizer = folder / TOKENIZER_FILE
-    known = tokenizer.is_file()
-    identity = tokenizer_identity(tokenizer) if known else TokenizerIdentity(None, None)
-    size = vocabulary_size(load_tokenizer(str(tokenizer))) if known else vocab_rows
+    file = folder / TOKENIZER_FILE
+    identity, size = TokenizerIdentity(None, None), vocab_rows
+    if file.is_file():
+        tokenizer = load_tokenizer(str(file))
+        identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
     if size > vocab_rows:
         raise UserError(
             f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding {vocab_rows:,} rows; the embedding "
@@ -107,6 +107,6 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
             "vocab_size": size,
             "fingerprint": None,
         },
-        versions={"megatron_mosa": __version__} | {name: version(name) for name in ("torch", "transformers")},
+        versions=versions("torch", "transformers"),
         layout={},
     )

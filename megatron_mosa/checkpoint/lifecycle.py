@@ -22,11 +22,12 @@ from megatron_mosa.checkpoint.format import (
     write_state,
 )
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, sync, write_manifest
+from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, write_manifest
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.data.tokenizer import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
+from megatron_mosa.utils.files import sync
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine

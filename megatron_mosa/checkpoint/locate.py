@@ -10,9 +10,9 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_mosa.checkpoint.lifecycle import CheckpointStore
-from megatron_mosa.checkpoint.manifest import sync
 from megatron_mosa.checkpoint.safetensors_folder import INDEX
 from megatron_mosa.errors import StorageError, UserError, nearest
+from megatron_mosa.utils.files import replace_directory, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -133,7 +133,7 @@ def publishing(target: Path) -> Iterator[Path]:
         StorageError: the file system did not take it.
     """
     place = target.resolve()
-    writing, old = (place.with_name(f".{what}-{place.name}") for what in ("writing", "replaced"))
+    writing = place.with_name(f".writing-{place.name}")
     missing = [folder for folder in place.parents if not folder.exists()]  # the deepest first
     try:
         shutil.rmtree(writing, ignore_errors=True)
@@ -141,18 +141,11 @@ def publishing(target: Path) -> Iterator[Path]:
         yield writing
         for entry in (*writing.rglob("*"), writing):
             sync(entry)
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            os.rename(place, old)
-        os.rename(writing, place)
-        sync(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_directory(writing, place)
     except (OSError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"OUT={target} did not take it: {reason}; make room, or give another folder") from None
     finally:
-        if old.exists() and not place.exists():
-            os.rename(old, place)
         shutil.rmtree(writing, ignore_errors=True)
         with suppress(OSError):  # not empty, or never made
             for folder in missing:

@@ -13,6 +13,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.utils.files import sync
 
 MANIFEST = "manifest.json"
 ALGORITHM = "xxh3_128"
@@ -104,15 +105,6 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
             if found != records[name]:
                 return f"{name} is not what was written: its hash is {found.hash}, written was {records[name].hash}"
     return None
-
-
-def sync(path: Path) -> None:
-    """See a file's content, or a folder's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def settle(path: Path) -> FileRecord:

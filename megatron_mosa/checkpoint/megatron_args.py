@@ -84,7 +84,7 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
         | _FIXED
         | {
             "norm_epsilon": config.model.layernorm_epsilon,
-            "ffn_hidden_size": config.model.ffn_hidden_size or 4 * config.model.hidden_size,
+            "ffn_hidden_size": config.model.mlp_width,
             "group_query_attention": groups is not None,
             "num_query_groups": groups or 1,  # Megatron-LM's default, which counts with group_query_attention alone
             "swiglu": config.model.activation == "swiglu",

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import sync
 from megatron_mosa.errors import RunError, StorageError, UserError
+from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils.files import sync
 
 _MOSA = {"r.0.weight": "router_weight", "QKV.W": "qkv_weight", "O.W": "proj_weight"}
 _OTHERS = {"W_QKV.weight": "qkv_weight", "W_O.weight": "proj_weight"}
@@ -62,7 +63,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise RunError(f"'{path}' cannot be read as tensors ({reason})") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"'{path}' holds no state dict; save one module's: torch.save(module.state_dict(), FILE)")

@@ -230,7 +230,7 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
 
 
 def _mlp(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
-    width, inner = config.model.hidden_size, config.model.ffn_hidden_size or 4 * config.model.hidden_size
+    width, inner = config.model.hidden_size, config.model.mlp_width
     if config.model.activation == "swiglu":
         parts = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
         yield Weight(f"{ours}linear_fc1.weight", (2, inner, width), parts, GateAndUp())

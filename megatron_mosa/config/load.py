@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_mosa.config.rules import check
@@ -32,6 +32,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batch
         UserError: a file that cannot be read, an unknown or missing key, a wrong type, a broken rule.
     """
     return _build([_read(Path(path)), _parse_overrides(overrides)], checks_batches)
+
+
+def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where the value of each ``section.key`` comes from: "command line", the file's path, or "default"."""
+    written = {"command line": _parse_overrides(overrides), str(path): _read(Path(path))}
+    found = {f"{section}.{name}": "default" for section, names in _TYPES.items() for name in names}
+    for origin, tree in reversed(written.items()):
+        found |= {f"{section}.{name}": origin for section, values in tree.items() for name in values}
+    return found
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
@@ -90,6 +99,8 @@ def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
         _refuse_unknown_keys(tree)
         for section, values in tree.items():
             for name, value in values.items():
+                if value == MISSING:  # as the annotated reference has it
+                    continue
                 _set(config, section, name, value)
     try:
         built = cast(Config, OmegaConf.to_object(config))
@@ -99,8 +110,7 @@ def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
         ) from None
     except _BROKEN as error:
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from None
-    if built.model.ffn_hidden_size is None:
-        built.model.ffn_hidden_size = 4 * built.model.hidden_size
+    built.model.ffn_hidden_size = built.model.mlp_width
     check(built, checks_batches=checks_batches)
     return built
 

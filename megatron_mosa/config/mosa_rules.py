@@ -6,15 +6,6 @@ from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError
 
 
-def sparsity(config: Config) -> None:
-    """A head cannot select more tokens than there are."""
-    if config.mosa.sparsity < 1:
-        raise UserError(
-            f"mosa.sparsity={config.mosa.sparsity} is below 1; a head selects sequence_length / sparsity tokens: "
-            "legal: 1 (every token) or more"
-        )
-
-
 def documents(config: Config) -> None:
     """Options that need documents, and heads to honour them."""
     asked = {
@@ -37,13 +28,6 @@ def documents(config: Config) -> None:
 def threshold(config: Config) -> None:
     """Options of selection by a threshold, and those that it does not go with."""
     mosa = config.mosa
-    if mosa.threshold_ema > 1:
-        raise UserError(f"mosa.threshold_ema={mosa.threshold_ema} is out of range; legal: above 0, up to 1")
-    if not 1 <= mosa.capacity_factor < float("inf"):
-        raise UserError(
-            f"mosa.capacity_factor={mosa.capacity_factor} is out of range: a head that takes its share would lose "
-            "tokens; legal: a number of 1 or more"
-        )
     if mosa.load_feedback and mosa.selection != "threshold":
         raise UserError(
             f"mosa.load_feedback={mosa.load_feedback} moves thresholds, and mosa.selection={mosa.selection} has none; "

@@ -1,184 +1,266 @@
-"""The typed tree behind a YAML file: one dataclass a section, one field a key.
+"""The typed tree behind a YAML file: one dataclass per section, one field per key, its rules beside it.
 
-configs/quickstart.yaml explains every key; here stand types and defaults. ``MISSING`` marks the keys that a
-file must give.
+``configs/reference.yaml`` is generated from this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
+from megatron_mosa.config.keys import key, required
 
 
 @dataclass
 class RunSection:
-    """Who the run is and where it writes: ``directory/name``."""
+    """The name of the run and its directory, ``directory/name``."""
 
-    name: str = MISSING
-    directory: str = "runs"
-    seed: int = 1234
+    name: str = required("the run directory is {directory}/{name}")
+    directory: str = key("runs", "where run directories are created")
+    seed: int = key(1234, "initial weights and data order", at_least=0, at_most=2**32 - 1)
 
 
 @dataclass
 class ModelSection:
-    """A GPT of pre-norm layers; dense and local heads stand beside the MoSA heads of section ``mosa``."""
+    """A GPT with pre-norm layers; dense and local heads stand beside the MoSA heads of section ``mosa``."""
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
-    num_dense_heads: int = 4
-    num_query_groups: int | None = None  # None: as many as dense heads
-    num_local_heads: int = 0
-    local_window: int | None = None  # None: data.sequence_length / mosa.sparsity
-    head_dim: int = 64
-    activation: str = "gelu"
-    normalization: str = "LayerNorm"
-    tie_embeddings: bool = False
-    attend_within_documents: bool = False
-    restart_rotary: bool = False
-    rotary_percent: float = 0.5
-    rotary_base: float = 10000.0
-    layernorm_epsilon: float = 1e-5
-    init_method_std: float = 0.02
-    vocab_size_multiple: int = 128
+    num_layers: int = required("transformer layers", at_least=1)
+    hidden_size: int = required("h, the width of the residual stream", at_least=1)
+    ffn_hidden_size: int | None = key(None, "width of the MLP; null: 4 * hidden_size", at_least=1)
+    num_dense_heads: int = key(4, "dense causal heads beside the MoSA heads; 0: none", at_least=0)
+    num_query_groups: int | None = key(None, "key/value heads of the dense heads; null: one per dense head", at_least=1)
+    num_local_heads: int = key(0, "sliding-window heads beside or instead of dense heads", at_least=0)
+    local_window: int | None = key(
+        None, "tokens a local head sees, its own included; null: sequence_length / sparsity", at_least=1
+    )
+    head_dim: int = key(64, "h', of all heads (heads * head_dim need not equal hidden_size)", at_least=1)
+    activation: str = key("gelu", "gelu (two matrices) | swiglu (three)", choices=("gelu", "swiglu"))
+    normalization: str = key("LayerNorm", "LayerNorm | RMSNorm", choices=("LayerNorm", "RMSNorm"))
+    tie_embeddings: bool = key(False, "share one matrix between input and output embeddings")
+    attend_within_documents: bool = key(False, "true: attention of every head stays within each document")
+    restart_rotary: bool = key(False, "true: positions restart at each document; changes results by rounding only")
+    rotary_percent: float = key(0.5, "share of head_dim that is rotated", at_least=0, at_most=1)
+    rotary_base: float = key(10000.0, "base of the rotary frequencies", above=0)
+    layernorm_epsilon: float = key(1e-5, "added to the variance in norms", above=0)
+    init_method_std: float = key(
+        0.02, "normal initial weights, but MoSA heads' (uniform, as in the authors' code)", above=0
+    )
+    vocab_size_multiple: int = key(128, "the vocabulary is padded to a multiple of this, in every layout", at_least=1)
+
+    @property
+    def mlp_width(self) -> int:
+        """``ffn_hidden_size``, or its default."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
 
 
 @dataclass
 class MosaSection:
     """MoSA heads (arXiv 2505.00315, section 3)."""
 
-    num_heads: int = MISSING
-    sparsity: float = 16.0
-    include_first_token: bool = True
-    selection: str = "expert_choice"
-    selection_scope: str = "sequence"
-    capacity_factor: float = 2.0
-    threshold_ema: float = 0.1
-    threshold_warmup_steps: int = 250
-    load_feedback: float = 0.0
-    backend: str = "auto"
+    num_heads: int = required("MoSA heads; 0: a dense model", at_least=0)
+    sparsity: float = key(
+        16.0,
+        "rho: each head selects k = max(floor(sequence_length / rho), 2) tokens",
+        at_least=1,
+        reason="a head selects sequence_length / sparsity tokens, and 1 selects them all",
+    )
+    include_first_token: bool = key(True, "always select token 0 (within documents: the first token of each)")
+    selection: str = key(
+        "expert_choice",
+        "expert_choice (the paper's; not causal) | threshold (causal: tokens above a bar)",
+        choices=("expert_choice", "threshold"),
+    )
+    selection_scope: str = key(
+        "sequence",
+        "sequence: k of the packed sequence | document: k of each document, by its length",
+        choices=("sequence", "document"),
+    )
+    capacity_factor: float = key(
+        2.0,
+        "threshold: in training, at most this many times k tokens, in order",
+        at_least=1,
+        reason="below 1, a head that takes exactly its share would drop tokens",
+    )
+    threshold_ema: float = key(0.1, "threshold: weight of the last batch in the moving average", above=0, at_most=1)
+    threshold_warmup_steps: int = key(
+        250, "threshold: steps of expert choice at the start, while thresholds are tracked", at_least=1
+    )
+    load_feedback: float = key(0.0, "threshold: rise in logits per token taken beyond the head's share", at_least=0)
+    backend: str = key(
+        "auto", "auto (Triton on GPUs, else naive) | naive | triton", choices=("auto", "naive", "triton")
+    )
 
 
 @dataclass
 class ParallelSection:
-    """How the model and the optimizer state are spread over the ranks."""
+    """How the model and the optimizer state are divided among the ranks."""
 
-    tensor_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    zero_stage: int = 1
-    offload_optimizer: bool = False
+    tensor_model_parallel_size: int = key(1, "must divide the number of heads of each kind", at_least=1)
+    sequence_parallel: bool = key(False, "split activations between layers over the sequence; for sizes above 1")
+    pipeline_model_parallel_size: int = key(1, "not implemented: must be 1")
+    context_parallel_size: int = key(1, "not implemented: must be 1")
+    zero_stage: int = key(
+        1,
+        "ZeRO: 0 replicates; 1, 2, 3 partition optimizer, gradients, parameters",
+        choices=(0, 1, 2, 3),
+    )
+    offload_optimizer: bool = key(False, "keep optimizer state and its step on the CPU; needs ZeRO 1 to 3")
 
 
 @dataclass
 class DataSection:
     """Where the text comes from and how it is cut into samples."""
 
-    path: str | None = None  # this or blend
-    blend: list[str] = field(default_factory=list)  # "WEIGHT PATH" each
-    sources: list[str] = field(default_factory=lambda: ["stdlib"])
-    text_field: str = "text"
-    streaming: bool = True
-    stream_timeout: float = 300.0
-    tokenizer: str | None = None  # None: train a byte-level BPE on the sources
-    tokenizer_bytes: int = 200_000_000
-    vocab_size: int = 8000
-    validation_fraction: float = 0.01
-    sequence_length: int = MISSING
-    shard_bytes: int = 256_000_000
-    check_hashes: bool = True
-    index_path: str | None = None  # None: below path
-    index_samples: int | None = None  # None: train.steps * train.global_batch_size of the first start
-    num_workers: int = 1
+    path: str | None = key(None, "written by `mosa data build`, read by training; this or blend")
+    blend: list[str] = key([], "train on several datasets, by share of samples: ['0.7 data/web', '0.3 data/code']")
+    sources: list[str] = key(["stdlib"], "stdlib | .txt, .jsonl, .parquet or directories | hf:NAME[:CONFIG][@SPLIT]")
+    text_field: str = key("text", "the column that holds the text in JSON lines and Parquet")
+    streaming: bool = key(True, "of hf: datasets; false: download them whole before the build")
+    stream_timeout: float = key(300.0, "seconds without a document after which a stream counts as stalled", above=0)
+    tokenizer: str | None = key(
+        None, "null: train a byte-level BPE; or a tokenizer.json, or a Hugging Face tokenizer directory or name"
+    )
+    tokenizer_bytes: int = key(
+        200_000_000, "text that the BPE is trained on at most, from the start of each source", at_least=1
+    )
+    vocab_size: int = key(8000, "size of the trained BPE", at_least=1)
+    validation_fraction: float = key(
+        0.01, "share of documents held out, chosen by a hash of their text", above=0, below=1
+    )
+    sequence_length: int = required("T, tokens per sample", at_least=2, reason="a MoSA head selects at least 2 tokens")
+    shard_bytes: int = key(256_000_000, "text between two points from which an interrupted build resumes", at_least=1)
+    check_hashes: bool = key(
+        True, "compare the dataset with its manifest: up to 1 GB before the start, more beside the run"
+    )
+    index_path: str | None = key(None, "shuffled orders of training (see `mosa data index`); null: below path")
+    index_samples: int | None = key(
+        None, "samples in one shuffled pass; null: what the first start needs, recorded in the run", at_least=1
+    )
+    num_workers: int = key(1, "loader processes per rank; 0: load in the training process", at_least=0)
 
 
 @dataclass
 class TrainSection:
     """The length and the arithmetic of training."""
 
-    steps: int = MISSING
-    stop_after_step: int | None = None
-    skip_steps: list[int] = field(default_factory=list)
-    micro_batch_size: int = MISSING
-    global_batch_size: int = MISSING
-    precision: str = "bf16"
-    recompute: str = "none"
-    apex: str = "auto"
-    deterministic: bool = True
+    steps: int = required("length of training and of the learning-rate schedule", at_least=1)
+    stop_after_step: int | None = key(None, "stop early, with the schedule and data order of the full run", at_least=1)
+    skip_steps: list[int] = key([], "steps whose batches are skipped: data that breaks the run")
+    micro_batch_size: int = required("samples a rank processes at once", at_least=1)
+    global_batch_size: int = required("samples per step, over all ranks and accumulation steps", at_least=1)
+    precision: str = key(
+        "bf16", "fp32 | bf16 (fp32 master weights and gradient accumulation)", choices=("fp32", "bf16")
+    )
+    recompute: str = key(
+        "none",
+        "none | attention | full (whole layers): recomputed in backward instead of kept in memory",
+        choices=("none", "attention", "full"),
+    )
+    apex: str = key(
+        "auto",
+        "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
+        choices=("auto", "never", "always"),
+    )
+    deterministic: bool = key(True, "bitwise repeatable on CPU")
 
 
 @dataclass
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = 2.5e-4
-    min_learning_rate: float = 2.5e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clipping: float = 1.0
+    learning_rate: float = key(2.5e-4, "peak, reached after warmup_steps", above=0)
+    min_learning_rate: float = key(2.5e-5, "reached at the last step", at_least=0)
+    schedule: str = key(
+        "cosine",
+        "cosine | linear | constant | wsd (stable, then linear over the last steps)",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
+    warmup_steps: int = key(0, "linear from 0", at_least=0)
+    decay_fraction: float = key(0.2, "wsd: share of the steps that decays", above=0, at_most=1)
+    beta1: float = key(0.9, "decay of the first moment", at_least=0, below=1)
+    beta2: float = key(0.95, "decay of the second moment", at_least=0, below=1)
+    epsilon: float = key(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = key(0.1, "on matrices, not on norms", at_least=0)
+    gradient_clipping: float = key(1.0, "by global norm; 0: off", at_least=0)
 
 
 @dataclass
 class ValidationSection:
-    """How often and on how much of the validation split the loss is measured."""
+    """How often, and on how much of the validation split, the loss is measured."""
 
-    interval: int = 100
-    num_samples: int = 256
+    interval: int = key(100, "steps", at_least=1)
+    num_samples: int = key(256, "the first samples of the validation split, always the same", at_least=1)
 
 
 @dataclass
 class CheckpointSection:
-    """How often checkpoints are written, how many are kept, and what a start does with them."""
+    """How often checkpoints are written, how many are kept, and how a run starts from them."""
 
-    interval: int = 500
-    keep_last: int = 2
-    permanent_interval: int | None = None
-    keep_permanent: int | None = None
-    asynchronous: bool = True
-    resume: str = "auto"
-    initialize_from: str | None = None
+    interval: int = key(500, "steps; the last step is always saved", at_least=1)
+    keep_last: int = key(2, "older checkpoints are removed, except permanent ones", at_least=1)
+    permanent_interval: int | None = key(None, "steps; these checkpoints stay; null: none", at_least=1)
+    keep_permanent: int | None = key(None, "how many of these stay, newest first; null: all", at_least=1)
+    asynchronous: bool = key(True, "train while a checkpoint is written; only the copy to host memory blocks")
+    resume: str = key(
+        "auto",
+        "auto: continue from the newest checkpoint | never: refuse to start in a used run directory",
+        choices=("auto", "never"),
+    )
+    initialize_from: str | None = key(
+        None, "checkpoint whose weights a first start takes, without optimizer state; null: initial weights by seed"
+    )
 
 
 @dataclass
 class ResilienceSection:
-    """When a run stops itself, and what it does about steps that go wrong."""
+    """When a run stops itself, and how it handles steps that go wrong."""
 
-    stop_before_limit: float = 120.0
-    hang_timeout: float = 1800.0
-    rendezvous_timeout: float = 600.0
-    max_skipped_steps: int = 5
-    spike_sigmas: float = 6.0
-    spike_window: int = 128
-    on_spike: str = "log"
-    max_rewinds: int = 3
+    stop_before_limit: float = key(
+        120.0, "seconds before a Slurm job's time limit at which the run saves and stops", at_least=0
+    )
+    hang_timeout: float = key(
+        1800.0, "seconds without a step, validation batch or save before the run is ended; 0: never", at_least=0
+    )
+    rendezvous_timeout: float = key(600.0, "seconds for all ranks to join", above=0)
+    max_skipped_steps: int = key(5, "consecutive non-finite steps before the run gives up", at_least=1)
+    spike_sigmas: float = key(
+        6.0, "a loss this many standard deviations above the mean of the last ones is a spike", above=0
+    )
+    spike_window: int = key(128, "losses in that mean", at_least=1)
+    on_spike: str = key(
+        "log", "log | rewind (to the checkpoint before, skipping the step of the spike)", choices=("log", "rewind")
+    )
+    max_rewinds: int = key(3, "rewinds before spikes are only logged", at_least=0)
 
 
 @dataclass
 class FaultInjectionSection:
-    """A fault to be had on purpose, once: for tests of what a run survives."""
+    """A fault on purpose, once per run directory, to test what a run survives."""
 
-    fault: str | None = None
-    rank: int = 0
-    step: int = 1
-    place: str = "step"
-    seconds: float = 30.0
+    fault: str | None = key(
+        None,
+        "null | kill | stop | pause | error | SIGTERM | SIGUSR1 | nan | garbage",
+        choices=(None, "kill", "stop", "pause", "error", "SIGTERM", "SIGUSR1", "nan", "garbage"),
+    )
+    rank: int = key(0, "the process that has it", at_least=0)
+    step: int = key(1, "when", at_least=1)
+    place: str = key(
+        "step",
+        "step (before it is computed) | validation (after it) | save (once it has begun)",
+        choices=("step", "validation", "save"),
+    )
+    seconds: float = key(30.0, "length of a pause; a signal ends it", at_least=0)
 
 
 @dataclass
 class LoggingSection:
     """What is reported, and how often."""
 
-    interval: int = 10
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    peak_tflops: float | None = None
+    interval: int = key(10, "steps", at_least=1)
+    tensorboard: bool = key(True, "write TensorBoard events")
+    wandb_project: str | None = key(None, "Weights & Biases project, if wandb is installed; null: off")
+    peak_tflops: float | None = key(
+        None, "per device, for MFU; null: from a table of GPUs, or measured on a CPU", above=0
+    )
 
 
 @dataclass

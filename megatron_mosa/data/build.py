@@ -34,7 +34,6 @@ from megatron_mosa.data.shards import (
     has_shards,
     join_shards,
     progress,
-    publish,
     read_shards,
     write_shards,
 )
@@ -50,6 +49,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils.files import replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 
@@ -229,7 +229,7 @@ def _resume(partial: Path, request: dict[str, Any], sources: Sequence[Source], f
             if not force:
                 raise
     _remove(partial, keep={_LOCK})
-    publish(partial / _REQUEST_FILE, json.dumps(request))
+    write_atomically(partial / _REQUEST_FILE, json.dumps(request), durable=True)
     return []
 
 
@@ -242,7 +242,7 @@ def _write(
             tokenizer = train_tokenizer(_sample(sources, data.tokenizer_bytes), data.vocab_size)
         else:
             tokenizer = load_tokenizer(data.tokenizer)
-        publish(file, tokenizer.to_str(pretty=True))
+        write_atomically(file, tokenizer.to_str(pretty=True), durable=True)
     tokenizer = load_tokenizer(str(file))
     end_id = end_of_document_id(tokenizer, tokenizer_path(data.tokenizer) if data.tokenizer else None)
     vocab_size = vocabulary_size(tokenizer)
@@ -267,7 +267,7 @@ def _write(
         splits=join_shards(folder, shards, dtype),
         request=request,
     )
-    publish(folder / MANIFEST_FILE, manifest.sealed().to_json())
+    write_atomically(folder / MANIFEST_FILE, manifest.sealed().to_json(), durable=True)
 
 
 def _sample(sources: Sequence[Source], budget: int) -> Iterator[str]:
@@ -311,15 +311,5 @@ def _remove(folder: Path, keep: set[str]) -> None:
 def _move_into_place(partial: Path, target: Path) -> None:
     """Rename the finished folder to ``target``; the dataset that was there goes only when the new one stands."""
     _remove(partial, keep=_FILES)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    replaced = target.is_dir()
-    if replaced:
-        os.rename(target, old)
-    try:
-        os.rename(partial, target)
-    except OSError:
-        if replaced:
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    sync(partial)
+    replace_directory(partial, target)

@@ -18,6 +18,7 @@ from megatron_mosa.data.json_rows import parse_line
 from megatron_mosa.data.left_out import EMPTY, mended
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.utils.errors import first_line
 
 HUB = "hf:"
 
@@ -83,7 +84,7 @@ class HubSource:
             builder = self._builder
         except Exception as error:  # of the library, its HTTP client and its file systems, each with their own
             raise UserError(
-                f"data.sources: cannot open {self.name}: {_reason(error)}; check the name ({_FORM}) and the network, "
+                f"data.sources: cannot open {self.name}: {first_line(error)}; check the name ({_FORM}) and network, "
                 "or download the dataset and give the path of its files"
             ) from error
         splits: dict[str, Any] = builder.config.data_files or {}
@@ -128,10 +129,10 @@ class HubSource:
                 failures += 1
                 if failures >= _ATTEMPTS or not self._streaming:
                     raise Interrupted(
-                        f"data.sources: {self.name} stopped after {place['row']} documents: {_reason(error)}; "
+                        f"data.sources: {self.name} stopped after {place['row']} documents: {first_line(error)}; "
                         "run the same command again, and it goes on with what is left"
                     ) from error
-                logging.getLogger(__name__).warning(f"{self.name}: {_reason(error)}; opening it again")
+                logging.getLogger(__name__).warning(f"{self.name}: {first_line(error)}; opening it again")
                 time.sleep(_PAUSE)
 
     def state(self, first: dict[str, Any] | None, last: dict[str, Any] | None) -> str:
@@ -238,7 +239,3 @@ def _watched(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> 
             yield item
     finally:
         abandoned.set()
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

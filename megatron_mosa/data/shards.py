@@ -27,6 +27,7 @@ from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils.files import sync, write_atomically
 
 _BATCH_CHARACTERS = 1 << 18  # that a thread encodes at once; encodings take some 100 bytes a token
 _COPY = 1 << 24  # bytes
@@ -58,16 +59,6 @@ class Shard:
     text_bytes: int
     splits: dict[str, dict[str, int]]  # documents, tokens, bin_bytes, idx_bytes
     left_out: dict[str, int] = field(default_factory=dict)  # or changed, and how often
-
-
-def publish(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all, also when the machine goes down."""
-    partial = file.with_name(file.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as content:
-        content.write(text)
-        content.flush()
-        os.fsync(content.fileno())
-    os.replace(partial, file)
 
 
 def has_shards(folder: Path) -> bool:
@@ -197,11 +188,11 @@ class _ShardWriter:
                 break
         for split, prefix in prefixes.items():
             builders[split].finalize(f"{prefix}.idx")
-            splits[split] |= {f"{suffix}_bytes": _sync(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
+            splits[split] |= {f"{suffix}_bytes": sync(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
         state = source.state(first, last)
         found = dict(left_out - before + lost)
         shard = Shard(number, order, source.name, first, last, complete, state, text_bytes, splits, found)
-        publish(_record(self._folder, number), json.dumps(asdict(shard)))
+        write_atomically(_record(self._folder, number), json.dumps(asdict(shard)), durable=True)
         return shard, left_out
 
     def _show(self, documents: int, text_bytes: int) -> None:
@@ -285,7 +276,7 @@ def _join_tokens(target: Path, prefixes: Iterable[str]) -> str:
                 while chunk := part.read(_COPY):
                     digest.update(chunk)
                     joined.write(chunk)
-    _sync(target)
+    sync(target)
     return digest.hexdigest()
 
 
@@ -317,14 +308,7 @@ def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -
             joined.write(np.arange(numbers, numbers + len(part), dtype=np.int64).tobytes())
             numbers += len(part)
         joined.write(np.array([count], dtype=np.int64).tobytes())
-    _sync(target)
-
-
-def _sync(file: Path) -> int:
-    """Put a file on the disk; return its size in bytes."""
-    with file.open("rb") as content:
-        os.fsync(content.fileno())
-        return os.fstat(content.fileno()).st_size
+    sync(target)
 
 
 def _record(folder: Path, number: int) -> Path:

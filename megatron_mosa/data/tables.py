@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_mosa.data.json_rows import json_rows, open_plain
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.utils.errors import first_line
 
 _LINES = (".jsonl", ".ndjson")
 _JSON = (*_LINES, ".json")
@@ -52,7 +53,7 @@ def table_rows(file: Path, text_field: str, skip: int = 0) -> Iterator[str | Non
         raise
     # pyarrow and the decompressors each raise their own; all mean a file that cannot be read.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"data.sources: cannot read {file}: {reason}; repair or leave out the file") from error
 
 

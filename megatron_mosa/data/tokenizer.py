@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.utils.errors import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -67,7 +68,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         return _plain(Tokenizer.from_pretrained(name_or_path))
     # The library raises bare Exception, and for the hub whatever its HTTP client raises.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         if path is not None:
             raise UserError(f"data.tokenizer: {path} is not a tokenizer.json that can be read: {reason}") from error
         raise UserError(

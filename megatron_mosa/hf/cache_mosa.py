@@ -108,6 +108,11 @@ class MosaCache(Cache):
                 sums[kind] = before[0] + allocated, before[1] + used
         return sums
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit. PEFT's prefix tuning asks for it before the model refuses what it brings."""
+        return -1
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
@@ -154,7 +159,10 @@ def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
         ValueError: naming what differs.
     """
     if not isinstance(cache, MosaCache):
-        raise ValueError(f"{CACHE} is a {type(cache).__name__}; legal: what model.new_cache() gives, or none")
+        raise ValueError(
+            f"{CACHE} is a {type(cache).__name__}; legal: what model.new_cache() gives, or none (prefix tuning of PEFT "
+            "gives keys and values, which heads that select tokens cannot take; use prompt tuning, IA3 or LoRA instead)"
+        )
     if torch.is_grad_enabled():
         raise ValueError("a cache takes no gradients; call the model under torch.no_grad(), or with use_cache=False")
     for name, value in cache_shape(config).items():

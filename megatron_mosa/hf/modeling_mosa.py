@@ -347,6 +347,14 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             kwargs[CACHE] = given[0] if given else self.new_cache()
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers, the cache under its earlier name: PEFT would put its virtual tokens before every token, not
+        before the first alone, where it finds no ``past_key_values``."""
+        given = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
+        if CACHE in given:
+            given["past_key_values"] = given.pop(CACHE)
+        return given
+
     def _generation_option(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of ``generate`` says of an option: in its arguments, its configuration, or the model's."""
         given = args[0] if args else kwargs.get("generation_config")

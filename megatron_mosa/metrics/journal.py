@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from megatron_mosa.utils.files import write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
 
@@ -22,10 +23,7 @@ class Journal:
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
         lines = [line for line in read_journal(path) if line["step"] <= resumed_step]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it is on disk when this returns, as far as the operating system goes."""

@@ -54,7 +54,7 @@ def paper_flops(config: Config) -> int:
         - 2 * hidden * head_dim * length * _shared_key_value_heads(config)
         + model.num_local_heads * local_head_flops(hidden, head_dim, length, local_window(config))
         + config.mosa.num_heads * mosa_head_flops(hidden, head_dim, length, selected)
-        + mlp_flops(hidden, _ffn(config), length, _mlp_matrices(config))
+        + mlp_flops(hidden, config.model.mlp_width, length, _mlp_matrices(config))
     )
     return model.num_layers * layer
 
@@ -93,7 +93,7 @@ def _sequence_flops(config: Config, vocab_size: int, lengths: Sequence[int]) -> 
         - weights * length * _shared_key_value_heads(config)
         + model.num_local_heads * local
         + config.mosa.num_heads * mosa
-        + mlp_flops(hidden, _ffn(config), length, _mlp_matrices(config))
+        + mlp_flops(hidden, config.model.mlp_width, length, _mlp_matrices(config))
     )
     layer = 3 * matrices + config.mosa.num_heads * router
     return model.num_layers * layer + 3 * 2 * hidden * vocab_size * length
@@ -120,7 +120,7 @@ def parameter_count(config: Config, vocab_size: int) -> int:
     heads = model.num_dense_heads + model.num_local_heads + config.mosa.num_heads
     attention = (4 * heads - _shared_key_value_heads(config)) * matrix + config.mosa.num_heads * hidden
     norm = hidden * (2 if model.normalization == "LayerNorm" else 1)
-    layer = attention + _mlp_matrices(config) * hidden * _ffn(config) + 2 * norm
+    layer = attention + _mlp_matrices(config) * hidden * config.model.mlp_width + 2 * norm
     embeddings = (1 if model.tie_embeddings else 2) * hidden * padded_vocab_size(vocab_size, model.vocab_size_multiple)
     return model.num_layers * layer + embeddings + norm
 
@@ -133,7 +133,3 @@ def _shared_key_value_heads(config: Config) -> int:
 
 def _mlp_matrices(config: Config) -> int:
     return 3 if config.model.activation == "swiglu" else 2
-
-
-def _ffn(config: Config) -> int:
-    return config.model.ffn_hidden_size or 4 * config.model.hidden_size

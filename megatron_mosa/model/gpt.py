@@ -24,7 +24,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
     return MosaTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        ffn_hidden_size=model.mlp_width,
         num_attention_heads=model.num_dense_heads,
         num_query_groups=model.num_query_groups,
         num_local_heads=model.num_local_heads,

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from megatron_mosa.errors import RunError
 from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
 from megatron_mosa.parallel.launch import launch_environment
+from megatron_mosa.utils.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _meet(rank: int, world_size: int, seconds: float) -> dist.Store:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
             f"rank {rank} of {world_size} did not meet the others at {where} within {seconds:.0f} s "
-            f"({str(error).splitlines()[0]}); see that all {world_size} processes were started and that MASTER_ADDR "
+            f"({first_line(error)}); see that all {world_size} processes were started and that MASTER_ADDR "
             "and MASTER_PORT can be reached from every node"
         ) from None
     return store

@@ -6,10 +6,12 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.exit_codes import NAMES
+from megatron_mosa.utils.files import write_atomically
 
 STATUS = "status.json"
 RUNNING = "running"
@@ -73,12 +75,8 @@ class RunStatus:
     def _write(self) -> None:
         """Best effort: a full disk must not end a run for its status."""
         self._written = self._content["updated"] = time.time()
-        temporary = self.path.with_name(f".{STATUS}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError:
-            pass
+        with suppress(OSError):
+            write_atomically(self.path, json.dumps(self._content, indent=1) + "\n")
 
 
 def read_status(directory: Path) -> dict[str, Any] | None:

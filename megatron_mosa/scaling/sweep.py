@@ -23,7 +23,9 @@ from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.scaling.layouts import SweepLayout
 from megatron_mosa.scaling.sweep_report import NORM_TOLERANCE, TOLERANCE, Row, Sweep, write_report
-from megatron_mosa.scaling.sweep_worker import Job, versions, write_json
+from megatron_mosa.scaling.sweep_worker import PACKAGES, Job
+from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils.versions import versions
 
 REFERENCE = "reference"
 _OWN = ("request.json", "results.csv", "results.md", "scaling.png", "jobs", "layouts", "logs", "seed")
@@ -62,7 +64,7 @@ class Request:
             if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage")
         }
         numbers = {"processes": self.processes, "warmup": self.warmup, "steps": self.steps, "device": self.device}
-        return {"request": numbers, **config, "dataset": dataset, "versions": versions()}
+        return {"request": numbers, **config, "dataset": dataset, "versions": versions(*PACKAGES)}
 
 
 def run_sweep(request: Request, launch: Launch | None = None, force: bool = False) -> Sweep:
@@ -92,7 +94,7 @@ def run_sweep(request: Request, launch: Launch | None = None, force: bool = Fals
         done += kept is None
         left = (time.monotonic() - started) / done * (missing - done) if done else 0.0
         print(f"[{number}/{len(layouts)}] {rows[-1].line}{' (kept)' if kept else ''}; {left:.0f} s left", flush=True)
-    sweep = Sweep(request.config, rows, request.processes, request.command, request.device, versions())
+    sweep = Sweep(request.config, rows, request.processes, request.command, request.device, versions(*PACKAGES))
     write_report(sweep, request.output)
     print(f"{request.output}: results.md, results.csv, scaling.png")
     _refuse_deviations(sweep, request.config.train.precision)
@@ -121,7 +123,7 @@ def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
         for name in ("jobs", "layouts", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, identity)
+            write_atomically(file, json.dumps(identity, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"--output={folder} cannot be written ({error.strerror}); give another folder") from None
 
@@ -208,7 +210,7 @@ class _Runs:
             result=str(result),
             errors=str(self.folder / "jobs" / f"{name}.error"),
         )
-        write_json(file, asdict(job))
+        write_atomically(file, json.dumps(asdict(job), indent=1, allow_nan=False) + "\n")
         started = time.monotonic()
         code = self.launch(file, processes, self._log(name))
         wall = {"wall_seconds": time.monotonic() - started}
@@ -218,7 +220,7 @@ class _Runs:
 
     def _keep(self, name: str, layout: SweepLayout, result: dict[str, Any]) -> dict[str, Any]:
         result = {"layout": asdict(layout), "finished": time.time(), **result}
-        write_json(self.folder / "layouts" / f"{name}.json", result)
+        write_atomically(self.folder / "layouts" / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
     def _read(self, name: str) -> dict[str, Any] | None:

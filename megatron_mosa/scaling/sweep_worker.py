@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import torch
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_mosa import __version__
 from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
 from megatron_mosa.data import training_batches
@@ -38,7 +36,10 @@ from megatron_mosa.parallel import (
 )
 from megatron_mosa.train.schedule import learning_rate
 from megatron_mosa.train.start import Start, check_start, training_samples
+from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils.versions import versions
 
+PACKAGES = ("torch", "megatron-core", "deepspeed")  # what decides what a layout does, beside this project
 PROFILED_STEPS = 2
 
 
@@ -106,7 +107,7 @@ def measure(job: Job) -> None:
     _share_seed(job, config, start, engine, layout)
     found = _steps(job, config, engine, layout, _batches(job, config, start, layout))
     if layout.is_main:
-        write_json(Path(job.result), asdict(found))
+        write_atomically(Path(job.result), json.dumps(asdict(found), indent=1, allow_nan=False) + "\n")
     engine.destroy()
     destroy_parallel()
 
@@ -126,7 +127,7 @@ def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine,
         optimizer_step=0,
         config=config_to_dict(config),
         data=start.data_identity,
-        versions=versions(),
+        versions=versions(*PACKAGES),
         layout={
             "tensor_parallel_size": layout.tensor_parallel_size,
             "data_parallel_size": layout.data_parallel_size,
@@ -219,18 +220,6 @@ def _over_ranks(value: float, operation: Any, layout: Layout) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def versions() -> dict[str, str]:
-    """Of the software that decides what a layout does."""
-    return {"megatron_mosa": __version__} | {name: version(name) for name in ("torch", "megatron-core", "deepspeed")}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main() -> None:

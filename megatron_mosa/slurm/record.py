@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_mosa.exit_codes import FAILED, NAMES
+from megatron_mosa.utils.files import write_atomically
 
 
 @dataclass
@@ -56,9 +56,7 @@ class Record:
         """Replace that of a run directory, in one piece."""
         self.updated = time.time()
         run.mkdir(parents=True, exist_ok=True)
-        temporary = run / f".slurm.json.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, run / "slurm.json")
+        write_atomically(run / "slurm.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 def checkpoint_step(run: Path) -> int:

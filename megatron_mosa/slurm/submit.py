@@ -10,12 +10,11 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-from megatron_mosa import __version__
 from megatron_mosa.config import Config, check_world_size, save_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.utils.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path("launch", "slurm", "pretrain.sbatch")
@@ -98,7 +97,8 @@ class Submission:
             save_config(self.config, self.folder / "config.yaml")
             (self.folder / "job.sbatch").write_text(self.script, encoding="utf-8")
             (self.folder / "command.txt").write_text(f"{self.command}\n{shlex.join(self.sbatch())}\n", encoding="utf-8")
-            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+            found = {"python": platform.python_version()} | versions(*_PACKAGES)
+            (self.folder / "versions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             (self.folder / "git.txt").write_text(git_state(ROOT), encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -158,17 +158,6 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
         number += 1
         folder = run / "submit" / f"{stamp}-{number}"
     return Submission(config, request, folder, command)
-
-
-def versions() -> dict[str, str]:
-    """Of Python, ours and the packages that results depend on."""
-    found = {"python": platform.python_version(), "megatron_mosa": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def git_state(root: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from megatron_mosa.engine import Batch, TrainingEngine
 from megatron_mosa.parallel import on_main_rank
 from megatron_mosa.train.trainer import TrainingState
 from megatron_mosa.train.writers import Writers
+from megatron_mosa.utils.files import write_atomically
 
 SKIPPED = "skip_steps.json"
 
@@ -67,9 +67,7 @@ class Rewinder:
         for path in self.store.published():
             if path not in before:
                 self.store.set_aside(path)
-        temporary = self.directory / f".{SKIPPED}"
-        temporary.write_text(json.dumps([*steps, spike]) + "\n", encoding="utf-8")
-        os.replace(temporary, self.directory / SKIPPED)
+        write_atomically(self.directory / SKIPPED, json.dumps([*steps, spike]) + "\n")
         return before[-1]
 
 

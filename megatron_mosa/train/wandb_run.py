@@ -7,13 +7,13 @@ answer offline. A new W&B run that begins with the lines kept in metrics.jsonl i
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.metrics import read_journal, scalars
+from megatron_mosa.utils.files import write_atomically
 
 RECORD = "wandb.json"
 """In the run directory: the project, name (``run.name``), id and title of its W&B run."""
@@ -81,11 +81,8 @@ class WandbRun:
         import wandb  # optional; check_start has seen to it that it is there
 
         project, name = self.config.logging.wandb_project, self.config.run.name
-        temporary = self.directory / f".{RECORD}"
-        temporary.write_text(
-            json.dumps({"project": project, "name": name, "id": run_id, "title": title}) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, self.directory / RECORD)
+        record = {"project": project, "name": name, "id": run_id, "title": title}
+        write_atomically(self.directory / RECORD, json.dumps(record) + "\n")
         wandb.finish()  # what this process has open, whose rows would go on otherwise
         self.run: Any = wandb.init(
             project=project,

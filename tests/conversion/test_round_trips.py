@@ -78,6 +78,8 @@ def test_saved_in_half_precision(folders: dict[str, Path], causal: Trained, tmp_
     thresholds = [name for name in tensors if name.endswith("thresholds")]
     assert len(thresholds) == 2 and all(tensors[name].dtype == torch.float32 for name in thresholds)
     assert {tensor.dtype for name, tensor in tensors.items() if name not in thresholds} == {dtype}
+    loaded = load(tmp_path / "half", dtype=dtype).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in thresholds)  # no less precise
     expected = load(tmp_path / "half", dtype=torch.float32)(causal.tokens).logits
     assert_imported(tmp_path / "half", tmp_path / "back", expected, causal.tokens)
 

@@ -117,9 +117,11 @@ def test_a_micro_batch_without_labels_adds_nothing(count: Any) -> None:
         assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
-@pytest.mark.parametrize("returns_dict", [True, False])
-def test_evaluation_with_padding_and_metrics(folders: dict[str, Path], tmp_path: Path, returns_dict: bool) -> None:
-    model, tokenizer = load(folders["threshold"]), AutoTokenizer.from_pretrained(folders["threshold"])
+@pytest.mark.parametrize(("kind", "returns_dict"), [("threshold", True), ("expert_choice", False)])
+def test_evaluation_with_padding_and_metrics(
+    folders: dict[str, Path], tmp_path: Path, kind: str, returns_dict: bool
+) -> None:
+    model, tokenizer = load(folders[kind]), AutoTokenizer.from_pretrained(folders[kind])
     model.config.return_dict = returns_dict
     generator = torch.Generator().manual_seed(4)
     rows = [torch.randint(1, 300, (length,), generator=generator) for length in (12, 5, 9, 16, 3)]
@@ -163,10 +165,14 @@ def test_bf16_and_checkpointing_in_the_trainer(folders: dict[str, Path], tmp_pat
     ids, labels = unequal_labels()
     data = [{"input_ids": row, "labels": expected} for row, expected in zip(ids, labels, strict=True)]
     expected = by_hand(load(folders["threshold"]), ids, labels)
-    plain = logged(load(folders["threshold"]), tmp_path, data, bf16=True)
-    repeated = logged(load(folders["threshold"]), tmp_path, data, bf16=True, gradient_checkpointing=True)
-    assert plain == repeated  # the second forward pass is under autocast, too
-    assert plain != expected and plain == pytest.approx(expected, rel=0.05)
+    found, types = [], set()
+    for checkpoints in (False, True):
+        model = load(folders["threshold"])
+        model.model.layers[0].mlp.register_forward_hook(lambda *given: types.add(given[-1].dtype))
+        found.append(logged(model, tmp_path, data, bf16=True, gradient_checkpointing=checkpoints))
+    assert types == {torch.bfloat16}
+    assert found[0] == found[1]  # the second forward pass is under autocast, too
+    assert found[0] == pytest.approx(expected, rel=0.05)
 
 
 # Gradient checkpointing.
@@ -308,6 +314,75 @@ def test_adapters_get_gradients_behind_frozen_checkpoints(folders: dict[str, Pat
     for expected, found in zip(*gradients, strict=True):
         assert expected.any()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "embed_tokens", "lm_head"]])
+def test_lora_on_a_tied_model_merges_and_loads_again(tmp_path: Path, targets: str | list[str]) -> None:
+    """Adapters of the embedding need it untied before, as PEFT says: merged into one weight, both would change both."""
+    from peft import LoraConfig, get_peft_model
+
+    build("hybrid").save_pretrained(tmp_path / "tied")
+    tied, ids = targets == "all-linear", random_tokens(2, 13)
+    model = MosaForCausalLM.from_pretrained(tmp_path / "tied", tie_word_embeddings=tied).eval()
+    if not tied:
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    plain = model(ids).logits
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
+    adapted: Any = get_peft_model(model, config)
+    expected = adapted(ids).logits
+    assert (expected - plain).abs().max() > 0.1
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = MosaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.tie_word_embeddings == tied
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "IA3"])
+def test_prompt_tuning_and_ia3_train_save_and_generate(tmp_path: Path, method: str) -> None:
+    from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+
+    config: Any = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    if method == "IA3":
+        names = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        config = IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False, **names)
+    torch.manual_seed(5)
+    model, ids = get_peft_model(build("hybrid"), config), random_tokens(2, 9)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    trainer(model, tmp_path, data, learning_rate=1e-2).train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and changed == {name for name in before if "prompt_encoder" in name or "ia3_" in name}
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(build("hybrid"), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        longer = ids
+        for _ in range(6):
+            following = again(input_ids=longer).logits[:, -1:].argmax(-1)
+            longer = torch.cat((longer, following), dim=1)
+        for cached in (True, False):
+            options = {"max_new_tokens": 6, "do_sample": False, "use_cache": cached, "eos_token_id": None}
+            found = again.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            assert torch.equal(found, longer)
+        if method == "IA3":
+            torch.testing.assert_close(again.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_prefix_tuning_is_refused() -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    ids = random_tokens(2, 9)
+    model: Any = get_peft_model(build("hybrid"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    for call in (
+        lambda: model(input_ids=ids, labels=ids),
+        lambda: model.generate(input_ids=ids, max_new_tokens=2),
+        lambda: model.generate(input_ids=ids, max_new_tokens=2, use_cache=False),
+    ):
+        with pytest.raises(ValueError, match=r"is a DynamicCache; .*; use prompt tuning, IA3 or LoRA instead\)$"):
+            call()
 
 
 # Programs around the model.

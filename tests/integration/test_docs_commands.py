@@ -111,6 +111,11 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa checkpoint import model.pt layer.safetensors --from mosa-pytorch --prefix layers.0.attention.": Way(),
         "mosa checkpoint verify runs/quickstart exported/quickstart": Way(),
     },
+    "docs/configuration.md": {
+        "mosa config list": Way(),
+        "mosa config show configs/scale/1b_mosa.yaml": Way(),
+        "mosa config diff configs/paper/tiny.yaml configs/paper/tiny_mosa.yaml": Way(),
+    },
     "docs/containers.md": {
         "enroot import -o mosa.sqsh dockerd://mosa": instead(CLUSTER),
         'export MOSA_SRUN_ARGUMENTS="--container-image=$PWD/mosa.sqsh --container-mounts=$PWD,/data '
@@ -178,6 +183,32 @@ TABLE: dict[str, dict[str, Way]] = {
         "checkpoint.interval=5 train.steps=15 train.global_batch_size=32 logging.interval=1 optimizer.warmup_steps=1 "
         "validation.num_samples=4": Way(added="data.sequence_length=64 --check-only", reason=GPU),
     },
+    "docs/howto/hugging_face.md": {
+        "mosa checkpoint import /models/llama hybrid --from hf --add-mosa-heads 32 --sparsity 16": Way(
+            (("/models/llama", "exported/dense"), ("32", "4")),
+            before="mosa checkpoint export runs/dense exported/dense --to hf",
+        ),
+        "mosa data build my_run.yaml": instead("is run for README.md"),
+        "launch/torchrun/local.sh my_run.yaml": Way(
+            (("launch/", "NPROC=1 launch/"), ("my_run.yaml", "configs/quickstart.yaml")),
+            f"{SMALL} {ONE} mosa.num_heads=4 run.name=my_run checkpoint.initialize_from=hybrid "
+            "mosa.selection=threshold mosa.threshold_warmup_steps=1",
+        ),
+        "mosa checkpoint export runs/my_run exported/my_run --to hf": Way(),
+        'mosa generate exported/my_run --prompt "Once upon a time"': Way(added="--max-new-tokens 4"),
+    },
+    "docs/howto/slurm.md": {
+        "make setup": instead(NETWORK, "make -n setup"),
+        ".venv/bin/mosa data build configs/first_gpu_run.yaml 'data.sources=[/data/my_text]'": instead(
+            "is run for README.md"
+        ),
+        ".venv/bin/mosa data inspect configs/first_gpu_run.yaml": Way(),
+        ".venv/bin/mosa config show configs/first_gpu_run.yaml train.global_batch_size=256": Way(),
+        f".venv/bin/mosa submit configs/first_gpu_run.yaml {FIRST} --time 24:00:00 --dry-run": Way(
+            added="run.name=large"
+        ),
+        ".venv/bin/mosa status runs/first_gpu_run --watch": Way((("first_gpu_run --watch", "quickstart"),)),
+    },
     "docs/scaling.md": {
         # Heads that do not divide, and bf16: ZeRO 1 to 3 without tensor parallelism, and not six layouts.
         "mosa sweep configs/quickstart.yaml": Way(
@@ -206,6 +237,11 @@ OPERANDS = (
 )  # fmt: skip
 
 
+def is_read(language: str | None) -> bool:
+    """Whether a block may hold commands: Python has tests of its own, braces are directives of the documentation."""
+    return language is not None and language not in ("python", "yaml") and not language.startswith("{")
+
+
 def blocks_and_prose(text: str) -> tuple[list[list[str]], str]:
     """The lines of each code block but Python's, and what stands around all blocks, or in those without commands."""
     blocks: list[list[str]] = []
@@ -214,10 +250,10 @@ def blocks_and_prose(text: str) -> tuple[list[list[str]], str]:
     for line in text.splitlines():
         if line.startswith("```"):
             language = (line[3:] or "text") if language is None else None
-            if language not in (None, "python"):
+            if is_read(language):
                 blocks.append([])
         elif language is not None:
-            if language != "python":
+            if is_read(language):
                 blocks[-1].append(line)
         elif line.startswith("    ") and (not before.strip() or before.startswith("    ")):
             if not before.startswith("    "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
 from megatron_mosa.kernels import get_backend
+from megatron_mosa.kernels.naive import select_above, select_tokens
 from megatron_mosa.model import build_empty_model
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY
 from tests.kernels.reference import mosa_reference
@@ -25,7 +27,7 @@ BACKENDS = ("naive", "triton")
 
 def tensors() -> list[Tensor]:
     """States, router, W_QKV and W_O in fp32; all but the router's lose nothing in bf16."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(22)  # of which heads would choose other tokens by scores in bf16
     shapes = ((BATCH, LENGTH, WIDTH), (HEADS, WIDTH), (HEADS, WIDTH, 3 * SIZE), (HEADS, SIZE, WIDTH))
     drawn = [
         torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if place else 1)
@@ -39,6 +41,11 @@ def exact_scores(states: Tensor, router: Tensor) -> Tensor:
     return torch.sigmoid(torch.einsum("bth,eh->bet", states.double(), router.double()))
 
 
+def rounded_scores(states: Tensor, router: Tensor) -> Tensor:
+    """[B, E, T], as bf16 would have them."""
+    return torch.sigmoid(states.bfloat16() @ router.T.bfloat16()).mT
+
+
 def autocast(enabled: bool = True) -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
@@ -47,11 +54,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def quantiles(scores: Tensor) -> Tensor:
-    """Thresholds, fp32 [E], between two scores each: a score in bf16 would fall on the other side of some."""
-    ranked = scores.transpose(0, 1).flatten(1).sort(dim=-1).values  # [E, B * T]
-    place = ranked.shape[1] * 3 // 4
-    return ((ranked[:, place] + ranked[:, place + 1]) / 2).float()
+def between(scores: Tensor, rounded: Tensor) -> Tensor:
+    """Thresholds, fp32 [E], of a quarter of the tokens, about: each lies between a score and what bf16 makes of it."""
+    ranked, order = scores.transpose(0, 1).flatten(1).sort(dim=-1)  # [E, B * T]
+    moved = rounded.double().transpose(0, 1).flatten(1).gather(1, order) - ranked
+    places = slice(ranked.shape[1] * 5 // 8, ranked.shape[1] * 7 // 8)
+    furthest = moved[:, places].abs().argmax(dim=-1, keepdim=True)
+    # Close to the score, so that a threshold in bf16 would be on the other side, too.
+    beside = ranked + moved.clamp(-1e-5, 1e-5)
+    return beside[:, places].gather(1, furthest)[:, 0].float()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +72,75 @@ def test_scores_stay_fp32(backend: str) -> None:
     with autocast():
         found = get_backend(backend, states, SIZE).router_scores(states, router)
     assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-6
-    assert (torch.sigmoid(states.bfloat16() @ router.T.bfloat16()).mT.double() - expected).abs().max() > 1e-3
+    assert (rounded_scores(states, router).double() - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("backend", "part"), [("naive", "states"), ("naive", "router"), ("triton", "states")])
+def test_scores_are_of_what_was_not_rounded(backend: str, part: str) -> None:
+    """The output is 0 at tokens that the one head does not take."""
+    _, *weights = (tensor[:1] for tensor in tensors())
+    states = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(2))
+    scores = exact_scores(states, weights[0])
+    if part == "states":
+        rounded = exact_scores(states.bfloat16(), weights[0])
+    else:
+        rounded = exact_scores(states, weights[0].bfloat16())
+    thresholds = between(scores, rounded)
+    with autocast():
+        found = mosa_attention(states, *weights, thresholds=thresholds, backend=backend)
+    expected, others = scores[:, 0] > thresholds, rounded[:, 0] > thresholds
+    assert not torch.equal(expected, others)
+    expected[:, 0] = True
+    assert torch.equal(found.any(dim=-1), expected)
+
+
+@torch.no_grad()
+def test_gates_and_the_sum_over_heads_stay_fp32() -> None:
+    """Of sequences of one token, whose value passes through: to the last bit."""
+    states = tensors()[0].flatten(0, 1)[:, None, :SIZE]  # [B * T, 1, h'], exact in bf16
+    router = tensors()[1][:, :SIZE]
+    identity = torch.eye(SIZE).expand(HEADS, -1, -1)
+    qkv = torch.cat((torch.zeros(HEADS, SIZE, 2 * SIZE), identity), dim=-1)
+    gated = (states[:, None] * get_backend("naive", states, SIZE).router_scores(states, router)[..., None]).bfloat16()
+    expected = gated.float().sum(dim=1)
+    config = MosaConfig(hidden_size=SIZE, head_dim=SIZE, num_mosa_heads=HEADS)
+    heads = MosaHeads(config)
+    for parameter, values in ((heads.router_weight, router), (heads.qkv_weight, qkv), (heads.proj_weight, identity)):
+        parameter.copy_(values)
+    positions = torch.zeros(1, 1, dtype=torch.long)
+    with autocast():
+        found = mosa_attention(states, router, qkv, identity, num_selected=1, backend="naive")
+        exported = heads(states, Tokens(positions, rotary_tables(positions, config)), None)
+    assert torch.equal(found, expected.bfloat16()) and torch.equal(exported, expected)
+
+
+def test_the_naive_kernel_computes_in_the_types_of_its_operands() -> None:
+    states, router, qkv, proj = tensors()
+    kernels = get_backend("naive", states, SIZE)
+    scores = kernels.router_scores(states, router)
+    operands = (states, router, scores, kernels.select_tokens(scores, SELECTED), qkv, proj)
+    found = []
+    for enabled in (False, True):
+        with autocast(enabled):
+            found.append(kernels.selected_attention(*operands, rotary_percent=0.5, rotary_base=100.0))
+    assert torch.equal(*found)
+
+
+def test_softmax_denominators_stay_fp32() -> None:
+    """Of the fused kernel, which returns their logarithms to base 2, and the queries and keys in bf16."""
+    states, router, qkv, proj = tensors()
+    kernels = get_backend("triton", states, SIZE)
+    scores = kernels.router_scores(states, router)
+    indices = kernels.select_tokens(scores, LENGTH)
+    operands = (states.bfloat16(), router, scores, indices, 2 * qkv.bfloat16(), proj.bfloat16())
+    with autocast():
+        _, projected, _, found, *_ = torch.ops.megatron_mosa.fused_attention(*operands, 0.5, 100.0, None, False, False)
+    query, key, _ = projected.double().view(HEADS, BATCH, LENGTH, 3, SIZE).unbind(3)
+    logits = query @ key.mT * SIZE**-0.5
+    hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    expected = logits.masked_fill(hidden, -torch.inf).logsumexp(-1) / math.log(2)
+    assert projected.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert (found.view_as(expected) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("selection", ["expert_choice", "threshold"])
@@ -69,14 +148,16 @@ def test_scores_stay_fp32(backend: str) -> None:
 def test_a_layer_of_one_s_own(backend: str, selection: str) -> None:
     """Against the loop in fp64: with another selection whole tokens would differ."""
     inputs = [tensor.requires_grad_() for tensor in tensors()]
-    scores = exact_scores(inputs[0], inputs[1]).detach()
+    scores, rounded = exact_scores(*inputs[:2]).detach(), rounded_scores(*inputs[:2]).detach()
     options: dict[str, Any] = {"num_selected": SELECTED, "include_first_token": True}
     if selection == "threshold":
-        options = {"thresholds": quantiles(scores)}
+        options = {"thresholds": between(scores, rounded)}
+    else:
+        assert not torch.equal(select_tokens(rounded, SELECTED, True), select_tokens(scores, SELECTED, True))
     with autocast():
         found = mosa_attention(*inputs, **options, rotary_base=100.0, backend=backend)
         again = mosa_attention(inputs[0].bfloat16(), *inputs[1:], **options, rotary_base=100.0, backend=backend)
-    plain = mosa_attention(*inputs, **options, rotary_base=100.0, backend=backend)
+    plain = mosa_attention(*inputs, **options, rotary_base=100.0, backend="naive")
     assert (found.dtype, plain.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(again, found)  # the states are the same in bf16
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -96,7 +177,7 @@ def test_a_layer_of_one_s_own(backend: str, selection: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["expert_choice", "threshold"])
 def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
-    options = CAUSAL if kind == "threshold" else KINDS["pure"]
+    options = [*CAUSAL, "mosa.load_feedback=0"] if kind == "threshold" else KINDS["pure"]
     config = load_config(QUICKSTART, [*TINY, *options, "data.path=none", f"mosa.backend={backend}"])
     with one_process(config):
         model = build_empty_model(config, 300).eval()
@@ -108,8 +189,9 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         expected = exact_scores(states.transpose(0, 1), heads.router_weight)
         if kind == "threshold":
-            heads.thresholds.copy_(quantiles(expected))
+            heads.thresholds.copy_(between(expected, rounded_scores(states.transpose(0, 1), heads.router_weight)))
             heads.threshold_updates.fill_(1)
+            thresholds = heads.thresholds.clone()
     heads.records_selection = True
     found = {}
     for enabled in (False, True):
@@ -119,6 +201,11 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
         scores, indices = heads.selection
         assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
         found[enabled] = output, indices
+        if kind == "threshold":
+            right = select_above(scores, thresholds, None)
+        else:
+            right = select_tokens(scores, indices.shape[2], True)
+        assert torch.equal(indices, right)
     assert torch.equal(found[True][1], found[False][1])
     assert found[True][0].dtype == torch.bfloat16 and 0 < relative(found[True][0], found[False][0]) < 0.02
     assert all(parameter.grad.dtype == torch.float32 for parameter in heads.parameters())
@@ -139,13 +226,17 @@ def test_the_heads_of_an_exported_model(selection: str) -> None:
         parameter.copy_(values)
     expected = exact_scores(states, router)
     if heads.thresholds is not None:
-        heads.thresholds.copy_(quantiles(expected))
+        heads.thresholds.copy_(between(expected, rounded_scores(states, router)))
     positions = torch.arange(LENGTH)[None]
     tokens = Tokens(positions, rotary_tables(positions, config))
     with autocast():
         scores, found = heads.scores(states), heads(states, tokens, None)
     assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
-    assert torch.equal(heads.select(scores, tokens, None), heads.select(expected.float(), tokens, None))
+    chosen = heads.select(scores, tokens, None)
+    if heads.thresholds is not None:
+        assert torch.equal(chosen, select_above(expected.float(), heads.thresholds, None))
+    else:
+        assert torch.equal(chosen, select_tokens(expected.float(), SELECTED, True))
     if selection == "expert_choice":
         doubled = [tensor.double() for tensor in (states, router, qkv, proj)]
         options: dict[str, Any] = {"num_selected": SELECTED, "include_first_token": True, "rotary_percent": 0.5}

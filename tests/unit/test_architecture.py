@@ -11,7 +11,7 @@ from megatron_mosa.hf import MODELLING_FILES
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 FLOORS = [
-    {"errors", "entry", "exit_codes"},
+    {"errors", "entry", "exit_codes", "utils"},
     {"config", "hf", "kernels", "parallel"},
     {"attention", "data", "resilience"},
     {"model"},

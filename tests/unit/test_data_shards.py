@@ -100,15 +100,15 @@ def test_streamed_or_not_the_tokens_are_the_same(
 
 # What is called, at which call the process dies, and whether before or after it.
 MOMENTS = [
-    ("build.publish", 2, "after"),  # the tokenizer is finished
+    ("build.write_atomically", 2, "after"),  # the tokenizer is finished
     ("IndexedDatasetBuilder.add_document", 20, "before"),  # in the middle of a shard
-    ("shards.publish", 1, "before"),  # a shard without its record
-    ("shards.publish", 1, "after"),
-    ("shards.publish", 8, "after"),  # in the second source
-    ("shards.publish", 12, "after"),  # in the third
+    ("shards.write_atomically", 1, "before"),  # a shard without its record
+    ("shards.write_atomically", 1, "after"),
+    ("shards.write_atomically", 8, "after"),  # in the second source
+    ("shards.write_atomically", 12, "after"),  # in the third
     ("shards._join_index", 1, "before"),
-    ("build.publish", 3, "before"),  # everything but the manifest
-    ("build.publish", 3, "after"),
+    ("build.write_atomically", 3, "before"),  # everything but the manifest
+    ("build.write_atomically", 3, "after"),
     ("os.rename", 1, "before"),
     ("os.rename", 1, "after"),
 ]
@@ -179,15 +179,15 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Interrupt the build, as Ctrl-C does, when ``count`` shards are finished."""
-    publish = shards.publish
+    write_atomically = shards.write_atomically
     left = iter(range(count))
 
-    def interrupt(file: Path, content: str) -> None:
+    def interrupt(file: Path, content: str, **options: bool) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        publish(file, content)
+        write_atomically(file, content, **options)
 
-    monkeypatch.setattr(shards, "publish", interrupt)
+    monkeypatch.setattr(shards, "write_atomically", interrupt)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, data: DataSection, count: int) -> None:
@@ -276,7 +276,7 @@ def test_a_record_appears_whole_also_when_the_power_fails(tmp_path: Path) -> Non
     texts = ["one " * 50, "two " * 50]
     with Disk(folder, tmp_path) as disk:
         for content in texts:
-            shards.publish(folder / "record.json", content)
+            shards.write_atomically(folder / "record.json", content, durable=True)
     found = [(folder / "record.json").read_text() for _, folder in disk.states() if (folder / "record.json").exists()]
     assert set(found) == set(texts) and found[-1] == texts[1]
 

@@ -229,6 +229,13 @@ def test_another_tokenizer_or_dataset(overrides: list[str]) -> None:
         (folder / "metadata.json").write_text(json.dumps(changed))
         what = "tokenizer hash" if key == "tokenizer_hash" else "dataset fingerprint"
         assert f"{what} {'0' * 64}" in refused(config)
+    for ids, same in ((read_manifest(config.data.path).encoding_hash, True), ("1" * 64, False)):
+        changed = content | {"data": content["data"] | {"tokenizer_hash": "0" * 64, "encoding_hash": ids}}
+        (folder / "metadata.json").write_text(json.dumps(changed))
+        if same:  # a file that was saved again
+            check_start(config, 2)
+        else:
+            assert f"tokenizer hash {'0' * 64}" in refused(config)
 
 
 def test_a_dataset_built_with_another_tokenizer(overrides: list[str]) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa import __version__
 from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import config_to_dict
 from megatron_mosa.engine import StepResult
@@ -17,6 +15,7 @@ from megatron_mosa.errors import StorageError
 from megatron_mosa.train.callbacks.base import Callback, is_due
 from megatron_mosa.train.trainer import Trainer
 from megatron_mosa.train.writers import Writers
+from megatron_mosa.utils.versions import versions
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class Checkpointing(Callback):
             optimizer_step=trainer.engine.optimizer_step(),
             config=config_to_dict(trainer.config),
             data=self.data,
-            versions={"megatron_mosa": __version__}
-            | {name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
+            versions=versions("torch", "megatron-core", "deepspeed"),
             layout={
                 "tensor_parallel_size": trainer.layout.tensor_parallel_size,
                 "data_parallel_size": trainer.layout.data_parallel_size,

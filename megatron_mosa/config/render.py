@@ -1,0 +1,79 @@
+"""Configurations as text: the annotated reference, a resolved configuration, the difference of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from typing import Any
+
+import yaml
+
+from megatron_mosa.config.keys import Key, default_of
+from megatron_mosa.config.load import config_to_dict
+from megatron_mosa.config.schema import Config
+
+_HEADER = """\
+# Every key, its default, its meaning and its bounds; a file must set those marked ???, and holds what else differs.
+# Any key can be overridden on the command line: pretrain_mosa.py FILE section.key=value
+# Generated from megatron_mosa/config/schema.py: mosa config show > configs/reference.yaml
+"""
+REFERENCE_FILE = "reference.yaml"
+_COMMENT_COLUMN = 34
+
+
+def reference() -> str:
+    """The annotated reference as YAML: every key, its default, its meaning and bounds."""
+
+    def line(section: str, item: Field[Any]) -> tuple[Any, str]:
+        key: Key = item.metadata["key"]
+        return default_of(item), key.comment + (f"; {key.interval()}" if key.interval() else "")
+
+    return f"{_HEADER}\n{_yaml(line)}"
+
+
+def resolved(config: Config, origins: dict[str, str]) -> str:
+    """Every key of a configuration as YAML, with the origin of its value as comment.
+
+    Args:
+        origins: by ``section.key``, as ``config.origins`` finds them.
+    """
+    tree = config_to_dict(config)
+
+    def line(section: str, item: Field[Any]) -> tuple[Any, str]:
+        return tree[section][item.name], origins[f"{section}.{item.name}"]
+
+    return _yaml(line)
+
+
+def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
+    """Each ``section.key`` whose values differ, and both values as YAML."""
+    ours, theirs = config_to_dict(first), config_to_dict(second)
+    for section, values in ours.items():
+        for name, value in values.items():
+            if value != theirs[section][name]:
+                yield f"{section}.{name}", _scalar(value), _scalar(theirs[section][name])
+
+
+def summary(config: Config) -> str:
+    """The model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
+    model = config.model
+    counts = {"dense": model.num_dense_heads, "local": model.num_local_heads, "MoSA": config.mosa.num_heads}
+    heads = " + ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return (
+        f"{model.num_layers} layers of width {model.hidden_size}, {heads} heads, {config.data.sequence_length:,} tokens"
+    )
+
+
+def _yaml(line: Callable[[str, Field[Any]], tuple[Any, str]]) -> str:
+    lines: list[str] = []
+    for section in fields(Config):
+        lines.append(f"{section.name}:")
+        for item in fields(getattr(Config(), section.name)):
+            value, comment = line(section.name, item)
+            lines.append(f"  {item.name}: {_scalar(value)}".ljust(_COMMENT_COLUMN - 1) + f" # {comment}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

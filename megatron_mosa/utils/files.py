@@ -1,0 +1,58 @@
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a UTF-8 text file beside ``path`` and rename it: readers see the old content or the new.
+
+    Args:
+        durable: see the content onto the disk first, so that power loss leaves the old content or the new, too.
+
+    Raises:
+        OSError: the file could not be written; what stood there is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> int:
+    """See a file's content, or a directory's entries, onto the disk; return the size in bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Rename a finished directory to ``target``; what stood there is removed once the new one is in place.
+
+    Raises:
+        OSError: a rename failed; what stood at ``target`` is there again.
+    """
+    old = target.with_name(f".replaced-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+        sync(target.parent)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+    shutil.rmtree(old, ignore_errors=True)

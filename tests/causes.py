@@ -1,0 +1,43 @@
+"""What the tests' CPU seconds go into: ``python -m tests.causes stacks.txt``.
+
+``stacks.txt`` is what py-spy, which is installed beside this project, saw of pytest and of all processes below it::
+
+    py-spy record --subprocesses --format raw --rate 10 --output stacks.txt -- .venv/bin/python -m pytest -n 2 tests
+
+Each of its lines is a stack and the number of samples in which it was running. A stack counts for the first cause
+below whose mark is in it. Programs that are not Python (Slurm, ptxas, the linker) are not sampled.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+CAUSES = {
+    "interpreting kernels": ("triton/runtime/interpreter.py",),
+    "importing": ("<frozen importlib._bootstrap>",),
+    "compiling": ("triton/compiler/", "triton/backends/", "torch/_inductor/", "torch/_dynamo/", "torch/_functorch/"),
+    "starting processes": ("_execute_child", "multiprocessing/popen"),
+}
+THE_REST = "the tests and what they test"
+
+
+def cause(stack: str) -> str:
+    return next((name for name, marks in CAUSES.items() if any(mark in stack for mark in marks)), THE_REST)
+
+
+def main(path: str) -> None:
+    samples: Counter[str] = Counter()
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        stack, _, number = line.rpartition(" ")
+        if number.isdecimal():  # a command line within a stack may have lines of its own
+            samples[cause(stack)] += int(number)
+    total = samples.total()
+    for name in [*CAUSES, THE_REST]:
+        print(f"{samples[name]:8d} {samples[name] / max(total, 1):6.1%}  {name}")
+    print(f"{total:8d}  samples in all")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,48 @@
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils.files import replace_directory, write_atomically
+
+
+def fail(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_content_alone(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    write_atomically(file, "öld", durable=True)
+    with monkeypatch.context() as context, pytest.raises(OSError, match="No space left"):
+        context.setattr(os, call, fail)
+        write_atomically(file, "new", durable=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes().decode() == "öld"
+    write_atomically(file, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "new"
+
+
+def test_a_directory_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, target = tmp_path / "new", tmp_path / "target"
+    for folder in (new, target):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    with monkeypatch.context() as context, pytest.raises(OSError, match="No space left"):
+        rename = os.rename
+        context.setattr(os, "rename", lambda old, to: fail() if old == new else rename(old, to))
+        replace_directory(new, target)
+    assert (target / "file").read_text() == "target"
+    replace_directory(new, target)
+    assert (target / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\nfirst\nsecond")) == "first"
+    assert first_line(KeyError()) == "KeyError"

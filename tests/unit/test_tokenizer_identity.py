@@ -1,0 +1,132 @@
+"""Two tokenizers are the same if they give the same ids, whatever the bytes of their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from megatron_mosa.checkpoint import Metadata
+from megatron_mosa.checkpoint.tokenizer_files import find_tokenizer
+from megatron_mosa.config.schema import DataSection
+from megatron_mosa.data import build_dataset, load_manifest, open_mixture, train_tokenizer
+from megatron_mosa.data.tokenizer import TokenizerIdentity, tokenizer_identity
+from megatron_mosa.errors import UserError
+
+TEXTS = [f"Document {number}: some words, {number * number} of them" for number in range(100)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(TEXTS, 300).save(str(path))
+    return path
+
+
+def template(content: dict[str, Any]) -> None:
+    """A token in front of every text, as Llama's <s>."""
+    pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens,
+    }  # fmt: skip
+
+
+def cut_and_pad(content: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    content |= json.loads(tokenizer.to_str())
+
+
+def swap_two_ids(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def add_a_token(content: dict[str, Any]) -> None:
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "<stop>"})
+
+
+def lose_a_merge(content: dict[str, Any]) -> None:
+    """The vocabulary stays, and its last token comes of no text any more."""
+    content["model"]["merges"].pop()
+
+
+def changed(file: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A tokenizer.json in a folder, of other bytes."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert path.read_bytes() != file.read_bytes()
+    return path
+
+
+@pytest.mark.parametrize("change", [lambda content: None, template, cut_and_pad])
+def test_saved_again_by_another_program(file: Path, tmp_path: Path, change: Any) -> None:
+    ours, theirs = tokenizer_identity(file), tokenizer_identity(changed(file, tmp_path, change))
+    assert ours.file_hash != theirs.file_hash
+    assert ours.is_same(theirs) and theirs.is_same(ours)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_two_ids,
+        add_a_token,
+        lose_a_merge,
+        lambda content: content.update(normalizer={"type": "Lowercase"}),
+        lambda content: content.update(normalizer={"type": "NFC"}),
+        lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
+    ],
+)
+def test_another_that_gives_other_ids(file: Path, tmp_path: Path, change: Any) -> None:
+    ours, theirs = tokenizer_identity(file), tokenizer_identity(changed(file, tmp_path, change))
+    assert not ours.is_same(theirs) and not theirs.is_same(ours)
+
+
+def test_where_ids_were_not_recorded_the_files_decide() -> None:
+    assert TokenizerIdentity("a", None).is_same(TokenizerIdentity("a", "ids"))
+    assert not TokenizerIdentity("a", None).is_same(TokenizerIdentity("b", None))
+    assert not TokenizerIdentity("a", "ids").is_same(TokenizerIdentity("b", None))
+
+
+def metadata(identity: TokenizerIdentity) -> Metadata:
+    data = {"tokenizer_hash": identity.file_hash, "encoding_hash": identity.encoding_hash}
+    return Metadata(step=0, consumed_samples=0, optimizer_step=0, config={}, data=data, versions={}, layout={})
+
+
+def test_an_export_takes_one_that_gives_the_same_ids(file: Path, tmp_path: Path) -> None:
+    trained = metadata(tokenizer_identity(file))
+    assert find_tokenizer(trained, changed(file, tmp_path, template)).end_of_document_id == 0
+    with pytest.raises(UserError, match=r"is not the model's tokenizer: .*, and it gives other ids"):
+        find_tokenizer(trained, changed(file, tmp_path, swap_two_ids))
+
+
+def test_datasets_of_one_blend(file: Path, tmp_path: Path) -> None:
+    """Also where an older build has recorded the hash of the file alone."""
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    changes: dict[str, Any] = {"same": lambda content: None, "other": lose_a_merge}
+    for name, change in {"first": None, **changes}.items():
+        (tmp_path / "given" / name).mkdir(parents=True)
+        tokenizer = file if change is None else changed(file, tmp_path / "given" / name, change)
+        build_dataset(DataSection(path=str(tmp_path / name), sources=[str(source)], tokenizer=str(tokenizer)))
+    saved = changed(tmp_path / "same" / "tokenizer.json", tmp_path / "given", changes["same"])
+    manifest = tmp_path / "same" / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in ("checksum", "encoding_hash"):
+        del content[name]
+    content["tokenizer_hash"] = tokenizer_identity(saved).file_hash
+    saved.replace(tmp_path / "same" / "tokenizer.json")
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    assert load_manifest(tmp_path / "same").tokenizer.encoding_hash is None
+    entries = [f"0.5 {tmp_path}/first", f"0.5 {tmp_path}/same"]
+    assert len(open_mixture(DataSection(blend=entries)).paths) == 2
+    with pytest.raises(UserError, match="were built with different tokenizers"):
+        open_mixture(DataSection(blend=[entries[0], f"0.5 {tmp_path}/other"]))
