@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class Encoder:
         return documents
 
     def _lost(self, text: str, encoding: Any) -> Counter[str]:
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
         ends = [np.bincount(column, minlength=len(text) + 1) for column in offsets.T]
         is_in_gap = (ends[0] - ends[1]).cumsum()[:-1] == 0  # tokens that begin before a place, less those that end
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)[is_in_gap]
