@@ -310,16 +310,16 @@ def test_counts_are_those_of_a_build_without_interruption(
     data = DataSection(
         path=str(tmp_path / "set"), sources=[source], vocab_size=300, validation_fraction=0.3, shard_bytes=1000
     )
-    publish, records = shards.publish, []
+    write, records = shards.write_atomically, []
 
-    def publish_some(file: Path, text: str) -> None:
+    def write_some(file: Path, *content: Any, **options: Any) -> Any:
         if len(records) == finished:
             raise KeyboardInterrupt
         records.append(file)
-        publish(file, text)
+        return write(file, *content, **options)
 
     with monkeypatch.context() as context:
-        context.setattr(shards, "publish", publish_some)
+        context.setattr(shards, "write_atomically", write_some)
         with pytest.raises(KeyboardInterrupt):
             build_dataset(data)
     assert build_dataset(data).left_out == {EMPTY: 20, HIDDEN: 1}

@@ -70,11 +70,11 @@ def test_what_cannot_be_read(config: Config, text: str, parts: list[str]) -> Non
     ("layout", "processes", "parts"),
     [
         (SweepLayout(4, False, 1, 4), 2, ["size=4", "nearest legal: tp=2,sp=false,zero=1,micro=4"]),
-        (SweepLayout(2, True, 5, 4), 2, ["zero_stage=5", "nearest legal: tp=2,sp=true,zero=3,micro=4"]),
+        (SweepLayout(2, True, 5, 4), 2, ["2, 3, got 5", "nearest legal: tp=2,sp=true,zero=3,micro=4"]),
         (SweepLayout(2, True, 1, 3), 2, ["micro_batch_size=3", "nearest legal: tp=2,sp=true,zero=1,micro=4"]),
         # 16 samples over 2 data-parallel ranks: 8 are the most
         (SweepLayout(1, False, 1, 16), 2, ["= 32", "nearest legal: tp=1,sp=false,zero=1,micro=8"]),
-        (SweepLayout(1, False, 1, 0), 2, ["micro_batch_size=0", "nearest legal: tp=1,sp=false,zero=1,micro=1"]),
+        (SweepLayout(1, False, 1, 0), 2, ["at least 1, got 0", "nearest legal: tp=1,sp=false,zero=1,micro=1"]),
     ],
 )  # fmt: skip
 def test_an_illegal_layout_is_named_with_its_neighbours(
