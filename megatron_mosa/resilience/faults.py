@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -60,12 +60,23 @@ class FaultInjection:
             return
         os.kill(os.getpid(), _SIGNALS[fault])
 
-    def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of a step; on this rank their loss becomes not a number, or that of garbage."""
-        is_here = self.section.fault in _OF_DATA and self._is_here("step", step)
-        if is_here:
-            self._note()
-        for batch in batches:
+    def poisoned(
+        self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Micro-batches from behind step ``steps_taken`` on; those of the faulty step have a NaN or a garbage loss."""
+        if self.section.fault not in _OF_DATA:
+            return batches
+        return self._poisoned(batches, steps_taken, batches_per_step)
+
+    def _poisoned(
+        self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
+    ) -> Iterator[dict[str, Tensor]]:
+        is_here = False
+        for number, batch in enumerate(batches):
+            if number % batches_per_step == 0:
+                is_here = self._is_here("step", steps_taken + 1 + number // batches_per_step)
+                if is_here:
+                    self._note()
             if is_here:
                 if self.section.fault == "nan":
                     batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}

@@ -298,7 +298,7 @@ def test_a_fault_of_data_is_of_one_step_on_one_rank(tmp_path: Path, fault: str) 
 
     def changed(rank: int, step: int) -> list[tuple[bool, bool]]:
         """Whether each batch has other labels, and a mask that makes its loss NaN."""
-        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step))
+        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step - 1, 2))
         return [((b["labels"] == 0).all().item(), b["loss_mask"].isnan().all().item()) for b in found]  # type: ignore
 
     untouched = [(False, False)] * 2
