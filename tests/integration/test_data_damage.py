@@ -62,16 +62,16 @@ def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path
         f"data.path={data}", "train.steps=100000", "checkpoint.interval=2", "validation.interval=100000",
         "data.index_samples=4000", "data.num_workers=0", "logging.tensorboard=false",
     ]  # fmt: skip
-    ranks = runner.start("damaged", *overrides, PYTHONPATH=path)
+    ranks = runner.start("damaged_data", *overrides, PYTHONPATH=path)
     try:
-        wait_for_checkpoint(runner, "damaged")
+        wait_for_checkpoint(runner, "damaged_data")
         flip_a_bit(data / "train.bin")
         sign.touch()
         codes = [rank.wait(180) for rank in ranks]  # nobody ends them
     finally:
         for rank in ranks:
             rank.kill()
-    output, errors = runner.printed("damaged", "out"), runner.printed("damaged", "err")
+    output, errors = runner.printed("damaged_data", "out"), runner.printed("damaged_data", "err")
     assert codes == [2, 2], output + errors
     assert "hashing 4 files of the dataset beside the run" in output and "the dataset is sound" not in output
     assert len(errors.splitlines()) == 1, errors  # no traceback, and once for both ranks
@@ -87,6 +87,6 @@ def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path
     assert status["exit_code"] == 2 and "train.bin is damaged" in status["reason"]
 
     flip_a_bit(data / "train.bin")  # it is as before
-    done = runner.run("damaged", *overrides, f"train.stop_after_step={step + 1}", PYTHONPATH=path)
+    done = runner.run("damaged_data", *overrides, f"train.stop_after_step={step + 1}", PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {checkpoint.parent}/step-" in done.stdout
