@@ -14,15 +14,15 @@ ARGS ?=
 PYTEST_ARGS ?=
 SLURM ?=
 
-# Activates the virtual environment in a recipe. On PATH too: torch's extension builder looks for ninja there.
+# Activates the virtual environment in a recipe, also on PATH, where torch's extension builder looks for ninja.
 ACTIVATE = VIRTUAL_ENV="$$(cd "$(VENV)" && pwd)"; PATH="$$VIRTUAL_ENV/bin:$$PATH"; export VIRTUAL_ENV PATH
 
-# $(call stage,LABEL,COMMAND): one line of progress with the time taken; what COMMAND prints is shown if it fails.
+# $(call stage,LABEL,COMMAND): one progress line with the time taken; shows the output of COMMAND only if it fails.
 stage = printf '%s' "$(1) ..."; start=$$SECONDS; \
 	out=$$( { $(2); } 2>&1) || { code=$$?; printf ' failed\n%s\n' "$$out" >&2; exit $$code; }; \
 	echo " $$((SECONDS - start)) s"
 
-help: ## list the targets (this is the default)
+help: ## list the targets (the default)
 	@echo "make TARGET [VARIABLE=value ...]"
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -30,26 +30,25 @@ help: ## list the targets (this is the default)
 	@echo
 	@echo "Variables:"
 	@echo "  CONFIG       configuration file of pretrain; now $(CONFIG)"
-	@echo "  ARGS         overrides for pretrain, as in ARGS='train.steps=20 run.name=try'"
-	@echo "  NPROC        processes of pretrain; default: one for each visible GPU, or 2 on a CPU"
-	@echo "  PYTEST_ARGS  arguments for pytest, as in PYTEST_ARGS='-x -k mosa'; '-n 8' for 8 tests side by side, not 2"
-	@echo "  SLURM        SLURM=install: test installs slurm-wlm and munge with apt before (as root), which tests/slurm"
+	@echo "  ARGS         overrides for pretrain, such as ARGS='train.steps=20 run.name=try'"
+	@echo "  NPROC        number of processes of pretrain; default: one per visible GPU, or 2 on a CPU"
+	@echo "  PYTEST_ARGS  arguments for pytest, such as PYTEST_ARGS='-x -k mosa', or '-n 8' for 8 workers instead of 2"
+	@echo "  SLURM        SLURM=install: test first installs slurm-wlm and munge with apt (as root), which tests/slurm"
 	@echo "               needs; without them these tests are reported as not run"
-	@echo "  PYTHON       Python 3.11, 3.12 or 3.13 to set up with; now $(PYTHON)"
+	@echo "  PYTHON       Python 3.11, 3.12 or 3.13 for the virtual environment; now $(PYTHON)"
 	@echo "  VENV         the virtual environment; now $(VENV)"
-	@echo "  TORCH        the torch to install, a requirement or a wheel; now $(TORCH)"
-	@echo "  PIP_ARGS     added to every pip install. pip's default torch is a large CUDA build; for the build of"
-	@echo "               another CUDA release, or the much smaller one for CPU only, name the package index that"
-	@echo "               has it: PIP_ARGS='--extra-index-url URL' (torch's installation page lists the URLs)"
-	@echo "  TORCH and PIP_ARGS count at set-up: to set up anew, remove $(VENV) first."
+	@echo "  TORCH        the torch to install: a requirement or a wheel; now $(TORCH)"
+	@echo "  PIP_ARGS     arguments for every pip install. pip's default torch is a large CUDA build; for another CUDA"
+	@echo "               release, or the much smaller CPU-only build, give the package index that has it:"
+	@echo "               PIP_ARGS='--extra-index-url URL' (torch's installation page lists the URLs)"
+	@echo "  TORCH and PIP_ARGS take effect at set-up; to change them later, remove $(VENV) first."
 
-setup: $(VENV)/.installed ## make the virtual environment with the pinned dependencies
+setup: $(VENV)/.installed ## create the virtual environment with the pinned dependencies
 
-# torch, and the triton that a CUDA build of it brings, are left out of the pins once they are installed: torch may be
-# another one by the user's choice, and demands its own triton. The pins are also given in the environment (which pip
-# reads as PIP_CONSTRAINT before 25.3, as PIP_BUILD_CONSTRAINT since) because only so do they hold for setuptools in
-# pip's isolated builds. Those stay isolated: where DeepSpeed's setup finds a CUDA build of torch, it demands the CUDA
-# toolkit.
+# Once installed, torch and the triton that its CUDA builds bring are left out of the pins: the user may have chosen
+# another torch, which requires its own triton. The pins are also set in the environment (PIP_CONSTRAINT for pip before
+# 25.3, PIP_BUILD_CONSTRAINT since), because only then do they apply to setuptools in pip's isolated builds. Builds must
+# stay isolated: if DeepSpeed's setup finds a CUDA build of torch, it requires the CUDA toolkit.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(call stage,[1/4] prerequisites,launch/prerequisites.sh "$(PYTHON)")
 	@$(call stage,[2/4] virtual environment $(VENV),"$(VENV)/bin/python" -m pip --version >/dev/null 2>&1 || \
@@ -62,7 +61,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		"$(VENV)/bin/python" -m pip install -qq --use-pep517 $(PIP_ARGS) -c "$(VENV)/constraints.txt" -e '.[dev]')
 	@touch $@
 
-pretrain: setup ## build corpus, tokenizer and dataset, pretrain a model, write its report
+pretrain: setup ## build corpus, tokenizer and dataset, then pretrain a model and write its report
 	@$(ACTIVATE); mosa data build "$(CONFIG)" $(ARGS)
 	@$(ACTIVATE); launch/torchrun/local.sh "$(CONFIG)" $(ARGS)
 
@@ -70,7 +69,7 @@ test: setup ## run all tests; SLURM=install installs Slurm for tests/slurm first
 	@case '$(SLURM)' in \
 		'') ;; \
 		install) launch/slurm/install.sh ;; \
-		*) echo 'error: SLURM=$(SLURM): legal: install, or nothing' >&2; exit 2 ;; \
+		*) echo 'error: SLURM must be install or empty, got $(SLURM)' >&2; exit 2 ;; \
 	esac
 	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) tests
 
@@ -79,31 +78,31 @@ QUICK = tests/unit $(addprefix tests/kernels/test_,naive.py documents.py window.
 	'tests/distributed/test_parity.py::test_training_does_not_depend_on_the_layout[(3, 2, True, 4)]' \
 	tests/integration/test_pretrain.py::test_a_run_leaves_what_it_promises
 
-test-quick: setup ## run what tells most in the least time, for the inner loop
+test-quick: setup ## run the most informative tests in the least time, for the inner loop
 	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) $(QUICK)
 
-test-matrix: setup ## save at every layout and load at every other, weights and moments compared to the last bit
+test-matrix: setup ## save at every layout, load at every other, and compare weights and moments bit by bit
 	@$(ACTIVATE); python -W ignore -m tests.distributed.test_layouts
 
 test-gpu: setup ## run the tests that need a GPU
 	@$(ACTIVATE); python -m pytest $(PYTEST_ARGS) tests/gpu
 
-memcheck: setup ## look for bad memory accesses of every kernel on a GPU, with CUDA's compute-sanitizer
+memcheck: setup ## check every kernel for bad memory accesses on a GPU, with CUDA's compute-sanitizer
 	@$(ACTIVATE); compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.memcheck
 
-bench: setup ## measure the kernels on a GPU; results in benchmarks/results
+bench: setup ## measure the kernels on a GPU; results go to benchmarks/results
 	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
 
-check: setup docs ## lint, formatting, types and documentation: ruff, pyright, Sphinx
+check: setup docs ## check lint, formatting, types and documentation: ruff, pyright, Sphinx
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright
 
 docs: setup ## build the documentation site in build/docs; warnings, such as broken links, are errors
 	@$(ACTIVATE); python -W ignore -m sphinx -W -q -b html docs build/docs
 
-format: setup ## let ruff repair formatting and what else it can
+format: setup ## let ruff fix formatting and whatever else it can
 	@$(ACTIVATE); ruff check --fix . && ruff format .
 
-clean: ## remove caches and build output; data, runs and the virtual environment stay
+clean: ## remove caches and build output, but not data, runs or the virtual environment
 	rm -rf .cache .pytest_cache .ruff_cache build dist site *.egg-info
 	find . -type d \( -path ./.git -o -path "./$(VENV)" -o -path ./data -o -path ./runs \) -prune \
 		-o -type d -name __pycache__ -exec rm -rf {} +

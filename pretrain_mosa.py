@@ -16,30 +16,29 @@ from megatron_mosa.resilience.interruption import hold_notice
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(description="Pretrain a MoSA language model.")
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.add_argument("--check-only", action="store_true", help="check configuration, layout and data, then exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
+    parser.add_argument("--check-only", action="store_true", help="check the configuration, layout and data, then exit")
     parser.add_argument(
-        "--world-size", type=int, metavar="N", help="with --check-only: processes to check for; default 1"
+        "--world-size", type=int, metavar="N", help="with --check-only: number of processes to check for; default 1"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
-    """Check, and train unless only the check was asked for."""
+    """Check the configuration and, without --check-only, train; return the exit code."""
     arguments = parse_arguments()
     if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
-        raise UserError(f"--world-size={arguments.world_size}: legal: 1 or more, together with --check-only")
+        raise UserError(f"--world-size must be at least 1 and needs --check-only, got {arguments.world_size}")
     config = load_config(arguments.config, arguments.overrides, checks_batches=False)  # pretrain checks them
     if arguments.check_only:
         check_world_size(config, arguments.world_size or 1)
     else:
         hold_notice()
     with while_loading():
-        from megatron_mosa.train import check_start, pretrain  # slow to import; mistakes are told first
+        from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
 
     if arguments.check_only:
         check_start(config, arguments.world_size or 1)

@@ -1,4 +1,4 @@
-"""Sphinx configuration: ``make docs`` builds the site from the Markdown pages beside this file."""
+"""Sphinx configuration: ``make docs`` builds the site from the Markdown pages in this directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ autodoc_member_order = "bysource"
 
 
 def _link_out_of_the_site(app: Sphinx, document: str, source: list[str]) -> None:
-    """Name a file of the repository in place of a link to it, and warn where it does not exist."""
+    """Replace links to files outside docs/ by their names, and warn about files that do not exist."""
 
     def name(link: re.Match[str]) -> str:
         path = (Path(app.srcdir) / document).parent / link["path"]

@@ -1,4 +1,4 @@
-"""``python -m megatron_mosa`` is ``mosa``."""
+"""Run ``mosa`` as ``python -m megatron_mosa``."""
 
 from megatron_mosa.cli import main
 

@@ -1,4 +1,4 @@
-"""The console command ``mosa``."""
+"""The ``mosa`` command line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron_mosa.resilience.status_view import status
 from megatron_mosa.scaling.commands import isoflop, sweep
 from megatron_mosa.slurm.commands import submit
 
-app = typer.Typer(help="MoSA language models: data, and what surrounds pretraining.", no_args_is_help=True)
-data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+app = typer.Typer(help="Data, checkpoints, jobs and evaluation of MoSA language models.", no_args_is_help=True)
+data_app = typer.Typer(help="Build, verify and inspect datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-config_app = typer.Typer(help="Configurations.", no_args_is_help=True)
+config_app = typer.Typer(help="Show, compare and list configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -37,19 +37,19 @@ app.command("doctor")(doctor)
 app.command("submit")(submit)
 
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/: the newest.")
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/ (the newest one).")
 ]
-Target = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a model that lies at OUT.")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.")]
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
 ]
 
 
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """MoSA language models: data, and what surrounds pretraining."""
+    """Data, checkpoints, jobs and evaluation of MoSA language models."""
     if show:
         print(__version__)
         raise typer.Exit
@@ -57,7 +57,9 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @config_app.command("show")
 def config_show(
-    config: Annotated[Path | None, typer.Argument(help="YAML file; without one: every key with its meaning.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file. Omit it to print all keys with their meaning.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print a resolved configuration with the origin of each value, or the annotated reference of all keys."""
@@ -72,10 +74,10 @@ def config_diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="YAML file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="YAML file.")],
 ) -> None:
-    """Print the keys in which two configurations differ."""
+    """Print the keys whose values differ between two configurations."""
     rows = list(difference(load_config(first), load_config(second)))
     if not rows:
-        print(f"{first} and {second} are the same configuration")
+        print(f"{first} and {second} hold the same configuration")
         return
     rows.insert(0, ("key", str(first), str(second)))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
@@ -85,16 +87,18 @@ def config_diff(
 
 @config_app.command("list")
 def config_list(
-    folder: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Where to look.")] = Path("configs"),
+    folder: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The directory to search.")] = Path("configs"),
 ) -> None:
-    """List the configurations in a directory, with their models."""
+    """List the configurations in a directory with a summary of each model."""
     if not folder.is_dir():
         raise UserError(
-            f"'{folder}' is not a directory; give one that holds YAML files, such as the project's configs/"
+            f"'{folder}' is not a directory; give one that contains YAML files, such as the project's configs/"
         )
     rows = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
     if not rows:
-        raise UserError(f"'{folder}' holds no YAML files; give a directory that does, such as the project's configs/")
+        raise UserError(
+            f"'{folder}' contains no YAML files; give a directory that does, such as the project's configs/"
+        )
     for name, path in rows.items():
         print(f"{name:{max(map(len, rows))}}  {summary(load_config(path))}")
 
@@ -104,10 +108,10 @@ def data_build(
     config: ConfigPath,
     overrides: Overrides = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace what is in the way: another dataset, or what is left of a build.")
+        bool, typer.Option("--force", help="Replace an existing dataset or the remains of an earlier build.")
     ] = False,
 ) -> None:
-    """Tokenise the sources of section `data` into a Megatron dataset (.bin/.idx) with a manifest."""
+    """Tokenise the sources in section `data` into a Megatron dataset (.bin/.idx) with a manifest."""
     settings = load_config(config, overrides or [])
     from megatron_mosa.data import build_dataset  # slow to import
 
@@ -116,7 +120,7 @@ def data_build(
 
 @data_app.command("index")
 def data_index(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Build the shuffled orders of a run ahead of it, so that training writes none."""
+    """Build the shuffled sample orders of a run in advance, so that training does not write them."""
     settings = load_config(config, overrides or [])
     from megatron_mosa.train.start import build_index
 
@@ -125,13 +129,13 @@ def data_index(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 Dataset = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A dataset, or a YAML file whose section data names one.")
+    Path, typer.Argument(metavar="PATH", help="A dataset, or a YAML file whose `data` section names one.")
 ]
 
 
 @data_app.command("verify")
 def data_verify(path: Dataset, overrides: Overrides = None) -> None:
-    """Compare all files of a dataset with the hashes of its manifest; exit code 1 if one is damaged or missing."""
+    """Verify all files of a dataset against the hashes in its manifest; exit with 1 if one is damaged or missing."""
     from megatron_mosa.data.commands import dataset_folders, verify
 
     for folder in dataset_folders(path, overrides or []):
@@ -140,7 +144,7 @@ def data_verify(path: Dataset, overrides: Overrides = None) -> None:
 
 @data_app.command("inspect")
 def data_inspect(path: Dataset, overrides: Overrides = None) -> None:
-    """Print what a dataset holds: documents, tokens, splits, tokenizer, sources, sizes."""
+    """Print the documents, tokens, splits, tokenizer, sources and sizes of a dataset."""
     from megatron_mosa.data.commands import dataset_folders, inspect
 
     for folder in dataset_folders(path, overrides or []):
@@ -150,7 +154,7 @@ def data_inspect(path: Dataset, overrides: Overrides = None) -> None:
 @data_app.command("sample")
 def data_sample(
     config: ConfigPath,
-    number: Annotated[int, typer.Argument(metavar="N", help="Of the data order, from 0.")],
+    number: Annotated[int, typer.Argument(metavar="N", help="Position in the data order, from 0.")],
     overrides: Overrides = None,
 ) -> None:
     """Print sample N as training sees it: decoded text, with a line at the end of each document."""
@@ -162,17 +166,17 @@ def data_sample(
 
 @checkpoint_app.callback()
 def checkpoint() -> None:
-    """Checkpoints: look at them, convert them; one process, no GPU."""
+    """Inspect and convert checkpoints, in one process without a GPU."""
     keep_freed_memory()
 
 
 @checkpoint_app.command("inspect")
 def checkpoint_inspect(
     path: CheckpointPath,
-    full: Annotated[bool, typer.Option("--full", help="Compare hashes of all files, not sizes alone.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Verify the hashes of all files, not just their sizes.")] = False,
 ) -> None:
-    """Print what a checkpoint of ours or of another program, or an exported model, is and how sound."""
-    from megatron_mosa.checkpoint.inspect import inspect  # slow to import, as below
+    """Describe a checkpoint (ours or another program's) or an exported model, and check that it is intact."""
+    from megatron_mosa.checkpoint.inspect import inspect  # slow to import, like those below
 
     inspect(path, full=full)
 
@@ -180,30 +184,35 @@ def checkpoint_inspect(
 @checkpoint_app.command("export")
 def checkpoint_export(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint, a run directory (its newest); fp32: or DeepSpeed's.")
+        Path,
+        typer.Argument(metavar="PATH", help="A checkpoint or run directory (the newest one); fp32: also DeepSpeed's."),
     ],
     target: Target,
     to: Annotated[str, typer.Option("--to", metavar="hf|fp32|torch-dist", help="The format to write.")],
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="float32|bfloat16", help="hf: type of the weights.")
+        str, typer.Option("--dtype", metavar="float32|bfloat16", help="hf: dtype of the weights.")
     ] = "float32",
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="PATH", help="hf: tokenizer.json or its folder; default: the dataset's."),
+        typer.Option(
+            "--tokenizer", metavar="PATH", help="hf: tokenizer.json or its directory; default: the dataset's."
+        ),
     ] = None,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="hf: do not compare logits with the Megatron model; a line says so.")
+        bool, typer.Option("--no-check", help="hf: skip comparing logits with the Megatron model (prints a notice).")
     ] = False,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint for other programs.
+    """Export a checkpoint to the format of another program.
 
-    hf: a folder that transformers loads without this project; its logits are compared with the model's.
-    fp32: one state dict as safetensors, also of DeepSpeed's ZeRO shards.
-    torch-dist: what Megatron-LM loads, of models with dense heads alone.
+    hf: a directory that transformers loads without this project; its logits are compared with the Megatron model's.
+    fp32: one fp32 state dict as safetensors, also from DeepSpeed's ZeRO shards.
+    torch-dist: a checkpoint that Megatron-LM loads; only for models whose heads are all dense.
     """
     if to in ("fp32", "torch-dist") and (dtype, tokenizer, no_check) != ("float32", None, False):
-        raise UserError(f"--dtype, --tokenizer and --no-check belong to --to hf; --to {to} writes fp32 weights alone")
+        raise UserError(
+            f"--dtype, --tokenizer and --no-check apply only to --to hf; --to {to} always writes fp32 weights"
+        )
     from megatron_mosa.checkpoint.hf_export import export_hf
     from megatron_mosa.checkpoint.state_dict_export import export_state_dict
     from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
@@ -215,31 +224,33 @@ def checkpoint_export(
     elif to == "torch-dist":
         export_torch_dist(path, target, force=force)
     else:
-        raise UserError(f"--to={to} is not a format; legal: hf, fp32, torch-dist")
+        raise UserError(f"--to must be hf, fp32 or torch-dist, got {to}")
 
 
 @checkpoint_app.command("import")
 def checkpoint_import(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="hf, torch-dist: a folder; mosa-pytorch: a layer's.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="hf, torch-dist: a directory; mosa-pytorch: a layer's file.")
+    ],
     target: Target,
     source: Annotated[str, typer.Option("--from", metavar="hf|torch-dist|mosa-pytorch", help="The format to read.")],
     add_mosa_heads: Annotated[
-        int, typer.Option("--add-mosa-heads", min=0, help="Fresh MoSA heads in each layer of a model without any.")
+        int, typer.Option("--add-mosa-heads", min=0, help="New MoSA heads to add to each layer of a model without any.")
     ] = 0,
-    sparsity: Annotated[float, typer.Option("--sparsity", help="Rho of the added heads; k = T / rho.")] = 16.0,
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Sparsity rho of the added heads; k = T / rho.")] = 16.0,
     other_heads: Annotated[
-        str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: what the other heads are.")
+        str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: the kind of the other heads.")
     ] = "dense",
     prefix: Annotated[
-        str, typer.Option("--prefix", help="mosa-pytorch: what the layer's names begin with, as in layers.0.attention.")
+        str, typer.Option("--prefix", help="mosa-pytorch: prefix of the layer's parameters, as in layers.0.attention.")
     ] = "",
     force: Force = False,
 ) -> None:
-    """Write a model as a checkpoint to start from (checkpoint.initialize_from).
+    """Import a model as a checkpoint that a run can start from (checkpoint.initialize_from).
 
-    hf: an exported model, or a Llama. torch-dist: a GPT of Megatron-LM's, without experts or biases.
+    hf: an exported model or a Llama model. torch-dist: a Megatron-LM GPT without experts or biases.
 
-    With --from mosa-pytorch one attention layer of the authors' PyTorch code as a .safetensors file for ours.
+    mosa-pytorch: one attention layer of the authors' PyTorch code, written as a .safetensors file for our layer.
     """
     from megatron_mosa.checkpoint.imported import import_model
     from megatron_mosa.checkpoint.locate import Kind
@@ -251,7 +262,7 @@ def checkpoint_import(
     elif source == "mosa-pytorch":
         import_layer(path, target, other_heads=other_heads, prefix=prefix, force=force)
     else:
-        raise UserError(f"--from={source} is not a format; legal: {', '.join(kinds)}, mosa-pytorch")
+        raise UserError(f"--from must be {', '.join(kinds)} or mosa-pytorch, got {source}")
 
 
 @checkpoint_app.command("reshard")
@@ -259,12 +270,13 @@ def checkpoint_reshard(
     path: CheckpointPath,
     target: Target,
     tensor_parallel: Annotated[
-        int | None, typer.Option("--tensor-parallel", min=1, help="Size to cut for; default: the one that wrote it.")
+        int | None,
+        typer.Option("--tensor-parallel", min=1, help="Tensor-parallel size to write for; default: the current one."),
     ] = None,
-    drop_optimizer: Annotated[bool, typer.Option("--drop-optimizer", help="Leave Adam's moments out.")] = False,
+    drop_optimizer: Annotated[bool, typer.Option("--drop-optimizer", help="Omit Adam's moments.")] = False,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint once more, cut for another tensor-parallel size. (Runs resume at any size without it.)"""
+    """Rewrite a checkpoint for another tensor-parallel size. (Runs resume at any size without this.)"""
     from megatron_mosa.checkpoint.reshard import reshard
 
     reshard(path, target, tensor_parallel=tensor_parallel, drop_optimizer=drop_optimizer, force=force)
@@ -277,7 +289,9 @@ def checkpoint_causalize(
     data: Annotated[
         Path | None, typer.Option("--data", help="A built dataset to calibrate on; default: the run's own.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Training sequences of it.")] = 256,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, metavar="N", help="Number of training sequences to use.")
+    ] = 256,
     load_feedback: Annotated[
         float,
         typer.Option(
@@ -285,12 +299,12 @@ def checkpoint_causalize(
             min=0.0,
             max=1000.0,
             metavar="F",
-            help="mosa.load_feedback of the result: thresholds that hold each head's load in every sequence.",
+            help="mosa.load_feedback of the result: makes thresholds hold each head's load in every sequence.",
         ),
     ] = 0.0,
     force: Force = False,
 ) -> None:
-    """Give the MoSA heads of an expert-choice model thresholds: the same weights, selecting causally."""
+    """Calibrate thresholds for the MoSA heads of an expert-choice model: same weights, causal selection."""
     from megatron_mosa.checkpoint.causalize import causalize
 
     causalize(path, target, data=data, samples=samples, load_feedback=load_feedback, force=force)
@@ -298,21 +312,21 @@ def checkpoint_causalize(
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same kind or not.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face model.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same kind or not.")],
     tolerance: Annotated[
         float,
-        typer.Option("--tolerance", help="Largest difference of a tensor, relative to its norm; 0: to the last bit."),
+        typer.Option("--tolerance", help="Largest difference of a tensor, relative to its norm; 0: bitwise equal."),
     ] = 0.0,
-    no_logits: Annotated[bool, typer.Option("--no-logits", help="Compare tensors alone.")] = False,
+    no_logits: Annotated[bool, typer.Option("--no-logits", help="Compare only the tensors.")] = False,
 ) -> None:
-    """Compare two models tensor by tensor and by the logits of a fixed batch; exit code 1 if they differ."""
+    """Compare two models tensor by tensor and by their logits on a fixed batch; exit with 1 if they differ."""
     from megatron_mosa.checkpoint.verify import verify
 
     verify(first, second, tolerance=tolerance, compares_logits=not no_logits)
 
 
 def main() -> None:
-    """Run ``mosa``; exit codes: 0 done, 1 failed, 2 wrong use."""
+    """Run ``mosa`` and exit with 0 (success), 1 (failure) or 2 (usage error)."""
     collect_garbage_seldom()
     sys.exit(run(app))

@@ -1,4 +1,4 @@
-"""What every entry point does alike: a user's mistake is one line and exit code 2; known noise is kept quiet."""
+"""Setup shared by all entry points: errors as one line, exit codes, garbage collection and silenced warnings."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, WRONG_USE
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of large tensors that are freed, for the next; elsewhere nothing changes.
+    """Make glibc keep freed memory of large tensors for reuse; with another C library this does nothing.
 
-    By default it goes back to the kernel, and what reads a model one tensor at a time takes every page anew, which can
-    cost more than the reading.
+    By default the memory returns to the kernel. A program that reads a model one tensor at a time then faults in every
+    page anew, which can cost more than reading the file.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large ones come from the heap, too
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-        mallopt(-8, 1)  # M_ARENA_MAX: and is one for all threads
+        mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-8, 1)  # M_ARENA_MAX: share one heap among all threads
 
 
 def collect_garbage_seldom() -> None:
-    """For a command that ends soon: Python's collector looks at 50,000 new objects at a time, not at 700.
+    """Run Python's garbage collector every 50,000 new objects instead of every 700, for short-lived commands.
 
-    torch, Megatron-core and DeepSpeed make half a million objects that stay. By default the collector goes through them
-    again and again while they are loaded, which is a fifth of that time.
+    Importing torch, Megatron-core and DeepSpeed creates half a million objects that stay alive. By default the
+    collector scans them repeatedly during the imports, which takes a fifth of the import time.
     """
     gc.set_threshold(50_000, 20, 20)
 
 
 @contextmanager
 def while_loading() -> Iterator[None]:
-    """Around the imports of a training process: no garbage is looked for in here, and never in what is loaded.
+    """Turn the garbage collector off during the imports of a training process, and exclude what they loaded for good.
 
-    Afterwards the collector goes on as before, so that cycles do not hold tensors of past steps for long.
+    The collector resumes afterwards, so that reference cycles do not keep tensors of past steps alive for long.
     """
     before = gc.get_threshold()
     gc.set_threshold(0)
@@ -53,27 +53,27 @@ def while_loading() -> Iterator[None]:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Of a program that such an error ended."""
+    """Return the exit code of a program that ended with ``error``."""
     return WRONG_USE if isinstance(error, UserError) else GAVE_UP if isinstance(error, GaveUpError) else FAILED
 
 
 def run(program: Callable[[], object]) -> int:
-    """Run a program; return its exit code (``exit_codes``), which is what it returns if that is a number.
+    """Run a program and return its exit code (``exit_codes``): its own return value if that is an integer.
 
-    Our own bugs keep their traceback.
+    A UserError or RunError prints one line; any other exception is a bug and keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a locale that lacks a character of a text ends no command
+    for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Megatron-core warns at import of every optional package that is absent; the README says what that means.
+    # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     try:
         code = program()
     except (UserError, RunError) as error:
-        if local_rank == 0:  # once a node
+        if local_rank == 0:  # once per node
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     finally:
-        gc.freeze()  # the last collection, at the end of the process, would go through all modules for a second
+        gc.freeze()  # or the last collection, at exit, would scan all modules for a second
     return code if isinstance(code, int) else DONE

@@ -1,4 +1,4 @@
-"""The one kind of error that a user sees without a traceback."""
+"""Errors that a user sees as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake of the user's: one readable line naming key, value, what is legal and the fix.
+    """A user's mistake: one line that names the key, the value, what is allowed and the fix.
 
-    Entry points print it as ``error: ...`` and exit with code 2. Anything else that escapes is a bug of
-    ours and keeps its traceback.
+    Entry points print it as ``error: ...`` and exit with code 2. Any exception that is neither this nor a RunError is a
+    bug and keeps its traceback.
     """
 
 
 class RunError(Exception):
-    """A run that cannot go on through no mistake in how it was asked for: one readable line, exit code 1."""
+    """A run that cannot continue, though the user made no mistake: one line, exit code 1."""
 
 
 class GaveUpError(RunError):
-    """A run that another start would not help: exit code 3 of pretrain_mosa.py."""
+    """A run that a restart would not help: exit code 3 of pretrain_mosa.py."""
 
 
 class StorageError(RunError):
-    """A file system that did not take what was to be written, on any rank."""
+    """A failed write to the file system, on any rank."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,19 +1,19 @@
-"""Exit codes of ``pretrain_mosa.py``: what a batch script needs to know to decide whether to start a run again."""
+"""Exit codes of ``pretrain_mosa.py``, by which a batch script decides whether to restart a run."""
 
 DONE = 0
 """The run reached its end."""
 
 FAILED = 1
-"""Something failed; another start may fare better."""
+"""Something failed; a restart may succeed."""
 
 WRONG_USE = 2
-"""The run was asked for in a way that cannot work; another start would meet the same."""
+"""The run was requested in a way that cannot work; a restart would fail the same way."""
 
 GAVE_UP = 3
-"""The run itself cannot go on, as with losses that stay not finite; another start would meet the same."""
+"""The run itself cannot continue, as when losses stay non-finite; a restart would fail the same way."""
 
 STOPPED = 75
-"""Stopped early, on a signal or before a time limit; start it again to go on. (EX_TEMPFAIL of sysexits.h.)"""
+"""Stopped early, on a signal or before a time limit; restart to continue. (EX_TEMPFAIL in sysexits.h.)"""
 
 HUNG = 76
 """The watchdog ended a process that made no progress."""

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Usage: launch/slurm/install.sh
-# Installs Slurm and munge for tests/slurm, on Debian or Ubuntu as root; starts nothing. Does nothing where they are.
+# Installs Slurm and munge for tests/slurm, on Debian or Ubuntu as root; starts no daemons. Does nothing if they are
+# already installed.
 set -euo pipefail
 
 missing=''
@@ -10,14 +11,14 @@ done
 if [[ -z $missing ]]; then
     exit 0
 elif ! command -v apt-get >/dev/null || ! grep -qiE '^(ID|ID_LIKE)=.*(debian|ubuntu)' /etc/os-release; then
-    echo "error: missing:$missing; only on Debian or Ubuntu are they installed from here: install Slurm and munge" >&2
+    echo "error: missing:$missing; install Slurm and munge yourself: this script supports only Debian and Ubuntu" >&2
     exit 2
 elif ((EUID != 0)); then
     echo "error: missing:$missing; run as root: apt-get install --no-install-recommends slurm-wlm munge" >&2
     exit 2
 fi
 apt-get update -q
-# The packages would start their daemons, which have no configuration: tests/slurm starts its own.
+# The packages would start daemons without a configuration; tests/slurm starts its own.
 policy=/usr/sbin/policy-rc.d
 if [[ ! -e $policy ]]; then
     trap 'rm -f "$policy"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/torchrun/local.sh CONFIG [section.key=value ...]
-# Pretrains on this machine: one process for each visible GPU, or two on the CPU. Of a number of GPUs that is no power
-# of two, the largest such number is used: batch sizes divide by it. NPROC=n in the environment overrides the number.
-# With an odd number of processes tensor parallelism is off unless an override asks for it.
+# Pretrains on this machine, with one process per visible GPU or two on the CPU. The number of GPUs is rounded down to a
+# power of two, by which batch sizes divide; NPROC=n in the environment overrides it. An odd number of processes turns
+# tensor parallelism off unless an override sets it.
 set -euo pipefail
 
 if (($# < 1)) || [[ $1 == -* || $1 == *=* ]]; then
@@ -14,7 +14,7 @@ shift
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
-    PATH=$root/.venv/bin:$PATH # on PATH for ninja, too, which torch needs to compile extensions
+    PATH=$root/.venv/bin:$PATH # on PATH also for ninja, which torch needs to compile extensions
     export PATH
 fi
 
@@ -23,14 +23,14 @@ usable=1
 while ((usable * 2 <= gpus)); do usable=$((usable * 2)); done
 nproc=${NPROC:-$((gpus > 0 ? usable : 2))}
 if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: NPROC=$nproc: it must be a positive number of processes" >&2
+    echo "error: NPROC must be a positive number of processes, got $nproc" >&2
     exit 2
 fi
 
 cores=$(nproc)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}"
 
-overrides=("$@") # the user's own come last, so that they win
+overrides=("$@") # the user's overrides come last, so that they win
 if ((nproc % 2 == 1)); then
     overrides=(parallel.tensor_model_parallel_size=1 "$@")
 fi
@@ -38,7 +38,7 @@ fi
 if ((gpus > 0)); then where="$gpus visible GPU(s)"; else where="CPU (gloo)"; fi
 echo "local.sh: $nproc process(es) on $where, $OMP_NUM_THREADS thread(s) each: $config ${overrides[*]}"
 
-# A mistake in the configuration ends here, with one line and exit code 2, before processes are started.
+# Report a mistake in the configuration here, in one line with exit code 2, before any process starts.
 python "$root/pretrain_mosa.py" "$config" "${overrides[@]}" --check-only --world-size "$nproc"
 
 exec python -m torch.distributed.run --standalone --nproc-per-node "$nproc" \

@@ -2,12 +2,12 @@
 # Usage: NNODES=n MASTER_ADDR=HOST launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
 #   on every node at the same time;
 # or srun --ntasks-per-node=1 launch/torchrun/multi_node.sh CONFIG [section.key=value ...]
-#   in a Slurm job, which tells both.
-# Pretrains under torchrun on several nodes, which meet at MASTER_ADDR:MASTER_PORT (c10d rendezvous; one of the nodes,
-# default port 29500): one process for each visible GPU, or one on a CPU; NPROC=n in the environment overrides that.
-# MAX_RESTARTS=n has torchrun start all processes again after a failure, up to n times.
+#   in a Slurm job, which provides both.
+# Pretrains under torchrun on several nodes, with one process per visible GPU, or one per node on CPUs; NPROC=n in the
+# environment overrides that. The nodes rendezvous (c10d) at MASTER_ADDR:MASTER_PORT, on one of the nodes, by default at
+# port 29500. With MAX_RESTARTS=n torchrun restarts all processes after a failure, up to n times.
 #
-# torchrun kills its processes 30 s after it got a SIGTERM (pytorch issue 119856), less than a large checkpoint needs.
+# torchrun kills its processes 30 s after it receives SIGTERM (pytorch issue 119856), too soon for a large checkpoint.
 # Under Slurm prefer launch/slurm/pretrain.sbatch, which has no process between Slurm and the ranks.
 set -euo pipefail
 
@@ -31,12 +31,12 @@ if [[ -z ${NNODES:-} || -z ${MASTER_ADDR:-} ]]; then usage; fi
 nproc=${NPROC:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
 for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}"; do
     if ! [[ $number =~ =[1-9][0-9]*$ ]]; then
-        echo "error: $number: it must be a positive number" >&2
+        echo "error: ${number%%=*} must be a positive number, got ${number#*=}" >&2
         exit 2
     fi
 done
 
-# A mistake in the configuration ends here, with one line and exit code 2, before processes are started.
+# Report a mistake in the configuration here, in one line with exit code 2, before any process starts.
 python "$root/pretrain_mosa.py" "$@" --check-only --world-size "$((NNODES * nproc))"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > nproc ? $(nproc) / nproc : 1))}

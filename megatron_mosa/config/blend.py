@@ -1,4 +1,4 @@
-"""What ``data.blend`` says: weights and paths."""
+"""Parsing of ``data.blend``: weights and dataset paths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from megatron_mosa.errors import UserError
 
-_WEIGHT_TOLERANCE = 0.001  # '0.333' three times is meant as a third each
+_WEIGHT_TOLERANCE = 0.001  # '0.333' three times means a third each
 
 
 def blend_parts(blend: Sequence[str]) -> list[tuple[float, str]]:
-    """The weights and paths of ``data.blend``.
+    """Return the weights and paths in ``data.blend``.
 
     Raises:
-        UserError: an entry that is not "WEIGHT PATH", weights that are no shares of one, a path twice.
+        UserError: an entry that is not "WEIGHT PATH", weights that do not sum to 1, or a duplicate path.
     """
     parts: list[tuple[float, str]] = []
     for entry in blend:
@@ -34,5 +34,5 @@ def blend_parts(blend: Sequence[str]) -> list[tuple[float, str]]:
     total = math.fsum(weight for weight, _ in parts)
     if parts and abs(total - 1.0) > _WEIGHT_TOLERANCE:
         scaled = ", ".join(f"'{weight / total:.4g} {path}'" for weight, path in parts)
-        raise UserError(f"data.blend: the weights sum to {total:.6g}; legal: a sum of 1, such as {scaled}")
+        raise UserError(f"the weights of data.blend must sum to 1, got {total:.6g}; scale them: {scaled}")
     return parts

@@ -1,4 +1,4 @@
-"""What a configuration key says beside its type: its meaning, its default, the values that it may have."""
+"""Metadata of a configuration key besides its type: its meaning, default and allowed values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Key:
     reason: str = ""
 
     def bounds(self) -> str:
-        """The bounds in words, such as "greater than 0 and at most 1"; empty without any."""
+        """Return the bounds in words, such as "greater than 0 and at most 1", or "" if there are none."""
         words = {
             "at least": self.at_least,
             "greater than": self.above,
@@ -42,7 +42,7 @@ class Key:
         return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
 
     def interval(self) -> str:
-        """The bounds as an interval, such as "(0, 1]", or ">= 1" for a lower bound alone; empty without any."""
+        """Return the bounds as an interval such as "(0, 1]", or ">= 1" without an upper bound, or "" without any."""
         low, high = (self.above, ">") if self.at_least is None else (self.at_least, ">="), (self.below, self.at_most)
         if low[0] is None:
             return ""
@@ -51,7 +51,7 @@ class Key:
         return f"{'(' if low[1] == '>' else '['}{low[0]}, " + (f"{high[1]}]" if high[0] is None else f"{high[0]})")
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of the right type is among the choices or within the bounds; numbers must be finite."""
+        """Return whether a value of the right type is one of the choices or a finite number within the bounds."""
         if self.choices:
             return value in self.choices
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -65,7 +65,7 @@ class Key:
         )
 
     def refusal(self, name: str, value: Any) -> str | None:
-        """What is wrong with a value that is not allowed, in one line: "train.steps must be at least 1, got 0"."""
+        """Return the error for a value that is not allowed: "train.steps must be at least 1, got 0"; else None."""
         if self.allows(value):
             return None
         if self.choices:
@@ -78,7 +78,7 @@ class Key:
 
 
 def key(default: Any, comment: str, **allowed: Any) -> Any:
-    """A dataclass field with a default and a ``Key``; a list is copied for each instance."""
+    """Return a dataclass field with a default and a ``Key``; a list is copied for each instance."""
     metadata = {"key": Key(comment, **allowed)}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -86,15 +86,15 @@ def key(default: Any, comment: str, **allowed: Any) -> Any:
 
 
 def required(comment: str, **allowed: Any) -> Any:
-    """A dataclass field that a configuration file must set."""
+    """Return a dataclass field that a configuration file must set."""
     return key(MISSING, comment, **allowed)
 
 
 def keys_of(section: type[Any]) -> dict[str, Key]:
-    """The ``Key`` of each field of a section of the schema."""
+    """Return the ``Key`` of each field in a section of the schema."""
     return {item.name: item.metadata["key"] for item in fields(section)}
 
 
 def default_of(item: Field[Any]) -> Any:
-    """The default of a dataclass field; omegaconf's ``MISSING`` ("???") if it is required."""
+    """Return the default of a dataclass field, or omegaconf's ``MISSING`` ("???") if it is required."""
     return item.default if item.default_factory is NO_DEFAULT else item.default_factory()

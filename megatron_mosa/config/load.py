@@ -1,4 +1,4 @@
-"""YAML file plus ``section.key=value`` overrides to a checked, typed Config."""
+"""Loading and saving of a configuration: YAML plus ``section.key=value`` overrides to a checked, typed Config."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, T
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
-    """Read a YAML file, apply ``section.key=value`` overrides, check every rule.
+    """Read a YAML file, apply ``section.key=value`` overrides and check every rule.
 
     Args:
-        checks_batches: False where ``check_world_size`` follows, which says what fits the data-parallel ranks, too.
+        checks_batches: False if ``check_world_size`` follows, which checks the batch sizes for all data-parallel ranks.
 
     Raises:
-        UserError: a file that cannot be read, an unknown or missing key, a wrong type, a broken rule.
+        UserError: an unreadable file, an unknown or missing key, a wrong type, or a broken rule.
     """
     return _build([_read(Path(path)), _parse_overrides(overrides)], checks_batches)
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Where the value of each ``section.key`` comes from: "command line", the file's path, or "default"."""
+    """Return where each ``section.key`` gets its value: "command line", the file's path, or "default"."""
     written = {"command line": _parse_overrides(overrides), str(path): _read(Path(path))}
     found = {f"{section}.{name}": "default" for section, names in _TYPES.items() for name in names}
     for origin, tree in reversed(written.items()):
@@ -49,7 +49,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain dictionaries, lists and scalars."""
+    """Return the configuration as nested plain dictionaries, lists and scalars."""
     return asdict(config)
 
 
@@ -60,10 +60,10 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"configuration file '{path}' {what}; give the path of a YAML file: configs/quickstart.yaml")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"configuration file '{path}' {what}; give a YAML file such as configs/quickstart.yaml")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader refuses a key given twice
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
     except (*_BROKEN, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration file '{path}' is not valid YAML: {reason}") from None
@@ -83,7 +83,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"override '{override}' is not of the form section.key=value, such as train.steps=100")
         kind = _TYPES.get(section, {}).get(name, "")
         value: Any = text
-        # Text stays as it is typed (007, on, 1:30); only what is no text is read as YAML.
+        # Text stays as typed (007, on, 1:30); values of other types are parsed as YAML.
         if kind != "str" and not (kind == "str | None" and text != "null"):
             try:
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload]
@@ -99,7 +99,7 @@ def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
         _refuse_unknown_keys(tree)
         for section, values in tree.items():
             for name, value in values.items():
-                if value == MISSING:  # as the annotated reference has it
+                if value == MISSING:  # as in the annotated reference
                     continue
                 _set(config, section, name, value)
     try:
@@ -119,7 +119,7 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
     for section, values in tree.items():
         if section not in _TYPES:
             raise UserError(
-                f"unknown section '{section}'{nearest(str(section), _TYPES)}; legal sections: {', '.join(_TYPES)}"
+                f"unknown section '{section}'{nearest(str(section), _TYPES)}; the sections are {', '.join(_TYPES)}"
             )
         if not isinstance(values, dict):
             raise UserError(f"section '{section}' must hold keys, got {values!r}")
@@ -127,7 +127,7 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
             if key not in _TYPES[section]:
                 raise UserError(
                     f"unknown key '{section}.{key}'{nearest(str(key), _TYPES[section])}; "
-                    f"legal keys of '{section}': {', '.join(_TYPES[section])}"
+                    f"the keys of '{section}' are {', '.join(_TYPES[section])}"
                 )
 
 
@@ -138,7 +138,9 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
         try:
             value = str(Path(value).expanduser())
         except RuntimeError:
-            raise UserError(f"{key}={value} names the home of a user who does not exist; give a path") from None
+            raise UserError(
+                f"{key}={value} refers to the home directory of an unknown user; give a full path"
+            ) from None
     try:
         if fits:
             OmegaConf.update(config, key, value)
@@ -146,11 +148,11 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     except _BROKEN:
         pass
     hint = "; quote it" if kind.startswith("str") else ""
-    raise UserError(f"{key}={value!r} has the wrong type; legal: {kind}{hint}") from None
+    raise UserError(f"{key} must be of type {kind}, got {value!r}{hint}") from None
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Stricter than OmegaConf, which turns 7 into '7', 2 into true and '3' into 3."""
+    """Return whether a value has a type; OmegaConf would turn 7 into '7', 2 into true and '3' into 3."""
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
     if kind == "list[int]":

@@ -1,4 +1,4 @@
-"""Configurations as text: the annotated reference, a resolved configuration, the difference of two."""
+"""Configurations as text: the annotated reference, a resolved configuration and the difference of two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_mosa.config.load import config_to_dict
 from megatron_mosa.config.schema import Config
 
 _HEADER = """\
-# Every key, its default, its meaning and its bounds; a file must set those marked ???, and holds what else differs.
+# Every key with its default, meaning and bounds. A file must set the keys marked ??? and any others that differ.
 # Any key can be overridden on the command line: pretrain_mosa.py FILE section.key=value
 # Generated from megatron_mosa/config/schema.py: mosa config show > configs/reference.yaml
 """
@@ -22,7 +22,7 @@ _COMMENT_COLUMN = 34
 
 
 def reference() -> str:
-    """The annotated reference as YAML: every key, its default, its meaning and bounds."""
+    """Return the annotated reference as YAML: every key with its default, meaning and bounds."""
 
     def line(section: str, item: Field[Any]) -> tuple[Any, str]:
         key: Key = item.metadata["key"]
@@ -32,10 +32,10 @@ def reference() -> str:
 
 
 def resolved(config: Config, origins: dict[str, str]) -> str:
-    """Every key of a configuration as YAML, with the origin of its value as comment.
+    """Return every key of a configuration as YAML, with the origin of its value as a comment.
 
     Args:
-        origins: by ``section.key``, as ``config.origins`` finds them.
+        origins: by ``section.key``, as returned by ``config.origins``.
     """
     tree = config_to_dict(config)
 
@@ -46,7 +46,7 @@ def resolved(config: Config, origins: dict[str, str]) -> str:
 
 
 def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
-    """Each ``section.key`` whose values differ, and both values as YAML."""
+    """Yield each ``section.key`` whose values differ, with both values as YAML."""
     ours, theirs = config_to_dict(first), config_to_dict(second)
     for section, values in ours.items():
         for name, value in values.items():
@@ -55,7 +55,7 @@ def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
 
 
 def summary(config: Config) -> str:
-    """The model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
+    """Return the model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
     model = config.model
     counts = {"dense": model.num_dense_heads, "local": model.num_local_heads, "MoSA": config.mosa.num_heads}
     heads = " + ".join(f"{count} {kind}" for kind, count in counts.items() if count)

@@ -1,4 +1,4 @@
-"""What a configuration must satisfy: one rule, one small function, one readable message."""
+"""Rules that a configuration must satisfy, each with one small function and one readable message."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from megatron_mosa.errors import UserError
 
 
 def check(config: Config, *, checks_batches: bool = True) -> None:
-    """Apply every rule that needs the configuration alone; raise UserError at the first broken one.
+    """Apply every rule that needs only the configuration.
 
     Args:
-        checks_batches: False where ``check_world_size`` follows, which says what fits the data-parallel ranks, too.
+        checks_batches: False if ``check_world_size`` follows, which checks the batch sizes for all data-parallel ranks.
+
+    Raises:
+        UserError: the first rule that is broken.
     """
     for rule in _RULES:
         rule(config)
@@ -27,7 +30,11 @@ def check(config: Config, *, checks_batches: bool = True) -> None:
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """Return the data-parallel size of ``world_size`` ranks, or say why the layout does not divide them."""
+    """Return the data-parallel size of ``world_size`` ranks.
+
+    Raises:
+        UserError: the layout or the batch sizes do not divide among the ranks.
+    """
     tensor_parallel = config.parallel.tensor_model_parallel_size
     if world_size % tensor_parallel:
         raise UserError(
@@ -41,7 +48,7 @@ def check_world_size(config: Config, world_size: int) -> int:
 
 
 def _check_batches(config: Config, ranks: int) -> None:
-    """A step must be whole micro-batches of all data-parallel ranks."""
+    """Check that a step consists of whole micro-batches on all data-parallel ranks."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     samples = micro * ranks
     if batch % samples == 0:
@@ -54,7 +61,7 @@ def _check_batches(config: Config, ranks: int) -> None:
 
 
 def _batches_that_fit(batch: int, micro: int, ranks: int) -> list[str]:
-    """Settings of which each alone makes whole micro-batches: the nearest."""
+    """Return the nearest settings that each, alone, give whole micro-batches."""
     samples = micro * ranks
     fixes = [f"train.global_batch_size={max(1, round(batch / samples)) * samples}"]
     if batch % ranks == 0:
@@ -65,13 +72,13 @@ def _batches_that_fit(batch: int, micro: int, ranks: int) -> list[str]:
 
 
 def divisors(*numbers: int) -> list[int]:
-    """The common divisors of some numbers (zero divides by anything), smallest first."""
+    """Return the common divisors of some numbers, smallest first; every number divides zero."""
     common = math.gcd(*numbers)
     return [size for size in range(1, common + 1) if common % size == 0]
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """The vocabulary rounded up to ``multiple``: a function of the data alone, never of the layout."""
+    """Return the vocabulary size rounded up to ``multiple``, which depends on the data but never on the layout."""
     return -(-vocab_size // multiple) * multiple
 
 
@@ -81,11 +88,11 @@ def _value(config: Config, key: str) -> object:
 
 
 def _values(config: Config) -> None:
-    """Each value against the choices and bounds that stand beside its field."""
+    """Check each value against the choices and bounds of its field."""
     for section in fields(config):
         values = getattr(config, section.name)
         for name, key in keys_of(type(values)).items():
-            value = getattr(values, name)  # where null is not allowed, the type has refused it
+            value = getattr(values, name)  # the type has rejected null where it is not allowed
             if value is not None and (message := key.refusal(f"{section.name}.{name}", value)):
                 raise UserError(message)
 
@@ -94,21 +101,21 @@ def _parallelism_that_exists(config: Config) -> None:
     for key in ("parallel.pipeline_model_parallel_size", "parallel.context_parallel_size"):
         if _value(config, key) != 1:
             kind = key.removeprefix("parallel.").partition("_")[0]
-            raise UserError(f"{key}={_value(config, key)}: {kind} parallelism is not there yet; legal: 1")
+            raise UserError(f"{key} must be 1, got {_value(config, key)}: {kind} parallelism is not implemented")
 
 
 def _zero_cells(config: Config) -> None:
-    """DeepSpeed's gaps; everything else of ZeRO 0-3 x tensor x sequence parallel size is tested."""
+    """Reject what DeepSpeed does not support; all else of ZeRO 0-3 x tensor x sequence parallelism is tested."""
     parallel = config.parallel
     if parallel.zero_stage == 0 and config.train.precision == "bf16":
         raise UserError(
             "parallel.zero_stage=0 with train.precision=bf16 is not supported: DeepSpeed cannot accumulate its "
-            "gradients in fp32; nearest legal: parallel.zero_stage=1, or train.precision=fp32"
+            "gradients in fp32; set parallel.zero_stage=1, or train.precision=fp32"
         )
     if parallel.offload_optimizer and parallel.zero_stage == 0:
         raise UserError(
             "parallel.offload_optimizer=true with parallel.zero_stage=0 is not supported: nothing is partitioned; "
-            "nearest legal: parallel.zero_stage=1"
+            "set parallel.zero_stage=1"
         )
 
 
@@ -117,8 +124,8 @@ def _apex(config: Config) -> None:
     if config.train.apex == "always" and (parallel.zero_stage == 3 or parallel.offload_optimizer):
         key = "zero_stage=3" if parallel.zero_stage == 3 else "offload_optimizer=true"
         raise UserError(
-            f"train.apex=always with parallel.{key} is not supported: apex's FusedAdam steps neither the parts that "
-            "ZeRO-3 steps one by one nor state on the CPU; nearest legal: train.apex=auto (torch's AdamW, apex's norms)"
+            f"train.apex=always with parallel.{key} is not supported: apex's FusedAdam handles neither the parts that "
+            "ZeRO-3 steps one by one nor state on the CPU; set train.apex=auto (torch's AdamW, apex's norms)"
         )
 
 
@@ -127,7 +134,8 @@ def _sequence(config: Config) -> None:
     if parallel.sequence_parallel and length % parallel.tensor_model_parallel_size:
         raise UserError(
             f"data.sequence_length={length} is not divisible by parallel.tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size}, as sequence parallelism needs; legal sizes: {divisors(length)}"
+            f"{parallel.tensor_model_parallel_size}, as sequence parallelism requires; sizes that divide it: "
+            f"{divisors(length)}"
         )
 
 
@@ -136,7 +144,7 @@ def _listed(number: int) -> str:
 
 
 def _head_counts(config: Config) -> dict[str, int]:
-    """What a tensor-parallel size must divide."""
+    """Return the counts that the tensor-parallel size must divide, by key."""
     counts = {
         "model.num_dense_heads": config.model.num_dense_heads,
         "model.num_local_heads": config.model.num_local_heads,
@@ -149,17 +157,17 @@ def _head_counts(config: Config) -> dict[str, int]:
 def _heads(config: Config) -> None:
     model, size, heads = config.model, config.parallel.tensor_model_parallel_size, _head_counts(config)
     if not any(heads.values()):
-        raise UserError(f"{', '.join(heads)} are all 0 and leave no head; set at least one of them above 0")
+        raise UserError(f"{', '.join(heads)} are all 0, so the model has no heads; set at least one of them above 0")
     groups = model.num_query_groups
     if groups is not None and (not model.num_dense_heads or model.num_dense_heads % groups):
         raise UserError(
-            f"model.num_query_groups={groups} does not divide model.num_dense_heads={model.num_dense_heads}; legal: "
-            f"null{_listed(model.num_dense_heads)}"
+            f"model.num_query_groups={groups} does not divide model.num_dense_heads={model.num_dense_heads}; set it "
+            f"to one of null{_listed(model.num_dense_heads)}"
         )
     for key, count in heads.items():
         if count % size:
             raise UserError(
-                f"{key}={count} is not divisible by parallel.tensor_model_parallel_size={size}; legal sizes for these "
+                f"{key}={count} is not divisible by parallel.tensor_model_parallel_size={size}; sizes that divide all "
                 f"heads: {divisors(*heads.values())}"
             )
     if model.local_window is not None and not model.num_local_heads:
@@ -178,7 +186,7 @@ def _partitioned_widths(config: Config) -> None:
         if width % size:
             raise UserError(
                 f"{key}={width} is not divisible by parallel.tensor_model_parallel_size={size}; "
-                f"the nearest multiple is {-(-width // size) * size}"
+                f"the next multiple is {-(-width // size) * size}"
             )
 
 
@@ -199,11 +207,11 @@ def _schedule(config: Config) -> None:
 def _data(config: Config) -> None:
     if not config.data.sources:
         raise UserError(
-            "data.sources is empty; legal: 'stdlib', paths of text, JSON lines or Parquet files or folders, or hf:NAME"
+            "data.sources is empty; give 'stdlib', paths of text, JSON Lines or Parquet files, directories, or hf:NAME"
         )
 
 
-def _place_of_data(config: Config) -> None:
+def _dataset(config: Config) -> None:
     parts = blend_parts(config.data.blend)
     if parts and config.data.path is not None:
         raise UserError(
@@ -211,17 +219,18 @@ def _place_of_data(config: Config) -> None:
             "data.path=null or data.blend=[]"
         )
     if not parts and not config.data.path:
-        raise UserError("data.path is missing; give the folder of a dataset, or several in data.blend")
+        raise UserError("data.path is missing; set it to the directory of a dataset, or list several in data.blend")
 
 
 def _run_name(config: Config) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         raise UserError(
-            f"run.name={config.run.name!r} is no name for a folder; legal: letters, digits, '.', '_' and '-'"
+            f"run.name must contain only letters, digits, '.', '_' and '-', and not start with '.' or '-', got "
+            f"{config.run.name!r}"
         )
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
     _run_name, _parallelism_that_exists, _values, _zero_cells, _apex, _sequence, _heads,
-    documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _place_of_data,
+    documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _dataset,
 )  # fmt: skip

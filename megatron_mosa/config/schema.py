@@ -1,4 +1,4 @@
-"""The typed tree behind a YAML file: one dataclass per section, one field per key, its rules beside it.
+"""The typed tree behind a YAML file: one dataclass per section, one field per key with its bounds.
 
 ``configs/reference.yaml`` is generated from this file.
 """
@@ -12,7 +12,7 @@ from megatron_mosa.config.keys import key, required
 
 @dataclass
 class RunSection:
-    """The name of the run and its directory, ``directory/name``."""
+    """The run's name, directory and seed."""
 
     name: str = required("the run directory is {directory}/{name}")
     directory: str = key("runs", "where run directories are created")
@@ -21,16 +21,16 @@ class RunSection:
 
 @dataclass
 class ModelSection:
-    """A GPT with pre-norm layers; dense and local heads stand beside the MoSA heads of section ``mosa``."""
+    """A GPT with pre-norm layers; its dense and local heads run next to the MoSA heads of section ``mosa``."""
 
     num_layers: int = required("transformer layers", at_least=1)
     hidden_size: int = required("h, the width of the residual stream", at_least=1)
     ffn_hidden_size: int | None = key(None, "width of the MLP; null: 4 * hidden_size", at_least=1)
-    num_dense_heads: int = key(4, "dense causal heads beside the MoSA heads; 0: none", at_least=0)
+    num_dense_heads: int = key(4, "dense causal heads next to the MoSA heads; 0: none", at_least=0)
     num_query_groups: int | None = key(None, "key/value heads of the dense heads; null: one per dense head", at_least=1)
-    num_local_heads: int = key(0, "sliding-window heads beside or instead of dense heads", at_least=0)
+    num_local_heads: int = key(0, "sliding-window heads, with or without dense heads", at_least=0)
     local_window: int | None = key(
-        None, "tokens a local head sees, its own included; null: sequence_length / sparsity", at_least=1
+        None, "tokens a local head sees, including its own; null: sequence_length / sparsity", at_least=1
     )
     head_dim: int = key(64, "h', of all heads (heads * head_dim need not equal hidden_size)", at_least=1)
     activation: str = key("gelu", "gelu (two matrices) | swiglu (three)", choices=("gelu", "swiglu"))
@@ -42,7 +42,7 @@ class ModelSection:
     rotary_base: float = key(10000.0, "base of the rotary frequencies", above=0)
     layernorm_epsilon: float = key(1e-5, "added to the variance in norms", above=0)
     init_method_std: float = key(
-        0.02, "normal initial weights, but MoSA heads' (uniform, as in the authors' code)", above=0
+        0.02, "of normal initial weights; MoSA heads use uniform ones, as in the authors' code", above=0
     )
     vocab_size_multiple: int = key(128, "the vocabulary is padded to a multiple of this, in every layout", at_least=1)
 
@@ -66,17 +66,17 @@ class MosaSection:
     include_first_token: bool = key(True, "always select token 0 (within documents: the first token of each)")
     selection: str = key(
         "expert_choice",
-        "expert_choice (the paper's; not causal) | threshold (causal: tokens above a bar)",
+        "expert_choice (the paper's; not causal) | threshold (causal: tokens above a threshold)",
         choices=("expert_choice", "threshold"),
     )
     selection_scope: str = key(
         "sequence",
-        "sequence: k of the packed sequence | document: k of each document, by its length",
+        "sequence: k tokens of the packed sequence | document: k of each document, by its length",
         choices=("sequence", "document"),
     )
     capacity_factor: float = key(
         2.0,
-        "threshold: in training, at most this many times k tokens, in order",
+        "threshold: in training a head takes at most this many times k tokens, the earliest first",
         at_least=1,
         reason="below 1, a head that takes exactly its share would drop tokens",
     )
@@ -111,27 +111,27 @@ class DataSection:
     """Where the text comes from and how it is cut into samples."""
 
     path: str | None = key(None, "written by `mosa data build`, read by training; this or blend")
-    blend: list[str] = key([], "train on several datasets, by share of samples: ['0.7 data/web', '0.3 data/code']")
+    blend: list[str] = key([], "train on several datasets, by shares of samples: ['0.7 data/web', '0.3 data/code']")
     sources: list[str] = key(["stdlib"], "stdlib | .txt, .jsonl, .parquet or directories | hf:NAME[:CONFIG][@SPLIT]")
     text_field: str = key("text", "the column that holds the text in JSON lines and Parquet")
-    streaming: bool = key(True, "of hf: datasets; false: download them whole before the build")
+    streaming: bool = key(True, "stream hf: datasets; false: download them completely before the build")
     stream_timeout: float = key(300.0, "seconds without a document after which a stream counts as stalled", above=0)
     tokenizer: str | None = key(
         None, "null: train a byte-level BPE; or a tokenizer.json, or a Hugging Face tokenizer directory or name"
     )
     tokenizer_bytes: int = key(
-        200_000_000, "text that the BPE is trained on at most, from the start of each source", at_least=1
+        200_000_000, "maximum text to train the BPE on, from the start of each source", at_least=1
     )
     vocab_size: int = key(8000, "size of the trained BPE", at_least=1)
     validation_fraction: float = key(
         0.01, "share of documents held out, chosen by a hash of their text", above=0, below=1
     )
     sequence_length: int = required("T, tokens per sample", at_least=2, reason="a MoSA head selects at least 2 tokens")
-    shard_bytes: int = key(256_000_000, "text between two points from which an interrupted build resumes", at_least=1)
+    shard_bytes: int = key(256_000_000, "text between two points at which an interrupted build can resume", at_least=1)
     check_hashes: bool = key(
-        True, "compare the dataset with its manifest: up to 1 GB before the start, more beside the run"
+        True, "verify the dataset against its manifest: up to 1 GB before the start, more during the run"
     )
-    index_path: str | None = key(None, "shuffled orders of training (see `mosa data index`); null: below path")
+    index_path: str | None = key(None, "directory of shuffled orders (see `mosa data index`); null: below path")
     index_samples: int | None = key(
         None, "samples in one shuffled pass; null: what the first start needs, recorded in the run", at_least=1
     )
@@ -140,11 +140,11 @@ class DataSection:
 
 @dataclass
 class TrainSection:
-    """The length and the arithmetic of training."""
+    """Length, batch sizes, precision and memory use of training."""
 
     steps: int = required("length of training and of the learning-rate schedule", at_least=1)
     stop_after_step: int | None = key(None, "stop early, with the schedule and data order of the full run", at_least=1)
-    skip_steps: list[int] = key([], "steps whose batches are skipped: data that breaks the run")
+    skip_steps: list[int] = key([], "steps whose batches are skipped, for data that breaks the run")
     micro_batch_size: int = required("samples a rank processes at once", at_least=1)
     global_batch_size: int = required("samples per step, over all ranks and accumulation steps", at_least=1)
     precision: str = key(
@@ -160,7 +160,7 @@ class TrainSection:
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
         choices=("auto", "never", "always"),
     )
-    deterministic: bool = key(True, "bitwise repeatable on CPU")
+    deterministic: bool = key(True, "bitwise reproducible on CPU")
 
 
 @dataclass
@@ -197,8 +197,10 @@ class CheckpointSection:
 
     interval: int = key(500, "steps; the last step is always saved", at_least=1)
     keep_last: int = key(2, "older checkpoints are removed, except permanent ones", at_least=1)
-    permanent_interval: int | None = key(None, "steps; these checkpoints stay; null: none", at_least=1)
-    keep_permanent: int | None = key(None, "how many of these stay, newest first; null: all", at_least=1)
+    permanent_interval: int | None = key(
+        None, "steps between permanent checkpoints, which keep_last spares; null: none", at_least=1
+    )
+    keep_permanent: int | None = key(None, "how many of these to keep, newest first; null: all", at_least=1)
     asynchronous: bool = key(True, "train while a checkpoint is written; only the copy to host memory blocks")
     resume: str = key(
         "auto",
@@ -212,7 +214,7 @@ class CheckpointSection:
 
 @dataclass
 class ResilienceSection:
-    """When a run stops itself, and how it handles steps that go wrong."""
+    """When a run stops itself, and how it handles non-finite steps and loss spikes."""
 
     stop_before_limit: float = key(
         120.0, "seconds before a Slurm job's time limit at which the run saves and stops", at_least=0
@@ -234,15 +236,15 @@ class ResilienceSection:
 
 @dataclass
 class FaultInjectionSection:
-    """A fault on purpose, once per run directory, to test what a run survives."""
+    """A fault to inject once per run directory, to test what a run survives."""
 
     fault: str | None = key(
         None,
         "null | kill | stop | pause | error | SIGTERM | SIGUSR1 | nan | garbage",
         choices=(None, "kill", "stop", "pause", "error", "SIGTERM", "SIGUSR1", "nan", "garbage"),
     )
-    rank: int = key(0, "the process that has it", at_least=0)
-    step: int = key(1, "when", at_least=1)
+    rank: int = key(0, "rank that gets the fault", at_least=0)
+    step: int = key(1, "step at which it gets it", at_least=1)
     place: str = key(
         "step",
         "step (before it is computed) | validation (after it) | save (once it has begun)",

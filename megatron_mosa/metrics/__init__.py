@@ -1,4 +1,4 @@
-"""Meters and writers."""
+"""Metrics of a run: hardware limits, journal, loss plot and selection statistics."""
 
 from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
 from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality, kind, read_journal, scalars

@@ -1,4 +1,4 @@
-"""What the hardware could do, and what memory is used."""
+"""Peak FLOP/s and peak memory of a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import torch
 
-# Dense peak by the vendors' datasheets, FLOP/s: bf16 on tensor cores, fp32 without TF32.
+# Dense peak FLOP/s from the vendors' datasheets: bf16 on tensor cores, fp32 without TF32.
 _PEAKS = {
     "GB200": (2500e12, 80e12),
     "B200": (2250e12, 75e12),
@@ -22,12 +22,12 @@ _PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> tuple[float, str]:
-    """Peak FLOP/s of one device, and where the number comes from.
+    """Return the peak FLOP/s of one device and the source of the number.
 
     Args:
         device: the device of this rank.
         precision: "bf16" or "fp32".
-        override_tflops: the user's own number, in TFLOP/s.
+        override_tflops: a peak given by the user, in TFLOP/s.
     """
     if override_tflops is not None:
         return override_tflops * 1e12, "given"
@@ -55,7 +55,7 @@ def _measured_matmul_flops(device: torch.device, precision: str, size: int = 512
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far, in GiB: allocated by torch on a GPU, resident in the process on CPU."""
+    """Return the peak memory so far in GiB: allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the record of a run."""
+"""metrics.jsonl, the record of a run: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
 
 
 def causality(is_causal: bool) -> str:
-    """What is said beside a loss, wherever one is printed."""
+    """Return the label to print next to every loss: "causal" or ``NON_CAUSAL``."""
     return "causal" if is_causal else NON_CAUSAL
 
 
 class Journal:
-    """Appends to a run's metrics.jsonl; on resume, lines of steps that will be run again are dropped first."""
+    """Appends to a run's metrics.jsonl; a resumed run first drops the lines of steps that it will run again."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
@@ -26,13 +26,13 @@ class Journal:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it is on disk when this returns, as far as the operating system goes."""
+        """Append one line and hand it to the operating system."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they become null."""
+    """Replace NaN and infinity, which JSON cannot hold, by None."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     if isinstance(value, dict):
@@ -41,12 +41,12 @@ def _finite(value: Any) -> Any:
 
 
 def kind(line: dict[str, Any]) -> str:
-    """What a line is of: "train" or "validation"."""
+    """Return the kind of a line, "train" or "validation"."""
     return "validation" if "validation_loss" in line else "train"
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line under the names that TensorBoard and W&B show; what the file has as null is NaN."""
+    """Return the numbers of a line under their names in TensorBoard and W&B; null becomes NaN."""
     found: dict[str, float] = {}
     for key, value in line.items():
         if key in ("step", "causal"):
@@ -57,7 +57,7 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line that was cut off by a crash is left out."""
+    """Return all complete lines, without a last line that a crash cut off."""
     if not path.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""loss.png: the loss curves of a run."""
+"""The loss curves of a run, loss.png."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over tokens, and the unigram entropy where it is known.
+    """Plot training and validation loss over tokens, and the unigram entropy if it is known.
 
     Args:
-        lines: what ``read_journal`` returns.
+        lines: as returned by ``read_journal``.
         path: PNG file to write.
         title: name of the run.
     """
-    import matplotlib  # 0.6 s, which commands that draw nothing need not wait for
+    import matplotlib  # takes 0.6 s, which only commands that plot should spend
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -24,15 +24,17 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         (line["tokens"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None
     ]
     entropies = [line["unigram_entropy"] for line in lines if "unigram_entropy" in line]
-    of_training, of_validation = (
+    training_causal, validation_causal = (
         {line.get("causal", True) for line in lines if line.get(key) is not None} for key in ("loss", "validation_loss")
     )
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if training:
-        axes.plot(*zip(*training, strict=True), label="training" + _label(of_training), linewidth=1)
+        axes.plot(*zip(*training, strict=True), label="training" + _label(training_causal), linewidth=1)
     if validation:
-        axes.plot(*zip(*validation, strict=True), label="validation" + _label(of_validation), marker="o", markersize=3)
+        axes.plot(
+            *zip(*validation, strict=True), label="validation" + _label(validation_causal), marker="o", markersize=3
+        )
     if entropies:
         axes.axhline(entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy of validation")
     axes.set_xlabel("tokens")
@@ -45,5 +47,5 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _label(causal: set[bool]) -> str:
-    """Of a curve, from what its points are."""
+    """Return the suffix of a curve's label, from the causality of its points."""
     return "" if causal <= {True} else ", NON-CAUSAL" if causal == {False} else ", NON-CAUSAL in the warm-up"

@@ -1,4 +1,4 @@
-"""What the MoSA heads of each layer select."""
+"""Statistics of what the MoSA heads of each layer select."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_mosa.attention.thresholds import DEAD, OVERLOADED, mosa_layers
 
 @contextmanager
 def recorded_selection(model: torch.nn.Module) -> Iterator[None]:
-    """Let every MoSA layer keep the scores and indices of its last forward pass."""
+    """Make every MoSA layer keep the scores and indices of its last forward pass."""
     layers = mosa_layers(model)
     for layer in layers:
         layer.records_selection = True
@@ -29,22 +29,22 @@ def recorded_selection(model: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def selection_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
-    """Per layer, over the heads of all tensor-parallel ranks and the last recorded micro-batch.
+    """Return statistics per layer, over the heads of all tensor-parallel ranks and the last recorded micro-batch.
 
     A collective over the tensor-parallel group.
 
     Returns:
         ``selected_score_mean``: mean router score of the selected tokens.
-        ``unselected_share``: share of the tokens that no head takes.
-        And of heads with thresholds, what ``_threshold_statistics`` says.
+        ``unselected_share``: share of the tokens that no head selects.
+        For heads with thresholds, also the entries of ``_threshold_statistics``.
     """
     means, shares = [], []
-    of_thresholds = _threshold_statistics(model)
+    threshold_statistics = _threshold_statistics(model)
     for layer in mosa_layers(model):
         if layer.selection is None:
             continue
         scores, indices = layer.selection  # [B, E, T], [B, E, k]
-        scores = F.pad(scores, (0, 1), value=torch.nan)  # empty places hold T
+        scores = F.pad(scores, (0, 1), value=torch.nan)  # empty slots hold T
         mean = scores.gather(-1, indices).nanmean()
         taken = torch.zeros_like(scores[:, 0], dtype=torch.int32)  # [B, T + 1]
         taken = taken.scatter_(1, indices.flatten(1), 1)[:, :-1].contiguous()  # [B, T]
@@ -53,19 +53,19 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
         means.append(mean.item() / layer.tp_group.size())
         shares.append(1.0 - taken.float().mean().item())
         layer.selection = None
-    return {"selected_score_mean": means, "unselected_share": shares} | of_thresholds
+    return {"selected_score_mean": means, "unselected_share": shares} | threshold_statistics
 
 
 def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
-    """Per layer, of heads whose thresholds were updated.
+    """Return statistics per layer of heads whose thresholds were updated.
 
     Returns:
-        ``selection_load``: share of the last step's tokens, of the global batch, that lie above their head's threshold
-            as it was in the step, over 1 / rho; the mean over heads. ``_min``, ``_max``: of a head.
-        ``dead_heads``, ``overloaded_heads``: heads whose load is below 0.5, and above 2.
-        ``overflow_share``: share of the taken tokens of the last recorded micro-batch that the capacity has dropped; 0
-            in warm-up, where tokens are not taken by threshold. ``_max``: of a head.
-        ``load_of_heads``, ``overflow_of_heads``: the same of every head, a list for each layer.
+        ``selection_load``: share of the last step's tokens (of the global batch) above their head's threshold in that
+            step, divided by 1 / rho; mean over heads. ``_min``, ``_max``: over heads.
+        ``dead_heads``, ``overloaded_heads``: number of heads whose load is below 0.5, and above 2.
+        ``overflow_share``: share of the selected tokens of the last recorded micro-batch that the capacity dropped; 0
+            in the warm-up, which does not select by threshold. ``_max``: over heads.
+        ``load_of_heads``, ``overflow_of_heads``: the same for every head, one list per layer.
     """
     found: dict[str, list[Any]] = {}
     for layer in mosa_layers(model):
@@ -73,7 +73,7 @@ def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
             continue
         scores, indices = layer.selection  # [B, E / tp, T], [B, E / tp, k]
         taken = (indices < scores.shape[-1]).sum((0, 2))
-        load, taken, dropped = _of_all_heads(torch.stack((layer.load, taken, layer.dropped)), layer.tp_group)
+        load, taken, dropped = _gather_heads(torch.stack((layer.load, taken, layer.dropped)), layer.tp_group)
         overflow = dropped / (taken + dropped)
         values = {
             "selection_load": load.mean().item(),
@@ -91,8 +91,8 @@ def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
     return found
 
 
-def _of_all_heads(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[n, E] from [n, E / tp] of each rank; by a sum, which every backend has on every device."""
+def _gather_heads(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return [n, E] from each rank's [n, E / tp], by a sum, which every backend supports on every device."""
     own, count = group.rank(), values.shape[1]
     whole = torch.zeros(len(values), group.size() * count, dtype=torch.float64, device=values.device)
     whole[:, own * count : (own + 1) * count] = values

@@ -1,4 +1,4 @@
-"""What one rank does and all ranks learn of."""
+"""Actions on one or all ranks whose results and errors reach every rank."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Result = TypeVar("Result")
 def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup | None = None) -> Result:
     """Run ``action`` on global rank 0 while the others wait; every rank gets its result, or raises its error.
 
-    A collective where torch.distributed is up, over all ranks in a group of their own if one is given; a plain call
-    where it is not. The result must be picklable.
+    A collective if torch.distributed is initialized (over ``group``, which must hold all ranks, if given); otherwise a
+    plain call. The result must be picklable.
 
     Raises:
-        UserError: that ``action`` raised.
-        StorageError: in place of an OSError.
+        UserError: ``action`` raised it.
+        StorageError: ``action`` raised an OSError.
     """
     if not distributed.is_initialized():
         return action()
@@ -40,10 +40,10 @@ def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup |
 
 
 def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup | None = None) -> list[Result]:
-    """Run ``action`` on every rank; each gets the results of all, by rank. A collective.
+    """Run ``action`` on every rank; each rank gets all results, by rank. A collective.
 
     Raises:
-        StorageError: on every rank, if ``action`` raised an OSError on one.
+        StorageError: on every rank, if ``action`` raised an OSError on any.
     """
     outcome: Result | StorageError
     try:
@@ -59,14 +59,14 @@ def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup 
 
 
 class Hosts:
-    """All ranks, in a group of their own that needs no device (gloo): for what must be agreed upon between steps."""
+    """A gloo group of all ranks, which needs no device, to agree on flags between steps."""
 
     def __init__(self) -> None:
-        """A collective."""
+        """Create the group. A collective."""
         self._group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers; a collective."""
+        """Return the largest of all ranks' numbers. A collective."""
         numbers = torch.tensor(number)
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)
         return int(numbers)

@@ -1,4 +1,4 @@
-"""NVIDIA apex, where it is installed: its fused optimizer and norms, and whether it is what it seems."""
+"""Optional NVIDIA apex: its fused optimizer and norms, and a check that the package is NVIDIA's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_mosa.errors import UserError
 
 @lru_cache(maxsize=1)
 def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
-    """``apex.optimizers.FusedAdam`` if there is a GPU, and apex with a CUDA extension that fits this torch."""
+    """Return ``apex.optimizers.FusedAdam``, or None without a GPU or without an apex built for this torch."""
     module = _module("apex.optimizers", extension="amp_C")
     return None if module is None else module.FusedAdam
 
 
 @lru_cache(maxsize=1)
 def apex_norms() -> ModuleType | None:
-    """The module with ``fused_layer_norm_affine`` and ``fused_rms_norm_affine``, under the same conditions."""
+    """Return the module with ``fused_layer_norm_affine`` and ``fused_rms_norm_affine``, or None likewise."""
     return _module("apex.normalization.fused_layer_norm", extension="fused_layer_norm_cuda")
 
 
@@ -29,24 +29,24 @@ def _module(name: str, extension: str) -> ModuleType | None:
     if not torch.cuda.is_available():
         return None
     try:
-        import_module(extension)  # fails to load where it was built for another torch
+        import_module(extension)  # fails if it was built for another torch
         return import_module(name)
     except ImportError:
         return None
 
 
 def refuse_wrong_apex() -> None:
-    """Refuse the web toolkit that goes by the name ``apex`` in Python package registries.
+    """Reject the unrelated web toolkit that Python package registries call ``apex``.
 
     Megatron-core takes any importable ``apex`` for NVIDIA's and then fails in ways that do not name it.
 
     Raises:
-        UserError: an ``apex`` without NVIDIA's optimizers is importable.
+        UserError: the importable ``apex`` lacks NVIDIA's optimizers.
     """
     spec = util.find_spec("apex")
     if spec is None:
         return
-    # Looked up as files: importing the wrong package would run its code.
+    # Look at the files only: importing the wrong package would run its code.
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if any((folder / "optimizers").is_dir() for folder in folders):
         return

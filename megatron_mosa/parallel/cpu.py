@@ -1,7 +1,7 @@
-"""Megatron-core without a GPU.
+"""Running Megatron-core without a GPU.
 
 Megatron-core allocates its communication buffers on ``torch.cuda.current_device()`` and synchronises CUDA when it
-saves. On a machine without CUDA both are answered by the CPU, for this process: enough for tensor and sequence
+saves. Without CUDA both calls are patched for this process to use the CPU, which is enough for tensor and sequence
 parallelism and ``dist_checkpointing`` over gloo.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 
 def answer_cuda_with_cpu() -> bool:
-    """Let Megatron-core run on the CPU where there is no CUDA; return whether that was needed."""
+    """Patch ``torch.cuda`` so that Megatron-core runs on the CPU if there is no CUDA; return whether it did so."""
     if torch.cuda.is_available():
         return False
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]

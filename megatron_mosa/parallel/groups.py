@@ -1,4 +1,4 @@
-"""Megatron-core's process groups, with their types."""
+"""Typed access to Megatron-core's process groups."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.distributed import ProcessGroup
 
 
 def tensor_parallel_group() -> ProcessGroup:
-    """The ranks that hold the parts of one replica."""
+    """Return the ranks that hold the parts of one replica."""
     return cast(ProcessGroup, parallel_state.get_tensor_model_parallel_group())
 
 
 def data_parallel_group() -> ProcessGroup:
-    """The ranks that hold the same part of different replicas."""
+    """Return the ranks that hold the same part of different replicas."""
     return cast(ProcessGroup, parallel_state.get_data_parallel_group())

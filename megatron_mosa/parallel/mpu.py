@@ -1,7 +1,7 @@
 """The model-parallel unit that DeepSpeed asks for, over Megatron-core's parallel_state.
 
 DeepSpeed still calls names that Megatron-core has dropped (``get_model_parallel_rank``), so the module itself cannot
-be handed over. Model parallelism is tensor parallelism here: there is no pipeline.
+be passed. Model parallelism means tensor parallelism here: there is no pipeline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_g
 
 
 class ModelParallelUnit:
-    """What ``deepspeed.initialize(mpu=...)`` takes."""
+    """The interface that ``deepspeed.initialize(mpu=...)`` expects."""
 
     def get_model_parallel_rank(self) -> int:
         """Rank in the model-parallel group."""

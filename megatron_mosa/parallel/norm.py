@@ -1,11 +1,11 @@
 """Norms for sequence parallelism: their replicated parameters get the gradient of the whole sequence.
 
 Under sequence parallelism every rank of the tensor-parallel group sees a slice of the sequence, so the gradients of
-weight and bias are partial sums. They are added up in the autograd graph (identity forward, all-reduce backward),
-before any hook of an optimizer sees them. The parameters therefore carry no ``sequence_parallel`` tag: Megatron's own
-``finalize_model_grads`` would add them up a second time. NVIDIA apex's fused norms compute them where apex is there.
+weight and bias are partial sums. The autograd graph sums them (identity forward, all-reduce backward) before any
+optimizer hook sees them. The parameters therefore carry no ``sequence_parallel`` tag, or Megatron's own
+``finalize_model_grads`` would sum them a second time. NVIDIA apex's fused norms are used where apex is installed.
 
-Signatures as Megatron-core's layer-norm builders.
+The signatures are those of Megatron-core's layer-norm builders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_mosa.parallel.regions import sum_gradients
 
 
 class SequenceParallelLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm over the last dimension, right on full sequences and on a rank's slice of them."""
+    """LayerNorm over the last dimension, correct on full sequences and on a rank's slice of them."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
@@ -41,7 +41,7 @@ class SequenceParallelLayerNorm(torch.nn.LayerNorm):
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm over the last dimension, right on full sequences and on a rank's slice of them."""
+    """RMSNorm over the last dimension, correct on full sequences and on a rank's slice of them."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
@@ -58,14 +58,14 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def norm_class(normalization: str) -> type[torch.nn.Module]:
-    """The norm of that name.
+    """Return the norm class with a name.
 
     Raises:
         ValueError: a name other than "LayerNorm" and "RMSNorm".
     """
     kinds = {"LayerNorm": SequenceParallelLayerNorm, "RMSNorm": SequenceParallelRMSNorm}
     if normalization not in kinds:
-        raise ValueError(f"normalization={normalization!r} is not supported; legal: {', '.join(map(repr, kinds))}")
+        raise ValueError(f"normalization must be one of {', '.join(map(repr, kinds))}, got {normalization!r}")
     return kinds[normalization]
 
 

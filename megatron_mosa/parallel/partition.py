@@ -1,4 +1,4 @@
-"""How a parameter is split over the tensor-parallel group: described once, used by initialisation and checkpoints."""
+"""How a parameter is split over the tensor-parallel group, for both initialisation and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Partition:
-    """Split along ``dim``; with ``stride`` s the whole is s blocks one after the other, each of them split.
+    """A split along ``dim``; with ``stride`` s the whole consists of s consecutive blocks, each of which is split.
 
-    Stride 2 is the first matrix of a gated MLP: gate above up, and every rank holds a part of each.
+    The first matrix of a gated MLP has stride 2: gate block, then up block, and every rank holds a part of each.
     """
 
     dim: int
     stride: int = 1
 
     def part_of(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """One rank's part of the whole tensor."""
+        """Return one rank's part of the whole tensor."""
         blocks = self.unfold(whole)
         return self.fold(blocks.chunk(size, dim=self.unfolded_dim)[rank])
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        """A view of a part, or of the whole, in which a part is a contiguous range of the whole.
+        """Return a view of a part, or of the whole, in which a part is a contiguous range of the whole.
 
-        [..., s * n, ...] becomes [..., s, n, ...] with the blocks apart.
+        [..., s * n, ...] becomes [..., s, n, ...], one index per block.
         """
         return tensor.unflatten(self.dim, (self.stride, -1))
 
     def fold(self, unfolded: Tensor) -> Tensor:
-        """The inverse of ``unfold``: the blocks one after the other."""
+        """Return the inverse of ``unfold``: the blocks concatenated."""
         return unfolded.flatten(self.dim, self.unfolded_dim)
 
     @property
@@ -40,7 +40,7 @@ class Partition:
 
 
 def partition_of(parameter: Tensor) -> Partition | None:
-    """How a parameter is split, by the attributes that Megatron-core and DeepSpeed use; None: it is replicated."""
+    """Return a parameter's split, from attributes that Megatron-core and DeepSpeed use; None if replicated."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return Partition(getattr(parameter, "partition_dim"), getattr(parameter, "partition_stride", 1))  # noqa: B009

@@ -1,4 +1,4 @@
-"""Identity forward, sum over the tensor-parallel group backward."""
+"""An autograd function: identity forward, sum over the tensor-parallel group backward."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class _SumGradients(torch.autograd.Function):
 def sum_gradients(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
     """Use a replicated tensor where each rank of ``group`` contributes a part of its gradient.
 
-    For the input of head- or column-partitioned layers, and for replicated parameters that meet a rank's slice of the
-    sequence. Megatron-core's ``copy_to_tensor_model_parallel_region`` means the same, but up to 0.16 it silently
-    returns a gradient that is not contiguous in memory without its sum.
+    This holds for the input of head- or column-partitioned layers, and for replicated parameters applied to a rank's
+    slice of the sequence. Megatron-core's ``copy_to_tensor_model_parallel_region`` serves the same purpose, but up to
+    0.16 it silently returns a gradient that is not contiguous in memory unsummed.
 
     Args:
         tensor: any shape, equal on all ranks.

@@ -1,4 +1,4 @@
-"""Starting and stopping the process groups."""
+"""Set-up and tear-down of the process groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mosa.utils.errors import first_line
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands."""
+    """This process's ranks, group sizes and device."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for the run."""
+        """Whether this process is global rank 0, which prints and writes for the run."""
         return self.rank == 0
 
 
@@ -44,13 +44,13 @@ def initialize_parallel(
     Tensor-parallel ranks are neighbours: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
 
     Args:
-        tensor_model_parallel_size: ranks that share one model.
-        seed: of torch's generators.
-        timeout_minutes: how long a collective may take.
-        rendezvous_seconds: how long all ranks may take to meet; None: as long as a collective.
+        tensor_model_parallel_size: number of ranks that share one model.
+        seed: seed of torch's generators.
+        timeout_minutes: timeout of a collective.
+        rendezvous_seconds: timeout for all ranks to join; None: that of a collective.
 
     Raises:
-        RunError: they did not meet.
+        RunError: not all ranks joined in time.
     """
     rank, world_size, local_rank = launch_environment()
     if answer_cuda_with_cpu():
@@ -58,19 +58,19 @@ def initialize_parallel(
     else:
         device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
-        # DeepSpeed takes the device of this number. Where each process sees a card of its own (srun --gpus-per-task=1),
-        # or several share one, it is not the local rank.
+        # DeepSpeed uses the device with this number. It is not the local rank where each process sees only its own GPU
+        # (srun --gpus-per-task=1), or several processes share one.
         os.environ["LOCAL_RANK"] = str(device.index)
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         timeout = timedelta(minutes=timeout_minutes)
-        store = _meet(rank, world_size, rendezvous_seconds or timeout.total_seconds())
+        store = _rendezvous(rank, world_size, rendezvous_seconds or timeout.total_seconds())
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size)
     torch.manual_seed(seed)
-    # No layer draws random numbers in its forward pass, so Megatron's tracker of per-rank generators can be the one
-    # that does nothing; the real one needs CUDA.
+    # No layer draws random numbers in its forward pass, so Megatron's no-op tracker of per-rank generators suffices.
+    # The real one needs CUDA.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return Layout(
         rank=rank,
@@ -83,28 +83,28 @@ def initialize_parallel(
     )
 
 
-def _meet(rank: int, world_size: int, seconds: float) -> dist.Store:
-    """The store of all ranks, when all have come to it."""
+def _rendezvous(rank: int, world_size: int, seconds: float) -> dist.Store:
+    """Return the store once all ranks have joined."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
-    except (dist.DistError, RuntimeError) as error:  # some of torch's errors of the store are plain ones
+    except (dist.DistError, RuntimeError) as error:  # some store errors of torch are plain RuntimeErrors
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
-            f"rank {rank} of {world_size} did not meet the others at {where} within {seconds:.0f} s "
-            f"({first_line(error)}); see that all {world_size} processes were started and that MASTER_ADDR "
+            f"rank {rank} of {world_size} could not join the others at {where} within {seconds:.0f} s "
+            f"({first_line(error)}); check that all {world_size} processes were started and that MASTER_ADDR "
             "and MASTER_PORT can be reached from every node"
         ) from None
     return store
 
 
 def use_deterministic_algorithms() -> None:
-    """Have torch repeat itself bitwise, at the price of speed on GPUs; before the first matrix product."""
+    """Make torch bitwise reproducible, at a cost in speed on GPUs; call it before the first matrix product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def destroy_parallel() -> None:
-    """Leave the groups; safe to call when there are none."""
+    """Destroy the process groups, if there are any."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""What a run needs to survive: signals, time limits, hangs, and a file that says how it is."""
+"""Resilience of a run: signals, time limits, hangs, loss spikes, a status file and node checks."""

@@ -1,4 +1,4 @@
-"""When the job will be ended by its scheduler."""
+"""The time at which Slurm will end the current job."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from datetime import datetime
 
 
 def job_end() -> float | None:
-    """When Slurm will end this job, in Unix time; None: not in a job, no limit, or Slurm does not say.
+    """Return the Unix time at which Slurm will end this job; None outside a job, without a limit or if it is unknown.
 
-    Newer Slurm puts it into the environment (SLURM_JOB_END_TIME, in seconds); elsewhere ``squeue`` is asked, once.
+    Recent versions of Slurm set SLURM_JOB_END_TIME (in seconds); otherwise ``squeue`` is called once.
     """
     if "SLURM_JOB_END_TIME" in os.environ:
         return _future(float(os.environ["SLURM_JOB_END_TIME"]))
@@ -28,5 +28,5 @@ def job_end() -> float | None:
 
 
 def _future(end: float) -> float | None:
-    """A partition without a limit is given one in the far past or future."""
+    """Discard an end in the past: Slurm gives a partition without a limit one far in the past or future."""
     return end if end > time.time() else None

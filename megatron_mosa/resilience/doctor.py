@@ -1,4 +1,4 @@
-"""The command ``mosa doctor``."""
+"""The command ``mosa doctor``: its options and their checks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_mosa.exit_codes import STOPPED
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for.
+    """Options of ``mosa doctor``.
 
     Attributes:
-        timeout: longest wait for the other ranks, in seconds, for each step of the preflight.
-        minimum_disk: free space that the run directory needs, in GiB.
-        slow: a GPU is bad if the job's median is more than this factor faster.
+        timeout: longest wait for the other ranks in each step of the preflight, in seconds.
+        minimum_disk: free space required in the run directory, in GiB.
+        slow: a GPU is bad if the job's median is faster by more than this factor.
     """
 
     run_directory: Path
@@ -32,33 +32,34 @@ class Settings:
 
 def doctor(
     run_directory: Annotated[
-        Path, typer.Option("--run-directory", metavar="PATH", help="The folder that all nodes shall write to.")
+        Path, typer.Option("--run-directory", metavar="PATH", help="The directory that all nodes will write to.")
     ] = Path("runs"),
     json: Annotated[
-        Path | None, typer.Option("--json", metavar="PATH", help="Write all that was found, by rank, and bad_nodes.")
+        Path | None, typer.Option("--json", metavar="PATH", help="Write bad_nodes, all findings and each rank's facts.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for the other ranks, in each step.")
+        float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for the other ranks in each step.")
     ] = 120.0,
     minimum_disk: Annotated[
-        float, typer.Option("--minimum-disk", metavar="GIB", help="Free space that the run directory needs.")
+        float, typer.Option("--minimum-disk", metavar="GIB", help="Free space required in the run directory.")
     ] = 10.0,
     slow: Annotated[
-        float, typer.Option("--slow", metavar="FACTOR", help="A GPU this much slower than the job's median is bad.")
+        float,
+        typer.Option("--slow", metavar="FACTOR", help="A GPU slower than the job's median by this factor is bad."),
     ] = 1.5,
 ) -> None:
-    """Look at every node of a job before it trains; exit code 1 names the bad ones and what to do.
+    """Check every node of a job before it trains; if some are bad, name them and the fix, and exit with 1.
 
-    Alone it looks at this machine; under srun, torchrun or DeepSpeed's launcher at all nodes, one process a task. If
-    all is well but SIGUSR1 has asked the job to stop meanwhile, the exit code is 75.
+    Run alone, it checks this machine; under srun, torchrun or DeepSpeed's launcher, all nodes, with one process per
+    task. If all nodes are healthy but SIGUSR1 has asked the job to stop in the meantime, it exits with 75.
     """
-    for name, value, legal, is_legal in (
-        ("timeout", timeout, "more than 0", timeout > 0),
-        ("minimum-disk", minimum_disk, "0 or more", minimum_disk >= 0),
-        ("slow", slow, "more than 1", slow > 1),
+    for name, value, bound, is_allowed in (
+        ("timeout", timeout, "greater than 0", timeout > 0),
+        ("minimum-disk", minimum_disk, "at least 0", minimum_disk >= 0),
+        ("slow", slow, "greater than 1", slow > 1),
     ):
-        if not is_legal:
-            raise UserError(f"--{name}={value:g} is out of range; legal: {legal}")
+        if not is_allowed:
+            raise UserError(f"--{name} must be {bound}, got {value:g}")
     from megatron_mosa.resilience.doctor_job import examine_job
 
     notices: list[int] = []

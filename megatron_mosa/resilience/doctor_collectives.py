@@ -1,4 +1,4 @@
-"""What takes all ranks of a job: collectives, right and how fast, and the clocks of the nodes."""
+"""Checks that need all ranks of a job: results and bandwidth of collectives, and clock skew between nodes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _GPU_BYTES, _CPU_BYTES = 64 * MIB, 4 * MIB
 
 
 def bus_bandwidth(collective: str, size: int, seconds: float, world_size: int) -> float:
-    """Bus bandwidth in GB/s: comparable with the speed of the links, whatever the number of ranks.
+    """Return the bus bandwidth in GB/s, which compares with the speed of the links for any number of ranks.
 
-    As defined by NCCL's tests (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
+    The definition is that of NCCL's tests (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md).
 
     Args:
-        size: bytes of the whole buffer: of an all-gather's output.
+        size: bytes of the whole buffer; for an all-gather, of its output.
     """
     factor = {"all-reduce": 2, "all-gather": 1}[collective] * (world_size - 1) / world_size
     return factor * size / seconds / 1e9
@@ -30,14 +30,16 @@ def bus_bandwidth(collective: str, size: int, seconds: float, world_size: int) -
 def check_collectives(
     report: Report, store: dist.Store, world_size: int, device: torch.device, nodes: list[str], timeout: float
 ) -> None:
-    """Join the process group and add to the facts; raises what torch.distributed raises.
+    """Join the process group and add bandwidths and the clock offset to the facts of ``report``.
+
+    Errors of torch.distributed propagate.
 
     Args:
-        device: of this rank, for NCCL; the CPU for gloo.
-        nodes: names, by rank.
+        device: this rank's GPU for NCCL, or the CPU for gloo.
+        nodes: node names by rank.
     """
     report.stage = "joining the process group"
-    # One group, two backends: gloo carries what lies on the CPU.
+    # One group, two backends: gloo handles tensors on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -50,35 +52,36 @@ def check_collectives(
     elements = (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // 4 // world_size * world_size
     for name, check in (("all-reduce", _all_reduce), ("all-gather", _all_gather)):
         report.stage = name
-        is_right, seconds = check(report.rank, world_size, elements, device)
+        is_correct, seconds = check(report.rank, world_size, elements, device)
         report.facts[name] = bus_bandwidth(name, 4 * elements, seconds, world_size)
-        if not is_right:
-            report.add(name, f"{name} over {backend} gives wrong numbers", "do not train on it; have it serviced")
+        if not is_correct:
+            report.add(name, f"{name} over {backend} returns wrong values", "do not train on it; have it serviced")
     report.stage = "leaving the process group"
-    dist.all_reduce(torch.zeros(1))  # nobody goes before all are done
+    dist.all_reduce(torch.zeros(1))  # no rank leaves before all are done
     dist.destroy_process_group()
 
 
 def _pattern(rank: int, elements: int, device: torch.device) -> torch.Tensor:
-    """Small whole numbers, which fp32 sums exactly, that tell ranks and places apart; shape [elements]."""
+    """Small integers that fp32 sums exactly and that differ by rank and position; shape [elements]."""
     return (torch.arange(elements, device=device) % 1021 + rank).float()
 
 
 def _all_reduce(rank: int, world_size: int, elements: int, device: torch.device) -> tuple[bool, float]:
     x = _pattern(rank, elements, device)
     dist.all_reduce(x)
-    wanted = world_size * _pattern(0, elements, device) + world_size * (world_size - 1) / 2
-    is_right = torch.equal(x, wanted)
-    x.zero_()  # or it would grow without bounds
-    return is_right, _median_seconds(lambda: dist.all_reduce(x), device)
+    expected = world_size * _pattern(0, elements, device) + world_size * (world_size - 1) / 2
+    is_correct = torch.equal(x, expected)
+    x.zero_()  # or repeated sums would overflow
+    return is_correct, _median_seconds(lambda: dist.all_reduce(x), device)
 
 
 def _all_gather(rank: int, world_size: int, elements: int, device: torch.device) -> tuple[bool, float]:
     share = elements // world_size
-    mine, whole = _pattern(rank, share, device), torch.empty(elements, device=device)
-    dist.all_gather_into_tensor(whole, mine)
-    wanted = torch.cat([_pattern(other, share, device) for other in range(world_size)])
-    return torch.equal(whole, wanted), _median_seconds(lambda: dist.all_gather_into_tensor(whole, mine), device)
+    shard, gathered = _pattern(rank, share, device), torch.empty(elements, device=device)
+    dist.all_gather_into_tensor(gathered, shard)
+    expected = torch.cat([_pattern(other, share, device) for other in range(world_size)])
+    seconds = _median_seconds(lambda: dist.all_gather_into_tensor(gathered, shard), device)
+    return torch.equal(gathered, expected), seconds
 
 
 def _median_seconds(action: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
@@ -93,7 +96,7 @@ def _median_seconds(action: Callable[[], object], device: torch.device, repeats:
 
 
 def _measure_clock(report: Report, nodes: list[str]) -> None:
-    """How far the clock of this node is ahead of rank 0's, in seconds: asked for by the first rank of each node."""
+    """Record how far this node's clock is ahead of rank 0's, in seconds; the first rank of each node measures."""
     for node in dict.fromkeys(nodes):
         asker = nodes.index(node)
         if asker and report.rank in (0, asker):
@@ -105,9 +108,9 @@ def _measure_clock(report: Report, nodes: list[str]) -> None:
 
 
 def ask_clock(asker: int, *, is_asker: bool, rounds: int = 5) -> float:
-    """The asker's clock minus rank 0's, in seconds, to within half a round trip (Cristian's algorithm).
+    """Return the asker's clock minus rank 0's in seconds, accurate to half a round trip (Cristian's algorithm).
 
-    Of several rounds the shortest counts. Both ranks call it.
+    The shortest of several rounds counts. Both ranks must call it.
     """
     best = (float("inf"), 0.0)
     stamp = torch.zeros(1, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""``mosa doctor`` over the ranks of a job: they meet, look at their nodes, communicate, and rank 0 tells.
+"""``mosa doctor`` across the ranks of a job: rendezvous, node checks, collectives, and the report of rank 0.
 
-Every wait has an end, and what hangs is known by name.
+Every wait has a timeout, and the report names whatever hangs.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from megatron_mosa.resilience.doctor_verdict import Verdict, judge, print_errors
 
 
 def examine_job(settings: Settings) -> int:
-    """Look at this process's node and, in a job, at all; rank 0 prints. Return the exit code, 0 or 1, on every rank.
+    """Check the node of this process or all nodes of its job; return the exit code, 0 or 1, on every rank.
+
+    Only rank 0 prints.
 
     Raises:
-        UserError: a launcher's variables that make no sense.
-        RunError: rank 0 cannot be reached; rank 0 itself reports instead.
+        UserError: the launcher's environment variables are inconsistent.
+        RunError: this rank cannot reach rank 0; rank 0 itself reports such failures instead.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # we say what failed; it is read as torch loads
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch loads; failures are reported here
     rank, world_size, local_rank = parallel_module("launch").launch_environment()
     try:
         import_quietly("torch")
     except Exception:
-        return _tell_without_torch(rank, local_rank, settings)
-    started = time.monotonic()  # now: importing torch on many nodes at once takes what it takes
+        return _report_without_torch(rank, local_rank, settings)
+    started = time.monotonic()  # only now: importing torch on many nodes at once can take long
     job = Job(rank, world_size, started + settings.timeout)
     code, is_stuck = _examine(job, settings, started)
     job.leave()
-    if is_stuck:  # in a thread that does not return: leaving in good order would wait for it
+    if is_stuck:  # in a thread that does not return: a normal exit would wait for it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _tell_without_torch(rank: int, local_rank: int, settings: Settings) -> int:
-    """A node without torch has nothing to meet the others with, and tells for itself; they will miss it."""
+def _report_without_torch(rank: int, local_rank: int, settings: Settings) -> int:
+    """Report this node alone: without torch it cannot join the others, who report it as missing."""
     report = Report(rank, node_name())
     run_check(report, "versions", node_checks.check_versions)
     run_check(report, "open files", node_checks.check_limits)
@@ -60,7 +62,7 @@ def _tell_without_torch(rank: int, local_rank: int, settings: Settings) -> int:
 
 
 def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
-    """Exit code, and whether something of this process may hang in a thread."""
+    """Return the exit code, and whether a thread of this process may hang."""
     job.send("here", node_name())
     folder = _RunDirectory(settings.run_directory)
     if job.rank == 0:
@@ -69,7 +71,7 @@ def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
             verdict = Verdict([], [absence(job, here, settings.timeout)], absent_nodes(here), [])
             job.announce("roster", None)
             return _publish(verdict, settings), False
-        _within(settings.timeout, folder.open)  # where it hangs, so does the check of this node
+        _within(settings.timeout, folder.open)  # if this hangs, so does the check of this node
         job.announce("roster", [[here[rank] for rank in range(job.world_size)], folder.token])
     roster = job.hear("roster", started + 2 * settings.timeout)
     if roster is None:
@@ -104,20 +106,20 @@ def _look(report: Report, nodes: list[str], token: str | None, settings: Setting
         if report.facts["torch"] is not None:
             run_check(report, "GPUs", node_checks.check_gpus, position, len(on_node))
         run_check(report, "open files", node_checks.check_limits)
-        if position == 0:  # one a node
+        if position == 0:  # one per node
             arguments = (settings.run_directory, token, settings.minimum_disk)
             run_check(report, "run directory", node_checks.check_directory, *arguments)
         report.stage = "done"
 
     hangs = _within(settings.timeout, look) is not None
     if hangs:
-        what = f"the check of {report.stage} did not end within {settings.timeout:g} s"
-        report.add(report.stage, what, "this part of the node hangs: see dmesg; exclude the node, or raise --timeout")
+        what = f"the check '{report.stage}' did not finish within {settings.timeout:g} s"
+        report.add(report.stage, what, "see dmesg for what hangs; exclude the node, or raise --timeout")
     return hangs
 
 
 def _communicate(job: Job, report: Report, nodes: list[str], plan: str, settings: Settings) -> bool:
-    """Run the collectives over what the plan says; return whether they hang. How they failed goes into the facts."""
+    """Run the collectives on the planned backend; return whether they failed or hang. The facts record how."""
     import torch
     from torch.distributed import PrefixStore
 
@@ -128,7 +130,7 @@ def _communicate(job: Job, report: Report, nodes: list[str], plan: str, settings
     device = torch.device("cpu")
     if plan == "nccl":
         device = torch.device("cuda", _gpu_index(report, nodes))
-    # Torch's own timeout, which ends the process, comes after ours.
+    # Torch's own timeout, which ends the process, must be longer than ours.
     failure = _within(
         settings.timeout,
         lambda: check_collectives(report, store, job.world_size, device, nodes, 2 * settings.timeout),
@@ -139,23 +141,23 @@ def _communicate(job: Job, report: Report, nodes: list[str], plan: str, settings
 
 
 def _gpu_index(report: Report, nodes: list[str]) -> int:
-    """The GPU of this rank, as ``parallel.initialize_parallel`` chooses it."""
+    """Return the index of this rank's GPU, as ``parallel.initialize_parallel`` chooses it."""
     return nodes[: report.rank].count(report.node) % len(report.facts["gpus"])
 
 
 def _plan(reports: list[Report]) -> str | None:
-    """What the ranks communicate over, "nccl" or "gloo"; None: not at all, as they are not all there and sound."""
+    """Return the backend to test, "nccl" or "gloo"; None for a single rank, or if some rank's checks did not finish."""
     if len(reports) == 1 or any(report.stage != "done" or not report.facts.get("torch") for report in reports):
         return None
     nodes = [report.node for report in reports]
     if not all(report.facts.get("gpus") for report in reports):
         return "gloo"
-    cards = {report.facts["gpus"][_gpu_index(report, nodes)]["uuid"] for report in reports}
-    return "nccl" if len(cards) == len(reports) else "gloo"  # NCCL wants a card for each rank
+    uuids = {report.facts["gpus"][_gpu_index(report, nodes)]["uuid"] for report in reports}
+    return "nccl" if len(uuids) == len(reports) else "gloo"  # NCCL needs one GPU per rank
 
 
 def _collect_reports(job: Job, name: str, nodes: list[str], timeout: float) -> dict[int, Report]:
-    """All ranks' reports; of those that sent none, that they did not."""
+    """Return all ranks' reports; a rank that sent none gets a finding."""
     found = job.collect(name, time.monotonic() + timeout + GRACE_SECONDS)
     reports = {}
     for rank, node in enumerate(nodes):
@@ -164,27 +166,26 @@ def _collect_reports(job: Job, name: str, nodes: list[str], timeout: float) -> d
             reports[rank] = Report(**found[rank], findings=findings)
         else:
             reports[rank] = Report(rank, node, stage="silent")
-            reports[rank].add(
-                "answer", f"rank {rank} came, and then no more was heard of it", "see its output and the node's dmesg"
-            )
+            what = f"rank {rank} joined, then stopped responding"
+            reports[rank].add("answer", what, "see its output and the node's dmesg")
     return reports
 
 
 def _publish(verdict: Verdict, settings: Settings) -> int:
-    """Tell, and write the JSON file; return the exit code."""
+    """Print the verdict and write the JSON file; return the exit code."""
     code = print_verdict(verdict)
     path = settings.json
     if path is not None:
         failure = _within(settings.timeout, lambda: write_json(verdict, path))
         if failure is not None:
-            what = f"writing --json={path} {failure}; name a file in a folder that can be written"
+            what = f"writing --json={path} {failure}; name a file in a writable directory"
             print(f"error: {what}", file=sys.stderr)
             code = 1
     return code
 
 
 def _within(seconds: float, action: Callable[[], None]) -> str | None:
-    """Run in a thread, so that what never returns does not keep us; return what went wrong, if anything."""
+    """Run ``action`` in a thread and wait at most ``seconds``; return what went wrong, or None."""
     failures: list[str] = []
 
     def run() -> None:
@@ -197,31 +198,30 @@ def _within(seconds: float, action: Callable[[], None]) -> str | None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return f"did not end within {seconds:g} s"
+        return f"did not finish within {seconds:g} s"
     return failures[0] if failures else None
 
 
 class _RunDirectory:
-    """The run directory as rank 0 finds or makes it; what it made is removed in the end."""
+    """The run directory as rank 0 finds or creates it; ``close`` removes what it created."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.token = folder, None
-        self.made: list[Path] = []
+        self.created: list[Path] = []
 
     def open(self) -> None:
-        """Make the folder and a file in it, by which others see that theirs is the same; on failure no token."""
-        with suppress(OSError):  # the check of rank 0's node will say so
+        """Create the directory and a token file by which other nodes recognise it; on failure, no token."""
+        with suppress(OSError):  # the check of rank 0's node reports it
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.made = missing
+            self.created = missing
             token = f".doctor-{uuid.uuid4().hex}"
             (self.folder / token).touch()
             self.token = token
 
     def close(self) -> None:
-        """Leave nothing behind."""
         with suppress(OSError):
             if self.token:
                 (self.folder / self.token).unlink()
-            for path in self.made:
+            for path in self.created:
                 path.rmdir()

@@ -1,7 +1,7 @@
-"""What ``mosa doctor`` finds out about the node of one process, without the others.
+"""Checks of ``mosa doctor`` that one process runs on its own node.
 
-Nothing here raises for what is wrong with a node: it becomes a finding. Torch is imported inside the checks, as a node
-may lack it.
+A faulty node never raises here: every fault becomes a finding. The checks import torch themselves, as a node may lack
+it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MIB = 2**20
 WRITE_BYTES = 64 * MIB
 _MODULES = {"torch": "torch", "megatron-core": "megatron.core", "deepspeed": "deepspeed", "triton": "triton"}
 _OPTIONAL = {"triton"}
-_BUSY_SHARE = 0.1  # of a GPU's memory in others' use
+_BUSY_SHARE = 0.1  # share of a GPU's memory that other processes use
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, on which nodes, and what to do; with no nodes it is the job's, and no node's fault."""
+    """A fault, the fix, and the nodes that have it; without nodes it concerns the whole job."""
 
     check: str
     what: str
     fix: str
-    is_bad: bool = True  # or a warning
+    is_bad: bool = True  # False: a warning
     nodes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -54,13 +54,13 @@ class Finding:
 
 @dataclass
 class Report:
-    """What one rank found; ``facts`` holds what JSON can: versions, sizes in GiB, speeds, times in seconds."""
+    """Results of one rank; ``facts`` are JSON values: versions, sizes in GiB, speeds, times in seconds."""
 
     rank: int
     node: str
     facts: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    stage: str = ""  # what it is at, for whoever waits for it
+    stage: str = ""  # the check in progress, to name it if it hangs
 
     def add(self, check: str, what: str, fix: str, *, is_bad: bool = True) -> None:
         """Add a finding about this node."""
@@ -68,12 +68,12 @@ class Report:
 
 
 def node_name() -> str:
-    """Slurm's name of this node, by which a job can exclude it; else the host's."""
+    """Return this node's name in Slurm, by which a job can exclude it, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def parallel_module(name: str) -> ModuleType:
-    """A module of ``megatron_mosa.parallel`` by its file: the package around it needs a sound Megatron-core."""
+    """Load a module of ``megatron_mosa.parallel`` from its file: the package needs a working Megatron-core."""
     path = Path(__file__).parents[1] / "parallel" / f"{name}.py"
     spec = util.spec_from_file_location(f"_doctor_{name}", path)
     assert spec is not None and spec.loader is not None
@@ -83,27 +83,27 @@ def parallel_module(name: str) -> ModuleType:
 
 
 def import_quietly(name: str) -> ModuleType:
-    """Import a module; what it prints meanwhile is dropped, as every rank would print it."""
+    """Import a module and discard its output, which every rank would print."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return import_module(name)
 
 
 def run_check(report: Report, check: str, action: Callable[..., None], *args: Any) -> None:
-    """Call ``action(report, *args)``; what it fails with in a way not thought of becomes a finding."""
+    """Call ``action(report, *args)``; an unexpected exception becomes a finding."""
     report.stage = check
     try:
         action(report, *args)
     except Exception as error:
-        report.add(check, f"{check}: the check failed ({_first_line(error)})", "see that this node is sound")
+        report.add(check, f"{check}: the check failed ({_first_line(error)})", "make sure that this node is healthy")
 
 
 def check_versions(report: Report) -> None:
-    """Import what training imports; what lacks or fails is bad, but for optional packages."""
+    """Import what training imports; a package that is missing or fails to import is bad unless it is optional."""
     report.facts["python"] = platform.python_version()
     has_wrong_apex = _check_apex(report)
     for name, module in _MODULES.items():
         report.facts[name] = None
-        if has_wrong_apex and name in ("megatron-core", "deepspeed"):  # they would run its code
+        if has_wrong_apex and name in ("megatron-core", "deepspeed"):  # importing them would run its code
             with suppress(metadata.PackageNotFoundError):
                 report.facts[name] = metadata.version(name)
             continue
@@ -127,11 +127,11 @@ def check_versions(report: Report) -> None:
 
 
 def _check_apex(report: Report) -> bool:
-    """Whether what goes by the name apex is not NVIDIA's."""
+    """Return whether the installed apex is not NVIDIA's."""
     report.facts["apex"] = None
     try:
         apex = parallel_module("apex")
-    except Exception:  # torch, whose own row says so
+    except Exception:  # torch is broken, which its own row reports
         return False
     try:
         apex.refuse_wrong_apex()
@@ -146,7 +146,7 @@ def _check_apex(report: Report) -> bool:
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Version of the NVIDIA kernel driver, if one is loaded."""
+    """Return the version of the loaded NVIDIA kernel driver, or None."""
     try:
         match = re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", path.read_text(encoding="utf-8"))
     except OSError:
@@ -155,10 +155,10 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
 
 
 def check_gpus(report: Report, position: int, peers: int) -> None:
-    """Memory and speed of this process's share of the GPUs; without a GPU the speed of the CPU.
+    """Measure memory and speed of this process's share of the GPUs, or the speed of the CPU if there is no GPU.
 
     Args:
-        position: of this process among the ``peers`` of its node.
+        position: index of this process among the ``peers`` processes of its node.
     """
     import torch
 
@@ -168,7 +168,7 @@ def check_gpus(report: Report, position: int, peers: int) -> None:
         report.facts["matrix_tflops"] = [matrix_tflops(torch.device("cpu"))]
         return
     count = torch.cuda.device_count()
-    # Fewer than processes: each sees its own alone (srun --gpus-per-task), or some share one.
+    # Fewer GPUs than processes: each sees only its own (srun --gpus-per-task), or some share one.
     mine = range(count) if count < peers else range(position, count, peers)
     report.facts["matrix_tflops"] = []
     for index in range(count):
@@ -180,22 +180,22 @@ def check_gpus(report: Report, position: int, peers: int) -> None:
         free, total = torch.cuda.mem_get_info(index)  # bytes
         gpu.update(free_gib=free / GIB, total_gib=total / GIB)
         if free < (1 - _BUSY_SHARE) * total:
-            what = f"GPU {index}: {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB are in others' use"
-            report.add("GPUs", what, "nvidia-smi on that node shows whose", is_bad=False)
+            what = f"GPU {index}: {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB are used by other processes"
+            report.add("GPUs", what, "nvidia-smi on that node shows which", is_bad=False)
         gpu["tflops"] = matrix_tflops(torch.device("cuda", index))
         report.facts["matrix_tflops"].append(gpu["tflops"])
 
 
 def _check_hidden_gpus(report: Report) -> None:
-    """Find GPUs that torch does not see."""
+    """Add a finding if the node has GPUs that torch does not see."""
     import torch
 
     has_gpus = any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
-    if not has_gpus or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # or are hidden on purpose
+    if not has_gpus or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden on purpose
         return
     reason, fix = "this torch is built without CUDA", "install a CUDA build of torch"
     if torch.version.cuda is not None:
-        fix = f"update its driver (nvidia-smi must work), or install a torch for CUDA older than {torch.version.cuda}"
+        fix = f"update the driver (nvidia-smi must work), or install a torch for CUDA older than {torch.version.cuda}"
         try:
             torch.cuda.init()
             reason = "torch.cuda.is_available() is false"
@@ -205,14 +205,14 @@ def _check_hidden_gpus(report: Report) -> None:
 
 
 def matrix_tflops(device: torch.device, repeats: int = 7) -> float:
-    """Speed of a square matrix product in TFLOP/s, median of several: bf16 on a GPU, fp32 on the CPU."""
+    """Return the median speed of a square matrix product in TFLOP/s: bf16 on a GPU, fp32 on the CPU."""
     import torch
 
     is_gpu = device.type == "cuda"
     size = 8192 if is_gpu else 1024
     a = torch.randn(size, size, dtype=torch.bfloat16 if is_gpu else torch.float32, device=device)
     seconds = []
-    for _ in range(2 + repeats):  # the first two wake the device up
+    for _ in range(2 + repeats):  # the first two warm up the device
         start = time.perf_counter()
         torch.matmul(a, a)
         if is_gpu:
@@ -222,51 +222,51 @@ def matrix_tflops(device: torch.device, repeats: int = 7) -> float:
 
 
 def check_limits(report: Report) -> None:
-    """Open files and the node's own folder for temporary files."""
+    """Check the limit on open files, and that the node's directory for temporary files is writable."""
     report.facts["open_files"] = limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit != resource.RLIM_INFINITY and limit < 1024:
         report.add("open files", f"ulimit -n is {limit}", "raise it to 1024 or more (limits.conf)", is_bad=False)
-    # Not gettempdir() alone, which goes elsewhere in silence.
+    # Not gettempdir() alone, which silently falls back to another directory.
     folder = os.environ.get("TMPDIR") or tempfile.gettempdir()
     report.facts["temporary"] = folder
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        report.add("temporary folder", f"{folder} cannot be written ({error.strerror})", "set TMPDIR, or clean it up")
+        report.add("temporary folder", f"could not write to {folder} ({error.strerror})", "set TMPDIR, or clean it up")
 
 
 def check_directory(report: Report, folder: Path, token: str | None, minimum_gib: float) -> None:
-    """Free space and write speed of the run directory, and whether it is the one that rank 0 sees.
+    """Check free space and write speed of the run directory, and that it is the one that rank 0 sees.
 
     Args:
-        token: name of the file that rank 0 has made in it, if it could.
+        token: name of the file that rank 0 created in it; None if it could not.
     """
     is_shared = token is None or _appears(folder / token)
     report.facts["is_shared"] = is_shared
     if not is_shared:
-        what = f"run directory {folder} is not shared: a file that rank 0 made in it is not there"
-        report.add("run directory", what, "mount the shared file system, or name a --run-directory that lies on it")
+        what = f"run directory {folder} is not shared: a file that rank 0 created in it is missing"
+        report.add("run directory", what, "mount the shared file system, or give a --run-directory on it")
         return
     file = folder / f".doctor-{uuid.uuid4().hex}"
     try:
         report.facts["free_gib"] = free = shutil.disk_usage(folder).free / GIB
         report.facts["write_mib_s"] = write_speed(file)
     except OSError as error:
-        what = f"run directory {folder} cannot be written ({error.strerror})"
-        report.add("run directory", what, "see to its permissions and mount, or choose another --run-directory")
+        what = f"could not write to run directory {folder} ({error.strerror})"
+        report.add("run directory", what, "check its permissions and mount, or choose another --run-directory")
         return
     finally:
         with suppress(OSError):
             file.unlink()
     if free < minimum_gib:
-        what = f"run directory {folder} has {free:.0f} GiB free of the {minimum_gib:g} that it needs"
-        report.add("free space", what, "make room, or lower --minimum-disk")
+        what = f"run directory {folder} has {free:.0f} GiB free, but needs {minimum_gib:g}"
+        report.add("free space", what, "free some space, or lower --minimum-disk")
 
 
 def write_speed(file: Path) -> float:
-    """Write a new file until it is on the disk; return MiB/s."""
-    block = os.urandom(MIB)  # what compresses would flatter the file system
+    """Write and fsync a new file; return the speed in MiB/s."""
+    block = os.urandom(MIB)  # compressible data would flatter the file system
     start = time.perf_counter()
     with file.open("xb") as stream:
         for _ in range(WRITE_BYTES // MIB):
@@ -277,7 +277,7 @@ def write_speed(file: Path) -> float:
 
 
 def _appears(file: Path, seconds: float = 3.0) -> bool:
-    """Whether a file is there; network file systems may show it a little late."""
+    """Return whether a file appears within ``seconds``: network file systems may show it late."""
     deadline = time.monotonic() + seconds
     while not file.exists():
         if time.monotonic() > deadline:

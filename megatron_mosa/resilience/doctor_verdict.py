@@ -1,4 +1,4 @@
-"""From what the ranks found to who is bad: comparisons between nodes, the table, the JSON file."""
+"""The verdict of ``mosa doctor``: comparison of the nodes, printed table and JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLOCK_WARNING_SECONDS, _CLOCK_BAD_SECONDS = 1.0, 60.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be told: rows of (check, value), findings, nodes that a job should do without, all reports."""
+    """The result to report: rows of (check, value), findings, nodes to exclude, and all ranks' reports."""
 
     rows: list[tuple[str, str]]
     findings: list[Finding]
@@ -28,12 +28,12 @@ class Verdict:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the job should not start like this."""
+        """Whether the job should not start in this state."""
         return any(finding.is_bad for finding in self.findings)
 
 
 def judge(reports: list[Report], slow: float) -> Verdict:
-    """Compare the ranks; ``reports`` are in rank order, ``slow`` is the factor of a slow GPU."""
+    """Compare the ranks; ``reports`` are in rank order, ``slow`` is the factor that makes a GPU slow."""
     findings = [finding for report in reports for finding in report.findings]
     for name in (*_PACKAGES, "driver"):
         findings += compare_versions(name, reports)
@@ -48,19 +48,19 @@ def judge(reports: list[Report], slow: float) -> Verdict:
 
 
 def minority(values: dict[int, Hashable]) -> tuple[Any, list[int]]:
-    """The value that most ranks have, and the ranks with another; of two as frequent, the lowest rank's."""
-    counts = Counter(values[rank] for rank in sorted(values))  # most_common keeps the order of first sight
+    """Return the most common value and the ranks with another one; in a tie the lowest rank's value wins."""
+    counts = Counter(values[rank] for rank in sorted(values))  # most_common breaks ties by first occurrence
     usual = counts.most_common(1)[0][0]
     return usual, [rank for rank in sorted(values) if values[rank] != usual]
 
 
 def compare_versions(name: str, reports: list[Report]) -> list[Finding]:
-    """The nodes that have another version than most. Another driver is a warning."""
+    """Find nodes whose version differs from that of most ranks; a different driver is only a warning."""
     values = {report.rank: report.facts[name] for report in reports if name in report.facts}
     if not values:
         return []
     usual, others = minority(values)
-    fix = "have one driver on all nodes" if name == "driver" else "have one environment on all nodes (constraints.txt)"
+    fix = "use one driver on all nodes" if name == "driver" else "use one environment on all nodes (constraints.txt)"
     return [
         Finding(
             name,
@@ -74,39 +74,39 @@ def compare_versions(name: str, reports: list[Report]) -> list[Finding]:
 
 
 def compare_gpus(reports: list[Report]) -> list[Finding]:
-    """The nodes with fewer or more GPUs than most: one may have fallen off its bus."""
-    cards: dict[str, set[str]] = {}
+    """Find nodes with fewer or more GPUs than most (one may have fallen off the bus), or with another type."""
+    uuids: dict[str, set[str]] = {}
     names: dict[str, set[str]] = {}
     for report in reports:
         if "gpus" in report.facts:
-            cards.setdefault(report.node, set()).update(gpu["uuid"] for gpu in report.facts["gpus"])
+            uuids.setdefault(report.node, set()).update(gpu["uuid"] for gpu in report.facts["gpus"])
             names.setdefault(report.node, set()).update(gpu["name"] for gpu in report.facts["gpus"])
-    if not cards:
+    if not uuids:
         return []
-    nodes = list(cards)
-    usual, others = minority({number: len(cards[node]) for number, node in enumerate(nodes)})
+    nodes = list(uuids)
+    usual, others = minority({number: len(uuids[node]) for number, node in enumerate(nodes)})
     findings = [
         Finding(
             "GPUs",
-            f"{len(cards[nodes[number]])} GPUs where most nodes have {usual}",
-            "see nvidia-smi and dmesg there, and what the job asked for",
+            f"{len(uuids[nodes[number]])} GPUs where most nodes have {usual}",
+            "see nvidia-smi and dmesg there, and what the job requested",
             nodes=(nodes[number],),
         )
         for number in others
     ]
     usual, others = minority({number: tuple(sorted(names[node])) for number, node in enumerate(nodes)})
     for number in others:
-        if cards[nodes[number]]:
+        if uuids[nodes[number]]:
             what = f"{', '.join(sorted(names[nodes[number]]))} where most nodes have {', '.join(usual) or 'none'}"
-            fix = "ask for one type of GPU: the slowest sets the pace"
+            fix = "request one type of GPU: the slowest sets the pace"
             findings.append(Finding("GPUs", what, fix, is_bad=False, nodes=(nodes[number],)))
     return findings
 
 
 def compare_speeds(reports: list[Report], slow: float) -> list[Finding]:
-    """Who multiplies matrices slower than the median of all by more than the factor ``slow``; on CPUs a warning.
+    """Find devices slower than the median of all by more than the factor ``slow``; for CPUs only a warning.
 
-    Of an even number the upper median: of two, the slow one must be found.
+    An even number of devices uses the upper median, so that the slower of two is found.
     """
     speeds = [(report, speed) for report in reports for speed in report.facts.get("matrix_tflops", [])]
     if not speeds:
@@ -116,9 +116,9 @@ def compare_speeds(reports: list[Report], slow: float) -> list[Finding]:
     for report, speed in speeds:
         if speed * slow < median:
             on_gpu = bool(report.facts.get("gpus"))
-            fix = "see its clocks and temperature (nvidia-smi -q -d PERFORMANCE), or exclude the node"
+            fix = "check its clocks and temperature (nvidia-smi -q -d PERFORMANCE), or exclude the node"
             if not on_gpu:
-                fix = "see what else runs there; shared CPUs are noise"
+                fix = "see what else runs there; shared CPUs are noisy"
             what = f"rank {report.rank} multiplies matrices at {speed:.3g} TFLOP/s, {median / speed:.1f} times slower "
             what += f"than the median {median:.3g}"
             findings.append(Finding("matrix product", what, fix, is_bad=on_gpu, nodes=(report.node,)))
@@ -126,7 +126,7 @@ def compare_speeds(reports: list[Report], slow: float) -> list[Finding]:
 
 
 def compare_clocks(reports: list[Report]) -> list[Finding]:
-    """Whose clock is off: from rank 0's, or with three nodes and more from the median, as rank 0's may be the wrong."""
+    """Find clocks that are off from rank 0's, or from the median of three or more nodes, as rank 0's may be wrong."""
     offsets = [(r.node, r.facts["clock_offset_s"]) for r in reports if r.facts.get("clock_offset_s") is not None]
     if not offsets:
         return []
@@ -135,7 +135,7 @@ def compare_clocks(reports: list[Report]) -> list[Finding]:
         Finding(
             "clock skew",
             f"its clock is {offset - reference:+.1f} s off",
-            "have it synchronised (chronyc makestep)",
+            "synchronise it (chronyc makestep)",
             is_bad=abs(offset - reference) > _CLOCK_BAD_SECONDS,
             nodes=(node,),
         )
@@ -145,19 +145,19 @@ def compare_clocks(reports: list[Report]) -> list[Finding]:
 
 
 def judge_communication(reports: list[Report]) -> list[Finding]:
-    """Whose collectives failed. When one rank fails all others may, too; ``merge`` then blames none."""
+    """Find nodes whose collectives failed. One failed rank can fail all others; ``merge`` then blames no node."""
     failures = {r.node: r.facts["communication_failure"] for r in reports if "communication_failure" in r.facts}
-    if not failures or any(report.stage == "silent" for report in reports):  # the silent one has its own finding
+    if not failures or any(report.stage == "silent" for report in reports):  # a silent rank has its own finding
         return []
     what = "; ".join(f"node {node}: {failure}" for node, failure in list(failures.items())[:4])
-    fix = "set NCCL_DEBUG=INFO, see the network interfaces (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) and halve the job"
+    fix = "set NCCL_DEBUG=INFO, check the interfaces (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), try half of the nodes"
     return [Finding("communication", f"ranks cannot communicate ({what})", fix, nodes=(*failures,))]
 
 
 def merge(findings: Iterable[Finding], nodes: list[str]) -> list[Finding]:
-    """Put equal findings of several nodes together; what all of several nodes have is no node's fault.
+    """Combine equal findings of several nodes; one that all nodes share names none of them.
 
-    To exclude nodes would not help against that, so it names none.
+    Excluding nodes would not help against it.
     """
     where: dict[Finding, dict[str, None]] = {}
     for finding in findings:
@@ -172,20 +172,20 @@ def merge(findings: Iterable[Finding], nodes: list[str]) -> list[Finding]:
 
 
 def lines(finding: Finding) -> list[str]:
-    """One line a node, or one for the job."""
+    """Return one line per node, or one for the job."""
     kind = "error" if finding.is_bad else "warning"
     return [f"{kind}: node {node}: {finding}" for node in finding.nodes] or [f"{kind}: {finding}"]
 
 
 def print_errors(verdict: Verdict) -> None:
-    """What is bad, on standard error."""
+    """Print the errors, without warnings, on standard error."""
     for finding in verdict.findings:
         if finding.is_bad:
             print("\n".join(lines(finding)), file=sys.stderr)
 
 
 def print_verdict(verdict: Verdict) -> int:
-    """Print table, warnings and verdict, and the errors on standard error; return the exit code."""
+    """Print the table, warnings and verdict, and errors on standard error; return the exit code."""
     if verdict.rows:
         _print_table(verdict)
         warnings = [line for finding in verdict.findings if not finding.is_bad for line in lines(finding)]
@@ -195,13 +195,13 @@ def print_verdict(verdict: Verdict) -> int:
 
 
 def write_json(verdict: Verdict, path: Path) -> None:
-    """Write all that is known; raises OSError."""
+    """Write the verdict as JSON (see ``as_json``); raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(as_json(verdict), indent=2) + "\n", encoding="utf-8")
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """All that is known; units are in the names."""
+    """Return findings, bad nodes and each rank's facts as JSON values; key names carry the units."""
     return {
         "is_bad": verdict.is_bad,
         "bad_nodes": verdict.bad_nodes,
@@ -217,8 +217,8 @@ def _summary(verdict: Verdict) -> str:
     if verdict.bad_nodes:
         return f"verdict: bad ({size}): {', '.join(verdict.bad_nodes)}"
     if verdict.is_bad:
-        return f"verdict: bad ({size}), and no single node is to blame"
-    return f"verdict: well ({size}, {warnings} warning{'s' * (warnings != 1)})"
+        return f"verdict: bad ({size}), no single node is at fault"
+    return f"verdict: healthy ({size}, {warnings} warning{'s' * (warnings != 1)})"
 
 
 def _print_table(verdict: Verdict) -> None:
@@ -243,7 +243,7 @@ def _print_table(verdict: Verdict) -> None:
 
 
 def _rows(reports: list[Report]) -> list[tuple[str, str]]:
-    """(check, what was found), in the order of the checks."""
+    """Return (check, value) in the order of the checks."""
     facts = [report.facts for report in reports]
 
     def spread(name: str, form: str, scale: Callable[[Any], Any] = float) -> str:
@@ -269,7 +269,7 @@ def _rows(reports: list[Report]) -> list[tuple[str, str]]:
         backend = next((fact["backend"] for fact in facts if "backend" in fact), "")
         value = spread(name, "{:.3g} GB/s")
         rows.append((name, value if value == "-" else f"{value} over {backend}"))
-    # What is not a row of its own, such as a check that failed in a way not thought of.
+    # Findings without a row of their own, such as a check that failed unexpectedly.
     rows += [(check, "-") for check in _checks(reports) - {name for name, _ in rows}]
     return rows
 

@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests of what a run survives (section ``fault_injection``)."""
+"""Fault injection, to test what a run survives (section ``fault_injection``)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGUSR1": signal.SIGUSR1,
 }
-_OF_DATA = ("nan", "garbage")
+_DATA_FAULTS = ("nan", "garbage")
 
 
 class FaultInjection:
-    """The fault that the configuration asks for: on one rank, at one place of one step, once in a run directory."""
+    """Injects the configured fault: on one rank, at one place in one step, once per run directory."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class FaultInjection:
     ) -> None:
         """
         Args:
-            section: the fault.
-            directory: of the run.
-            rank: of this process.
-            is_asked_to_stop: what ends a pause early.
+            section: the fault to inject.
+            directory: the run directory.
+            rank: this process's rank.
+            is_asked_to_stop: ends a pause early once it returns True.
         """
         self.section = section
         self._done = directory / "fault_injected"
@@ -46,11 +46,11 @@ class FaultInjection:
         self._is_asked_to_stop = is_asked_to_stop
 
     def strike(self, place: str, step: int) -> None:
-        """Have the fault if this is where and when."""
+        """Inject the fault if place and step match."""
         fault = self.section.fault
-        if fault is None or fault in _OF_DATA or not self._is_here(place, step):
+        if fault is None or fault in _DATA_FAULTS or not self._is_here(place, step):
             return
-        self._note()
+        self._record()
         if fault == "error":
             raise RuntimeError("injected by fault_injection.fault=error")
         if fault == "pause":
@@ -63,8 +63,8 @@ class FaultInjection:
     def poisoned(
         self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Micro-batches from behind step ``steps_taken`` on; those of the faulty step have a NaN or a garbage loss."""
-        if self.section.fault not in _OF_DATA:
+        """The micro-batches that follow step ``steps_taken``; if the fault is due, with NaN masks or garbage labels."""
+        if self.section.fault not in _DATA_FAULTS:
             return batches
         return self._poisoned(batches, steps_taken, batches_per_step)
 
@@ -76,7 +76,7 @@ class FaultInjection:
             if number % batches_per_step == 0:
                 is_here = self._is_here("step", steps_taken + 1 + number // batches_per_step)
                 if is_here:
-                    self._note()
+                    self._record()
             if is_here:
                 if self.section.fault == "nan":
                     batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}
@@ -85,9 +85,9 @@ class FaultInjection:
             yield batch
 
     def _is_here(self, place: str, step: int) -> bool:
-        asked = (self.section.place, self.section.step, self.section.rank)
-        return asked == (place, step, self._rank) and not self._done.exists()
+        configured = (self.section.place, self.section.step, self.section.rank)
+        return configured == (place, step, self._rank) and not self._done.exists()
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         self._done.touch()
         print(f"rank {self._rank}: fault_injection.fault={self.section.fault}", file=sys.stderr, flush=True)

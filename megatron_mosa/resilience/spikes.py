@@ -1,4 +1,4 @@
-"""Losses that jump out of their recent past."""
+"""Detection of loss spikes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections import deque
 
 
 class SpikeDetector:
-    """Compares each loss with the mean and the standard deviation of those before it."""
+    """Compares each loss with the mean and standard deviation of the losses before it."""
 
     def __init__(self, sigmas: float, window: int) -> None:
         """
         Args:
-            sigmas: standard deviations above the mean from which on a loss is a spike.
-            window: how many losses before it are looked at; until there are as many, there are no spikes.
+            sigmas: standard deviations above the mean beyond which a loss is a spike.
+            window: number of preceding losses to compare with; until there are that many, nothing is a spike.
         """
         self.sigmas = sigmas
         self._recent = deque[float](maxlen=window)
 
     def excess(self, loss: float) -> float | None:
-        """Standard deviations of a spike above the mean; None: no spike. A spike is not added to the past."""
+        """Return a spike's distance from the mean in standard deviations, or None; spikes do not enter the window."""
         if len(self._recent) == self._recent.maxlen:
             deviation = statistics.pstdev(self._recent)
             above = loss - statistics.fmean(self._recent)

@@ -1,4 +1,4 @@
-"""status.json of a run directory: how the run is, for people, ``mosa status`` and batch scripts."""
+"""status.json in the run directory: the state of a run, for people, ``mosa status`` and batch scripts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_mosa.utils.files import write_atomically
 
 STATUS = "status.json"
 RUNNING = "running"
-_SECONDS_BETWEEN = 2.0
+_WRITE_INTERVAL_SECONDS = 2.0
 
 
 class RunStatus:
-    """Writes how a run is; on other ranks than the main one, nothing while it runs."""
+    """Writes the state of a run; while it is running, only the main rank writes."""
 
     def __init__(self, directory: Path, *, is_main: bool) -> None:
         self.path = directory / STATUS
@@ -37,7 +37,7 @@ class RunStatus:
         }
 
     def begin(self) -> None:
-        """From now on the run directory is this job's, and its status, too."""
+        """Claim the run directory's status for this job."""
         self._take_over(read_status(self.path.parent) or {})
         self.update("starting")
 
@@ -47,17 +47,17 @@ class RunStatus:
         self.is_ours = True
 
     def update(self, doing: str, **facts: Any) -> None:
-        """Note what the run is doing; written if the last time is 2 s ago, or if it is doing something else."""
-        is_news = doing != self._content.get("doing")
+        """Record what the run is doing; writes if the activity changed or the last write was at least 2 s ago."""
+        has_changed = doing != self._content.get("doing")
         self._content |= {"doing": doing} | facts
-        if self.is_main and self.is_ours and (is_news or time.time() - self._written >= _SECONDS_BETWEEN):
+        if self.is_main and self.is_ours and (has_changed or time.time() - self._written >= _WRITE_INTERVAL_SECONDS):
             self._write()
 
     def end(self, code: int, reason: str = "") -> None:
-        """Note how it ended; for any rank. The first to say so is nearest to the cause, and is believed.
+        """Record how the run ended; any rank may call it. The first reason is kept, as it is closest to the cause.
 
-        What ends before it begins, by a mistake, is noted for a batch script (MOSA_ATTEMPT) alone: other processes may
-        be at work in the run directory.
+        A user's mistake that ends a run before ``begin`` is recorded only under a batch script (MOSA_ATTEMPT), since
+        other processes may be using the run directory.
         """
         before = read_status(self.path.parent) or {}
         attempt = self._content["attempt"]
@@ -73,14 +73,14 @@ class RunStatus:
         self._write()
 
     def _write(self) -> None:
-        """Best effort: a full disk must not end a run for its status."""
+        """Write, best effort: a full disk must not end a run over its status."""
         self._written = self._content["updated"] = time.time()
         with suppress(OSError):
             write_atomically(self.path, json.dumps(self._content, indent=1) + "\n")
 
 
 def read_status(directory: Path) -> dict[str, Any] | None:
-    """What was last written; None: nothing that can be read."""
+    """Return the status last written, or None if there is none that can be read."""
     try:
         content = json.loads((directory / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""``mosa status``: how a run is, from the files of its run directory alone."""
+"""``mosa status``: the state of a run, read from the files in its run directory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
 from megatron_mosa.resilience.status import RUNNING, STATUS, read_status
 
 SILENT_SECONDS = 60.0
-"""A run that has said nothing for this long, or for ten of its steps, may be dead."""
+"""A run that has reported nothing for this long, or for ten of its steps if that is longer, may be dead."""
 
 
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")],
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Look again and again, until it ends; Ctrl-C to leave.")
-    ] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until the run ends; Ctrl-C to leave.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between refreshes.")] = 5.0,
 ) -> None:
-    """Is the run alive? Its step, loss, speed, last checkpoint, starts and time left.
+    """Show whether a run is alive: its step, loss, speed, last checkpoint, starts and time left.
 
-    Exit code 0: it runs, is done, or was stopped to go on; 1: it failed, hangs or has fallen silent.
+    Exit code 0: running, done, or stopped and ready to resume; 1: failed, hung or silent.
     """
     console = Console()
     content = _read(run)
@@ -50,14 +48,14 @@ def status(
 
 
 def is_well(content: dict[str, Any], now: float) -> bool:
-    """Whether a run runs, is done, or was stopped to go on."""
+    """Whether a run is running, done, or stopped and ready to resume."""
     if content["state"] == RUNNING:
         return silence(content, now) is None
     return content.get("exit_code") in (DONE, STOPPED)
 
 
 def silence(content: dict[str, Any], now: float) -> float | None:
-    """Seconds since a run was last heard of, if they are too many; it may save or validate, which takes longer."""
+    """Return the seconds since the last update if they are too many even for a save or a validation, else None."""
     silent = now - content["updated"]
     return silent if silent > max(SILENT_SECONDS, 10 * content.get("seconds_per_step", 0.0)) else None
 
@@ -66,8 +64,8 @@ def _read(run: Path) -> dict[str, Any]:
     content = read_status(run)
     if content is None or not {"state", "updated"} <= content.keys():
         runs = sorted(path.parent.name for path in run.parent.glob(f"*/{STATUS}")) if run.parent.is_dir() else []
-        known = f"; runs beside it: {', '.join(runs)}" if runs else ""
-        raise UserError(f"'{run}' has no {STATUS} that can be read: no run, or one that has not begun yet{known}")
+        known = f"; other runs there: {', '.join(runs)}" if runs else ""
+        raise UserError(f"'{run}' has no {STATUS} that can be read: it is not a run, or has not started yet{known}")
     return content
 
 
@@ -80,14 +78,14 @@ def _table(run: Path, content: dict[str, Any]) -> Table:
 
 
 def facts(content: dict[str, Any], now: float) -> dict[str, str]:
-    """What is known of a run, in words."""
+    """Return the rows of the table: label -> text."""
     step, last, seconds = content.get("step"), content.get("last_step"), content.get("seconds_per_step")
     silent = silence(content, now)
     state = content["state"]
     if state == RUNNING:
         state = f"running: {content.get('doing', '')}"
         if silent is not None:
-            state = f"no sign of life for {_duration(silent)}; last: {content.get('doing', '')}"
+            state = f"no update for {_duration(silent)}; last: {content.get('doing', '')}"
     elif content.get("reason"):
         state = f"{state}: {content['reason']}"
     found = {"state": state}
@@ -98,7 +96,7 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
     if content.get("skipped_steps"):
         found["skipped"] = f"{content['skipped_steps']} steps since this start"
     if content.get("tokens_per_second"):
-        found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s a step, with what lies between"
+        found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s per step, all included"
     if content.get("checkpoint"):
         age = f", {_duration(now - content['checkpoint_time'])} ago" if "checkpoint_time" in content else ""
         found["checkpoint"] = content["checkpoint"] + age
@@ -107,7 +105,7 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
     found["starts"] = str(content.get("starts", 1))
     where = f"process {content.get('process')} on {content.get('host')}"
     found["where"] = f"job {content['job']}, {where}" if content.get("job") else where
-    found["heard of"] = f"{_duration(now - content['updated'])} ago"
+    found["updated"] = f"{_duration(now - content['updated'])} ago"
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run needs to survive, in one hand."""
+"""Resilience services of one process: signals, deadline, watchdog, status and fault injection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STACKS = "stacks"
 
 @dataclass(frozen=True)
 class Survival:
-    """Of one process, from its start to its end."""
+    """Resilience services of one process, from its start to its end."""
 
     interruption: Interruption
     watchdog: Watchdog
@@ -27,7 +27,7 @@ class Survival:
 
     @classmethod
     def begin(cls, config: Config, directory: Path, rank: int) -> Survival:
-        """Listen to signals and start the watchdog; in the main thread, before the ranks meet."""
+        """Install the signal handlers and start the watchdog; in the main thread, before the rendezvous."""
         section = config.resilience
         signals = Signals()
         signals.listen()
@@ -42,6 +42,6 @@ class Survival:
         return cls(Interruption(signals, deadline), watchdog, status, faults)
 
     def end(self) -> None:
-        """Leave the process as it was."""
+        """Stop the watchdog and restore the signal handlers."""
         self.watchdog.close()
         self.interruption.signals.close()

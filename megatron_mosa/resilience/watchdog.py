@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, and leaves behind what every thread was doing."""
+"""A watchdog that ends a process that makes no progress, after dumping the stacks of all threads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pathlib import Path
 from megatron_mosa.exit_codes import HUNG
 
 GRACE_SECONDS = 10.0
-"""From the dump to the exit: the other ranks' watchdogs, whose clocks began at another moment, dump, too."""
+"""Delay from the dump to the exit, so that the other ranks' watchdogs, which fire slightly later, dump, too."""
 
 
 class Watchdog:
-    """A thread that wants to hear from the run.
+    """Ends the process, from a thread, unless the run reports progress in time.
 
-    One rank that hangs keeps all others waiting in a collective, so that every rank's watchdog goes off, and the one
-    whose stack differs is the culprit.
+    One rank that hangs keeps all others waiting in a collective, so every rank's watchdog fires, and the rank whose
+    stack differs is the culprit.
     """
 
     def __init__(self, directory: Path, rank: int, timeout: float, on_hang: Callable[[], object]) -> None:
         """
         Args:
-            directory: where stacks are written: ``rank-00000.txt`` and so on.
-            rank: of this process.
-            timeout: seconds without a sign of life; 0: never goes off.
-            on_hang: called before the exit, in the thread.
+            directory: where stacks are written, as ``rank-00000.txt`` and so on.
+            rank: this process's rank.
+            timeout: seconds without progress after which it fires; 0: never.
+            on_hang: called in the watchdog's thread before the exit.
         """
         self.file = directory / f"rank-{rank:05d}.txt"
         self.timeout = timeout
@@ -40,16 +40,16 @@ class Watchdog:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Begin to wait."""
+        """Start the thread, unless the timeout is 0."""
         if self.timeout:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """A sign of life, and what the run will be doing until the next."""
+        """Report progress, and what the run will be doing until the next call."""
         self._doing, self._last = doing, time.monotonic()
 
     def close(self) -> None:
-        """Wait no longer."""
+        """Stop watching; also cancels an exit during its grace period."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -61,16 +61,16 @@ class Watchdog:
                 self._last += now - checked
             checked = now
             if now - self._last > self.timeout:
-                self._bark()
+                self._fire()
 
-    def _bark(self) -> None:
-        told = f"no progress for {self.timeout:.0f} s while {self._doing}"
+    def _fire(self) -> None:
+        message = f"no progress for {self.timeout:.0f} s while {self._doing}"
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {told}", file=file, flush=True)
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {message}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        print(f"watchdog: {told}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
+        print(f"watchdog: {message}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
         if self._ended.wait(GRACE_SECONDS):
             return
         with suppress(Exception):

@@ -1,1 +1,4 @@
-"""Models of equal budget. Nothing is imported here: the command line comes through, and the solver needs torch."""
+"""Scaling studies: models of equal budget, and sweeps over parallel layouts.
+
+This package imports nothing: the command line imports it, and the solver needs torch.
+"""

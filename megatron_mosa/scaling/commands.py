@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
     from megatron_mosa.scaling.isoflop import IsoflopModel
 
-_PAPER_SPARSITIES = "2,4,8,16,32,64,128,256"  # those of the paper
+_PAPER_SPARSITIES = "2,4,8,16,32,64,128,256"  # as in the paper
 
 
 def isoflop(
     config: Annotated[Path, typer.Argument(help="YAML file of a dense baseline, such as configs/paper/tiny.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
     ] = None,
     sparsity: Annotated[
         str, typer.Option("--sparsity", metavar="RHO,RHO,...", help="Sparsities to solve for.")
     ] = _PAPER_SPARSITIES,
     dense_heads: Annotated[
-        int, typer.Option("--dense-heads", metavar="N", help="Dense heads beside the MoSA heads; 0: pure MoSA.")
+        int, typer.Option("--dense-heads", metavar="N", help="Dense heads next to the MoSA heads; 0: pure MoSA.")
     ] = 4,
 ) -> None:
     """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4)."""
@@ -41,39 +41,39 @@ def isoflop(
     models = [solve_isoflop(baseline, rho, dense_heads) for rho in sparsities]
     Console().print(_table(baseline, models, title=f"{baseline.run.name}: MoSA at equal FLOPs"))
     print(
-        "FLOPs: forward, one sequence, without the vocabulary. To train a row, override model.num_dense_heads,\n"
-        "mosa.num_heads and mosa.sparsity."
+        "FLOPs are of the forward pass of one sequence, without the vocabulary. To train a row, override\n"
+        "model.num_dense_heads, mosa.num_heads and mosa.sparsity."
     )
 
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml; its dataset is built")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that replace the file's")
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
     ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(
             "--layout",
             metavar="tp=N,sp=BOOL,zero=N,micro=N",
-            help="A layout to measure, repeatable; keys left out are the file's. Default: every sensible one.",
+            help="A layout to measure; repeatable. Omitted keys are the file's. Default: every useful one.",
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", metavar="N", help="Default: one a visible GPU, or 2 on a CPU.")
+        int | None, typer.Option("--processes", metavar="N", help="Default: one per visible GPU, or 2 on a CPU.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps on the clock.")] = 6,
-    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Steps before them.")] = 2,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Measured steps.")] = 6,
+    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Warm-up steps before them.")] = 2,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{run.name}-sweep.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another sweep's results in DIR.")] = False,
 ) -> None:
     """Measure layouts (TP, SP, ZeRO, micro-batch) at one global batch from one seed checkpoint, on this machine."""
-    settings = load_config(config, overrides or [], checks_batches=False)  # with every layout instead
+    settings = load_config(config, overrides or [], checks_batches=False)  # check_layouts does
     for name, value, least in (("processes", processes, 1), ("steps", steps, 1), ("warmup", warmup, 0)):
         if value is not None and value < least:
-            raise UserError(f"--{name}={value} is out of range; legal: {least} or more")
+            raise UserError(f"--{name} must be at least {least}, got {value}")
     from megatron_mosa.scaling.layouts import check_layouts, default_layouts, parse_layout
 
     given = [parse_layout(text, settings) for text in layout or []]
@@ -81,7 +81,7 @@ def sweep(
     processes = processes or default_processes
     layouts = given or default_layouts(settings, processes)
     check_layouts(settings, layouts, processes)
-    from megatron_mosa.scaling.sweep import Request, run_sweep  # slow to import; mistakes are told first
+    from megatron_mosa.scaling.sweep import Request, run_sweep  # slow to import, so mistakes are reported first
 
     parts = ["mosa", "sweep", str(config), *(overrides or [])]
     parts += [part for text in layout or [] for part in ("--layout", text)]
@@ -91,7 +91,7 @@ def sweep(
 
 
 def _device_and_processes() -> tuple[str, int]:
-    """What the ranks run on, and how many of them: a power of two, which batch sizes divide by."""
+    """Return the device type and the number of ranks, a power of two so that batch sizes divide by it."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -99,7 +99,7 @@ def _device_and_processes() -> tuple[str, int]:
 
 
 def parse_sparsities(text: str) -> list[float]:
-    """Read ``2,4,8``.
+    """Parse comma-separated sparsities such as ``2,4,8``.
 
     Raises:
         UserError: a part that is not a number.
@@ -110,14 +110,14 @@ def parse_sparsities(text: str) -> list[float]:
             sparsities.append(float(part))
         except ValueError:
             raise UserError(
-                f"--sparsity={text}: '{part.strip()}' is not a number; legal: numbers of 1 or more with commas "
-                "between them, such as 2,4,8"
+                f"--sparsity={text}: '{part.strip()}' is not a number; give comma-separated numbers of at least 1, "
+                "such as 2,4,8"
             ) from None
     return sparsities
 
 
 def _table(baseline: Config, models: list[IsoflopModel], title: str) -> Table:
-    """The baseline, then one row a sparsity."""
+    """Return the table: the baseline, then one row per sparsity."""
     from rich.table import Table
 
     from megatron_mosa.model import paper_flops, parameter_count

@@ -1,8 +1,8 @@
 """How many MoSA heads a budget buys: the IsoFLOP rule of the paper (sections 2 and 4).
 
-The budget is the forward FLOPs of a dense baseline, by the paper's formulas. The model that stands beside it keeps
-everything but the attention: a given number of dense heads (4 in the paper's hybrids, 0 for pure MoSA), and the largest
-number of MoSA heads with which the whole model costs no more than the baseline.
+The budget is the forward FLOPs of a dense baseline, by the paper's formulas. The model to compare with it differs only
+in its heads: a given number of dense heads (4 in the paper's hybrids, 0 for pure MoSA), and the largest number of MoSA
+heads with which the whole model costs no more than the baseline.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from megatron_mosa.model.costs import dense_head_flops, mosa_head_flops
 
 @dataclass(frozen=True)
 class IsoflopModel:
-    """The model with the most MoSA heads that a dense baseline's budget buys."""
+    """The model with the most MoSA heads that fit the budget of a dense baseline."""
 
     config: Config  # the baseline's, with other head counts and another sparsity
-    num_selected: int  # k, tokens a MoSA head
-    flops: int  # forward, one sequence, the paper's formulas
+    num_selected: int  # k, tokens per MoSA head
+    flops: int  # forward pass of one sequence, by the paper's formulas
     baseline_flops: int
-    parameters: int  # at a vocabulary of data.vocab_size tokens
+    parameters: int  # with a vocabulary of data.vocab_size tokens
 
     @property
     def num_mosa_heads(self) -> int:
-        """MoSA heads a layer."""
+        """Number of MoSA heads per layer."""
         return self.config.mosa.num_heads
 
     @property
@@ -44,7 +44,7 @@ def solve_isoflop(baseline: Config, sparsity: float, num_dense_heads: int = 4) -
     Args:
         baseline: a dense model; its FLOPs are the budget.
         sparsity: rho of the MoSA heads.
-        num_dense_heads: dense heads that stay beside them; 0 for pure MoSA.
+        num_dense_heads: dense heads to keep next to them; 0 for pure MoSA.
 
     Raises:
         UserError: the baseline has MoSA heads, a number is out of range, or not even one MoSA head fits.
@@ -78,23 +78,23 @@ def _with_heads(config: Config, dense: int, mosa: int, sparsity: float) -> Confi
 def _check(baseline: Config, sparsity: float, num_dense_heads: int) -> None:
     if baseline.mosa.num_heads:
         raise UserError(
-            f"mosa.num_heads={baseline.mosa.num_heads}: the budget is that of a dense baseline; legal: 0; give a dense "
-            "configuration, such as configs/paper/tiny.yaml"
+            f"mosa.num_heads must be 0, got {baseline.mosa.num_heads}: the budget is that of a dense baseline; give a "
+            "dense configuration, such as configs/paper/tiny.yaml"
         )
     if not math.isfinite(sparsity) or sparsity < 1:
-        raise UserError(f"sparsity {sparsity:g} is out of range; legal: 1 (every token) or more")
+        raise UserError(f"sparsity must be at least 1 (every token), got {sparsity:g}")
     if num_dense_heads < 0:
-        raise UserError(f"{num_dense_heads} dense heads are out of range; legal: 0 (pure MoSA) or more")
+        raise UserError(f"the number of dense heads must be at least 0 (pure MoSA), got {num_dense_heads}")
 
 
 def _does_not_fit(baseline: Config, sparsity: float, num_dense_heads: int, left: int, price: int) -> str:
-    """The one line of a budget too small, with what would fit."""
+    """Return the error message for a budget too small for one MoSA head, with what would fit."""
     model = baseline.model
     dense = model.num_layers * dense_head_flops(model.hidden_size, model.head_dim, baseline.data.sequence_length)
-    most = model.num_dense_heads - -(-price // dense)  # dense heads that must go for the first MoSA head to come
-    fix = f"legal: 0 to {most} dense heads" if most >= 0 else "give a greater sparsity or a longer sequence"
+    most = model.num_dense_heads - -(-price // dense)  # dense heads that leave room for one MoSA head
+    fix = f"use 0 to {most} dense heads" if most >= 0 else "use a greater sparsity or a longer sequence"
     remains = f"{left / 1e9:.4g} GFLOP" if left > 0 else "nothing"
     return (
-        f"no MoSA head of sparsity {sparsity:g} fits beside {num_dense_heads} dense heads into the budget of "
-        f"model.num_dense_heads={model.num_dense_heads}: {remains} is left, one costs {price / 1e9:.4g}; {fix}"
+        f"no MoSA head of sparsity {sparsity:g} fits next to {num_dense_heads} dense heads in the budget of "
+        f"model.num_dense_heads={model.num_dense_heads}: {remains} is left, one costs {price / 1e9:.4g} GFLOP; {fix}"
     )

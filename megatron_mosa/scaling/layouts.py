@@ -1,6 +1,6 @@
-"""Layouts of a sweep: reading them, checking them, and which ones to try where none are given.
+"""Layouts of a sweep: parsing, validation and defaults.
 
-Needs the configuration alone, so that a mistake is told before anything slow is imported.
+This module needs only the configuration, so that mistakes are reported before anything slow is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class SweepLayout:
-    """How one run of a sweep is spread over its processes; everything else is the configuration's."""
+    """How one run of a sweep is divided among its processes; everything else is the configuration's."""
 
     tp: int
     sp: bool
@@ -33,14 +33,14 @@ class SweepLayout:
 
     @property
     def name(self) -> str:
-        """For files."""
+        """The layout as part of a file name, such as ``tp2-sp-zero1-micro4``."""
         return f"tp{self.tp}-{'sp-' if self.sp else ''}zero{self.zero}-micro{self.micro}"
 
     def apply(self, config: Config) -> Config:
-        """The configuration in this layout.
+        """Return the configuration with this layout.
 
         Raises:
-            UserError: a rule of the configuration is broken.
+            UserError: the layout breaks a rule of the configuration.
         """
         parallel = replace(
             config.parallel, tensor_model_parallel_size=self.tp, sequence_parallel=self.sp, zero_stage=self.zero
@@ -51,20 +51,20 @@ class SweepLayout:
 
 
 def layout_of(config: Config) -> SweepLayout:
-    """The configuration's own layout."""
+    """Return the configuration's own layout."""
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size
-    # At size 1 sequence parallelism has no effect: one name for what is one layout.
+    # At size 1 sequence parallelism has no effect: give that layout one name.
     return SweepLayout(
         size, parallel.sequence_parallel and size > 1, parallel.zero_stage, config.train.micro_batch_size
     )
 
 
 def parse_layout(text: str, config: Config) -> SweepLayout:
-    """Read ``tp=2,sp=true,zero=1,micro=4``; what is not given is the configuration's.
+    """Parse ``tp=2,sp=true,zero=1,micro=4``; omitted keys are the configuration's.
 
     Raises:
-        UserError: an unknown key, a key given twice, a value that is no number or no truth value.
+        UserError: an unknown or duplicate key, or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     for part in text.split(","):
@@ -72,37 +72,37 @@ def parse_layout(text: str, config: Config) -> SweepLayout:
         if not equals or key not in _KEYS:
             hint = nearest(key, _KEYS) if equals else ""
             raise UserError(
-                f"--layout {text}: '{part.strip()}' is not KEY=VALUE with a known key{hint}; legal keys: "
+                f"--layout {text}: '{part.strip()}' is not KEY=VALUE with a known key{hint}; the keys are "
                 f"{', '.join(_KEYS)}, as in {_EXAMPLE}"
             )
         if key in values:
             raise UserError(f"--layout {text}: {key} is given twice; give it once")
-        values[key] = _truth(text, value) if key == "sp" else _number(text, key, value)
+        values[key] = _boolean(text, value) if key == "sp" else _number(text, key, value)
     layout = replace(layout_of(config), **values)
     return replace(layout, sp=layout.sp and layout.tp > 1)
 
 
 def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int) -> None:
-    """Refuse the first layout that ``processes`` processes cannot run, and one that is given twice.
+    """Check that ``processes`` processes can run each layout, and that none is given twice.
 
     Raises:
-        UserError: naming the layout, the rule it breaks and the nearest legal layouts.
+        UserError: names the first bad layout, the rule it breaks and the nearest valid layouts.
     """
     seen: set[SweepLayout] = set()
     for layout in layouts:
         objection = _objection(config, layout, processes)
         if objection is not None:
             near = nearest_legal(config, layout, processes)
-            fix = "nearest legal: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
-            reason = objection.partition("; ")[0]  # without its own advice, which is not on --layout
-            raise UserError(f"--layout {layout}, on {processes} processes: {reason}; {fix}")
+            fix = "nearest valid layouts: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
+            reason = objection.partition("; ")[0]  # without its own advice, which is not about --layout
+            raise UserError(f"--layout {layout} on {processes} processes: {reason}; {fix}")
         if layout in seen:
             raise UserError(f"--layout {layout} is given twice (sp has no effect at tp=1); give it once")
         seen.add(layout)
 
 
 def legal_layouts(config: Config, processes: int) -> list[SweepLayout]:
-    """Every layout that ``processes`` processes can run, by tp, sp, zero and micro."""
+    """Return every layout that ``processes`` processes can run, ordered by tp, sp, zero and micro."""
     micros = _divisors(config.train.global_batch_size)
     candidates = [
         SweepLayout(tp, sp, zero, micro)
@@ -115,7 +115,7 @@ def legal_layouts(config: Config, processes: int) -> list[SweepLayout]:
 
 
 def nearest_legal(config: Config, layout: SweepLayout, processes: int) -> list[SweepLayout]:
-    """The legal layouts that differ from ``layout`` in the fewest keys, and in those by the least."""
+    """Return the valid layouts that differ from ``layout`` in the fewest keys, and by the smallest factors."""
 
     def distance(other: SweepLayout) -> tuple[int, float]:
         keys = sum(getattr(layout, key) != getattr(other, key) for key in _KEYS)
@@ -126,41 +126,41 @@ def nearest_legal(config: Config, layout: SweepLayout, processes: int) -> list[S
 
 
 def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
-    """At every tensor-parallel size each ZeRO stage once, and sequence parallelism on and off under ZeRO-1.
+    """Return each ZeRO stage once per tensor-parallel size, and ZeRO-1 with and without sequence parallelism.
 
-    The micro-batch is the configuration's, or the largest legal one below it. Without data parallelism ZeRO has nothing
-    to partition, so only stage 1 is tried.
+    The micro-batch is the configuration's, or the largest valid one below it. Without data parallelism ZeRO has nothing
+    to partition, so only stage 1 is included.
 
     Raises:
         UserError: no layout of this configuration fits ``processes``.
     """
     layouts: dict[tuple[int, bool, int], SweepLayout] = {}
-    for layout in legal_layouts(config, processes):  # by growing micro-batch
+    for layout in legal_layouts(config, processes):  # micro-batches ascend
         parallel = processes // layout.tp
         wanted = layout.zero == 1 or (parallel > 1 and layout.sp == (layout.tp > 1))
         if wanted and layout.micro <= config.train.micro_batch_size:
             layouts[layout.tp, layout.sp, layout.zero] = layout
     if not layouts:
         raise UserError(
-            f"--processes={processes}: no layout of this configuration fits; tensor parallelism must divide the heads "
-            f"({config.model.num_dense_heads} dense, {config.mosa.num_heads} MoSA), and data parallelism "
+            f"no layout of this configuration fits --processes={processes}: the tensor-parallel size must divide the "
+            f"heads ({config.model.num_dense_heads} dense, {config.mosa.num_heads} MoSA), and the data-parallel size "
             f"train.global_batch_size={config.train.global_batch_size}; {_what_fits(config, processes)}"
         )
     return list(layouts.values())
 
 
 def _what_fits(config: Config, processes: int) -> str:
-    """What to change where no layout fits ``processes``: the nearest numbers for which one does."""
+    """Return the advice for when no layout fits ``processes``: the nearest numbers for which one does."""
     fewer = next((count for count in range(processes - 1, 0, -1) if legal_layouts(config, count)), None)
-    batch = max(1, round(config.train.global_batch_size / processes)) * processes  # one sample a rank, or several
+    batch = max(1, round(config.train.global_batch_size / processes)) * processes  # one or more samples per rank
     fixes = [f"--processes={fewer}"] if fewer else []
     if legal_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
         fixes.append(f"train.global_batch_size={batch}")
-    return f"set {', or '.join(fixes)}" if fixes else f"no layout is legal on {processes} processes"
+    return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {processes} processes"
 
 
 def _objection(config: Config, layout: SweepLayout, processes: int) -> str | None:
-    """Why ``processes`` processes cannot run a layout."""
+    """Return why ``processes`` processes cannot run a layout, or None if they can."""
     try:
         check_world_size(layout.apply(config), processes)
     except UserError as error:
@@ -172,12 +172,12 @@ def _number(text: str, key: str, value: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"--layout {text}: {key}={value} is not a number; legal: whole numbers") from None
+        raise UserError(f"--layout {text}: {key} must be an integer, got {value}") from None
 
 
-def _truth(text: str, value: str) -> bool:
+def _boolean(text: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
-        raise UserError(f"--layout {text}: sp={value} is not a truth value; legal: true, false")
+        raise UserError(f"--layout {text}: sp must be true or false, got {value}")
     return value.lower() == "true"
 
 

@@ -1,8 +1,7 @@
-"""``mosa sweep``: one run a layout, all from one seed checkpoint, on the same data in the same order.
+"""``mosa sweep``: one run per layout, all from one seed checkpoint, on the same data in the same order.
 
-This module starts the runs and keeps their results; ``sweep_worker`` takes the steps, ``sweep_report`` writes what came
-out. Who decides on the layouts and where the processes run are arguments: a planner gives other layouts, a cluster
-another ``Launch``.
+This module starts the runs and stores their results; ``sweep_worker`` takes the steps, and ``sweep_report`` writes the
+report. The layouts and the launcher are arguments: a planner can pass other layouts, and a cluster another ``Launch``.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Launch = Callable[[Path, int, Path], int]
 
 @dataclass(frozen=True)
 class Request:
-    """What a sweep is asked for."""
+    """Settings of a sweep."""
 
     config: Config
     layouts: Sequence[SweepLayout]
@@ -45,13 +44,13 @@ class Request:
     steps: int
     output: Path
     command: str
-    """As it can be typed again; for the report."""
+    """The command line that repeats the sweep; for the report."""
 
     device: str
     """"cpu" or "cuda"."""
 
     def identity(self, dataset: dict[str, Any]) -> dict[str, Any]:
-        """What all results in one folder have in common; layouts may be added, so they are not in it."""
+        """Return what all results in one directory must share; without the layouts, as more may be added."""
         config = config_to_dict(self.config)
         for key in ("checkpoint", "logging", "validation"):  # no step depends on them
             del config[key]
@@ -68,15 +67,15 @@ class Request:
 
 
 def run_sweep(request: Request, launch: Launch | None = None, force: bool = False) -> Sweep:
-    """Run what is missing, write the report, and return it.
+    """Run the layouts that have no result yet, write the report, and return it.
 
     Raises:
-        UserError: the dataset, or an output folder that holds something else.
-        RunError: the reference fails, or a layout's losses are not the reference's.
+        UserError: a problem with the dataset, or an output directory that holds something else.
+        RunError: the reference fails, or a layout's losses or gradient norms deviate from the reference's.
     """
     from megatron_mosa.train.start import check_start
 
-    # All runs have the same threads, the reference too: with one for each core, a busy machine slows it twenty-fold.
+    # The reference uses as few threads as the others: with one per core, a busy machine slows it down twenty-fold.
     launch = launch or LocalLaunch(max(1, (os.cpu_count() or 1) // request.processes))
     base = replace(request.config, run=replace(request.config.run, directory=str(request.output), name="sweep"))
     starts = [check_start(layout.apply(base), request.processes) for layout in request.layouts]
@@ -96,28 +95,28 @@ def run_sweep(request: Request, launch: Launch | None = None, force: bool = Fals
         print(f"[{number}/{len(layouts)}] {rows[-1].line}{' (kept)' if kept else ''}; {left:.0f} s left", flush=True)
     sweep = Sweep(request.config, rows, request.processes, request.command, request.device, versions(*PACKAGES))
     write_report(sweep, request.output)
-    print(f"{request.output}: results.md, results.csv, scaling.png")
+    print(f"Wrote results.md, results.csv and scaling.png to {request.output}")
     _refuse_deviations(sweep, request.config.train.precision)
     return sweep
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
-    """Make the folder, or see that it holds an earlier part of this very sweep.
+    """Create the output directory, or check that it holds an earlier part of the same sweep.
 
     Args:
-        identity: sections of keys, as ``Request.identity``.
+        identity: sections of keys, as returned by ``Request.identity``.
 
     Raises:
-        UserError: it holds something else and ``force`` is not given, or it cannot be written.
+        UserError: it holds something else and ``force`` is not given, or it is not writable.
     """
     file = folder / "request.json"
     identity = json.loads(json.dumps(identity))
     try:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output={folder} is a file; give a folder")
+            raise UserError(f"--output={folder} is a file; give a directory")
         if folder.is_dir() and any(folder.iterdir()) and not force:
             _refuse_another(folder, file, identity)
-        if force:  # of a folder that is not a sweep's own, nothing but these names is touched
+        if force:  # remove only a sweep's own files: the directory may hold others
             for path in map(folder.joinpath, _OWN):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for name in ("jobs", "layouts", "logs"):
@@ -125,15 +124,15 @@ def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
         if not file.exists():
             write_atomically(file, json.dumps(identity, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise UserError(f"--output={folder} cannot be written ({error.strerror}); give another folder") from None
+        raise UserError(f"could not write to --output={folder} ({error.strerror}); give another directory") from None
 
 
 def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
     fix = "give another --output, or --force to remove its results"
     if not file.is_file():
         raise UserError(
-            f"--output={folder} is not empty and holds no sweep; give another folder, or --force to write beside "
-            "what is there"
+            f"--output={folder} is not empty and does not hold a sweep; give another directory, or --force to write "
+            "next to what is there"
         )
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
@@ -148,7 +147,7 @@ def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
 
 
 class _Runs:
-    """The runs of one sweep: starting them, and what they left."""
+    """Starts the runs of one sweep and stores their results."""
 
     def __init__(self, request: Request, base: Config, launch: Launch) -> None:
         self.request = request
@@ -157,7 +156,7 @@ class _Runs:
         self.folder = request.output
 
     def reference(self) -> dict[str, Any]:
-        """One process, TP 1, fp32, deterministic; it makes the seed checkpoint.
+        """Run one process at TP 1 in fp32, deterministically; it writes the seed checkpoint.
 
         Raises:
             RunError: it failed.
@@ -171,7 +170,7 @@ class _Runs:
         if self.base.parallel.offload_optimizer:
             layout = replace(layout, zero=1)
         train = replace(self.base.train, precision="fp32", deterministic=True)
-        print("reference: 1 process, fp32; it writes the seed checkpoint", flush=True)
+        print("reference: 1 process, fp32; writes the seed checkpoint", flush=True)
         result = self._start(REFERENCE, layout.apply(replace(self.base, train=train)), 1)
         if "reason" in result:
             raise RunError(
@@ -181,17 +180,17 @@ class _Runs:
         return self._keep(REFERENCE, layout, result)
 
     def run(self, layout: SweepLayout) -> dict[str, Any]:
-        """Run one layout; a failure is a result with a ``reason``."""
+        """Run one layout; the result of a failure holds a ``reason``."""
         result = self._start(layout.name, layout.apply(self.base), self.request.processes)
         return self._keep(layout.name, layout, result)
 
     def finished(self, layout: SweepLayout) -> dict[str, Any] | None:
-        """The result of a layout that has been measured; one that failed is tried again."""
+        """Return the result of a layout measured earlier, or None; layouts that failed are run again."""
         result = self._read(layout.name)
         return None if result is None or "reason" in result else result
 
     def with_earlier(self, layouts: Sequence[SweepLayout]) -> list[SweepLayout]:
-        """Those asked for now, after those measured by earlier calls."""
+        """Return the layouts measured by earlier calls, then the requested ones."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / "layouts").glob("tp*.json")]
         found.sort(key=lambda result: result["finished"])
         earlier = [SweepLayout(**result["layout"]) for result in found if "reason" not in result]
@@ -214,7 +213,7 @@ class _Runs:
         started = time.monotonic()
         code = self.launch(file, processes, self._log(name))
         wall = {"wall_seconds": time.monotonic() - started}
-        if result.is_file():  # ranks may still stumble on their way out; what was measured is measured
+        if result.is_file():  # ranks may still fail while they exit; the measurement is complete
             return json.loads(result.read_text(encoding="utf-8")) | wall
         return {"reason": failure(Path(job.errors), self._log(name), code)} | wall
 
@@ -232,29 +231,29 @@ class _Runs:
 
 
 def failure(errors: Path, log: Path, code: int) -> str:
-    """Why a run failed, in one line: the first rank that said so, a signal in the launcher's report, or its code."""
-    said = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
+    """Return why a run failed, in one line: a rank's first error, a signal in the launcher's log, or the exit code."""
+    reasons = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
-    # A rank that is killed says nothing, and the others only that a connection was closed. SIGTERM comes from the
-    # launcher, SIGABRT from NCCL's watchdog: both after another rank has failed.
-    if killed and not (said and killed[1] in ("SIGTERM", "SIGABRT")):
+    # A killed rank leaves no error, and the others only report a closed connection. SIGTERM comes from the launcher and
+    # SIGABRT from NCCL's watchdog, both after another rank has failed.
+    if killed and not (reasons and killed[1] in ("SIGTERM", "SIGABRT")):
         hint = ", often for lack of memory" if killed[1] == "SIGKILL" else ""
-        return f"a rank was ended by {killed[1]}{hint}"
-    if said:
-        return said[0].read_text(encoding="utf-8")[:500]
+        return f"a rank was killed by {killed[1]}{hint}"
+    if reasons:
+        return reasons[0].read_text(encoding="utf-8")[:500]
     return f"exit code {code}; see {log.name}"
 
 
 @dataclass(frozen=True)
 class LocalLaunch:
-    """``Launch`` on this machine, under torchrun."""
+    """A ``Launch`` on this machine, under torchrun."""
 
     threads: int
-    """A rank's, unless OMP_NUM_THREADS says otherwise."""
+    """Threads per rank, unless OMP_NUM_THREADS is set."""
 
     def __call__(self, job: Path, processes: int, log: Path) -> int:
-        """Run the job to its end."""
+        """Run the job to its end; return the exit code of torchrun."""
         environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [*launcher, "-m", "megatron_mosa.scaling.sweep_worker", str(job)]

@@ -1,4 +1,4 @@
-"""What a sweep found: results.csv, results.md, scaling.png."""
+"""The report of a sweep: results.csv, results.md and scaling.png."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron_mosa.config import Config
 from megatron_mosa.scaling.layouts import SweepLayout
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
-"""Largest relative deviation of a loss from the reference's, which is in fp32, by the layouts' precision."""
+"""Largest relative deviation of a loss from the fp32 reference's, by the precision of the layouts."""
 
 NORM_TOLERANCE = {"fp32": 1e-2, "bf16": 2e-1}
-"""The same of a gradient norm, which sees wrong weights or gradients long before the loss does."""
+"""The same for the gradient norm, which reveals wrong weights or gradients long before the loss does."""
 
 NOT_PERFORMANCE = "functional, not performance"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables; what a failed layout does not have is None."""
+    """One row of the tables; values that a failed layout lacks are None."""
 
     label: str
     processes: int
@@ -46,16 +46,17 @@ class Row:
 
     @classmethod
     def of_reference(cls, result: dict[str, Any]) -> Row:
-        """The reference's own line, with the deviations that it has by definition."""
+        """Return the row of the reference, whose deviations are 0 by definition."""
         row = cls.of_layout(SweepLayout(**result["layout"]), 1, result, result)
         return replace(row, label="reference", status="reference")
 
     @classmethod
     def of_layout(cls, layout: SweepLayout, processes: int, result: dict[str, Any], reference: dict[str, Any]) -> Row:
-        """From a layout's result and the reference's.
+        """Return the row of a layout, compared with the reference.
 
         Args:
-            result: fields of ``Measurement`` and ``tokens_per_step``, or a ``reason``.
+            result: fields of ``Measurement``, or a ``reason`` if the layout failed.
+            reference: the same for the reference.
         """
         known: dict[str, Any] = {"label": str(layout), "processes": processes, **asdict(layout)}
         if "reason" in result:
@@ -75,12 +76,12 @@ class Row:
 
     @property
     def layout(self) -> SweepLayout:
-        """As it was asked for."""
+        """The layout of this row."""
         return SweepLayout(self.tp, self.sp, self.zero, self.micro)
 
     @property
     def line(self) -> str:
-        """For the terminal."""
+        """The row as one line for the terminal."""
         if self.status == "failed":
             return f"{self.label}: failed: {self.reason}"
         return (
@@ -91,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All of a sweep."""
+    """A finished sweep: its settings and one row per layout."""
 
     config: Config
     rows: list[Row]
@@ -102,15 +103,15 @@ class Sweep:
 
 
 def deviation(values: list[float], expected: list[float]) -> float:
-    """The largest relative difference over all steps."""
+    """Return the largest relative difference over all steps."""
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, expected, strict=True))
 
 
 def write_report(sweep: Sweep, folder: Path) -> None:
-    """Write the three files into ``folder``."""
+    """Write results.csv, results.md and scaling.png into ``folder``."""
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         names = [field.name for field in fields(Row)]
-        # The mark stands in every line: a table is cut up and pasted elsewhere.
+        # The note is in every line, because tables get cut up and pasted elsewhere.
         writer = csv.DictWriter(file, [*names, "note"])
         writer.writeheader()
         for row in sweep.rows:
@@ -120,7 +121,7 @@ def write_report(sweep: Sweep, folder: Path) -> None:
 
 
 def setting(sweep: Sweep) -> str:
-    """On what, and if need be what that is not."""
+    """Return the devices and backend; on CPUs with a note that the numbers do not measure performance."""
     if sweep.device == "cpu":
         cores = os.cpu_count()
         return f"{sweep.processes} x CPU (gloo); **{NOT_PERFORMANCE}: ranks share {cores} cores**"
@@ -129,7 +130,7 @@ def setting(sweep: Sweep) -> str:
 
 
 def markdown(sweep: Sweep) -> str:
-    """The table with all that is needed to read it and to measure it again."""
+    """Return the table with everything needed to read it and to reproduce it."""
     train, length = sweep.config.train, sweep.config.data.sequence_length
     versions = ", ".join(f"{name} {version}" for name, version in sweep.versions.items())
     lines = [
@@ -144,9 +145,9 @@ def markdown(sweep: Sweep) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *map(_cells, sweep.rows),
         "",
-        "Communication: share of the step in which a collective was under way, waiting for other ranks included.",
-        *(["Memory: resident in the process, from its start."] if sweep.device == "cpu" else []),
-        "Deviations of loss and gradient norm: the largest relative ones over all steps from one process at TP 1 in "
+        "Communication: share of the step during which a collective was running, including waiting for other ranks.",
+        *(["Memory: peak resident size of the process since its start."] if sweep.device == "cpu" else []),
+        "Deviations of loss and gradient norm: largest relative difference over all steps from one process at TP 1 in "
         f"fp32 (tolerances: loss {TOLERANCE[train.precision]:g}, norm {NORM_TOLERANCE[train.precision]:g}).",
         "",
     ]
@@ -170,7 +171,7 @@ def _cells(row: Row) -> str:
 
 
 def plot(sweep: Sweep, path: Path) -> None:
-    """Bars: tokens/s per rank and share of communication, a layout each; failed ones are named, without bars."""
+    """Plot tokens/s per rank and share of communication, one bar per layout; failed layouts have no bar."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""One rank of one layout of a sweep; started by ``sweep.py`` under torchrun: ``sweep_worker JOB.json``.
+"""One rank of one layout of a sweep, started by ``sweep.py`` under torchrun: ``sweep_worker JOB.json``.
 
-It takes the steps of a job, measures them, and rank 0 writes the result beside. The job of the reference makes the seed
-checkpoint that all other jobs start from.
+It takes and measures the steps of a job, and rank 0 writes the result next to it. The reference's job writes the seed
+checkpoint from which all other jobs start.
 """
 
 from __future__ import annotations
@@ -39,64 +39,64 @@ from megatron_mosa.train.start import Start, check_start, training_samples
 from megatron_mosa.utils.files import write_atomically
 from megatron_mosa.utils.versions import versions
 
-PACKAGES = ("torch", "megatron-core", "deepspeed")  # what decides what a layout does, beside this project
+PACKAGES = ("torch", "megatron-core", "deepspeed")  # that, with this project, determine a result
 PROFILED_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one start of this module is to do; plain JSON on disk."""
+    """The work of one launch of this module; plain JSON on disk."""
 
     config: dict[str, Any]
-    """The resolved configuration, in the layout to measure."""
+    """The resolved configuration with the layout to measure."""
 
     seed: str
-    """Folder of the seed checkpoint."""
+    """Directory of the seed checkpoint."""
 
     writes_seed: bool
-    """Whether this job makes it; all others read it."""
+    """Whether this job writes the seed checkpoint; all others read it."""
 
     warmup: int
-    """Steps before the clock counts."""
+    """Steps before the measured ones."""
 
     steps: int
-    """Steps on the clock."""
+    """Measured steps."""
 
     result: str
-    """JSON file that rank 0 writes at the end; it exists only if all went well."""
+    """JSON file that rank 0 writes at the end; it exists only if the job succeeded."""
 
     errors: str
-    """Prefix of the files in which ranks say why they failed."""
+    """Prefix of the files in which ranks record why they failed."""
 
 
 @dataclass
 class Measurement:
-    """What a job found."""
+    """The result of a job."""
 
     tokens_per_step: int
-    """Over all ranks."""
+    """Tokens over all ranks."""
 
     losses: list[float]
-    """Of every step, warm-up included."""
+    """Loss of every step, warm-up included."""
 
     grad_norms: list[float]
-    """Likewise, before clipping."""
+    """Gradient norm of every step, before clipping."""
 
     step_seconds: list[float]
-    """Of the steps on the clock; those of rank 0."""
+    """Durations of the measured steps on rank 0."""
 
     peak_memory_gib: float
-    """Of the rank that used most."""
+    """Maximum over ranks."""
 
     communication_share: float
     """Mean over ranks; see ``communication_seconds``."""
 
     device: str
-    """Name of rank 0's."""
+    """Name of rank 0's device."""
 
 
 def measure(job: Job) -> None:
-    """Collective: take the job's steps and let rank 0 write its result."""
+    """Take the steps of a job; rank 0 writes the result. A collective."""
     config = config_from_dict(job.config)
     if config.train.deterministic:
         use_deterministic_algorithms()
@@ -105,20 +105,20 @@ def measure(job: Job) -> None:
     layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
     engine = DeepSpeedEngine(config, start.manifest.vocab_size, layout)
     _share_seed(job, config, start, engine, layout)
-    found = _steps(job, config, engine, layout, _batches(job, config, start, layout))
+    measurement = _steps(job, config, engine, layout, _batches(job, config, start, layout))
     if layout.is_main:
-        write_atomically(Path(job.result), json.dumps(asdict(found), indent=1, allow_nan=False) + "\n")
+        write_atomically(Path(job.result), json.dumps(asdict(measurement), indent=1, allow_nan=False) + "\n")
     engine.destroy()
     destroy_parallel()
 
 
 def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine, layout: Layout) -> None:
-    """Write the seed checkpoint (a complete one, of step 0), or start from it."""
+    """Write the seed checkpoint (a complete one, at step 0), or load it."""
     store = CheckpointStore(Path(job.seed), keep_last=1)
     if not job.writes_seed:
         seed = store.newest().path
         if seed is None:
-            raise RunError(f"the seed checkpoint in '{job.seed}' is gone; run the sweep again with --force")
+            raise RunError(f"the seed checkpoint in '{job.seed}' is missing; run the sweep again with --force")
         store.load(engine, seed)
         return
     metadata = Metadata(
@@ -137,7 +137,7 @@ def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine,
 
 
 def _batches(job: Job, config: Config, start: Start, layout: Layout) -> Iterator[Batch]:
-    """This rank's micro-batches of the run's own data, from its first sample."""
+    """Return this rank's micro-batches of the run's own data, from the first sample."""
     samples = training_samples(config, start.data, start.index_samples)
     samples.prepare(0, (job.warmup + job.steps + PROFILED_STEPS) * config.train.global_batch_size)
     return training_batches(
@@ -152,7 +152,7 @@ def _batches(job: Job, config: Config, start: Start, layout: Layout) -> Iterator
 
 
 def _steps(job: Job, config: Config, engine: DeepSpeedEngine, layout: Layout, batches: Iterator[Batch]) -> Measurement:
-    """Warm-up, the steps on the clock, then the profiled ones."""
+    """Take the warm-up, measured and profiled steps."""
     device = layout.device
     results: list[StepResult] = []
 
@@ -168,11 +168,11 @@ def _steps(job: Job, config: Config, engine: DeepSpeedEngine, layout: Layout, ba
         return seconds
 
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # the seed was whole on the device for a moment
+        torch.cuda.reset_peak_memory_stats(device)  # the whole seed was on the device for a moment
     seconds = [step() for _ in range(job.warmup + job.steps)][job.warmup :]
-    memory = peak_memory_gib(device)  # before the profiler takes some
+    memory = peak_memory_gib(device)  # before the profiler uses any
     kept = list(results)
-    # Every rank profiles, so that none waits for another that is slowed down.
+    # Every rank profiles, so that none waits for one that the profiler slows down.
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         wall = sum(step() for _ in range(PROFILED_STEPS))
@@ -189,15 +189,16 @@ def _steps(job: Job, config: Config, engine: DeepSpeedEngine, layout: Layout, ba
 
 
 def _intervals(profiler: profile) -> list[tuple[str, float, float]]:
-    """Name, begin and end (seconds) of everything that the profiler saw."""
+    """Return name, begin and end (seconds) of every profiled event."""
     return [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in profiler.events() or ()]
 
 
 def communication_seconds(intervals: list[tuple[str, float, float]]) -> float:
-    """How long at least one collective was under way on this rank.
+    """Return how long at least one collective was running on this rank.
 
     Gloo's operations appear as ``gloo:NAME`` on its own threads, NCCL's as kernels on the GPU. Both last from the
-    moment this rank takes part until all have, so waiting for a slower rank is in it. What overlaps counts once.
+    moment this rank joins until all ranks have joined, so they include waiting for a slower rank. Overlapping
+    operations count once.
     """
     spans = sorted((begin, end) for name, begin, end in intervals if _communicates(name))
     total, until = 0.0, float("-inf")
@@ -223,7 +224,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Do the job of the file named on the command line; leave the reason where it fails."""
+    """Run the job in the file named on the command line; on failure, record the reason and exit with 1."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:
         measure(job)
@@ -232,7 +233,7 @@ def main() -> None:
         Path(f"{job.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason, encoding="utf-8")
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # an orderly end would wait for ranks that wait for this one
+        os._exit(1)  # a normal exit would wait for ranks that wait for this one
 
 
 if __name__ == "__main__":

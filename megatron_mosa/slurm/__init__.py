@@ -1,4 +1,4 @@
-"""Slurm jobs: submitting them, and deciding whether a run starts again.
+"""Slurm jobs: submission, and the decision whether a run starts again.
 
-Nothing is imported here: the batch script runs ``verdict`` between two starts, which must not wait for torch.
+This package imports nothing: the batch script runs ``verdict`` between two attempts and must not wait for torch.
 """

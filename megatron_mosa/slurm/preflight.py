@@ -1,8 +1,8 @@
-"""``python -m megatron_mosa.slurm.preflight RUN REPORT``: what follows from a failed check of the nodes?
+"""``python -m megatron_mosa.slurm.preflight RUN REPORT``: decides what follows a failed check of the nodes.
 
 Reads the report of ``mosa doctor --json`` (its key ``bad_nodes``) and counts the failures of each node in
-``RUN/slurm.json``. Prints two lines: the verdict, which counts this as a failed attempt, and the nodes to keep out of
-the next one, with commas: those that failed twice.
+``RUN/slurm.json``. Prints two lines: the verdict, which counts this as a failed attempt, and the comma-separated nodes
+to exclude from the next attempt, which are those that failed twice.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ FAILURES_UNTIL_EXCLUDED = 2
 
 
 def note_failure(run: Path, report: Path) -> tuple[str, list[str]]:
-    """The verdict's line, and the nodes to exclude."""
+    """Record a failed preflight; return the line of the verdict and the nodes to exclude."""
     bad: list[str] = []
     with suppress(OSError, ValueError, AttributeError):
         bad = [str(node) for node in json.loads(report.read_text(encoding="utf-8")).get("bad_nodes") or []]
     record = Record.read(run)
     for node in bad:
         record.preflight_failures[node] = record.preflight_failures.get(node, 0) + 1
-    line = settle(record, run, FAILED, f"preflight failed on {', '.join(bad) or 'no node that it names'}")
+    reason = f"preflight failed on {', '.join(bad)}" if bad else "preflight failed without naming a node"
+    line = settle(record, run, FAILED, reason)
     return line, [node for node in bad if record.preflight_failures[node] >= FAILURES_UNTIL_EXCLUDED]
 
 
 def main() -> None:
-    """Run the program."""
     if len(sys.argv) != 3:
         raise UserError("usage: python -m megatron_mosa.slurm.preflight RUN REPORT")
     line, nodes = note_failure(Path(sys.argv[1]), Path(sys.argv[2]))

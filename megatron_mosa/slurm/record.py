@@ -1,4 +1,4 @@
-"""``slurm.json`` of a run directory: what the batch script must remember from one start of a run to the next."""
+"""``slurm.json`` in the run directory: what the batch script remembers between two starts of a run."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from megatron_mosa.utils.files import write_atomically
 
 @dataclass
 class Record:
-    """Of one run, over all its jobs."""
+    """State of one run across all its jobs."""
 
     starts: int = 0
-    """Attempts begun."""
+    """Number of attempts begun."""
 
     failures: int = 0
-    """Failed attempts in a row without a newer checkpoint."""
+    """Consecutive failed attempts without a newer checkpoint."""
 
     step: int = 0
-    """The newest checkpoint's, when the last attempt was judged."""
+    """Step of the newest checkpoint when the last attempt was judged."""
 
     attempt: str | None = None
-    """The one that has begun and was not judged yet."""
+    """The attempt that has begun and has not been judged yet."""
 
     verdict: str = ""
-    """On the last attempt: done, stop or again."""
+    """Verdict on the last attempt: done, stop or again."""
 
     reason: str = ""
-    """Of that verdict."""
+    """Reason for that verdict."""
 
     chain: str | None = None
     """The chain of jobs (MOSA_CHAIN) that the last attempt belonged to."""
 
     updated: float = 0.0
-    """Unix time."""
+    """Unix time of the last write."""
 
     preflight_failures: dict[str, int] = field(default_factory=dict)
-    """Node -> how often it failed the check before training."""
+    """Number of failed preflights by node."""
 
     @classmethod
     def read(cls, run: Path) -> Record:
-        """That of a run directory; a fresh one if there is none that can be read."""
+        """Read the record of a run directory; if there is none that can be read, return a new one."""
         with suppress(OSError, ValueError, TypeError):
             content = json.loads((run / "slurm.json").read_text(encoding="utf-8"))
             known = {entry.name for entry in fields(cls)}
@@ -53,29 +53,29 @@ class Record:
         return cls()
 
     def write(self, run: Path) -> None:
-        """Replace that of a run directory, in one piece."""
+        """Write the record atomically; creates the run directory if it is missing."""
         self.updated = time.time()
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / "slurm.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 def checkpoint_step(run: Path) -> int:
-    """Step of the newest published checkpoint; 0: there is none.
+    """Return the step of the newest published checkpoint, or 0 if there is none.
 
-    Progress is counted by it: steps that no checkpoint holds are lost with the processes.
+    It measures progress: steps that no checkpoint holds are lost with the processes.
     """
     names = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def outcome(run: Path, attempt: str | None, srun_code: int | None) -> tuple[int, str]:
-    """Exit code of an attempt and the reason for it.
+    """Return the exit code of an attempt and the reason for it.
 
-    srun tells the highest exit code of its tasks, which may be that of a rank that it killed itself. So what the run
-    wrote of its end in ``status.json`` counts, if this attempt wrote it.
+    srun reports the highest exit code of its tasks, which may come from a rank that srun itself killed. So the end
+    recorded in ``status.json`` takes precedence if this attempt wrote it.
 
     Args:
-        srun_code: None: nobody saw it end.
+        srun_code: exit code of srun; None if nobody saw the attempt end.
     """
     with suppress(OSError, ValueError):
         status = json.loads((run / "status.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Submitting a run to Slurm: what was asked for lies in the run directory, and the job starts from there."""
+"""Submission of a run to Slurm, from files that are kept in the run directory."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton", "numpy")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of Slurm."""
+    """Resources and options to request from Slurm."""
 
     nodes: int
     tasks_per_node: int
     options: tuple[str, ...]
-    """Further options of sbatch, such as ``--time=24:00:00``."""
+    """Additional options of sbatch, such as ``--time=24:00:00``."""
 
     chain: int = 1
-    """Jobs to submit, each of which begins when the one before it has ended."""
+    """Number of jobs to submit; each begins when the previous one has ended."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job script and where it lies; nothing is written or submitted yet."""
+    """A job script and its directory; ``write`` and ``submit`` act on them."""
 
     config: Config
     request: Request
     folder: Path
     command: str
-    """The words of ``mosa submit``, to be repeated."""
+    """The command line of ``mosa submit``, kept for the record."""
 
     @property
     def run(self) -> Path:
@@ -52,18 +52,19 @@ class Submission:
 
     @property
     def script(self) -> str:
-        """The batch script with this job's options and its configuration.
+        """The batch script with this job's options and configuration.
 
         Raises:
-            UserError: the package was installed without the repository around it.
+            UserError: the package was installed without its repository.
         """
         try:
             head, mark, rest = (ROOT / TEMPLATE).read_text(encoding="utf-8").partition(_OPTIONS_GO_HERE)
         except OSError as error:
             raise UserError(
-                f"no {TEMPLATE} in '{ROOT}' ({error.strerror}); mosa submit needs the repository: pip install -e it"
+                f"'{ROOT / TEMPLATE}' cannot be read ({error.strerror}); mosa submit needs the repository: clone "
+                "it and install it with pip install -e"
             ) from None
-        assert mark, f"{TEMPLATE} has lost the line {_OPTIONS_GO_HERE!r}"
+        assert mark, f"{TEMPLATE} lacks the line {_OPTIONS_GO_HERE!r}"
         options = [
             f"--job-name={self.config.run.name}",
             f"--nodes={self.request.nodes}",
@@ -81,15 +82,15 @@ class Submission:
         return head + "\n".join(lines) + "\n" + rest
 
     def sbatch(self, after: str | None = None) -> list[str]:
-        """The command that submits it, to begin when the job ``after`` has ended, however it ended."""
+        """Return the command that submits the job, to begin once the job ``after`` has ended in any way."""
         dependency = [f"--dependency=afterany:{after}"] if after else []
         return ["sbatch", "--parsable", *dependency, str(self.folder / "job.sbatch")]
 
     def write(self) -> None:
-        """Write configuration, script, command, versions and the state of the code.
+        """Write the configuration, script, command, versions and git state.
 
         Raises:
-            UserError: the run directory cannot be written.
+            UserError: the run directory is not writable.
         """
         try:
             self.folder.mkdir(parents=True)
@@ -102,11 +103,11 @@ class Submission:
             (self.folder / "git.txt").write_text(git_state(ROOT), encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"'{self.folder}' cannot be written ({error.strerror}); set run.directory to a writable folder"
+                f"could not write to '{self.folder}' ({error.strerror}); set run.directory to a writable directory"
             ) from None
 
     def submit(self) -> list[str]:
-        """Write all and submit the chain; return the job ids.
+        """Write the files and submit the chain; return the job ids.
 
         Raises:
             RunError: sbatch refused a job.
@@ -125,32 +126,34 @@ class Submission:
 
 
 def refuse_without_sbatch() -> None:
-    """Submitting needs Slurm's client programs.
+    """Check that Slurm's client programs are installed.
 
     Raises:
-        RunError: they are not here.
+        RunError: sbatch is not on PATH.
     """
     if shutil.which("sbatch") is None:
         raise RunError(
-            "sbatch is not on PATH: submit on a login node of a Slurm cluster, or see the job with --dry-run"
+            "sbatch is not on PATH; submit on a login node of a Slurm cluster, or print the job with --dry-run"
         )
 
 
 def prepare(config: Config, request: Request, command: str) -> Submission:
-    """Check that this many processes may start, as a job would; return what would be submitted.
+    """Make the checks that the job will make at its start; return the submission.
 
     Raises:
-        UserError: the first mistake.
+        UserError: the first mistake found.
     """
     world_size = request.nodes * request.tasks_per_node
     check_world_size(config, world_size)
-    from megatron_mosa.train.start import check_start  # slow to import; other mistakes are told first
+    from megatron_mosa.train.start import check_start  # slow to import, so other mistakes are reported first
 
     check_start(config, world_size, devices_are_here=False)
     run = (Path(config.run.directory) / config.run.name).absolute()
-    for name, path in (("run directory", run), ("present folder", Path.cwd())):
+    for name, path in (("run directory", run), ("current directory", Path.cwd())):
         if any(character.isspace() for character in str(path)):
-            raise UserError(f"{name} '{path}': #SBATCH lines take no blanks; choose a path without")
+            raise UserError(
+                f"{name} '{path}' contains whitespace, which #SBATCH lines do not allow; choose another path"
+            )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = run / "submit" / stamp
     number = 1
@@ -161,7 +164,7 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
 
 
 def git_state(root: Path) -> str:
-    """The commit of the code and whether files differ from it, with the differences; or that it is no git checkout."""
+    """Return the commit of the code and all uncommitted changes, or a note that it is not a git checkout."""
     environment = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*words: str) -> str | None:

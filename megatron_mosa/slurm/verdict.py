@@ -1,13 +1,13 @@
-"""``python -m megatron_mosa.slurm.verdict RUN EXIT_CODE``: does a run that ended start again?
+"""``python -m megatron_mosa.slurm.verdict RUN EXIT_CODE``: decides whether a run that ended starts again.
 
-Prints two lines, ``done``, ``stop REASON`` or ``again SECONDS REASON``, and the run's own exit code, which srun may not
-know; keeps ``RUN/slurm.json``. From the environment it takes
+Prints two lines: ``done``, ``stop REASON`` or ``again SECONDS REASON``, and the run's own exit code, which srun may not
+know. Updates ``RUN/slurm.json``. Environment variables:
 
     MOSA_ATTEMPT           the attempt that ended
-    MOSA_MAX_RETRIES       failures in a row without a newer checkpoint that are followed by another start; default 5
-    MOSA_BACKOFF_SECONDS   to wait after the first of them, default 10; it doubles with each, up to ten minutes
+    MOSA_MAX_RETRIES       consecutive failures without a newer checkpoint before the run stops for good; default 5
+    MOSA_BACKOFF_SECONDS   wait after the first of them, default 10; doubles with each, up to ten minutes
 
-No torch: a whole allocation waits for this.
+It does not import torch: a whole allocation waits for this program.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_BACKOFF_SECONDS = 600.0
 
 
 def judge(record: Record, code: int, reason: str, step: int, *, max_retries: int, backoff: float) -> float:
-    """Settle an attempt: note the verdict in ``record``; return the seconds to wait before another start.
+    """Judge an attempt: record the verdict in ``record`` and return the seconds to wait before the next start.
 
     Args:
-        step: the newest checkpoint's.
-        max_retries: failures in a row without a newer checkpoint that are followed by another start.
+        step: step of the newest checkpoint.
+        max_retries: consecutive failures without a newer checkpoint that are retried.
         backoff: seconds to wait after the first failure.
     """
     if step > record.step:
@@ -53,13 +53,13 @@ def judge(record: Record, code: int, reason: str, step: int, *, max_retries: int
 
 
 def settle(record: Record, run: Path, code: int, reason: str) -> str:
-    """Judge by the environment's limits and the newest checkpoint; return the line for the batch script."""
+    """Judge an attempt with the limits of the environment; return the line for the batch script."""
     max_retries = int(_number("MOSA_MAX_RETRIES", "5"))
     backoff = _number("MOSA_BACKOFF_SECONDS", "10")
     seconds = judge(record, code, reason, checkpoint_step(run), max_retries=max_retries, backoff=backoff)
     record.write(run)
-    told = " ".join(record.reason.split())  # the line is one
-    return {"done": "done", "stop": f"stop {told}", "again": f"again {seconds:.0f} {told}"}[record.verdict]
+    why = " ".join(record.reason.split())  # on one line
+    return {"done": "done", "stop": f"stop {why}", "again": f"again {seconds:.0f} {why}"}[record.verdict]
 
 
 def _number(name: str, default: str) -> float:
@@ -69,12 +69,12 @@ def _number(name: str, default: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < 1e9:
-        raise UserError(f"{name}={text}: legal: a number, 0 or more; unset it for {default}")
+        raise UserError(f"{name} must be a number of at least 0, got {text}; unset it for the default of {default}")
     return number
 
 
 def main(arguments: list[str]) -> int:
-    """Run the program; return its exit code: 0, or 2 for wrong use."""
+    """Run the program; return its exit code: 0, or 2 for a usage error."""
     if len(arguments) != 2 or not arguments[1].isdecimal():
         print("usage: python -m megatron_mosa.slurm.verdict RUN EXIT_CODE", file=sys.stderr)
         return 2

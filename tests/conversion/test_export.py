@@ -301,7 +301,7 @@ def test_wrong_use(
     (tmp_path / "precious" / "file").touch()
     (tmp_path / "tokenizer.json").write_text((checkpoint.parents[2] / "data" / "tokenizer.json").read_text() + "\n")
     cases: list[tuple[list[object], str]] = [
-        (["export", checkpoint, out, "--to", "gguf"], "--to=gguf is not a format; legal: hf"),
+        (["export", checkpoint, out, "--to", "gguf"], "--to must be hf, fp32 or torch-dist, got gguf"),
         (["export", checkpoint, out, "--to", "hf", "--dtype", "int8"], "--dtype=int8 is not legal; legal: float32, bf"),
         (["export", tmp_path / "none", out, "--to", "hf"], "none' does not exist"),
         (["export", checkpoint, checkpoint / "out", "--to", "hf"], "lies in, or holds, the source"),

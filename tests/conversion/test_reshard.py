@@ -72,7 +72,7 @@ def test_moments_can_be_left_out(trained: dict[str, Trained], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [
-        ("hybrid", 4, r"--tensor-parallel=4: model\.num_dense_heads=2 is not divisible .* legal sizes .*\[1, 2\]"),
+        ("hybrid", 4, r"--tensor-parallel=4: model\.num_dense_heads=2 is not divisible .* sizes .*\[1, 2\]"),
         ("pure", 4, r"--tensor-parallel=4: mosa\.num_heads=6 is not divisible"),
     ],
 )

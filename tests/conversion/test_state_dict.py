@@ -88,9 +88,9 @@ def test_a_checkpoint_of_ours(
         export_state_dict(tmp_path / "out", tmp_path / "again")
     command = ["checkpoint", "export", str(model.checkpoint), str(tmp_path / "again"), "--to"]
     done = CliRunner().invoke(app, [*command, "fp32", "--dtype", "bfloat16"])
-    assert "--dtype, --tokenizer and --no-check belong to --to hf" in str(done.exception)
+    assert "--dtype, --tokenizer and --no-check apply only to --to hf" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "fp16"])
-    assert "--to=fp16 is not a format; legal: hf, fp32, torch-dist" in str(done.exception)
+    assert "--to must be hf, fp32 or torch-dist, got fp16" in str(done.exception)
 
 
 def test_tags(saved: dict[str, tuple[Path, dict[str, Tensor]]], tmp_path: Path) -> None:

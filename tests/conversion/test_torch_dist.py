@@ -265,4 +265,4 @@ def test_inspect_and_targets(
     with pytest.raises(UserError, match="is a megatron_mosa checkpoint; legal: a Megatron-LM torch_dist checkpoint"):
         import_model(Kind.TORCH_DIST, checkpoint, tmp_path / "back")
     done = CliRunner().invoke(app, ["checkpoint", "import", str(tmp_path), str(tmp_path / "x"), "--from", "torch"])
-    assert "--from=torch is not a format; legal: hf, torch-dist, mosa-pytorch" in str(done.exception)
+    assert "--from must be hf, torch-dist or mosa-pytorch, got torch" in str(done.exception)

@@ -1,4 +1,4 @@
-"""What the worker processes do to agree upon a stop."""
+"""Tasks of the worker processes that agree on a stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.distributed.tasks import parallel, tiny_config
 
 
 class _Engine:
-    """Its third step comes with a reason to stop, on one rank."""
+    """A fake engine whose third step produces a reason to stop."""
 
     accumulation_steps = 1
 
@@ -38,12 +38,12 @@ class _Engine:
         elif self.steps == 3 and self.reason is not None:
             os.kill(os.getpid(), signal.Signals[self.reason])
             while not self.interruption.signals.received:
-                time.sleep(0.001)  # a thread notes it
+                time.sleep(0.001)  # until the reader thread records it
         return StepResult(loss=1.0, grad_norm=1.0)
 
 
 def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
-    """The step after which a run of 6 stops, and why; each rank in ``reasons`` has its own in the third step."""
+    """Return the step after which a 6-step run stops, and why; ``reasons`` by rank occur in the third step."""
     config = tiny_config(train__steps=6)
     with parallel(config) as layout:
         before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}

@@ -1,4 +1,4 @@
-"""``mosa doctor`` as two processes with names of two nodes, over gloo, started as a launcher would."""
+"""``mosa doctor`` as two processes that pose as two nodes, over gloo, started as a launcher would."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
-    """Exit code, standard output and standard error of each."""
+    """Wait; return exit code, standard output and standard error of each process."""
     try:
-        told = [process.communicate(timeout=200) for process in processes]
+        outputs = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
-def test_a_healthy_job_is_one_table_and_exit_code_0(tmp_path: Path) -> None:
+def test_a_healthy_job_prints_one_table_and_exits_with_0(tmp_path: Path) -> None:
     port, options = free_port(), ("--run-directory", str(tmp_path / "runs"), "--json", str(tmp_path / "doctor.json"))
     first, second = finish(*(start(rank, port, *options) for rank in (0, 1)))
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert first[1].count("verdict: well (2 nodes, 2 ranks") == 1 and first[2] == ""
-    assert second[1:] == ("", "")  # rank 0 alone speaks
+    assert first[1].count("verdict: healthy (2 nodes, 2 ranks") == 1 and first[2] == ""
+    assert second[1:] == ("", "")  # only rank 0 prints
     content = json.loads((tmp_path / "doctor.json").read_text())
     assert content["bad_nodes"] == []
     assert [rank["node"] for rank in content["ranks"]] == ["n1", "n2"]
@@ -48,7 +48,7 @@ def test_a_healthy_job_is_one_table_and_exit_code_0(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["doctor.json"]
 
 
-def test_a_run_directory_that_is_not_shared_names_the_node(tmp_path: Path) -> None:
+def test_a_run_directory_that_is_not_shared_names_its_node(tmp_path: Path) -> None:
     port = free_port()
     (tmp_path / "theirs").mkdir()
     found = ("--json", str(tmp_path / "doctor.json"))
@@ -63,11 +63,11 @@ def test_a_run_directory_that_is_not_shared_names_the_node(tmp_path: Path) -> No
     assert json.loads((tmp_path / "doctor.json").read_text())["bad_nodes"] == ["n2"]
 
 
-def test_a_rank_that_never_comes_ends_the_wait_in_one_line(tmp_path: Path) -> None:
+def test_a_rank_that_never_joins_is_one_error_line(tmp_path: Path) -> None:
     port, absent_port, started = free_port(), free_port(), time.monotonic()
     first, second = finish(
         start(0, port, "--timeout", "8", "--json", str(tmp_path / "doctor.json")),
-        start(1, absent_port, "--timeout", "8"),  # another job, whose rank 0 does not come
+        start(1, absent_port, "--timeout", "8"),  # another job, whose rank 0 never starts
     )
     assert time.monotonic() - started < 60  # 8 s, and starting two processes on a busy machine
     assert (first[0], second[0]) == (1, 1)

@@ -1,4 +1,4 @@
-"""What one rank knows, a signal or the job's time limit, stops all ranks after the same step."""
+"""A signal or time limit known to one rank stops all ranks after the same step."""
 
 from __future__ import annotations
 

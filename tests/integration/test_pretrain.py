@@ -74,7 +74,8 @@ def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) 
     assert time.monotonic() - begun < 60  # not the ten minutes of a collective
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and f"rank {rank} of 2 did not meet the others at 127.0.0.1:{port} within 3 s" in errors[0]
+    assert len(errors) == 1
+    assert f"rank {rank} of 2 could not join the others at 127.0.0.1:{port} within 3 s" in errors[0]
 
 
 def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:

@@ -1,4 +1,4 @@
-"""mosa sweep as a user runs it: three layouts on two processes, one of which dies; again; and a wrong loss."""
+"""``mosa sweep`` as a user runs it: three layouts on two processes, with a dying rank, a repeat and a wrong loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = [
 ]
 GOOD = ["tp=1,zero=2,micro=4", "tp=2,sp=true,zero=1,micro=2"]
 DOOMED = "tp=2,sp=false,zero=1,micro=8"
-# Imported at the start of every Python: kills one rank of the doomed layout, as the kernel does without memory.
+# Imported at the start of every Python: kills one rank of the doomed layout, as the kernel does when out of memory.
 KILLER = """
 import os, sys
 if os.environ.get("RANK") == "1" and any("tp2-zero1-micro8" in word for word in sys.orig_argv):
@@ -39,7 +39,7 @@ if os.environ.get("RANK") == "1" and any("tp2-zero1-micro8" in word for word in 
 
 
 class Sweeper:
-    """Runs the command in one folder."""
+    """Runs the command in one directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,14 +81,14 @@ def sweeper(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
     return sweeper
 
 
-def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
+def test_a_sweep_from_start_to_report_and_its_repeat(sweeper: Sweeper) -> None:
     done = sweeper.sweep(*GOOD, DOOMED, kill=True)
     assert done.returncode == 0, done.stdout + done.stderr
     reference, first, second, doomed = sweeper.rows()
     assert (reference["status"], float(reference["loss_deviation"])) == ("reference", 0.0)
     for row in (first, second):
         assert row["status"] == "ok"
-        # A seed read with its layers' weights off by 5 % deviates by 2e-4 in the loss.
+        # If the seed's layer weights were off by 5 %, the loss would deviate by 2e-4.
         assert float(row["loss_deviation"]) < 1e-5 and float(row["grad_norm_deviation"]) < 1e-4
         assert float(row["tokens_per_second_per_rank"]) > 0 and float(row["peak_memory_gib"]) > 0
         assert 0 < float(row["communication_share"]) < 1
@@ -96,7 +96,7 @@ def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
     assert doomed["status"] == "failed" and "SIGKILL" in doomed["reason"]
     assert f"{DOOMED}: failed" in done.stdout
     text = (sweeper.output / "results.md").read_text()
-    assert "functional, not performance" in text and "failed: a rank was ended by SIGKILL" in text
+    assert "functional, not performance" in text and "failed: a rank was killed by SIGKILL" in text
     assert (sweeper.output / "scaling.png").stat().st_size > 1000
     seed = sweeper.output / "seed" / "step-00000000"
     assert json.loads((seed / "metadata.json").read_text())["step"] == 0
@@ -105,7 +105,7 @@ def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
     losses = json.loads(result.read_text())["losses"]
     assert len(losses) == 4 and losses[-1] < losses[0]
     kept = {path: path.stat().st_mtime_ns for path in (result, seed / "metadata.json")}
-    again = sweeper.sweep(*GOOD, DOOMED)  # nothing kills it now
+    again = sweeper.sweep(*GOOD, DOOMED)  # nothing is killed this time
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("(kept)") == 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -113,7 +113,7 @@ def test_a_sweep_from_start_to_report_and_again(sweeper: Sweeper) -> None:
     assert float(sweeper.rows()[3]["loss_deviation"]) < 1e-5
 
 
-def test_another_request_does_not_mix_in_and_a_wrong_loss_is_an_error(sweeper: Sweeper) -> None:
+def test_a_different_request_is_rejected_and_a_wrong_loss_is_an_error(sweeper: Sweeper) -> None:
     other = sweeper.sweep(*GOOD, steps=4)
     assert other.returncode == 2 and "--steps=3, now 4" in other.stderr
     result = sweeper.output / "layouts" / "tp1-zero2-micro4.json"

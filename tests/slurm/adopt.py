@@ -1,7 +1,7 @@
-"""``adopt.py COMMAND...``: runs a daemon, adopts all that it leaves behind, and ends when the last of them has.
+"""``adopt.py COMMAND...``: runs a daemon, adopts its orphaned descendants, and exits when the last of them has.
 
-A slurmd forks its step daemons twice, so that their parent is process 1. Below this program they keep a parent by
-which a test finds those of one node. When standard input ends, which it does with the tests, so do all of them.
+A slurmd forks its step daemons twice, so that their parent would be process 1. Under this program they keep a parent by
+which a test finds those of one node. When standard input closes, which it does when the tests end, it ends all of them.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def end_with_the_tests() -> None:
-    os.read(0, 1)  # nothing is ever written
+    os.read(0, 1)  # blocks until standard input closes
     processes = psutil.Process().children(recursive=True)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -37,4 +37,4 @@ while True:
     try:
         os.wait()
     except ChildProcessError:
-        os._exit(0)  # the thread still waits
+        os._exit(0)  # do not wait for the thread

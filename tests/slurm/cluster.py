@@ -1,7 +1,7 @@
-"""A real Slurm of two nodes on loopback, in one private folder: one munged, one slurmctld, two slurmd.
+"""A real Slurm cluster of two nodes on loopback, in a private directory: one munged, one slurmctld, two slurmd.
 
-Nothing in /etc is read or written; ``SLURM_CONF`` points the client programs at it. Only processes that were started
-here are ended: each daemon by its id, and what a slurmd started by following the parent ids down from it.
+Nothing in /etc is read or written; ``SLURM_CONF`` points the client programs to the cluster. Only processes started
+here are ended: each daemon by its id, and the descendants of a slurmd by their parent ids.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("n1", "n2")
 
-# Slurm's time-outs are minutes by default; here a requeue takes seconds. proctrack/linuxproc and no cgroup.conf: it
-# runs in a container. cred_expire: a requeued job waits as long, and one second more.
+# Slurm's timeouts are minutes by default; here a requeue takes seconds. proctrack/linuxproc and no cgroup.conf, so that
+# it runs in a container. A requeued job waits for cred_expire and one more second.
 CONFIGURATION = """
 ClusterName=mosa
 SlurmctldHost={host}(127.0.0.1)
@@ -63,13 +63,13 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm and munge that are not on PATH, those of the system's administrator included."""
+    """Return the programs of Slurm and munge that are missing from PATH and the sbin directories."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 class Cluster:
-    """Starts with the object; ``stop`` ends it. ``environment`` is that of client programs."""
+    """A running cluster, until ``stop``; ``environment`` is for client programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        self.folder.chmod(0o755)  # munged refuses a socket that others cannot reach
+        self.folder.chmod(0o755)  # munged rejects a socket that others cannot reach
         files = {name: f"{self.folder}/munge.{name}" for name in ("socket", "pid", "log", "seed")}
         command = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={files['socket']}"]
         command += [f"--pid-file={files['pid']}", f"--log-file={files['log']}", f"--seed-file={files['seed']}"]
@@ -123,20 +123,20 @@ class Cluster:
             )  # fmt: skip
 
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd; one that was killed comes back with what the cluster knows of it."""
+        """Start a node's slurmd; a node that was killed rejoins under its name."""
         self._start(node, ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node])
 
     def processes_of(self, node: str) -> list[psutil.Process]:
-        """Its slurmd, first, and all that came from it: the daemon of each step, the batch script, the tasks."""
+        """Return a node's slurmd, first, and its descendants: step daemons, the batch script and tasks."""
         try:
             return psutil.Process(self.daemons[node].pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
 
     def kill_node(self, node: str) -> None:
-        """What a power failure does: all its processes at once."""
+        """Kill all processes of a node at once, like a power failure."""
         processes = self.processes_of(node)
-        for process in processes:  # stopped first, so that none acts on the death of another
+        for process in processes:  # suspended first, so that none reacts to the death of another
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
         for process in processes:
@@ -145,13 +145,13 @@ class Cluster:
         self.daemons[node].wait(10)
 
     def stop(self) -> None:
-        """End all that was started, and wait for it."""
+        """End everything that was started, and wait for it."""
         for node in NODES:
             if node in self.daemons:
                 self.kill_node(node)
         for name in ("slurmctld", "munged"):
             if name in self.daemons:
-                self.daemons[name].communicate(timeout=20)  # nothing, which ends it
+                self.daemons[name].communicate(timeout=20)  # closes standard input, which ends it
 
     def call(self, *command: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a client program."""
@@ -161,15 +161,15 @@ class Cluster:
         )  # fmt: skip
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What ``scontrol show job`` tells."""
+        """Return the fields of ``scontrol show job``."""
         done = self.call("scontrol", "show", "job", "-o", job_id)
         return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
 
     def wait(self, condition, seconds: float, what: str) -> None:
-        """Until ``condition`` holds.
+        """Wait until ``condition`` holds.
 
         Raises:
-            TimeoutError: it does not within ``seconds``.
+            TimeoutError: it does not hold within ``seconds``.
         """
         deadline = time.monotonic() + seconds
         while not condition():
@@ -178,12 +178,12 @@ class Cluster:
             time.sleep(0.1)
 
     def wait_for_nodes(self) -> None:
-        """Until both nodes take jobs."""
+        """Wait until both nodes accept jobs."""
         ready = lambda: self.call("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"]  # noqa: E731
         self.wait(ready, 30, "idle nodes")
 
     def wait_for_job(self, job_id: str, seconds: float = 480) -> dict[str, str]:
-        """Until it has ended for good; what is known of it then."""
+        """Wait until a job has ended for good; return its fields."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait(lambda: self.job(job_id).get("JobState") in final, seconds, f"end of job {job_id}")
         return self.job(job_id)

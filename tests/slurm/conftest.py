@@ -1,4 +1,4 @@
-"""One Slurm cluster and one tiny dataset for all tests here; where Slurm is missing they are reported as not run."""
+"""One Slurm cluster and one tiny dataset for all tests here; without Slurm they are reported as not run."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 TIMES: dict[str, tuple[float, float]] = {}
-"""Of each fault, in seconds: until the attempt had ended, and until the next had published a step of its own."""
+"""Seconds from each fault until its attempt ended, and until the next attempt published a new step."""
 
 
 @pytest.fixture(autouse=True)
 def recovery_times(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """They are told with the test's result, for the summary in tests/conftest.py."""
+    """Attach the times to the test's result, for the summary in tests/conftest.py."""
     yield
     while TIMES:
         record_property(*TIMES.popitem())
@@ -65,10 +65,12 @@ def recovery_times(record_property: Callable[[str, object], None]) -> Iterator[N
 def cluster() -> Iterator[Cluster]:
     """Two nodes, n1 and n2, on loopback."""
     if missing := missing_programs():
-        pytest.skip(f"Slurm is not here ({', '.join(missing)} missing): make test SLURM=install")
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)} missing): make test SLURM=install")
     if os.geteuid() != 0:
-        pytest.skip("slurmctld and slurmd of the tests run as root alone")
-    folder = Path(tempfile.mkdtemp(prefix="mosa-slurm-"))  # a short path: munge's socket has at most 107 characters
+        pytest.skip("the tests run slurmctld and slurmd only as root")
+    folder = Path(
+        tempfile.mkdtemp(prefix="mosa-slurm-")
+    )  # a short path: that of munge's socket is limited to 107 characters
     cluster = Cluster(folder)
     yield cluster
     cluster.stop()
@@ -77,23 +79,23 @@ def cluster() -> Iterator[Cluster]:
 
 @dataclass
 class Jobs:
-    """Submits jobs from one folder."""
+    """Submits jobs from one directory."""
 
     cluster: Cluster
     folder: Path
     overrides: list[str]
 
     def environment(self, **variables: str) -> dict[str, str]:
-        """What jobs start with, beside the client's."""
+        """Return the environment of jobs, in addition to the client's."""
         path = first_on_path(self.cluster.environment["PATH"])
         common = {"MOSA_ROOT": str(ROOT), "PYTHONPATH": str(ROOT), "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-        common["VIRTUAL_ENV"] = sys.prefix  # else the batch script puts that of the repository first
+        common["VIRTUAL_ENV"] = sys.prefix  # or the batch script would put the repository's first
         fast = {"MOSA_BACKOFF_SECONDS": "0.2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         below_torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # must not reach the ranks
         return common | fast | below_torchrun | {"MOSA_PREFLIGHT": "0"} | variables
 
     def submit(self, name: str, *options: str, overrides: tuple[str, ...] = (), **variables: str) -> str:
-        """By hand, as docs/slurm.md says; returns the job id."""
+        """Submit by hand, as docs/slurm.md describes; return the job id."""
         arguments = [CONFIG, *self.overrides, f"run.name={name}", *overrides]
         command = ["sbatch", "--parsable", f"--output={self.folder}/{name}.out", *options, SCRIPT, *arguments]
         done = self.cluster.call(*command, **self.environment(**variables))
@@ -101,32 +103,32 @@ class Jobs:
         return done.stdout.strip()
 
     def output(self, name: str) -> str:
-        """What the batch script printed."""
+        """Return the output of the batch script."""
         return (self.folder / f"{name}.out").read_text()
 
     def run(self, name: str) -> Path:
-        """The run directory."""
+        """Return the run directory."""
         return self.folder / "runs" / name
 
     def steps(self, name: str) -> list[int]:
-        """Training steps in the journal."""
+        """Return the training steps in the journal."""
         lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
         return [line["step"] for line in lines if "loss" in line]
 
     def losses(self, name: str) -> list[float]:
-        """Training and validation losses in the journal."""
+        """Return the training and validation losses in the journal."""
         lines = [json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()]
         return [line.get("loss", line.get("validation_loss")) for line in lines]
 
     def explain(self, name: str) -> str:
-        """All logs of a run, for a failed assertion."""
+        """Return all logs of a run, for a failed assertion."""
         logs = sorted(self.run(name).glob("logs/*/*.log"))
         return self.output(name) + "".join(f"\n== {log}\n{log.read_text()[-3000:]}" for log in logs)
 
 
 @pytest.fixture(scope="session")
 def jobs(cluster: Cluster) -> Jobs:
-    """Without a dataset, for programs that stand in for training."""
+    """Jobs without a dataset, for programs that stand in for training."""
     folder = cluster.folder / "work"
     folder.mkdir()
     return Jobs(cluster, folder, [*TINY, f"data.path={folder}/data", f"run.directory={folder}/runs"])
@@ -134,7 +136,7 @@ def jobs(cluster: Cluster) -> Jobs:
 
 @pytest.fixture(scope="session")
 def training(jobs: Jobs) -> Jobs:
-    """With a tiny dataset."""
+    """Jobs with a tiny dataset."""
     library = Path(os.__file__).parent
     texts = [{"text": (library / name).read_text()} for name in ("cmd.py", "copy.py", "csv.py", "dis.py", "enum.py")]
     source = jobs.folder / "texts.jsonl"

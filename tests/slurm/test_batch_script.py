@@ -11,8 +11,8 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import CONFIG, SCRIPT, Jobs
 
-# Stands for pretrain_mosa.py where a test is about what follows from exit codes: it does what EXITS says, word by word
-# of each attempt ("137:2" ends with 137 after publishing a checkpoint of step 2).
+# Replaces pretrain_mosa.py in tests of what follows each exit code. Attempt n exits with the n-th word of EXITS;
+# "137:2" exits with 137 after publishing a checkpoint of step 2.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -54,7 +54,7 @@ def jobs(jobs: Jobs) -> Jobs:
 
 @pytest.fixture(scope="module")
 def stand_in(cluster: Cluster) -> str:
-    """A folder with a program of that name."""
+    """Return a directory with the stand-in as pretrain_mosa.py."""
     folder = cluster.folder / "stand-in"
     folder.mkdir()
     (folder / "pretrain_mosa.py").write_text(STAND_IN)
@@ -69,20 +69,20 @@ def attempts(jobs: Jobs, name: str) -> list[str]:
     return [line.split()[0] for line in (jobs.run(name) / "attempts").read_text().splitlines()]
 
 
-def test_two_nodes_that_answer(cluster: Cluster) -> None:
+def test_both_nodes_respond(cluster: Cluster) -> None:
     done = cluster.call("srun", "-N2", "sh", "-c", "echo $SLURMD_NODENAME")
     assert sorted(done.stdout.split()) == ["n1", "n2"], done.stderr
 
 
-def test_failures_are_retried_in_the_job_and_progress_resets_their_count(jobs: Jobs, stand_in: str) -> None:
-    exits = "1 137:1 1 0:4"  # the third would be one too many, had the second not made a checkpoint
+def test_failures_are_retried_in_the_job_and_progress_resets_the_count(jobs: Jobs, stand_in: str) -> None:
+    exits = "1 137:1 1 0:4"  # without the checkpoint of the second, the third failure would be one too many
     job = jobs.submit("retry", "--nodes=2", MOSA_ROOT=stand_in, EXITS=exits, MOSA_MAX_RETRIES="2")
     assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.output("retry")
     assert attempts(jobs, "retry") == [f"{job}-0-{number}" for number in (1, 2, 3, 4)]
     assert record(jobs, "retry")["failures"] == 0
 
 
-def test_too_many_failures_and_hopeless_ones_are_not_retried(jobs: Jobs, stand_in: str) -> None:
+def test_too_many_failures_and_permanent_ones_are_not_retried(jobs: Jobs, stand_in: str) -> None:
     for name, exits, count in (("capped", "1 1 1 0", 3), ("hopeless", "3 0", 1), ("misused", "2 0", 1)):
         job = jobs.submit(name, MOSA_ROOT=stand_in, EXITS=exits, MOSA_MAX_RETRIES="2")
         assert jobs.cluster.wait_for_job(job)["JobState"] == "FAILED", jobs.output(name)
@@ -98,15 +98,15 @@ def test_a_stop_with_little_time_left_is_requeued(jobs: Jobs, stand_in: str) -> 
     assert record(jobs, "requeue")["failures"] == 0
 
 
-@pytest.mark.parametrize("target", ["-b", "--"])  # the batch script, which passes it on; the tasks
-def test_a_signal_ends_with_a_requeue_or_a_restart(jobs: Jobs, stand_in: str, target: str) -> None:
+@pytest.mark.parametrize("target", ["-b", "--"])  # to the batch script, which forwards it; to the tasks
+def test_a_signal_leads_to_a_requeue_or_a_restart(jobs: Jobs, stand_in: str, target: str) -> None:
     name = f"signal{target}"
     job = jobs.submit(name, "--nodes=2", MOSA_ROOT=stand_in, EXITS="wait 0:4")
     jobs.cluster.wait((jobs.run(name) / "waiting").exists, 20, "run that waits")
     jobs.cluster.call("scancel", "-s", "USR1", *([target] if target == "-b" else []), job)
     assert jobs.cluster.wait_for_job(job)["JobState"] == "COMPLETED", jobs.output(name)
     assert attempts(jobs, name) == [f"{job}-0-1", f"{job}-1-1" if target == "-b" else f"{job}-0-2"]
-    assert "again in 0 s: as asked" in jobs.output(name)  # the ranks got it, and it is no failure
+    assert "again in 0 s: as asked" in jobs.output(name)  # the ranks received it, and it does not count as a failure
 
 
 def test_scancel_is_final(jobs: Jobs, stand_in: str) -> None:
@@ -119,7 +119,7 @@ def test_scancel_is_final(jobs: Jobs, stand_in: str) -> None:
     assert "Slurm is ending this job itself; not requeued" in jobs.output("cancelled")
 
 
-def test_a_cluster_that_requeues_nothing_leaves_it_to_the_chain(jobs: Jobs, stand_in: str) -> None:
+def test_without_requeue_the_next_job_of_the_chain_continues(jobs: Jobs, stand_in: str) -> None:
     variables = {"MOSA_ROOT": stand_in, "EXITS": "75 3", "MOSA_MIN_SECONDS": "9" * 12, "MOSA_CHAIN": "a"}
     first = jobs.submit("chained", "--no-requeue", **variables)
     after = [jobs.submit("chained", f"--dependency=afterany:{first}", **variables)]
@@ -129,8 +129,8 @@ def test_a_cluster_that_requeues_nothing_leaves_it_to_the_chain(jobs: Jobs, stan
     assert attempts(jobs, "chained") == [
         f"{first}-0-1",
         f"{after[0]}-0-1",
-    ]  # after a hopeless end the rest does nothing
-    assert "the next job of the chain goes on" in jobs.output("chained")
+    ]  # after a permanent failure the rest do nothing
+    assert "the next job of the chain continues the run" in jobs.output("chained")
     assert "not started again: as the job before it in this chain (as asked)" in jobs.output("chained")
 
 
@@ -141,7 +141,7 @@ while [ "$1" != --json ]; do shift; done
 """
 
 
-def test_a_node_that_fails_preflight_twice_is_left_out(jobs: Jobs, stand_in: str) -> None:
+def test_a_node_that_fails_preflight_twice_is_excluded(jobs: Jobs, stand_in: str) -> None:
     jobs.cluster.wait_for_nodes()
     doctor = jobs.folder / "doctor"
     doctor.write_text(DOCTOR)
@@ -153,7 +153,7 @@ def test_a_node_that_fails_preflight_twice_is_left_out(jobs: Jobs, stand_in: str
     assert record(jobs, "ill")["preflight_failures"] == {"n1": 2}
 
 
-def test_a_stop_during_preflight_is_no_failure(jobs: Jobs, stand_in: str) -> None:
+def test_a_stop_during_preflight_is_not_a_failure(jobs: Jobs, stand_in: str) -> None:
     doctor = jobs.folder / "asked"
     asked = jobs.folder / "asked-already"
     text = f'[ "$1 $2 $3" = "-m megatron_mosa doctor" ] || exec python "$@"\n[ ! -e {asked} ] || exit 0'
@@ -166,7 +166,7 @@ def test_a_stop_during_preflight_is_no_failure(jobs: Jobs, stand_in: str) -> Non
     assert record(jobs, "asked")["failures"] == 0 and record(jobs, "asked")["preflight_failures"] == {}
 
 
-def test_wrong_uses_are_one_line(jobs: Jobs, tmp_path: Path) -> None:
+def test_usage_errors_are_one_line(jobs: Jobs, tmp_path: Path) -> None:
     cases = {
         (): "usage: sbatch",
         ("train.steps=1",): "usage: sbatch",

@@ -1,4 +1,4 @@
-"""What real runs over two nodes of a real Slurm survive: each ends with the losses of a run that nothing befell."""
+"""Faults in real runs over two nodes of a real Slurm: each run ends with the losses of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGER = (
 )
 TENSOR_PARALLEL = (*LONGER, "parallel.tensor_model_parallel_size=2")
 DATA_PARALLEL = (*LONGER, "parallel.tensor_model_parallel_size=1")
-MUCH_TIME, NO_TIME = "0", "9" * 12  # MOSA_MIN_SECONDS: start again in the job, or by requeue
+MUCH_TIME, NO_TIME = "0", "9" * 12  # MOSA_MIN_SECONDS that make the run restart in the job, or by requeue
 
 
 def fault(name: str, *, rank: int = 1, step: int = 4, place: str = "step") -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def undisturbed_data_parallel(training: Jobs) -> list[float]:
 
 
 def run_to_the_end(jobs: Jobs, name: str, *overrides: str) -> list[float]:
-    """Losses of a run over two nodes."""
+    """Complete a run over two nodes; return its losses."""
     wait_until_done(jobs, jobs.submit(name, "--nodes=2", overrides=overrides), name)
     return jobs.losses(name)
 
@@ -69,7 +69,7 @@ def wait_until_done(jobs: Jobs, job: str, name: str) -> None:
 
 
 def processes_of(jobs: Jobs, name: str) -> list[int]:
-    """Those that a run left behind; other suites on this machine have runs of the same name."""
+    """Return the processes that a run left behind; other suites on this machine have runs of the same name."""
     words, data = {f"run.name={name}"}, f"data.path={jobs.folder}/"
     commands = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
     return [
@@ -80,27 +80,27 @@ def processes_of(jobs: Jobs, name: str) -> list[int]:
 
 
 def check_recovery(jobs: Jobs, name: str, losses: list[float]) -> None:
-    """The run went on from a checkpoint, once, to the same losses; notes how long that took."""
+    """Check that the run resumed from a checkpoint and reached the same losses; record how long that took."""
     attempts = sorted((jobs.run(name) / "logs").glob("*-*"), key=lambda path: path.stat().st_mtime)
-    # On a busy machine a check of the nodes may take too long, and that attempt trains nothing.
+    # On a busy machine the preflight may time out, and that attempt does not train.
     attempts = [attempt for attempt in attempts if (attempt / "rank-0.log").exists()]
-    said = [(attempt / "rank-0.log").read_text() for attempt in attempts]
-    resumed = [re.search(r"resumed from \S*step-0*(\d+)", text) for text in said]
+    outputs = [(attempt / "rank-0.log").read_text() for attempt in attempts]
+    resumed = [re.search(r"resumed from \S*step-0*(\d+)", text) for text in outputs]
     assert resumed[0] is None and resumed[-1] is not None, jobs.explain(name)  # never from step 0 again
     assert jobs.steps(name) == STEPS
     assert jobs.losses(name) == losses, jobs.explain(name)
-    struck = (jobs.run(name) / "fault_injected").stat().st_mtime
+    injected = (jobs.run(name) / "fault_injected").stat().st_mtime
     ended = re.search(rf"^(.{{19}}) .* attempt {attempts[0].name} ended", jobs.output(name), re.MULTILINE)
-    step = next(int(match[1]) for match in resumed if match)  # of the first time: a later one may find the run done
+    step = next(int(match[1]) for match in resumed if match)  # the first time: a later attempt may find the run done
     first_new = jobs.run(name) / "checkpoints" / f"step-{step + 1:08d}" / "manifest.json"
     end = datetime.fromisoformat(ended[1]).timestamp() if ended else float("nan")  # the script itself died
-    TIMES[name] = (end - struck, first_new.stat().st_mtime - struck)
+    TIMES[name] = (end - injected, first_new.stat().st_mtime - injected)
 
 
 @pytest.mark.parametrize(
     ("name", "place", "step"), [("SIGTERM", "save", 4), ("SIGTERM", "validation", 3), ("kill", "step", 4)]
 )
-def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str, place: str, step: int) -> None:
+def test_a_signal_or_a_killed_rank(training: Jobs, undisturbed: list[float], name: str, place: str, step: int) -> None:
     jobs, run = training, f"{name}-{place}"
     overrides = (*TENSOR_PARALLEL, *fault(name, step=step, place=place))
     job = jobs.submit(run, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=MUCH_TIME)
@@ -109,8 +109,8 @@ def test_a_signal_or_a_death(training: Jobs, undisturbed: list[float], name: str
     assert jobs.cluster.job(job)["Restarts"] == "0"
 
 
-def test_a_notice_and_a_requeue(training: Jobs, undisturbed: list[float]) -> None:
-    """With the real check of the nodes before each start, and a Python of its own for each program."""
+def test_sigusr1_and_a_requeue(training: Jobs, undisturbed: list[float]) -> None:
+    """With the real preflight before each start, and a new Python for each program."""
     jobs = training
     variables = {"MOSA_MIN_SECONDS": NO_TIME, "MOSA_PREFLIGHT": "1", "MOSA_PYTHON": sys.executable}
     job = jobs.submit("SIGUSR1-step", "--nodes=2", overrides=(*TENSOR_PARALLEL, *fault("SIGUSR1")), **variables)
@@ -122,7 +122,7 @@ def test_a_notice_and_a_requeue(training: Jobs, undisturbed: list[float]) -> Non
     assert json.loads(report.read_text())["bad_nodes"] == []
 
 
-def test_scancel_saves_and_the_next_job_goes_on(training: Jobs, undisturbed: list[float]) -> None:
+def test_scancel_saves_and_the_next_job_resumes(training: Jobs, undisturbed: list[float]) -> None:
     jobs = training
     overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=2")
     job = jobs.submit("cancel", "--nodes=2", overrides=overrides)
@@ -148,41 +148,41 @@ def test_a_rank_that_hangs(training: Jobs, undisturbed: list[float]) -> None:
 
 
 def test_a_time_limit(training: Jobs, undisturbed: list[float]) -> None:
-    """Of a minute; Slurm looks every 30 s, so that the notice comes 10 to 40 s after the start."""
+    """A limit of one minute; Slurm checks every 30 s, so SIGUSR1 comes 10 to 40 s after the start."""
     jobs = training
     overrides = (*TENSOR_PARALLEL, *fault("pause"), "fault_injection.seconds=40")
     job = jobs.submit("limit", "--nodes=2", "--time=1", "--signal=USR1@20", overrides=overrides)
     wait_until_done(jobs, job, "limit")
     check_recovery(jobs, "limit", undisturbed)
-    assert 1 <= int(jobs.cluster.job(job)["Restarts"]) <= 6  # a slow machine has started late when the notice comes
+    assert 1 <= int(jobs.cluster.job(job)["Restarts"]) <= 6  # on a slow machine training starts late
     assert ": SIGUSR1; " in jobs.output("limit")
 
 
-@pytest.mark.parametrize("node", ["n2", "n1"])  # n1 has the batch script and rank 0
+@pytest.mark.parametrize("node", ["n2", "n1"])  # n1 runs the batch script and rank 0
 def test_a_node_that_dies(training: Jobs, undisturbed: list[float], node: str) -> None:
     jobs, cluster = training, training.cluster
     overrides = (*TENSOR_PARALLEL, *fault("pause"))
     job = jobs.submit(node, "--nodes=2", overrides=overrides, MOSA_MIN_SECONDS=MUCH_TIME)
-    struck = jobs.run(node) / "fault_injected"
-    cluster.wait(struck.exists, 60, "step to die in")
+    injected = jobs.run(node) / "fault_injected"
+    cluster.wait(injected.exists, 60, "step to die in")
     cluster.kill_node(node)
-    struck.touch()
+    injected.touch()
     cluster.wait(lambda: cluster.job(job)["JobState"] == "PENDING", 60, "requeue")
     cluster.start_node(node)
     wait_until_done(jobs, job, node)
     check_recovery(jobs, node, undisturbed)
 
 
-def test_a_number_that_is_none(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
+def test_a_nan_loss(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
     jobs = training
-    wanted = run_to_the_end(jobs, "told", *DATA_PARALLEL, "train.skip_steps=[4]")
+    expected = run_to_the_end(jobs, "skipped", *DATA_PARALLEL, "train.skip_steps=[4]")
     losses = run_to_the_end(jobs, "nan", *DATA_PARALLEL, *fault("nan"))
     assert losses[:3] == undisturbed_data_parallel[:3]
-    assert losses == wanted and losses != undisturbed_data_parallel, jobs.explain("nan")
+    assert losses == expected and losses != undisturbed_data_parallel, jobs.explain("nan")
     assert "step 4 skipped: loss nan" in (jobs.run("nan") / "logs").glob("*/rank-0.log").__next__().read_text()
 
 
-def test_a_chain_goes_on_where_the_job_before_it_was_stopped(training: Jobs, undisturbed: list[float]) -> None:
+def test_a_chain_resumes_where_the_previous_job_stopped(training: Jobs, undisturbed: list[float]) -> None:
     jobs = training
     options = ["--nodes=2", "--time=1:00:00", "--chain=3", "--sbatch-argument=--no-requeue", *fault("SIGUSR1")]
     done = submit(jobs, "run.name=links", *TENSOR_PARALLEL, *options, MOSA_MIN_SECONDS=NO_TIME)
@@ -204,7 +204,7 @@ def test_a_chain_goes_on_where_the_job_before_it_was_stopped(training: Jobs, und
     assert (folder / "command.txt").read_text().startswith("mosa submit ")
 
 
-def test_a_run_goes_on_with_another_number_of_nodes(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
+def test_a_run_resumes_on_another_number_of_nodes(training: Jobs, undisturbed_data_parallel: list[float]) -> None:
     jobs = training
     wait_until_done(
         jobs, jobs.submit("shrunk", "--nodes=2", overrides=(*DATA_PARALLEL, "train.stop_after_step=3")), "shrunk"

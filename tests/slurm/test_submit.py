@@ -1,4 +1,4 @@
-"""``mosa submit`` on a real Slurm."""
+"""``mosa submit`` on a real Slurm cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def submit(jobs: Jobs, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
+def test_a_dry_run_prints_the_job_and_writes_nothing(training: Jobs) -> None:
     jobs = training
     options = ["--nodes=2", "--gpus-per-node=2", "--time=10:00", "--sbatch-argument=--mem=0", "--chain=3", "--dry-run"]
     done = submit(jobs, "run.name=dry", *options)
@@ -29,7 +29,7 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
     wanted = {"--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=10:00", "--mem=0", "--job-name=dry"}
     assert wanted <= {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     last_option = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    assert all(line.startswith("#") for line in lines[:last_option])  # sbatch reads them up to the first command
+    assert all(line.startswith("#") for line in lines[:last_option])  # sbatch stops at the first command
     assert any(line.startswith("# sbatch --parsable ") for line in lines)
     assert "--dependency=afterany:JOB" in lines[-1]
     assert not jobs.run("dry").exists()
@@ -38,9 +38,9 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(training: Jobs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "path", "code", "line"),
     [
-        (["--nodes=0"], None, 2, "error: --nodes=0 is out of range; legal: 1 or more"),
+        (["--nodes=0"], None, 2, "error: --nodes must be at least 1, got 0"),
         (["--nodes=3"], None, 2, "error: world size 3 is not divisible by parallel.tensor_model_parallel_size=2"),
-        (["--sbatch-argument=x"], None, 2, "error: --sbatch-argument='x' is no option"),
+        (["--sbatch-argument=x"], None, 2, "error: --sbatch-argument='x' is not an option of sbatch"),
         (["train.stepz=3"], None, 2, "error: "),
         ([], "/none", 1, "error: sbatch is not on PATH"),
         (["--nodes=2", "--partition=none"], None, 1, "error: sbatch refused the job: "),

@@ -1,4 +1,4 @@
-"""Imports go down the floors of docs/architecture.md, never up or in a circle."""
+"""Imports follow the levels of docs/architecture.md: only downwards, never in a cycle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_mosa.hf import MODELLING_FILES
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
-FLOORS = [
+LEVELS = [
     {"errors", "entry", "exit_codes", "utils"},
     {"config", "hf", "kernels", "parallel"},
     {"attention", "data", "resilience"},
@@ -20,9 +20,9 @@ FLOORS = [
     {"decode", "scaling", "slurm"},
     {"cli", "__main__"},
 ]
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-# On one floor, only in this direction.
-SIDEWAYS = {
+LEVEL = {module: number for number, modules in enumerate(LEVELS) for module in modules}
+# Allowed imports (importer, imported) within one level.
+WITHIN_LEVEL = {
     ("entry", "errors"),
     ("entry", "exit_codes"),
     ("checkpoint", "engine"),
@@ -32,13 +32,13 @@ SIDEWAYS = {
 
 
 def imports(path: Path) -> set[str]:
-    """Top-level modules of the package that a file imports."""
+    """Return the top-level modules of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             if node.level and path.parent.name == "hf":
-                continue  # one of its files names another in an exported folder, too
+                continue  # files of hf import each other relatively, also in an exported model
             assert node.level == 0, f"{path}: imports are absolute here"
             # both `from megatron_mosa.train import x` and `from megatron_mosa import train`
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -47,17 +47,17 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_arrows_go_down() -> None:
+def test_modules_import_only_from_lower_levels() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if own == "__init__":
             continue
         for other in imports(path) - {own}:
-            down = FLOOR[other] < FLOOR[own] or (own, other) in SIDEWAYS
-            assert down, f"{path.relative_to(PACKAGE.parent)} imports megatron_mosa.{other}"
+            is_allowed = LEVEL[other] < LEVEL[own] or (own, other) in WITHIN_LEVEL
+            assert is_allowed, f"{path.relative_to(PACKAGE.parent)} imports megatron_mosa.{other}"
 
 
-def test_modelling_code_travels_alone() -> None:
+def test_modelling_code_is_self_contained() -> None:
     assert {path.name for path in MODELLING_FILES} == {path.name for path in (PACKAGE / "hf").glob("*_mosa.py")}
     for path in MODELLING_FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -76,7 +76,7 @@ def test_modelling_code_travels_alone() -> None:
                     "transformers",
                 }
                 if path.name == "kernels_mosa.py":
-                    known |= {"triton", "functools", "os", "shutil"}  # Triton if it is there
+                    known |= {"triton", "functools", "os", "shutil"}  # Triton is optional
                 for name in names:
                     assert name.partition(".")[0] in known, (path, name)
 
@@ -88,7 +88,7 @@ UNNEEDED = {
     "rich",
     "scipy",
     "transformers",
-}  # wandb, if it is there: by Megatron-core
+}  # not wandb: Megatron-core imports it if installed
 IMPORTS = f"""
 import sys
 import megatron_mosa.kernels
@@ -98,14 +98,14 @@ print("train", *{UNNEEDED} & set(sys.modules))
 """
 
 
-def test_kernels_need_torch_alone_and_training_nothing_that_is_slow_to_import() -> None:
+def test_kernels_need_only_torch_and_training_no_slow_imports() -> None:
     command = [sys.executable, "-W", "ignore", "-c", IMPORTS]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["kernels", "train"]
 
 
 def _opens_text(call: ast.Call) -> bool:
-    """Whether a call opens, reads or writes a file or a pipe as text and leaves the encoding to the locale."""
+    """Return whether a call opens, reads or writes a text file or pipe with the locale's encoding."""
     name = getattr(call.func, "attr", getattr(call.func, "id", None))
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     if {"text", "universal_newlines"} & set(named) and "encoding" not in named:  # of subprocess
@@ -117,7 +117,7 @@ def _opens_text(call: ast.Call) -> bool:
     is_method = isinstance(call.func, ast.Attribute) and name == "open"
     modes = [*call.args[0 if is_method else 1 :], *filter(None, [named.get("mode")])]
     if is_method and call.args and not _is_mode(call.args[0]):
-        return False  # of a class of ours, or of a library that opens bytes
+        return False  # a method of our own, or of a library, that opens bytes
     return not any(_is_mode(mode) and "b" in mode.value for mode in modes)  # type: ignore[attr-defined]
 
 
@@ -125,7 +125,7 @@ def _is_mode(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and set(node.value) <= set("rwaxbt+")
 
 
-def test_text_files_are_utf_8_whatever_the_locale() -> None:
+def test_text_files_are_utf_8_in_any_locale() -> None:
     files = [
         *PACKAGE.rglob("*.py"),
         *(PACKAGE.parent / "benchmarks").rglob("*.py"),

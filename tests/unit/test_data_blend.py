@@ -149,7 +149,7 @@ def test_shares_by_hand() -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("['0.7 A', '0.2 B']", r"sum to 0.9; legal: a sum of 1, such as '0.7778 A', '0.2222 B'"),
+        ("['0.7 A', '0.2 B']", r"must sum to 1, got 0.9; scale them: '0.7778 A', '0.2222 B'"),
         ("['70 A', '30 B']", r"'70 A' is not 'WEIGHT PATH'"),
         ("['-0.5 A', '1.5 B']", r"'-0.5 A' is not 'WEIGHT PATH'"),
         ("['nan A', '1.0 B']", r"'nan A' is not 'WEIGHT PATH'"),

@@ -1,4 +1,4 @@
-"""``mosa doctor``: comparisons between nodes with numbers made by hand, and the command on this machine alone."""
+"""``mosa doctor``: comparisons between nodes with hand-made numbers, and the command on this machine."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reports(name: str, *values: object, **facts: object) -> list[Report]:
-    """One rank a node, n0, n1, ..., with a fact each."""
+    """One rank per node, n0, n1, ..., each with one value of the fact ``name``."""
     return [Report(rank, f"n{rank}", {name: value, **facts}) for rank, value in enumerate(values)]
 
 
 def judged(found: list[Report], slow: float = 1.5) -> tuple[list[str], list[str]]:
-    """Bad nodes, and those with warnings."""
+    """Return the bad nodes, and those with warnings."""
     verdict = judge(found, slow)
     warned = [node for finding in verdict.findings if not finding.is_bad for node in finding.nodes]
     return verdict.bad_nodes, warned
 
 
-def test_the_minority_is_named_and_of_equals_the_first_is_right() -> None:
+def test_minority_returns_the_odd_ranks_and_a_tie_goes_to_the_first() -> None:
     assert minority({0: "a", 1: "b", 2: "b"}) == ("b", [0])
     assert minority({1: "b", 0: "a"}) == ("a", [1])
     assert minority({0: None, 1: None}) == (None, [])
 
 
-def test_another_version_is_bad_and_another_driver_a_warning() -> None:
+def test_a_different_version_is_bad_and_a_different_driver_a_warning() -> None:
     assert judged(reports("torch", "2.6.0", "2.13.0", "2.13.0")) == (["n0"], [])
     assert judged(reports("driver", "570.1", "580.1", "580.1")) == ([], ["n0"])
     assert judged(reports("torch", "2.6.0", "2.6.0")) == ([], [])
@@ -65,9 +65,9 @@ def test_a_slow_gpu_is_bad_and_a_slow_cpu_a_warning() -> None:
     assert judged(reports("matrix_tflops", [600.0], [390.0], gpus=card)) == (["n1"], [])
     assert judged(reports("matrix_tflops", [600.0], [410.0], gpus=card)) == ([], [])  # 1.46 times
     assert judged(reports("matrix_tflops", [600.0], [410.0], gpus=card), slow=1.4) == (["n1"], [])
-    assert judged(reports("matrix_tflops", [600.0], [610.0], [990.0], gpus=card)) == ([], [])  # one is fast: no fault
+    assert judged(reports("matrix_tflops", [600.0], [610.0], [990.0], gpus=card)) == ([], [])  # one is fast
     assert judged(reports("matrix_tflops", [0.1], [0.01])) == ([], ["n1"])
-    assert judged(reports("matrix_tflops", [600.0, 600.0, 300.0], gpus=card)) == (["n0"], [])  # alone with three
+    assert judged(reports("matrix_tflops", [600.0, 600.0, 300.0], gpus=card)) == (["n0"], [])  # three GPUs on one node
 
 
 def test_a_node_that_lost_a_gpu_is_bad() -> None:
@@ -75,19 +75,19 @@ def test_a_node_that_lost_a_gpu_is_bad() -> None:
         return [{"uuid": name, "name": "H100"} for name in names]
 
     assert judged(reports("gpus", cards("a", "b"), cards("c"), cards("d", "e"))) == (["n1"], [])
-    # Each process may see its own alone: what counts is the node.
+    # Each process may see only its own GPU: GPUs are counted per node.
     bound = [Report(rank, f"n{rank // 2}", {"gpus": cards(str(rank))}) for rank in range(4)]
     assert judged(bound) == ([], [])
 
 
-def test_clocks_are_compared_with_the_median_unless_there_are_two() -> None:
+def test_clocks_are_compared_with_the_median_of_three_or_more() -> None:
     assert judged(reports("clock_offset_s", 0.0, 0.9)) == ([], [])
     assert judged(reports("clock_offset_s", 0.0, -2.0)) == ([], ["n1"])
     assert judged(reports("clock_offset_s", 0.0, 61.0)) == (["n1"], [])
     assert judged(reports("clock_offset_s", 0.0, 100.0, 100.1)) == (["n0"], [])
 
 
-def test_what_all_nodes_have_is_no_nodes_fault() -> None:
+def test_a_fault_of_all_nodes_blames_none() -> None:
     found = reports("torch", "2.6.0", "2.6.0", "2.6.0")
     for report in found:
         report.add("free space", "3 GiB free", "make room")
@@ -99,16 +99,16 @@ def test_what_all_nodes_have_is_no_nodes_fault() -> None:
     assert judge(found[:1], 1.5).bad_nodes == ["n0"]
 
 
-def test_failed_collectives_blame_those_alone_that_failed() -> None:
+def test_failed_collectives_blame_only_the_nodes_that_failed() -> None:
     found = reports("torch", "2.6.0", "2.6.0")
     found[1].facts["communication_failure"] = "all-reduce failed (x)"
     assert judge(found, 1.5).bad_nodes == ["n1"]
-    found[0].facts["communication_failure"] = "all-reduce did not end within 5 s"
+    found[0].facts["communication_failure"] = "all-reduce did not finish within 5 s"
     assert judge(found, 1.5).is_bad and judge(found, 1.5).bad_nodes == []
 
 
-def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
-    # 8 ranks, 1 GB in 10 ms: 100 GB/s of algorithm bandwidth, times 2 * 7/8, and times 7/8
+def test_bus_bandwidth_matches_the_definition_of_nccl_tests() -> None:
+    # 8 ranks, 1 GB in 10 ms: algorithm bandwidth 100 GB/s, times 2 * 7/8 or 7/8
     assert bus_bandwidth("all-reduce", 10**9, 0.01, 8) == pytest.approx(175.0)
     assert bus_bandwidth("all-gather", 10**9, 0.01, 8) == pytest.approx(87.5)
 
@@ -120,14 +120,14 @@ def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build  (dvs)",
     ],
 )
-def test_driver_version_is_read(line: str, tmp_path: Path) -> None:
+def test_the_driver_version_is_parsed(line: str, tmp_path: Path) -> None:
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.2.0\n")
     assert driver_version(tmp_path / "version") == "535.104.05"
     assert driver_version(tmp_path / "absent") is None
 
 
-def test_each_process_looks_at_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(position: int, peers: int) -> Report:
+def test_each_process_checks_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(position: int, peers: int) -> Report:
         report = Report(0, "n0")
         check_gpus(report, position, peers)
         return report
@@ -138,14 +138,14 @@ def test_each_process_looks_at_its_share_of_the_gpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="H100", uuid=f"u{i}"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((60 if i == 3 else 79) * gib, 80 * gib))
     monkeypatch.setattr(doctor_node, "matrix_tflops", lambda device: 600.0 + device.index)
-    assert look(0, 1).facts["matrix_tflops"] == [600.0, 601.0, 602.0, 603.0]
-    assert look(0, 2).facts["matrix_tflops"] == [600.0, 602.0]
-    assert [str(f) for f in look(0, 2).findings] == []
-    busy = look(1, 2).findings
+    assert check(0, 1).facts["matrix_tflops"] == [600.0, 601.0, 602.0, 603.0]
+    assert check(0, 2).facts["matrix_tflops"] == [600.0, 602.0]
+    assert [str(f) for f in check(0, 2).findings] == []
+    busy = check(1, 2).findings
     assert len(busy) == 1 and not busy[0].is_bad and "GPU 3: 20.0 of 80.0 GiB" in busy[0].what
 
 
-def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_invisible_to_torch_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nmore")
 
@@ -165,7 +165,7 @@ def test_gpus_that_torch_does_not_see_are_bad(monkeypatch: pytest.MonkeyPatch) -
     assert report.findings == []
 
 
-def test_wrong_apex_is_bad_and_its_code_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_apex_is_bad_and_never_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('the code of the wrong apex ran')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -176,7 +176,7 @@ def test_wrong_apex_is_bad_and_its_code_is_not_run(monkeypatch: pytest.MonkeyPat
     assert "apex" not in sys.modules
 
 
-def test_a_torch_that_cannot_be_imported_is_a_line(tmp_path: Path) -> None:
+def test_a_torch_that_cannot_be_imported_is_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object')\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
@@ -187,13 +187,20 @@ def test_a_torch_that_cannot_be_imported_is_a_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr + done.stdout and "verdict: bad" in done.stdout
 
 
-@pytest.mark.parametrize("option", ["--timeout=0", "--slow=1", "--minimum-disk=-1"])
-def test_wrong_options_are_exit_code_2(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--timeout=0", "--timeout must be greater than 0, got 0"),
+        ("--slow=1", "--slow must be greater than 1, got 1"),
+        ("--minimum-disk=-1", "--minimum-disk must be at least 0, got -1"),
+    ],
+)
+def test_options_out_of_range_exit_with_2(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda: app(["doctor", option])) == 2
-    assert capsys.readouterr().err.startswith(f"error: {option} is out of range; legal: ")
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_sound_machine_is_exit_code_0_and_nothing_is_left_behind(
+def test_a_healthy_machine_exits_with_0_and_nothing_is_left_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = tmp_path / "out" / "doctor.json"
@@ -201,7 +208,7 @@ def test_a_sound_machine_is_exit_code_0_and_nothing_is_left_behind(
         app(["doctor", "--run-directory", str(tmp_path / "a" / "runs"), "--json", str(found), "--minimum-disk", "0"])
     captured = capsys.readouterr()
     assert exit_.value.code == 0, captured
-    assert "verdict: well (1 node, 1 rank" in captured.out and captured.err == ""
+    assert "verdict: healthy (1 node, 1 rank" in captured.out and captured.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     content = json.loads(found.read_text())
     assert content["bad_nodes"] == [] and content["is_bad"] is False
@@ -210,7 +217,7 @@ def test_a_sound_machine_is_exit_code_0_and_nothing_is_left_behind(
     assert rank["facts"]["write_mib_s"] > 0 and rank["facts"]["matrix_tflops"][0] > 0
 
 
-def test_an_unwritable_run_directory_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_run_directory_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as exit_:
         app(["doctor", "--run-directory", str(tmp_path / "file" / "runs"), "--json", str(tmp_path / "doctor.json")])
@@ -218,19 +225,19 @@ def test_an_unwritable_run_directory_is_exit_code_1(tmp_path: Path, capsys: pyte
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith(
-        f"error: node n7: run directory {tmp_path}/file/runs cannot be written (Not a directory)"
+        f"error: node n7: could not write to run directory {tmp_path}/file/runs (Not a directory)"
     )
     assert json.loads((tmp_path / "doctor.json").read_text())["bad_nodes"] == ["n7"]
 
 
-def test_too_little_space_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_space_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         app(["doctor", "--run-directory", str(tmp_path), "--minimum-disk", "1e9"])
-    assert exit_.value.code == 1 and "1e+09 that it needs; make room" in capsys.readouterr().err
+    assert exit_.value.code == 1 and "but needs 1e+09; free some space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("found", "code"), [(0, STOPPED), (1, 1)])
-def test_a_job_that_is_to_stop_meanwhile(monkeypatch: pytest.MonkeyPatch, found: int, code: int) -> None:
+def test_sigusr1_during_the_checks(monkeypatch: pytest.MonkeyPatch, found: int, code: int) -> None:
     def examine(_: Settings) -> int:
         os.kill(os.getpid(), signal.SIGUSR1)
         return found
@@ -241,24 +248,24 @@ def test_a_job_that_is_to_stop_meanwhile(monkeypatch: pytest.MonkeyPatch, found:
     assert exit_.value.code == code
 
 
-def test_a_json_file_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_json_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     settings = Settings(tmp_path, tmp_path / "file" / "doctor.json", timeout=5, minimum_disk=0, slow=1.5)
     assert doctor_job._publish(Verdict([], [], [], []), settings) == 1
     assert "error: writing --json=" in capsys.readouterr().err
 
 
-def test_a_check_that_hangs_is_bad_and_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hanging_check_times_out_and_is_bad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     released = threading.Event()
     monkeypatch.setattr(doctor_node, "check_versions", lambda report: report.facts.update(torch=None))
     monkeypatch.setattr(doctor_node, "check_directory", lambda *_: released.wait(60))
     report = Report(0, "n0")
     assert doctor_job._look(report, ["n0"], None, Settings(tmp_path, None, timeout=0.3, minimum_disk=0, slow=1.5))
     released.set()
-    assert [finding.what for finding in report.findings] == ["the check of run directory did not end within 0.3 s"]
+    assert [finding.what for finding in report.findings] == ["the check 'run directory' did not finish within 0.3 s"]
 
 
-def test_nccl_wants_a_card_for_each_rank_and_nothing_runs_beside_a_hanging_check() -> None:
+def test_nccl_needs_one_gpu_per_rank_and_a_hanging_check_skips_collectives() -> None:
     def plan(*cards: str, stage: str = "done") -> str | None:
         gpus = [[{"uuid": card}] if card else [] for card in cards]
         found = [
@@ -272,7 +279,7 @@ def test_nccl_wants_a_card_for_each_rank_and_nothing_runs_beside_a_hanging_check
     assert plan("a", "b", stage="GPUs") is None and plan("a") is None
 
 
-def test_nodes_that_nobody_came_from_are_named_under_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_absent_nodes_are_named_under_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-5]" ] && printf "n3\\nn4\\nn5\\n"\n')
     scontrol.chmod(0o755)
@@ -282,7 +289,7 @@ def test_nodes_that_nobody_came_from_are_named_under_slurm(monkeypatch: pytest.M
     assert absent_nodes({0: "n3", 2: "n5"}) == ["n4"]
 
 
-def test_the_json_file_tells_all() -> None:
+def test_the_json_file_holds_findings_and_facts() -> None:
     report = Report(0, "n0", {"torch": "2.6.0"})
     finding = Finding("torch", "what", "fix", nodes=("n0",))
     content = json.loads(json.dumps(as_json(Verdict([], [finding], ["n0"], [report]))))

@@ -1,4 +1,4 @@
-"""What entry points do alike."""
+"""Garbage collection in entry points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from megatron_mosa.entry import run, while_loading
 
 
-def test_the_collector_leaves_alone_what_is_loaded_and_goes_on_as_before() -> None:
+def test_the_collector_ignores_imported_objects_and_then_resumes() -> None:
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     try:
         with pytest.raises(ImportError), while_loading():
@@ -24,7 +24,7 @@ def test_the_collector_leaves_alone_what_is_loaded_and_goes_on_as_before() -> No
         gc.unfreeze()
 
 
-def test_a_program_ends_without_a_last_collection() -> None:
+def test_a_program_exits_without_a_final_collection() -> None:
     made = []
     try:
         assert run(lambda: made.append({"a": []})) == 0

@@ -1,4 +1,4 @@
-"""The IsoFLOP rule against every head count, parameter count and FLOP count that the paper prints."""
+"""The IsoFLOP rule against every head count, parameter count and FLOP count printed in the paper."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ PARAMETERS = {
     "medium": ("210M", "239M", "310M", "442M", "703M", "1.2B"),
     "large": ("516M", "650M", "943M"),
 }
-# GFLOP of one sequence, forward. Medium is printed as 430.70: a slip of one digit, for Medium is Small with twice the
-# layers, and 2 * 219.85 = 439.70.
+# GFLOP of one sequence, forward. The paper prints 430.70 for Medium, a typo in one digit: Medium is Small with twice
+# the layers, and 2 * 219.85 = 439.70.
 BASELINE_GFLOP = {"tiny": "54.76", "small": "219.85", "medium": "439.70", "large": "1130.65"}
 # The hybrid with the lowest printed perplexity: sparsity, MoSA heads.
 BEST = {"tiny": (64, 505), "small": (64, 381), "medium": (32, 210), "large": (4, 60)}
@@ -53,12 +53,12 @@ def paper(name: str) -> Config:
 
 
 def solved_heads(name: str, num_dense_heads: int, how_many: int) -> tuple[int, ...]:
-    """The rule's MoSA heads at sparsity 2, 4, 8, ..."""
+    """Return the number of MoSA heads by the rule, at sparsity 2, 4, 8, ..."""
     return tuple(solve_isoflop(paper(name), 2 ** (i + 1), num_dense_heads).num_mosa_heads for i in range(how_many))
 
 
 def family(name: str) -> list[Config]:
-    """The dense baseline and its printed hybrids, head counts from the paper, not from the solver."""
+    """Return the dense baseline and its hybrids, with head counts from the paper, not from the solver."""
     dense = paper(name)
     hybrids = [
         replace(
@@ -72,7 +72,7 @@ def family(name: str) -> list[Config]:
 
 
 def rounded_like(count: int, printed: str) -> str:
-    """``count`` with the unit and the decimals of ``printed``."""
+    """Format ``count`` with the unit and the decimals of ``printed``."""
     number, unit = printed[:-1], printed[-1]
     decimals = len(number.partition(".")[2])
     return f"{count / {'M': 1e6, 'B': 1e9}[unit]:.{decimals}f}{unit}"
@@ -98,9 +98,9 @@ def test_every_parameter_count_of_the_paper(name: str) -> None:
     """All 25 printed counts, to the printed rounding.
 
     This model has no biases. Medium at sparsity 2 and 4 then rounds to one million less than printed (238.44 and
-    309.49 M for 239 and 310). With the biases of the MLP's two matrices, d_ff + h a layer, 0.09 M in Medium, every
-    count comes out as printed, and it takes a bias of d_ff for that: those of other matrices are too small. So the
-    authors' MLP most probably had biases, though the paper does not say so.
+    309.49 M for 239 and 310). With biases in the MLP's two matrices, d_ff + h per layer (0.09 M in Medium), every count
+    comes out as printed. Only a bias of size d_ff is large enough for that; those of other matrices are too small. So
+    the authors' MLP most probably had biases, though the paper does not say so.
     """
     short = {"239M": "238M", "310M": "309M"} if name == "medium" else {}
     for config, printed in zip(family(name), PARAMETERS[name], strict=True):
@@ -135,7 +135,7 @@ def test_the_result_fits_and_one_more_head_does_not(sparsity: float, num_dense_h
         (60, 9, 1.125, 1, 1),  # both cost 9288 (k = 8)
     ],
 )
-def test_a_budget_that_is_met_exactly_is_spent(
+def test_a_budget_that_fits_exactly_is_used_up(
     hidden: int, length: int, sparsity: float, dense_heads: int, mosa_heads: int
 ) -> None:
     dense = load_config(
@@ -154,18 +154,20 @@ def test_a_budget_that_is_met_exactly_is_spent(
 @pytest.mark.parametrize(
     ("overrides", "sparsity", "num_dense_heads", "parts"),
     [
-        ([], 2.0, 9, ["sparsity 2", "beside 9 dense heads", "model.num_dense_heads=9", "nothing", "legal: 0 to 8"]),
-        ([], 2.0, 12, ["beside 12 dense heads", "nothing", "legal: 0 to 8"]),
-        # k = T: a MoSA head is a dense one and a router, so two dense heads must go for it.
-        ([], 1.0, 8, ["sparsity 1", "beside 8 dense heads", "3.221 GFLOP is left", "3.228", "legal: 0 to 7"]),
+        ([], 2.0, 9, ["sparsity 2", "next to 9 dense heads", "model.num_dense_heads=9", "nothing", "use 0 to 8"]),
+        ([], 2.0, 12, ["next to 12 dense heads", "nothing", "use 0 to 8"]),
+        # k = T: a MoSA head is a dense head plus a router, so two dense heads must make room for it.
+        ([], 1.0, 8, ["sparsity 1", "next to 8 dense heads", "3.221 GFLOP is left", "3.228 GFLOP", "use 0 to 7"]),
         (["model.num_dense_heads=1"], 1.0, 0, ["greater sparsity"]),
-        (["mosa.num_heads=3"], 2.0, 4, ["mosa.num_heads=3", "legal: 0", "configs/paper/tiny.yaml"]),
-        ([], 0.5, 4, ["sparsity 0.5", "legal: 1"]),
-        ([], float("nan"), 4, ["sparsity nan", "legal: 1"]),
-        ([], 2.0, -1, ["-1 dense heads", "legal: 0"]),
+        (["mosa.num_heads=3"], 2.0, 4, ["mosa.num_heads must be 0, got 3", "configs/paper/tiny.yaml"]),
+        ([], 0.5, 4, ["sparsity must be at least 1 (every token), got 0.5"]),
+        ([], float("nan"), 4, ["sparsity must be at least 1 (every token), got nan"]),
+        ([], 2.0, -1, ["dense heads must be at least 0 (pure MoSA), got -1"]),
     ],
 )
-def test_what_cannot_be_solved(overrides: list[str], sparsity: float, num_dense_heads: int, parts: list[str]) -> None:
+def test_unsolvable_inputs_are_rejected(
+    overrides: list[str], sparsity: float, num_dense_heads: int, parts: list[str]
+) -> None:
     baseline = load_config(PAPER / "tiny.yaml", overrides)
     with pytest.raises(UserError) as error:
         solve_isoflop(baseline, sparsity, num_dense_heads)
@@ -174,13 +176,13 @@ def test_what_cannot_be_solved(overrides: list[str], sparsity: float, num_dense_
         assert part in str(error.value)
 
 
-def test_the_largest_legal_number_of_dense_heads_is_legal() -> None:
+def test_the_suggested_number_of_dense_heads_fits() -> None:
     assert solve_isoflop(paper("tiny"), 1.0, 7).num_mosa_heads == 1
     assert solve_isoflop(paper("tiny"), 2.0, 8).num_mosa_heads >= 1
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_mosa_configurations_are_the_rules_results(name: str) -> None:
+def test_the_mosa_configurations_follow_the_rule(name: str) -> None:
     dense, mosa = paper(name), paper(f"{name}_mosa")
     sparsity, heads = BEST[name]
     solved: IsoflopModel = solve_isoflop(dense, sparsity, mosa.model.num_dense_heads)
@@ -189,12 +191,12 @@ def test_the_mosa_configurations_are_the_rules_results(name: str) -> None:
     model = mosa.model
     head = mosa_head_flops(model.hidden_size, model.head_dim, 1024, 1024 // sparsity)
     assert 0 <= paper_flops(dense) - paper_flops(mosa) < model.num_layers * head
-    # Everything but the heads is shared, so that the two runs compare.
+    # Everything but the heads is the same, so that the two runs are comparable.
     assert replace(solved.config, run=mosa.run) == mosa
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_recipe_is_the_papers(name: str) -> None:
+def test_the_recipe_matches_the_paper(name: str) -> None:
     for config in (paper(name), paper(f"{name}_mosa")):
         assert (config.train.steps, config.train.global_batch_size) == (100_000, 64)
         optimizer = config.optimizer
@@ -205,20 +207,20 @@ def test_the_recipe_is_the_papers(name: str) -> None:
         assert config.data == paper("tiny").data  # one dataset for all
 
 
-def test_the_paper_configurations_are_these() -> None:
+def test_the_paper_directory_is_complete() -> None:
     names = {path.stem for path in PAPER.glob("*.yaml")}
     assert names == {*SIZES, *(f"{name}_mosa" for name in SIZES)}
     assert all(paper(name).run.name == f"paper_{name}" for name in names)
 
 
 def rows(*arguments: str) -> list[list[str]]:
-    """The cells of the table that ``mosa isoflop`` prints."""
+    """Return the cells of the table that ``mosa isoflop`` prints."""
     result = CliRunner().invoke(app, ["isoflop", *arguments], catch_exceptions=False, env={"COLUMNS": "100"})
     assert result.exit_code == 0
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in result.stdout.splitlines() if "│" in line]
 
 
-def test_the_command_prints_baseline_and_solutions() -> None:
+def test_the_command_prints_the_baseline_and_solutions() -> None:
     tiny = str(PAPER / "tiny.yaml")
     assert rows(tiny, "--sparsity", "2,64") == [
         ["dense", "", "9", "0", "54.76", "100.00 %", "27.9 M"],
@@ -230,6 +232,6 @@ def test_the_command_prints_baseline_and_solutions() -> None:
     assert pure[1][2:5] == ["0", "197", "439.39"]
 
 
-def test_the_command_refuses_a_sparsity_that_is_no_number() -> None:
-    with pytest.raises(UserError, match="--sparsity=2,x: 'x' is not a number; legal: "):
+def test_the_command_rejects_a_sparsity_that_is_not_a_number() -> None:
+    with pytest.raises(UserError, match="--sparsity=2,x: 'x' is not a number; give comma-separated numbers"):
         CliRunner().invoke(app, ["isoflop", str(PAPER / "tiny.yaml"), "--sparsity", "2,x"], catch_exceptions=False)

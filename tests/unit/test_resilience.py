@@ -1,4 +1,4 @@
-"""Signals, deadlines, watchdog, spikes, status: each in processes of its own or by itself."""
+"""Signals, deadlines, watchdog, spikes, status and fault injection, each alone or in a process of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ signals = Signals()
 signals.listen()
 print("ready", flush=True)
 if sys.argv[1] == "blocked":
-    lock = threading.Lock(); lock.acquire(); os.read(os.pipe()[0], 1)  # a system call that no signal ends
+    lock = threading.Lock(); lock.acquire(); os.read(os.pipe()[0], 1)  # a system call that signals do not interrupt
 interruption = Interruption(signals, None)
 while interruption.agreed() is None:
     time.sleep(0.01)
@@ -51,7 +51,7 @@ signals.close()
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process that has said that it is ready."""
+    """Start a process and wait until it prints that it is ready."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -61,14 +61,14 @@ def start(program: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
+def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
     process = start(LISTENER, "ends")
     process.send_signal(number)
     assert process.communicate(timeout=240)[0] == f"{number.name}\n"
     assert process.returncode == 0
 
 
-def test_a_notice_waits_until_the_imports_are_done() -> None:
+def test_sigusr1_is_held_until_the_imports_are_done() -> None:
     process = start(LISTENER, "imports")
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=240)[0] == "ready\nSIGUSR1\n"
@@ -76,20 +76,20 @@ def test_a_notice_waits_until_the_imports_are_done() -> None:
 
 
 @pytest.mark.parametrize("how", ["stays", "blocked"])
-def test_the_second_signal_of_a_kind_ends_a_process_at_once(how: str) -> None:
+def test_a_second_signal_of_the_same_kind_ends_the_process_at_once(how: str) -> None:
     process = start(LISTENER, how)
     process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGTERM)  # a notice, then the order
+    process.send_signal(signal.SIGTERM)  # another kind of signal
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     errors = process.communicate(timeout=240)[1]
     assert (process.returncode, time.monotonic() - begun < 5) == (128 + signal.SIGTERM, True)
-    assert "SIGTERM for the second time" in errors
+    assert "received SIGTERM a second time" in errors
 
 
-def test_forked_processes_do_not_speak_for_their_parent() -> None:
+def test_signals_to_forked_processes_do_not_reach_the_parent() -> None:
     program = LISTENER.replace(
         'print("ready", flush=True)',
         """
@@ -109,12 +109,12 @@ print("ready", flush=True)""",
     assert process.communicate(timeout=240)[0] == "SIGTERM\n"
 
 
-def test_the_time_limit_is_a_reason_too() -> None:
+def test_the_time_limit_is_a_reason_to_stop() -> None:
     assert Interruption(Signals(), time.time() + 60).agreed() is None
     assert Interruption(Signals(), time.time() - 1).agreed() == TIME_LIMIT
 
 
-def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_end_time_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)
     assert deadline.job_end() is None
@@ -132,7 +132,7 @@ def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_knows_when_to_stop_before_the_jobs_end(
+def test_rank_0_sets_the_deadline_before_the_end_of_the_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
@@ -142,7 +142,7 @@ def test_rank_0_knows_when_to_stop_before_the_jobs_end(
     config = Config(resilience=ResilienceSection(stop_before_limit=300.0, hang_timeout=0))
     survival = Survival.begin(config, tmp_path, rank)
     survival.end()
-    assert survival.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is asked once for all ranks
+    assert survival.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is called once for all ranks
 
 
 WATCHED = """
@@ -150,7 +150,7 @@ import os, signal, sys, time
 from pathlib import Path
 from megatron_mosa.resilience import watchdog
 watchdog.GRACE_SECONDS = 0.5
-dog = watchdog.Watchdog(Path(sys.argv[1]), 3, 1.0, lambda: print("told", flush=True))
+dog = watchdog.Watchdog(Path(sys.argv[1]), 3, 1.0, lambda: print("on_hang", flush=True))
 dog.start()
 print("ready", flush=True)
 def hang_here():
@@ -162,17 +162,17 @@ hang_here()
 """
 
 
-def test_the_watchdog_leaves_stacks_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
+def test_the_watchdog_dumps_stacks_and_ends_a_hanging_process(tmp_path: Path) -> None:
     process = start(WATCHED, str(tmp_path / "stacks"))
     begun = time.monotonic()
     output, errors = process.communicate(timeout=240)
     assert process.returncode == HUNG and 3 < time.monotonic() - begun < 8  # 2 s of steps, 1 of silence, the grace
-    assert output == "told\n" and "no progress for 1 s while taking step 4" in errors
+    assert output == "on_hang\n" and "no progress for 1 s while taking step 4" in errors
     stacks = (tmp_path / "stacks" / "rank-00003.txt").read_text()
     assert "hang_here" in stacks and "while taking step 4" in stacks
 
 
-def test_time_in_which_a_process_was_stopped_is_no_hang(tmp_path: Path) -> None:
+def test_time_during_which_a_process_is_stopped_is_not_a_hang(tmp_path: Path) -> None:
     process = start(WATCHED, str(tmp_path))
     process.send_signal(signal.SIGSTOP)
     time.sleep(6)
@@ -183,28 +183,28 @@ def test_time_in_which_a_process_was_stopped_is_no_hang(tmp_path: Path) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize(("stopped", "goes_off_after"), [(0, 11), (100, 111), (4, 11)])
-def test_only_the_silence_of_a_process_that_runs_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, goes_off_after: int
+@pytest.mark.parametrize(("stopped", "fires_after"), [(0, 11), (100, 111), (4, 11)])
+def test_only_the_silence_of_a_running_process_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, fires_after: int
 ) -> None:
-    """It looks every second; in the fifth the process is stopped, or only slow."""
-    now, went_off = 0, []
+    """The watchdog checks every second; in the fifth the process is stopped, or merely slow."""
+    now, fired = 0, []
 
     class Seconds:
         def wait(self, interval: float) -> bool:
             nonlocal now
             now += max(1, stopped) if now == 4 else 1
-            return bool(went_off) or now > 200
+            return bool(fired) or now > 200
 
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
     dog = watchdog.Watchdog(tmp_path, 0, 10, lambda: None)
     monkeypatch.setattr(dog, "_ended", Seconds())
-    monkeypatch.setattr(dog, "_bark", lambda: went_off.append(now))
+    monkeypatch.setattr(dog, "_fire", lambda: fired.append(now))
     dog._watch()
-    assert went_off == [goes_off_after]
+    assert fired == [fires_after]
 
 
-def test_spikes_stand_out_of_their_past_and_do_not_enter_it() -> None:
+def test_spikes_exceed_the_window_and_do_not_enter_it() -> None:
     spikes = SpikeDetector(sigmas=6, window=4)
     losses = [5.0, 5.1, 4.9, 5.0]  # deviation 0.0707
     assert [spikes.excess(loss) for loss in losses] == [None] * 4
@@ -213,8 +213,8 @@ def test_spikes_stand_out_of_their_past_and_do_not_enter_it() -> None:
     for loss in losses:
         spikes.excess(loss)
     assert spikes.excess(5.43) == pytest.approx(0.43 / 0.005**0.5)
-    assert spikes.excess(5.43) is not None  # it was not taken for normal
-    assert spikes.excess(1.0) is None  # better is no spike
+    assert spikes.excess(5.43) is not None  # the first spike did not enter the window
+    assert spikes.excess(1.0) is None  # a lower loss is not a spike
 
 
 def test_status_of_a_run(tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     now = content["updated"]
     assert is_well(content, now + 59) and not is_well(content, now + 61)
     assert facts(content, now)["time left"] == "0:00:06"
-    assert facts(content, now + 100)["state"].startswith("no sign of life for 0:01:40; last: training")
+    assert facts(content, now + 100)["state"].startswith("no update for 0:01:40; last: training")
     other.end(HUNG, "rank 1: no progress")
-    status.end(FAILED, "rank 0: connection closed")  # what followed from it
+    status.end(FAILED, "rank 0: connection closed")  # a consequence of the hang
     content = read_status(tmp_path)
     assert content is not None and (content["state"], content["exit_code"], content["step"]) == ("hung", HUNG, 7)
     assert not is_well(content, now)
@@ -242,22 +242,22 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     again.begin()
     content = read_status(tmp_path)
     assert content is not None and (content["starts"], content["step"], "exit_code" in content) == (2, 7, False)
-    for code, well in ((STOPPED, True), (DONE, True), (FAILED, False)):
+    for code, healthy in ((STOPPED, True), (DONE, True), (FAILED, False)):
         again = RunStatus(tmp_path, is_main=True)
         again.begin()
         again.end(code)
         content = read_status(tmp_path)
-        assert content is not None and is_well(content, now + 1e6) is well
+        assert content is not None and is_well(content, now + 1e6) is healthy
 
 
-def test_a_mistake_before_the_beginning_is_noted_for_the_batch_script(
+def test_a_mistake_before_the_start_is_recorded_for_the_batch_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOSA_ATTEMPT", "7-0-1")
     running = RunStatus(tmp_path, is_main=True)
     running.begin()
     monkeypatch.setenv("MOSA_ATTEMPT", "7-0-2")
-    for rank, reason in enumerate(("world size 1", "another")):  # the second rank to say so is not believed
+    for rank, reason in enumerate(("world size 1", "another")):  # only the first reason counts
         RunStatus(tmp_path, is_main=rank == 0).end(WRONG_USE, reason)
     content = read_status(tmp_path)
     assert content is not None
@@ -276,11 +276,11 @@ def test_mosa_status(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["status", str(run), "--watch", "--interval", "0.1"])
     assert result.exit_code == 1
     assert re.search(r"failed: rank 4: out of memory", result.output) and "3 of 9" in result.output
-    with pytest.raises(UserError, match=r"has no status.json that can be read.*; runs beside it: one"):
+    with pytest.raises(UserError, match=r"has no status.json that can be read.*; other runs there: one"):
         CliRunner().invoke(app, ["status", str(run.parent / "two")], catch_exceptions=False)
 
 
-def test_a_fault_is_had_once_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_fault_is_injected_once_at_its_place_and_step(tmp_path: Path) -> None:
     section = FaultInjectionSection(fault="error", rank=1, step=3, place="validation")
     FaultInjection(section, tmp_path, 0).strike("validation", 3)
     faults = FaultInjection(section, tmp_path, 1)
@@ -292,19 +292,19 @@ def test_a_fault_is_had_once_where_it_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["nan", "garbage"])
-def test_a_fault_of_data_is_of_one_step_on_one_rank(tmp_path: Path, fault: str) -> None:
+def test_a_data_fault_affects_one_step_on_one_rank(tmp_path: Path, fault: str) -> None:
     section = FaultInjectionSection(fault=fault, rank=1, step=3)
     batches = [{"labels": torch.tensor([[3, 4]]), "loss_mask": torch.ones(1, 2)} for _ in range(2)]
 
-    def changed(rank: int, step: int) -> list[tuple[bool, bool]]:
-        """Whether each batch has other labels, and a mask that makes its loss NaN."""
+    def changed_batches(rank: int, step: int) -> list[tuple[bool, bool]]:
+        """Whether each batch has garbage labels, and whether it has a NaN loss mask."""
         found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step - 1, 2))
         return [((b["labels"] == 0).all().item(), b["loss_mask"].isnan().all().item()) for b in found]  # type: ignore
 
     untouched = [(False, False)] * 2
-    assert changed(0, 3) == changed(1, 2) == untouched
-    assert changed(1, 3) == [(fault == "garbage", fault == "nan")] * 2
-    assert changed(1, 3) == untouched  # once
+    assert changed_batches(0, 3) == changed_batches(1, 2) == untouched
+    assert changed_batches(1, 3) == [(fault == "garbage", fault == "nan")] * 2
+    assert changed_batches(1, 3) == untouched  # once
     assert batches[0]["labels"].tolist() == [[3, 4]] and batches[0]["loss_mask"].all()
 
 

@@ -1,4 +1,4 @@
-"""A chain of jobs, submitted to a program that only pretends to be sbatch."""
+"""A chain of jobs, submitted to a fake sbatch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ echo "$((100 + number));cluster"
 
 @pytest.fixture
 def submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
-    """Of three jobs."""
+    """A chain of three jobs."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(SBATCH)
     (tmp_path / "bin" / "sbatch").chmod(0o755)
@@ -44,7 +44,7 @@ def submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
     return Submission(config, request, tmp_path / "run" / "submit" / "now", "mosa submit")
 
 
-def test_each_job_of_a_chain_waits_for_the_one_before(submission: Submission, tmp_path: Path) -> None:
+def test_each_job_of_a_chain_waits_for_the_previous_one(submission: Submission, tmp_path: Path) -> None:
     assert submission.submit() == ["101", "102", "103"]
     script = str(submission.folder / "job.sbatch")
     assert (tmp_path / "calls").read_text().splitlines() == [
@@ -56,7 +56,7 @@ def test_each_job_of_a_chain_waits_for_the_one_before(submission: Submission, tm
     assert "export MOSA_CHAIN=now\n" in Path(script).read_text()
 
 
-def test_a_chain_that_is_refused_names_the_jobs_that_wait(
+def test_a_refused_chain_names_the_jobs_already_submitted(
     submission: Submission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFUSED", "3")

@@ -1,4 +1,4 @@
-"""Does a run that ended start again? The policy, its memory in slurm.json, and what the batch script reads."""
+"""Whether a run that ended starts again: the policy, its state in slurm.json, and the output for the batch script."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_exit_codes(code: int, verdict: str, failures: int) -> None:
     assert (record.verdict, record.failures, record.reason) == (verdict, failures, "why")
 
 
-def test_waits_double_up_to_ten_minutes_and_end_at_the_cap() -> None:
+def test_waits_double_up_to_ten_minutes_until_retries_run_out() -> None:
     record = Record()
     waits = [judge(record, 1, "crash", 0, max_retries=8, backoff=10) for _ in range(8)]
     assert waits == [10, 20, 40, 80, 160, 320, 600, 600]
@@ -65,13 +65,13 @@ def test_waits_double_up_to_ten_minutes_and_end_at_the_cap() -> None:
 
 def test_only_a_newer_checkpoint_resets_the_count() -> None:
     record = Record(failures=5, step=10)
-    judge(record, 75, "stopped", 10, max_retries=5, backoff=10)  # a stop is no failure, nor is it progress
+    judge(record, 75, "stopped", 10, max_retries=5, backoff=10)  # a stop is neither a failure nor progress
     assert record.failures == 5
     assert judge(record, 1, "crash", 11, max_retries=5, backoff=10) == 10
     assert (record.failures, record.step) == (1, 11)
 
 
-def test_what_the_run_wrote_counts_if_it_is_of_this_attempt(tmp_path: Path) -> None:
+def test_the_runs_own_status_counts_if_this_attempt_wrote_it(tmp_path: Path) -> None:
     leave_status(tmp_path, attempt="7-0-1", state="stopped", exit_code=75, reason="SIGUSR1")
     assert outcome(tmp_path, "7-0-1", 137) == (75, "SIGUSR1")  # srun killed a slower rank
     assert outcome(tmp_path, "7-0-2", 137) == (137, "killed by signal 9")
@@ -82,7 +82,7 @@ def test_what_the_run_wrote_counts_if_it_is_of_this_attempt(tmp_path: Path) -> N
     assert outcome(tmp_path, "7-0-2", 76) == (76, "hung")
 
 
-def test_a_checkpoint_counts_when_it_is_published(tmp_path: Path) -> None:
+def test_only_published_checkpoints_count(tmp_path: Path) -> None:
     assert checkpoint_step(tmp_path) == 0
     for name in ("step-00000004", "step-00000012", "step-00000003", "damaged-step-00000090", ".writing-step-99"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -95,7 +95,7 @@ def call(run: Path, code: int, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_program_prints_a_verdict_and_remembers(tmp_path: Path) -> None:
+def test_the_program_prints_a_verdict_and_keeps_count(tmp_path: Path) -> None:
     variables = {"MOSA_ATTEMPT": "1-0-1", "MOSA_BACKOFF_SECONDS": "3", "MOSA_MAX_RETRIES": "2"}
     run = tmp_path / "run"
     lines = [call(run, code, **variables).stdout for code in (1, 137, 1)]
@@ -108,7 +108,7 @@ def test_the_program_prints_a_verdict_and_remembers(tmp_path: Path) -> None:
     assert call(run, 0, MOSA_ATTEMPT="1-0-2").stdout == "done\n0\n"
 
 
-def test_the_program_needs_no_torch(tmp_path: Path) -> None:
+def test_the_program_does_not_import_torch(tmp_path: Path) -> None:
     code = "import sys, megatron_mosa.slurm.begin, megatron_mosa.slurm.verdict; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(QUICKSTART.parents[1])})
 
@@ -135,17 +135,20 @@ def test_an_attempt_of_a_layout_that_does_not_fit_does_not_begin(tmp_path: Path)
     ]
 
 
-def test_wrong_uses_are_one_line(tmp_path: Path) -> None:
+def test_usage_errors_are_one_line(tmp_path: Path) -> None:
     done = call(tmp_path, 1, MOSA_MAX_RETRIES="many")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: MOSA_MAX_RETRIES=many: legal: ")
-    with pytest.raises(UserError, match="MOSA_BACKOFF_SECONDS=-1: legal: "), pytest.MonkeyPatch.context() as patch:
+    assert done.stderr.startswith("error: MOSA_MAX_RETRIES must be a number of at least 0, got many")
+    with (
+        pytest.raises(UserError, match="MOSA_BACKOFF_SECONDS must be .*, got -1"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("MOSA_BACKOFF_SECONDS", "-1")
         settle(Record(), tmp_path, 1, "")
 
 
 class Run:
-    """The run directory of a quickstart of 100 steps."""
+    """The run directory of a quickstart with 100 steps."""
 
     def __init__(self, folder: Path) -> None:
         self.config = load_config(QUICKSTART, [f"run.directory={folder}", "train.steps=100"])
@@ -164,7 +167,7 @@ class Run:
         return settle(Record.read(self.path), self.path, code, "why")
 
 
-def test_an_attempt_that_nobody_saw_end_is_a_failure_unless_it_said_otherwise(tmp_path: Path) -> None:
+def test_an_attempt_whose_end_nobody_saw_is_a_failure_unless_its_status_differs(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.begin("1-0-1") == "go"
     assert run.begin("1-1-1") == "go"
@@ -177,7 +180,7 @@ def test_an_attempt_that_nobody_saw_end_is_a_failure_unless_it_said_otherwise(tm
     assert run.begin("1-7-1").startswith("stop 6 failures in a row")
 
 
-def test_a_chain_ends_with_the_run_and_a_longer_run_goes_on(tmp_path: Path) -> None:
+def test_a_chain_ends_with_the_run_and_a_longer_run_continues(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.begin("1-0-1", chain="a") == "go"
     leave_checkpoint(run.path, 100)
@@ -187,7 +190,7 @@ def test_a_chain_ends_with_the_run_and_a_longer_run_goes_on(tmp_path: Path) -> N
     assert run.begin("3-0-1") == "go"
 
 
-def test_a_stop_ends_its_chain_and_a_new_submission_starts_afresh(tmp_path: Path) -> None:
+def test_a_stop_ends_its_chain_and_a_new_submission_resets_the_count(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.begin("1-0-1", chain="a") == "go"
     assert run.end(3) == "stop why"
