@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.recompute import is_repetition
-from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels import Documents, get_backend, naive
 from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.documents import document_attention
-from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary
+from megatron_mosa.kernels.naive import HISTOGRAM_BINS
 from megatron_mosa.kernels.window import sliding_window_attention
 
 THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
@@ -101,20 +101,19 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
-    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
-        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
+    def forward(
+        self, hidden_states: Tensor, documents: Documents | None = None, kernels: ModuleType = naive
+    ) -> Tensor:
+        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads.
+
+        Args:
+            kernels: whose ``split_heads`` takes the projection apart.
+        """
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
         qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
-        query, key, value = qkv.split((queries, 1, 1), dim=3)  # [T, B, G, queries | 1 | 1, h']
-        query, key, value = (
-            part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value)
-        )  # [B, H | G, T, h']
-        positions = torch.arange(length, device=hidden_states.device)
-        if documents is not None and config.mosa_restart_rotary:
-            positions = documents.positions.unsqueeze(1)  # [B, 1, T]
-        query = apply_rotary(query, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
-        key = apply_rotary(key, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
+        starts = documents.starts if documents is not None and config.mosa_restart_rotary else None
+        query, key, value = kernels.split_heads(qkv, config.mosa_rotary_percent, config.mosa_rotary_base, starts)
         attended = self.attend(query, key, value, documents)  # [B, H, T, h']
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
 

@@ -13,6 +13,7 @@ from megatron_mosa.kernels.triton.ops import (
     fused_select_above,
     fused_select_tokens,
 )
+from megatron_mosa.kernels.triton.rotary import fused_split_heads
 from megatron_mosa.kernels.triton.selection import count_followed
 
 
@@ -100,3 +101,11 @@ def selected_attention(
         restart_rotary,
         deterministic,
     )[0]
+
+
+def split_heads(
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``naive.split_heads``."""
+    query, key, value = fused_split_heads(qkv, rotary_percent, rotary_base, document_starts)  # [T, B, H | G, h']
+    return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
