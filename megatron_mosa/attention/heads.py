@@ -176,17 +176,36 @@ class MosaHeads(PartitionedHeads):
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
-        config = self.config
-        states = hidden_states.transpose(0, 1)  # [B, T, h]
-        kernels = get_backend(config.mosa_backend, states, config.head_dim)
-        scores = kernels.router_scores(states, self.router_weight)
-        states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
-        if config.mosa_selection == "threshold" and self.training and not is_repetition():
-            kernels.count_scores(scores, self.histogram)
-        indices, slots = self._select(kernels, scores, documents)
+        kernels = get_backend(self.config.mosa_backend, hidden_states, self.config.head_dim)
+        counts, above = self.training and not is_repetition(), self.selects_above(self.training)
+        output, scores, indices = self.attend(hidden_states, documents, kernels, counts, above)
         if self.records_selection:
             self.selection = scores.detach(), indices
             self.dropped = self._dropped(kernels, scores, indices, documents)
+        return output
+
+    def attend(
+        self, hidden_states: Tensor, documents: Documents | None, kernels: ModuleType, counts: bool, above: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass with what it depends on beside tensors; records nothing.
+
+        Args:
+            hidden_states: [T, B, h].
+            documents: of the batch, or None.
+            kernels: the backend.
+            counts: whether scores are counted for the thresholds, if there are any.
+            above: as ``selects_above`` says.
+
+        Returns:
+            The output, [T, B, h], the scores, [B, E / tp, T], and the indices, [B, E / tp, k].
+        """
+        config = self.config
+        states = hidden_states.transpose(0, 1)  # [B, T, h]
+        scores = kernels.router_scores(states, self.router_weight)
+        states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
+        if counts and config.mosa_selection == "threshold":
+            kernels.count_scores(scores, self.histogram)
+        indices, slots = self._select(kernels, scores, documents, above)
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -200,15 +219,15 @@ class MosaHeads(PartitionedHeads):
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
         )
-        return output.transpose(0, 1)
+        return output.transpose(0, 1), scores, indices
 
     def _select(
-        self, kernels: ModuleType, scores: Tensor, documents: Documents | None
+        self, kernels: ModuleType, scores: Tensor, documents: Documents | None, above: bool
     ) -> tuple[Tensor, Documents | None]:
         """Indices [B, E / tp, k], and the slots as packed documents where a number of each document was selected."""
         config, length = self.config, scores.shape[-1]
         starts = None if documents is None else documents.starts
-        if self.selects_above(self.training):
+        if above:
             capacity = config.capacity(length) if self.training else None
             return kernels.select_above(scores, self.thresholds, capacity, starts, *self._feedback), None
         quotas, slots, num_selected = None, None, config.num_selected(length)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.triton.loss import linear_cross_entropy
 from megatron_mosa.kernels.triton.ops import (
     fused_attention,
     fused_count_scores,
@@ -15,6 +16,11 @@ from megatron_mosa.kernels.triton.ops import (
 )
 from megatron_mosa.kernels.triton.rotary import fused_split_heads
 from megatron_mosa.kernels.triton.selection import count_followed
+
+__all__ = [
+    "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above", "select_tokens",
+    "selected_attention", "split_heads",
+]  # fmt: skip
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
