@@ -14,9 +14,9 @@ from megatron_mosa.attention.recompute import MosaTransformerLayer
 class DecoderLayer(torch.nn.Module):
     """What a ``MosaTransformerLayer`` computes in training, with its parameters: dense and MoSA heads, and the MLP.
 
-    Megatron's own layer does not compile in one piece. This one is for one tensor-parallel rank, whole sequences without
-    documents, no local heads and no recompute. A class, and not a function made for each layer, because all its
-    instances share one compiled graph.
+    Megatron's own layer does not compile in one piece. This one is for one tensor-parallel rank, whole sequences
+    without documents, no local heads and no recompute. A class, and not a function made for each layer, because all
+    its instances share one compiled graph.
 
     Args:
         layer: whose parameters are used. This module is no parent of it in the model: register it nowhere.
@@ -45,7 +45,7 @@ class DecoderLayer(torch.nn.Module):
         return hidden_states + F.linear(states, layer.mlp.linear_fc2.weight)
 
 
-def _normalized(norm: torch.nn.Module, states: Tensor) -> Tensor:
+def _normalized(norm: object, states: Tensor) -> Tensor:
     if isinstance(norm, torch.nn.LayerNorm):
         return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     assert isinstance(norm, torch.nn.RMSNorm)

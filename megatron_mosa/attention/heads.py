@@ -101,9 +101,7 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
-    def forward(
-        self, hidden_states: Tensor, documents: Documents | None = None, kernels: ModuleType = naive
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, documents: Documents | None = None, kernels: ModuleType = naive) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -96,7 +97,7 @@ def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype
 
 
 def language_model_loss(
-    model: torch.nn.Module,
+    model: Callable[..., Tensor],
     tokens: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
@@ -105,7 +106,7 @@ def language_model_loss(
     """Sum of the token losses and number of tokens that count.
 
     Args:
-        model: a MosaGPTModel or an engine around one.
+        model: a MosaGPTModel, its forward pass, or an engine around one.
         tokens, labels: int64 [B, T].
         loss_mask: [B, T], 1 where the label counts.
         document_starts: int64 [B, T], best on the CPU: where each token's document begins, for a model whose attention

@@ -29,6 +29,7 @@ class MosaGPTModel(GPTModel):
         Args:
             kernels: the Triton backend.
         """
+        torch.compiler.reset()  # what an earlier model in this process has compiled counts towards the same limit
         self._kernels = kernels
         self._compiled_layers = tuple(DecoderLayer(cast(Any, layer), kernels) for layer in self.decoder.layers)
         for layer in self._compiled_layers:
@@ -46,16 +47,16 @@ class MosaGPTModel(GPTModel):
     ) -> Tensor:
         """As GPTModel; with ``labels`` and ``loss_mask``, [B, T] both, the masked sum of losses, an fp32 scalar."""
         if labels is None or loss_mask is None:
-            return super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **options)
+            return super().forward(input_ids, position_ids, attention_mask, *args, labels=cast(Any, labels), **options)
         if not self._compiled_layers:
             losses = super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **options)
             return (losses.float() * loss_mask).sum()
-        hidden_states = self.embedding(input_ids=input_ids, position_ids=position_ids)  # [T, B, h]
+        hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)  # [T, B, h]
         if self.training and torch.is_grad_enabled():
             above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
             for layer in self._compiled_layers:
                 hidden_states = layer(hidden_states, above)
-            hidden_states = self.decoder.final_layernorm(hidden_states)
+            hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
         else:
             hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=attention_mask)
         shared = self.share_embeddings_and_output_weights

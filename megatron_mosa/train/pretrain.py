@@ -130,6 +130,8 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         mark_documents=config.model.attend_within_documents,
     )
     engine = DeepSpeedEngine(config, vocab_size, layout)
+    if layout.device.type == "cuda":
+        writers.note(str(engine.acceleration))
     store = CheckpointStore.of(start.directory, config.checkpoint)
     for path, damage in start.damaged:
         aside = on_main_rank(functools.partial(store.set_aside, path))

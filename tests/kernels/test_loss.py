@@ -13,7 +13,7 @@ def check_loss(number: int, width: int, vocabulary: int, dtype: torch.dtype, dev
     """Value and gradients, with unequal weights of tokens, some of them 0 with a target that is no token."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(number, width, generator=generator).to(dtype)
-    weight = torch.randn(vocabulary, width, generator=generator).to(dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) * width**-0.5).to(dtype)  # logits of about 1
     targets = torch.randint(0, vocabulary, (number,), generator=generator)
     weights = torch.rand(number, generator=generator)
     weights[1::3] = 0

@@ -73,7 +73,12 @@ def _rotary_kernel(
 
 
 def _launch(
-    qkv: Tensor, parts: tuple[Tensor, Tensor, Tensor], percent: float, base: float, starts: Tensor | None, backward: bool
+    qkv: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    percent: float,
+    base: float,
+    starts: Tensor | None,
+    backward: bool,
 ) -> None:
     length, batch, groups, slots, size = qkv.shape
     half = rotary_dim(size, percent) // 2
