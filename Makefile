@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup pretrain test test-quick test-matrix test-gpu memcheck bench check docs format clean
+.PHONY: help setup pretrain test test-quick test-matrix test-gpu memcheck bench bench-step check docs format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,7 +30,7 @@ help: ## list the targets (the default)
 	@echo
 	@echo "Variables:"
 	@echo "  CONFIG       configuration file of pretrain; now $(CONFIG)"
-	@echo "  ARGS         overrides for pretrain, such as ARGS='train.steps=20 run.name=try'"
+	@echo "  ARGS         arguments for bench-step; overrides for pretrain, such as ARGS='train.steps=20 run.name=try'"
 	@echo "  NPROC        number of processes of pretrain; default: one per visible GPU, or 2 on a CPU"
 	@echo "  PYTEST_ARGS  arguments for pytest, such as PYTEST_ARGS='-x -k mosa', or '-n 8' for 8 workers instead of 2"
 	@echo "  SLURM        SLURM=install: test first installs slurm-wlm and munge with apt (as root), which tests/slurm"
@@ -92,6 +92,9 @@ memcheck: setup ## check every kernel for bad memory accesses on a GPU, with CUD
 
 bench: setup ## measure the kernels on a GPU; results go to benchmarks/results
 	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
+
+bench-step: setup ## measure whole training steps on a GPU; ARGS='NAME ... --out FILE' chooses
+	@$(ACTIVATE); python -m benchmarks.step $(ARGS)
 
 check: setup docs ## check lint, formatting, types and documentation: ruff, pyright, Sphinx
 	@$(ACTIVATE); ruff check . && ruff format --check . && pyright

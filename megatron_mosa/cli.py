@@ -135,7 +135,7 @@ Dataset = Annotated[
 
 @data_app.command("verify")
 def data_verify(path: Dataset, overrides: Overrides = None) -> None:
-    """Verify all files of a dataset against the hashes in its manifest; exit with 1 if one is damaged."""
+    """Verify all files of a dataset against the hashes in its manifest; exit with 1 if one is damaged or missing."""
     from megatron_mosa.data.commands import dataset_folders, verify
 
     for folder in dataset_folders(path, overrides or []):

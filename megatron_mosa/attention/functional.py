@@ -14,6 +14,8 @@ from megatron_mosa.kernels import Documents, get_backend
 from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.naive import accumulation_dtype
 
+_ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here: torch.compile cannot
+
 
 def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
     """k = max(floor(T / rho), 2), never more than T (paper, section 3.1)."""
@@ -151,8 +153,8 @@ def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Docu
     batch, length, _ = hidden_states.shape
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
-    if message := keys_of(ModelSection)["rotary_percent"].refusal("rotary_percent", rotary_percent):
-        raise ValueError(message)
+    if not _ROTARY_PERCENT.allows(rotary_percent):
+        raise ValueError(_ROTARY_PERCENT.refusal("rotary_percent", rotary_percent))
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.recompute import is_repetition
-from megatron_mosa.kernels import Documents, get_backend
+from megatron_mosa.kernels import Documents, get_backend, naive
 from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.documents import document_attention
-from megatron_mosa.kernels.naive import HISTOGRAM_BINS, apply_rotary
+from megatron_mosa.kernels.naive import HISTOGRAM_BINS
 from megatron_mosa.kernels.window import sliding_window_attention
 
 THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
@@ -101,20 +101,17 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
-    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
-        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
+    def forward(self, hidden_states: Tensor, documents: Documents | None = None, kernels: ModuleType = naive) -> Tensor:
+        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads.
+
+        Args:
+            kernels: whose ``split_heads`` takes the projection apart.
+        """
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
         qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
-        query, key, value = qkv.split((queries, 1, 1), dim=3)  # [T, B, G, queries | 1 | 1, h']
-        query, key, value = (
-            part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value)
-        )  # [B, H | G, T, h']
-        positions = torch.arange(length, device=hidden_states.device)
-        if documents is not None and config.mosa_restart_rotary:
-            positions = documents.positions.unsqueeze(1)  # [B, 1, T]
-        query = apply_rotary(query, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
-        key = apply_rotary(key, positions, config.mosa_rotary_percent, config.mosa_rotary_base)
+        starts = documents.starts if documents is not None and config.mosa_restart_rotary else None
+        query, key, value = kernels.split_heads(qkv, config.mosa_rotary_percent, config.mosa_rotary_base, starts)
         attended = self.attend(query, key, value, documents)  # [B, H, T, h']
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
 
@@ -177,17 +174,36 @@ class MosaHeads(PartitionedHeads):
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
         """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
-        config = self.config
-        states = hidden_states.transpose(0, 1)  # [B, T, h]
-        kernels = get_backend(config.mosa_backend, states, config.head_dim)
-        scores = kernels.router_scores(states, self.router_weight)
-        states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
-        if config.mosa_selection == "threshold" and self.training and not is_repetition():
-            kernels.count_scores(scores, self.histogram)
-        indices, slots = self._select(kernels, scores, documents)
+        kernels = get_backend(self.config.mosa_backend, hidden_states, self.config.head_dim)
+        counts, above = self.training and not is_repetition(), self.selects_above(self.training)
+        output, scores, indices = self.attend(hidden_states, documents, kernels, counts, above)
         if self.records_selection:
             self.selection = scores.detach(), indices
             self.dropped = self._dropped(kernels, scores, indices, documents)
+        return output
+
+    def attend(
+        self, hidden_states: Tensor, documents: Documents | None, kernels: ModuleType, counts: bool, above: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass with what it depends on beside tensors; records nothing.
+
+        Args:
+            hidden_states: [T, B, h].
+            documents: of the batch, or None.
+            kernels: the backend.
+            counts: whether scores are counted for the thresholds, if there are any.
+            above: as ``selects_above`` says.
+
+        Returns:
+            The output, [T, B, h], the scores, [B, E / tp, T], and the indices, [B, E / tp, k].
+        """
+        config = self.config
+        states = hidden_states.transpose(0, 1)  # [B, T, h]
+        scores = kernels.router_scores(states, self.router_weight)
+        states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
+        if counts and config.mosa_selection == "threshold":
+            kernels.count_scores(scores, self.histogram)
+        indices, slots = self._select(kernels, scores, documents, above)
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -201,15 +217,15 @@ class MosaHeads(PartitionedHeads):
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
         )
-        return output.transpose(0, 1)
+        return output.transpose(0, 1), scores, indices
 
     def _select(
-        self, kernels: ModuleType, scores: Tensor, documents: Documents | None
+        self, kernels: ModuleType, scores: Tensor, documents: Documents | None, above: bool
     ) -> tuple[Tensor, Documents | None]:
         """Indices [B, E / tp, k], and the slots as packed documents where a number of each document was selected."""
         config, length = self.config, scores.shape[-1]
         starts = None if documents is None else documents.starts
-        if self.selects_above(self.training):
+        if above:
             capacity = config.capacity(length) if self.training else None
             return kernels.select_above(scores, self.thresholds, capacity, starts, *self._feedback), None
         quotas, slots, num_selected = None, None, config.num_selected(length)

@@ -36,15 +36,21 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Of the first forward pass, and of its repetition."""
     first, again = create_selective_checkpoint_contexts(_keep_selection)
-    return first, _repetition(again)
+    return first, _both(again)
 
 
 @contextmanager
-def _repetition(context: AbstractContextManager[Any]) -> Iterator[None]:
+def _both(again: AbstractContextManager[Any]) -> Iterator[None]:
+    with repetition(), again:
+        yield
+
+
+@contextmanager
+def repetition() -> Iterator[None]:
+    """Forward passes in here are made a second time: they count no scores."""
     token = _repeats.set(True)
     try:
-        with context:
-            yield
+        yield
     finally:
         _repeats.reset(token)
 

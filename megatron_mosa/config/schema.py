@@ -155,6 +155,11 @@ class TrainSection:
         "none | attention | full (whole layers): recomputed in backward instead of kept in memory",
         choices=("none", "attention", "full"),
     )
+    acceleration: str = key(
+        "auto",
+        "auto: compiled layers and CUDA graphs on GPUs, where supported | none",
+        choices=("auto", "none"),
+    )
     apex: str = key(
         "auto",
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",

@@ -10,7 +10,14 @@ from megatron_mosa.config import load_config
 from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.data.build import summary
 from megatron_mosa.data.integrity import find_damage, open_indexed, recorded_hashes
-from megatron_mosa.data.manifest import MANIFEST_FILE, SPLITS, Manifest, load_manifest, read_manifest
+from megatron_mosa.data.manifest import (
+    MANIFEST_FILE,
+    SPLITS,
+    DamagedDatasetError,
+    Manifest,
+    load_manifest,
+    read_manifest,
+)
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE
 from megatron_mosa.errors import RunError, UserError
 
@@ -34,16 +41,19 @@ def verify(folder: Path) -> None:
     """Compare all files of a dataset with its manifest.
 
     Raises:
-        UserError: no dataset, a file that is missing or of another size, another tokenizer.
-        RunError: a file is damaged.
+        UserError: no dataset.
+        RunError: a file is damaged, missing or of another size.
     """
-    manifest = read_manifest(folder)
-    files = recorded_hashes(folder, manifest)
-    if (damage := find_damage(files)) is not None:
-        raise RunError(damage)
+    try:
+        manifest = read_manifest(folder)
+        files = recorded_hashes(folder, manifest)
+        if (damage := find_damage(files)) is not None:
+            raise RunError(damage)
+        for split in SPLITS:
+            _check_index(folder, split, manifest)
+    except DamagedDatasetError as error:  # which this command was asked about: no wrong use
+        raise RunError(str(error)) from error
     unknown = [f"{split}.idx" for split in SPLITS if "idx_sha256" not in manifest.splits[split]]
-    for split in SPLITS:
-        _check_index(folder, split, manifest)
     names = ", ".join([MANIFEST_FILE, TOKENIZER_FILE, *(file.path.name for file in files)])
     print(f"{folder}: sound ({names})")
     if unknown:

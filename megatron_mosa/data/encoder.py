@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from megatron_mosa.data.tokenizer import knows_every_character
 
 LOST = "characters that the tokenizer does not know, and which are lost"
 UNKNOWN = "unknown tokens, in place of text that the tokenizer does not know"
+
+# Whether a code point is white space; there is none from the last entry on.
+_IS_BLANK = np.array([chr(code).isspace() for code in range(0x3002)])
 
 
 class Encoded(NamedTuple):
@@ -58,12 +62,12 @@ class Encoder:
         return documents
 
     def _lost(self, text: str, encoding: Any) -> Counter[str]:
-        borders = np.zeros(len(text) + 1, dtype=np.int64)
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        np.add.at(borders, offsets[:, 0], 1)
-        np.add.at(borders, offsets[:, 1], -1)
-        gaps = np.flatnonzero(borders.cumsum()[:-1] == 0)
-        found = Counter({LOST: sum(not text[place].isspace() for place in gaps)})
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
+        ends = [np.bincount(column, minlength=len(text) + 1) for column in offsets.T]
+        is_in_gap = (ends[0] - ends[1]).cumsum()[:-1] == 0  # tokens that begin before a place, less those that end
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)[is_in_gap]
+        is_blank = _IS_BLANK[np.minimum(codes, len(_IS_BLANK) - 1)]
+        found = Counter({LOST: int(codes.size - is_blank.sum())})
         if self._unknown_id is not None:
             found[UNKNOWN] = encoding.ids.count(self._unknown_id)
         return +found

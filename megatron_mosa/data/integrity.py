@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_mosa.data import hashing
 from megatron_mosa.data.hashing import REBUILD, damage, file_sha256
-from megatron_mosa.data.manifest import SPLITS, Manifest
+from megatron_mosa.data.manifest import SPLITS, DamagedDatasetError, Manifest
 from megatron_mosa.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -78,24 +78,24 @@ def refuse_damage(files: Sequence[FileHash], fix: str = REBUILD) -> None:
     """Compare the files, unless they are too large for that.
 
     Raises:
-        UserError: naming one that is damaged.
+        DamagedDatasetError: naming one that is damaged.
     """
     if not is_large(files) and (found := find_damage(files, fix)) is not None:
-        raise UserError(found)
+        raise DamagedDatasetError(found)
 
 
 def open_indexed(prefix: Path) -> IndexedDataset:
     """The token arrays at ``prefix``.bin and .idx.
 
     Raises:
-        UserError: an .idx file that is damaged.
+        DamagedDatasetError: an .idx file that is damaged.
     """
     try:
         _check_head(Path(f"{prefix}.idx"))  # mcore prints a second error where it cannot read the head
         return IndexedDataset(str(prefix))
     except (AssertionError, ValueError, IndexError) as error:
         reason = str(error).split("\n")[0] or "its counts contradict each other"
-        raise UserError(f"{prefix}.idx is damaged: {reason}; {REBUILD}") from error
+        raise DamagedDatasetError(f"{prefix}.idx is damaged: {reason}; {REBUILD}") from error
 
 
 def _check_head(file: Path) -> None:

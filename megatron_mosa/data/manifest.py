@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_mosa.data.hashing import REBUILD
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_hash
 from megatron_mosa.errors import UserError
 
@@ -17,6 +18,10 @@ SPLITS = ("train", "validation")
 NO_SPECIAL_TOKENS = "none but the end-of-document token, behind each document"
 
 _BUILD = "mosa data build CONFIG"
+
+
+class DamagedDatasetError(UserError):
+    """A file of a dataset is not the one that was built: one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def load_manifest(path: str | Path) -> Manifest:
     """Read manifest.json of a dataset folder without looking at the other files.
 
     Raises:
-        UserError: no folder, no manifest, a newer format, or a manifest that cannot be read.
+        UserError: no folder, no manifest, or a newer format.
+        DamagedDatasetError: a manifest that cannot be read.
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
@@ -89,7 +95,7 @@ def load_manifest(path: str | Path) -> Manifest:
                 raise ValueError("its content does not have its checksum")
             return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); rebuild the dataset: {_BUILD} --force") from error
+        raise DamagedDatasetError(f"{file} cannot be read ({error}); rebuild the dataset: {_BUILD} --force") from error
     raise UserError(
         f"{file} has format version {version}, and this code reads version {FORMAT_VERSION}; "
         f"update the code, or rebuild the dataset: {_BUILD} --force"
@@ -100,23 +106,24 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read and verify a dataset folder: files present, of the recorded sizes, and with the recorded tokenizer.
 
     Raises:
-        UserError: whatever ``load_manifest`` finds, a missing or truncated file, another tokenizer.
+        UserError: whatever ``load_manifest`` finds.
+        DamagedDatasetError: a missing or truncated file, a tokenizer.json that is not the recorded one.
     """
     manifest, folder = load_manifest(path), Path(path)
-    fix = f"rebuild the dataset: {_BUILD} --force"
     for split in SPLITS:
         for suffix in ("bin", "idx"):
             file, expected = folder / f"{split}.{suffix}", manifest.splits[split][f"{suffix}_bytes"]
             if not file.is_file():
-                raise UserError(f"{file} is missing ({expected} bytes expected); {fix}")
+                raise DamagedDatasetError(f"{file} is missing ({expected} bytes expected); {REBUILD}")
             if file.stat().st_size != expected:
-                raise UserError(f"{file} has {file.stat().st_size} bytes, and {expected} are expected; {fix}")
+                size = file.stat().st_size
+                raise DamagedDatasetError(f"{file} has {size} bytes, and {expected} are expected; {REBUILD}")
     tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.is_file():
-        raise UserError(f"{tokenizer} is missing; {fix}")
-    if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
-        raise UserError(
-            f"dataset {folder} was built with another tokenizer than the {TOKENIZER_FILE} that lies in it now; "
-            f"put the old one back, or {fix}"
+        raise DamagedDatasetError(f"{tokenizer} is missing; {REBUILD}")
+    if (found := tokenizer_hash(tokenizer)) != manifest.tokenizer_hash:
+        raise DamagedDatasetError(
+            f"{tokenizer} is not the file that the dataset was built with, but damaged or replaced: its SHA-256 is "
+            f"{found[:16]}..., and {manifest.tokenizer_hash[:16]}... is recorded; {REBUILD}"
         )
     return manifest

@@ -14,11 +14,15 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.thresholds import forget_scores, threshold_buffers, update_thresholds
+from megatron_mosa.attention.recompute import repetition
+from megatron_mosa.attention.thresholds import forget_scores, mosa_layers, threshold_buffers, update_thresholds
 from megatron_mosa.config import Config
+from megatron_mosa.engine.acceleration import choose_acceleration
+from megatron_mosa.engine.graphed import GraphedSteps
 from megatron_mosa.engine.optimizer import adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
+from megatron_mosa.kernels import get_backend
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
@@ -38,6 +42,9 @@ class DeepSpeedEngine:
         self.accumulation_steps = config.train.global_batch_size // (
             config.train.micro_batch_size * layout.data_parallel_size
         )
+        self.acceleration = choose_acceleration(config, layout)
+        if self.acceleration.uses_graphs:
+            torch.cuda.set_stream(torch.cuda.Stream(layout.device))  # type: ignore[arg-type]  # see GraphedSteps
         settings = self._settings(config)
         with _partitioned_construction(config, settings):
             model = build_empty_model(config, vocab_size)
@@ -54,6 +61,14 @@ class DeepSpeedEngine:
             )[0]
         _move_buffers(model, layout.device)
         self._zero = zero_state(self._engine)
+        if self.acceleration.compiles_layers:
+            parameter = next(model.parameters())
+            model.compile_layers(get_backend("triton", parameter, config.model.head_dim))
+        self._graphed: GraphedSteps | None = None
+        if self.acceleration.uses_graphs:
+            self._graphed = GraphedSteps(
+                self._engine.optimizer, self._loss_in_graph, config.optimizer.gradient_clipping
+            )
 
     def _settings(self, config: Config) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
@@ -72,6 +87,7 @@ class DeepSpeedEngine:
             "bf16": {"enabled": config.train.precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
         }
 
     @property
@@ -93,9 +109,26 @@ class DeepSpeedEngine:
         if len(micro_batches) != self.accumulation_steps:
             raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
         self._engine.train()
+        self._record_selection(micro_batches[-1])
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         counted = self._counted_tokens(micro_batches)
+        if self._graphed is not None:
+            selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
+            total, norm = self._graphed.take(micro_batches, counted, selects_above)
+        else:
+            total, norm = self._take_by_deepspeed(micro_batches, counted)
+        # waits for the device, for the only time in a step that is graphed
+        mean, count, norm = torch.stack((total.double(), counted, norm.double())).tolist()
+        result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
+        if result.is_finite:
+            update_thresholds(self.module, data_parallel_group())
+        else:
+            forget_scores(self.module)
+        return result
+
+    def _take_by_deepspeed(self, micro_batches: list[Batch], counted: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``GraphedSteps.take``."""
         # DeepSpeed averages over micro-batches and data-parallel ranks. Where every token counts, this is exact.
         parts = self.accumulation_steps * self.layout.data_parallel_size
         tokens = (counted / parts).float()
@@ -106,19 +139,23 @@ class DeepSpeedEngine:
             self._engine.step()
             total += loss.detach()
         dist.all_reduce(total, group=data_parallel_group())
-        mean, count = torch.stack(((total / parts).double(), counted)).tolist()  # waits for the device
-        norm = float(self._engine.get_global_grad_norm())
-        result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
-        if result.is_finite:
-            update_thresholds(self.module, data_parallel_group())
-        else:
-            forget_scores(self.module)
-        return result
+        norm = self._engine.get_global_grad_norm()
+        return total / parts, torch.as_tensor(norm, dtype=torch.float64, device=self.layout.device)
+
+    @torch.no_grad()
+    def _record_selection(self, batch: Batch) -> None:
+        """Where a step's selection is asked for: compiled layers keep none, so look at its last micro-batch before."""
+        if self.acceleration.compiles_layers and any(heads.records_selection for heads in mosa_layers(self.module)):
+            with repetition():
+                self._loss(self.module, batch)
+
+    def _loss_in_graph(self, batch: Batch) -> Tensor:
+        return language_model_loss(self.module.forward, **batch)[0]
 
     def _counted_tokens(self, micro_batches: list[Batch]) -> Tensor:
         """Tokens of the global batch that count, fp64 on the device. Masks are summed where they lie: on the host."""
-        count = sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches)
-        counted = torch.as_tensor(count).to(self.layout.device, non_blocking=True)
+        count = sum(_sum(batch["loss_mask"]) for batch in micro_batches)
+        counted = torch.as_tensor(count, dtype=torch.float64).to(self.layout.device, non_blocking=True)
         dist.all_reduce(counted, group=data_parallel_group())
         return counted
 
@@ -193,6 +230,11 @@ class DeepSpeedEngine:
     def destroy(self) -> None:
         """Release DeepSpeed's hooks."""
         self._engine.destroy()
+
+
+def _sum(mask: Tensor) -> Tensor | float:
+    """In fp64. On the host by NumPy, whose one thread needs none to wake up."""
+    return float(mask.numpy().sum(dtype="float64")) if mask.device.type == "cpu" else mask.sum(dtype=torch.float64)
 
 
 def _partitioned_construction(config: Config, settings: dict[str, Any]) -> AbstractContextManager[object]:

@@ -229,6 +229,29 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
     return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
 
 
+def split_heads(
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed projection of dense heads, taken apart, queries and keys rotated.
+
+    Args:
+        qkv: [T, B, G, H / G + 2, h']: of each group its queries, its key and its value.
+        rotary_percent, rotary_base: as ``apply_rotary``.
+        document_starts: int64 [B, T]: positions are counted from there; None: from the beginning of the sequence.
+
+    Returns:
+        Queries [B, H, T, h'], keys and values [B, G, T, h'], of any strides.
+    """
+    query, key, value = (
+        part.flatten(2, 3).permute(1, 2, 0, 3) for part in qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
+    )  # [B, H | G, T, h']
+    positions = torch.arange(qkv.shape[0], device=qkv.device)
+    if document_starts is not None:
+        positions = (positions - document_starts).unsqueeze(1)  # [B, 1, T]
+    query = apply_rotary(query, positions, rotary_percent, rotary_base)
+    return query, apply_rotary(key, positions, rotary_percent, rotary_base), value
+
+
 @without_autocast
 def selected_attention(
     hidden_states: Tensor,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from megatron_mosa.config import Config, padded_vocab_size
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model.costs import local_window
 from megatron_mosa.model.initialization import initial_weights, mark_partitioned
+from megatron_mosa.model.mosa_gpt import MosaGPTModel
 
 
 def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32) -> MosaTransformerConfig:
@@ -66,7 +67,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
     )
 
 
-def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
+def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> MosaGPTModel:
     """A GPT with MoSA layers, on the CPU, with the weights of ``initial_weights``."""
     model = build_empty_model(config, vocab_size, params_dtype)
     for parameter, weight in initial_weights(model, config.run.seed):
@@ -74,7 +75,7 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
     return model
 
 
-def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> GPTModel:
+def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> MosaGPTModel:
     """The same model with memory for its weights but no values in them (norms excepted).
 
     Args:
@@ -83,7 +84,7 @@ def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype
         params_dtype: type of the parameters.
     """
     transformer = transformer_config(config, params_dtype)
-    model = GPTModel(
+    model = MosaGPTModel(
         transformer,
         cast(Any, get_mosa_block_spec(transformer)),  # GPTModel takes a block's spec too, only unannounced
         vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
@@ -96,7 +97,7 @@ def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype
 
 
 def language_model_loss(
-    model: torch.nn.Module,
+    model: Callable[..., Tensor],
     tokens: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
@@ -105,7 +106,7 @@ def language_model_loss(
     """Sum of the token losses and number of tokens that count.
 
     Args:
-        model: a GPTModel or an engine around one.
+        model: a MosaGPTModel, its forward pass, or an engine around one.
         tokens, labels: int64 [B, T].
         loss_mask: [B, T], 1 where the label counts.
         document_starts: int64 [B, T], best on the CPU: where each token's document begins, for a model whose attention
@@ -116,5 +117,4 @@ def language_model_loss(
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     documents = None if document_starts is None else Documents.from_starts(document_starts, tokens.device)
-    losses = model(tokens, positions, documents, labels=labels)  # [B, T]
-    return (losses.float() * loss_mask).sum(), loss_mask.sum()
+    return model(tokens, positions, documents, labels=labels, loss_mask=loss_mask), loss_mask.sum()

@@ -40,19 +40,24 @@ def launch_environment() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def slurm_nodes(listed: str) -> list[str]:
+    """The names in a list of nodes as Slurm writes it, such as ``n[3-5]``.
+
+    Raises:
+        OSError: there is no scontrol.
+        subprocess.CalledProcessError: it does not understand the list.
+    """
+    command = ["scontrol", "show", "hostnames", listed]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    return done.stdout.split()
+
+
 def _first_slurm_node() -> str:
-    nodes = os.environ["SLURM_JOB_NODELIST"]
+    listed = os.environ["SLURM_JOB_NODELIST"]
     try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"scontrol cannot resolve SLURM_JOB_NODELIST={nodes} ({error}); set MASTER_ADDR") from None
-    return names.stdout.split()[0]
+        return slurm_nodes(listed)[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(f"scontrol cannot resolve SLURM_JOB_NODELIST={listed} ({error}); set MASTER_ADDR") from None
 
 
 def _free_port() -> int:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.resilience.doctor_node import Finding, node_name
+from megatron_mosa.resilience.doctor_node import Finding, node_name, parallel_module
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -141,13 +141,7 @@ def absent_nodes(here: dict[int, str]) -> list[str]:
     if not nodes:
         return []
     try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=True,
-        )
+        listed = parallel_module("launch").slurm_nodes(nodes)
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [node for node in listed.stdout.split() if node not in here.values()]
+    return [node for node in listed if node not in here.values()]

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -60,12 +60,23 @@ class FaultInjection:
             return
         os.kill(os.getpid(), _SIGNALS[fault])
 
-    def poisoned(self, batches: Iterable[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches of a step; if the fault is due, with a NaN loss mask or with garbage labels."""
-        is_here = self.section.fault in _DATA_FAULTS and self._is_here("step", step)
-        if is_here:
-            self._record()
-        for batch in batches:
+    def poisoned(
+        self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """The micro-batches that follow step ``steps_taken``; if the fault is due, with NaN masks or garbage labels."""
+        if self.section.fault not in _DATA_FAULTS:
+            return batches
+        return self._poisoned(batches, steps_taken, batches_per_step)
+
+    def _poisoned(
+        self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
+    ) -> Iterator[dict[str, Tensor]]:
+        is_here = False
+        for number, batch in enumerate(batches):
+            if number % batches_per_step == 0:
+                is_here = self._is_here("step", steps_taken + 1 + number // batches_per_step)
+                if is_here:
+                    self._record()
             if is_here:
                 if self.section.fault == "nan":
                     batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}

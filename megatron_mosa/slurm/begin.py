@@ -1,4 +1,4 @@
-"""``python -m megatron_mosa.slurm.begin CONFIG [section.key=value ...]``: may an attempt begin?
+"""``python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]``: may an attempt begin?
 
 Prints two lines, the run directory and ``go``, ``done`` or ``stop REASON``, and notes the attempt (MOSA_ATTEMPT) in
 ``slurm.json``. An attempt before it that nobody judged, because its node died, is judged now. ``done`` and ``stop`` end
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_mosa.config import Config, load_config
+from megatron_mosa.config import Config, check_world_size, load_config
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.errors import UserError
 from megatron_mosa.slurm.record import Record, checkpoint_step, outcome
@@ -42,9 +42,11 @@ def begin(config: Config) -> tuple[Path, str]:
 
 def main() -> None:
     """Run the program."""
-    if len(sys.argv) < 2:
-        raise UserError("usage: python -m megatron_mosa.slurm.begin CONFIG [section.key=value ...]")
-    directory, line = begin(load_config(sys.argv[1], sys.argv[2:]))
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+        raise UserError("usage: python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]")
+    config = load_config(sys.argv[2], sys.argv[3:], checks_batches=False)
+    check_world_size(config, int(sys.argv[1]))
+    directory, line = begin(config)
     print(directory, line, sep="\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
@@ -27,6 +28,7 @@ from megatron_mosa.parallel import (
 from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
+from megatron_mosa.train.callbacks.faults import Faults
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
@@ -80,7 +82,7 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) ->
     survival.interruption.hosts = Hosts()
     # Nodes may see different files for a while on a shared file system: what rank 0 has found counts.
     start, last_measured = on_main_rank(lambda: (start, _last_measured(start)))
-    config.data.index_samples = start.index_samples
+    config = replace(config, data=replace(config.data, index_samples=start.index_samples))
     step = start.metadata.step if start.metadata else 0
     stopped = None
     if step < config.train.steps or last_measured < step:
@@ -103,7 +105,7 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
     """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
-    config.train.skip_steps += on_main_rank(lambda: skipped_steps(start.directory))
+    skipped = on_main_rank(lambda: skipped_steps(start.directory))
     survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
     writers = Writers(config, start.directory, is_main=layout.is_main, resumed_step=state.step)
@@ -114,7 +116,13 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
         + (f", MoSA heads on {mosa_backend(config)} kernels" if config.mosa.num_heads else "")
     )
-    batches = _training_batches(config, start, state, layout)
+    per_step = config.train.global_batch_size // (config.train.micro_batch_size * layout.data_parallel_size)
+
+    def batches_from(state: TrainingState) -> Iterator[Batch]:
+        batches = _training_batches(config, start, state, layout)
+        return survival.faults.poisoned(batches, state.step, per_step)
+
+    batches = batches_from(state)
     validation = ValidationSamples(
         start.data,
         sequence_length=config.data.sequence_length,
@@ -122,6 +130,8 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         mark_documents=config.model.attend_within_documents,
     )
     engine = DeepSpeedEngine(config, vocab_size, layout)
+    if layout.device.type == "cuda":
+        writers.note(str(engine.acceleration))
     store = CheckpointStore.of(start.directory, config.checkpoint)
     for path, damage in start.damaged:
         aside = on_main_rank(functools.partial(store.set_aside, path))
@@ -139,13 +149,11 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation, last_measured),
         Checkpointing(writers, store, start.data_identity),
+        Faults(survival.faults),
         DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),
     ]
-    rewinder = Rewinder(
-        start.directory, store, writers, lambda state: _training_batches(config, start, state, layout),
-        config.resilience.max_rewinds,
-    )  # fmt: skip
-    trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder)
+    rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
+    trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
     try:

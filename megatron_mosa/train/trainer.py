@@ -1,28 +1,19 @@
-"""The training loop; everything that is not a step is a callback."""
+"""The training loop, and the hooks around its steps: everything that is not a step is a callback."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.survival import Survival
-from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from megatron_mosa.train.rewind import Rewinder
-
-
-class Spike(Exception):
-    """Raised by a callback: the run is to go back to before the step that was just taken, and leave it out."""
 
 
 @dataclass
@@ -32,13 +23,50 @@ class TrainingState:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
-    """Not finite, since this start."""
+    """Non-finite steps since this start."""
+
+
+Rewind = Callable[[TrainingEngine, int], tuple[TrainingState, Iterator[Batch]] | None]
+
+
+class Callback:
+    """Hooks that do nothing; override what you need. Every hook runs on every rank, in the order of the callbacks."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this start."""
+
+    def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
+        """A context in which step ``step`` is taken."""
+        return nullcontext()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> bool | None:
+        """After ``trainer.state`` has moved on.
+
+        Returns:
+            True, the same on all ranks, to rewind the run to before this step and skip it. The callbacks that follow
+            are not called if there is a checkpoint to go back to.
+        """
+
+    def on_validation_batch(self, trainer: Trainer) -> None:
+        """Before each batch of a validation."""
+
+    def on_save(self, trainer: Trainer) -> None:
+        """After a checkpoint has begun: it may still be written."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of this start, or at once if there was none to take."""
 
 
 class Trainer:
     """Takes steps from where ``state`` stands to where the configuration says to stop.
 
     Callbacks are called on every rank, in the order given; they may communicate.
+
+    Args:
+        survival: signals, time limit, watchdog and status of this process.
+        rewind: loads the checkpoint before a step and returns the state and the batches to continue with; None if there
+            is no such checkpoint or no rewind left.
+        skip_steps: steps whose batches are skipped, beside those of the configuration.
     """
 
     def __init__(
@@ -48,8 +76,9 @@ class Trainer:
         layout: Layout,
         state: TrainingState,
         callbacks: Sequence[Callback],
-        survival: Survival | None = None,
-        rewinder: Rewinder | None = None,
+        survival: Survival,
+        rewind: Rewind = lambda engine, step: None,
+        skip_steps: Iterable[int] = (),
     ) -> None:
         self.config = config
         self.engine = engine
@@ -57,7 +86,8 @@ class Trainer:
         self.state = state
         self.callbacks = callbacks
         self.survival = survival
-        self.rewinder = rewinder
+        self.rewind = rewind
+        self.skip_steps = {*config.train.skip_steps, *skip_steps}
         self.stopping: str | None = None
         """Why the run stops after the step that was just taken; None: it goes on."""
         self.learning_rate = 0.0
@@ -77,6 +107,10 @@ class Trainer:
         """Tokens consumed so far, over all ranks."""
         return self.state.consumed_samples * self.config.data.sequence_length
 
+    def is_due(self, interval: int, step: int) -> bool:
+        """Whether something that happens every ``interval`` steps, and at the end of a start, happens at ``step``."""
+        return step % interval == 0 or step == self.last_step
+
     def run(self, batches: Iterator[Batch]) -> None:
         """Train on this rank's micro-batches, which must start at ``state.consumed_samples``."""
         for callback in self.callbacks:
@@ -85,67 +119,45 @@ class Trainer:
         while self.state.step < self.last_step:
             result = self._step(batches)
             self.is_to_stop(f"what follows step {self.state.step}")
-            batches = self._after_step(result, batches)
+            for callback in self.callbacks:
+                if not callback.after_step(self, result):
+                    continue
+                step = self.state.step
+                if found := self.rewind(self.engine, step):
+                    self.state, batches = found
+                    self.skip_steps.add(step)
+                    break
         for callback in self.callbacks:
             callback.on_end(self)
 
-    def _after_step(self, result: StepResult, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Call the callbacks; the batches to go on with, others than before if a spike takes the run back."""
-        for callback in self.callbacks:
-            try:
-                callback.after_step(self, result)
-            except Spike:
-                spike = self.state.step
-                found = self.rewinder.rewind(self.engine, spike) if self.rewinder is not None else None
-                if found is not None:
-                    self.state, batches = found
-                    self.config.train.skip_steps = [*self.config.train.skip_steps, spike]
-                    break
-        return batches
-
     def is_to_stop(self, doing: str) -> bool:
-        """Whether the run stops now, as all ranks agree; a collective, and a sign of life.
+        """Whether the run stops now, as all ranks agree; a collective, and a heartbeat.
 
         Args:
             doing: what the run does next, for the watchdog.
         """
-        self.beat(doing)
-        if self.survival is not None:
-            self.stopping = self.stopping or self.survival.interruption.agreed()
+        self.survival.watchdog.beat(doing)
+        self.stopping = self.stopping or self.survival.interruption.agreed()
         return self.stopping is not None
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether it is so on any rank; a collective."""
-        hosts = self.survival.interruption.hosts if self.survival is not None else None
+        """Whether the flag is set on any rank; a collective."""
+        hosts = self.survival.interruption.hosts
         return flag if hosts is None else bool(hosts.largest(int(flag)))
-
-    def beat(self, doing: str) -> None:
-        """A sign of life for the watchdog, and what the run does next."""
-        if self.survival is not None:
-            self.survival.watchdog.beat(doing)
-
-    def strike(self, place: str, step: int) -> None:
-        """Have an injected fault, if one is asked for here."""
-        if self.survival is not None:
-            self.survival.faults.strike(place, step)
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         train = self.config.train
         step = self.state.step + 1
         self.learning_rate = learning_rate(step, train.steps, self.config.optimizer)
+        micro_batches = islice(batches, self.engine.accumulation_steps)
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.enter_context(callback.around_step(self, step))
-            result = self._train(islice(batches, self.engine.accumulation_steps), step)
+            if step in self.skip_steps:
+                deque(micro_batches, maxlen=0)
+                result = StepResult(loss=math.nan, grad_norm=math.nan, was_asked=True)
+            else:
+                result = self.engine.train_step(micro_batches, self.learning_rate)
         self.state.step = step
         self.state.consumed_samples += train.global_batch_size
         return result
-
-    def _train(self, batches: Iterator[Batch], step: int) -> StepResult:
-        if step in self.config.train.skip_steps:
-            deque(batches, maxlen=0)
-            return StepResult(loss=math.nan, grad_norm=math.nan, was_asked=True)
-        self.strike("step", step)
-        if self.survival is not None:
-            batches = self.survival.faults.poisoned(batches, step)
-        return self.engine.train_step(batches, self.learning_rate)

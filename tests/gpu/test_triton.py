@@ -119,6 +119,8 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
 ) -> None:
     inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(7, 256, 40, width, 64)]
 
+    monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
+
     def run(fewest: int, most_bytes: int = 1 << 30) -> list[torch.Tensor]:
         monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
         monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)

@@ -36,12 +36,13 @@ from megatron_mosa.hf.rows_mosa import SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton import loss, tiles
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
+    "_rotary_kernel", "_cross_entropy_kernel",
 }  # fmt: skip
 
 
@@ -121,6 +122,14 @@ def layer(case: Case, capability: int) -> None:
         fused.select_above(scores, thresholds, case.selected, documents, 0.1, 0.1)
         fused.count_above(scores, thresholds, documents, 0.1, 0.1)
     fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
+    for documents in (starts, None):
+        parts = fused.split_heads(tensors[0].view(512, 64, -1, 4, case.head_dim // 4), 0.5, 1e4, documents)
+        torch.cat(parts, dim=1).sum().backward()
+    vocabulary = torch.zeros(300, 256, dtype=case.dtype, requires_grad=True)
+    targets = torch.zeros(8, dtype=torch.int64)
+    loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8)).backward()
+    with torch.no_grad():
+        loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8))
     indices = torch.arange(case.selected).expand(64, 9, case.selected)
     for deterministic in (True, False) if capability in case.atomic else (True,):
         output = fused.selected_attention(

@@ -148,7 +148,7 @@ def test_number_of_selected_tokens(length: int, sparsity: float, expected: int) 
         (dict(num_selected=0), "num_selected=0"),
         (dict(num_selected=9), "1 to T=8"),
         (dict(backend="cuda"), "backend='cuda'"),
-        (dict(rotary_percent=1.5), "rotary_percent=1.5"),
+        (dict(rotary_percent=1.5), "rotary_percent must be at least 0 and at most 1, got 1.5"),
         (dict(router_weight=torch.zeros(2, 5, dtype=torch.float64)), "router_weight has shape"),
         (dict(router_weight=torch.zeros(0, 4, dtype=torch.float64)), "E >= 1"),
         (dict(qkv_weight=torch.zeros(2, 4, 13, dtype=torch.float64)), "qkv_weight has shape"),

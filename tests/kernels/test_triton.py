@@ -244,12 +244,20 @@ def test_sequences_and_columns_of_a_chunk(
     width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of five sequences, with one byte in each column of a sequence's products."""
+    monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
     assert scattered.chunks_of(5, width, width) == chunk
 
 
-def test_no_chunk_is_more_than_half_of_the_products() -> None:
+def test_few_bytes_are_one_chunk() -> None:
+    sequence = scattered.SMALL_BYTES // 4
+    assert scattered.chunks_of(4, sequence, 64) == (4, 64)
+    assert scattered.chunks_of(4, sequence + 1, 64) == (1, 64)
+
+
+def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     for width in range(2, 1200):
         for batch in (1, 2, 3, 4, 9):
             sequences, columns = scattered.chunks_of(batch, 1000 * width, width)

@@ -7,8 +7,14 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 PASSED_ON = {getattr(signal, f"SIG{name}") for name in ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "CONT")}
+
+
+def pass_on(child: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended; how, is about to be read
+        os.kill(child, number)
 
 
 def main() -> None:
@@ -34,7 +40,7 @@ def main() -> None:
                 print(child, file=output)
         if child:
             for number in PASSED_ON:
-                signal.signal(number, lambda number, frame: os.kill(child, number))
+                signal.signal(number, lambda number, frame: pass_on(child, number))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         end = answers.readline()
     if not end:  # the server has ended, and the child with it

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import SCRIPT, Jobs
+from tests.slurm.conftest import CONFIG, SCRIPT, Jobs
 
 # Replaces pretrain_mosa.py in tests of what follows each exit code. Attempt n exits with the n-th word of EXITS;
 # "137:2" exits with 137 after publishing a checkpoint of step 2.
@@ -43,6 +44,12 @@ if step:
     (run / "checkpoints" / f"step-{int(step):08d}").mkdir(parents=True)
 end(int(code))
 """
+
+
+@pytest.fixture(scope="module")
+def jobs(jobs: Jobs) -> Jobs:
+    """Of a layout that fits one node, too."""
+    return replace(jobs, overrides=[*jobs.overrides, "parallel.tensor_model_parallel_size=1"])
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,8 @@ def test_usage_errors_are_one_line(jobs: Jobs, tmp_path: Path) -> None:
         (): "usage: sbatch",
         ("train.steps=1",): "usage: sbatch",
         ("none.yaml",): "error: ",
+        (CONFIG, "train.global_batch_size=9"): "error: world size 1 is not divisible by parallel.tensor_model",
+        (CONFIG, *jobs.overrides, "train.global_batch_size=9"): "error: train.global_batch_size=9 must be divisible by",
     }
     for number, (arguments, line) in enumerate(cases.items()):
         output = tmp_path / f"{number}.out"

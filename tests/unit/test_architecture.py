@@ -105,9 +105,11 @@ def test_kernels_need_only_torch_and_training_no_slow_imports() -> None:
 
 
 def _opens_text(call: ast.Call) -> bool:
-    """Return whether a call opens, reads or writes a text file with the locale's encoding."""
+    """Return whether a call opens, reads or writes a text file or pipe with the locale's encoding."""
     name = getattr(call.func, "attr", getattr(call.func, "id", None))
     named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if {"text", "universal_newlines"} & set(named) and "encoding" not in named:  # of subprocess
+        return name in ("run", "Popen", "check_output", "call", "check_call")
     if name not in ("open", "fdopen", "read_text", "write_text") or "encoding" in named:
         return False
     if name in ("read_text", "write_text"):

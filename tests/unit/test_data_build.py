@@ -222,7 +222,9 @@ def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
     build_dataset(data)
     size = (folder / "train.bin").stat().st_size
     os.truncate(folder / "train.bin", size - 2)
-    with pytest.raises(UserError, match=f"train.bin has {size - 2} bytes, and {size} are expected; rebuild"):
+    with pytest.raises(
+        UserError, match=f"train.bin has {size - 2} bytes, and {size} are expected; restore it from a copy, or rebuild"
+    ):
         build_dataset(data)  # the same request, but not a dataset that can be used
     build_dataset(data, force=True)
     (folder / "validation.idx").unlink()
@@ -230,7 +232,7 @@ def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
         read_manifest(folder)
     build_dataset(data, force=True)
     train_tokenizer(TEXTS, 300).save(str(folder / "tokenizer.json"))
-    with pytest.raises(UserError, match="built with another tokenizer"):
+    with pytest.raises(UserError, match="tokenizer.json is not the file that .* but damaged or replaced: .*restore it"):
         read_manifest(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))

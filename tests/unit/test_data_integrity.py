@@ -13,10 +13,11 @@ import pytest
 
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import TrainingSamples, build_dataset, integrity, open_mixture
+from megatron_mosa.data import TrainingSamples, build_dataset, hashing, integrity, load_tokenizer, open_mixture
 from megatron_mosa.data.commands import dataset_folders, inspect, verify
 from megatron_mosa.data.integrity import HashingProcess, open_indexed, recorded_hashes
 from megatron_mosa.data.manifest import load_manifest
+from megatron_mosa.data.tokenizer import END_OF_TEXT
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.sample import BORDER, sample_text
@@ -54,18 +55,41 @@ def places(file: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_one_line_that_names_the_file(name: str, dataset: Path) -> None:
+def test_a_flipped_bit_is_one_line_that_names_the_file(
+    name: str, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "CHUNK", 1000)  # several to a file
     section = DataSection(path=str(dataset))
     file = dataset / name
     for bit in places(file):
         flip(file, bit)
-        for look in (lambda: open_mixture(section), lambda: verify(dataset)):
+        for look, error in ((lambda: open_mixture(section), UserError), (lambda: verify(dataset), RunError)):
             with pytest.raises((UserError, RunError)) as caught:
                 look()
             assert name in str(caught.value) and "\n" not in str(caught.value), bit
+            is_newer = "has format version" in str(caught.value)  # as it seems
+            assert caught.type is UserError if is_newer else issubclass(caught.type, error), bit
         flip(file, bit)
     open_mixture(section)
     verify(dataset)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("size", [None, -1, 1])
+def test_a_file_that_is_gone_or_of_another_size_is_damage(name: str, size: int | None, dataset: Path) -> None:
+    file = dataset / name
+    content = file.read_bytes()
+    file.unlink()
+    if size is not None:
+        file.write_bytes((content + b"\0")[: len(content) + size])
+    reason = "is not the file" if name == "tokenizer.json" else "has .* bytes, and .* are expected"
+    with pytest.raises(UserError, match=f"{name} {'is missing' if size is None else reason}") as refused:
+        open_mixture(DataSection(path=str(dataset)))
+    with pytest.raises(RunError) as found:  # exit code 1, as of a flipped bit
+        verify(dataset)
+    assert str(found.value) == str(refused.value) and "\n" not in str(found.value)
+    with pytest.raises(UserError, match="it has no manifest.json"):
+        verify(dataset.parent)
 
 
 def test_an_index_that_cannot_be_opened_is_one_line(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -113,9 +137,12 @@ def test_a_manifest_of_before_there_were_hashes_of_indices(dataset: Path, capsys
     assert load_manifest(dataset).to_json() == old  # so that runs on it find their fingerprint again
     verify(dataset)
     assert "their structure alone was checked" in capsys.readouterr().out
-    flip(dataset / "train.idx", 8 * 40)
-    with pytest.raises(RunError, match=r"train.idx is damaged"):
-        verify(dataset)
+    file = dataset / "train.idx"
+    for bit in range(8 * 34, 8 * file.stat().st_size, 29):  # lengths, offsets, and the first sequences of documents
+        flip(file, bit)
+        with pytest.raises(RunError, match=r"train.idx is damaged"):
+            verify(dataset)
+        flip(file, bit)
 
 
 def wait_for(process: HashingProcess) -> None:
@@ -163,6 +190,11 @@ def test_a_large_dataset_is_hashed_beside_the_run(dataset: Path, monkeypatch: py
     wait_for(process)
     assert "damaged" in str(process.damage())  # the first in their order
     process.close()
+    flip(dataset / "train.bin", 8 * 100)
+    process = HashingProcess(files)
+    wait_for(process)
+    assert process.damage() == f"{dataset}/train.idx cannot be read: No such file or directory"
+    process.close()
 
 
 def test_hashes_are_not_compared_where_that_is_switched_off(dataset: Path) -> None:
@@ -180,11 +212,16 @@ def config_of(dataset: Path, tmp_path: Path) -> Config:
 
 def test_a_sample_is_the_text_that_training_sees(dataset: Path, tmp_path: Path) -> None:
     config = config_of(dataset, tmp_path)
-    shown = "\n".join(sample_text(config, number) for number in range(8))
-    assert BORDER in shown and "Document " in shown
-    for text in shown.split(BORDER)[1:-1]:
-        pieces = [piece for piece in text.split("\n") if piece]
-        assert all(any(piece in original for original in TEXTS) for piece in pieces)
+    order = TrainingSamples(open_mixture(config.data), sequence_length=32, index_samples=8, seed=config.run.seed)
+    order.prepare(0, 7)
+    tokenizer = load_tokenizer(str(dataset))
+    found = [sample_text(config, number) for number in range(8)]
+    for number, text in enumerate(found):
+        decoded = tokenizer.decode(order[number]["tokens"].tolist(), skip_special_tokens=False)
+        assert text == decoded.replace(END_OF_TEXT, f"\n{BORDER}\n").removesuffix("\n")
+        for piece in filter(None, text.replace(BORDER, "").split("\n")):
+            assert any(piece in original for original in TEXTS)
+    assert len(set(found)) == 8 and any(BORDER in text for text in found)
     with pytest.raises(UserError, match="sample 8 does not exist: .* 0 to 7"):
         sample_text(config, 8)
 

@@ -19,7 +19,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, train_tokenizer
+from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
 from megatron_mosa.data.encoder import LOST, UNKNOWN, Encoder
 from megatron_mosa.data.left_out import BROKEN_LINKS, EMPTY, HIDDEN, MENDED, NOT_UTF8, SEEN_AGAIN
 from megatron_mosa.data.sources import open_source
@@ -123,6 +123,7 @@ def test_json_in_any_layout(
         ("a.json", b'[{"text": "a"},\n{"text": "b', r"line 2 of .*a.json is not JSON"),
         ("a.json", b'[{"text": "a"}', r"line 1 of .*a.json is not JSON .*does not end"),
         ("a.json", b'{"text": "a"}\n\n nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
+        ("a.json", b'{"text": "a"}\n{"text": "b",\n"n": nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
         ("a.json", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 of .*a.json is not UTF-8"),
         ("a.jsonl.gz", b"not gzip at all", r"cannot read .*a.jsonl.gz"),
     ],
@@ -132,6 +133,14 @@ def test_a_bad_line_is_named(name: str, content: bytes, message: str, tmp_path: 
     with pytest.raises(UserError, match=message) as caught:
         documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a number at every cut, unlike an object."""
+    monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 7)
+    (tmp_path / "a.json").write_text('{"text": "a"}\n1234567890', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2 of .*a.json is 1234567890, not an object"):
+        documents(tmp_path / "a.json")
 
 
 def test_a_bad_line_of_a_hub_dataset_is_named(tmp_path: Path) -> None:
@@ -228,6 +237,28 @@ def test_what_a_tokenizer_does_not_know_is_counted(
     assert f"left out or changed: 5 {what}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("splitter", [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
+def test_what_is_lost_is_what_no_token_covers(splitter: Any) -> None:
+    """Counted character by character, white space of all scripts and the last code points included."""
+    tokenizer = of_characters(None)
+    tokenizer.pre_tokenizer = splitter
+    blanks = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    texts = [
+        "",
+        "abc",
+        "\0",
+        "世",
+        "".join(blanks),
+        f"a世{'b'.join(blanks)}\u3001\u3002\ufeff\u200b",
+        "a" + "\U0010ffff" * 3,
+    ]
+    texts += ["".join(chr(97 + n * m % 31) + blanks[n * m % len(blanks)] for n in range(200)) for m in (1, 7)]
+    for text, encoded in zip(texts, Encoder(tokenizer, 0, int, 0.0).encode(texts), strict=True):  # type: ignore[arg-type]
+        covered = {place for begin, end in tokenizer.encode(text).offsets for place in range(begin, end)}
+        lost = [character for place, character in enumerate(text) if place not in covered and not character.isspace()]
+        assert encoded.lost == (Counter({LOST: len(lost)}) if lost else Counter()), text
+
+
 def test_tokenizers_on_bytes_lose_nothing() -> None:
     plain = train_tokenizer(["some text"], 300)
     assert knows_every_character(plain)
@@ -267,3 +298,28 @@ def test_counts_do_not_depend_on_where_a_build_was_interrupted(tmp_path: Path) -
     ]
     assert found == [{EMPTY: 20, HIDDEN: 1}] * 3
     assert load_tokenizer(str(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("finished", [0, 1, 5])
+def test_counts_are_those_of_a_build_without_interruption(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "" if number % 3 == 0 else f"document {number} " * 20} for number in range(60)]
+    source = str(write_rows(tmp_path / "corpus" / "a.jsonl", rows).parent)
+    (tmp_path / "corpus" / ".hidden").touch()
+    data = DataSection(
+        path=str(tmp_path / "set"), sources=[source], vocab_size=300, validation_fraction=0.3, shard_bytes=1000
+    )
+    write, records = shards.write_atomically, []
+
+    def write_some(file: Path, *content: Any, **options: Any) -> Any:
+        if len(records) == finished:
+            raise KeyboardInterrupt
+        records.append(file)
+        return write(file, *content, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(shards, "write_atomically", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset(data)
+    assert build_dataset(data).left_out == {EMPTY: 20, HIDDEN: 1}

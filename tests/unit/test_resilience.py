@@ -298,7 +298,7 @@ def test_a_data_fault_affects_one_step_on_one_rank(tmp_path: Path, fault: str) -
 
     def changed_batches(rank: int, step: int) -> list[tuple[bool, bool]]:
         """Whether each batch has garbage labels, and whether it has a NaN loss mask."""
-        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step))
+        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step - 1, 2))
         return [((b["labels"] == 0).all().item(), b["loss_mask"].isnan().all().item()) for b in found]  # type: ignore
 
     untouched = [(False, False)] * 2

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mosa.config import config_from_dict
-from megatron_mosa.errors import RunError
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.slurm.commands import submit
 from megatron_mosa.slurm.submit import Request, Submission
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 SBATCH = """#!/bin/sh
 echo "$@" >> "$CALLS"
@@ -59,3 +62,19 @@ def test_a_refused_chain_names_the_jobs_already_submitted(
     monkeypatch.setenv("REFUSED", "3")
     with pytest.raises(RunError, match=r"no such partition; already submitted: 101, 102 \(scancel 101 102\)"):
         submission.submit()
+
+
+def test_a_batch_that_does_not_fit_all_ranks_is_refused_before_anything_is_written(
+    submission: Submission, tmp_path: Path
+) -> None:
+    """Four nodes of two tasks, two of which share a model: four data-parallel ranks."""
+    values = [f"run.directory={tmp_path / 'runs'}", f"data.path={tmp_path / 'none'}", "train.global_batch_size=24"]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        submit(QUICKSTART, [*values, "train.micro_batch_size=5"], nodes=4, tasks_per_node=2)
+    product = "train.micro_batch_size=5 x 4 data-parallel ranks = 20"
+    fixes = "train.global_batch_size=20, or train.micro_batch_size=3 or 6"
+    assert str(caught.value) == f"train.global_batch_size=24 must be divisible by {product}; set {fixes}"
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="data.path=.* does not exist"):  # with such a size, what is next
+        submit(QUICKSTART, [*values, "train.micro_batch_size=3"], nodes=4, tasks_per_node=2)

@@ -111,8 +111,9 @@ def test_default_layouts(config: Config) -> None:
         lambda: default_layouts(config, 3),
         lambda: check_layouts(config, [SweepLayout(1, False, 1, 4)], 3),
     ):
-        with pytest.raises(UserError, match="set --processes=2, or train.global_batch_size=15$"):
+        with pytest.raises(UserError, match="; set --processes=2, or train.global_batch_size=15$") as caught:
             rejected()
+        assert str(caught.value).count("set ") == 1  # not what would do without --layout and --processes
     check_layouts(config, default_layouts(config, 2), 2)
     fitting = replace(config, train=replace(config.train, global_batch_size=15))
     check_layouts(fitting, default_layouts(fitting, 3), 3)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from megatron_mosa.config.schema import OptimizerSection
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import Journal, plot_losses, read_journal
 from megatron_mosa.model import language_model_loss
+from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel.apex import refuse_wrong_apex
 from megatron_mosa.train.schedule import learning_rate
 
@@ -47,15 +49,17 @@ def test_the_other_schedules() -> None:
     assert wsd[78] == pytest.approx(1 - 0.9 / 26) and wsd[-1] == pytest.approx(0.1)
 
 
-def test_the_loss_is_of_tokens_that_count() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, tokens: torch.Tensor, positions: torch.Tensor, documents: None, labels: torch.Tensor):
-            assert positions.tolist() == [[0, 1, 2]] * 2 and documents is None
-            return (10 * tokens + labels).bfloat16()  # [B, T]
+def test_the_loss_is_of_tokens_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(_: object, tokens: torch.Tensor, positions: torch.Tensor, documents: None, labels: torch.Tensor):
+        assert positions.tolist() == [[0, 1, 2]] * 2 and documents is None
+        return (10 * tokens + labels).bfloat16()  # [B, T]
 
+    monkeypatch.setattr(GPTModel, "forward", forward)
+    model = MosaGPTModel.__new__(MosaGPTModel)
+    torch.nn.Module.__init__(model)
     tokens, labels = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, 3, 4], [5, 6, 7]])
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    total, count = language_model_loss(Model(), tokens, labels, mask)
+    total, count = language_model_loss(model, tokens, labels, mask)
     assert (total.item(), count.item()) == (12 + 34 + 67, 3)
     assert total.dtype == torch.float32
 

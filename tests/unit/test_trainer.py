@@ -27,12 +27,11 @@ from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
-from megatron_mosa.train.callbacks.base import Callback
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
-from megatron_mosa.train.trainer import Trainer, TrainingState
+from megatron_mosa.train.trainer import Callback, Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 from tests.unit.test_checkpoint import publish
 
@@ -114,6 +113,7 @@ def trainer(
     settings: Config, engine: Any, callbacks: list[Callback], survival: Survival | None = None, **state: Any
 ) -> Trainer:
     layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
+    survival = survival or survival_of(Path(settings.run.directory), Clock(), settings)
     return Trainer(settings, engine, layout, TrainingState(**state), callbacks, survival)
 
 
@@ -267,7 +267,7 @@ def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Pa
     store = Store(tmp_path / "checkpoints")
     rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), allowed=1)
     run = trainer(settings, engine, [WrongSteps(lines, settings.resilience), progress.Progress(lines, VOCAB_SIZE)])
-    run.rewinder = rewinder
+    run.rewind = rewinder.rewind
     # steps 1 to 6, of which the last jumps; 5, 6 (left out), 7, which jumps too, and 8
     losses = [2.0, 2.1, 2.0, 2.1, 2.0, 50.0, 2.2, 60.0, 2.3]
     engine.results = {number: StepResult(loss, 1.0) for number, loss in enumerate(losses)}
@@ -276,7 +276,7 @@ def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Pa
     assert sorted(path.name for path in store.folder.iterdir()) == [
         "damaged-step-00000006", "damaged-step-00000007", "step-00000002", "step-00000004",
     ]  # fmt: skip
-    assert skipped_steps(tmp_path) == settings.train.skip_steps == [6]
+    assert skipped_steps(tmp_path) == [6] and run.skip_steps == {6} and settings.train.skip_steps == []
     assert [first for first, _ in engine.samples] == [0, 4, 8, 12, 16, 20, 16, 24, 28]
     assert engine.rates[5:] == pytest.approx([RATES[5], RATES[4], RATES[6], RATES[7]])
     journal = read_journal(tmp_path / "metrics.jsonl")

@@ -113,6 +113,28 @@ def test_the_program_does_not_import_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(QUICKSTART.parents[1])})
 
 
+def test_an_attempt_of_a_layout_that_does_not_fit_does_not_begin(tmp_path: Path) -> None:
+    """What is suggested fits all data-parallel ranks."""
+    values = [f"run.directory={tmp_path}", "run.name=run", "train.global_batch_size=24", "train.micro_batch_size=5"]
+
+    def lines(processes: str, *values: str) -> list[str]:
+        command = [sys.executable, "-m", "megatron_mosa.slurm.begin", processes, str(QUICKSTART), *values]
+        environment = {"PYTHONPATH": str(QUICKSTART.parents[1])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout == "") in ((0, False), (2, True))
+        return (done.stdout or done.stderr).splitlines()
+
+    (error,) = lines("8", *values)
+    assert error.endswith(
+        "=5 x 4 data-parallel ranks = 20; set train.global_batch_size=20, or train.micro_batch_size=3 or 6"
+    )
+    assert not (tmp_path / "run").exists()
+    assert lines("8", *values, "train.micro_batch_size=3") == [str(tmp_path / "run"), "go"]
+    assert lines(str(QUICKSTART)) == [
+        "error: usage: python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]"
+    ]
+
+
 def test_usage_errors_are_one_line(tmp_path: Path) -> None:
     done = call(tmp_path, 1, MOSA_MAX_RETRIES="many")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -109,7 +109,9 @@ def check_agreement(directory: Path, file: Path, steps: int) -> None:
     """Every number of the journal, at its step, is in TensorBoard and W&B, and nothing else is."""
     expected: dict[int, dict[str, Any]] = {step: {} for step in range(1, steps + 1)}
     for line in read_journal(directory / "metrics.jsonl"):
-        expected[line["step"]] |= numbers(scalars(line))
+        found = numbers(scalars(line))
+        assert not expected[line["step"]].keys() & found, f"two lines of step {line['step']}"
+        expected[line["step"]] |= found
     rows = wandb_rows(file)
     assert {step: numbers(row) for step, row in rows.items()} == expected
     events = EventAccumulator(str(directory / "tensorboard"), {"scalars": 0, "histograms": 0}).Reload()
@@ -143,7 +145,8 @@ def test_all_show_the_new_values_of_steps_that_are_run_again(
     closed(writers)
     directory = Path(settings.run.directory) / settings.run.name
     before, after = wandb_files(directory)
-    assert identity(before) != identity(after) == json.loads((directory / "wandb.json").read_text())["id"]
+    record = json.loads((directory / "wandb.json").read_text())
+    assert identity(before) != identity(after) == record["id"] and record["title"] == "run (again from step 6)"
     assert numbers(wandb_rows(before)[10])["train/loss"] == OLD + 10  # what was there stays there
     check_agreement(directory, after, 11)
     assert "ignored" not in "".join(capfd.readouterr())
@@ -214,6 +217,8 @@ def test_a_server_that_has_fewer_steps_or_more_than_metrics_jsonl(settings: Conf
         server.rows[first][step] = {"train/loss": OLD + step}
     write(opened(settings, resumed_step=5), 6, 9, NEW)
     assert (server.opened[-1] == first) == (had <= 5) and server.dropped == []
+    record = json.loads((Path(settings.run.directory) / settings.run.name / "wandb.json").read_text())
+    assert record["title"] == ("run" if had <= 5 else "run (again from step 6)")
     rows = server.rows[server.opened[-1]]
     losses = {step: row["train/loss"] for step, row in rows.items() if step != 3}
     assert losses == {step: (OLD if step < 6 else NEW) + step for step in (1, 2, 4, 5, 6, 7, 8, 9)}
@@ -244,3 +249,6 @@ def test_runs_that_began_before_there_was_a_record_keep_their_id(settings: Confi
     settings.logging.wandb_project = "p"
     opened(settings, resumed_step=2)
     assert server.opened[4] not in server.opened[:4]
+    (directory / "wandb.json").write_text('{"project": "p", "na')  # a power failure
+    opened(settings, resumed_step=2)
+    assert server.opened[5] not in server.opened[:5]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.triton.loss import linear_cross_entropy
 from megatron_mosa.kernels.triton.ops import (
     fused_attention,
     fused_count_scores,
@@ -13,7 +14,13 @@ from megatron_mosa.kernels.triton.ops import (
     fused_select_above,
     fused_select_tokens,
 )
+from megatron_mosa.kernels.triton.rotary import fused_split_heads
 from megatron_mosa.kernels.triton.selection import count_followed
+
+__all__ = [
+    "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above", "select_tokens",
+    "selected_attention", "split_heads",
+]  # fmt: skip
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
@@ -100,3 +107,11 @@ def selected_attention(
         restart_rotary,
         deterministic,
     )[0]
+
+
+def split_heads(
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``naive.split_heads``."""
+    query, key, value = fused_split_heads(qkv, rotary_percent, rotary_base, document_starts)  # [T, B, H | G, h']
+    return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)

@@ -16,6 +16,7 @@ from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
 
 FEWEST_CHUNKS = 4  # of the products of a layer; one at a time is in memory, waiting for its sum over heads
+SMALL_BYTES = 256 << 20  # of all products of a layer: so few are one chunk
 MOST_BYTES = 1536 << 20  # of a chunk
 
 
@@ -117,9 +118,12 @@ def _combine_kernel(
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
     """How many sequences, and how many columns of them, are a chunk: what waits for its sum at a time.
 
-    Columns are cut where one sequence is too much for a chunk, to multiples of 128 that let kernels read many bytes at
-    once, or of fewer in a narrow layer: no chunk is more than half of a layer, but for an odd column.
+    Up to ``SMALL_BYTES`` that is everything. Beyond, columns are cut where one sequence is too much for a chunk, to
+    multiples of 128 that let kernels read many bytes at once, or of fewer in a narrow layer: no chunk is more than half
+    of a layer, but for an odd column.
     """
+    if batch * sequence_bytes <= SMALL_BYTES:
+        return batch, width
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
     step = next(step for step in (128, 16, 1) if step == 1 or width >= step * FEWEST_CHUNKS)
     slices = 1

@@ -12,8 +12,7 @@ from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import config_to_dict
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import StorageError
-from megatron_mosa.train.callbacks.base import Callback, is_due
-from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 from megatron_mosa.utils.versions import versions
 
@@ -47,7 +46,7 @@ class Checkpointing(Callback):
         if self.saving is not None and self.saving.outcome.done():
             self._finish(trainer)
         step = trainer.state.step
-        if not is_due(trainer, trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
+        if not trainer.is_due(trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
         if not (result.is_finite or result.was_asked or trainer.stopping):
             self.writers.note("no checkpoint: the last step was not finite")
@@ -56,7 +55,8 @@ class Checkpointing(Callback):
         begun = time.perf_counter()
         outcome = self.store.begin_save(trainer.engine, self._metadata(trainer))
         self.saving = _Save(step, time.perf_counter() - begun, outcome)
-        trainer.strike("save", step)
+        for callback in trainer.callbacks:
+            callback.on_save(trainer)
         if not trainer.config.checkpoint.asynchronous:
             self._finish(trainer)
 
@@ -73,7 +73,7 @@ class Checkpointing(Callback):
         saving, self.saving = self.saving, None
         if saving is None:
             return
-        trainer.beat(f"waiting for the checkpoint of step {saving.step}")
+        trainer.survival.watchdog.beat(f"waiting for the checkpoint of step {saving.step}")
         waiting = time.perf_counter()
         try:
             path = saving.outcome.result()
@@ -86,8 +86,7 @@ class Checkpointing(Callback):
             written = time.perf_counter() - waiting
             waited = f"{saving.copied:.2f} s for the copy in memory, {written:.2f} s for the disk"
             self.writers.note(f"checkpoint {path} (training waited {waited})")
-            if trainer.survival is not None:
-                trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
+            trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
 
     def _metadata(self, trainer: Trainer) -> Metadata:
         return Metadata(

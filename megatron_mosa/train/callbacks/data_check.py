@@ -8,8 +8,7 @@ from megatron_mosa.data.integrity import FileHash, HashingProcess
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import on_main_rank
-from megatron_mosa.train.callbacks.base import Callback
-from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 
 

@@ -10,8 +10,7 @@ from megatron_mosa.attention.thresholds import is_causal
 from megatron_mosa.engine import StepResult
 from megatron_mosa.metrics import peak_flops, peak_memory_gib, recorded_selection, selection_statistics
 from megatron_mosa.model import model_flops
-from megatron_mosa.train.callbacks.base import Callback, is_due
-from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 
 
@@ -43,7 +42,7 @@ class Progress(Callback):
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
         """Start the clock; on steps that will be reported, let MoSA layers keep what they select."""
-        reported = is_due(trainer, trainer.config.logging.interval, step)
+        reported = trainer.is_due(trainer.config.logging.interval, step)
         self.is_causal = is_causal(trainer.engine.module, training=True)
         self.started = time.perf_counter()
         return recorded_selection(trainer.engine.module) if reported else nullcontext()
@@ -52,7 +51,7 @@ class Progress(Callback):
         """Stop the clock and report."""
         self.seconds += time.perf_counter() - self.started
         self.steps += 1
-        if not is_due(trainer, trainer.config.logging.interval, trainer.state.step):
+        if not trainer.is_due(trainer.config.logging.interval, trainer.state.step):
             return
         batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
         steps_per_second = self.steps / self.seconds

@@ -12,8 +12,7 @@ from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import GaveUpError
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.survival import Survival
-from megatron_mosa.train.callbacks.base import Callback
-from megatron_mosa.train.trainer import Spike, Trainer
+from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 
 
@@ -63,26 +62,26 @@ class WrongSteps(Callback):
         self.rewinds = section.on_spike == "rewind"
         self.in_a_row = 0
 
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> bool:
         """Note what was wrong with the step.
+
+        Returns:
+            True if the loss has jumped, and ``resilience.on_spike`` is "rewind".
 
         Raises:
             GaveUpError: too many in a row were not finite.
-            Spike: the loss has jumped, and ``resilience.on_spike`` is "rewind".
         """
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
         if result.was_asked:
             self.writers.note(f"step {step} left out, as train.skip_steps asks; {samples}")
-            return
+            return False
         if result.is_finite:
             self.in_a_row = 0
             excess = self.spikes.excess(result.loss)
             if excess is not None:
                 self.writers.note(f"step {step}: loss {result.loss:.4f} is a spike of {excess:.1f} sigmas; {samples}")
-            if self.rewinds and trainer.any_rank(excess is not None):
-                raise Spike
-            return
+            return self.rewinds and trainer.any_rank(excess is not None)
         self.in_a_row += 1
         trainer.state.skipped_steps += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -97,3 +96,4 @@ class WrongSteps(Callback):
                 "optimizer.learning_rate, look at the data, or leave steps out (train.skip_steps); the last "
                 "checkpoint before them is kept"
             )
+        return False

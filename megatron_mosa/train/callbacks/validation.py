@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from megatron_mosa.attention.thresholds import is_causal
 from megatron_mosa.data import ValidationSamples, validation_batches
 from megatron_mosa.engine import Batch, StepResult
-from megatron_mosa.train.callbacks.base import Callback, is_due
-from megatron_mosa.train.trainer import Trainer
+from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 
 
@@ -34,12 +33,12 @@ class Validation(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Make up for what the start before was stopped from."""
         step = trainer.state.step
-        if step and self.last_measured < step and is_due(trainer, trainer.config.validation.interval, step):
+        if step and self.last_measured < step and trainer.is_due(trainer.config.validation.interval, step):
             self._evaluate(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Evaluate if it is time, and there is time."""
-        if is_due(trainer, trainer.config.validation.interval, trainer.state.step) and not trainer.stopping:
+        if trainer.is_due(trainer.config.validation.interval, trainer.state.step) and not trainer.stopping:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -69,5 +68,6 @@ def _until_stopped(batches: Iterator[Batch], trainer: Trainer) -> Iterator[Batch
     for number, batch in enumerate(batches):
         if trainer.is_to_stop(f"validating step {trainer.state.step}, batch {number}"):
             return
-        trainer.strike("validation", trainer.state.step)
+        for callback in trainer.callbacks:
+            callback.on_validation_batch(trainer)
         yield batch

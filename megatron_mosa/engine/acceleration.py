@@ -1,0 +1,88 @@
+"""The fastest way to take a step that is safe for a configuration on the device at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mosa.config import Config
+from megatron_mosa.kernels import get_backend
+from megatron_mosa.parallel import Layout
+from megatron_mosa.parallel.apex import apex_fused_adam
+
+OLDEST_TORCH = (2, 11)  # that this was measured with
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What ``train.acceleration`` came to. ``str`` says it in one line."""
+
+    compiles_layers: bool = False
+    """Training by compiled layers, the loss without whole logits."""
+
+    uses_graphs: bool = False
+    """A micro-batch is one CUDA graph, and gradients are added up in fp32 as soon as they are there."""
+
+    hindrance: str = ""
+    """Why there is no more than this; a setting or a fact."""
+
+    def __str__(self) -> str:
+        if self.uses_graphs:
+            return "acceleration: compiled layers, each micro-batch one CUDA graph"
+        found = "compiled layers, no CUDA graphs" if self.compiles_layers else "none"
+        return f"acceleration: {found}: {self.hindrance}"
+
+
+def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
+    """Decide, before the model is built: a capture that fails could not be recovered from."""
+    if hindrance := next(_against_compiled_layers(config, layout), None):
+        return Acceleration(hindrance=hindrance)
+    hindrance = next(_against_graphs(config), "")
+    return Acceleration(compiles_layers=True, uses_graphs=not hindrance, hindrance=hindrance)
+
+
+def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
+    """What compiled layers do not go with."""
+    model, parallel, train = config.model, config.parallel, config.train
+    if train.acceleration == "none":
+        yield "train.acceleration=none"
+    if layout.device.type != "cuda":
+        yield f"on {layout.device.type}"
+        return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if parallel.tensor_model_parallel_size > 1:
+        yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+    if parallel.zero_stage == 3:
+        yield "parallel.zero_stage=3"
+    if train.apex == "always":
+        yield "train.apex=always asks for apex's norms"
+    if train.recompute != "none":
+        yield f"train.recompute={train.recompute}"
+    if model.attend_within_documents:
+        yield "model.attend_within_documents=true"
+    if model.num_local_heads:
+        yield f"model.num_local_heads={model.num_local_heads}"
+    states = torch.empty(0, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, device=layout.device)
+    try:
+        triton = get_backend("triton", states, model.head_dim)
+    except ValueError as error:
+        yield str(error)
+    else:
+        if config.mosa.num_heads and get_backend(config.mosa.backend, states, model.head_dim) is not triton:
+            yield "MoSA heads do not run on Triton's kernels"
+
+
+def _against_graphs(config: Config) -> Iterator[str]:
+    """What graphs of a micro-batch do not go with, where layers are compiled."""
+    parallel = config.parallel
+    if parallel.zero_stage != 1:
+        yield f"parallel.zero_stage={parallel.zero_stage}"
+    if config.train.precision != "bf16":
+        yield f"train.precision={config.train.precision}"
+    if parallel.offload_optimizer:
+        yield "parallel.offload_optimizer=true"
+    if config.train.apex != "never" and apex_fused_adam() is not None:
+        yield "apex's FusedAdam steps (train.apex=never leaves it out)"

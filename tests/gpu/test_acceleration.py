@@ -1,0 +1,103 @@
+"""Compiled layers, the chunked loss and graphs of micro-batches against the plain path, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_mosa.kernels import get_backend
+from tests.distributed import tasks
+from tests.distributed.pool import WorkerPools
+from tests.gpu import acceleration_tasks
+from tests.kernels.test_loss import check_loss
+from tests.kernels.test_rotary import SHAPES, check_split_heads
+
+KINDS: dict[str, dict] = {
+    "hybrid": {},
+    "dense": {"mosa__num_heads": 0, "model__num_query_groups": 2},
+    "pure": {"model__num_dense_heads": 0},
+    "llama": {"model__activation": "swiglu", "model__normalization": "RMSNorm", "model__rotary_percent": 1.0},
+    "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2, "mosa__load_feedback": 0.05},
+    "tied": {"model__tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 3, 2, 2, 64, 0.5), (129, 2, 4, 1, 128, 1.0)], ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+def test_split_heads(documents: bool, shape: tuple, dtype: torch.dtype) -> None:
+    check_split_heads(get_backend("triton", torch.empty(0, device="cuda")), shape, documents, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [61, 8000, 32000])
+def test_loss(vocabulary: int, dtype: torch.dtype) -> None:
+    check_loss(5000, 64, vocabulary, dtype, "cuda")
+
+
+def larger_config(**changes: object) -> tasks.Config:
+    """Two micro-batches of a model whose heads are as wide as in practice."""
+    settings = dict(
+        model__hidden_size=128, model__head_dim=64, model__num_layers=3, train__global_batch_size=8,
+        train__micro_batch_size=4, optimizer__weight_decay=0.1, optimizer__beta1=0.9, optimizer__beta2=0.95,
+    )  # fmt: skip
+    return tasks.tiny_config(**settings | changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_every_gradient_are_those_of_the_plain_path(workers: WorkerPools, kind: str, precision: str) -> None:
+    # fp32: the two differ by rounding alone. bf16: the fast path is no farther from fp32 than the plain path is.
+    found = workers(1).run(acceleration_tasks.gradients, larger_config(**KINDS[kind]), precision)[0]
+    assert found["chose"].startswith("acceleration: compiled layers")
+    assert found["fast loss"] == pytest.approx(found["exact loss"], rel=1e-5 if precision == "fp32" else 5e-3)
+    for name, (fast, plain) in found["errors"].items():
+        assert fast < (1e-4 if precision == "fp32" else 1.5 * plain + 1e-3), (name, fast, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
+    """Six steps in bf16 of both paths: losses, norms and validation; what the first selects is recorded in both."""
+    config = larger_config(train__precision="bf16", **KINDS[kind])
+    fast = workers(1).run(acceleration_tasks.steps, config, 6)[0]
+    config.train.acceleration = "none"
+    plain = workers(1).run(acceleration_tasks.steps, config, 6)[0]
+    assert fast["chose"].endswith("each micro-batch one CUDA graph") and plain["chose"].endswith("acceleration=none")
+    assert fast["losses"] == pytest.approx(plain["losses"], rel=5e-3)
+    assert fast["norms"] == pytest.approx(plain["norms"], rel=5e-2)
+    assert fast["validation"] == pytest.approx(plain["validation"], rel=5e-3)
+    assert fast["is graphed"] and not plain["is graphed"]
+    for ours, theirs in zip(fast["selected"], plain["selected"], strict=True):
+        assert (ours & theirs).sum() > 0.95 * theirs.sum()
+    assert (len(fast["thresholds"]) > 0) == (kind == "threshold")
+    for ours, theirs in zip(fast["thresholds"], plain["thresholds"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(workers: WorkerPools) -> None:
+    facts = workers(1).run(acceleration_tasks.around_a_step_that_is_not_finite, larger_config(train__precision="bf16"))[
+        0
+    ]
+    assert facts["is graphed"] and not facts["bad is finite"] and not facts["empty is finite"]
+    assert facts["unchanged"] and facts["steps"] == facts["steps after"] and facts["then finite"]
+
+
+def test_another_batch_shape_and_back(workers: WorkerPools) -> None:
+    losses = workers(1).run(acceleration_tasks.shapes, larger_config(train__precision="bf16"))[0]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train__recompute": "full"}, "acceleration: none: train.recompute=full"),
+        ({"model__attend_within_documents": True}, "acceleration: none: model.attend_within_documents=true"),
+        ({"parallel__zero_stage": 3}, "acceleration: none: parallel.zero_stage=3"),
+        ({"parallel__zero_stage": 2}, "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"),
+        ({"train__precision": "fp32"}, "acceleration: compiled layers, no CUDA graphs: train.precision=fp32"),
+        ({"mosa__backend": "naive"}, "acceleration: none: MoSA heads do not run on Triton's kernels"),
+    ],
+)
+def test_what_falls_back_says_so(workers: WorkerPools, changes: dict, line: str) -> None:
+    config = larger_config(**{"train__precision": "bf16"} | changes)
+    assert workers(1).run(acceleration_tasks.choice, config)[0] == line

@@ -1,0 +1,92 @@
+"""A dataset that is damaged while a run trains on it, and is hashed beside the run because it is large."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from megatron_mosa.data import hashing
+from tests.integration.conftest import Runner
+
+# Any dataset counts as large, and is hashed as soon as the test says so: by the interpreter, not the loaded Python,
+# which has no isolated mode.
+CUSTOMIZE = """
+from types import SimpleNamespace
+from megatron_mosa.data import integrity
+integrity.FOREGROUND_BYTES = 0
+integrity.hashing = SimpleNamespace(__file__={waiting!r})
+integrity.sys = SimpleNamespace(executable={python!r})
+"""
+WAITING = """
+import os, runpy, time
+parent = os.getppid()
+while not os.path.exists({sign!r}):
+    if os.getppid() != parent:
+        raise SystemExit(1)
+    time.sleep(0.02)
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def wait_for_checkpoint(runner: Runner, name: str) -> None:
+    """Of step 2."""
+    deadline = time.monotonic() + 120
+    while not (runner.folder / "runs" / name / "checkpoints" / "step-00000002").is_dir():
+        assert time.monotonic() < deadline, runner.printed(name, "err")
+        time.sleep(0.05)
+
+
+def flip_a_bit(file: Path) -> None:
+    """The lowest of a token in the middle, in place: the ranks have the file mapped."""
+    with file.open("r+b") as content:
+        place = file.stat().st_size // 4 * 2
+        content.seek(place)
+        (byte,) = content.read(1)
+        content.seek(place)
+        content.write(bytes([byte ^ 1]))
+
+
+def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path: Path) -> None:
+    data, sign = tmp_path / "data", tmp_path / "look-now"
+    shutil.copytree(runner.folder / "data", data, ignore=shutil.ignore_patterns("index_cache"))
+    (tmp_path / "waiting.py").write_text(WAITING.format(sign=str(sign), program=hashing.__file__))
+    customize = CUSTOMIZE.format(waiting=str(tmp_path / "waiting.py"), python=sys.executable)
+    (tmp_path / "sitecustomize.py").write_text(customize)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    overrides = [
+        f"data.path={data}", "train.steps=100000", "checkpoint.interval=2", "validation.interval=100000",
+        "data.index_samples=4000", "data.num_workers=0", "logging.tensorboard=false",
+    ]  # fmt: skip
+    ranks = runner.start("damaged_data", *overrides, PYTHONPATH=path)
+    try:
+        wait_for_checkpoint(runner, "damaged_data")
+        flip_a_bit(data / "train.bin")
+        sign.touch()
+        codes = [rank.wait(180) for rank in ranks]  # nobody ends them
+    finally:
+        for rank in ranks:
+            rank.kill()
+    output, errors = runner.printed("damaged_data", "out"), runner.printed("damaged_data", "err")
+    assert codes == [2, 2], output + errors
+    assert "hashing 4 files of the dataset beside the run" in output and "the dataset is sound" not in output
+    assert len(errors.splitlines()) == 1, errors  # no traceback, and once for both ranks
+    found = re.fullmatch(
+        rf"error: {data}/train.bin is damaged: its SHA-256 is \w+..., and \w+... is recorded; restore it .*; "
+        r"the run stopped at step (\d+), its last sound checkpoint is (.*)\n",
+        errors,
+    )
+    assert found is not None, errors
+    step, checkpoint = int(found[1]), Path(found[2])
+    assert checkpoint.is_dir() and 2 <= int(checkpoint.name[5:]) <= step
+    status = json.loads((checkpoint.parents[1] / "status.json").read_text())
+    assert status["exit_code"] == 2 and "train.bin is damaged" in status["reason"]
+
+    flip_a_bit(data / "train.bin")  # it is as before
+    done = runner.run("damaged_data", *overrides, f"train.stop_after_step={step + 1}", PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed from {checkpoint.parent}/step-" in done.stdout
