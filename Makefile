@@ -93,7 +93,7 @@ memcheck: setup ## check every kernel for bad memory accesses on a GPU, with CUD
 bench: setup ## measure the kernels on a GPU; results go to benchmarks/results
 	@$(ACTIVATE); python -m benchmarks.mosa_layer && python -m benchmarks.scaling
 
-bench-step: setup ## measure whole training steps on a GPU; ARGS='NAME ... --out FILE' chooses
+bench-step: setup ## measure whole training steps on a GPU; ARGS='NAME ... --out FILE' selects which
 	@$(ACTIVATE); python -m benchmarks.step $(ARGS)
 
 check: setup docs ## check lint, formatting, types and documentation: ruff, pyright, Sphinx

@@ -63,7 +63,7 @@ class FaultInjection:
     def poisoned(
         self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
     ) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches that follow step ``steps_taken``; if the fault is due, with NaN masks or garbage labels."""
+        """Return the micro-batches after step ``steps_taken``; a due fault gives them NaN masks or garbage labels."""
         if self.section.fault not in _DATA_FAULTS:
             return batches
         return self._poisoned(batches, steps_taken, batches_per_step)

@@ -48,7 +48,7 @@ end(int(code))
 
 @pytest.fixture(scope="module")
 def jobs(jobs: Jobs) -> Jobs:
-    """Of a layout that fits one node, too."""
+    """Jobs with a layout that also fits on one node."""
     return replace(jobs, overrides=[*jobs.overrides, "parallel.tensor_model_parallel_size=1"])
 
 
