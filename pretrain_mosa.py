@@ -9,10 +9,10 @@ import argparse
 import sys
 
 from megatron_mosa.config import check_world_size, load_config
-from megatron_mosa.entry import run, while_loading
+from megatron_mosa.entry import gc_disabled_during_imports, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
-from megatron_mosa.resilience.interruption import hold_notice
+from megatron_mosa.resilience.interruption import block_sigusr1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,8 +36,8 @@ def main() -> int:
     if arguments.check_only:
         check_world_size(config, arguments.world_size or 1)
     else:
-        hold_notice()
-    with while_loading():
+        block_sigusr1()
+    with gc_disabled_during_imports():
         from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
 
     if arguments.check_only:

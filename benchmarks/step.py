@@ -184,7 +184,7 @@ def _start(name: str, acceleration: str, options: argparse.Namespace) -> subproc
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step", name, "--here", "--acceleration", acceleration]
     command += ["--steps", str(options.steps), "--set", *options.set]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from megatron_mosa import __version__
 from megatron_mosa.config import load_config, origins
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
 from megatron_mosa.decode.commands import cache_report, generate
-from megatron_mosa.entry import collect_garbage_seldom, keep_freed_memory, run
+from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.evaluation.commands import evaluate
 from megatron_mosa.resilience.doctor import doctor
@@ -328,5 +328,5 @@ def checkpoint_verify(
 
 def main() -> None:
     """Run ``mosa`` and exit with 0 (success), 1 (failure) or 2 (usage error)."""
-    collect_garbage_seldom()
+    raise_gc_threshold()
     sys.exit(run(app))

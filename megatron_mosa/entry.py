@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from megatron_mosa.errors import GaveUpError, RunError, UserError
-from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, WRONG_USE
+from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, USAGE_ERROR
 
 
 def keep_freed_memory() -> None:
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
         mallopt(-8, 1)  # M_ARENA_MAX: share one heap among all threads
 
 
-def collect_garbage_seldom() -> None:
+def raise_gc_threshold() -> None:
     """Run Python's garbage collector every 50,000 new objects instead of every 700, for short-lived commands.
 
     Importing torch, Megatron-core and DeepSpeed creates half a million objects that stay alive. By default the
@@ -38,7 +38,7 @@ def collect_garbage_seldom() -> None:
 
 
 @contextmanager
-def while_loading() -> Iterator[None]:
+def gc_disabled_during_imports() -> Iterator[None]:
     """Turn the garbage collector off during the imports of a training process, and exclude what they loaded for good.
 
     The collector resumes afterwards, so that reference cycles do not keep tensors of past steps alive for long.
@@ -54,7 +54,7 @@ def while_loading() -> Iterator[None]:
 
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
-    return WRONG_USE if isinstance(error, UserError) else GAVE_UP if isinstance(error, GaveUpError) else FAILED
+    return USAGE_ERROR if isinstance(error, UserError) else GAVE_UP if isinstance(error, GaveUpError) else FAILED
 
 
 def run(program: Callable[[], object]) -> int:

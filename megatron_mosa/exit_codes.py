@@ -6,7 +6,7 @@ DONE = 0
 FAILED = 1
 """Something failed; a restart may succeed."""
 
-WRONG_USE = 2
+USAGE_ERROR = 2
 """The run was requested in a way that cannot work; a restart would fail the same way."""
 
 GAVE_UP = 3
@@ -18,4 +18,4 @@ STOPPED = 75
 HUNG = 76
 """The watchdog ended a process that made no progress."""
 
-NAMES = {DONE: "done", FAILED: "failed", WRONG_USE: "wrong use", GAVE_UP: "gave up", STOPPED: "stopped", HUNG: "hung"}
+NAMES = {DONE: "done", FAILED: "failed", USAGE_ERROR: "wrong use", GAVE_UP: "gave up", STOPPED: "stopped", HUNG: "hung"}

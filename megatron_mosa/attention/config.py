@@ -130,7 +130,7 @@ class MosaTransformerConfig(TransformerConfig):
     def _check_values(self) -> None:
         """Choices and bounds, which are those of the configuration file."""
         for name, key in _KEYS.items():
-            if message := key.refusal(f"mosa_{name}", getattr(self, f"mosa_{name}")):
+            if message := key.error_message(f"mosa_{name}", getattr(self, f"mosa_{name}")):
                 raise ValueError(message)
 
     def _check_selection(self) -> None:

@@ -154,7 +154,7 @@ def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Docu
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
     if not _ROTARY_PERCENT.allows(rotary_percent):
-        raise ValueError(_ROTARY_PERCENT.refusal("rotary_percent", rotary_percent))
+        raise ValueError(_ROTARY_PERCENT.error_message("rotary_percent", rotary_percent))
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:

@@ -64,7 +64,7 @@ class Key:
             and (self.at_most is None or value <= self.at_most)
         )
 
-    def refusal(self, name: str, value: Any) -> str | None:
+    def error_message(self, name: str, value: Any) -> str | None:
         """Return the error for a value that is not allowed: "train.steps must be at least 1, got 0"; else None."""
         if self.allows(value):
             return None

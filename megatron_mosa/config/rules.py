@@ -93,7 +93,7 @@ def _values(config: Config) -> None:
         values = getattr(config, section.name)
         for name, key in keys_of(type(values)).items():
             value = getattr(values, name)  # the type has rejected null where it is not allowed
-            if value is not None and (message := key.refusal(f"{section.name}.{name}", value)):
+            if value is not None and (message := key.error_message(f"{section.name}.{name}", value)):
                 raise UserError(message)
 
 

@@ -33,7 +33,7 @@ class StepResult:
     grad_norm: float
     """Global norm before clipping."""
 
-    was_asked: bool = False
+    skipped_by_config: bool = False
     """The step was left out because the configuration says so: nothing was computed."""
 
     is_empty: bool = False

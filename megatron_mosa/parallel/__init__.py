@@ -1,7 +1,7 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
-from megatron_mosa.parallel.agree import Hosts, on_every_rank, on_main_rank
-from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
+from megatron_mosa.parallel.agree import HostGroup, on_every_rank, on_main_rank
+from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
 from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
@@ -10,13 +10,12 @@ from megatron_mosa.parallel.partition import Partition, partition_of
 from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
 
 __all__ = [
-    "Hosts",
+    "HostGroup",
     "Layout",
     "ModelParallelUnit",
     "Partition",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
-    "answer_cuda_with_cpu",
     "data_parallel_group",
     "destroy_parallel",
     "initialize_parallel",
@@ -25,6 +24,7 @@ __all__ = [
     "on_every_rank",
     "on_main_rank",
     "partition_of",
+    "patch_cuda_for_cpu",
     "tensor_parallel_group",
     "use_deterministic_algorithms",
 ]

@@ -58,7 +58,7 @@ def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup 
     return outcomes
 
 
-class Hosts:
+class HostGroup:
     """A gloo group of all ranks, which needs no device, to agree on flags between steps."""
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ def _module(name: str, extension: str) -> ModuleType | None:
         return None
 
 
-def refuse_wrong_apex() -> None:
+def reject_wrong_apex() -> None:
     """Reject the unrelated web toolkit that Python package registries call ``apex``.
 
     Megatron-core takes any importable ``apex`` for NVIDIA's and then fails in ways that do not name it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 
-def answer_cuda_with_cpu() -> bool:
+def patch_cuda_for_cpu() -> bool:
     """Patch ``torch.cuda`` so that Megatron-core runs on the CPU if there is no CUDA; return whether it did so."""
     if torch.cuda.is_available():
         return False

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import distributed as dist
 
 from megatron_mosa.errors import RunError
-from megatron_mosa.parallel.cpu import answer_cuda_with_cpu
+from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.utils.errors import first_line
 
@@ -53,7 +53,7 @@ def initialize_parallel(
         RunError: not all ranks joined in time.
     """
     rank, world_size, local_rank = launch_environment()
-    if answer_cuda_with_cpu():
+    if patch_cuda_for_cpu():
         device, backend = torch.device("cpu"), "gloo"
     else:
         device, backend = torch.device("cuda", local_rank % torch.cuda.device_count()), "nccl"

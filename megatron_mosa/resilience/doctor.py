@@ -60,11 +60,11 @@ def doctor(
     ):
         if not is_allowed:
             raise UserError(f"--{name} must be {bound}, got {value:g}")
-    from megatron_mosa.resilience.doctor_job import examine_job
+    from megatron_mosa.resilience.doctor_job import check_job
 
     notices: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: notices.append(number))
-    code = examine_job(Settings(run_directory, json, timeout, minimum_disk, slow))
+    code = check_job(Settings(run_directory, json, timeout, minimum_disk, slow))
     signal.signal(signal.SIGUSR1, before)
     if code or notices:
         raise typer.Exit(code or STOPPED)

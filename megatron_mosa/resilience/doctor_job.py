@@ -22,7 +22,7 @@ from megatron_mosa.resilience.doctor_node import Finding, Report, import_quietly
 from megatron_mosa.resilience.doctor_verdict import Verdict, judge, print_errors, print_verdict, write_json
 
 
-def examine_job(settings: Settings) -> int:
+def check_job(settings: Settings) -> int:
     """Check the node of this process or all nodes of its job; return the exit code, 0 or 1, on every rank.
 
     Only rank 0 prints.

@@ -134,7 +134,7 @@ def _check_apex(report: Report) -> bool:
     except Exception:  # torch is broken, which its own row reports
         return False
     try:
-        apex.refuse_wrong_apex()
+        apex.reject_wrong_apex()
     except UserError as error:
         what, _, fix = str(error).partition("; ")
         report.add("apex", what, fix)

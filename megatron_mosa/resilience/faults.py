@@ -45,7 +45,7 @@ class FaultInjection:
         self._rank = rank
         self._is_asked_to_stop = is_asked_to_stop
 
-    def strike(self, place: str, step: int) -> None:
+    def inject(self, place: str, step: int) -> None:
         """Inject the fault if place and step match."""
         fault = self.section.fault
         if fault is None or fault in _DATA_FAULTS or not self._is_here(place, step):

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mosa.parallel import Hosts
+    from megatron_mosa.parallel import HostGroup
 
 # SIGUSR1 is an advance notice (Slurm's --signal). Where ranks have different reasons, the last in this order wins.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -20,7 +20,7 @@ TIME_LIMIT = "the time limit is near"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
 
 
-def hold_notice() -> None:
+def block_sigusr1() -> None:
     """Block SIGUSR1 until ``Signals`` listens: before that it would end the process, whose imports take a while."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
@@ -46,7 +46,7 @@ class Signals:
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_ignore_signals_in_child)  # loader processes receive the job's signals, too
         threading.Thread(target=self._read, name="signals", daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see hold_notice
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see block_sigusr1
 
     def close(self) -> None:
         """Restore the previous handlers.
@@ -88,7 +88,7 @@ class Interruption:
         """
         self.signals = signals
         self.deadline = deadline
-        self.hosts: Hosts | None = None
+        self.hosts: HostGroup | None = None
         """The ranks that must agree; None: this process decides alone."""
         self._reason: str | None = None
 

@@ -92,7 +92,7 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
     for layout in layouts:
         objection = _objection(config, layout, processes)
         if objection is not None:
-            near = nearest_legal(config, layout, processes)
+            near = nearest_valid_layouts(config, layout, processes)
             fix = "nearest valid layouts: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
             reason = objection.partition("; ")[0]  # without its own advice, which is not about --layout
             raise UserError(f"--layout {layout} on {processes} processes: {reason}; {fix}")
@@ -101,7 +101,7 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
         seen.add(layout)
 
 
-def legal_layouts(config: Config, processes: int) -> list[SweepLayout]:
+def valid_layouts(config: Config, processes: int) -> list[SweepLayout]:
     """Return every layout that ``processes`` processes can run, ordered by tp, sp, zero and micro."""
     micros = _divisors(config.train.global_batch_size)
     candidates = [
@@ -114,7 +114,7 @@ def legal_layouts(config: Config, processes: int) -> list[SweepLayout]:
     return [layout for layout in candidates if _objection(config, layout, processes) is None]
 
 
-def nearest_legal(config: Config, layout: SweepLayout, processes: int) -> list[SweepLayout]:
+def nearest_valid_layouts(config: Config, layout: SweepLayout, processes: int) -> list[SweepLayout]:
     """Return the valid layouts that differ from ``layout`` in the fewest keys, and by the smallest factors."""
 
     def distance(other: SweepLayout) -> tuple[int, float]:
@@ -122,7 +122,7 @@ def nearest_legal(config: Config, layout: SweepLayout, processes: int) -> list[S
         sizes = ((layout.tp, other.tp), (layout.micro, other.micro), (layout.zero + 1, other.zero + 1))
         return keys, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
 
-    return sorted(legal_layouts(config, processes), key=distance)[:_NEIGHBOURS]
+    return sorted(valid_layouts(config, processes), key=distance)[:_NEIGHBOURS]
 
 
 def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
@@ -135,7 +135,7 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
         UserError: no layout of this configuration fits ``processes``.
     """
     layouts: dict[tuple[int, bool, int], SweepLayout] = {}
-    for layout in legal_layouts(config, processes):  # micro-batches ascend
+    for layout in valid_layouts(config, processes):  # micro-batches ascend
         parallel = processes // layout.tp
         wanted = layout.zero == 1 or (parallel > 1 and layout.sp == (layout.tp > 1))
         if wanted and layout.micro <= config.train.micro_batch_size:
@@ -151,10 +151,10 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
 
 def _what_fits(config: Config, processes: int) -> str:
     """Return the advice for when no layout fits ``processes``: the nearest numbers for which one does."""
-    fewer = next((count for count in range(processes - 1, 0, -1) if legal_layouts(config, count)), None)
+    fewer = next((count for count in range(processes - 1, 0, -1) if valid_layouts(config, count)), None)
     batch = max(1, round(config.train.global_batch_size / processes)) * processes  # one or more samples per rank
     fixes = [f"--processes={fewer}"] if fewer else []
-    if legal_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
+    if valid_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
         fixes.append(f"train.global_batch_size={batch}")
     return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {processes} processes"
 

@@ -35,7 +35,7 @@ from megatron_mosa.parallel import (
     use_deterministic_algorithms,
 )
 from megatron_mosa.train.schedule import learning_rate
-from megatron_mosa.train.start import Start, check_start, training_samples
+from megatron_mosa.train.start import ResumePoint, check_start, training_samples
 from megatron_mosa.utils.files import write_atomically
 from megatron_mosa.utils.versions import versions
 
@@ -112,7 +112,7 @@ def measure(job: Job) -> None:
     destroy_parallel()
 
 
-def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine, layout: Layout) -> None:
+def _share_seed(job: Job, config: Config, start: ResumePoint, engine: DeepSpeedEngine, layout: Layout) -> None:
     """Write the seed checkpoint (a complete one, at step 0), or load it."""
     store = CheckpointStore(Path(job.seed), keep_last=1)
     if not job.writes_seed:
@@ -136,7 +136,7 @@ def _share_seed(job: Job, config: Config, start: Start, engine: DeepSpeedEngine,
     store.save(engine, metadata)
 
 
-def _batches(job: Job, config: Config, start: Start, layout: Layout) -> Iterator[Batch]:
+def _batches(job: Job, config: Config, start: ResumePoint, layout: Layout) -> Iterator[Batch]:
     """Return this rank's micro-batches of the run's own data, from the first sample."""
     samples = training_samples(config, start.data, start.index_samples)
     samples.prepare(0, (job.warmup + job.steps + PROFILED_STEPS) * config.train.global_batch_size)

@@ -53,10 +53,10 @@ def submit(
     for option in options:
         if not option.startswith("-") or len(option.splitlines()) != 1:
             raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
-    from megatron_mosa.slurm.submit import Request, prepare, refuse_without_sbatch
+    from megatron_mosa.slurm.submit import Request, prepare, require_sbatch
 
     if not dry_run:
-        refuse_without_sbatch()
+        require_sbatch()
 
     request = Request(nodes, tasks_per_node or gpus_per_node or 1, tuple(options), chain)
     submission = prepare(settings, request, shlex.join(["mosa", *sys.argv[1:]]))

@@ -125,7 +125,7 @@ class Submission:
         return jobs
 
 
-def refuse_without_sbatch() -> None:
+def require_sbatch() -> None:
     """Check that Slurm's client programs are installed.
 
     Raises:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, WRONG_USE
+from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, USAGE_ERROR
 from megatron_mosa.slurm.record import Record, checkpoint_step, outcome
 
 MAX_BACKOFF_SECONDS = 600.0
@@ -36,7 +36,7 @@ def judge(record: Record, code: int, reason: str, step: int, *, max_retries: int
     record.step, record.attempt, record.reason = step, None, reason
     if code == DONE:
         record.verdict, record.failures = "done", 0
-    elif code in (WRONG_USE, GAVE_UP):
+    elif code in (USAGE_ERROR, GAVE_UP):
         record.verdict = "stop"
     elif code == STOPPED:
         record.verdict = "again"

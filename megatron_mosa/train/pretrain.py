@@ -17,7 +17,7 @@ from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
 from megatron_mosa.parallel import (
-    Hosts,
+    HostGroup,
     Layout,
     destroy_parallel,
     initialize_parallel,
@@ -30,12 +30,12 @@ from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults
 from megatron_mosa.train.callbacks.progress import Progress
-from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
+from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.report import report
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
-from megatron_mosa.train.start import Start, check_start, mosa_backend, training_samples
+from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 
@@ -79,7 +79,7 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) ->
         config.run.seed,
         rendezvous_seconds=config.resilience.rendezvous_timeout,
     )
-    survival.interruption.hosts = Hosts()
+    survival.interruption.hosts = HostGroup()
     # Nodes may see different files for a while on a shared file system: what rank 0 has found counts.
     start, last_measured = on_main_rank(lambda: (start, _last_measured(start)))
     config = replace(config, data=replace(config.data, index_samples=start.index_samples))
@@ -95,13 +95,13 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) ->
     return stopped
 
 
-def _last_measured(start: Start) -> int:
+def _last_measured(start: ResumePoint) -> int:
     """The last step of the run that has a validation line."""
     lines = read_journal(start.directory / "metrics.jsonl")
     return max((line["step"] for line in lines if "validation_loss" in line), default=0)
 
 
-def _train(config: Config, start: Start, last_measured: int, layout: Layout, survival: Survival) -> str | None:
+def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layout, survival: Survival) -> str | None:
     """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
@@ -144,8 +144,8 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
         load_initial_weights(engine, start.initial)
         writers.note(f"weights taken from {start.initial}, optimizer state fresh")
     callbacks = [
-        SignsOfLife(survival),
-        WrongSteps(writers, config.resilience),
+        Heartbeat(survival),
+        StepMonitor(writers, config.resilience),
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
         Validation(writers, validation, last_measured),
         Checkpointing(writers, store, start.data_identity),
@@ -167,7 +167,7 @@ def _train(config: Config, start: Start, last_measured: int, layout: Layout, sur
     return trainer.stopping
 
 
-def _large_files(config: Config, start: Start) -> list[FileHash]:
+def _large_files(config: Config, start: ResumePoint) -> list[FileHash]:
     """What was too large to be hashed before the start."""
     files = start.data.hashes() if config.data.check_hashes else []
     return files if is_large(files) else []
@@ -178,7 +178,7 @@ def _newest(store: CheckpointStore) -> str:
     return "before its first checkpoint" if newest is None else f"its last sound checkpoint is {newest}"
 
 
-def _training_batches(config: Config, start: Start, state: TrainingState, layout: Layout) -> Iterator[Batch]:
+def _training_batches(config: Config, start: ResumePoint, state: TrainingState, layout: Layout) -> Iterator[Batch]:
     """This rank's micro-batches from where the run stands; collective."""
     samples = training_samples(config, start.data, start.index_samples)
     end = config.train.steps * config.train.global_batch_size

@@ -21,12 +21,12 @@ from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.kernels import get_backend
-from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, refuse_wrong_apex
+from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
 from megatron_mosa.train.directory import check_writable
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run starts from."""
 
     directory: Path
@@ -67,7 +67,9 @@ class Start:
         }
 
 
-def check_start(config: Config, world_size: int, *, reads_all: bool = False, devices_are_here: bool = True) -> Start:
+def check_start(
+    config: Config, world_size: int, *, reads_all: bool = False, devices_are_here: bool = True
+) -> ResumePoint:
     """Decide whether and from where ``world_size`` processes may start.
 
     Args:
@@ -79,7 +81,7 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False, dev
             another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never";
             initial weights that are missing, damaged or another model's.
     """
-    refuse_wrong_apex()
+    reject_wrong_apex()
     if devices_are_here:
         _check_apex(config)
         mosa_backend(config)
@@ -89,7 +91,7 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False, dev
     _refuse_other_tokenizer(config, data.manifest)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
-    start = Start(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
+    start = ResumePoint(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
     _check_lengths(config, start)
     if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
         raise UserError(
@@ -105,7 +107,7 @@ def check_start(config: Config, world_size: int, *, reads_all: bool = False, dev
     return start
 
 
-def _check_lengths(config: Config, start: Start) -> None:
+def _check_lengths(config: Config, start: ResumePoint) -> None:
     """Both splits must hold at least one sequence."""
     training_samples(config, start.data, start.index_samples)
     ValidationSamples(start.data, sequence_length=config.data.sequence_length, num_samples=1)

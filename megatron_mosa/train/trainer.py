@@ -115,10 +115,10 @@ class Trainer:
         """Train on this rank's micro-batches, which must start at ``state.consumed_samples``."""
         for callback in self.callbacks:
             callback.on_start(self)
-        self.is_to_stop("getting ready")
+        self.should_stop("getting ready")
         while self.state.step < self.last_step:
             result = self._step(batches)
-            self.is_to_stop(f"what follows step {self.state.step}")
+            self.should_stop(f"what follows step {self.state.step}")
             for callback in self.callbacks:
                 if not callback.after_step(self, result):
                     continue
@@ -130,7 +130,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
 
-    def is_to_stop(self, doing: str) -> bool:
+    def should_stop(self, doing: str) -> bool:
         """Whether the run stops now, as all ranks agree; a collective, and a heartbeat.
 
         Args:
@@ -155,7 +155,7 @@ class Trainer:
                 stack.enter_context(callback.around_step(self, step))
             if step in self.skip_steps:
                 deque(micro_batches, maxlen=0)
-                result = StepResult(loss=math.nan, grad_norm=math.nan, was_asked=True)
+                result = StepResult(loss=math.nan, grad_norm=math.nan, skipped_by_config=True)
             else:
                 result = self.engine.train_step(micro_batches, self.learning_rate)
         self.state.step = step

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.engine import Batch, StepResult
-from megatron_mosa.parallel import Hosts, Layout
+from megatron_mosa.parallel import HostGroup, Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
 from megatron_mosa.resilience.status import RunStatus
@@ -50,7 +50,7 @@ def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
         signals = Signals()
         signals.listen()
         interruption = Interruption(signals, None)
-        interruption.hosts = Hosts()
+        interruption.hosts = HostGroup()
         try:
             trainer = _trainer(config, layout, folder, interruption, reasons.get(layout.rank))
             trainer.run(repeat({}))

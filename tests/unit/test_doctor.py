@@ -242,7 +242,7 @@ def test_sigusr1_during_the_checks(monkeypatch: pytest.MonkeyPatch, found: int, 
         os.kill(os.getpid(), signal.SIGUSR1)
         return found
 
-    monkeypatch.setattr(doctor_job, "examine_job", examine)
+    monkeypatch.setattr(doctor_job, "check_job", examine)
     with pytest.raises(SystemExit) as exit_:
         app(["doctor"])
     assert exit_.value.code == code

@@ -6,13 +6,13 @@ import gc
 
 import pytest
 
-from megatron_mosa.entry import run, while_loading
+from megatron_mosa.entry import gc_disabled_during_imports, run
 
 
 def test_the_collector_ignores_imported_objects_and_then_resumes() -> None:
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     try:
-        with pytest.raises(ImportError), while_loading():
+        with pytest.raises(ImportError), gc_disabled_during_imports():
             assert gc.get_threshold()[0] == 0  # off
             module = {"a": []}
             raise ImportError

@@ -17,7 +17,7 @@ from megatron_mosa.data import Mixture
 from megatron_mosa.engine import Batch
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.parallel import Layout
-from megatron_mosa.train.start import Start
+from megatron_mosa.train.start import ResumePoint
 from tests.unit.test_checkpoint import metadata, publish
 from tests.unit.test_trainer import (
     RATES,
@@ -63,17 +63,17 @@ class Run:
         monkeypatch.setattr(pretrain, "training_batches", self._batches)
         monkeypatch.setattr(pretrain, "load_initial_weights", lambda engine, path: self.loaded.append(path))
 
-    def train(self, start: Start, last_measured: int = 0) -> str | None:
+    def train(self, start: ResumePoint, last_measured: int = 0) -> str | None:
         layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
         survival = survival_of(self.directory, Clock(), self.settings)
         return pretrain._train(self.settings, start, last_measured, layout, survival)
 
-    def start(self, step: int, **changes: Any) -> Start:
+    def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(
             vocab_size=50, tokenizer_hash="t", encoding_hash="e", fingerprint="f", splits=NOTHING
         )
         data = Mixture((Path("unused"),), (1.0,), (cast(Any, manifest),))
-        found = Start(self.directory, data, None, None, (), None, index_samples=32)
+        found = ResumePoint(self.directory, data, None, None, (), None, index_samples=32)
         if step:
             path = publish(self.store.folder, step)
             found = replace(found, checkpoint=path, metadata=replace(metadata(step), consumed_samples=4 * step))

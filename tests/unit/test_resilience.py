@@ -20,7 +20,7 @@ from megatron_mosa.cli import app
 from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, WRONG_USE
+from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, USAGE_ERROR
 from megatron_mosa.resilience import deadline, watchdog
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
@@ -31,9 +31,9 @@ from megatron_mosa.resilience.survival import Survival
 
 LISTENER = """
 import os, signal, sys, threading, time
-from megatron_mosa.resilience.interruption import Interruption, Signals, hold_notice
+from megatron_mosa.resilience.interruption import Interruption, Signals, block_sigusr1
 if sys.argv[1] == "imports":
-    hold_notice()
+    block_sigusr1()
     print("ready", file=sys.stdout, flush=True)
     time.sleep(0.5)
 signals = Signals()
@@ -258,10 +258,10 @@ def test_a_mistake_before_the_start_is_recorded_for_the_batch_script(
     running.begin()
     monkeypatch.setenv("MOSA_ATTEMPT", "7-0-2")
     for rank, reason in enumerate(("world size 1", "another")):  # only the first reason counts
-        RunStatus(tmp_path, is_main=rank == 0).end(WRONG_USE, reason)
+        RunStatus(tmp_path, is_main=rank == 0).end(USAGE_ERROR, reason)
     content = read_status(tmp_path)
     assert content is not None
-    assert (content["attempt"], content["exit_code"], content["reason"]) == ("7-0-2", WRONG_USE, "world size 1")
+    assert (content["attempt"], content["exit_code"], content["reason"]) == ("7-0-2", USAGE_ERROR, "world size 1")
     assert content["starts"] == 2
 
 
@@ -282,13 +282,13 @@ def test_mosa_status(tmp_path: Path) -> None:
 
 def test_a_fault_is_injected_once_at_its_place_and_step(tmp_path: Path) -> None:
     section = FaultInjectionSection(fault="error", rank=1, step=3, place="validation")
-    FaultInjection(section, tmp_path, 0).strike("validation", 3)
+    FaultInjection(section, tmp_path, 0).inject("validation", 3)
     faults = FaultInjection(section, tmp_path, 1)
-    faults.strike("validation", 2)
-    faults.strike("step", 3)
+    faults.inject("validation", 2)
+    faults.inject("step", 3)
     with pytest.raises(RuntimeError, match="injected by fault_injection"):
-        faults.strike("validation", 3)
-    FaultInjection(section, tmp_path, 1).strike("validation", 3)
+        faults.inject("validation", 3)
+    FaultInjection(section, tmp_path, 1).inject("validation", 3)
 
 
 @pytest.mark.parametrize("fault", ["nan", "garbage"])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.scaling.layouts import SweepLayout, check_layouts, default_layouts, legal_layouts, parse_layout
+from megatron_mosa.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
 from megatron_mosa.scaling.sweep import _refuse_deviations, failure, prepare_output
 from megatron_mosa.scaling.sweep_report import Row, Sweep, deviation, markdown, write_report
 from megatron_mosa.scaling.sweep_worker import communication_seconds
@@ -106,7 +106,7 @@ def test_default_layouts(config: Config) -> None:
     }  # 4 x 8 = 32 exceeds the batch
     for processes in (1, 2, 8, 16):
         check_layouts(config, default_layouts(config, processes), processes)
-    assert legal_layouts(config, 3) == []
+    assert valid_layouts(config, 3) == []
     for rejected in (
         lambda: default_layouts(config, 3),
         lambda: check_layouts(config, [SweepLayout(1, False, 1, 4)], 3),

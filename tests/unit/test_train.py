@@ -17,7 +17,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import Journal, plot_losses, read_journal
 from megatron_mosa.model import language_model_loss
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
-from megatron_mosa.parallel.apex import refuse_wrong_apex
+from megatron_mosa.parallel.apex import reject_wrong_apex
 from megatron_mosa.train.schedule import learning_rate
 
 
@@ -85,12 +85,12 @@ def test_plot_is_drawn(tmp_path: Path) -> None:
 
 
 def test_the_unrelated_apex_is_refused_and_nvidias_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_wrong_apex()  # absent
+    reject_wrong_apex()  # absent
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     with pytest.raises(UserError, match="is not NVIDIA apex"):
-        refuse_wrong_apex()
+        reject_wrong_apex()
     assert "apex" not in sys.modules  # found without running its code
     (tmp_path / "apex" / "optimizers").mkdir()
-    refuse_wrong_apex()
+    reject_wrong_apex()

@@ -28,7 +28,7 @@ from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
-from megatron_mosa.train.callbacks.survival import SignsOfLife, WrongSteps
+from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.trainer import Callback, Trainer, TrainingState
@@ -201,7 +201,7 @@ def test_the_watchdog_hears_of_every_step_and_of_every_batch_of_a_validation(
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
     survival = survival_of(tmp_path, clock, settings)
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
-    trainer(settings, engine, [SignsOfLife(survival), validation], survival).run(batches())
+    trainer(settings, engine, [Heartbeat(survival), validation], survival).run(batches())
     watchdog = survival.watchdog
     assert isinstance(watchdog, RecordedWatchdog)
     assert watchdog.longest == 2 * SECONDS  # the longer steps
@@ -266,7 +266,7 @@ def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Pa
     lines = writers(settings, tmp_path)
     store = Store(tmp_path / "checkpoints")
     rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), allowed=1)
-    run = trainer(settings, engine, [WrongSteps(lines, settings.resilience), progress.Progress(lines, VOCAB_SIZE)])
+    run = trainer(settings, engine, [StepMonitor(lines, settings.resilience), progress.Progress(lines, VOCAB_SIZE)])
     run.rewind = rewinder.rewind
     # steps 1 to 6, of which the last jumps; 5, 6 (left out), 7, which jumps too, and 8
     losses = [2.0, 2.1, 2.0, 2.1, 2.0, 50.0, 2.2, 60.0, 2.3]
@@ -292,7 +292,7 @@ def test_steps_that_go_wrong_are_told_and_too_many_in_a_row_end_the_run(
     lines = writers(settings, tmp_path)
     nan = StepResult(math.nan, math.nan)
     engine.results = {1: nan, 3: StepResult(math.nan, math.nan, is_empty=True), 4: StepResult(2.0, math.inf)}
-    run = trainer(settings, engine, [WrongSteps(lines, settings.resilience)])
+    run = trainer(settings, engine, [StepMonitor(lines, settings.resilience)])
     with pytest.raises(GaveUpError, match="not finite in 2 steps in a row, up to step 5"):
         run.run(batches())
     told = capsys.readouterr().out

@@ -48,7 +48,7 @@ class Checkpointing(Callback):
         step = trainer.state.step
         if not trainer.is_due(trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
-        if not (result.is_finite or result.was_asked or trainer.stopping):
+        if not (result.is_finite or result.skipped_by_config or trainer.stopping):
             self.writers.note("no checkpoint: the last step was not finite")
             return
         self._finish(trainer)  # two at a time would be twice the state in host memory

@@ -17,13 +17,13 @@ class Faults(Callback):
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
         """Place "step"."""
         if step not in trainer.skip_steps:
-            self.faults.strike("step", step)
+            self.faults.inject("step", step)
         return nullcontext()
 
     def on_validation_batch(self, trainer: Trainer) -> None:
         """Place "validation"."""
-        self.faults.strike("validation", trainer.state.step)
+        self.faults.inject("validation", trainer.state.step)
 
     def on_save(self, trainer: Trainer) -> None:
         """Place "save"."""
-        self.faults.strike("save", trainer.state.step)
+        self.faults.inject("save", trainer.state.step)

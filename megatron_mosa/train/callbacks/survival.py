@@ -16,7 +16,7 @@ from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 
 
-class SignsOfLife(Callback):
+class Heartbeat(Callback):
     """Tells the watchdog and status.json what the run does; before all other callbacks."""
 
     def __init__(self, survival: Survival) -> None:
@@ -52,7 +52,7 @@ class SignsOfLife(Callback):
         self.status.update("writing the last checkpoint", step=trainer.state.step)
 
 
-class WrongSteps(Callback):
+class StepMonitor(Callback):
     """Counts steps that are not finite, which the engine has skipped on every rank; notes losses that jump."""
 
     def __init__(self, writers: Writers, section: ResilienceSection) -> None:
@@ -73,7 +73,7 @@ class WrongSteps(Callback):
         """
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
-        if result.was_asked:
+        if result.skipped_by_config:
             self.writers.note(f"step {step} left out, as train.skip_steps asks; {samples}")
             return False
         if result.is_finite:

@@ -66,7 +66,7 @@ class Validation(Callback):
 def _until_stopped(batches: Iterator[Batch], trainer: Trainer) -> Iterator[Batch]:
     """As many on every rank: all have the same number, and agree."""
     for number, batch in enumerate(batches):
-        if trainer.is_to_stop(f"validating step {trainer.state.step}, batch {number}"):
+        if trainer.should_stop(f"validating step {trainer.state.step}, batch {number}"):
             return
         for callback in trainer.callbacks:
             callback.on_validation_batch(trainer)
