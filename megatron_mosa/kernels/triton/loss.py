@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
             if dx is not None and dw is not None:
                 torch.mm(logits, weight, out=dx[chunk])
-                _add_product(dw, logits.t(), states)
+                _accumulate(dw, logits.t(), states)
         ctx.save_for_backward(dx, dw)
         ctx.dtype = weight.dtype
         return losses.sum()
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, torch.mul(dw, upstream, out=torch.empty_like(dw, dtype=ctx.dtype)), None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, in fp32."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
