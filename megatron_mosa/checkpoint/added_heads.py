@@ -39,7 +39,7 @@ class WithMosaHeads:
         """Add heads.
 
         Raises:
-            UserError: the model has MoSA heads already, or the number or the sparsity is not legal.
+            UserError: the model has MoSA heads already, or the number or the sparsity is out of range.
         """
         if model.config.mosa.num_heads:
             raise UserError(f"--add-mosa-heads={heads}: '{model.path}' has MoSA heads; leave the option out")

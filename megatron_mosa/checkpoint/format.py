@@ -156,7 +156,7 @@ def read_metadata(path: Path) -> Metadata:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"metadata.json is damaged ({type(error).__name__}: {error})") from None
     raise UserError(
-        f"checkpoint '{path}' has format version {version}; legal: up to {FORMAT_VERSION}; update megatron_mosa"
+        f"checkpoint '{path}' has format version {version}; expected up to {FORMAT_VERSION}; update megatron_mosa"
     )
 
 

@@ -65,7 +65,7 @@ def export_hf(
             left behind then.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not legal; legal: {', '.join(DTYPES)}")
+        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(DTYPES)}")
     checkpoint = find_model_of(Kind.OURS, path)
     refuse_target(target, checkpoint, force=force)
     with naming_damage(checkpoint):
@@ -146,6 +146,6 @@ def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
     if divergence > MOST_KL:
         raise RunError(
             f"the exported model is not the Megatron model: the KL divergence of their logits reaches {divergence:.1e} "
-            f"nats, legal: {MOST_KL:.0e}; nothing was exported"
+            f"nats, allowed: {MOST_KL:.0e}; nothing was exported"
         )
     return divergence

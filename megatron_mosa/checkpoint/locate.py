@@ -77,8 +77,8 @@ def find_model(path: Path) -> tuple[Path, Kind]:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; give the folder of a checkpoint")
     raise UserError(
-        f"'{path}' holds no model; legal: a checkpoint (metadata.json, state/), a run directory or its checkpoints/, a "
-        "Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM torch_dist "
+        f"'{path}' holds no model; expected a checkpoint (metadata.json, state/), a run directory or its checkpoints/, "
+        "a Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM torch_dist "
         f"checkpoint ({TRACKER}, or .metadata and metadata.json), safetensors ({INDEX})"
     )
 
@@ -91,8 +91,8 @@ def find_model_of(kind: Kind, path: Path) -> Path:
     """
     folder, found = find_model(path)
     if found is not kind:
-        legal = f"a {kind.value}" + (", or a run directory" if kind is Kind.OURS else "")
-        raise UserError(f"'{path}' is a {found.value}; legal: {legal}")
+        allowed = f"a {kind.value}" + (", or a run directory" if kind is Kind.OURS else "")
+        raise UserError(f"'{path}' is a {found.value}; expected {allowed}")
     return folder
 
 

@@ -100,7 +100,7 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
             return f"{name} has {size} bytes, written were {record.bytes}"
     if reads_all:
         if content.get("algorithm") != ALGORITHM:
-            return f"{MANIFEST} has hashes of another kind, {content.get('algorithm')}; legal: {ALGORITHM}"
+            return f"{MANIFEST} has hashes of another kind, {content.get('algorithm')}; expected {ALGORITHM}"
         for name, found in digests(folder, list(records)).items():
             if found != records[name]:
                 return f"{name} is not what was written: its hash is {found.hash}, written was {records[name].hash}"

@@ -73,7 +73,7 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
     ):
         if heads:
             raise UserError(
-                f"{key}={heads} has no counterpart in Megatron-LM, whose GPT has dense heads alone; legal for "
+                f"{key}={heads} has no counterpart in Megatron-LM, whose GPT has dense heads alone; expected for "
                 "torch-dist: 0; this model goes to --to hf"
             )
     ours: Mapping[str, Any] = {"model": config.model, "data": config.data}
@@ -113,10 +113,10 @@ def from_megatron_args(args: Namespace, vocab_rows: int) -> Config:
     theirs = vars(args)
     if "norm_epsilon" in theirs:  # as Megatron-LM called it before megatron-core 0.19
         theirs = theirs | {"layernorm_epsilon": theirs["norm_epsilon"]}
-    for key, legal in _FIXED.items():
-        value = theirs.get(key, None if key in _EXPLICIT else legal)
-        if value != legal and value not in _ALIKE.get(key, ()):
-            raise UserError(f"args.{key}={value} has no counterpart here; legal: {legal}")
+    for key, allowed in _FIXED.items():
+        value = theirs.get(key, None if key in _EXPLICIT else allowed)
+        if value != allowed and value not in _ALIKE.get(key, ()):
+            raise UserError(f"args.{key}={value} has no counterpart here; expected {allowed}")
     try:
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {"num_heads": 0}, "data": {}}
         for key, (section, name) in _SAME.items():

@@ -46,7 +46,7 @@ def model_config(tree: dict[str, Any]) -> Config:
             trained with them does not matter, so that its data need not be there.
 
     Raises:
-        UserError: a value that is not legal.
+        UserError: a value that is not allowed.
     """
     return config_from_dict(
         {
@@ -80,7 +80,7 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
     """
     kind = content.get("model_type")
     if kind not in _READERS:
-        raise UserError(f"config.json: model_type={kind} cannot be imported; legal: {', '.join(_READERS)}")
+        raise UserError(f"config.json: model_type={kind} cannot be imported; expected {', '.join(_READERS)}")
     try:
         theirs = _READERS[kind](content)
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {}, "data": {}}
@@ -109,14 +109,14 @@ def _llama(content: dict[str, Any]) -> dict[str, Any]:
     heads = content["num_attention_heads"]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, legal in (
+    for key, value, allowed in (
         ("attention_bias", content.get("attention_bias", False), False),
         ("mlp_bias", content.get("mlp_bias", False), False),
         ("hidden_act", content.get("hidden_act", "silu"), "silu"),
         ("rope_type", kind, "default"),
     ):
-        if value != legal:
-            raise UserError(f"config.json: {key}={value} has no counterpart here; legal for a llama: {legal}")
+        if value != allowed:
+            raise UserError(f"config.json: {key}={value} has no counterpart here; a Llama needs {allowed}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     return {key: content[key] for key in same} | {
         "num_dense_heads": heads,

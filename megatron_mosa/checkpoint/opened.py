@@ -65,8 +65,8 @@ def open_model(path: Path) -> Opened:
         return HuggingFaceModel.open(folder)
     if kind is Kind.TORCH_DIST:
         return TorchDistModel.open(folder)
-    legal = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
-    raise UserError(f"'{path}' is a {kind.value}; legal: {legal}")
+    allowed = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
+    raise UserError(f"'{path}' is a {kind.value}; expected {allowed}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) ->
                 f"expected {expected.get(key, 'none')}"
             )
         if (dtype := tensors.tensors[key].dtype) not in _EXACT:
-            raise UserError(f"'{folder}': {key} is {dtype}; legal: {', '.join(_EXACT)} (exact in fp32)")
+            raise UserError(f"'{folder}': {key} is {dtype}; expected {', '.join(_EXACT)} (exact in fp32)")
 
 
 def _compare_tied(tensors: SafetensorsFolder, folder: Path) -> None:

@@ -38,8 +38,8 @@ def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
     if deepspeed_tags(folder):  # beside a config.json, as transformers' Trainer leaves them
         kind = Kind.DEEPSPEED
     if kind not in (Kind.OURS, Kind.DEEPSPEED):
-        legal = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
-        raise UserError(f"'{path}' is a {kind.value}; --to fp32 takes {legal}")
+        allowed = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
+        raise UserError(f"'{path}' is a {kind.value}; --to fp32 takes {allowed}")
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
         if kind is Kind.OURS:

@@ -82,7 +82,7 @@ class TorchDistModel:
         args = _read_args(iteration, state)
         embedding = state.tensors.get("embedding.word_embeddings.weight")
         if embedding is None:
-            raise UserError(f"'{folder}' has no embedding.word_embeddings.weight; legal: a GPT of Megatron-LM's")
+            raise UserError(f"'{folder}' has no embedding.word_embeddings.weight; expected a GPT of Megatron-LM's")
         rows = embedding.shape[0]
         config = from_megatron_args(args, rows)
         weights = model_weights(config, rows)
@@ -90,7 +90,7 @@ class TorchDistModel:
         keys = [key for place in places.values() for key in place.keys]
         if left := sorted(set(partition_keys(state.tensors)[0]) - set(keys)):
             raise UserError(
-                f"'{folder}': {left[0]} has no counterpart here; legal: weights of dense GPT layers, no biases"
+                f"'{folder}': {left[0]} has no counterpart here; expected weights of dense GPT layers, no biases"
             )
         _refuse_changes(state, set(keys))
         return cls(folder, config, rows, weights, state, places)
@@ -105,10 +105,10 @@ class TorchDistModel:
 
 def _refuse_format(iteration: Path) -> None:
     content = read_json(iteration / "metadata.json")
-    for key, legal in FORMAT.items():
-        if content.get(key) != legal:
+    for key, allowed in FORMAT.items():
+        if content.get(key) != allowed:
             raise UserError(
-                f"'{iteration}': metadata.json has {key}={content.get(key)}; legal: {legal}; save it with "
+                f"'{iteration}': metadata.json has {key}={content.get(key)}; expected {allowed}; save it with "
                 "--ckpt-format torch_dist, or update megatron_mosa"
             )
 
@@ -122,7 +122,9 @@ def _read_args(iteration: Path, state: StateReader) -> Namespace:
         common = found[0] if isinstance(found, list) and found else found
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
-        raise UserError(f"'{iteration}' holds no args, which describe the model; legal: what Megatron-LM itself saved")
+        raise UserError(
+            f"'{iteration}' holds no args, which describe the model; expected what Megatron-LM itself saved"
+        )
     return args
 
 
@@ -140,7 +142,7 @@ def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) ->
                     f"'{folder}' is not the model that its args describe: {key} is {shapes[key]}, expected {whole}"
                 )
             if (dtype := state.tensors[key].dtype) not in _EXACT:
-                raise UserError(f"'{folder}': {key} is {dtype}; legal: {', '.join(map(str, _EXACT))} (exact in fp32)")
+                raise UserError(f"'{folder}': {key} is {dtype}; expected {', '.join(map(str, _EXACT))} (exact in fp32)")
         return place
     raise UserError(f"'{folder}' is not the model that its args describe: {weight.megatron_names()[0]} is missing")
 

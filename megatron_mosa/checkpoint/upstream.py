@@ -41,7 +41,7 @@ def import_layer(
         StorageError: the file system does not take the target.
     """
     if other_heads not in OTHER_HEADS:
-        raise UserError(f"--other-heads={other_heads} is not legal; legal: {', '.join(OTHER_HEADS)}")
+        raise UserError(f"--other-heads={other_heads} is not supported; expected {', '.join(OTHER_HEADS)}")
     if target.suffix != ".safetensors":
         raise UserError(f"OUT={target} is no place for a layer; give a file whose name ends in .safetensors")
     if target.exists() and not (force and target.is_file()):
@@ -81,7 +81,9 @@ def _renamed(theirs: dict[str, Tensor], prefix: str, other_heads: str, path: Pat
     unknown = sorted(name for name in found.keys() - names.keys() if not name.endswith("inv_freq"))
     if missing or unknown:
         what = f"{prefix}{missing[0]} is missing" if missing else f"{prefix}{unknown[0]} is unknown"
-        raise UserError(f"'{path}' is no layer of the authors' MoSA: {what}; legal: {', '.join(names)} (see --prefix)")
+        raise UserError(
+            f"'{path}' is no layer of the authors' MoSA: {what}; expected {', '.join(names)} (see --prefix)"
+        )
     return {ours: found[name] for name, ours in names.items()}
 
 

@@ -38,7 +38,7 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
         RunError: they differ, naming the tensor that differs most; one of them is damaged.
     """
     if not tolerance >= 0:
-        raise UserError(f"--tolerance={tolerance} is not legal; legal: 0 (to the last bit) or more")
+        raise UserError(f"--tolerance={tolerance} is not supported; expected 0 (to the last bit) or more")
     models = []
     for path in (first, second):
         with naming_damage(path):
@@ -98,10 +98,10 @@ def _relative(first: Tensor, second: Tensor) -> float:
 
 def _judge(worst: Difference, compared: str, tolerance: float) -> None:
     if worst.relative > tolerance:
-        legal = "to the last bit" if tolerance == 0 else f"within {tolerance:g}"
+        allowed = "to the last bit" if tolerance == 0 else f"within {tolerance:g}"
         raise RunError(
             f"they differ: of {compared}, {worst.name} differs most, by {worst.relative:.1e} of its norm; asked for: "
-            f"equal {legal}"
+            f"equal {allowed}"
         )
     print(f"{compared}: " + ("equal to the last bit" if worst.relative == 0 else f"within {worst.relative:.1e}"))
 

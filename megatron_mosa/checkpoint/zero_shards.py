@@ -111,7 +111,7 @@ class ZeroShards:
         counts = set(count) if isinstance(count, list) else {count}
         if len(counts) > 1:
             raise UserError(
-                f"'{self.folder}' has parameters of experts, over {min(counts)} ranks beside {max(counts)}; legal: "
+                f"'{self.folder}' has parameters of experts, over {min(counts)} ranks beside {max(counts)}; expected "
                 "models in which all parameters are partitioned over all data-parallel ranks"
             )
         self.ranks: int = counts.pop()
@@ -180,7 +180,7 @@ class ZeroShards:
         """Buffers, frozen parameters, trained ones, and their further names."""
         module = _of(model, "module")
         if not isinstance(module, dict):
-            raise UserError(f"'{self.folder}' was written by DeepSpeed's pipeline engine; legal: one pipeline stage")
+            raise UserError(f"'{self.folder}' was written by DeepSpeed's pipeline engine; expected one pipeline stage")
         trained = {name: shape for shapes in self._shapes for name, shape in shapes.items()}
         # Under ZeRO 1 frozen parameters are in the module alone, and are not listed.
         others = module.keys() - trained.keys() - self._shared.keys()
@@ -224,17 +224,17 @@ def _refuse_model_parallel(folder: Path) -> None:
     if len(ranks := {match[1] for name in names if (match := re.search(r"mp_rank_(\d+)", name))}) > 1:
         raise UserError(
             f"'{folder}' is of {len(ranks)} model-parallel ranks, and how a tensor is split over them is not in it; "
-            "legal: one (mp_rank_00); merge them with the program that wrote it"
+            "expected one (mp_rank_00); merge them with the program that wrote it"
         )
     if any("expert" in name for name in names):
-        raise UserError(f"'{folder}' has files of experts; legal: models without")
+        raise UserError(f"'{folder}' has files of experts; expected models without")
 
 
 def _one(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if not found:
         raise DamagedError(
-            f"{pattern} is missing; legal: what ZeRO 1, 2 or 3 wrote (without ZeRO, {_WHOLE_MODEL} has whole weights)"
+            f"{pattern} is missing; expected what ZeRO 1, 2 or 3 wrote (without ZeRO, {_WHOLE_MODEL} has whole weights)"
         )
     return found[0]
 
@@ -243,4 +243,4 @@ def _of(content: dict[str, Any], key: str) -> Any:
     try:
         return cast(Any, content[key])
     except (KeyError, TypeError):
-        raise DamagedError(f"'{key}' is missing in it; legal: what ZeRO 1, 2 or 3 wrote") from None
+        raise DamagedError(f"'{key}' is missing in it; expected what ZeRO 1, 2 or 3 wrote") from None

@@ -75,7 +75,7 @@ def report(request: Request, output: Path | None, *, as_json: bool) -> None:
     if not model.config.can_decode:
         raise UserError(
             f"'{request.path}' selects by expert choice (mosa.selection): it chooses again with every token, so there "
-            "is no cache to measure; legal: models with mosa.selection=threshold, or without MoSA heads"
+            "is no cache to measure; expected models with mosa.selection=threshold, or without MoSA heads"
         )
     check_thresholds(model, request.path)
     heads, what = baseline_heads(model.config, request.dense_heads)

@@ -83,7 +83,7 @@ def cache_report(
     numbers = parse_lengths(lengths)
     for name, value in (("dense-heads", dense_heads), ("exact-up-to", exact_up_to)):
         if value is not None and value < 1:
-            raise UserError(f"--{name}={value} is out of range; legal: 1 or more")
+            raise UserError(f"--{name}={value} is out of range; expected 1 or more")
     from megatron_mosa.decode.cache_report import Request, report
 
     request = Request(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
@@ -102,6 +102,8 @@ def parse_lengths(text: str) -> list[int]:
         factor = 1024 if digits.endswith("k") else 1
         digits = digits.removesuffix("k")
         if not digits.isdecimal() or int(digits) == 0:
-            raise UserError(f"--lengths={text}: '{part}' is no number of tokens; legal: such as 1000,4k,128k")
+            raise UserError(
+                f"--lengths={text}: '{part}' is not a number of tokens; expected numbers such as 1000,4k,128k"
+            )
         lengths.add(factor * int(digits))
     return sorted(lengths)

@@ -32,14 +32,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, by their option."""
-        for name, legal, text in (
+        for name, allowed, text in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (the most likely token) or more"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
         ):
-            if not legal:
-                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)} is out of range; legal: {text}")
+            if not allowed:
+                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)} is out of range; expected {text}")
 
     def options(self) -> dict[str, Any]:
         """For ``generate`` of transformers."""
@@ -69,7 +69,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             reason = getattr(error, "strerror", None) or "no UTF-8 text"
             raise UserError(f"--prompt-file={file} cannot be read: {reason}; give a file of text") from None
     if not prompt:
-        raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; legal: text of one token or more")
+        raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; expected text of one token or more")
     return prompt
 
 
@@ -96,7 +96,7 @@ def generate_text(
         raise UserError(f"'{path}' has no tokenizer.json; export it again, with its tokenizer")
     ids = words(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
     if ids.shape[1] == 0:
-        raise UserError("--prompt has no tokens; legal: text of one token or more")
+        raise UserError("--prompt has no tokens; expected text of one token or more")
     torch.manual_seed(sampling.seed)
     model.generate(
         ids,
@@ -115,9 +115,9 @@ def _check(model: MosaForCausalLM, path: Path, approximation: str | None) -> Non
     elif approximation is None:
         raise UserError(
             f"'{path}' selects by expert choice (mosa.selection), with the whole sequence in view, so no token can be "
-            "decoded before the next are known; legal: --causal-approximation prefix (selects in the prefix anew for "
+            "decoded before the next are known; expected --causal-approximation prefix (selects in the prefix anew for "
             "every token: slow, and not what was trained), what mosa checkpoint causalize makes of it, or a "
             "model trained with mosa.selection=threshold"
         )
     elif approximation != "prefix":
-        raise UserError(f"--causal-approximation={approximation} is not known; legal: prefix")
+        raise UserError(f"--causal-approximation={approximation} is not known; expected prefix")

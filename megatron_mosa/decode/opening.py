@@ -31,7 +31,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # unknown to torch; torch without CUDA
-        raise UserError(f"--device={name} is not there; legal: auto, cpu, and cuda where torch sees a GPU") from None
+        raise UserError(
+            f"--device={name} is not available; expected auto, cpu, and cuda where torch sees a GPU"
+        ) from None
     return device
 
 
@@ -46,10 +48,10 @@ def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
         tokenizer: of a checkpoint whose dataset is not there any more; an exported folder has its own.
 
     Raises:
-        UserError: no model of ours; a device or type that is not legal.
+        UserError: no model of ours; a device or type that is not allowed.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not legal; legal: {', '.join(DTYPES)}")
+        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(DTYPES)}")
     place = find_device(device)
     folder, kind = find_model(path)
     if kind is Kind.HUGGING_FACE:
@@ -58,7 +60,7 @@ def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
         return _load(folder, place, dtype)
     if kind is not Kind.OURS:
         raise UserError(
-            f"'{path}' is a {kind.value}; legal: a folder written by mosa checkpoint export --to hf, a checkpoint of "
+            f"'{path}' is a {kind.value}; expected a folder written by mosa checkpoint export --to hf, a checkpoint of "
             "ours, a run directory"
         )
     with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
@@ -74,7 +76,7 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "mosa":
-        raise UserError(f"'{folder}' has model_type={kind}; legal: mosa, as mosa checkpoint export --to hf writes it")
+        raise UserError(f"'{folder}' has model_type={kind}; expected mosa, as mosa checkpoint export --to hf writes it")
     logging.disable_progress_bar()
     model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     has_tokenizer = (folder / "tokenizer.json").is_file()

@@ -49,7 +49,7 @@ def evaluate(
     """
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:
-        raise UserError(f"--dtype={dtype} is not legal; legal: {', '.join(_DTYPES)}")
+        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(_DTYPES)}")
     import torch
     from rich.console import Console
 
@@ -76,7 +76,9 @@ def evaluate(
 def _multiples(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isdecimal() and int(word) >= 2 for word in words):
-        raise UserError(f"--lengths={text} is not legal; legal: numbers from 2 on, with commas between, such as 2,4")
+        raise UserError(
+            f"--lengths={text} is not supported; expected numbers from 2 on, with commas between, such as 2,4"
+        )
     return tuple(int(word) for word in words)
 
 
@@ -86,7 +88,7 @@ def _device(name: str) -> Any:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         there = "cpu, cuda" if torch.cuda.is_available() else "cpu (torch sees no GPU)"
-        raise UserError(f"--device={name} is not legal; legal: {there}")
+        raise UserError(f"--device={name} is not supported; expected {there}")
     return torch.device(name)
 
 

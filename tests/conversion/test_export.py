@@ -207,9 +207,9 @@ def test_padding_at_either_end_changes_nothing(
     padded = model(tokens, attention_mask=mask).logits
     torch.testing.assert_close(padded[1, there], model(tokens[1:2, there]).logits[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(padded[0], trained["hybrid"].logits[0], rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; legal: a 1 at every token"):
+    with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; expected a 1 at every token"):
         model(tokens, attention_mask=torch.zeros_like(mask))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); legal: \(3, 40\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); expected \(3, 40\)"):
         model(tokens, attention_mask=torch.ones(3, 1, 40, 40))
     with pytest.raises(ValueError, match=r"position_ids is not supported"):
         model(tokens, position_ids=torch.zeros_like(tokens))
@@ -247,7 +247,7 @@ def test_another_function_is_not_exported(
 ) -> None:
     right = hf_export.to_transformers
     monkeypatch.setattr(hf_export, "to_transformers", lambda *given: right(*given) | {"rotary_base": 501.0})
-    with pytest.raises(RunError, match=r"the KL divergence of their logits reaches .* legal: 1e-06; nothing was"):
+    with pytest.raises(RunError, match=r"the KL divergence of their logits reaches .* allowed: 1e-06; nothing was"):
         export_hf(trained["hybrid"].checkpoint, tmp_path / "out")
     assert left_behind(tmp_path) == []
     export_hf(trained["hybrid"].checkpoint, tmp_path / "out", checks_logits=False)
@@ -302,7 +302,10 @@ def test_wrong_use(
     (tmp_path / "tokenizer.json").write_text((checkpoint.parents[2] / "data" / "tokenizer.json").read_text() + "\n")
     cases: list[tuple[list[object], str]] = [
         (["export", checkpoint, out, "--to", "gguf"], "--to must be hf, fp32 or torch-dist, got gguf"),
-        (["export", checkpoint, out, "--to", "hf", "--dtype", "int8"], "--dtype=int8 is not legal; legal: float32, bf"),
+        (
+            ["export", checkpoint, out, "--to", "hf", "--dtype", "int8"],
+            "--dtype=int8 is not supported; expected float32, bf",
+        ),
         (["export", tmp_path / "none", out, "--to", "hf"], "none' does not exist"),
         (["export", checkpoint, checkpoint / "out", "--to", "hf"], "lies in, or holds, the source"),
         (
@@ -320,7 +323,7 @@ def test_wrong_use(
             "is not the model's tokenizer: its SHA-256 is",
         ),
         (["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "no.json"], "give it: --tokenizer PATH"),
-        (["import", checkpoint, out, "--from", "hf"], "is a megatron_mosa checkpoint; legal: a Hugging Face"),
+        (["import", checkpoint, out, "--from", "hf"], "is a megatron_mosa checkpoint; expected a Hugging Face"),
     ]
     for words, message in cases:
         assert command(monkeypatch, *words) == 2, words

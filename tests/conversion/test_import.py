@@ -89,9 +89,9 @@ def test_what_a_llama_may_not_have(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     good = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).to_dict()
     for change, message in (
-        ({"attention_bias": True}, r"attention_bias=True has no counterpart here; legal for a llama: False"),
+        ({"attention_bias": True}, r"attention_bias=True has no counterpart here; a Llama needs False"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 has no counterpart"),
-        ({"model_type": "gpt2"}, r"model_type=gpt2 cannot be imported; legal: mosa, llama"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2 cannot be imported; expected mosa, llama"),
         ({}, r"holds neither model.safetensors.index.json nor model.safetensors"),
     ):
         file.write_text(json.dumps(good | change))
@@ -129,7 +129,7 @@ def test_files_that_are_not_what_they_should_be(trained: dict[str, Trained], tmp
         ({}, rf"{key} is missing, expected \(6, 24\)"),
         ({key: torch.zeros(3, 24)}, rf"{key} is \(3, 24\), expected \(6, 24\)"),
         ({key: tensors[key], "more": torch.zeros(1)}, r"more is \(1,\), expected none"),
-        ({key: tensors[key].double()}, rf"{key} is F64; legal: F32, BF16, F16 "),
+        ({key: tensors[key].double()}, rf"{key} is F64; expected F32, BF16, F16 "),
     ):
         save_file({name: tensor for name, tensor in tensors.items() if name != key} | change, shard)
         with pytest.raises(UserError, match=message):

@@ -148,7 +148,7 @@ def test_inspect_never_opens_what_deepspeed_pickled(tmp_path: Path, capsys: pyte
 
 
 def test_inspect_says_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no model; legal: a checkpoint"):
+    with pytest.raises(UserError, match=r"holds no model; expected a checkpoint"):
         inspect(tmp_path)
     (tmp_path / "checkpoints-of-mine").mkdir()
     with pytest.raises(UserError, match=r"does not exist \(did you mean 'checkpoints-of-mine'"):

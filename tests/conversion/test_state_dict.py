@@ -128,7 +128,7 @@ def test_shards_that_are_missing_or_damaged(
     shard.unlink()
     refused(rf"{shard.name} is missing; 2 data-parallel ranks wrote")
     next(tag.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")).unlink()
-    refused(r"optim_states\.pt is missing; legal: what ZeRO 1, 2 or 3 wrote")
+    refused(r"optim_states\.pt is missing; expected what ZeRO 1, 2 or 3 wrote")
     os.truncate(shard, shard.stat().st_size // 2)
     refused(rf"{shard.name} is not what was written")
     inspect(folder, full=True)
@@ -146,9 +146,9 @@ def test_shards_that_are_missing_or_damaged(
     refused(r"'\w+' is missing in it")
     del content
     shutil.copy(shard, tag / shard.name.replace("mp_rank_00", "mp_rank_01"))
-    refused(r"is of 2 model-parallel ranks.*legal: one \(mp_rank_00\)", UserError)
+    refused(r"is of 2 model-parallel ranks.*expected one \(mp_rank_00\)", UserError)
     (tag / "layer_0_expert_0_mp_rank_00_model_states.pt").touch()
-    refused(r"has files of experts; legal: models without", UserError)
+    refused(r"has files of experts; expected models without", UserError)
 
 
 def changed_parameter(shard: Path) -> bytes:

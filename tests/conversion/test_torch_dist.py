@@ -145,7 +145,7 @@ def test_norms_of_their_own_and_other_tensors(theirs: tuple[Path, Tensor], tmp_p
     open_model(folder)
     index.state_dict_metadata["decoder.layers.self_attention.linear_qkv.bias"] = embedding
     rename("nothing", "new")
-    with pytest.raises(UserError, match=r"linear_qkv\.bias has no counterpart here; legal: .*no biases"):
+    with pytest.raises(UserError, match=r"linear_qkv\.bias has no counterpart here; expected .*no biases"):
         open_model(folder)
 
 
@@ -171,7 +171,7 @@ def test_what_megatron_core_0_19_writes(theirs: tuple[Path, Tensor], tmp_path: P
 
 def test_heads_that_megatron_does_not_have(trained: dict[str, Trained], tmp_path: Path) -> None:
     for kind, key in (("pure", "mosa.num_heads=6"), ("local", "model.num_local_heads=4")):
-        with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*legal for torch-dist: 0"):
+        with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*expected for torch-dist: 0"):
             export_torch_dist(trained[kind].checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -179,9 +179,9 @@ def test_heads_that_megatron_does_not_have(trained: dict[str, Trained], tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 8}, r"args\.num_experts=8 has no counterpart here; legal: None"),
-        ({"add_bias_linear": True}, r"args\.add_bias_linear=True has no counterpart here; legal: False"),
-        ({"position_embedding_type": "learned_absolute"}, r"position_embedding_type=learned_absolute .*legal: rope"),
+        ({"num_experts": 8}, r"args\.num_experts=8 has no counterpart here; expected None"),
+        ({"add_bias_linear": True}, r"args\.add_bias_linear=True has no counterpart here; expected False"),
+        ({"position_embedding_type": "learned_absolute"}, r"position_embedding_type=learned_absolute .*expected rope"),
         ({"qk_layernorm": True}, r"args\.qk_layernorm=True"),
         ({"kv_channels": None}, r"head_dim"),
         ({"num_query_groups": 4}, r"linear_qkv\.weight is \(3, 64, 24\), expected \(3, 96, 24\)"),
@@ -228,7 +228,7 @@ def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], t
     (iteration / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 2})
     )
-    refused(r"sharded_backend_version=2; legal: 1", UserError)
+    refused(r"sharded_backend_version=2; expected 1", UserError)
     shard = max(iteration.glob("*.distcp"), key=lambda file: file.stat().st_size)
     shard.unlink()
     refused(rf"iter_0000007/{shard.name} cannot be read")
@@ -262,7 +262,7 @@ def test_inspect_and_targets(
     (tmp_path / "out" / "iter_0000000" / "common.pt").unlink()
     with pytest.raises(RunError, match=r"common\.pt cannot be read"):
         import_model(Kind.TORCH_DIST, tmp_path / "out", tmp_path / "back")
-    with pytest.raises(UserError, match="is a megatron_mosa checkpoint; legal: a Megatron-LM torch_dist checkpoint"):
+    with pytest.raises(UserError, match="is a megatron_mosa checkpoint; expected a Megatron-LM torch_dist checkpoint"):
         import_model(Kind.TORCH_DIST, checkpoint, tmp_path / "back")
     done = CliRunner().invoke(app, ["checkpoint", "import", str(tmp_path), str(tmp_path / "x"), "--from", "torch"])
     assert "--from must be hf, torch-dist or mosa-pytorch, got torch" in str(done.exception)

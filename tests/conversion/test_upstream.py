@@ -95,7 +95,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     layer = upstream_layer(True)
     for change, message in (
         ({"mosa_heads.O.W": None}, r"mosa_heads\.O\.W is missing"),
-        ({"other_heads.bias": torch.ones(2)}, r"other_heads\.bias is unknown; legal: mosa_heads\.r\.0\.weight"),
+        ({"other_heads.bias": torch.ones(2)}, r"other_heads\.bias is unknown; expected mosa_heads\.r\.0\.weight"),
         ({"mosa_heads.QKV.W": torch.ones(HEADS, WIDTH, 25)}, r"mosa_heads\.qkv_weight is \(5, 24, 25\).*\(5, 24, 24\)"),
         ({"other_heads.W_QKV.weight": torch.ones(9, WIDTH)}, r"dense_heads\.qkv_weight is \(9, 24\).*\(72, 24\)"),
     ):

@@ -75,19 +75,19 @@ def test_mistakes_in_generating(mosa, folder: Path, tmp_path: Path) -> None:
     cases: list[tuple[list[object], str]] = [
         ([folder], "give either --prompt TEXT or --prompt-file FILE"),
         ([folder, *prompt, "--prompt-file", "x"], "give either --prompt TEXT or --prompt-file FILE"),
-        ([folder, "--prompt", ""], "--prompt is empty; legal: text of one token or more"),
+        ([folder, "--prompt", ""], "--prompt is empty; expected text of one token or more"),
         ([folder, "--prompt-file", tmp_path / "none"], "cannot be read: No such file or directory; give a file of"),
-        ([folder, *prompt, "--temperature", "-1"], "--temperature=-1.0 is out of range; legal: 0 (the most likely"),
-        ([folder, *prompt, "--top-p", "0"], "--top-p=0.0 is out of range; legal: above 0, up to 1"),
-        ([folder, *prompt, "--top-k", "-1"], "--top-k=-1 is out of range; legal: 0 (all tokens) or more"),
-        ([folder, *prompt, "--max-new-tokens", "0"], "--max-new-tokens=0 is out of range; legal: 1 or more"),
-        ([folder, *prompt, "--device", "abacus"], "--device=abacus is not there; legal: auto, cpu, and cuda"),
-        ([folder, *prompt, "--dtype", "int4"], "--dtype=int4 is not legal; legal: auto, float32, bfloat16"),
+        ([folder, *prompt, "--temperature", "-1"], "--temperature=-1.0 is out of range; expected 0 (the most likely"),
+        ([folder, *prompt, "--top-p", "0"], "--top-p=0.0 is out of range; expected above 0, up to 1"),
+        ([folder, *prompt, "--top-k", "-1"], "--top-k=-1 is out of range; expected 0 (all tokens) or more"),
+        ([folder, *prompt, "--max-new-tokens", "0"], "--max-new-tokens=0 is out of range; expected 1 or more"),
+        ([folder, *prompt, "--device", "abacus"], "--device=abacus is not available; expected auto, cpu, and cuda"),
+        ([folder, *prompt, "--dtype", "int4"], "--dtype=int4 is not supported; expected auto, float32, bfloat16"),
         ([folder, *prompt, "--tokenizer", "x"], "has its own; leave it out"),
         ([folder, *prompt, "--causal-approximation", "prefix"], "is causal without it; leave it out"),
         ([expert, *prompt], "expert choice (mosa.selection), with the whole sequence in view, so no token can be"),
-        ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation=x is not known; legal: prefix"),
-        ([other, *prompt], "has model_type=gpt2; legal: mosa, as mosa checkpoint export --to hf writes it"),
+        ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation=x is not known; expected prefix"),
+        ([other, *prompt], "has model_type=gpt2; expected mosa, as mosa checkpoint export --to hf writes it"),
         ([tmp_path / "nothing", *prompt], "nothing' does not exist"),
     ]
     for words, message in cases:
@@ -156,12 +156,15 @@ def test_mistakes_in_reporting(mosa, folder: Path, tmp_path: Path) -> None:
     expert = write(tmp_path / "expert", selection="expert_choice")
     (tmp_path / "text").write_text("abc")
     cases: list[tuple[list[object], str]] = [
-        ([folder, "--lengths", "1k,many"], "--lengths=1k,many: 'many' is no number of tokens; legal: such as 1000"),
+        (
+            [folder, "--lengths", "1k,many"],
+            "--lengths=1k,many: 'many' is not a number of tokens; expected numbers such as 1000",
+        ),
         ([folder, "--lengths", "0"], "'0' is no number of tokens"),
-        ([folder, "--dense-heads", "0"], "--dense-heads=0 is out of range; legal: 1 or more"),
+        ([folder, "--dense-heads", "0"], "--dense-heads=0 is out of range; expected 1 or more"),
         ([folder, "--text", tmp_path / "text", "--lengths", "4"], "has 3 tokens, --lengths asks for 4; give a longer"),
         ([folder, "--text", tmp_path / "none"], "none cannot be read: No such file or directory; give a file of text"),
-        ([expert], "there is no cache to measure; legal: models with mosa.selection=threshold"),
+        ([expert], "there is no cache to measure; expected models with mosa.selection=threshold"),
     ]
     for words, message in cases:
         code, printed, errors = mosa("cache-report", *words)

@@ -111,7 +111,7 @@ def test_the_newest_is_of_the_largest_step_whatever_its_digits(tmp_path: Path) -
 def test_a_newer_format_is_no_damage_to_skip(tmp_path: Path) -> None:
     publish(tmp_path, 3)
     publish(tmp_path, 12, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(UserError, match=f"format version {FORMAT_VERSION + 1}; legal: up to {FORMAT_VERSION}"):
+    with pytest.raises(UserError, match=f"format version {FORMAT_VERSION + 1}; expected up to {FORMAT_VERSION}"):
         CheckpointStore(tmp_path, 2).newest()
 
 

@@ -223,15 +223,15 @@ def test_a_report_of_all_there_can_be(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("text", ["1", "2,x", "-2"])
 def test_wrong_lengths(text: str) -> None:
-    with pytest.raises(UserError, match=rf"--lengths={text} is not legal; legal: numbers from 2 on"):
+    with pytest.raises(UserError, match=rf"--lengths={text} is not supported; expected numbers from 2 on"):
         _multiples(text)
     assert _multiples("2, 4") == (2, 4) and _multiples("") == ()
 
 
 def test_wrong_uses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--device=tpu is not legal; legal: cpu"):
+    with pytest.raises(UserError, match="--device=tpu is not supported; expected cpu"):
         _device("tpu")
-    with pytest.raises(UserError, match="--dtype=int8 is not legal; legal: float32, bfloat16"):
+    with pytest.raises(UserError, match="--dtype=int8 is not supported; expected float32, bfloat16"):
         evaluate(tmp_path, dtype="int8", lengths="")
     with pytest.raises(Exception, match="cannot be written: No such file"):
         _write({}, tmp_path / "none" / "file.json")
