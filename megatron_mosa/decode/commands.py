@@ -94,7 +94,7 @@ def parse_lengths(text: str) -> list[int]:
     """Read ``1k,3000``, k being 1024; ascending.
 
     Raises:
-        UserError: a part that is no number of tokens.
+        UserError: a part that is not a number of tokens.
     """
     lengths = set()
     for part in text.split(","):

@@ -160,7 +160,7 @@ def test_mistakes_in_reporting(mosa, folder: Path, tmp_path: Path) -> None:
             [folder, "--lengths", "1k,many"],
             "--lengths=1k,many: 'many' is not a number of tokens; expected numbers such as 1000",
         ),
-        ([folder, "--lengths", "0"], "'0' is no number of tokens"),
+        ([folder, "--lengths", "0"], "'0' is not a number of tokens"),
         ([folder, "--dense-heads", "0"], "--dense-heads=0 is out of range; expected 1 or more"),
         ([folder, "--text", tmp_path / "text", "--lengths", "4"], "has 3 tokens, --lengths asks for 4; give a longer"),
         ([folder, "--text", tmp_path / "none"], "none cannot be read: No such file or directory; give a file of text"),
