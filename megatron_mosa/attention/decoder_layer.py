@@ -19,7 +19,7 @@ class DecoderLayer(torch.nn.Module):
     its instances share one compiled graph.
 
     Args:
-        layer: whose parameters are used. This module is no parent of it in the model: register it nowhere.
+        layer: provides the parameters. Do not register this module in the model: the parameters would appear twice.
         kernels: the backend of the heads.
     """
 

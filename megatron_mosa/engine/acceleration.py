@@ -17,16 +17,16 @@ OLDEST_TORCH = (2, 11)  # that this was measured with
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What ``train.acceleration`` came to. ``str`` says it in one line."""
+    """What ``train.acceleration`` chose; ``str`` gives the line for the log."""
 
     compiles_layers: bool = False
-    """Training by compiled layers, the loss without whole logits."""
+    """Training uses compiled layers, and the loss is computed in chunks of the logits."""
 
     uses_graphs: bool = False
-    """A micro-batch is one CUDA graph, and gradients are added up in fp32 as soon as they are there."""
+    """Each micro-batch is one CUDA graph, which accumulates its gradients in fp32."""
 
     hindrance: str = ""
-    """Why there is no more than this; a setting or a fact."""
+    """What prevents a faster step, such as "parallel.zero_stage=3"; empty if nothing does."""
 
     def __str__(self) -> str:
         if self.uses_graphs:

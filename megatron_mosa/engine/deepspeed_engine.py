@@ -128,7 +128,7 @@ class DeepSpeedEngine:
         return result
 
     def _take_by_deepspeed(self, micro_batches: list[Batch], counted: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``GraphedSteps.take``."""
+        """Take the step with DeepSpeed's engine; return the mean loss and the gradient norm, on the device."""
         # DeepSpeed averages over micro-batches and data-parallel ranks. Where every token counts, this is exact.
         parts = self.accumulation_steps * self.layout.data_parallel_size
         tokens = (counted / parts).float()
