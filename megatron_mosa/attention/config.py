@@ -98,7 +98,7 @@ class MosaTransformerConfig(TransformerConfig):
         size = self.tensor_model_parallel_size
         counts = {name: getattr(self, name) for name in ("num_attention_heads", "num_local_heads", "num_mosa_heads")}
         if sum(counts.values()) < 1:
-            raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; legal: at least one of them above 0")
+            raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; expected at least one of them above 0")
         for name, heads in (counts | {"num_query_groups": self.num_query_groups or 0}).items():
             if heads % size:
                 raise ValueError(f"{name}={heads} is not divisible by tensor_model_parallel_size={size}")
@@ -112,7 +112,7 @@ class MosaTransformerConfig(TransformerConfig):
         if self.add_bias_linear or self.add_qkv_bias:
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:
-            raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; legal: 0.0")
+            raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; expected 0.0")
         self._check_values()
         self._check_selection()
         if not self.mosa_attend_within_documents and (
@@ -125,7 +125,7 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("recompute_granularity would select tokens twice; use mosa_recompute instead")
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) != 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; legal: 1")
+                raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; expected 1")
 
     def _check_values(self) -> None:
         """Choices and bounds, which are those of the configuration file."""
@@ -139,7 +139,7 @@ class MosaTransformerConfig(TransformerConfig):
                 "mosa_selection='threshold' has no use for mosa_selection_scope='document'; set 'sequence'"
             )
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
-            raise ValueError("mosa_load_feedback moves thresholds; legal with mosa_selection='expert_choice': 0")
+            raise ValueError("mosa_load_feedback moves thresholds; set it to 0 with mosa_selection='expert_choice'")
 
     @property
     def head_dim(self) -> int:

@@ -121,62 +121,62 @@ def _check_selection(
     length, heads = hidden_states.shape[1], router_weight.shape[0]
     if (num_selected is None) == (thresholds is None):
         both = "are both given" if thresholds is not None else "are both None"
-        raise ValueError(f"num_selected and thresholds {both}; legal: one of them (expert choice, or thresholds)")
+        raise ValueError(f"num_selected and thresholds {both}; expected one of them (expert choice, or thresholds)")
     if thresholds is not None:
         if thresholds.shape != (heads,) or thresholds.device != hidden_states.device:
             raise ValueError(
-                f"thresholds have shape {tuple(thresholds.shape)} on {thresholds.device}; legal: {(heads,)} on "
+                f"thresholds have shape {tuple(thresholds.shape)} on {thresholds.device}; expected {(heads,)} on "
                 f"{hidden_states.device}, one for each row of router_weight"
             )
         dtype = accumulation_dtype(hidden_states.dtype)
         if thresholds.dtype != dtype:
-            raise ValueError(f"thresholds are {thresholds.dtype}; legal: {dtype}, as the scores")
+            raise ValueError(f"thresholds are {thresholds.dtype}; expected {dtype}, as the scores")
         if capacity is not None and not 1 <= capacity <= length:
-            raise ValueError(f"capacity={capacity} is out of range; legal: 1 to T={length}, or None")
+            raise ValueError(f"capacity={capacity} is out of range; expected 1 to T={length}, or None")
     elif capacity is not None:
-        raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; legal: None")
+        raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; expected None")
     elif callable(num_selected):
         if documents is None:
-            raise ValueError("num_selected is a rule for each document, but documents=None; legal: an integer")
+            raise ValueError("num_selected is a rule for each document, but documents=None; expected an integer")
     elif num_selected is not None and not 1 <= num_selected <= length:
-        raise ValueError(f"num_selected={num_selected} is out of range; legal: 1 to T={length}")
+        raise ValueError(f"num_selected={num_selected} is out of range; expected 1 to T={length}")
 
 
 def _check_feedback(thresholds: Tensor | None, feedback: float, share: float) -> None:
     if thresholds is None and (feedback or share):
-        raise ValueError(f"feedback={feedback}, share={share} are for thresholds, but thresholds=None; legal: 0")
+        raise ValueError(f"feedback={feedback}, share={share} are for thresholds, but thresholds=None; expected 0")
     if not 0 <= feedback < math.inf or not 0 <= share <= 1:
-        raise ValueError(f"feedback={feedback}, share={share}; legal: 0 or more, and 0 to 1")
+        raise ValueError(f"feedback={feedback}, share={share}; expected 0 or more, and 0 to 1")
 
 
 def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Documents | None) -> None:
     batch, length, _ = hidden_states.shape
     if documents is not None and documents.starts.shape != (batch, length):
-        raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; legal: {(batch, length)}")
+        raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; expected {(batch, length)}")
     if not _ROTARY_PERCENT.allows(rotary_percent):
         raise ValueError(_ROTARY_PERCENT.error_message("rotary_percent", rotary_percent))
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:
     if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; legal: [B, T, h]")
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; expected [B, T, h]")
     width = hidden_states.shape[2]
     if router_weight.dim() != 2 or router_weight.shape[0] < 1 or router_weight.shape[1] != width:
-        raise ValueError(f"router_weight has shape {tuple(router_weight.shape)}; legal: [E, {width}] with E >= 1")
+        raise ValueError(f"router_weight has shape {tuple(router_weight.shape)}; expected [E, {width}] with E >= 1")
     heads = router_weight.shape[0]
     if proj_weight.dim() != 3 or proj_weight.shape[0] != heads or proj_weight.shape[2] != width:
-        raise ValueError(f"proj_weight has shape {tuple(proj_weight.shape)}; legal: [{heads}, h', {width}]")
+        raise ValueError(f"proj_weight has shape {tuple(proj_weight.shape)}; expected [{heads}, h', {width}]")
     head_dim = proj_weight.shape[1]
     if qkv_weight.shape != (heads, width, 3 * head_dim):
         raise ValueError(
-            f"qkv_weight has shape {tuple(qkv_weight.shape)}; legal beside this proj_weight: "
+            f"qkv_weight has shape {tuple(qkv_weight.shape)}; expected for this proj_weight: "
             f"{(heads, width, 3 * head_dim)}"
         )
     for name, tensor in (("router_weight", router_weight), ("qkv_weight", qkv_weight), ("proj_weight", proj_weight)):
         if tensor.device != hidden_states.device:
-            raise ValueError(f"{name} is on {tensor.device}; legal: {hidden_states.device}, as hidden_states")
+            raise ValueError(f"{name} is on {tensor.device}; expected {hidden_states.device}, as hidden_states")
     for name, tensor in (("qkv_weight", qkv_weight), ("proj_weight", proj_weight)):
         if tensor.dtype != hidden_states.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}; legal: {hidden_states.dtype}, as hidden_states")
+            raise ValueError(f"{name} is {tensor.dtype}; expected {hidden_states.dtype}, as hidden_states")
     if not torch.is_floating_point(hidden_states):
-        raise ValueError(f"hidden_states is {hidden_states.dtype}; legal: a floating type")
+        raise ValueError(f"hidden_states is {hidden_states.dtype}; expected a floating type")

@@ -41,7 +41,7 @@ class MosaSelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if not isinstance(config, MosaTransformerConfig):
-            raise ValueError(f"config is a {type(config).__name__}; legal: MosaTransformerConfig")
+            raise ValueError(f"config is a {type(config).__name__}; expected MosaTransformerConfig")
         self.layer_number = layer_number
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = groups.tp
@@ -68,7 +68,7 @@ class MosaSelfAttention(MegatronModule):
         """
         for name, value in options.items():
             if value is not None:
-                raise ValueError(f"{name} is not supported by MosaSelfAttention; legal: None{_HINTS.get(name, '')}")
+                raise ValueError(f"{name} is not supported by MosaSelfAttention; expected None{_HINTS.get(name, '')}")
         documents = self._documents(hidden_states, attention_mask)
         if self.config.mosa_recompute == "attention" and self.training:
             output = recomputed(self._heads, hidden_states, documents)
@@ -82,10 +82,10 @@ class MosaSelfAttention(MegatronModule):
         """What stands in the place of the attention mask, if the layer is one for documents."""
         documents = attention_mask if isinstance(attention_mask, Documents) else None
         if (documents is not None) != self.config.mosa_attend_within_documents:
-            legal = "megatron_mosa.kernels.Documents" if documents is None else "None"
+            allowed = "megatron_mosa.kernels.Documents" if documents is None else "None"
             raise ValueError(
-                f"attention_mask is a {type(attention_mask).__name__}; legal with mosa_attend_within_documents="
-                f"{self.config.mosa_attend_within_documents}: {legal}"
+                f"attention_mask is a {type(attention_mask).__name__}; expected with mosa_attend_within_documents="
+                f"{self.config.mosa_attend_within_documents}: {allowed}"
             )
         if documents is not None:
             length, batch, _ = hidden_states.shape
@@ -93,7 +93,7 @@ class MosaSelfAttention(MegatronModule):
             if documents.starts.shape != (batch, length) or documents.starts.device != hidden_states.device:
                 raise ValueError(
                     f"attention_mask has documents of {tuple(documents.starts.shape)} tokens on "
-                    f"{documents.starts.device}; legal: {(batch, length)} on {hidden_states.device}"
+                    f"{documents.starts.device}; expected {(batch, length)} on {hidden_states.device}"
                 )
         return documents
 

@@ -59,7 +59,7 @@ class HubSource:
         self._streaming = streaming
         self._timeout = timeout if streaming else None
         if not self._dataset:
-            raise UserError(f"data.sources: '{source}' names no dataset; legal: {_FORM}")
+            raise UserError(f"data.sources: '{source}' names no dataset; expected {_FORM}")
         if streaming and "[" in self._split:
             raise UserError(f"data.sources: '{source}': a part of a split cannot be streamed; set data.streaming=false")
         import datasets  # slow to import, which no other source waits for; here, and not while a stream is timed
@@ -92,7 +92,7 @@ class HubSource:
         if split not in splits:
             raise UserError(
                 f"data.sources: {self.name} has no split '{split}'{nearest(split, map(str, splits))}; "
-                f"legal: {', '.join(map(str, splits))}"
+                f"expected {', '.join(map(str, splits))}"
             )
         files = splits[split]
         listing = json.dumps([sorted(map(str, files)), getattr(files, "origin_metadata", None)])

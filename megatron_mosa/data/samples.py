@@ -234,5 +234,5 @@ def _check_length(manifest: Manifest, split: str, path: Path, sequence_length: i
         more = "give more sources" + (" or raise data.validation_fraction" if split == "validation" else "")
         raise UserError(
             f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens, and the {split} split of "
-            f"{path} has {tokens}; legal: up to {tokens - 1}; shorten it, or {more} and rebuild"
+            f"{path} has {tokens}; expected up to {tokens - 1}; shorten it, or {more} and rebuild"
         )

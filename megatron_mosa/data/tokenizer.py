@@ -40,7 +40,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise UserError(
-            f"data.vocab_size={vocab_size} is too small for a byte-level BPE; legal: {_SMALLEST_VOCABULARY} or more"
+            f"data.vocab_size={vocab_size} is too small for a byte-level BPE; expected {_SMALLEST_VOCABULARY} or more"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore

@@ -64,7 +64,7 @@ class MosaCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: a window does not remember what went before it."""
-        raise ValueError("a MosaCache cannot be cropped; legal: generation without drafts (assistant_model)")
+        raise ValueError("a MosaCache cannot be cropped; generate without drafts (assistant_model)")
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing: buffers are made when there is something to keep."""
@@ -160,7 +160,7 @@ def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
     """
     if not isinstance(cache, MosaCache):
         raise ValueError(
-            f"{CACHE} is a {type(cache).__name__}; legal: what model.new_cache() gives, or none (prefix tuning of PEFT "
+            f"{CACHE} is a {type(cache).__name__}; expected what model.new_cache() gives (PEFT's prefix tuning "
             "gives keys and values, which heads that select tokens cannot take; use prompt tuning, IA3 or LoRA instead)"
         )
     if torch.is_grad_enabled():
@@ -169,6 +169,6 @@ def check_cache(cache: Any, config: MosaConfig, batch: int) -> None:
         if cache.shape[name] != value:
             raise ValueError(f"{CACHE} is of another model: its {name}={cache.shape[name]}, this model's {value}")
     if cache.batch not in (None, batch):
-        raise ValueError(f"{CACHE} holds {cache.batch} sequences, the input {batch}; legal: as many")
+        raise ValueError(f"{CACHE} holds {cache.batch} sequences, the input {batch}; expected as many")
     cache.batch = batch
     cache.enter()

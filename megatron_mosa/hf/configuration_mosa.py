@@ -35,7 +35,7 @@ class MosaConfig(PretrainedConfig):
             training on; here a sequence is one document, for which they change nothing.
 
     Raises:
-        ValueError: a word or number that is not legal.
+        ValueError: a word or number that is not allowed.
     """
 
     model_type = "mosa"
@@ -94,17 +94,17 @@ class MosaConfig(PretrainedConfig):
         self.attend_within_documents = attend_within_documents
         self.restart_rotary = restart_rotary
         self.selection_scope = selection_scope
-        for name, legal in (
+        for name, allowed in (
             ("hidden_act", ("gelu", "silu")),
             ("norm_type", ("LayerNorm", "RMSNorm")),
             ("selection", ("expert_choice", "threshold")),
         ):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; legal: {', '.join(legal)}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected {', '.join(allowed)}")
         if num_dense_heads + num_local_heads + num_mosa_heads < 1:
             raise ValueError("num_dense_heads, num_local_heads and num_mosa_heads are all 0; set one of them above 0")
         if num_local_heads and local_window < 1:
-            raise ValueError(f"local_window={local_window}; legal with local heads: 1 or more")
+            raise ValueError(f"local_window={local_window}; with local heads it must be at least 1")
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)

@@ -161,7 +161,7 @@ class MosaPreTrainedModel(PreTrainedModel):
         if not self.config.can_decode:
             raise ValueError(
                 f"use_cache: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' choose again "
-                "with every token, so there is nothing to keep; legal: use_cache=False, or a model with "
+                "with every token, so there is nothing to keep; set use_cache=False, or a model with "
                 "selection='threshold'"
             )
         return MosaCache(self.config)
@@ -338,7 +338,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             self._check_approximation(causal_approximation)
             return super().generate(inputs, *args, **kwargs | {"use_cache": False})  # pyright: ignore
         if causal_approximation is not None:
-            raise ValueError(f"causal_approximation={causal_approximation!r}: the model is causal; legal: None")
+            raise ValueError(f"causal_approximation={causal_approximation!r}: the model is causal; expected None")
         self.model.check_thresholds()
         given = [
             cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
@@ -390,7 +390,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         )
         mask = kwargs.get("attention_mask")
         if prompt is None or prompt.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=1).all())):
-            raise ValueError("a prompt is empty; legal: one token or more in each, such as the end-of-text token")
+            raise ValueError("a prompt is empty; expected one token or more in each, such as the end-of-text token")
         trained = self.config.max_position_embeddings
         if prompt.shape[1] > trained:
             logger.warning(f"the prompt has {prompt.shape[1]} tokens, the model was trained on {trained} at most")
@@ -399,12 +399,12 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         if approximation is None:
             raise ValueError(
                 f"generate is refused: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' "
-                "select with the whole sequence in view, so no token is decoded before the next are known; legal: "
+                "select with the whole sequence in view, so no token is decoded before the next are known; expected "
                 "generate(..., causal_approximation='prefix'), which selects in the prefix anew for every token, or a "
                 "model with selection='threshold'"
             )
         if approximation != "prefix":
-            raise ValueError(f"causal_approximation={approximation!r} is not known; legal: 'prefix'")
+            raise ValueError(f"causal_approximation={approximation!r} is not known; expected 'prefix'")
         logger.warning(
             "causal_approximation='prefix': heads select in the prefix anew for every token, which is not what the "
             "model was trained to do; nothing is kept, so a token costs a whole forward pass"

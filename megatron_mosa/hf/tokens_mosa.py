@@ -60,10 +60,10 @@ def read_tokens(
     columns = length + (0 if cache is None else cache.get_seq_length())
     device = hidden_states.device
     if attention_mask is not None and attention_mask.shape != (batch, columns):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; legal: {(batch, columns)}")
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(batch, columns)}")
     padded = cache is not None and cache.padded
     if attention_mask is None and padded:
-        raise ValueError(f"attention_mask is missing, and the cache began with one; legal: {(batch, columns)}, ones")
+        raise ValueError(f"attention_mask is missing, and the cache began with one; expected {(batch, columns)}, ones")
     # A single token waits for nothing: its mask is taken to hold padding.
     if attention_mask is None or (not padded and length > 1 and bool((attention_mask == 1).all())):
         positions = torch.arange(columns - length, columns, device=device)[None]  # [1, T]
@@ -73,7 +73,7 @@ def read_tokens(
     if cache is None:
         lengths = mask.sum(dim=1).tolist()
         if 0 in lengths:
-            raise ValueError(f"attention_mask is 0 throughout sequence {lengths.index(0)}; legal: a 1 at every token")
+            raise ValueError(f"attention_mask is 0 throughout sequence {lengths.index(0)}; expected a 1 at every token")
     else:
         cache.padded = True
     positions = (mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)  # [B, T]

@@ -36,11 +36,11 @@ def get_backend(name: str, hidden_states: Tensor, head_dim: int = 64) -> ModuleT
     if name == "auto":
         name, asked = _automatic(hidden_states.device, hidden_states.dtype, head_dim)
     if name not in BACKENDS:
-        raise ValueError(f"{asked} is not known; legal: 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"{asked} is not known; expected 'auto', {', '.join(map(repr, BACKENDS))}")
     if name == "naive":
         return naive
     if (hindrance := _without_triton(hidden_states.device, hidden_states.dtype, head_dim)) is not None:
-        raise ValueError(f"{asked} does not run here: {hindrance}; legal: 'naive'")
+        raise ValueError(f"{asked} does not run here: {hindrance}; use 'naive'")
     from megatron_mosa.kernels import triton  # only now: triton is optional
 
     return triton

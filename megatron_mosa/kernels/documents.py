@@ -42,7 +42,7 @@ class Documents:
             ValueError: not of that type and rank, or not the starts of contiguous documents.
         """
         if starts.dim() != 2 or starts.dtype != torch.int64:
-            raise ValueError(f"document starts are {starts.dtype} {tuple(starts.shape)}; legal: torch.int64 [B, T]")
+            raise ValueError(f"document starts are {starts.dtype} {tuple(starts.shape)}; expected torch.int64 [B, T]")
         host = starts.cpu()
         positions = torch.arange(host.shape[1]).expand_as(host)
         begins = host == positions
@@ -87,7 +87,7 @@ class Documents:
             for length, count in zip(lengths, chain.from_iterable(counts), strict=True):
                 if not 1 <= count <= length:
                     raise ValueError(
-                        f"{count} of {length} tokens of a document cannot be selected; legal: 1 to {length}"
+                        f"{count} of {length} tokens of a document cannot be selected; expected 1 to {length}"
                     )
             flat = torch.tensor(list(chain.from_iterable(counts)))
             quotas = flat.repeat_interleave(torch.tensor(lengths)).view(self.starts.shape)

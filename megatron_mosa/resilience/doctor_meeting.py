@@ -45,7 +45,7 @@ class Job:
         if not host or not port.isdigit():
             raise UserError(
                 f"MASTER_ADDR={host or ''} MASTER_PORT={port} do not say where the {self.world_size} ranks meet; "
-                "legal: a host name and a port; torchrun, srun and deepspeed set them"
+                "expected a host name and a port; torchrun, srun and deepspeed set them"
             )
         self.address = f"{host}:{port}"
         # torchrun's agent may have opened the store already.

@@ -207,9 +207,9 @@ def test_padding_on_either_side_changes_nothing(
     padded = model(tokens, attention_mask=mask).logits
     torch.testing.assert_close(padded[1, there], model(tokens[1:2, there]).logits[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(padded[0], trained["hybrid"].logits[0], rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; legal: a 1 at every token"):
+    with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; expected a 1 at every token"):
         model(tokens, attention_mask=torch.zeros_like(mask))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); legal: \(3, 40\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1, 40, 40\); expected \(3, 40\)"):
         model(tokens, attention_mask=torch.ones(3, 1, 40, 40))
     with pytest.raises(ValueError, match=r"position_ids is not supported"):
         model(tokens, position_ids=torch.zeros_like(tokens))

@@ -193,11 +193,11 @@ def test_a_mismatched_cache_is_refused() -> None:
     cache = model(tokens, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match=r"is of another model: its num_mosa_heads=6, this model's 9"):
         build("hybrid", num_mosa_heads=9)(tokens, **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"holds 2 sequences, the input 1; legal: as many"):
+    with pytest.raises(ValueError, match=r"holds 2 sequences, the input 1; expected as many"):
         model(tokens[:1], **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"is a dict; legal: what model.new_cache\(\) gives"):
+    with pytest.raises(ValueError, match=r"is a dict; expected what model.new_cache\(\) gives"):
         model(tokens, **{CACHE: {}})
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\); legal: \(2, 16\)"):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\); expected \(2, 16\)"):
         model(tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"cannot be cropped"):
         cache.crop(-1)
@@ -206,5 +206,5 @@ def test_a_mismatched_cache_is_refused() -> None:
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     cache = model(tokens, attention_mask=mask, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match=r"attention_mask is missing, and the cache began with one; legal: \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"attention_mask is missing, and the cache began with one; expected \(2, 9\)"):
         model(tokens[:, :1], **{CACHE: cache})

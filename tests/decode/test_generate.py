@@ -98,11 +98,11 @@ def test_expert_choice_is_refused_unless_an_approximation_is_requested(
     model, tokens = build("hybrid", "expert_choice"), random_tokens(1, 9)
     with pytest.raises(ValueError, match=r"^generate is refused: num_mosa_heads=6 with selection='expert_choice'"):
         greedy(model, tokens)
-    with pytest.raises(ValueError, match=r"causal_approximation='window' is not known; legal: 'prefix'"):
+    with pytest.raises(ValueError, match=r"causal_approximation='window' is not known; expected 'prefix'"):
         greedy(model, tokens, causal_approximation="window")
-    with pytest.raises(ValueError, match=r"use_cache: .* choose again with every token.*; legal: use_cache=False"):
+    with pytest.raises(ValueError, match=r"use_cache: .* choose again with every token.*; set use_cache=False"):
         model(tokens, use_cache=True)
-    with pytest.raises(ValueError, match=r"causal_approximation='prefix': the model is causal; legal: None"):
+    with pytest.raises(ValueError, match=r"causal_approximation='prefix': the model is causal; expected None"):
         greedy(build("hybrid"), tokens, causal_approximation="prefix")
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.get_logger("megatron_mosa.hf.modeling_mosa"), "propagate", True)
@@ -118,7 +118,7 @@ def test_empty_and_long_prompts(caplog: pytest.LogCaptureFixture, monkeypatch: p
     mask[1] = 0
     empty: list[tuple[Tensor | None, dict[str, Tensor]]] = [(None, {}), (tokens[:, :0], {})]
     for prompt, options in [*empty, (tokens, {"attention_mask": mask})]:
-        with pytest.raises(ValueError, match=r"^a prompt is empty; legal: one token or more in each"):
+        with pytest.raises(ValueError, match=r"^a prompt is empty; expected one token or more in each"):
             model.generate(prompt, max_new_tokens=2, **options)
     with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 1"):
         model(tokens, attention_mask=mask)

@@ -53,5 +53,5 @@ def test_what_triton_cannot_take(
     states: torch.Tensor, head_dim: int, hindrance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=f"^backend='triton' does not run here: {hindrance}; legal: 'naive'$"):
+    with pytest.raises(ValueError, match=f"^backend='triton' does not run here: {hindrance}; use 'naive'$"):
         get_backend("triton", states, head_dim)

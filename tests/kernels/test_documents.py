@@ -154,7 +154,7 @@ def test_bad_arguments_are_named() -> None:
     inputs = make_inputs(1, 8, 2, 4, 4)
     with pytest.raises(ValueError, match="5 of 4 tokens of a document cannot be selected"):
         mosa_attention(*inputs, num_selected=lambda length: 5, documents=pack([[4, 4]]))
-    with pytest.raises(ValueError, match="legal: torch.int64"):
+    with pytest.raises(ValueError, match="expected torch.int64"):
         Documents.from_starts(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"documents are of \(1, 7\) tokens"):
         mosa_attention(*inputs, num_selected=2, documents=pack([[3, 4]]))

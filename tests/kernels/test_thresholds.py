@@ -249,9 +249,9 @@ def test_tiles(length: int) -> None:
     [
         (dict(num_selected=3), "num_selected and thresholds are both given"),
         (dict(thresholds=None), "num_selected and thresholds are both None"),
-        (dict(thresholds=torch.zeros(3, dtype=torch.float64)), r"thresholds have shape \(3,\) on cpu; legal: \(2,\)"),
-        (dict(thresholds=torch.zeros(2)), "thresholds are torch.float32; legal: torch.float64, as the scores"),
-        (dict(capacity=0), "capacity=0 is out of range; legal: 1 to T=8"),
+        (dict(thresholds=torch.zeros(3, dtype=torch.float64)), r"thresholds have shape \(3,\) on cpu; expected \(2,\)"),
+        (dict(thresholds=torch.zeros(2)), "thresholds are torch.float32; expected torch.float64, as the scores"),
+        (dict(capacity=0), "capacity=0 is out of range; expected 1 to T=8"),
         (dict(capacity=9), "capacity=9"),
         (dict(thresholds=None, num_selected=3, capacity=4), "capacity=4 is for thresholds"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import re
 import shutil
 import socket
@@ -26,6 +27,7 @@ NODES = ("n1", "n2")
 # it runs in a container. A requeued job waits for cred_expire and one more second.
 CONFIGURATION = """
 ClusterName=mosa
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={user}
@@ -99,9 +101,12 @@ class Cluster:
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000"
             for node, port in zip(NODES, ports[1:], strict=True)
         )
+        # The ranks' port follows from the job id, and another suite on this machine has jobs, too.
+        first_job = 50 * random.randrange(1, 200)
         text = CONFIGURATION.format(
-            host=host, controller_port=ports[0], user=getpass.getuser(), folder=self.folder, nodes=nodes
-        )
+            host=host, controller_port=ports[0], user=getpass.getuser(), folder=self.folder, nodes=nodes,
+            first_job=first_job,
+        )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
 
     def _start_munged(self) -> None:

@@ -244,7 +244,7 @@ def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
 
 
 def test_bad_tokenizers_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="legal: 257 or more"):
+    with pytest.raises(UserError, match="expected 257 or more"):
         train_tokenizer(TEXTS, 256)
     with pytest.raises(UserError, match="no file or folder"):
         load_tokenizer(str(tmp_path / "missing.json"))

@@ -149,10 +149,10 @@ def test_names_of_hugging_face_datasets(source: str, tmp_path: Path) -> None:
     part = hub.HubSource(f"{source}@train[:5]", "text", streaming=False, timeout=1)
     assert documents(part) == whole[:5]
     cases = [
-        (f"{source}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); legal: train"),
+        (f"{source}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); expected train"),
         (f"{source}:other", "cannot open .*'other' not found"),
         (f"hf:{tmp_path}/none", "cannot open .*none"),
-        ("hf:", "names no dataset; legal: hf:NAME"),
+        ("hf:", "names no dataset; expected hf:NAME"),
         (f"{source}@train[:5]", "data.streaming=false"),
     ]
     for spelled, message in cases:

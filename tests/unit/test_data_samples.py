@@ -284,7 +284,7 @@ def test_validation_batches_have_each_sample_once(dataset: Path, size: int, micr
 
 def test_sequence_longer_than_a_split(dataset: Path) -> None:
     tokens = training(dataset).mixture.manifest.splits["train"]["tokens"]
-    with pytest.raises(UserError, match=f"data.sequence_length={tokens} needs .* legal: up to {tokens - 1}"):
+    with pytest.raises(UserError, match=f"data.sequence_length={tokens} needs .* expected up to {tokens - 1}"):
         TrainingSamples(mixture(dataset), sequence_length=tokens, index_samples=1, seed=1)
     longest = TrainingSamples(mixture(dataset), sequence_length=tokens - 1, index_samples=1, seed=1)
     assert longest[0]["tokens"].shape == (tokens - 1,)

@@ -71,7 +71,8 @@ def test_signals_are_passed_on(number: signal.Signals, setting: str) -> None:
 
 
 def test_a_killed_program_leaves_nothing_and_shows_its_command() -> None:
-    code = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+    # In one write: both share the pipe.
+    code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
     with subprocess.Popen([loaded_python(), "-c", code, "mark=1"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         both = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]

@@ -188,9 +188,9 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
     with pytest.raises(ValueError, match="attention_mask is a NoneType.*Documents"):
         layer(torch.randn(4, 1, 32))
     documents = Documents.from_starts(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"documents of \(1, 4\) tokens on cpu; legal: \(2, 4\) on cpu"):
+    with pytest.raises(ValueError, match=r"documents of \(1, 4\) tokens on cpu; expected \(2, 4\) on cpu"):
         layer(torch.randn(4, 2, 32), documents)
-    with pytest.raises(ValueError, match="attention_mask is a Documents; legal .*=False: None"):
+    with pytest.raises(ValueError, match="attention_mask is a Documents; expected .*=False: None"):
         MosaSelfAttention(make_config())(torch.randn(4, 1, 32), documents)
 
 
@@ -208,7 +208,7 @@ def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
         (dict(mosa_selection="threshold", mosa_selection_scope="document"), "no use for mosa_selection_scope"),
         (dict(mosa_capacity_factor=0.5), "mosa_capacity_factor must be at least 1, got 0.5"),
         (dict(mosa_selection="threshold", mosa_load_feedback=-0.1), "mosa_load_feedback must be at least 0, got -0.1"),
-        (dict(mosa_load_feedback=0.1), "legal with mosa_selection='expert_choice': 0"),
+        (dict(mosa_load_feedback=0.1), "set it to 0 with mosa_selection='expert_choice'"),
         (dict(mosa_threshold_ema=0.0), "mosa_threshold_ema must be greater than 0 and at most 1, got 0.0"),
         (dict(mosa_threshold_warmup_steps=0), "mosa_threshold_warmup_steps must be at least 1, got 0"),
         (dict(mosa_selection_scope="document"), "need mosa_attend_within_documents"),

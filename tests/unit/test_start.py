@@ -144,7 +144,7 @@ def test_kernels_that_do_not_run_here(overrides: list[str], monkeypatch: pytest.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("MOSA_BACKEND", "cuda")
     assert (
-        "mosa.backend=auto with MOSA_BACKEND=cuda in the environment is not known; legal: 'auto', 'naive', 'triton'"
+        "mosa.backend=auto with MOSA_BACKEND=cuda in the environment is not known; expected 'auto', 'naive', 'triton'"
         in refused(config)
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -144,7 +144,7 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     if max(indices.numel(), batch << shift) >= 2**31:
         raise ValueError(
             f"B * E * k = {indices.numel()} selected tokens, B = {batch} sequences of T = {length}; "
-            f"legal: B * E * k and B * {1 << shift} below {2**31}"
+            f"expected B * E * k and B * {1 << shift} below {2**31}"
         )
     starts = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), SLOTS)
