@@ -1,4 +1,4 @@
-"""Checkpoints: a layout-free format and its lifecycle."""
+"""Save, load and manage checkpoints in a format that is independent of the parallel layout."""
 
 from megatron_mosa.checkpoint.format import FORMAT_VERSION, Metadata, read_metadata
 from megatron_mosa.checkpoint.initial import find_initial_weights, load_initial_weights

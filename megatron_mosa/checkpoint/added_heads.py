@@ -1,4 +1,4 @@
-"""Fresh MoSA heads beside the heads of a model without any: where a hybrid starts from a dense model."""
+"""Add freshly initialized MoSA heads to a model without any, to start a hybrid from a dense model."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WithMosaHeads:
-    """A model and fresh heads in each layer, whose output projection is zero: it computes what the model did.
+    """A model plus fresh MoSA heads in each layer; their output projections are zero, so its outputs do not change.
 
-    Routers and W_QKV are drawn as those of a run with the same seed, by name; the first step moves the projections, and
-    then all of them learn.
+    Routers and W_QKV are drawn by name, exactly as in a run with the same seed. The first optimizer step moves the
+    output projections away from zero; from then on all parameters of the heads receive gradients.
     """
 
     model: Opened
     config: Config
     weights: list[Weight]
     initialisers: dict[str, Callable[[Tensor], object]]
-    """By the last part of a weight's name."""
+    """Initializers, keyed by the last component of a weight's name."""
 
     @classmethod
     def of(cls, model: Opened, heads: int, sparsity: float) -> WithMosaHeads:
-        """Add heads.
+        """Add ``heads`` MoSA heads of the given sparsity to each layer.
 
         Raises:
-            UserError: the model has MoSA heads already, or the number or the sparsity is out of range.
+            UserError: the model already has MoSA heads, or the number of heads or the sparsity is out of range.
         """
         if model.config.mosa.num_heads:
-            raise UserError(f"--add-mosa-heads={heads}: '{model.path}' has MoSA heads; leave the option out")
+            raise UserError(f"--add-mosa-heads={heads}: '{model.path}' already has MoSA heads; omit the option")
         from megatron_mosa.model import build_empty_model
 
         mosa = replace(model.config.mosa, num_heads=heads, sparsity=sparsity)
@@ -55,16 +55,16 @@ class WithMosaHeads:
 
     @property
     def path(self) -> Path:
-        """Of the model."""
+        """The folder of the original model."""
         return self.model.path
 
     @property
     def vocab_rows(self) -> int:
-        """Of the model."""
+        """Rows of the embedding, padding included."""
         return self.model.vocab_rows
 
     def read(self, name: str) -> Tensor:
-        """As Opened."""
+        """Read a weight of the original model, or initialize one of the added heads; see ``Opened.read``."""
         from megatron_mosa.model.initialization import draw
 
         if ".mosa_heads." not in name:

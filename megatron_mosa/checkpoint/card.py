@@ -1,4 +1,4 @@
-"""The model card of an exported model: README.md, generated from what the checkpoint and its run say."""
+"""Generate the model card (README.md) of an exported model from its checkpoint and run directory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_mosa.metrics import causality, read_journal
 
 
 def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str]) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads.
+    """Return the card as Markdown, with the front matter that the Hugging Face Hub reads.
 
     Args:
-        metadata: the checkpoint's.
-        config: of the model, see ``model_config``.
-        checkpoint: its folder; the losses are read from the metrics.jsonl of the run directory that it lies in.
-        facts: lines of the table that the exporter knows, by their names.
+        metadata: metadata of the checkpoint.
+        config: the model's configuration, see ``model_config``.
+        checkpoint: the checkpoint folder; losses come from metrics.jsonl in the run directory that contains it.
+        facts: additional table rows supplied by the exporter, keyed by name.
     """
-    # How MoSA heads select; a model without them is causal whatever it says.
+    # mosa.selection means nothing without MoSA heads: such a model is always causal.
     selection = getattr(config.mosa, "selection", "expert_choice") if config.mosa.num_heads else "none"
     looks_ahead = selection == "expert_choice"
     rows = (
@@ -57,7 +57,7 @@ def _data(metadata: Metadata) -> str:
     data = metadata.config.get("data", {})
     sources = ", ".join(data.get("blend") or data.get("sources") or []) if metadata.data.get("fingerprint") else ""
     fingerprint = metadata.data.get("fingerprint")
-    return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: the checkpoint does not say"
+    return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: not recorded in the checkpoint"
 
 
 def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
@@ -66,9 +66,9 @@ def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
         if line is not None:
-            label = causality(line.get("causal", not looks_ahead))  # of the line: a warm-up is expert choice
+            label = causality(line.get("causal", not looks_ahead))  # per line: the warm-up uses expert choice
             found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,} ({label})"
-    return found or {"losses": "unknown: no metrics.jsonl beside the checkpoint"}
+    return found or {"losses": "unknown: no metrics.jsonl in the run directory"}
 
 
 def _documents(config: Config) -> str:
@@ -80,19 +80,19 @@ def _cell(text: Any) -> str:
 
 
 _GENERATION = {
-    "expert_choice": """**Expert choice is not causal.** A MoSA head takes the tokens of the sequence with the largest
-scores, so what the model predicts at a token depends on the tokens after it, and the losses above are not those of a
-decoder. The model scores and embeds whole sequences. `generate` is refused, unless the approximation is asked for by
-name: `generate(..., causal_approximation="prefix")` has the heads choose in the prefix anew for every token, which is
-not what was trained, and slow.""",
-    "threshold": """All heads are causal: a MoSA head takes a token if its score is above the head's threshold.
-`generate` keeps keys and values of the selected tokens alone. Prompts of several lengths are padded at the left
+    "expert_choice": """**Expert choice is not causal.** A MoSA head selects the tokens with the largest scores in the
+whole sequence, so the prediction at a token depends on later tokens, and no decoder can reach the losses above. Use the
+model to score and embed whole sequences. `generate` is refused unless you explicitly request an approximation:
+`generate(..., causal_approximation="prefix")` reselects tokens from the prefix for every new token. This is slow and is
+not what the model was trained for.""",
+    "threshold": """All heads are causal: a MoSA head selects a token if its score is above the head's threshold.
+`generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
-    "none": """All heads are causal. `generate` keeps keys and values. Prompts of several lengths are padded at the left
+    "none": """All heads are causal. `generate` caches keys and values. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
 }
 _WITHIN = """
-It was trained on packed sequences with attention inside documents; here every sequence is one document.
+The model was trained on packed sequences with attention within documents; here every sequence is one document.
 """
 _CARD = """---
 library_name: transformers
@@ -118,11 +118,11 @@ batch = tokenizer(["some text", "some more of it"], padding=True, return_tensors
 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # [B, T, vocab_size]
 ```
 
-The model's code is in this folder. The tokenizer needs none of it: without `trust_remote_code` transformers may ask
-whether to run it, and either answer gives the tokenizer.
+The model's code is in this folder. The tokenizer does not need it: without `trust_remote_code`, transformers may ask
+whether to run the code, and loads the tokenizer whatever you answer.
 
 {generation}
 {documents}
-Padding may be at either end of a sequence, if `attention_mask` says where, and changes nothing at other tokens.
-`vocab_size` counts the rows of the embedding, padding of the vocabulary included.
+Padding may be on either side if `attention_mask` marks it; it does not affect the outputs at other tokens.
+`vocab_size` is the number of rows of the embedding, vocabulary padding included.
 """

@@ -1,4 +1,4 @@
-"""Thresholds for a model that was trained with expert choice: found on data, beside weights that stay as they are."""
+"""Calibrate selection thresholds on data for a model trained with expert choice, without changing its weights."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ def causalize(
     load_feedback: float = 0.0,
     force: bool = False,
 ) -> None:
-    """Write the weights of an expert-choice model with thresholds beside them; no optimizer state.
+    """Write the weights of an expert-choice model together with calibrated thresholds, without optimizer state.
 
-    Each threshold is the (1 - 1 / rho) quantile of its head's scores over training samples: once as the model selects
-    by expert choice, and then once more as it selects by these thresholds, so that every layer is calibrated to what
-    those below it do. One process on the CPU, in fp32; prints the loss of both selections on these samples.
+    Each threshold is the (1 - 1 / rho) quantile of its head's scores over training samples. A first pass selects by
+    expert choice; a second pass selects by the thresholds of the first, so that every layer is calibrated to what the
+    layers below it do. Runs in one process on the CPU, in fp32, and prints the loss of both selections on these
+    samples.
 
     Args:
-        path: a checkpoint, or a run directory: its newest.
-        target: a folder that is not there.
-        data: a built dataset of the same tokenizer; None: the one that the checkpoint names.
-        samples: training sequences to calibrate on.
+        path: a checkpoint, or a run directory (its newest checkpoint).
+        target: the folder to create.
+        data: a dataset built with the same tokenizer; None: the dataset recorded in the checkpoint.
+        samples: number of training sequences to calibrate on.
         load_feedback: ``mosa.load_feedback`` of the result.
-        force: replace a model that lies at ``target``.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such checkpoint, no MoSA heads, thresholds already, selection per document, no such dataset or
-            another tokenizer, a target that is taken.
+        UserError: the checkpoint or dataset does not exist, the model has no MoSA heads, already has thresholds, or
+            selects per document, the dataset has another tokenizer, or the target exists.
         RunError: the checkpoint is damaged.
-        StorageError: the file system does not take it.
+        StorageError: writing the target failed.
     """
     from megatron_mosa.model.calibration import calibrating
 
@@ -64,41 +65,41 @@ def causalize(
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
         metadata = read_metadata(folder)
-        _refuse_others(metadata.config["mosa"], folder)
+        _check_convertible(metadata.config["mosa"], folder)
         read = _training_samples(metadata, data, samples)
         source = Source.open(folder, metadata)
         thresholds, losses = _calibrated(source, calibrating(source.config, load_feedback), read, samples)
         _write(source, target, thresholds, load_feedback)
     print(
-        f"{target}: thresholds of {source.config.mosa.num_heads} heads a layer from {samples} training sequences; loss "
-        f"on them {losses[0]:.4f} by expert choice (not causal), {losses[1]:.4f} by threshold"
+        f"{target}: calibrated thresholds of {source.config.mosa.num_heads} heads per layer on {samples} training "
+        f"sequences; loss on them: {losses[0]:.4f} with expert choice (not causal), {losses[1]:.4f} with thresholds"
     )
 
 
-def _refuse_others(mosa: dict[str, Any], folder: Path) -> None:
+def _check_convertible(mosa: dict[str, Any], folder: Path) -> None:
     if not mosa["num_heads"]:
-        raise UserError(f"'{folder}' has no MoSA heads: it is causal as it is")
+        raise UserError(f"'{folder}' has no MoSA heads: it is already causal")
     if mosa.get("selection") == "threshold":
-        raise UserError(f"'{folder}' selects by thresholds already: it is causal as it is")
+        raise UserError(f"'{folder}' already selects by thresholds: it is already causal")
     if mosa.get("selection_scope") == "document":
         raise UserError(
-            f"'{folder}' was trained with mosa.selection_scope=document, where the share that a head takes depends on "
-            "the document's length, which no threshold knows; train it on with checkpoint.initialize_from and "
-            "mosa.selection=threshold, mosa.selection_scope=sequence"
+            f"'{folder}' was trained with mosa.selection_scope=document, where the share of tokens that a head selects "
+            "depends on the document's length, which a threshold cannot reproduce; continue training it with "
+            "checkpoint.initialize_from, mosa.selection=threshold and mosa.selection_scope=sequence"
         )
 
 
 def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> TrainingSamples:
     from megatron_mosa.data import TrainingSamples
 
-    described = metadata.config["data"]
+    data_config = metadata.config["data"]
     found = TrainingSamples(
         open_dataset(metadata, path),
-        sequence_length=described["sequence_length"],
-        # the run's own order where its index is there
+        sequence_length=data_config["sequence_length"],
+        # keep the run's own data order where its index is recorded
         index_samples=metadata.data["index_samples"] if path is None and metadata.data["index_samples"] else samples,
         seed=metadata.config["run"]["seed"],
-        index_path=described.get("index_path") if path is None else None,
+        index_path=data_config.get("index_path") if path is None else None,
         mark_documents=metadata.config["model"].get("attend_within_documents", False),
     )
     found.prepare(0, samples - 1)
@@ -108,7 +109,7 @@ def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> Tr
 def _calibrated(
     source: Source, config: Config, read: TrainingSamples, samples: int
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The new tensors by their names, and the losses by expert choice and by threshold."""
+    """Return the new tensors by name, and the losses with expert choice and with thresholds."""
     from megatron_mosa.attention.thresholds import threshold_buffers
     from megatron_mosa.model import build_empty_model
     from megatron_mosa.model.calibration import calibrate
@@ -126,15 +127,15 @@ def _calibrated(
 
 
 def _pass(model: torch.nn.Module, read: TrainingSamples, numbers: Sequence[int]) -> float:
-    """Mean loss, nats per token."""
+    """Return the mean loss in nats per token."""
     from torch.utils.data import default_collate
     from tqdm import tqdm
 
     from megatron_mosa.model import language_model_loss
 
     total, tokens = 0.0, 0.0
-    doing = "calibrating" if model.training else "measuring"
-    for number in tqdm(numbers, doing, unit=" sequences", mininterval=0.5 if sys.stderr.isatty() else 30.0):
+    action = "calibrating" if model.training else "measuring"
+    for number in tqdm(numbers, action, unit=" sequences", mininterval=0.5 if sys.stderr.isatty() else 30.0):
         loss, count = language_model_loss(model, **default_collate([read[number]]))
         total, tokens = total + float(loss), tokens + float(count)
     return total / tokens

@@ -1,4 +1,4 @@
-"""The dataset that a checkpoint's model was trained on, or another of its tokenizer."""
+"""Open the dataset that a model was trained on, or another one built with the same tokenizer."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
-    """Open what the checkpoint names, or the built dataset at ``path``.
+    """Open the built dataset at ``path``, or the one recorded in the checkpoint if ``path`` is None.
 
     Raises:
-        UserError: there is none, or it was built with another tokenizer.
+        UserError: the dataset does not exist, or was built with another tokenizer.
     """
     from megatron_mosa.data import open_mixture
 
-    described = metadata.config["data"]
-    section = DataSection(path=described.get("path"), blend=list(described.get("blend") or []))
+    recorded = metadata.config["data"]
+    section = DataSection(path=recorded.get("path"), blend=list(recorded.get("blend") or []))
     if path is not None:
         section = DataSection(path=str(path))
     mixture = open_mixture(section)
     if not mixture.manifest.tokenizer.is_same(metadata.tokenizer):
         raise UserError(
-            f"the model was trained with another tokenizer ({metadata.data['tokenizer_hash']}) than "
-            f"'{mixture.paths[0]}' was built with ({mixture.manifest.tokenizer_hash}); give a dataset of the model's: "
+            f"'{mixture.paths[0]}' was built with another tokenizer ({mixture.manifest.tokenizer_hash}) than the model "
+            f"was trained with ({metadata.data['tokenizer_hash']}); pass a dataset built with the model's tokenizer: "
             "--data FOLDER"
         )
     return mixture

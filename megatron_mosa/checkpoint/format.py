@@ -1,10 +1,10 @@
-"""Format 2: a layout-free checkpoint.
+"""Define checkpoint format 2, which is independent of the parallel layout.
 
 A checkpoint is a folder ``step-00000100`` with ``metadata.json``, ``state/`` and ``manifest.json``. The state is
-written by torch's distributed checkpoint (DCP): per parameter the fp32 master weight and Adam's moments, under
-Megatron's global names and global shapes, so that it can be read at any tensor- and data-parallel size. The manifest,
-sizes and hashes of all files, is written last, and the folder is renamed into place after it: a folder under its final
-name was complete. Format 1 had no manifest; it still loads.
+written by torch's distributed checkpoint (DCP): for each parameter the fp32 master weight and Adam's moments, under
+Megatron's global names and global shapes, so that it can be read at any tensor- and data-parallel size. The manifest
+(sizes and hashes of all files) is written last, and then the folder is renamed into place, so a folder under its final
+name was complete when it was published. Format 1 had no manifest; it still loads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ METADATA = "metadata.json"
 
 @dataclass
 class Metadata:
-    """What a checkpoint says of itself; all of it plain JSON."""
+    """The content of ``metadata.json``; plain JSON."""
 
     step: int
     """Optimizer steps taken, skipped ones included."""
@@ -59,31 +59,31 @@ class Metadata:
     """index_samples, tokenizer_hash, encoding_hash, vocab_size and fingerprint of the dataset."""
 
     versions: dict[str, str]
-    """Of the software that wrote it."""
+    """Versions of the software that wrote the checkpoint."""
 
     layout: dict[str, int]
-    """Tensor- and data-parallel size that wrote it; for information."""
+    """Tensor- and data-parallel size of the run that wrote the checkpoint; informational only."""
 
     format_version: int = FORMAT_VERSION
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """Of the dataset."""
+        """Identity of the dataset's tokenizer."""
         from megatron_mosa.data.tokenizer import TokenizerIdentity  # slow to import
 
         return TokenizerIdentity.recorded(self.data)
 
     @property
     def has_manifest(self) -> bool:
-        """Whether the format knows a manifest."""
+        """Whether checkpoints of this format version have a manifest."""
         return self.format_version >= 2
 
 
 def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
-    """This rank's share of the engine's state in host memory, to be written at leisure; collective.
+    """Copy this rank's share of the engine's state to host memory, so that it can be written later; collective.
 
     Args:
-        memory: where it is copied to; whoever gives it waits until the snapshot before has been written.
+        memory: destination of the copy; the caller must make sure that the previous snapshot has been written.
 
     Returns:
         DTensors of global shape.
@@ -92,14 +92,14 @@ def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
 
 
 def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
-    """Get the memory that the first snapshot will take."""
+    """Allocate the host memory for the first snapshot."""
     share = _own_share(engine.module).items()
     kinds = {True: ("model", *MOMENTS), False: ("model",)}
     memory.reserve({f"{kind}.{name}": stored.size for name, stored in share for kind in kinds[stored.is_trained]})
 
 
 def _own_share(model: torch.nn.Module) -> dict[str, Stored]:
-    """Some of the tensors, such that every data-parallel rank has about as many numbers to write."""
+    """Return this rank's tensors, assigned so that data-parallel ranks write about the same number of elements."""
     group = data_parallel_group()
     loads, mine = [0] * group.size(), {}
     for name, stored in sorted(stored_tensors(model).items(), key=lambda item: (-item[1].size, item[0])):
@@ -111,10 +111,10 @@ def _own_share(model: torch.nn.Module) -> dict[str, Stored]:
 
 
 def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None) -> None:
-    """Write a snapshot below ``path``; a collective over all ranks.
+    """Write a snapshot to ``path/state``; collective over all ranks.
 
     Raises:
-        StorageError: on every rank, if one could not write.
+        StorageError: on every rank, if any rank failed to write.
     """
     try:
         dcp.save(state, checkpoint_id=path / "state", process_group=group)
@@ -126,7 +126,7 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
 
 
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
-    """Fill the engine from ``path``, whatever layout wrote it; a collective over all ranks."""
+    """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks."""
     state = engine.state()
     view = global_view(engine.module, state)
     dcp.load(view, storage_reader=SafeReader(path / "state"))
@@ -142,8 +142,8 @@ def read_metadata(path: Path) -> Metadata:
     """Read ``metadata.json`` of a checkpoint folder.
 
     Raises:
-        DamagedError: it is missing or damaged.
-        UserError: it is of a newer format than this program knows.
+        DamagedError: the file is missing or damaged.
+        UserError: the format is newer than this version supports.
     """
     file = path / METADATA
     try:
@@ -156,13 +156,14 @@ def read_metadata(path: Path) -> Metadata:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"metadata.json is damaged ({type(error).__name__}: {error})") from None
     raise UserError(
-        f"checkpoint '{path}' has format version {version}; expected up to {FORMAT_VERSION}; update megatron_mosa"
+        f"checkpoint '{path}' has format version {version}, but this megatron_mosa reads versions up to "
+        f"{FORMAT_VERSION}; update megatron_mosa"
     )
 
 
 def global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Some or all of an engine's state, as DTensors of global shape over the tensor-parallel group; no copy."""
-    # The group decides who talks; the mesh only describes CPU tensors, and DCP itself moves no tensor between ranks.
+    """Wrap (part of) an engine's state as DTensors of global shape over the tensor-parallel group, without copies."""
+    # The process group handles communication; the mesh only describes CPU tensors, and DCP itself moves no tensors.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
     tensors = stored_tensors(model)
     view: dict[str, Tensor] = {}

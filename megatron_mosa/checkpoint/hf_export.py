@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads without this project."""
+"""Export a checkpoint to a folder that transformers loads without this project."""
 
 from __future__ import annotations
 
@@ -48,24 +48,23 @@ def export_hf(
 ) -> None:
     """Write safetensors, configuration, modelling code, tokenizer and a model card to ``target``.
 
-    Reads one tensor at a time. The check at the end builds the whole model, in fp32, first Megatron's, then the
-    exported one.
+    Reads one tensor at a time. The final check builds whole models in fp32: first Megatron's, then the exported one.
 
     Args:
-        path: a checkpoint, or a run directory: its newest.
-        target: a folder that is not there.
-        dtype: "float32" or "bfloat16", of all weights.
-        tokenizer: the tokenizer.json, or its folder; None: the one in the dataset that the checkpoint names.
-        checks_logits: compare logits on a fixed batch; the Megatron model takes the weights in ``dtype``, too.
-        force: replace a model that lies at ``target``.
+        path: a checkpoint, or a run directory (its newest checkpoint).
+        target: the folder to create.
+        dtype: "float32" or "bfloat16", for all weights (thresholds stay fp32).
+        tokenizer: tokenizer.json or its folder; None: the tokenizer of the dataset recorded in the checkpoint.
+        checks_logits: compare logits on a fixed batch; the Megatron model uses the weights rounded to ``dtype``, too.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such checkpoint, no tokenizer, a target that is taken.
-        RunError: the checkpoint is damaged, or the exported model another function than the Megatron model; nothing is
-            left behind then.
+        UserError: the checkpoint or tokenizer does not exist, or the target does.
+        RunError: the checkpoint is damaged, or the exported model does not compute what the Megatron model does; no
+            files are left behind.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(DTYPES)}")
+        raise UserError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype}")
     checkpoint = find_model_of(Kind.OURS, path)
     refuse_target(target, checkpoint, force=force)
     with naming_damage(checkpoint):
@@ -78,8 +77,8 @@ def export_hf(
 def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
     parameters = sum(info.elements for info in source.state.weights.values())
     with publishing(target) as folder:
-        end_id = write_tokenizer(found, source.config.data.sequence_length, folder)
-        _write_config(source, dtype, end_id, folder)
+        end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
+        _write_config(source, dtype, end_of_document_id, folder)
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)
         for file in MODELLING_FILES:
             shutil.copyfile(file, folder / file.name)
@@ -89,9 +88,9 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
         verdict = (
             "not checked against the Megatron model (--no-check)"
             if divergence is None
-            else f"largest KL divergence from the Megatron model {divergence:.1e} nats, on a fixed batch in fp32"
+            else f"largest KL divergence from the Megatron model: {divergence:.1e} nats on a fixed batch in fp32"
         )
-        facts = {"parameters": f"{parameters:,}, kept in {dtype}", "logits": verdict}
+        facts = {"parameters": f"{parameters:,}, stored in {dtype}", "logits": verdict}
         facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
         card = model_card(source.metadata, source.config, source.path, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -102,19 +101,19 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
 def _pieces(source: Source, dtype: torch.dtype) -> list[Piece]:
     def piece(weight: Weight) -> Piece:
         def read() -> dict[str, Tensor]:
-            parts = weight.fusion.split(source.read(weight.name).to(_type_of(weight, dtype)))
+            parts = weight.fusion.split(source.read(weight.name).to(_export_dtype(weight, dtype)))
             return {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
 
-        return Piece(_type_of(weight, dtype).itemsize * torch.Size(weight.shape).numel(), read)
+        return Piece(_export_dtype(weight, dtype).itemsize * torch.Size(weight.shape).numel(), read)
 
     return [piece(weight) for weight in source.weights if weight.parts]
 
 
-def _type_of(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+def _export_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
     return dtype if weight.is_trained else torch.float32
 
 
-def _write_config(source: Source, dtype: str, end_id: int, folder: Path) -> None:
+def _write_config(source: Source, dtype: str, end_of_document_id: int, folder: Path) -> None:
     from megatron_mosa.hf.configuration_mosa import MosaConfig
 
     arguments: dict[str, Any] = to_transformers(source.config, source.vocab_rows) | {
@@ -125,27 +124,27 @@ def _write_config(source: Source, dtype: str, end_id: int, folder: Path) -> None
             "AutoModelForCausalLM": "modeling_mosa.MosaForCausalLM",
         },
         "bos_token_id": None,
-        "eos_token_id": end_id,
-        "pad_token_id": end_id,
+        "eos_token_id": end_of_document_id,
+        "pad_token_id": end_of_document_id,
     }
     MosaConfig(**arguments, dtype=dtype).save_pretrained(folder)
 
 
 def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
-    """The divergence of the exported model from Megatron's with the same, rounded weights."""
+    """Return the KL divergence of the exported model from Megatron's model with the same rounded weights."""
     print("comparing logits with the Megatron model", flush=True)
     tokens = fixed_batch(source.config, source.vocab_rows)
 
-    types = {weight.name: _type_of(weight, dtype) for weight in source.weights}
+    dtypes = {weight.name: _export_dtype(weight, dtype) for weight in source.weights}
 
     def read(name: str) -> Tensor:
-        return source.read(name).to(types[name]).float()
+        return source.read(name).to(dtypes[name]).float()
 
     expected = megatron_logits(source.config, source.vocab_rows, read, tokens)
     divergence = largest_divergence(expected, exported_logits(folder, tokens))
     if divergence > MOST_KL:
         raise RunError(
-            f"the exported model is not the Megatron model: the KL divergence of their logits reaches {divergence:.1e} "
-            f"nats, allowed: {MOST_KL:.0e}; nothing was exported"
+            f"the exported model does not match the Megatron model: the KL divergence of their logits reaches "
+            f"{divergence:.1e} nats, and must be at most {MOST_KL:.0e}; nothing was exported"
         )
     return divergence

@@ -1,4 +1,4 @@
-"""Host memory for copies of an engine's state."""
+"""Manage the host memory that checkpoint snapshots are copied to."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MOST = 1 << 28  # numbers in a piece of memory: 1 GiB
-_ALIGNED = 16  # numbers: tensors begin at multiples of 64 bytes
+_MAX_BLOCK = 1 << 28  # fp32 elements per block of memory: 1 GiB
+_ALIGNMENT = 16  # fp32 elements: tensors start at multiples of 64 bytes
 
 
 class HostMemory:
-    """fp32 tensors in host memory, kept from one copy of the same state to the next.
+    """fp32 buffers in host memory, reused from one copy of the same state to the next.
 
-    Where there are GPUs the memory is page-locked: they copy into it at the speed of their bus, and beside each other.
-    Such memory is slow to get, and torch rounds every piece of it up to a power of two: hence few large pieces, in
-    which tensors lie one after the other.
+    If there are GPUs the memory is page-locked: GPUs copy into it at bus speed, and in parallel. Page-locked memory is
+    slow to allocate, and torch rounds every block up to a power of two: hence few large blocks, each shared by
+    consecutive tensors.
     """
 
     def __init__(self) -> None:
-        self._places: dict[str, Tensor] = {}
-        self._rest = np.empty(0, dtype=np.float32)
-        self._size = 0
+        self._buffers: dict[str, Tensor] = {}
+        self._free = np.empty(0, dtype=np.float32)
+        self._allocated = 0
 
     def reserve(self, sizes: Mapping[str, int]) -> None:
-        """Get the memory of tensors, by key and number of elements, that will be copied later."""
+        """Allocate buffers for later copies; ``sizes`` maps keys to numbers of elements."""
         for key, size in sizes.items():
-            if key not in self._places:
-                self._places[key] = self._place(size)
+            if key not in self._buffers:
+                self._buffers[key] = self._allocate(size)
 
     def copy(self, key: str, tensor: Tensor) -> Tensor:
-        """Begin to copy a tensor to the place that ``key`` has had since it was first heard of.
+        """Start copying a tensor to the buffer of ``key``, which is allocated on first use.
 
-        A copy from a GPU is done when the current stream is.
+        A copy from a GPU is complete once the current stream is synchronized.
         """
         self.reserve({key: tensor.numel()})
-        return self._places[key].view(tensor.shape).copy_(tensor, non_blocking=True)
+        return self._buffers[key].view(tensor.shape).copy_(tensor, non_blocking=True)
 
-    def _place(self, numbers: int) -> Tensor:
-        taken = -(-numbers // _ALIGNED) * _ALIGNED
-        if taken > len(self._rest):
-            piece = max(taken, min(_MOST, self._size))  # as large as all before: a small model takes little
-            self._rest = torch.empty(piece, dtype=torch.float32, pin_memory=torch.cuda.is_available()).numpy()
-            self._size += piece
-        place, self._rest = self._rest[:numbers], self._rest[taken:]
-        return torch.from_numpy(place)  # a storage of its own, which is all that is written of it
+    def _allocate(self, elements: int) -> Tensor:
+        padded = -(-elements // _ALIGNMENT) * _ALIGNMENT
+        if padded > len(self._free):
+            block = max(padded, min(_MAX_BLOCK, self._allocated))  # doubles the total: a small model needs little
+            self._free = torch.empty(block, dtype=torch.float32, pin_memory=torch.cuda.is_available()).numpy()
+            self._allocated += block
+        buffer, self._free = self._free[:elements], self._free[padded:]
+        return torch.from_numpy(buffer)  # has its own storage, so that saving it writes nothing else

@@ -1,4 +1,4 @@
-"""A model of another program as a checkpoint of ours: its weights, without optimizer state."""
+"""Import the weights of another program's model as a megatron_mosa checkpoint, without optimizer state."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from megatron_mosa.utils.versions import versions
 def import_hf(
     path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
 ) -> None:
-    """``import_model`` of an exported model, or of a Llama: a folder with config.json and safetensors."""
+    """Import an exported model or a Llama from a folder with config.json and safetensors; see ``import_model``."""
     import_model(Kind.HUGGING_FACE, path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
 
 
 def import_model(
     kind: Kind, path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
 ) -> None:
-    """Write the weights of a model as a checkpoint to start from; one tensor at a time.
+    """Write the weights of a model as a checkpoint to start a run from, one tensor at a time.
 
     Args:
-        kind: what lies at ``path``, a Hugging Face folder or a checkpoint of Megatron-LM's.
-        path: its folder.
-        target: a folder that is not there.
-        add_mosa_heads: fresh ones in each layer of a model without any; 0: none.
-        sparsity: rho, of these.
-        force: replace a model that lies at ``target``.
+        kind: the format at ``path``: a Hugging Face folder or a Megatron-LM checkpoint.
+        path: the model's folder.
+        target: the folder to create.
+        add_mosa_heads: number of fresh MoSA heads to add to each layer of a model without any; 0: none.
+        sparsity: sparsity rho of the added heads.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such folder, a model that has no counterpart here, tensors that are missing, left over or of
-            another shape, a target that is taken.
-        RunError: a damaged file, or one that the file system does not take.
+        UserError: the folder does not exist, the model is not supported, tensors are missing, unexpected or of another
+            shape, or the target exists.
+        RunError: a file is damaged, or writing failed.
     """
     folder = find_model_of(kind, path)
     refuse_target(target, folder, force=force)
@@ -61,7 +61,7 @@ def _import(model: Opened, target: Path) -> None:
         write_manifest(writing, records | digests(writing, [METADATA]))
     parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
-        f"{target}: {parameters:,} parameters, no optimizer state; start a run from it with "
+        f"{target}: imported {parameters:,} parameters without optimizer state; start a run from it with "
         f"checkpoint.initialize_from={target}"
     )
 
@@ -91,9 +91,8 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
         identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
     if size > vocab_rows:
         raise UserError(
-            f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding {vocab_rows:,} rows; the embedding "
-            f"must have a row for every token: resize it to {size:,} or more, or remove {TOKENIZER_FILE} if it is not "
-            "the model's"
+            f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding only {vocab_rows:,} rows; resize the "
+            f"embedding to at least {size:,} rows, or remove {TOKENIZER_FILE} if it is not the model's"
         )
     return Metadata(
         step=0,

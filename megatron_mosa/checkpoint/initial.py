@@ -1,4 +1,4 @@
-"""Starting a run from the weights of another checkpoint: a run's, or an imported one."""
+"""Initialize a new run from the weights of an existing or imported checkpoint."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ _KEY = "checkpoint.initialize_from"
 
 
 def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, reads_all: bool) -> Path:
-    """The checkpoint at ``path`` (of a run directory the newest), if its weights fit the model of ``config``.
+    """Return the checkpoint at ``path`` (the newest of a run directory) if its weights fit the model of ``config``.
 
-    What has no weights of its own, such as sparsity, window, rotary base or sequence length, may be another. So may the
-    selection: a run with thresholds begins its warm-up where the checkpoint has none, and expert choice needs none.
+    Settings without weights, such as sparsity, window, rotary base or sequence length, may differ. So may the
+    selection: a threshold run starts with its warm-up if the checkpoint has no thresholds, and expert choice needs
+    none.
 
     Args:
         data: the run's ``vocab_size``, ``tokenizer_hash`` and ``encoding_hash``.
-        reads_all: look for damage in all files, not in their sizes alone.
+        reads_all: verify the hashes of all files, not just their sizes.
 
     Raises:
-        UserError: no checkpoint, a damaged one, another tokenizer, or weights of other names or shapes.
+        UserError: the checkpoint does not exist, is damaged, has another tokenizer, or has weights of other names or
+            shapes.
     """
     try:
         folder, kind = find_model(path)
@@ -46,31 +48,31 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
         )
     metadata = read_metadata(folder)
     if metadata.has_manifest and (damage := find_damage(folder, reads_all=reads_all)):
-        raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or give another one")
-    theirs = metadata.tokenizer.file_hash
-    if theirs is not None and not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
+        raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or choose another one")
+    checkpoint_hash = metadata.tokenizer.file_hash
+    if checkpoint_hash is not None and not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
         raise UserError(
-            f"{_KEY}: '{folder}' was trained with another tokenizer ({theirs}) than the dataset was built with "
-            f"({data['tokenizer_hash']}); rebuild the dataset with that one (data.tokenizer=PATH)"
+            f"{_KEY}: '{folder}' was trained with another tokenizer ({checkpoint_hash}) than the dataset was built "
+            f"with ({data['tokenizer_hash']}); rebuild the dataset with that tokenizer (data.tokenizer=PATH)"
         )
     rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
     expected = {weight.name: weight.shape for weight in model_weights(config, rows) if weight.is_trained}
-    theirs_too = model_weights(model_config(metadata.config), rows)
-    untrained = {weight.name for weight in theirs_too if not weight.is_trained}
+    checkpoint_weights = model_weights(model_config(metadata.config), rows)
+    untrained = {weight.name for weight in checkpoint_weights if not weight.is_trained}
     found = {name: info.shape for name, info in StateReader(folder).weights.items() if name not in untrained}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{_KEY}: '{folder}' holds another model: {name} is {found.get(name, 'missing')}, the run's is "
-                f"{expected.get(name, 'none')}; make sections model and mosa those of that checkpoint"
+                f"{_KEY}: '{folder}' holds another model: {name} is {found.get(name, 'missing')}, but the run expects "
+                f"{expected.get(name, 'none')}; set sections model and mosa as in that checkpoint"
             )
     return folder
 
 
 def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
-    """Fill the engine's weights, and thresholds where there are some, with fresh moments, whatever layout wrote them.
+    """Load weights, and thresholds if the checkpoint has any, into the engine, with fresh moments.
 
-    A collective over all ranks.
+    Reads checkpoints of any layout; collective over all ranks.
     """
     state = engine.state()
     found = StateReader(folder).tensors

@@ -1,4 +1,4 @@
-"""What a folder holds, told without loading it: a checkpoint of ours or another program's, a Hugging Face folder."""
+"""Describe a checkpoint or model folder, of megatron_mosa or of another program, without loading it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from megatron_mosa.checkpoint.weights import partition_keys
 from megatron_mosa.data.shards import progress
 from megatron_mosa.errors import RunError
 
-_UNCHECKED = "not checked (--full: checksums)"
+_UNCHECKED = "not checked (--full verifies checksums)"
 
 
 def inspect(path: Path, *, full: bool = False) -> None:
-    """Print what lies at ``path``; of a run directory or its ``checkpoints/``, the newest checkpoint.
+    """Print a description of the model at ``path``; for a run directory or its ``checkpoints/``, the newest checkpoint.
 
     Args:
-        full: compare hashes of all files with the manifest, not sizes alone.
+        full: compare the hashes of all files with the manifest, not just their sizes.
 
     Raises:
-        UserError: no model that is known.
-        RunError: the model is damaged; what is wrong with it is printed, too.
+        UserError: ``path`` holds no known kind of model.
+        RunError: the model is damaged; the description, which includes the damage, is printed first.
     """
     folder, kind = find_model(path)
-    tell = {
+    describe = {
         Kind.OURS: _ours,
         Kind.HUGGING_FACE: _hugging_face,
         Kind.DEEPSPEED: _deepspeed,
@@ -41,7 +41,7 @@ def inspect(path: Path, *, full: bool = False) -> None:
     facts = {"path": str(folder), "kind": kind.value}
     damage = None
     try:
-        damage = tell(folder, facts, full)
+        damage = describe(folder, facts, full)
     except DamagedError as error:
         damage = str(error)
     facts["size"] = _bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
@@ -53,8 +53,10 @@ def inspect(path: Path, *, full: bool = False) -> None:
         raise RunError(f"'{folder}' is damaged: {damage}")
 
 
+# Each of the following adds lines to ``facts`` and returns a description of the damage, or None.
+
+
 def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts; return what is wrong."""
     metadata = read_metadata(folder)
     model, mosa = metadata.config["model"], metadata.config["mosa"]
     facts["format"] = str(metadata.format_version)
@@ -67,9 +69,9 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
         f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, {metadata.consumed_samples:,} samples)"
     )
     sizes = (f"{name.replace('_', ' ')} {size}" for name, size in metadata.layout.items())
-    facts["written at"] = ", ".join(sizes) or "one process, by an import"
+    facts["written at"] = ", ".join(sizes) or "one process (import)"
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))
-    # Sizes first: the index of a file that was cut off says little.
+    # Check sizes first: the error from reading a truncated index says little.
     damage = find_damage(folder, reads_all=full) if metadata.has_manifest else None
     if damage is None:
         state = StateReader(folder)
@@ -80,14 +82,12 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 
 def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts; return what is wrong."""
     content = read_json(folder / "config.json")
     facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
     return _safetensors(folder, facts, full)
 
 
 def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts; return what is wrong."""
     has_manifest = is_recorded(folder, shard_names(folder))
     damage = find_damage(folder, reads_all=full) if has_manifest else None
     if damage is None:
@@ -99,23 +99,23 @@ def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 
 def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts, all from names: the files are pickles, and are not unpickled; return what is wrong."""
+    """Read file names only: the files are pickles, and are never unpickled."""
     tags = deepspeed_tags(folder)
     latest = folder / "latest"
     facts["tags"] = ", ".join(tag.name for tag in tags)
     if latest.is_file():
         facts["latest"] = latest.read_text(encoding="utf-8").strip()
     names = [file.name for file in tags[-1].glob("*.pt")]
-    for what, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
+    for group, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
-        facts[f"{what} ranks"] = str(len(ranks))
-    damage = _changed_files(tags[-1]) if full else None
-    facts["health"] = f"all files of {tags[-1].name} are what was written (checksums)" if full else _UNCHECKED
+        facts[f"{group} ranks"] = str(len(ranks))
+    damage = _find_corrupt_file(tags[-1]) if full else None
+    facts["health"] = f"all files of {tags[-1].name} match their checksums" if full else _UNCHECKED
     return damage
 
 
-def _changed_files(folder: Path) -> str | None:
-    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "comparing checksums") as bar:
+def _find_corrupt_file(folder: Path) -> str | None:
+    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "verifying checksums") as bar:
         for file in sorted(folder.glob("*.pt")):
             with file.open("rb") as stream:
                 if change := find_change(stream, bar.update):
@@ -124,7 +124,7 @@ def _changed_files(folder: Path) -> str | None:
 
 
 def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Add facts, of the index alone unless ``full``; return what is wrong."""
+    """Read the index only, unless ``full``."""
     iteration = cast(Path, torch_dist_iteration(folder))
     facts["iteration"] = iteration.name
     state = StateReader(iteration, "")
@@ -133,17 +133,17 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     facts["types"] = ", ".join(sorted({str(state.tensors[key].dtype).removeprefix("torch.") for key in weights}))
     facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
     if full:
-        with progress(None, "comparing checksums") as bar:
+        with progress(None, "verifying checksums") as bar:
             if damage := state.find_change(state.tensors.keys(), bar.update):
                 return damage
-    facts["health"] = "all tensors are what was written (checksums)" if full else _UNCHECKED
+    facts["health"] = "all tensors match their checksums" if full else _UNCHECKED
     return None
 
 
 def _healthy(has_manifest: bool, full: bool) -> str:
     if not has_manifest:
-        return "no manifest to compare with"
-    return "all files are what was written (hashes)" if full else "all files have their sizes (--full compares hashes)"
+        return "unknown: there is no manifest to compare with"
+    return "all file hashes match" if full else "all file sizes match (--full also compares hashes)"
 
 
 def _parameters(elements: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""Writing, publishing, pruning and finding the checkpoints of a run."""
+"""Save, publish, find and prune the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -35,27 +35,34 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
 _DAMAGED = "damaged-"
-# Of sections model and mosa, what says how a model is computed or trained, not which it is.
+# Keys of sections model and mosa that affect how a model is computed or trained, but not which model it is.
 _MAY_DIFFER = ("backend", "capacity_factor", "threshold_ema", "threshold_warmup_steps")
 
 
 class Newest(NamedTuple):
-    """Where a run goes on from."""
+    """The checkpoint that a run resumes from."""
 
     path: Path | None
     """None: there are no checkpoints."""
 
     damaged: tuple[tuple[Path, str], ...]
-    """Newer ones that are not sound, newest first, and what is wrong with each."""
+    """Newer damaged checkpoints, newest first, each with a description of the damage."""
 
 
 class CheckpointStore:
-    """The folder ``checkpoints/`` of a run. Collective methods must be called by every rank."""
+    """The folder ``checkpoints/`` of a run. Every rank must call the collective methods."""
 
     def __init__(
         self, folder: Path, keep_last: int, permanent_interval: int | None = None, keep_permanent: int | None = None
     ) -> None:
-        """Keep the last ``keep_last``, and of those at multiples of ``permanent_interval`` all or the last some."""
+        """Set which checkpoints pruning keeps.
+
+        Args:
+            folder: the folder that holds the checkpoints.
+            keep_last: number of newest checkpoints to keep, not counting permanent ones; at least 1.
+            permanent_interval: checkpoints at multiples of this step are permanent; None: none are.
+            keep_permanent: number of newest permanent checkpoints to keep; None: all.
+        """
         self.folder = folder
         self.keep_last = keep_last
         self.permanent_interval = permanent_interval
@@ -67,28 +74,28 @@ class CheckpointStore:
 
     @classmethod
     def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
-        """The checkpoints of a run directory."""
+        """Create the store for a run directory, with the retention settings of its configuration."""
         return cls(directory / "checkpoints", section.keep_last, section.permanent_interval, section.keep_permanent)
 
     def published(self) -> list[Path]:
-        """Checkpoints under their final names, oldest first."""
+        """Return the checkpoints under their final names, oldest first."""
         if not self.folder.is_dir():
             return []
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
 
     def is_permanent(self, step: int) -> bool:
-        """Whether a checkpoint of that step stays when later ones come."""
+        """Whether the checkpoint of this step counts as permanent when older checkpoints are pruned."""
         return self.permanent_interval is not None and step % self.permanent_interval == 0
 
     def newest(self, *, reads_all: bool = False) -> Newest:
-        """The newest sound checkpoint, and what is wrong with those that are newer.
+        """Find the newest intact checkpoint, and report the damage of any newer ones.
 
         Args:
-            reads_all: compare hashes of all files, not sizes alone.
+            reads_all: compare the hashes of all files, not just their sizes.
 
         Raises:
-            UserError: there are checkpoints, but no sound one; or one of a newer format.
+            UserError: all checkpoints are damaged, or one has a newer format.
         """
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.published()):
@@ -99,60 +106,60 @@ class CheckpointStore:
         if damaged:
             path, damage = damaged[0]
             raise UserError(
-                f"no checkpoint in '{self.folder}' is sound: '{path.name}': {damage}; restore it, or move the folders "
-                "away to start from step 0"
+                f"all checkpoints in '{self.folder}' are damaged; the newest is '{path.name}': {damage}; restore it, "
+                "or move the folders away to start from step 0"
             )
         return Newest(None, ())
 
     def set_aside(self, path: Path) -> Path:
-        """Rename a damaged checkpoint, so that it is neither found nor counted again; on the main rank only."""
+        """Rename a damaged checkpoint so that it is ignored from now on; call on the main rank only."""
         target = self.folder / f"{_DAMAGED}{path.name}"
         shutil.rmtree(target, ignore_errors=True)
         os.rename(path, target)
         return target
 
     def save(self, engine: TrainingEngine, metadata: Metadata) -> Path:
-        """Publish a checkpoint; collective. Returns its folder.
+        """Save and publish a checkpoint, and return its folder; collective.
 
         Raises:
-            StorageError: on every rank, if one could not write; nothing is published then, and nothing pruned.
+            StorageError: on every rank, if any rank failed to write; nothing is published or pruned.
         """
         return self.begin_save(engine, metadata).result()
 
     def prepare(self, engine: TrainingEngine) -> None:
-        """Get the host memory of saves in the thread that will write them, while training begins; collective."""
+        """Allocate the host memory for saves in the writer thread while training starts; collective."""
         self._last = self._start_writer().submit(reserve, engine, self._memory)
 
     def begin_save(self, engine: TrainingEngine, metadata: Metadata) -> Future[Path]:
-        """Copy the state to host memory and let a thread publish it; collective.
+        """Copy the state to host memory and publish it from the writer thread; collective.
 
-        One save at a time: the next waits until the one before has come to its end. The result is what ``save`` returns
-        or raises.
+        Saves do not overlap: this call waits for the previous save to finish or fail. The future's result is what
+        ``save`` returns or raises.
         """
         writer = self._start_writer()
-        self.wait()  # its state lies in the memory that this one's takes
+        self.wait()  # the previous save still reads from the memory that this snapshot overwrites
         saving = self._last = writer.submit(self._publish, snapshot(engine, self._memory), metadata)
         return saving
 
     def _start_writer(self) -> ThreadPoolExecutor:
         if self._writer is None:
-            # A group of its own: its collectives run beside those of training.
+            # A separate group: its collectives run concurrently with those of training.
             self._writer = ThreadPoolExecutor(1, "checkpoint")
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         return self._writer
 
     def wait(self) -> None:
-        """Until what is being saved is published, or has failed."""
+        """Wait until the current save has been published or has failed."""
         if self._last is not None:
             wait([self._last])
 
     def close(self) -> None:
-        """Wait for what is being saved; before the process groups go."""
+        """Wait for the current save; call before the process groups are destroyed."""
         if self._writer is not None:
             self._writer.shutdown()
 
     def _publish(self, state: dict[str, Tensor], metadata: Metadata) -> Path:
-        """Write beside, then publish by one rename, then prune."""
+        """Write to a temporary folder, publish it with one rename, then prune."""
         group = self._group
         final = self.folder / f"step-{metadata.step:08d}"
         writing = self.folder / (_WRITING + final.name)
@@ -185,24 +192,24 @@ class CheckpointStore:
         return final
 
     def load(self, engine: TrainingEngine, path: Path) -> None:
-        """Fill the engine from a published checkpoint; collective."""
+        """Load a published checkpoint into the engine; collective."""
         read_state(engine, path, read_metadata(path).optimizer_step)
 
     def _prune(self) -> None:
-        """Best effort: what cannot be removed now is tried again next time."""
+        """Remove old checkpoints, best effort: the next save retries what cannot be removed now."""
         published = self.published()
         permanent = [path for path in published if self.is_permanent(int(path.name.removeprefix("step-")))]
         others = [path for path in published if path not in permanent]
-        too_many = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
-        for path in [*too_many, *self.folder.glob(_WRITING + "*")]:
+        surplus = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
+        for path in [*surplus, *self.folder.glob(_WRITING + "*")]:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _damage(path: Path, reads_all: bool) -> str | None:
-    """What is wrong with a published checkpoint.
+    """Describe the damage of a published checkpoint; None if it is intact.
 
     Raises:
-        UserError: it is of a newer format: no damage, and nothing to skip.
+        UserError: the format is newer, which is not damage: the checkpoint must not be skipped.
     """
     try:
         metadata = read_metadata(path)
@@ -212,27 +219,29 @@ def _damage(path: Path, reads_all: bool) -> str | None:
 
 
 def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:
-    """Refuse a checkpoint whose model, seed, sequence length or tokenizer is not the run's own.
+    """Refuse a checkpoint whose model, seed, sequence length, tokenizer or dataset differs from the run's.
 
     Raises:
-        UserError: naming the first key that differs, both values and the fix.
+        UserError: names the first key that differs, both values and the fix.
     """
-    fix = "give the run another name (run.name=...) or restore the setting"
+    fix = "choose another run name (run.name=...) or restore the setting"
     for section, defaults in {"model": ModelSection(), "mosa": MosaSection()}.items():
         for key, ours in config[section].items():
-            # A key that the checkpoint lacks came later; until then the model was what its default says.
+            # A key missing from the checkpoint was added later; its default describes the model of that time.
             theirs = metadata.config[section].get(key, getattr(defaults, key))
-            _same(f"{section}.{key}", theirs, ours, path, fix, key in _MAY_DIFFER)
-    _same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
-    _same(
+            _require_same(f"{section}.{key}", theirs, ours, path, fix, key in _MAY_DIFFER)
+    _require_same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
+    _require_same(
         "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix
     )
     if not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
-        _same("data.path", metadata.data["tokenizer_hash"], data["tokenizer_hash"], path, fix, what="tokenizer hash ")
-    _same("data.path", metadata.data["fingerprint"], data["fingerprint"], path, fix, what="dataset fingerprint ")
+        hashes = metadata.data["tokenizer_hash"], data["tokenizer_hash"]
+        _require_same("data.path", *hashes, path, fix, what="tokenizer hash ")
+    fingerprints = metadata.data["fingerprint"], data["fingerprint"]
+    _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint ")
 
 
-def _same(
+def _require_same(
     key: str, theirs: object, ours: object, path: Path, fix: str, may_differ: bool = False, what: str = ""
 ) -> None:
     if theirs != ours and not may_differ:

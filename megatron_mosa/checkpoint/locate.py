@@ -1,4 +1,4 @@
-"""What lies at a path, a checkpoint of ours or of another program's, and a place to write another."""
+"""Detect the kind of model at a path, and create the target folder of a conversion atomically."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Kind(Enum):
-    """Who wrote a folder."""
+    """The kind of model that a folder holds."""
 
     OURS = "megatron_mosa checkpoint"
     HUGGING_FACE = "Hugging Face model folder"
     DEEPSPEED = "DeepSpeed checkpoint"
     TORCH_DIST = "Megatron-LM torch_dist checkpoint"
-    STATE_DICT = "folder of safetensors"
+    STATE_DICT = "safetensors folder"
 
 
-_REPLACEABLE = (Kind.OURS, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # what an export or import writes
+_REPLACEABLE = (Kind.OURS, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What kind of model a folder holds, by the names of its files; None: no kind that is known."""
+    """Detect what kind of model a folder holds from its file names; None if unknown."""
     if (path / "metadata.json").is_file() and (path / "state").is_dir():
         return Kind.OURS
     if (path / "config.json").is_file():
@@ -46,14 +46,17 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def deepspeed_tags(path: Path) -> list[Path]:
-    """The folders of DeepSpeed's that hold model states: the folder itself, or those below it, newest last."""
+    """Return the DeepSpeed tag folders (``path`` itself or its subfolders) that hold model states, newest last."""
     folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else []
     found = [folder for folder in folders if any(folder.glob("*_model_states.pt"))]
     return sorted(found, key=lambda folder: folder.stat().st_mtime)
 
 
 def torch_dist_iteration(path: Path) -> Path | None:
-    """The folder that Megatron-LM wrote a checkpoint into: the path itself, or the one below that was its newest."""
+    """Return the iteration folder of a torch_dist checkpoint: ``path`` itself, or the newest according to the tracker.
+
+    None if there is none.
+    """
     tracker = path / TRACKER
     if tracker.is_file():
         name = tracker.read_text(errors="replace", encoding="utf-8").strip()
@@ -62,10 +65,10 @@ def torch_dist_iteration(path: Path) -> Path | None:
 
 
 def find_model(path: Path) -> tuple[Path, Kind]:
-    """The folder meant by a path, and its kind; of a run directory or its ``checkpoints/`` the newest checkpoint.
+    """Return the model folder for a path, and its kind; a run directory or its ``checkpoints/`` means the newest one.
 
     Raises:
-        UserError: there is none.
+        UserError: ``path`` holds no model.
     """
     kind = kind_of(path)
     if kind is not None:
@@ -75,78 +78,81 @@ def find_model(path: Path) -> tuple[Path, Kind]:
             return published[-1], Kind.OURS
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; give the folder of a checkpoint")
+        raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; pass the folder of a checkpoint")
     raise UserError(
-        f"'{path}' holds no model; expected a checkpoint (metadata.json, state/), a run directory or its checkpoints/, "
-        "a Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM torch_dist "
-        f"checkpoint ({TRACKER}, or .metadata and metadata.json), safetensors ({INDEX})"
+        f"'{path}' does not contain a model; pass a checkpoint (metadata.json, state/), a run directory or its "
+        "checkpoints/, a Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM "
+        f"torch_dist checkpoint ({TRACKER}, or .metadata and metadata.json), or safetensors ({INDEX})"
     )
 
 
 def find_model_of(kind: Kind, path: Path) -> Path:
-    """The folder meant by a path, as ``find_model``, if it is of that kind.
+    """Return the model folder for a path like ``find_model``, but accept only one kind.
 
     Raises:
-        UserError: there is none, or one of another kind.
+        UserError: ``path`` holds no model, or one of another kind.
     """
     folder, found = find_model(path)
     if found is not kind:
-        allowed = f"a {kind.value}" + (", or a run directory" if kind is Kind.OURS else "")
-        raise UserError(f"'{path}' is a {found.value}; expected {allowed}")
+        expected = f"a {kind.value}" + (" or a run directory" if kind is Kind.OURS else "")
+        raise UserError(f"'{path}' is a {found.value}; pass {expected}")
     return folder
 
 
 def refuse_target(target: Path, source: Path, *, force: bool) -> None:
-    """Refuse a place that is taken, or cannot be written.
+    """Refuse a target that exists or cannot be written to.
 
     Args:
-        force: a model that lies there may be replaced; anything else may not.
+        force: allow replacing an existing model; nothing else may be replaced.
 
     Raises:
-        UserError: naming the place and what to do.
+        UserError: names the target and the fix.
     """
-    resolved, read = target.resolve(), source.resolve()
-    if resolved == read or resolved in read.parents or read in resolved.parents:
-        raise UserError(f"OUT={target} lies in, or holds, the source '{source}'; give a folder apart from it")
-    existing = next(folder for folder in resolved.parents if os.path.lexists(folder))  # the others will be made
+    resolved, source_path = target.resolve(), source.resolve()
+    if resolved == source_path or resolved in source_path.parents or source_path in resolved.parents:
+        raise UserError(f"OUT={target} is inside the source '{source}' or contains it; choose a separate folder")
+    existing = next(folder for folder in resolved.parents if os.path.lexists(folder))  # missing ones are created
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "is not writable" if existing.is_dir() else "is not a directory"
-        raise UserError(f"OUT={target}: '{existing}' {what}; give a new folder below one that can be written")
+        reason = "is not writable" if existing.is_dir() else "is not a directory"
+        raise UserError(f"OUT={target}: '{existing}' {reason}; choose a new folder in a writable directory")
     if not os.path.lexists(target):
         return
     is_model = kind_of(target) in _REPLACEABLE
     if not force:
-        fix = "give another folder, or --force to replace it" if is_model else "give another folder"
-        raise UserError(f"OUT={target} exists; {fix}")
+        fix = "choose another folder, or pass --force to replace it" if is_model else "choose another folder"
+        raise UserError(f"OUT={target} already exists; {fix}")
     if target.is_symlink() or not is_model:
-        raise UserError(f"OUT={target} is no model folder, and --force replaces no other; give another folder")
+        raise UserError(
+            f"OUT={target} is not a model folder, and --force replaces only model folders; choose another folder"
+        )
 
 
 @contextmanager
 def publishing(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``, renamed to it at the end; if that is not reached nothing is left behind.
+    """Yield a temporary folder next to ``target``; rename it to ``target`` on success, and remove it on failure.
 
-    Parents of ``target`` that are missing are made. A model that lies at ``target`` is there until the new one is
-    complete.
+    Creates missing parents of ``target``. An existing model at ``target`` stays in place until the new one is complete.
 
     Raises:
-        StorageError: the file system did not take it.
+        StorageError: writing failed.
     """
-    place = target.resolve()
-    writing = place.with_name(f".writing-{place.name}")
-    missing = [folder for folder in place.parents if not folder.exists()]  # the deepest first
+    final = target.resolve()
+    writing = final.with_name(f".writing-{final.name}")
+    missing = [folder for folder in final.parents if not folder.exists()]  # deepest first
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
         yield writing
         for entry in (*writing.rglob("*"), writing):
             sync(entry)
-        replace_directory(writing, place)
+        replace_directory(writing, final)
     except (OSError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"OUT={target} did not take it: {reason}; make room, or give another folder") from None
+        raise StorageError(
+            f"could not write to OUT={target}: {reason}; free disk space or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-        with suppress(OSError):  # not empty, or never made
+        with suppress(OSError):  # not empty, or never created
             for folder in missing:
                 folder.rmdir()

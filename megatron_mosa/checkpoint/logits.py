@@ -1,4 +1,4 @@
-"""Logits of one fixed batch, by the Megatron model and by the exported one, in one process on the CPU in fp32."""
+"""Compute logits of a fixed batch with the Megatron model and the exported one, in one CPU process in fp32."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import distributed as dist
 from megatron_mosa.config import Config
 
 MOST_KL = 1e-6
-_SHAPE = (2, 256)  # sequences, and tokens in each at most
-_BLOCK = 64  # tokens whose distributions are compared at once
+_SHAPE = (2, 256)  # sequences, and maximum tokens per sequence
+_BLOCK = 64  # tokens whose distributions are compared at a time
 
 
 def fixed_batch(config: Config, vocab_rows: int) -> Tensor:
-    """Random tokens, always the same for a model: int64 [2, T], T at most 256."""
+    """Return the same random tokens for a model every time: int64 [2, T], with T at most 256."""
     shape = (_SHAPE[0], min(_SHAPE[1], config.data.sequence_length))
     return torch.randint(vocab_rows, shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """Logits [B, T, vocab_rows] of a GPTModel with the weights that ``read`` gives by Megatron's names.
+    """Compute logits [B, T, vocab_rows] of a GPTModel with the weights that ``read`` returns for Megatron's names.
 
-    Builds process groups of one, and leaves none.
+    Creates single-process groups and destroys them again.
     """
     from megatron_mosa.kernels import Documents
     from megatron_mosa.model import build_empty_model
@@ -36,18 +36,18 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
         model = build_empty_model(config, vocab_rows).eval()
         fill_model(model, read)
         within = config.model.attend_within_documents
-        documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one a sequence
+        documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one per sequence
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)
 
 
 @torch.no_grad()
 def fill_model(model: torch.nn.Module, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> None:
-    """Copy weights, and thresholds, into a model of one process.
+    """Copy weights and thresholds into a single-process model.
 
     Args:
         model: a GPTModel.
-        read: the tensor of a name of Megatron's, in the shape that a checkpoint has it in.
-        names: those that can be read; None: all. Thresholds that are not among them stay as they are.
+        read: returns the tensor of a Megatron name, in checkpoint shape.
+        names: the names that ``read`` knows; None: all. Thresholds that are not among them keep their values.
     """
     from megatron_mosa.model.state import stored_tensors
 
@@ -62,7 +62,7 @@ def fill_model(model: torch.nn.Module, read: Callable[[str], Tensor], names: Col
 
 @contextmanager
 def one_process(config: Config) -> Iterator[None]:
-    """Megatron's process groups, of one process, without port or launcher; none are left."""
+    """Create Megatron's process groups for a single process, without port or launcher, and destroy them on exit."""
     from megatron_mosa.parallel import destroy_parallel, initialize_parallel
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -75,7 +75,7 @@ def one_process(config: Config) -> Iterator[None]:
 
 @torch.no_grad()
 def exported_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits [B, T, vocab_rows] of an exported model, whatever type it is kept in, computed in fp32."""
+    """Compute logits [B, T, vocab_rows] of an exported model in fp32, whatever dtype it is stored in."""
     from transformers.utils import logging
 
     from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
@@ -86,7 +86,7 @@ def exported_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 def largest_divergence(expected: Tensor, found: Tensor) -> float:
-    """Largest Kullback-Leibler divergence of a token's next-token distributions, in nats; logits [B, T, V]."""
+    """Return the largest KL divergence of next-token distributions over all tokens, in nats; logits [B, T, V]."""
     largest = 0.0
     blocks = zip(expected.flatten(0, 1).split(_BLOCK), found.flatten(0, 1).split(_BLOCK), strict=True)
     for ours, theirs in blocks:

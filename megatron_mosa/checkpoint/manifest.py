@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: the size and the hash of every file, so that damage is found before it is loaded."""
+"""Record and verify the size and hash of every file of a checkpoint, so that damage is found before loading."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from megatron_mosa.utils.files import sync
 
 MANIFEST = "manifest.json"
 ALGORITHM = "xxh3_128"
-_THREADS = 8  # hashing lets other threads run
+_THREADS = 8  # hashing releases the GIL
 _BLOCK = 1 << 22
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not what was written; says which file."""
+    """A checkpoint that differs from what was written; the message names the file."""
 
 
 @contextmanager
 def naming_damage(folder: Path) -> Iterator[None]:
-    """Say of damage that is found inside, where it is; it is a conversion's failure, not its user's mistake.
+    """Turn a ``DamagedError`` into a RunError that names the folder: damage is not the user's mistake.
 
     Raises:
         RunError: for every ``DamagedError``.
@@ -35,31 +35,31 @@ def naming_damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        raise RunError(f"'{folder}' is damaged: {error}; restore it, or give another one") from None
+        raise RunError(f"'{folder}' is damaged: {error}; restore it, or choose another one") from None
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be."""
+    """The recorded size and hash of a file."""
 
     bytes: int
     hash: str
 
 
 def digests(folder: Path, files: list[str]) -> dict[str, FileRecord]:
-    """Records of some files below ``folder``, read once."""
+    """Compute the records of some files, given by their paths relative to ``folder``; reads each file once."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(files, pool.map(lambda name: _digest(folder / name), files), strict=True))
 
 
 def files_below(folder: Path) -> list[str]:
-    """All files but the manifest, by their paths from ``folder``, sorted."""
+    """Return the sorted paths of all files except the manifest, relative to ``folder``."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != MANIFEST)
 
 
 def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
-    """Write the manifest, and see all files and the folders' entries onto the disk."""
+    """Write the manifest, and sync all files and folders to disk."""
     content = {"algorithm": ALGORITHM, "files": {name: asdict(record) for name, record in sorted(records.items())}}
     path = folder / MANIFEST
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -68,21 +68,21 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
 
 
 def is_recorded(folder: Path, files: Collection[str]) -> bool:
-    """Whether there is a manifest, and it is about these files: who saves a model anew may leave an old one behind."""
+    """Whether there is a manifest that covers any of these files: saving a model again may leave an old one behind."""
     try:
         recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].keys()
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return True  # find_damage says what is wrong with it
+        return True  # find_damage reports what is wrong with the manifest
     return not recorded.isdisjoint(files)
 
 
 def find_damage(folder: Path, *, reads_all: bool) -> str | None:
-    """What is wrong with a checkpoint, by its manifest: the first file that is missing or another one; None if nothing.
+    """Compare a checkpoint with its manifest; describe the first missing or altered file, or return None.
 
     Args:
-        reads_all: compare hashes, too; otherwise sizes alone, which reads next to nothing.
+        reads_all: compare hashes, too; otherwise only sizes, which reads almost nothing.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -97,21 +97,21 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if size != record.bytes:
-            return f"{name} has {size} bytes, written were {record.bytes}"
+            return f"{name} has {size} bytes instead of {record.bytes}"
     if reads_all:
         if content.get("algorithm") != ALGORITHM:
-            return f"{MANIFEST} has hashes of another kind, {content.get('algorithm')}; expected {ALGORITHM}"
+            return f"{MANIFEST} uses the unsupported hash algorithm {content.get('algorithm')} (supported: {ALGORITHM})"
         for name, found in digests(folder, list(records)).items():
             if found != records[name]:
-                return f"{name} is not what was written: its hash is {found.hash}, written was {records[name].hash}"
+                return f"{name} is corrupt: its hash is {found.hash} instead of {records[name].hash}"
     return None
 
 
 def settle(path: Path) -> FileRecord:
-    """See a file that was just written onto the disk and out of the page cache; return its record.
+    """Sync a newly written file to disk, drop it from the page cache, and return its record.
 
-    A conversion writes gigabytes that it does not read again. Cached, they would push out what others use, and new
-    memory for each page can cost the kernel more than the write.
+    A conversion writes gigabytes that it does not read again. In the page cache they would evict other programs' pages,
+    and allocating a page for them can cost the kernel more than the write itself.
     """
     record = _digest(path)
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The description of a model in Megatron-LM's terms: the arguments that its checkpoints keep, read and written."""
+"""Convert model configurations to and from the arguments that Megatron-LM stores in its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
 
-# What both sides have; the rest is spelled out below.
+# Megatron-LM's arguments with a direct counterpart; the rest is spelled out below.
 _SAME = {
     "num_layers": ("model", "num_layers"),
     "hidden_size": ("model", "hidden_size"),
@@ -24,7 +24,7 @@ _SAME = {
     "init_method_std": ("model", "init_method_std"),
     "max_position_embeddings": ("data", "sequence_length"),
 }
-# What a model must be to have a counterpart here; an argument that is not there has this value.
+# Values that an argument must have for the model to be supported; a missing argument counts as this value.
 _FIXED: dict[str, Any] = {
     "position_embedding_type": "rope",
     "add_bias_linear": False,
@@ -56,16 +56,16 @@ _FIXED: dict[str, Any] = {
     "heterogeneous_layers_config_path": None,
     "experimental_attention_variant": None,
 }
-# Where an argument that is missing, or has another value, stands for the same.
-_ALIKE: dict[str, tuple[Any, ...]] = {"onnx_safe": (False,), "num_experts": (0,), "mtp_num_layers": (0,)}
-_EXPLICIT = ("position_embedding_type", "add_bias_linear")  # Megatron-LM's defaults are others
+# Other values with the same meaning as the required one.
+_EQUIVALENT: dict[str, tuple[Any, ...]] = {"onnx_safe": (False,), "num_experts": (0,), "mtp_num_layers": (0,)}
+_EXPLICIT = ("position_embedding_type", "add_bias_linear")  # must be present: Megatron-LM's defaults differ
 
 
 def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
-    """Arguments of Megatron-LM for a model of dense heads whose embedding has ``vocab_rows`` rows.
+    """Return Megatron-LM's arguments for a model of dense heads whose embedding has ``vocab_rows`` rows.
 
     Raises:
-        UserError: heads that Megatron-LM's GPT does not have.
+        UserError: the model has heads that Megatron-LM's GPT does not support.
     """
     for key, heads in (
         ("mosa.num_heads", config.mosa.num_heads),
@@ -73,8 +73,8 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
     ):
         if heads:
             raise UserError(
-                f"{key}={heads} has no counterpart in Megatron-LM, whose GPT has dense heads alone; expected for "
-                "torch-dist: 0; this model goes to --to hf"
+                f"{key}={heads} has no counterpart in Megatron-LM, whose GPT has only dense heads, and must be 0 for "
+                "--to torch-dist; export this model with --to hf"
             )
     ours: Mapping[str, Any] = {"model": config.model, "data": config.data}
     values = {key: getattr(ours[section], name) for key, (section, name) in _SAME.items()}
@@ -86,7 +86,7 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
             "norm_epsilon": config.model.layernorm_epsilon,
             "ffn_hidden_size": config.model.mlp_width,
             "group_query_attention": groups is not None,
-            "num_query_groups": groups or 1,  # Megatron-LM's default, which counts with group_query_attention alone
+            "num_query_groups": groups or 1,  # Megatron-LM's default, used only with group_query_attention
             "swiglu": config.model.activation == "swiglu",
             "untie_embeddings_and_output_weights": not config.model.tie_embeddings,
             "add_position_embedding": True,
@@ -96,7 +96,7 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
             "make_vocab_size_divisible_by": config.model.vocab_size_multiple,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            "bias_gelu_fusion": False,  # the fused one is an approximation, and takes a bias
+            "bias_gelu_fusion": False,  # the fused kernel is an approximation and needs a bias
             "apply_query_key_layer_scaling": False,
             "tensor_model_parallel_size": 1,
             "pipeline_model_parallel_size": 1,
@@ -105,18 +105,18 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
 
 
 def from_megatron_args(args: Namespace, vocab_rows: int) -> Config:
-    """The inverse, of the arguments that Megatron-LM keeps in a checkpoint.
+    """Return the configuration for the arguments stored in a Megatron-LM checkpoint; inverse of ``to_megatron_args``.
 
     Raises:
-        UserError: an argument that is missing or has no counterpart here.
+        UserError: an argument is missing or not supported.
     """
     theirs = vars(args)
-    if "norm_epsilon" in theirs:  # as Megatron-LM called it before megatron-core 0.19
+    if "norm_epsilon" in theirs:  # Megatron-LM's name before megatron-core 0.19
         theirs = theirs | {"layernorm_epsilon": theirs["norm_epsilon"]}
-    for key, allowed in _FIXED.items():
-        value = theirs.get(key, None if key in _EXPLICIT else allowed)
-        if value != allowed and value not in _ALIKE.get(key, ()):
-            raise UserError(f"args.{key}={value} has no counterpart here; expected {allowed}")
+    for key, required in _FIXED.items():
+        value = theirs.get(key, None if key in _EXPLICIT else required)
+        if value != required and value not in _EQUIVALENT.get(key, ()):
+            raise UserError(f"args.{key}={value} is not supported; it must be {required}")
     try:
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {"num_heads": 0}, "data": {}}
         for key, (section, name) in _SAME.items():
@@ -124,11 +124,11 @@ def from_megatron_args(args: Namespace, vocab_rows: int) -> Config:
         tree["model"] |= {
             "activation": "swiglu" if theirs["swiglu"] else "gelu",
             "tie_embeddings": not theirs["untie_embeddings_and_output_weights"],
-            # Whatever the padding was a multiple of, these rows are one of themselves.
+            # The original multiple is unknown; the number of rows is a multiple of itself.
             "vocab_size_multiple": vocab_rows,
         }
         if theirs.get("group_query_attention"):
             tree["model"]["num_query_groups"] = theirs["num_query_groups"]
     except KeyError as error:
-        raise UserError(f"args.{error.args[0]} is missing; it is no GPT that can be imported") from None
+        raise UserError(f"args.{error.args[0]} is missing; only GPT models can be imported") from None
     return model_config(tree)

@@ -1,4 +1,4 @@
-"""The description of a model alone: taken from a checkpoint's configuration, written for transformers and read back."""
+"""Extract the model's configuration from a checkpoint, and convert it to and from transformers' configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.errors import UserError
 
-# What both sides have under a name of their own; the rest is spelled out below.
+# Keys of MosaConfig with a direct counterpart; the rest is spelled out below.
 _SAME = {
     "hidden_size": ("model", "hidden_size"),
     "intermediate_size": ("model", "ffn_hidden_size"),
@@ -26,8 +26,8 @@ _SAME = {
     "include_first_token": ("mosa", "include_first_token"),
     "max_position_embeddings": ("data", "sequence_length"),
 }
-# What MoSA heads select, and how documents of one packed sequence were kept apart in training; folders of old, and
-# Llamas, do not say.
+# How MoSA heads select, and how documents of a packed sequence were separated in training. Older exports and Llamas
+# do not have these keys.
 _OPTIONAL = {
     "selection": ("mosa", "selection"),
     "load_feedback": ("mosa", "load_feedback"),
@@ -39,14 +39,14 @@ _ACTIVATIONS = {"gelu": "gelu", "swiglu": "silu"}
 
 
 def model_config(tree: dict[str, Any]) -> Config:
-    """A checked configuration of the model that ``tree`` describes, for one process on a CPU in fp32.
+    """Build a validated configuration of the model that ``tree`` describes, for a single CPU process in fp32.
 
     Args:
-        tree: sections ``model`` and ``mosa``, and ``data.sequence_length``, as checkpoints keep them; the run that was
-            trained with them does not matter, so that its data need not be there.
+        tree: sections ``model`` and ``mosa``, and ``data.sequence_length``, as stored in checkpoints. Settings of the
+            original run are ignored, so its data need not exist.
 
     Raises:
-        UserError: a value that is not allowed.
+        UserError: a value is invalid.
     """
     return config_from_dict(
         {
@@ -60,7 +60,7 @@ def model_config(tree: dict[str, Any]) -> Config:
 
 
 def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
-    """Arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
+    """Return the arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
     from megatron_mosa.model.costs import local_window
 
     ours = {"model": config.model, "mosa": config.mosa, "data": config.data}
@@ -73,14 +73,14 @@ def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
 
 
 def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
-    """The inverse: a configuration, and the rows of the embedding, from the content of a ``config.json``.
+    """Return the configuration and the number of embedding rows for the content of a ``config.json``.
 
     Raises:
-        UserError: a key that is missing or has no counterpart here; a model type that is neither "mosa" nor "llama".
+        UserError: a key is missing or not supported, or the model type is neither "mosa" nor "llama".
     """
     kind = content.get("model_type")
     if kind not in _READERS:
-        raise UserError(f"config.json: model_type={kind} cannot be imported; expected {', '.join(_READERS)}")
+        raise UserError(f"config.json: model_type must be {' or '.join(_READERS)}, got {kind}")
     try:
         theirs = _READERS[kind](content)
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {}, "data": {}}
@@ -91,32 +91,30 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
                 tree[section][name] = theirs[key]
         activation = {value: name for name, value in _ACTIVATIONS.items()}.get(theirs["hidden_act"])
         tree["model"]["activation"] = activation or theirs["hidden_act"]
-        # Whatever the padding was a multiple of, these rows are one of themselves.
+        # The original multiple is unknown; the number of rows is a multiple of itself.
         tree["model"]["vocab_size_multiple"] = theirs["vocab_size"]
         if theirs["num_key_value_heads"] != theirs["num_dense_heads"]:
             tree["model"]["num_query_groups"] = theirs["num_key_value_heads"]
         if theirs["num_local_heads"]:
             tree["model"]["local_window"] = theirs["local_window"]
     except KeyError as error:
-        raise UserError(
-            f"config.json: {error.args[0]} is missing; it is no {kind} model that can be imported"
-        ) from None
+        raise UserError(f"config.json: {error.args[0]} is missing; importing a {kind} model requires it") from None
     return model_config(tree), theirs["vocab_size"]
 
 
 def _llama(content: dict[str, Any]) -> dict[str, Any]:
-    """A Llama in MosaConfig's terms: dense heads alone, all channels rotated, RMSNorm, SwiGLU."""
+    """Describe a Llama with MosaConfig's keys: only dense heads, rotary on all channels, RMSNorm, SwiGLU."""
     heads = content["num_attention_heads"]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, allowed in (
+    for key, value, required in (
         ("attention_bias", content.get("attention_bias", False), False),
         ("mlp_bias", content.get("mlp_bias", False), False),
         ("hidden_act", content.get("hidden_act", "silu"), "silu"),
         ("rope_type", kind, "default"),
     ):
-        if value != allowed:
-            raise UserError(f"config.json: {key}={value} has no counterpart here; a Llama needs {allowed}")
+        if value != required:
+            raise UserError(f"config.json: {key}={value} is not supported; for a Llama it must be {required}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
     return {key: content[key] for key in same} | {
         "num_dense_heads": heads,

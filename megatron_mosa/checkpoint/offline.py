@@ -1,4 +1,4 @@
-"""A checkpoint's state without a GPU, an engine or process groups: read and written one tensor at a time.
+"""Read a checkpoint's state one tensor at a time, without a GPU, an engine or process groups.
 
 Keys are ``model.NAME`` (fp32 master weights), ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (Adam's moments), with
 Megatron's global names and the global shapes.
@@ -37,39 +37,39 @@ _METADATA_CLASSES = {
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # of a name in a table
+    ("torch.serialization", "_get_layout"),  # only looks up a name in a table
     ("pathlib", "PosixPath"),
 } | {
-    ("torch.distributed.checkpoint.planner", name)  # Megatron-LM keeps the ranks' plans with the index
+    ("torch.distributed.checkpoint.planner", name)  # Megatron-LM stores the ranks' plans in the index
     for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor."""
+    """Shape and dtype of a tensor in a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
 class StateReader:
-    """The ``state/`` of a checkpoint folder, or what torch's distributed checkpoint wrote into another."""
+    """Reads ``state/`` of a checkpoint folder, or another folder that torch's distributed checkpoint wrote."""
 
     def __init__(self, checkpoint: Path, below: str = "state") -> None:
-        """Read the index alone.
+        """Read only the index.
 
         Args:
-            checkpoint: the folder.
-            below: where in it; "": in itself.
+            checkpoint: the checkpoint folder.
+            below: subfolder with the state; "": the checkpoint folder itself.
 
         Raises:
-            DamagedError: it is missing, damaged, or holds what an index does not.
+            DamagedError: the index is missing, damaged, or contains classes that an index does not need.
         """
         self._reader = SafeReader(checkpoint / below)
         self._metadata = self._reader.read_metadata()
@@ -81,28 +81,28 @@ class StateReader:
 
     @property
     def weights(self) -> dict[str, TensorInfo]:
-        """The tensors under ``model.``, by their names without it."""
+        """The tensors under ``model.``, keyed by their names without this prefix."""
         prefix = "model."
         return {key.removeprefix(prefix): info for key, info in self.tensors.items() if key.startswith(prefix)}
 
     @property
     def has_optimizer_state(self) -> bool:
-        """Whether there are Adam's moments."""
+        """Whether the checkpoint contains Adam's moments."""
         return any(key.partition(".")[0] in MOMENTS for key in self.tensors)
 
     def read(self, key: str, row: int | None = None) -> Tensor:
-        """One whole tensor, or one row of its first dimension, put together of the parts that the ranks wrote.
+        """Read a whole tensor, or one row of its first dimension, assembled from the shards that the ranks wrote.
 
         Raises:
-            KeyError: there is none of that name.
-            DamagedError: it cannot be read; names the files that hold it.
+            KeyError: there is no tensor of that name.
+            DamagedError: the tensor cannot be read; names the files that hold it.
         """
         info = self.tensors[key]
         tensor = torch.empty(info.shape if row is None else info.shape[1:], dtype=info.dtype)
         planner = None if row is None else _RowPlanner(tensor, row)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that there is no process group
+                warnings.simplefilter("ignore")  # torch warns that there is no process group
                 dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             stored = self._metadata.storage_data.items()
@@ -111,10 +111,10 @@ class StateReader:
         return tensor
 
     def read_bytes(self, key: str) -> bytes | None:
-        """What is kept under a key that is no tensor's; None: there is no such key.
+        """Read the value of a key that does not hold a tensor; None if there is no such key.
 
         Raises:
-            DamagedError: it cannot be read.
+            DamagedError: the value cannot be read.
         """
         for index, info in self._metadata.storage_data.items():
             if index.fqn == key:
@@ -126,17 +126,22 @@ class StateReader:
         return None
 
     def find_change(self, keys: Collection[str], advance: Callable[[int], object]) -> str | None:
-        """What is wrong with the parts of some tensors by their checksums, as ``saved_objects.find_change``."""
+        """Verify the checksums of some tensors' shards; describe the first mismatch, or return None.
+
+        Args:
+            keys: keys of the tensors to verify.
+            advance: called with the number of bytes just read.
+        """
         for index, info in self._metadata.storage_data.items():
             if index.fqn not in keys:
                 continue
             try:
                 with (Path(self._reader.path) / info.relative_path).open("rb") as file:
-                    change = find_change(BufferedReader(Window(file, info.offset, info.length)), advance)
+                    damage = find_change(BufferedReader(Window(file, info.offset, info.length)), advance)
             except OSError as error:
-                change = f"cannot be read ({error.strerror})"
-            if change is not None:
-                return f"{self._file(info)} {change}"
+                damage = f"cannot be read ({error.strerror})"
+            if damage is not None:
+                return f"{self._file(info)} {damage}"
         return None
 
     def _file(self, info: Any) -> str:
@@ -144,7 +149,7 @@ class StateReader:
 
 
 class _RowPlanner(dcp.DefaultLoadPlanner):
-    """Reads one row [...] of a tensor [L, ...] alone."""
+    """Reads only one row [...] of a tensor [L, ...]."""
 
     def __init__(self, tensor: Tensor, row: int) -> None:
         super().__init__(flatten_state_dict=False)
@@ -152,7 +157,7 @@ class _RowPlanner(dcp.DefaultLoadPlanner):
         self._row = row
 
     def create_local_plan(self) -> LoadPlan:
-        """The parts of which the row is made."""
+        """Plan to read only the chunks that contain the row."""
         (key,) = self.state_dict
         offsets = torch.Size([self._row, *[0] * self._tensor.dim()])
         chunk = ChunkStorageMetadata(offsets, torch.Size([1, *self._tensor.shape]))
@@ -160,17 +165,21 @@ class _RowPlanner(dcp.DefaultLoadPlanner):
         return LoadPlan(create_read_items_for_chunk_list(key, cast(TensorStorageMetadata, entry), [chunk]))
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where the row is read to."""
+        """Return the destination of the row, [1, ...]."""
         return self._tensor[None]
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Torch's reader, which would run any code that an index asks for, kept to what an index is made of."""
+    """Torch's reader, restricted to the classes of an index; the original runs any code that a pickled index names."""
 
     _index: StateMetadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> StateMetadata:
-        """As FileSystemReader, once."""
+        """Read the index with a restricted unpickler, and cache it.
+
+        Raises:
+            DamagedError: the index is missing, damaged, or refers to other classes or to files outside of its folder.
+        """
         if self._index is None:
             file = Path(self.path) / ".metadata"
             name = f"{Path(self.path).name}/.metadata"
@@ -181,19 +190,19 @@ class SafeReader(dcp.FileSystemReader):
                 raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
             except DamagedError as error:
                 raise DamagedError(f"{name} {error}") from None
-            except Exception as error:  # whatever a broken pickle makes of itself
+            except Exception as error:  # a broken pickle can raise anything
                 raise DamagedError(f"{name} is damaged ({cause_of(error)})") from None
         return self._index
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """The classes of an index, and torch's element types."""
+        """Allow only the classes of an index and torch's dtypes."""
         if (module, name) in _METADATA_CLASSES or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise DamagedError(f"asks for {module}.{name}, which no checkpoint needs: refused, not loaded")
+        raise DamagedError(f"refers to {module}.{name}, which no checkpoint needs; refused to load it")
 
 
 def _checked(index: Any) -> StateMetadata:
@@ -201,12 +210,12 @@ def _checked(index: Any) -> StateMetadata:
         raise DamagedError(f"is damaged (it holds a {type(index).__name__})")
     for info in index.storage_data.values():
         if PurePath(info.relative_path).name != info.relative_path:
-            raise DamagedError(f"names a file outside of its folder: {info.relative_path}")
+            raise DamagedError(f"refers to a file outside of its folder: {info.relative_path}")
     return index
 
 
 def cause_of(error: BaseException) -> str:
-    """One line for what went wrong inside torch."""
+    """Return the first line of an error's message; for a CheckpointException, of its first cause."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""Writing a checkpoint's state without a GPU, an engine or process groups, one tensor at a time."""
+"""Write a checkpoint's state one tensor at a time, without a GPU, an engine or process groups."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ def write_state_offline(
     read_part: Callable[[str, int], Tensor] | None = None,
     objects: Mapping[str, Any] | None = None,
 ) -> dict[str, FileRecord]:
-    """Write ``state/`` of a checkpoint folder from tensors that are asked for one at a time, in the order given.
+    """Write ``state/`` of a checkpoint folder, reading one tensor at a time in the given order.
 
-    One thread reads the next tensor, one writes the present one, one sees the last onto the disk.
+    One thread reads the next tensor while another writes the current one and a third syncs the previous one to disk.
 
     Args:
-        tensors, read: keys, and how to read one.
-        checkpoint: the folder.
-        cuts: dimension and number of equal parts of those tensors that are written in parts, a file each.
-        below: where in the folder; "": in itself.
-        read_part: how to read one of the parts; None: as a part of the whole.
-        objects: what else to keep, by keys of their own.
+        tensors: shapes and dtypes of all tensors, by key.
+        read: reads the tensor of a key.
+        checkpoint: the checkpoint folder.
+        cuts: for tensors to split: the dimension and the number of equal shards, each written to its own file.
+        below: subfolder for the state; "": the checkpoint folder itself.
+        read_part: reads a single shard; None: shards are sliced from the whole tensor.
+        objects: other objects to store, by key.
 
     Returns:
-        Records of all files, by their paths from ``checkpoint``.
+        Records of all files, by their paths relative to ``checkpoint``.
 
     Raises:
-        StorageError: the file system does not take it.
+        StorageError: writing failed.
     """
-    # Torch keeps what it writes into one file until the file is closed: one a tensor.
+    # Torch holds the content of a file in memory until the file is closed: use one file per tensor.
     writer = dcp.FileSystemWriter(checkpoint / below, single_file_per_rank=False, sync_files=False)
     state: dict[str, Any] = {k: torch.empty(info.shape, dtype=info.dtype, device="meta") for k, info in tensors.items()}
     state |= objects or {}
@@ -63,7 +64,7 @@ def write_state_offline(
             closing(_ReadingPlanner(read, cuts or {}, read_part)) as planner,
             closing(_SettledFiles()) as files,
         ):
-            warnings.simplefilter("ignore")  # that there is no process group
+            warnings.simplefilter("ignore")  # torch warns that there is no process group
             writer.fs = files
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
             records = files.records()
@@ -78,14 +79,14 @@ def write_state_offline(
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether an error in writing is the file system's."""
-    # Torch's archive writer makes a RuntimeError of what the file system says.
-    words = ("PytorchStreamWriter failed", "inline_container")
-    return isinstance(error, OSError) or any(word in str(error) for word in words)
+    """Whether a write error comes from the file system."""
+    # Torch's archive writer turns file system errors into RuntimeErrors.
+    phrases = ("PytorchStreamWriter failed", "inline_container")
+    return isinstance(error, OSError) or any(phrase in str(error) for phrase in phrases)
 
 
 class _SettledFiles(FileSystem):
-    """Settles the files that are written, in a thread."""
+    """Torch's file system; syncs and hashes every written file in a thread (``settle``)."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -93,62 +94,62 @@ class _SettledFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        """As FileSystem; a file that was written is settled."""
+        """Open a file; once it has been written, settle it in the thread."""
         with super().create_stream(path, mode) as stream:
             yield stream
         if "w" in mode:
             self._records[Path(path)] = self._pool.submit(settle, Path(path))
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        """As FileSystem: the index gets its name when it is complete."""
+        """Wait until the file is settled, then rename it; torch renames the complete index into place."""
         self._records[Path(path)].result()
         super().rename(path, new_path)
         self._records[Path(new_path)] = self._records.pop(Path(path))
 
     def records(self) -> dict[Path, FileRecord]:
-        """Of all files, when they are on the disk.
+        """Wait until all files are on disk, and return their records.
 
         Raises:
-            OSError: one is not.
+            OSError: a file could not be synced or read.
         """
         return {path: future.result() for path, future in self._records.items()}
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
-_Reading = tuple[str, int | None]  # a key, and which of its parts
+_ReadRequest = tuple[str, int | None]  # a key, and which of its shards; None: the whole tensor
 
 
 class _ReadAhead:
-    """Tensors in a known order: the next one is read while the present one is in use."""
+    """Prefetches tensors in a known order: reads the next one while the current one is in use."""
 
-    def __init__(self, read: Callable[[str, int | None], Tensor], order: Iterable[_Reading]) -> None:
+    def __init__(self, read: Callable[[str, int | None], Tensor], order: Iterable[_ReadRequest]) -> None:
         self._read = read
         self._order = iter(order)
         self._pool = ThreadPoolExecutor(1)
-        self._begin_next()
+        self._prefetch()
 
-    def _begin_next(self) -> None:
+    def _prefetch(self) -> None:
         self._expected = next(self._order, None)
         if self._expected is not None:
             self._next = self._pool.submit(self._read, *self._expected)
 
-    def take(self, reading: _Reading) -> Tensor:
-        """The next in the order, which is this one."""
-        assert reading == self._expected, f"torch asks for {reading}, not for {self._expected}"
+    def take(self, request: _ReadRequest) -> Tensor:
+        """Return the next tensor, which must be the requested one, and start reading the one after it."""
+        assert request == self._expected, f"torch asked for {request} instead of {self._expected}"
         tensor = self._next.result()
-        self._begin_next()
+        self._prefetch()
         return tensor
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
 class _ReadingPlanner(dcp.DefaultSavePlanner):
-    """Takes a tensor's value from a function at the moment when it is written, in parts where it is to be cut."""
+    """Reads a tensor only when it is written, and splits it into shards where requested."""
 
     def __init__(
         self,
@@ -161,22 +162,22 @@ class _ReadingPlanner(dcp.DefaultSavePlanner):
         self._read_part = read_part
         self._cuts = cuts
         self._ahead: _ReadAhead | None = None
-        self._last: tuple[_Reading, Tensor] | None = None  # parts may be taken from it
+        self._last: tuple[_ReadRequest, Tensor] | None = None  # later shards may be sliced from it
 
     def create_local_plan(self) -> SavePlan:
-        """As DefaultSavePlanner, with an item for each part."""
+        """Extend the default plan with one item per shard, and start reading ahead."""
         plan = super().create_local_plan()
         self.plan = replace(plan, items=[part for item in plan.items for part in self._parts(item)])
         tensors = [item for item in self.plan.items if item.type is not WriteItemType.BYTE_IO]
-        self._ahead = _ReadAhead(self._fetch, dict.fromkeys(map(self._reading, tensors)))
+        self._ahead = _ReadAhead(self._fetch, dict.fromkeys(map(self._request, tensors)))
         return self.plan
 
     def close(self) -> None:
-        """End the thread that reads."""
+        """Stop the reading thread."""
         if self._ahead is not None:
             self._ahead.close()
 
-    def _reading(self, item: WriteItem) -> _Reading:
+    def _request(self, item: WriteItem) -> _ReadRequest:
         key = item.index.fqn
         return key, item.index.index if self._read_part is not None and key in self._cuts else None
 
@@ -200,14 +201,14 @@ class _ReadingPlanner(dcp.DefaultSavePlanner):
         return parts
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
-        """The tensor, or its part."""
+        """Return the tensor or shard to write."""
         if write_item.type is WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        assert self._ahead is not None and write_item.tensor_data is not None, "a plan comes first"
-        reading = key, part = self._reading(write_item)
-        if self._last is None or self._last[0] != reading:
-            self._last = None  # not kept beside the next
-            self._last = reading, self._ahead.take(reading)
+        assert self._ahead is not None and write_item.tensor_data is not None, "create_local_plan must run first"
+        request = key, part = self._request(write_item)
+        if self._last is None or self._last[0] != request:
+            self._last = None  # free it before taking the next one
+            self._last = request, self._ahead.take(request)
         tensor = self._last[1]
         if key not in self._cuts or part is not None:
             self._last = None

@@ -1,4 +1,4 @@
-"""A model opened for reading, whoever wrote it: what it is, and its weights one at a time, in our names and layouts."""
+"""Read models of every supported format: the configuration, and one weight at a time under our names and layouts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megatron_mosa.checkpoint.weights import Weight, model_weights
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
 
-_EXACT = ("F32", "BF16", "F16")  # what fp32 holds without rounding
+_EXACT = ("F32", "BF16", "F16")  # dtypes that convert to fp32 without rounding
 
 
 class Opened(Protocol):
-    """What conversions need of a model."""
+    """The interface that conversions use to read a model."""
 
     @property
     def path(self) -> Path:
-        """Its folder."""
+        """The model's folder."""
         ...
 
     @property
     def config(self) -> Config:
-        """Of the model alone."""
+        """The model's configuration, see ``model_config``; other sections have placeholder values."""
         ...
 
     @property
@@ -43,20 +43,20 @@ class Opened(Protocol):
 
     @property
     def weights(self) -> list[Weight]:
-        """All of them, embedding first."""
+        """All weights, embedding first."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """The weight of that name of ours, in fp32 and in the shape that a checkpoint has it in."""
+        """Read the weight of this global name, in fp32 and in checkpoint shape."""
         ...
 
 
 def open_model(path: Path) -> Opened:
-    """A checkpoint of ours (of a run directory the newest) or of Megatron-LM's, or a Hugging Face folder.
+    """Open a megatron_mosa checkpoint (the newest of a run directory), a Megatron-LM one, or a Hugging Face folder.
 
     Raises:
-        UserError: there is none, or it is not what it says of itself.
-        DamagedError: a file is missing or is another one.
+        UserError: ``path`` holds no such model, or its weights do not match its description.
+        DamagedError: a file is missing or damaged.
     """
     folder, kind = find_model(path)
     if kind is Kind.OURS:
@@ -65,13 +65,13 @@ def open_model(path: Path) -> Opened:
         return HuggingFaceModel.open(folder)
     if kind is Kind.TORCH_DIST:
         return TorchDistModel.open(folder)
-    allowed = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
-    raise UserError(f"'{path}' is a {kind.value}; expected {allowed}")
+    expected = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
+    raise UserError(f"'{path}' is a {kind.value}; pass {expected}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint of ours, opened."""
+    """A megatron_mosa checkpoint; implements ``Opened``."""
 
     path: Path
     metadata: Metadata
@@ -82,14 +82,14 @@ class Source:
 
     @classmethod
     def open(cls, folder: Path, metadata: Metadata) -> Source:
-        """Read all that says what the model is, none of the tensors; see that they are what was written.
+        """Read the model's description, verify all files against the manifest, and load no tensors.
 
         Raises:
-            DamagedError: a file is missing or is another one.
-            UserError: the weights are not those of the model that the checkpoint describes.
+            DamagedError: a file is missing or damaged.
+            UserError: names or shapes of the weights do not match the model described in metadata.json.
         """
         if metadata.has_manifest:
-            print(f"{folder}: comparing all files with the manifest", flush=True)
+            print(f"{folder}: verifying all files against the manifest", flush=True)
             if damage := find_damage(folder, reads_all=True):
                 raise DamagedError(damage)
         state, config = StateReader(folder), model_config(metadata.config)
@@ -100,19 +100,19 @@ class Source:
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise UserError(
-                    f"'{folder}' is not the model that its metadata.json describes: {name} is "
-                    f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}; nothing can be exported"
+                    f"'{folder}' does not match the model described in its metadata.json: {name} is "
+                    f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}; it cannot be exported"
                 )
         return cls(folder, metadata, config, state, weights, rows)
 
     def read(self, name: str) -> Tensor:
-        """The fp32 master weight of that name."""
+        """Read the fp32 master weight of this name."""
         return self.state.read(f"model.{name}")
 
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """An exported model, or a Llama, opened."""
+    """An exported model or a Llama in a Hugging Face folder; implements ``Opened``."""
 
     path: Path
     config: Config
@@ -122,30 +122,30 @@ class HuggingFaceModel:
 
     @classmethod
     def open(cls, folder: Path) -> HuggingFaceModel:
-        """Read all that says what the model is, none of the tensors; see that they are its.
+        """Read the model's description, verify files against the manifest if there is one, and check tensor shapes.
 
         Raises:
-            UserError: a model that has no counterpart here; tensors that are missing, left over or of another shape.
-            DamagedError: a file is missing, damaged or not what was exported.
+            UserError: the model is not supported, or tensors are missing, unexpected or of another shape.
+            DamagedError: a file is missing, damaged, or changed since the export.
         """
         content = read_json(folder / "config.json")
         config, vocab_rows = from_transformers(content)
         weights = [_named_as_in(content, weight) for weight in model_weights(config, vocab_rows)]
         has_manifest = is_recorded(folder, shard_names(folder))
         if has_manifest and (damage := find_damage(folder, reads_all=True)):
-            raise DamagedError(f"{damage} (if the change is meant, remove {MANIFEST})")
+            raise DamagedError(f"{damage} (if the change is intentional, remove {MANIFEST})")
         tensors = SafetensorsFolder(folder)
         _compare(tensors, weights, folder)
         return cls(folder, config, vocab_rows, weights, tensors)
 
     def read(self, name: str) -> Tensor:
-        """As Opened."""
+        """Read the weight of this global name in fp32, joined from the tensors that hold it."""
         weight = next(weight for weight in self.weights if weight.name == name)
         return weight.fusion.join([self.tensors.read(part).float() for part in weight.parts])
 
 
 def _named_as_in(content: dict[str, Any], weight: Weight) -> Weight:
-    """A Llama has heads of one kind, and names none."""
+    """Drop ``dense_heads.`` from a Llama's tensor names: it has only one kind of heads."""
     if content["model_type"] != "llama":
         return weight
     parts = tuple(part.replace("self_attn.dense_heads.", "self_attn.") for part in weight.parts)
@@ -162,18 +162,18 @@ def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) ->
     for key in sorted(expected.keys() | found.keys()):
         if found.get(key) != expected.get(key):
             raise UserError(
-                f"'{folder}' is not the model that its config.json describes: {key} is {found.get(key, 'missing')}, "
-                f"expected {expected.get(key, 'none')}"
+                f"'{folder}' does not match the model described in its config.json: {key} is "
+                f"{found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
             )
         if (dtype := tensors.tensors[key].dtype) not in _EXACT:
-            raise UserError(f"'{folder}': {key} is {dtype}; expected {', '.join(_EXACT)} (exact in fp32)")
+            raise UserError(f"'{folder}': {key} has dtype {dtype}, but must be {', '.join(_EXACT)} (exact in fp32)")
 
 
 def _compare_tied(tensors: SafetensorsFolder, folder: Path) -> None:
-    """The output embedding may be there, though it is the embedding once more; transformers would not tie another."""
+    """Accept a stored copy of the tied output embedding; transformers would not tie one that differs."""
     names = "lm_head.weight", "model.embed_tokens.weight"
     if names[1] in tensors.tensors and not torch.equal(*map(tensors.read, names)):
         raise UserError(
-            f"'{folder}' is not the model that its config.json describes: tie_word_embeddings is true, but {names[0]} "
-            f"is not {names[1]}; set tie_word_embeddings to false in config.json to keep both"
+            f"'{folder}' does not match the model described in its config.json: tie_word_embeddings is true, but "
+            f"{names[0]} differs from {names[1]}; set tie_word_embeddings to false in config.json to keep both"
         )

@@ -1,7 +1,7 @@
-"""Rewriting a checkpoint: cut as another tensor-parallel size would write it, with or without optimizer state.
+"""Rewrite a checkpoint with the shards of another tensor-parallel size, with or without optimizer state.
 
-No run needs it to change its layout: any layout reads any checkpoint. It makes each rank read files of its own, and
-checkpoints of a third of the size.
+Changing the layout of a run does not require this: any layout reads any checkpoint. But after resharding each rank
+reads its own files, and a checkpoint without optimizer state has a third of the size.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from megatron_mosa.errors import UserError
 def reshard(
     path: Path, target: Path, *, tensor_parallel: int | None = None, drop_optimizer: bool = False, force: bool = False
 ) -> None:
-    """Write a checkpoint once more, one tensor at a time.
+    """Rewrite a checkpoint, one tensor at a time.
 
     Args:
-        path: a checkpoint, or a run directory: its newest.
-        target: a folder that is not there.
-        tensor_parallel: the size to cut for; None: the one that wrote it.
-        drop_optimizer: leave Adam's moments out: a model to start from (``checkpoint.initialize_from``), not to resume.
-        force: replace a model that lies at ``target``.
+        path: a checkpoint, or a run directory (its newest checkpoint).
+        target: the folder to create.
+        tensor_parallel: tensor-parallel size to shard for; None: the size that wrote the checkpoint.
+        drop_optimizer: omit Adam's moments; runs can start from the result (``checkpoint.initialize_from``), but not
+            resume from it.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such checkpoint, a size that the model cannot be cut for, a target that is taken.
+        UserError: the checkpoint does not exist, the model cannot be sharded for this size, or the target exists.
         RunError: the checkpoint is damaged.
-        StorageError: the file system does not take it.
+        StorageError: writing the target failed.
     """
     folder = find_model_of(Kind.OURS, path)
     refuse_target(target, folder, force=force)
@@ -49,15 +50,15 @@ def reshard(
 
 
 def _split_dims(source: Source, size: int) -> dict[str, int]:
-    """The dimension that each split weight is cut along, by its name.
+    """Return the dimension along which each sharded weight is split, by name.
 
     Raises:
-        UserError: the size does not divide what is split; names those that do.
+        UserError: the size does not divide a split dimension; the message lists the sizes that do.
     """
     from megatron_mosa.model import build_empty_model
     from megatron_mosa.model.state import stored_tensors
 
-    _refuse_size(source.config, size)
+    _check_size(source.config, size)
     one_layer = replace(source.config, model=replace(source.config.model, num_layers=1))
     with one_process(one_layer):
         dims = {}
@@ -72,7 +73,7 @@ def _split_dims(source: Source, size: int) -> dict[str, int]:
     return dims
 
 
-def _refuse_size(config: Config, size: int) -> None:
+def _check_size(config: Config, size: int) -> None:
     tree = config_to_dict(config)
     tree["parallel"]["tensor_model_parallel_size"] = size
     try:
@@ -98,5 +99,5 @@ def _write(source: Source, target: Path, size: int, dims: dict[str, int], drop_o
         layout = {"tensor_parallel_size": size, "data_parallel_size": 1}
         write_metadata(replace(source.metadata, layout=layout), writing)
         write_manifest(writing, records | digests(writing, [METADATA]))
-    what = "without optimizer state" if drop_optimizer else f"{len(tensors)} tensors"
-    print(f"{target}: {what}, cut for tensor-parallel size {size}")
+    content = "weights without optimizer state" if drop_optimizer else f"{len(tensors)} tensors"
+    print(f"{target}: wrote {content}, sharded for tensor-parallel size {size}")

@@ -1,4 +1,4 @@
-"""A folder of safetensors: what is in them, and one tensor at a time; written in shards."""
+"""Read a folder of safetensors one tensor at a time, and write one in shards."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from megatron_mosa.errors import StorageError, UserError
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SHARD_BYTES = 1 << 28  # a tensor that is larger has a shard of its own
+_SHARD_BYTES = 1 << 28  # a larger tensor gets its own shard
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of a tensor."""
+    """File, shape and dtype of a tensor, from a file's header."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """In the words of safetensors, such as "BF16"."""
+    """As safetensors spells it, such as "BF16"."""
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The files that hold the tensors: ``model.safetensors``, or all that ``model.safetensors.index.json`` names.
+    """Return the files that hold tensors: ``model.safetensors``, or all files in ``model.safetensors.index.json``.
 
-    The order is that of transformers, whose ``save_pretrained`` leaves an older index beside a new file.
+    A single file takes precedence, as in transformers, whose ``save_pretrained`` leaves an older index next to it.
 
     Raises:
-        UserError: there are no safetensors.
-        DamagedError: the index cannot be read, or names a file elsewhere.
+        UserError: the folder contains no safetensors.
+        DamagedError: the index cannot be read, or refers to a file outside of the folder.
     """
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     if not (folder / INDEX).is_file():
-        raise UserError(f"'{folder}' holds neither {INDEX} nor {_SINGLE}; save the model with safetensors")
+        raise UserError(f"'{folder}' contains neither {INDEX} nor {_SINGLE}; save the model with safetensors")
     names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     for name in names:
         if Path(name).name != name:
-            raise DamagedError(f"{INDEX} names a file outside of the folder: {name}")
+            raise DamagedError(f"{INDEX} refers to a file outside of the folder: {name}")
     return names
 
 
 class SafetensorsFolder:
-    """All tensors of a folder."""
+    """Reads the tensors of a folder one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Read index and headers alone.
+        """Read only the index and the headers.
 
         Raises:
-            UserError: there are no safetensors.
-            DamagedError: a file is missing or damaged; says which.
+            UserError: the folder contains no safetensors.
+            DamagedError: a file is missing or damaged; the message names it.
         """
         self._folder = folder
         self.tensors: dict[str, Header] = {}
@@ -75,8 +75,8 @@ class SafetensorsFolder:
                     self.tensors[key] = Header(name, tuple(view.get_shape()), view.get_dtype())
 
     def read(self, key: str) -> Tensor:
-        """One tensor, as it is kept."""
-        # Opened anew each time: what an open file has read stays in memory.
+        """Read one tensor in its stored dtype."""
+        # Reopen the file each time: pages read through an open file stay in memory.
         with self._open(self.tensors[key].file) as file:
             return file.get_tensor(key)
 
@@ -94,10 +94,10 @@ class SafetensorsFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file.
+    """Read a JSON file that contains an object.
 
     Raises:
-        DamagedError: it cannot be read, or is none.
+        DamagedError: the file cannot be read, or does not contain an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -106,34 +106,34 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedError(f"{path.name} is damaged ({error})") from None
     if not isinstance(content, dict):
-        raise DamagedError(f"{path.name} is damaged (it holds a {type(content).__name__})")
+        raise DamagedError(f"{path.name} is damaged (it contains a {type(content).__name__} instead of an object)")
     return content
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are read together and lie in one shard."""
+    """Tensors that are read together and written to the same shard."""
 
     nbytes: int
-    """Of all of them."""
+    """Total size of the tensors in bytes."""
 
     read: Callable[[], dict[str, Tensor]]
-    """Contiguous, and none of them a view of another."""
+    """Reads the tensors; they must be contiguous and must not share memory."""
 
 
 def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]:
-    """Stream pieces into shards, in order, and write the index of them; return the shards' records.
+    """Stream pieces into shards in order, write their index, and return the records of the shards.
 
     Raises:
-        StorageError: the file system does not take it.
+        StorageError: writing failed.
     """
     from megatron_mosa.data.shards import progress
 
     shards = list(_plan(pieces))
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     records: dict[str, FileRecord] = {}
     total = sum(piece.nbytes for piece in pieces)
-    # A shard is written while the next is read: two in memory, and the disk is never waited for alone.
+    # Write each shard while reading the next: two shards are in memory, and reading overlaps with writing.
     with progress(total, "exporting") as bar, ThreadPoolExecutor(1) as disk:
         written: Future[None] = Future()
         written.set_result(None)
@@ -144,10 +144,10 @@ def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]
                 tensors |= piece.read()
             written.result()
             written = disk.submit(_write_shard, tensors, folder / name, records)
-            places |= dict.fromkeys(tensors, name)
+            weight_map |= dict.fromkeys(tensors, name)
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
         written.result()
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return records
 
@@ -159,13 +159,13 @@ def _write_shard(tensors: dict[str, Tensor], file: Path, records: dict[str, File
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise StorageError(f"{file.name} cannot be written ({error})") from None
-    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
+        raise StorageError(f"could not write {file.name} ({error})") from None
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files readable by the owner only
     records[file.name] = settle(file)
 
 
 def _plan(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in order, in shards of at most ``_SHARD_BYTES`` where one is no larger by itself."""
+    """Group pieces in order into shards of at most ``_SHARD_BYTES``; a larger piece gets its own shard."""
     shard: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Files of torch.save from elsewhere: read without running code of theirs, and checked by their checksums."""
+"""Load torch.save files of other programs without running their code, and verify their checksums."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ _BLOCK = 1 << 20
 
 
 class StandIn:
-    """Takes the place of an object whose class is known to be harmless and whose content is of no interest."""
+    """Placeholder for an object whose class is known to be harmless and whose content is not needed."""
 
     def __new__(cls, *_: Any, **__: Any) -> StandIn:
-        """Whatever the arguments of the class are."""
+        """Accept and ignore any arguments of the original class."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """As ``__new__``."""
+        """Accept and ignore any arguments of the original class."""
 
     def __setstate__(self, state: Any) -> None:
-        """What a pickle would set stays unset."""
+        """Ignore the pickled state."""
 
 
 def load_saved(file: Path | BytesIO, name: str, harmless: Collection[str], known: Collection[type] = ()) -> Any:
-    """The object that torch.save wrote; tensors of a file are mapped from it.
+    """Load an object that torch.save wrote; tensors of a file on disk are memory-mapped.
 
     Args:
-        file: where it lies.
-        name: what to call it in errors.
-        harmless: full names of classes, or with a dot at the end of packages, whose objects become a ``StandIn``.
-        known: classes whose objects are made.
+        file: a path, or the content of a file.
+        name: name of the file in error messages.
+        harmless: full names of classes, or of packages (with a trailing dot), whose objects become a ``StandIn``.
+        known: classes that may be instantiated.
 
     Raises:
-        DamagedError: it cannot be read, or asks for another class or function, which is not even imported.
+        DamagedError: the file cannot be read, or refers to any other class or function, which is not even imported.
     """
     prefixes = tuple(entry for entry in harmless if entry.endswith("."))
     try:
         with safe_globals([*known]):
-            asked = get_unsafe_globals_in_checkpoint(file)
-        stand_ins = [entry for entry in asked if entry in harmless or entry.startswith(prefixes)]
-        if refused := sorted(set(asked) - set(stand_ins)):
-            raise DamagedError(f"{name} asks for {refused[0]}: refused, nothing of it was run")
+            unsafe = get_unsafe_globals_in_checkpoint(file)
+        stand_ins = [entry for entry in unsafe if entry in harmless or entry.startswith(prefixes)]
+        if refused := sorted(set(unsafe) - set(stand_ins)):
+            raise DamagedError(f"{name} refers to {refused[0]}; refused to load it, no code was run")
         if isinstance(file, BytesIO):
             file.seek(0)
         with safe_globals([*known, *((StandIn, entry) for entry in stand_ins)]):
@@ -59,54 +59,54 @@ def load_saved(file: Path | BytesIO, name: str, harmless: Collection[str], known
         raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
     except DamagedError:
         raise
-    except Exception as error:  # whatever a broken archive or pickle makes of itself
+    except Exception as error:  # a broken archive or pickle can raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DamagedError(f"{name} is damaged, or was not written by torch.save ({lines[0]})") from None
 
 
 class Window(io.RawIOBase):
-    """A range of a file, as a file."""
+    """A byte range of a file, as a read-only file object."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         super().__init__()
-        self._file, self._start, self._length, self._at = file, start, length, 0
+        self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True: a range can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Return True: a range supports ``seek``."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
+        """Move to an offset relative to the start of the range, the current position, or the end of the range."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """As of any file; nothing behind the end of the range."""
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
-        self._at += count
+        """Read at most to the end of the range; return the number of bytes read."""
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])
+        self._position += count
         return count
 
 
 def find_change(file: IO[bytes], advance: Callable[[int], object] = lambda _: None) -> str | None:
-    """What is wrong with an archive of torch.save by the CRC-32 of its records; None if nothing.
+    """Verify the CRC-32 of every record of a torch.save archive; describe the first mismatch, or return None.
 
     Args:
-        file: the archive and nothing else; all of it is read.
-        advance: called with numbers of bytes that were read.
+        file: the archive and nothing else; it is read completely.
+        advance: called with the number of bytes just read.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             for record in archive.infolist():
                 with archive.open(record) as stream:
-                    while block := stream.read(_BLOCK):  # the end compares the checksum
+                    while block := stream.read(_BLOCK):  # reading to the end verifies the checksum
                         advance(len(block))
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return f"is not what was written ({error})"
+        return f"is corrupt ({error})"
     return None

@@ -1,4 +1,4 @@
-"""Weights as one fp32 state dict, under their own names: of a checkpoint of ours, or of DeepSpeed's ZeRO shards."""
+"""Export an fp32 state dict with the module's own names from a megatron_mosa checkpoint or DeepSpeed ZeRO shards."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from megatron_mosa.errors import UserError
 
 
 def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
-    """Write a folder of safetensors with an index of them, one tensor at a time.
+    """Write a folder of safetensors with an index, one tensor at a time.
 
-    Names and shapes are those of the module's ``state_dict``; numbers of floating point are fp32, of parameters the
+    Names and shapes are those of the module's ``state_dict``. Floating-point tensors are fp32; parameters are the
     optimizer's fp32 master weights.
 
     Args:
-        path: a checkpoint of ours, a run directory (its newest), or a DeepSpeed checkpoint of ZeRO 1, 2 or 3.
-        target: a folder that is not there.
-        force: replace a model that lies at ``target``.
+        path: a megatron_mosa checkpoint, a run directory (its newest checkpoint), or a DeepSpeed checkpoint of ZeRO 1,
+            2 or 3.
+        target: the folder to create.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such checkpoint, one that cannot be merged, a target that is taken.
-        RunError: the checkpoint is damaged; nothing is left behind then.
-        StorageError: the file system does not take it.
+        UserError: the checkpoint does not exist or cannot be merged, or the target exists.
+        RunError: the checkpoint is damaged; no files are left behind.
+        StorageError: writing the target failed.
     """
     folder, kind = find_model(path)
-    if deepspeed_tags(folder):  # beside a config.json, as transformers' Trainer leaves them
+    if deepspeed_tags(folder):  # transformers' Trainer leaves them next to a config.json
         kind = Kind.DEEPSPEED
     if kind not in (Kind.OURS, Kind.DEEPSPEED):
-        allowed = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
-        raise UserError(f"'{path}' is a {kind.value}; --to fp32 takes {allowed}")
+        accepted = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
+        raise UserError(f"'{path}' is a {kind.value}; --to fp32 accepts {accepted}")
     refuse_target(target, folder, force=force)
     with naming_damage(folder):
         if kind is Kind.OURS:
@@ -59,4 +60,4 @@ def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], targe
     with publishing(target) as folder:
         records = write_shards([piece(name, info) for name, info in infos.items()], folder)
         write_manifest(folder, records)
-    print(f"{target}: {sum(info.elements for info in infos.values()):,} numbers in {len(infos)} tensors")
+    print(f"{target}: exported {sum(info.elements for info in infos.values()):,} elements in {len(infos)} tensors")

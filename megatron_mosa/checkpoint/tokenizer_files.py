@@ -1,4 +1,4 @@
-"""The tokenizer of a model, found by its hash and written for transformers."""
+"""Find a model's tokenizer, verify it by its hash, and write it for transformers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from megatron_mosa.errors import RunError, UserError
 
 
 class FoundTokenizer(NamedTuple):
-    """A tokenizer.json, and the token that ends a document."""
+    """A tokenizer.json, and the id of its end-of-document token."""
 
     file: Path
     end_of_document_id: int
 
 
 def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
-    """The tokenizer that the model was trained with: the one given, else the one in its dataset.
+    """Find the tokenizer that the model was trained with: the given one, or else the one in its dataset.
 
     Args:
-        given: a tokenizer.json, or a folder that holds one.
+        metadata: metadata of the checkpoint.
+        given: a tokenizer.json, or a folder that contains one; None: use the dataset's.
 
     Raises:
-        UserError: there is none, or it is another one.
+        UserError: the tokenizer does not exist, or is not the model's.
     """
     from megatron_mosa.data import end_of_document_id, load_manifest, load_tokenizer
     from megatron_mosa.data.manifest import MANIFEST_FILE
@@ -35,13 +36,13 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
     folder = given or _dataset(metadata)
     file = folder / TOKENIZER_FILE if folder is not None and folder.is_dir() else folder
     if file is None or not file.is_file():
-        where = f"there is none at '{file}'" if file is not None else "the checkpoint names no dataset"
-        raise UserError(f"the model's tokenizer is not found: {where}; give it: --tokenizer PATH of its tokenizer.json")
+        reason = f"'{file}' does not exist" if file is not None else "the checkpoint does not name a dataset"
+        raise UserError(f"could not find the model's tokenizer: {reason}; pass its tokenizer.json: --tokenizer PATH")
     recorded, found = metadata.tokenizer, tokenizer_identity(file)
     if recorded.file_hash is not None and not recorded.is_same(found):
         raise UserError(
-            f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash}, the checkpoint's "
-            f"{recorded.file_hash}, and it gives other ids; give the right one: --tokenizer PATH"
+            f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash} instead of "
+            f"{recorded.file_hash}, and it encodes text differently; pass the right one: --tokenizer PATH"
         )
     if given is None and (file.parent / MANIFEST_FILE).is_file():
         return FoundTokenizer(file, load_manifest(file.parent).end_of_document_id)
@@ -51,8 +52,8 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
 def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -> int:
     """Write tokenizer.json and tokenizer_config.json; return the id of the end-of-document token.
 
-    A template that adds special tokens, such as the <s> in front of Llama's texts, is left out: training has not seen
-    them there. Otherwise the file stays as it is.
+    A template that adds special tokens, such as Llama's leading <s>, is removed: training never saw them there.
+    Otherwise the file is copied unchanged.
     """
     from megatron_mosa.data import load_tokenizer
     from megatron_mosa.data.tokenizer import TOKENIZER_FILE, adds_special_tokens
@@ -78,25 +79,25 @@ def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -
 
 
 def check_exported_tokenizer(found: FoundTokenizer, folder: Path) -> None:
-    """Compare the ids that transformers gives for real text with those that training saw.
+    """Compare the token ids that transformers produces for sample text with those used in training.
 
     Raises:
-        RunError: they differ.
+        RunError: the ids differ.
     """
     from transformers import AutoTokenizer
 
     from megatron_mosa.data import load_tokenizer
     from megatron_mosa.data.tokenizer import PROBE
 
-    # The folder's code was written by this export: without the flag transformers asks, and waits for an answer.
+    # This export wrote the folder's code; without the flag, transformers prompts for confirmation and blocks.
     exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokenizer = load_tokenizer(str(found.file))
     for text in PROBE.splitlines(keepends=True):
-        expected, given = tokenizer.encode(text).ids, exported(text, verbose=False).input_ids
-        if expected != given:
+        expected, actual = tokenizer.encode(text).ids, exported(text, verbose=False).input_ids
+        if expected != actual:
             raise RunError(
-                f"the exported tokenizer gives other ids than training saw: {text[:30]!r} becomes {given[:8]}, and was "
-                f"{expected[:8]}; nothing was exported"
+                f"the exported tokenizer does not produce the token ids of training: {text[:30]!r} becomes "
+                f"{actual[:8]} instead of {expected[:8]}; nothing was exported"
             )
 
 

@@ -1,9 +1,10 @@
-"""A GPT in Megatron-LM's ``torch_dist`` format, opened: torch's distributed checkpoint, with arguments beside it.
+"""Read a GPT checkpoint in Megatron-LM's ``torch_dist`` format.
 
-A folder ``iter_0000100`` has the index (``.metadata``) and files (``__0_0.distcp``, ...) of torch's, ``metadata.json``
-with the format's version, and ``common.pt`` with what is no tensor: ``args``, ``iteration`` and more. (Megatron-core
-0.19 keeps that in the files of torch's, too.) Beside it ``latest_checkpointed_iteration.txt`` names the newest. Keys of
-weights are those of ``GPTModel.sharded_state_dict``.
+A folder ``iter_0000100`` contains a torch distributed checkpoint (index ``.metadata``, data ``__0_0.distcp``, ...),
+``metadata.json`` with the version of the format, and ``common.pt`` with everything that is not a tensor: ``args``,
+``iteration`` and more. (Megatron-core 0.19 also stores that in the distributed checkpoint.) Next to the folder,
+``latest_checkpointed_iteration.txt`` names the newest iteration. Weight keys are those of
+``GPTModel.sharded_state_dict``.
 """
 
 from __future__ import annotations
@@ -43,23 +44,23 @@ _HARMLESS = (
     "signal.Signals",
     "types.SimpleNamespace",
 )
-_EXACT = (torch.float32, torch.bfloat16, torch.float16)  # what fp32 holds without rounding
+_EXACT = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that convert to fp32 without rounding
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies."""
+    """Where a weight is stored in the checkpoint."""
 
     keys: tuple[str, ...]
-    """One, or those of its matrices."""
+    """The key of its tensor, or the keys of its matrices if they are stored separately."""
 
     row: int | None
-    """Of a tensor of all layers [L, ...]; None: it has a tensor of its own."""
+    """Index into a tensor that stacks all layers, [L, ...]; None: the weight has its own tensor."""
 
 
 @dataclass(frozen=True)
 class TorchDistModel:
-    """A checkpoint of Megatron-LM's; implements ``Opened``."""
+    """A Megatron-LM checkpoint; implements ``Opened``."""
 
     path: Path
     config: Config
@@ -70,46 +71,47 @@ class TorchDistModel:
 
     @classmethod
     def open(cls, folder: Path) -> TorchDistModel:
-        """Read all that says what the model is, and its tensors once for their checksums.
+        """Read the model's description, and read its tensors once to verify their checksums.
 
         Raises:
-            UserError: a model that has no counterpart here; tensors that are missing, left over or of another shape.
+            UserError: the model is not supported, or tensors are missing, unexpected or of another shape.
             DamagedError: a file is missing, damaged, or would run code.
         """
         iteration = cast(Path, torch_dist_iteration(folder))
-        _refuse_format(iteration)
+        _check_format(iteration)
         state = StateReader(iteration, "")
         args = _read_args(iteration, state)
         embedding = state.tensors.get("embedding.word_embeddings.weight")
         if embedding is None:
-            raise UserError(f"'{folder}' has no embedding.word_embeddings.weight; expected a GPT of Megatron-LM's")
+            raise UserError(f"'{folder}' has no embedding.word_embeddings.weight; pass a Megatron-LM GPT checkpoint")
         rows = embedding.shape[0]
         config = from_megatron_args(args, rows)
         weights = model_weights(config, rows)
         places = {weight.name: _place(weight, config.model.num_layers, state, folder) for weight in weights}
         keys = [key for place in places.values() for key in place.keys]
-        if left := sorted(set(partition_keys(state.tensors)[0]) - set(keys)):
+        if unexpected := sorted(set(partition_keys(state.tensors)[0]) - set(keys)):
             raise UserError(
-                f"'{folder}': {left[0]} has no counterpart here; expected weights of dense GPT layers, no biases"
+                f"'{folder}': {unexpected[0]} is not supported; only weights of dense GPT layers without biases can be "
+                "imported"
             )
-        _refuse_changes(state, set(keys))
+        _verify_checksums(state, set(keys))
         return cls(folder, config, rows, weights, state, places)
 
     def read(self, name: str) -> Tensor:
-        """As Opened."""
+        """Read the weight of this global name, in fp32 and in checkpoint shape."""
         weight = next(weight for weight in self.weights if weight.name == name)
         place = self.places[name]
         parts = [self.state.read(key, place.row).float() for key in place.keys]
         return weight.from_module(parts[0]) if len(parts) == 1 else weight.fusion.join(parts)
 
 
-def _refuse_format(iteration: Path) -> None:
+def _check_format(iteration: Path) -> None:
     content = read_json(iteration / "metadata.json")
-    for key, allowed in FORMAT.items():
-        if content.get(key) != allowed:
+    for key, required in FORMAT.items():
+        if content.get(key) != required:
             raise UserError(
-                f"'{iteration}': metadata.json has {key}={content.get(key)}; expected {allowed}; save it with "
-                "--ckpt-format torch_dist, or update megatron_mosa"
+                f"'{iteration}': {key} in metadata.json must be {required}, got {content.get(key)}; save the "
+                "checkpoint with --ckpt-format torch_dist, or update megatron_mosa"
             )
 
 
@@ -123,15 +125,15 @@ def _read_args(iteration: Path, state: StateReader) -> Namespace:
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
         raise UserError(
-            f"'{iteration}' holds no args, which describe the model; expected what Megatron-LM itself saved"
+            f"'{iteration}' does not contain args, which describe the model; pass a checkpoint that Megatron-LM saved"
         )
     return args
 
 
 def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) -> Place:
-    """Where a weight lies, whichever of the ways there are it was written in."""
+    """Find where a weight is stored, whichever of the supported arrangements the checkpoint uses."""
     shapes = {key: info.shape for key, info in state.tensors.items()}
-    for place in _places(weight):
+    for place in _candidate_places(weight):
         if not all(key in shapes for key in place.keys):
             continue
         expected = (weight.module_shape,) if len(place.keys) == 1 else weight.part_shapes()
@@ -139,28 +141,31 @@ def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) ->
             whole = shape if place.row is None else (num_layers, *shape)
             if shapes[key] != whole:
                 raise UserError(
-                    f"'{folder}' is not the model that its args describe: {key} is {shapes[key]}, expected {whole}"
+                    f"'{folder}' does not match the model that its args describe: {key} is {shapes[key]}, expected "
+                    f"{whole}"
                 )
             if (dtype := state.tensors[key].dtype) not in _EXACT:
-                raise UserError(f"'{folder}': {key} is {dtype}; expected {', '.join(map(str, _EXACT))} (exact in fp32)")
+                accepted = ", ".join(map(str, _EXACT))
+                raise UserError(f"'{folder}': {key} has dtype {dtype}, but must be {accepted} (exact in fp32)")
         return place
-    raise UserError(f"'{folder}' is not the model that its args describe: {weight.megatron_names()[0]} is missing")
+    name = weight.megatron_names()[0]
+    raise UserError(f"'{folder}' does not match the model that its args describe: {name} is missing")
 
 
-def _places(weight: Weight) -> Iterator[Place]:
+def _candidate_places(weight: Weight) -> Iterator[Place]:
     for name in weight.megatron_names():
         whole, layer = stacked(name)
         if layer is not None:
             yield Place((whole,), layer)
         yield Place((name,), None)
-        if len(weight.parts) == 2:  # a gated MLP, whose halves may lie apart
+        if len(weight.parts) == 2:  # a gated MLP, whose halves may be stored separately
             yield Place((f"{name}_w", f"{name}_v"), None)
 
 
-def _refuse_changes(state: StateReader, keys: set[str]) -> None:
+def _verify_checksums(state: StateReader, keys: set[str]) -> None:
     from megatron_mosa.data.shards import progress
 
     total = sum(state.tensors[key].elements * state.tensors[key].dtype.itemsize for key in keys)
-    with progress(total, "comparing checksums") as bar:
-        if change := state.find_change(keys, bar.update):
-            raise DamagedError(change)
+    with progress(total, "verifying checksums") as bar:
+        if damage := state.find_change(keys, bar.update):
+            raise DamagedError(damage)

@@ -1,4 +1,4 @@
-"""A dense model as a checkpoint that Megatron-LM loads, in its ``torch_dist`` format."""
+"""Export a dense model to a checkpoint in Megatron-LM's ``torch_dist`` format."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from megatron_mosa.checkpoint.opened import Source
 from megatron_mosa.checkpoint.torch_dist import COMMON_FILE, FORMAT
 from megatron_mosa.checkpoint.weights import Weight, stacked
 
-_COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # what Megatron-core before 0.19 asks for
+_COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # required by Megatron-core before 0.19
 _LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
-    """Write what ``--load`` of Megatron-LM takes, iteration 0 without optimizer state; one layer's tensor at a time.
+    """Write a checkpoint for Megatron-LM's ``--load`` (iteration 0, no optimizer state), one layer's tensor at a time.
 
     Args:
-        path: a checkpoint, or a run directory (its newest), of a model with dense heads alone.
-        target: a folder that is not there.
-        force: replace a model that lies at ``target``.
+        path: a checkpoint, or a run directory (its newest checkpoint), of a model with only dense heads.
+        target: the folder to create.
+        force: replace an existing model at ``target``.
 
     Raises:
-        UserError: no such checkpoint, heads that Megatron-LM does not have, a target that is taken.
-        RunError: the checkpoint is damaged; nothing is left behind then.
-        StorageError: the file system does not take it.
+        UserError: the checkpoint does not exist, has heads that Megatron-LM does not support, or the target exists.
+        RunError: the checkpoint is damaged; no files are left behind.
+        StorageError: writing the target failed.
     """
     folder = find_model_of(Kind.OURS, path)
     refuse_target(target, folder, force=force)
@@ -51,14 +51,14 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
             (iteration / "metadata.json").write_text(json.dumps(FORMAT | _COMMON_FORMAT), encoding="utf-8")
             (writing / TRACKER).write_text("0", encoding="utf-8")
     parameters = sum(torch.Size(weight.shape).numel() for weight in source.weights)
-    print(f"{target}: {parameters:,} parameters in fp32; load it in Megatron-LM with --load {target} --finetune")
+    print(f"{target}: exported {parameters:,} parameters in fp32; load them in Megatron-LM: --load {target} --finetune")
 
 
 def _write_weights(source: Source, iteration: Path) -> None:
     from megatron_mosa.data.shards import progress
 
     layers = source.config.model.num_layers
-    rows: dict[str, dict[int | None, Weight]] = {}  # of each key, by layer
+    rows: dict[str, dict[int | None, Weight]] = {}  # key -> layer -> weight
     for weight in source.weights:
         key, layer = stacked(weight.megatron_names()[0])
         rows.setdefault(key, {})[layer] = weight
@@ -66,10 +66,10 @@ def _write_weights(source: Source, iteration: Path) -> None:
     for key, weights in rows.items():
         shape = next(iter(weights.values())).module_shape
         infos[key] = TensorInfo(shape if None in weights else (layers, *shape), torch.float32)
-    # Megatron's linear modules, and Transformer Engine's norm, keep a state of their own, which is empty without FP8;
-    # loading asks for it.
-    places = [f"layers.{name}._extra_state/shard_{layer}_{layers}" for name in _LINEAR for layer in range(layers)]
-    states = {f"decoder.{place}": [None] for place in [*places, "final_layernorm._extra_state/shard_0_1"]}
+    # Megatron's linear modules and Transformer Engine's norm have an extra state, which is empty without FP8 but
+    # required for loading.
+    names = [f"layers.{name}._extra_state/shard_{layer}_{layers}" for name in _LINEAR for layer in range(layers)]
+    extra_states = {f"decoder.{name}": [None] for name in [*names, "final_layernorm._extra_state/shard_0_1"]}
     with progress(sum(4 * info.elements for info in infos.values()), "exporting") as bar:
 
         def read(key: str, layer: int | None = None) -> Tensor:
@@ -79,4 +79,4 @@ def _write_weights(source: Source, iteration: Path) -> None:
             return tensor if layer is None else tensor[None]
 
         cuts = {key: (0, layers) for key, weights in rows.items() if None not in weights}
-        write_state_offline(infos, read, iteration, cuts, below="", read_part=read, objects=states)
+        write_state_offline(infos, read, iteration, cuts, below="", read_part=read, objects=extra_states)

@@ -1,4 +1,4 @@
-"""Are two checkpoints, of whatever kinds, the same model?"""
+"""Compare two checkpoints of any kinds: weights, optimizer moments and logits."""
 
 from __future__ import annotations
 
@@ -13,55 +13,56 @@ from megatron_mosa.checkpoint.manifest import naming_damage
 from megatron_mosa.checkpoint.opened import Opened, Source, open_model
 from megatron_mosa.errors import RunError, UserError
 
-_WEIGHT = "model."  # what keys of weights begin with, those of moments do not
+_WEIGHT = "model."  # prefix of weight keys, but not of moments
 
 
 class Difference(NamedTuple):
-    """Of one tensor."""
+    """Difference between two versions of one tensor."""
 
     relative: float
-    """Norm of the difference over the norm of the first, both in fp64; infinite where one has a NaN."""
+    """Norm of the difference divided by the norm of the first tensor, both in fp64; infinite if either has a NaN."""
 
     name: str
 
 
 def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits: bool = True) -> None:
-    """Compare all weights, Adam's moments if both have them, and the logits of a fixed batch; print what was found.
+    """Compare all weights, Adam's moments if both have them, and the logits of a fixed batch; print the result.
 
     Args:
-        first, second: checkpoints, run directories (their newest) or Hugging Face folders.
-        tolerance: the largest relative difference of a tensor; 0: to the last bit.
-        compares_logits: build both models, one after the other, in fp32 on the CPU.
+        first: a checkpoint, a run directory (its newest checkpoint), a Hugging Face folder or a torch_dist checkpoint.
+        second: likewise.
+        tolerance: the largest permitted relative difference of a tensor; 0: bitwise equality.
+        compares_logits: also build both models, one after the other, in fp32 on the CPU, and compare their logits.
 
     Raises:
-        UserError: no such model; a tolerance below 0.
-        RunError: they differ, naming the tensor that differs most; one of them is damaged.
+        UserError: a model does not exist, or the tolerance is negative.
+        RunError: the models differ (the message names the tensor that differs most), or one of them is damaged.
     """
     if not tolerance >= 0:
-        raise UserError(f"--tolerance={tolerance} is not supported; expected 0 (to the last bit) or more")
+        raise UserError(f"--tolerance must be at least 0 (bitwise equality), got {tolerance}")
     models = []
     for path in (first, second):
         with naming_damage(path):
             models.append(open_model(path))
     ours, theirs = models
-    _refuse_other_shapes(ours, theirs)
-    _judge(*_compare(ours, theirs), tolerance)
+    _check_shapes(ours, theirs)
+    _report(*_compare(ours, theirs), tolerance)
     if compares_logits:
         _compare_logits(ours, theirs, tolerance)
 
 
-def _refuse_other_shapes(ours: Opened, theirs: Opened) -> None:
+def _check_shapes(ours: Opened, theirs: Opened) -> None:
     shapes = [{weight.name: weight.shape for weight in model.weights} for model in (ours, theirs)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
             raise RunError(
-                f"not the same model: {name} is {shapes[0].get(name, 'missing')} in '{ours.path}', "
+                f"the models differ: {name} is {shapes[0].get(name, 'missing')} in '{ours.path}', "
                 f"{shapes[1].get(name, 'missing')} in '{theirs.path}'"
             )
 
 
 def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
-    """The largest difference, and what was compared."""
+    """Return the largest difference, and a description of what was compared."""
     from megatron_mosa.data.shards import progress
 
     both_ours = isinstance(ours, Source) and isinstance(theirs, Source)
@@ -93,17 +94,16 @@ def _relative(first: Tensor, second: Tensor) -> float:
     if torch.equal(first, second):
         return 0.0
     difference = ((first.double() - second.double()).norm() / first.double().norm().clamp(min=1e-300)).item()
-    return difference if difference > 0 else float("inf")  # NaN, or zeros of other signs
+    return difference if difference > 0 else float("inf")  # NaN, or zeros of different sign
 
 
-def _judge(worst: Difference, compared: str, tolerance: float) -> None:
+def _report(worst: Difference, compared: str, tolerance: float) -> None:
     if worst.relative > tolerance:
-        allowed = "to the last bit" if tolerance == 0 else f"within {tolerance:g}"
         raise RunError(
-            f"they differ: of {compared}, {worst.name} differs most, by {worst.relative:.1e} of its norm; asked for: "
-            f"equal {allowed}"
+            f"the models differ: of {compared}, {worst.name} differs most, by {worst.relative:.1e} of its norm "
+            f"(--tolerance: {tolerance:g})"
         )
-    print(f"{compared}: " + ("equal to the last bit" if worst.relative == 0 else f"within {worst.relative:.1e}"))
+    print(f"{compared}: " + ("bitwise equal" if worst.relative == 0 else f"equal within {worst.relative:.1e}"))
 
 
 def _compare_logits(ours: Opened, theirs: Opened, tolerance: float) -> None:
@@ -113,6 +113,6 @@ def _compare_logits(ours: Opened, theirs: Opened, tolerance: float) -> None:
     print(f"logits of {tokens.numel()} fixed tokens: largest KL divergence {divergence:.1e} nats")
     if tolerance == 0 and not torch.equal(expected, found):
         raise RunError(
-            f"they differ: weights are equal, but logits are not (KL divergence {divergence:.1e} nats): the models are "
-            "described differently; compare them with mosa checkpoint inspect"
+            f"the models differ: their weights are equal, but their logits are not (KL divergence {divergence:.1e} "
+            "nats), so their configurations differ; compare them with mosa checkpoint inspect"
         )

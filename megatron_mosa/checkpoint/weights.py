@@ -1,9 +1,9 @@
-"""How weights are called and laid out, here, in transformers and in Megatron-LM: described once, for every conversion.
+"""Describe names and layouts of weights in this project, transformers and Megatron-LM, for every conversion.
 
-In transformers a projection is a matrix of its own; here some of them lie in one tensor. Weights of MoSA heads are the
+In transformers every projection has its own matrix; here some projections share a tensor. Weights of MoSA heads are the
 same on both sides: ``router_weight`` [E, h], ``qkv_weight`` [E, h, 3h'] with columns q, k, v, ``proj_weight``
-[E, h', h], and ``thresholds`` [E] where they select by these. Megatron-LM has dense heads alone, laid out as here; its
-layers lie in one tensor [L, ...], or each in one.
+[E, h', h], and ``thresholds`` [E] if the heads select by thresholds. Megatron-LM has only dense heads, laid out as
+here; it stacks all layers in one tensor [L, ...], or gives each layer its own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from megatron_mosa.config import Config
 from megatron_mosa.parallel import Partition
 
-CALIBRATED = 2.0**20  # updates of thresholds that come from elsewhere: more than any warm-up takes
-_GATED = Partition(dim=0, stride=2)  # how a module holds the two matrices of a gated MLP
+CALIBRATED = 2.0**20  # number of updates recorded for imported or calibrated thresholds: longer than any warm-up
+_GATED = Partition(dim=0, stride=2)  # how a module stores the two matrices of a gated MLP
 
-# Parts of names of ours, and of Megatron-LM's: a norm belongs to the matrix behind it, as in Transformer Engine.
+# Our name parts -> Megatron-LM's. As in Transformer Engine, a norm belongs to the linear layer that follows it.
 _LINEAR = {
     ".self_attention.dense_heads.qkv_weight": ".self_attention.linear_qkv.weight",
     ".self_attention.dense_heads.proj_weight": ".self_attention.linear_proj.weight",
@@ -36,26 +36,26 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Fusion(Protocol):
-    """How several matrices lie in one tensor."""
+    """How several matrices are stored in one tensor."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The matrices, as views where they can be."""
+        """Return the matrices, as views where possible."""
         ...
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of ``split``."""
+        """Invert ``split``."""
         ...
 
 
 class Alone:
-    """One tensor, the same on both sides."""
+    """A tensor that is the same on both sides."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """As Fusion."""
+        """Return the tensor itself as the only part."""
         return (tensor,)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """As Fusion."""
+        """Return the only part."""
         return parts[0]
 
 
@@ -63,73 +63,73 @@ ALONE = Alone()
 
 
 class GateAndUp:
-    """The first matrices of a gated MLP, [2, n, h]: gate and up, as checkpoints keep them (``Partition.unfold``)."""
+    """Gate and up matrices of a gated MLP in checkpoint layout, [2, n, h] (see ``Partition.unfold``)."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Gate [n, h] and up [n, h]."""
+        """Split [2, n, h] into gate [n, h] and up [n, h]."""
         return tensor.unbind(0)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """As Fusion."""
+        """Stack gate [n, h] and up [n, h] to [2, n, h]."""
         return torch.stack(tuple(parts))
 
 
 @dataclass(frozen=True)
 class NotThere:
-    """A tensor that transformers has no use for; read back, it has one value everywhere."""
+    """A tensor without a counterpart in transformers; an import fills it with a constant."""
 
     shape: tuple[int, ...]
     value: float
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """As Fusion: none."""
+        """Return no parts: the tensor is not exported."""
         return ()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """As Fusion, of none."""
+        """Return the constant tensor; there are no parts to join."""
         return torch.full(self.shape, self.value)
 
 
 @dataclass(frozen=True)
 class GroupedQkv:
-    """Megatron's linear_qkv, [G (H / G + 2) h', h]: queries, key and value of group 0, then those of group 1, ..."""
+    """Megatron's linear_qkv, [G (H / G + 2) h', h]: queries, key and value of group 0, then of group 1, ..."""
 
     heads: int
     groups: int
     head_dim: int
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Queries [H h', h], keys [G h', h] and values [G h', h], heads in order."""
+        """Split into queries [H h', h], keys [G h', h] and values [G h', h], with heads in order."""
         queries = self.heads // self.groups
         blocks = tensor.unflatten(0, (self.groups, queries + 2, self.head_dim))  # [G, H / G + 2, h', h]
         return tuple(part.flatten(0, 2) for part in blocks.split((queries, 1, 1), dim=1))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """As Fusion."""
+        """Interleave queries, keys and values by group."""
         blocks = [part.unflatten(0, (self.groups, -1, self.head_dim)) for part in parts]
         return torch.cat(blocks, dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of ours, and the tensors that it is in transformers."""
+    """One weight of this project, and the tensors that correspond to it in transformers."""
 
     name: str
     """Megatron's global name."""
 
     shape: tuple[int, ...]
-    """The global shape, as in a checkpoint."""
+    """The global shape in a checkpoint."""
 
     parts: tuple[str, ...]
-    """Names in transformers."""
+    """Names of the corresponding tensors in transformers, in the order of ``fusion.split``."""
 
     fusion: Fusion = ALONE
 
     is_trained: bool = True
-    """Whether an optimizer steps it; what it does not is fp32 everywhere."""
+    """Whether the optimizer updates it; other weights are fp32 everywhere."""
 
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes in transformers."""
+        """Return the shapes of ``parts``."""
         return tuple(tuple(part.shape) for part in self.fusion.split(torch.empty(self.shape, device="meta")))
 
     @property
@@ -138,27 +138,27 @@ class Weight:
         return tuple(self.for_module(torch.empty(self.shape, device="meta")).shape)
 
     def for_module(self, tensor: Tensor) -> Tensor:
-        """As a module holds it, of what a checkpoint does; a view."""
+        """Convert from checkpoint layout to a module's layout; returns a view."""
         return _GATED.fold(tensor) if isinstance(self.fusion, GateAndUp) else tensor
 
     def from_module(self, tensor: Tensor) -> Tensor:
-        """The inverse of ``for_module``."""
+        """Convert from a module's layout to checkpoint layout; inverse of ``for_module``."""
         return _GATED.unfold(tensor) if isinstance(self.fusion, GateAndUp) else tensor
 
     def megatron_names(self) -> tuple[str, str]:
-        """Names in Megatron-LM: of its checkpoints, and where a norm is a module of its own there, too."""
+        """Return the name in Megatron-LM's checkpoints, and the name if its norms are separate modules."""
         joined = _replaced(self.name, _LINEAR)
         return _replaced(joined, _NORMS), joined
 
 
 def stacked(name: str) -> tuple[str, int | None]:
-    """The name without a layer's number, of the layers in one tensor [L, ...], and the number; None: not of a layer."""
+    """Return the key of the tensor [L, ...] that stacks all layers, and the layer index; None: not in a layer."""
     layer = _LAYER.search(name)
     return _LAYER.sub(".layers.", name), int(layer[1]) if layer else None
 
 
 def partition_keys(keys: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Keys of tensors in a checkpoint of Megatron-LM's: of weights, and of optimizer state."""
+    """Split the tensor keys of a Megatron-LM checkpoint into those of weights and those of optimizer state."""
     weights: list[str] = []
     optimizer: list[str] = []
     for key in keys:
@@ -167,10 +167,10 @@ def partition_keys(keys: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def model_weights(config: Config, vocab_rows: int) -> list[Weight]:
-    """All weights of a model, embedding first, layer by layer.
+    """List all weights of a model: embedding first, then layer by layer.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         vocab_rows: rows of the embedding, padding included.
     """
     model = config.model
@@ -200,7 +200,7 @@ def _norm(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
 
 
 def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
-    model, selecting = config.model, config.mosa.num_heads
+    model, mosa_heads = config.model, config.mosa.num_heads
     width, head_dim, dense, local = model.hidden_size, model.head_dim, model.num_dense_heads, model.num_local_heads
     for kind, heads, groups in (
         ("dense_heads", dense, model.num_query_groups or dense),
@@ -215,16 +215,16 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
             )
             shape = (width, heads * head_dim)
             yield Weight(f"{ours}{kind}.proj_weight", shape, (f"{theirs}{kind}.o_proj.weight",))
-    if selecting:
+    if mosa_heads:
         shapes = {
-            "router_weight": (selecting, width),
-            "qkv_weight": (selecting, width, 3 * head_dim),
-            "proj_weight": (selecting, head_dim, width),
+            "router_weight": (mosa_heads, width),
+            "qkv_weight": (mosa_heads, width, 3 * head_dim),
+            "proj_weight": (mosa_heads, head_dim, width),
         }
         for name, shape in shapes.items():
             yield Weight(f"{ours}mosa_heads.{name}", shape, (f"{theirs}mosa_heads.{name}",))
-    if selecting and config.mosa.selection == "threshold":
-        name, shape = "mosa_heads.thresholds", (selecting,)
+    if mosa_heads and config.mosa.selection == "threshold":
+        name, shape = "mosa_heads.thresholds", (mosa_heads,)
         yield Weight(ours + name, shape, (theirs + name,), is_trained=False)
         yield Weight(f"{ours}mosa_heads.threshold_updates", shape, (), NotThere(shape, CALIBRATED), is_trained=False)
 

@@ -1,10 +1,11 @@
-"""A DeepSpeed checkpoint of ZeRO 1, 2 or 3: fp32 weights put together of the shards, one tensor at a time.
+"""Assemble fp32 weights from the shards of a DeepSpeed ZeRO 1, 2 or 3 checkpoint, one tensor at a time.
 
-What is read, as DeepSpeed 0.19 writes it. ``*mp_rank_00_model_states.pt``: ``param_shapes``, of each optimizer group
-the shapes of its parameters by name and in order; ``shared_params``, further names of parameters; ``module`` with the
-buffers. ``*zero_pp_rank_N_mp_rank_00_optim_states.pt``: rank N's part of each group. Under ZeRO 1 and 2 a group is one
-vector, its parameters one after the other, cut into parts, one a rank; under ZeRO 3 each parameter is cut, and a rank
-has its parts of all of them one after the other. Ends are padded.
+It reads the following, as DeepSpeed 0.19 writes it. ``*mp_rank_00_model_states.pt`` contains ``param_shapes`` (for each
+optimizer group, the shapes of its parameters by name and in order), ``shared_params`` (additional names of parameters)
+and ``module`` with the buffers. ``*zero_pp_rank_N_mp_rank_00_optim_states.pt`` contains rank N's partition of each
+group. Under ZeRO 1 and 2 a group is one vector that concatenates its parameters and is split into one partition per
+rank. Under ZeRO 3 each parameter is split, and a rank's partition concatenates its slices of all parameters. Ends are
+padded.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from megatron_mosa.errors import UserError
 _HARMLESS = (
     "argparse.Namespace",
     "deepspeed.",
-    "numpy._core.multiarray._reconstruct",  # of random states
+    "numpy._core.multiarray._reconstruct",  # for states of random number generators
     "numpy.core.multiarray._reconstruct",
     "numpy.dtype",
     "numpy.ndarray",
 )
 _WHOLE_MODEL = "mp_rank_00_model_states.pt"
-_MAPPED_BYTES = 1 << 28  # what was read from mapped files stays in memory until they are closed
+_MAPPED_BYTES = 1 << 28  # bytes to read before closing mapped files: until then, pages that were read stay in memory
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Range:
-    """A range of one rank's part of one group."""
+    """A range of elements in one rank's partition of one optimizer group."""
 
     rank: int
     group: int
@@ -51,20 +52,20 @@ class Range:
 
 
 class ZeroShards:
-    """A tag folder of DeepSpeed's, of one model-parallel rank, opened."""
+    """Reads the tensors of a DeepSpeed tag folder with one model-parallel rank."""
 
     def __init__(self, path: Path) -> None:
-        """Read all files once for their checksums, and what says where everything lies.
+        """Read all files once to verify their checksums, and locate every parameter.
 
         Args:
             path: the folder with ``latest``, or one of the tag folders in it.
 
         Raises:
-            UserError: a checkpoint that is not ZeRO's, or of several model-parallel ranks.
-            DamagedError: a file is missing, damaged, or would run code.
+            UserError: the checkpoint has several model-parallel ranks, experts, or pipeline stages.
+            DamagedError: a file is missing, damaged, not written by ZeRO, or would run code.
         """
-        self.folder = _tag(path)
-        _refuse_model_parallel(self.folder)
+        self.folder = _find_tag(path)
+        _check_single_model_parallel_rank(self.folder)
         self._mapped: dict[str, dict[str, Any]] = {}
         self._mapped_bytes = 0
         first = _one(self.folder, "*zero_pp_rank_0_mp_rank_00_optim_states.pt")
@@ -73,26 +74,26 @@ class ZeroShards:
         self._groups_key = "fp32_flat_groups" if self._is_partitioned else "single_partition_of_fp32_groups"
         self._check_files(first)
         model = self._load(self._model_file(0))
-        self._shapes = [{name: tuple(shape) for name, shape in group.items()} for group in _of(model, "param_shapes")]
-        self._shared: dict[str, str] = dict(_of(model, "shared_params"))
+        self._shapes = [{name: tuple(shape) for name, shape in group.items()} for group in _get(model, "param_shapes")]
+        self._shared: dict[str, str] = dict(_get(model, "shared_params"))
         self._frozen: dict[str, Shape] = {k: tuple(v) for k, v in (model.get("frozen_param_shapes") or {}).items()}
         try:
             self._ranges = dict(self._partitioned() if self._is_partitioned else self._consecutive())
         except (IndexError, TypeError, ValueError) as error:
-            raise DamagedError(f"its files are not of one checkpoint ({error})") from None
+            raise DamagedError(f"its files do not belong to the same checkpoint ({error})") from None
         self.tensors = self._infos(model)
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, in fp32 if it is of floating-point numbers.
+        """Read a whole tensor, in fp32 if it has a floating-point dtype.
 
         Raises:
-            KeyError: there is none of that name.
-            DamagedError: a file was changed since it was opened.
+            KeyError: there is no tensor of that name.
+            DamagedError: a file has changed since the checksums were verified.
         """
         info = self.tensors[name]
         name = self._shared.get(name, name)
         if name in self._ranges:
-            parts = [self._part(part) for part in self._ranges[name]]
+            parts = [self._read_range(part) for part in self._ranges[name]]
         elif name in self._frozen and self._is_partitioned:
             parts = [self._load(self._model_file(rank))["frozen_param_fragments"][name] for rank in range(self.ranks)]
         else:
@@ -107,12 +108,13 @@ class ZeroShards:
     def _check_files(self, first: Path) -> None:
         from megatron_mosa.data.shards import progress
 
-        count = _of(_of(self._load(first.name), "optimizer_state_dict"), "partition_count")
+        count = _get(_get(self._load(first.name), "optimizer_state_dict"), "partition_count")
         counts = set(count) if isinstance(count, list) else {count}
         if len(counts) > 1:
             raise UserError(
-                f"'{self.folder}' has parameters of experts, over {min(counts)} ranks beside {max(counts)}; expected "
-                "models in which all parameters are partitioned over all data-parallel ranks"
+                f"'{self.folder}' has expert parameters, which are partitioned over {min(counts)} instead of "
+                f"{max(counts)} ranks; only models whose parameters are all partitioned over all data-parallel ranks "
+                "can be merged"
             )
         self.ranks: int = counts.pop()
         names = [self._optimizer_file.format(rank) for rank in range(self.ranks)]
@@ -120,15 +122,15 @@ class ZeroShards:
         for name in names:
             if not (self.folder / name).is_file():
                 raise DamagedError(f"{name} is missing; {self.ranks} data-parallel ranks wrote this checkpoint")
-        with progress(sum((self.folder / name).stat().st_size for name in names), "comparing checksums") as bar:
+        with progress(sum((self.folder / name).stat().st_size for name in names), "verifying checksums") as bar:
             for name in names:
                 try:
                     with (self.folder / name).open("rb") as file:
-                        change = find_change(file, bar.update)
+                        damage = find_change(file, bar.update)
                 except OSError as error:
                     raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-                if change is not None:
-                    raise DamagedError(f"{name} {change}")
+                if damage is not None:
+                    raise DamagedError(f"{name} {damage}")
 
     def _model_file(self, rank: int) -> str:
         return f"zero_pp_rank_{rank}_{_WHOLE_MODEL}" if self._is_partitioned else _WHOLE_MODEL
@@ -139,19 +141,19 @@ class ZeroShards:
         return self._mapped[name]
 
     def _groups(self, rank: int) -> list[Tensor]:
-        """Rank ``rank``'s part of each group, fp32 [n]."""
+        """Return rank ``rank``'s partition of each group, fp32 [n]."""
         name = self._optimizer_file.format(rank)
-        groups = _of(_of(self._load(name), "optimizer_state_dict"), self._groups_key)
+        groups = _get(_get(self._load(name), "optimizer_state_dict"), self._groups_key)
         if not all(isinstance(group, Tensor) and group.dim() == 1 for group in groups):
-            raise DamagedError(f"{name}: {self._groups_key} are no vectors")
+            raise DamagedError(f"{name}: {self._groups_key} contains something other than vectors")
         return [group.detach() for group in groups]
 
-    def _part(self, part: Range) -> Tensor:
+    def _read_range(self, part: Range) -> Tensor:
         return self._groups(part.rank)[part.group][part.start : part.stop]
 
     def _consecutive(self) -> Iterator[tuple[str, list[Range]]]:
-        """ZeRO 1 and 2: where each parameter lies."""
-        first = _of(self._load(self._optimizer_file.format(0)), "optimizer_state_dict")
+        """Locate each parameter under ZeRO 1 and 2."""
+        first = _get(self._load(self._optimizer_file.format(0)), "optimizer_state_dict")
         paddings = first.get("param_alignment_paddings") or [[0] * len(shapes) for shapes in self._shapes]
         sizes = [[len(group) for group in self._groups(rank)] for rank in range(self.ranks)]
         for group, (shapes, padding) in enumerate(zip(self._shapes, paddings, strict=True)):
@@ -163,11 +165,11 @@ class ZeroShards:
                 start = stop + pad
 
     def _partitioned(self) -> Iterator[tuple[str, list[Range]]]:
-        """ZeRO 3: where each parameter lies; a rank's groups are one vector, cut anywhere."""
+        """Locate each parameter under ZeRO 3, where a rank's groups form one vector that may be split anywhere."""
         sizes = [len(group) for group in self._groups(0)]
         for rank in range(1, self.ranks):
             if [len(group) for group in self._groups(rank)] != sizes:
-                raise DamagedError(f"{self._optimizer_file.format(rank)} has groups of other sizes than rank 0's")
+                raise DamagedError(f"{self._optimizer_file.format(rank)} has group sizes that differ from rank 0's")
         bounds = list(accumulate(sizes, initial=0))
         start = 0
         for name, shape in ((name, shape) for shapes in self._shapes for name, shape in shapes.items()):
@@ -177,14 +179,17 @@ class ZeroShards:
             start = stop
 
     def _infos(self, model: dict[str, Any]) -> dict[str, TensorInfo]:
-        """Buffers, frozen parameters, trained ones, and their further names."""
-        module = _of(model, "module")
+        """Describe buffers, frozen parameters, trained parameters, and additional names of shared parameters."""
+        module = _get(model, "module")
         if not isinstance(module, dict):
-            raise UserError(f"'{self.folder}' was written by DeepSpeed's pipeline engine; expected one pipeline stage")
+            raise UserError(
+                f"'{self.folder}' was written by DeepSpeed's pipeline engine; only models without pipeline stages can "
+                "be merged"
+            )
         trained = {name: shape for shapes in self._shapes for name, shape in shapes.items()}
-        # Under ZeRO 1 frozen parameters are in the module alone, and are not listed.
+        # Under ZeRO 1, frozen parameters are only in the module and are not listed elsewhere.
         others = module.keys() - trained.keys() - self._shared.keys()
-        whole = _of(model, "buffer_names") if self._is_partitioned else others
+        whole = _get(model, "buffer_names") if self._is_partitioned else others
         infos = {
             name: TensorInfo(tuple(tensor.shape), torch.float32 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in module.items()
@@ -196,16 +201,16 @@ class ZeroShards:
 
 
 def _overlaps(name: str, start: int, stop: int, bounds: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Of a vector cut at ``bounds``: the parts in which ``start`` to ``stop`` lies, and where in each."""
+    """Yield the partitions of a vector split at ``bounds`` that overlap ``start`` to ``stop``, with the local range."""
     if stop > bounds[-1]:
-        raise DamagedError(f"the shards have {bounds[-1]} numbers of a group; '{name}' would end at {stop}")
+        raise DamagedError(f"the shards have {bounds[-1]} elements of a group, but '{name}' would end at {stop}")
     for part, (low, high) in enumerate(pairwise(bounds)):
         if start < high and stop > low:
             yield part, (max(start, low) - low, min(stop, high) - low)
 
 
-def _tag(path: Path) -> Path:
-    """The tag folder meant by a path: itself, or the one that ``latest`` names, or the newest."""
+def _find_tag(path: Path) -> Path:
+    """Return the tag folder for a path: the path itself, the folder that ``latest`` names, or the newest."""
     tags = deepspeed_tags(path)
     if tags == [path]:
         return path
@@ -214,33 +219,34 @@ def _tag(path: Path) -> Path:
         return tags[-1]
     name = latest.read_text(errors="replace", encoding="utf-8").strip()
     if path / name not in tags:
-        there = ", ".join(tag.name for tag in tags)
-        raise DamagedError(f"latest names '{name}', which is no tag folder; there are: {there}")
+        available = ", ".join(tag.name for tag in tags)
+        raise DamagedError(f"latest names '{name}', which is not a tag folder; available: {available}")
     return path / name
 
 
-def _refuse_model_parallel(folder: Path) -> None:
+def _check_single_model_parallel_rank(folder: Path) -> None:
     names = [file.name for file in folder.glob("*.pt")]
     if len(ranks := {match[1] for name in names if (match := re.search(r"mp_rank_(\d+)", name))}) > 1:
         raise UserError(
-            f"'{folder}' is of {len(ranks)} model-parallel ranks, and how a tensor is split over them is not in it; "
-            "expected one (mp_rank_00); merge them with the program that wrote it"
+            f"'{folder}' has {len(ranks)} model-parallel ranks, but does not record how tensors are split over them; "
+            "only one rank (mp_rank_00) is supported: first merge the ranks with the program that wrote the checkpoint"
         )
     if any("expert" in name for name in names):
-        raise UserError(f"'{folder}' has files of experts; expected models without")
+        raise UserError(f"'{folder}' has files of experts; only models without experts can be merged")
 
 
 def _one(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if not found:
         raise DamagedError(
-            f"{pattern} is missing; expected what ZeRO 1, 2 or 3 wrote (without ZeRO, {_WHOLE_MODEL} has whole weights)"
+            f"{pattern} is missing; the checkpoint must have been written by ZeRO 1, 2 or 3 (without ZeRO, "
+            f"{_WHOLE_MODEL} contains whole weights)"
         )
     return found[0]
 
 
-def _of(content: dict[str, Any], key: str) -> Any:
+def _get(content: dict[str, Any], key: str) -> Any:
     try:
         return cast(Any, content[key])
     except (KeyError, TypeError):
-        raise DamagedError(f"'{key}' is missing in it; expected what ZeRO 1, 2 or 3 wrote") from None
+        raise DamagedError(f"'{key}' is missing; the checkpoint must have been written by ZeRO 1, 2 or 3") from None

@@ -1,1 +1,1 @@
-"""Decoding with exported models. Nothing is imported here: the command line comes through."""
+"""Decode with exported models. Nothing is imported here, because every start of the command line imports it."""

@@ -1,4 +1,4 @@
-"""How large the cache of a model is, measured by filling it, beside that of a dense model."""
+"""Measure a model's cache size by filling it, and compare it with that of a dense model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 
-_PIECE = 1024  # tokens that go through the model at once
+_CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure; the options of ``mosa cache-report``."""
+    """Options of ``mosa cache-report``."""
 
     path: Path
     lengths: list[int]
@@ -40,52 +40,54 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """The cache of one sequence of ``length`` tokens, in bytes."""
+    """Cache sizes of one sequence of ``length`` tokens, in bytes."""
 
     length: int
     used: dict[str, int]
-    """By kind of heads: keys and values that are there."""
+    """Bytes of stored keys and values, by kind of heads."""
 
     allocated: int
-    """Of all kinds: buffers with their room to grow, blocks that are not full, the table of blocks."""
+    """Bytes allocated for all kinds, including spare capacity, partly filled blocks and the block table."""
 
     selected_share: float | None
-    """Tokens that a MoSA head has selected, of all, in the mean; None: there are no MoSA heads."""
+    """Mean share of tokens that a MoSA head has selected; None: the model has no MoSA heads."""
 
     most_over_mean: float | None
-    """The largest count of a MoSA head over the mean, in the layer where this is largest."""
+    """The largest number of tokens of a MoSA head divided by the layer's mean, for the layer where it is largest."""
 
     dense_baseline: int
+    """Bytes of the dense model's cache."""
+
     exact: bool
-    """Dense heads saw all tokens before."""
+    """Whether dense heads attended to all previous tokens."""
 
     @property
     def total(self) -> int:
-        """Used, of all kinds."""
+        """Bytes in use by all kinds of heads."""
         return sum(self.used.values())
 
 
 def report(request: Request, output: Path | None, *, as_json: bool) -> None:
-    """Measure, print a table or JSON, and write cache.json and cache.png to ``output``.
+    """Measure the cache, print a table or JSON, and write cache.json and cache.png to ``output``.
 
     Raises:
-        UserError: a model that has no cache, thresholds that are not calibrated, a text that is too short.
+        UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
     """
-    model, words = open_model(request.path, request.device, request.dtype, request.tokenizer)
+    model, tokenizer = open_model(request.path, request.device, request.dtype, request.tokenizer)
     if not model.config.can_decode:
         raise UserError(
-            f"'{request.path}' selects by expert choice (mosa.selection): it chooses again with every token, so there "
-            "is no cache to measure; expected models with mosa.selection=threshold, or without MoSA heads"
+            f"'{request.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
+            "is no cache to measure; pass a model with mosa.selection=threshold or without MoSA heads"
         )
     check_thresholds(model, request.path)
-    heads, what = baseline_heads(model.config, request.dense_heads)
-    tokens = _tokens(request, model.config, words)
+    heads, reason = baseline_heads(model.config, request.dense_heads)
+    tokens = _tokens(request, model.config, tokenizer)
     rows = measure(model, tokens, request.lengths, heads, request.exact_up_to)
     facts = {
         "model": str(request.path),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tokens": f"of {request.text}" if request.text else "random",
-        "baseline": f"{heads} dense heads a layer ({what}), keys and values of every token, computed",
+        "tokens": f"from {request.text}" if request.text else "random",
+        "baseline": f"{heads} dense heads per layer ({reason}), keys and values of every token, computed",
         "sparsity": model.config.sparsity if model.config.num_mosa_heads else None,
     }
     content = facts | {"rows": [asdict(row) | {"total": row.total} for row in rows]}
@@ -97,10 +99,10 @@ def report(request: Request, output: Path | None, *, as_json: bool) -> None:
 
 
 def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
-    """Dense heads of the model beside it, and why as many.
+    """Return the number of heads per layer of the dense baseline, and the reason for it.
 
-    By default the fewest with which a dense model of the same layers, widths and MLP costs no less than this one, by
-    the paper's formulas (section 2), forward, at the length that the model was trained on.
+    The default is the smallest number with which a dense model of the same depth, widths and MLP needs at least as many
+    FLOPs as this one, by the paper's formulas (section 2) for the forward pass at the training length.
     """
     if given is not None:
         return given, "--dense-heads"
@@ -117,22 +119,22 @@ def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
     return -(-layer // dense), f"equal FLOPs at {length} tokens"
 
 
-def _tokens(request: Request, config: MosaConfig, words: Any) -> Tensor:
-    """[1, T], as many as the longest row needs."""
+def _tokens(request: Request, config: MosaConfig, tokenizer: Any) -> Tensor:
+    """Return tokens [1, T] for the largest requested length T."""
     needed = request.lengths[-1]
     if request.text is None:
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
-    if words is None:
-        raise UserError(f"--text={request.text}: '{request.path}' has no tokenizer.json; leave --text out")
+    if tokenizer is None:
+        raise UserError(f"--text={request.text}: '{request.path}' has no tokenizer.json; omit --text")
     try:
         text = request.text.read_text(encoding="utf-8", errors="replace")
-        ids = words(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
+        ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     except OSError as error:
-        raise UserError(f"--text={request.text} cannot be read: {error.strerror}; give a file of text") from None
+        raise UserError(f"could not read --text={request.text}: {error.strerror}; pass a text file") from None
     if ids.shape[1] < needed:
         raise UserError(
-            f"--text={request.text} has {ids.shape[1]:,} tokens, --lengths asks for {needed:,}; give a longer text, or "
-            "shorter lengths"
+            f"--text={request.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
+            "text or shorter lengths"
         )
     return ids[:, :needed]
 
@@ -141,13 +143,16 @@ def _tokens(request: Request, config: MosaConfig, words: Any) -> Tensor:
 def measure(
     model: MosaForCausalLM, tokens: Tensor, lengths: list[int], dense_heads: int, exact_up_to: int
 ) -> list[Row]:
-    """Feed tokens [1, T] into one cache, piece by piece, and look at it at every one of the ascending ``lengths``.
+    """Feed tokens [1, T] into one cache, chunk by chunk, and record its size at each of the ascending ``lengths``.
 
     Args:
-        dense_heads: of the baseline, in each layer.
-        exact_up_to: dense heads attend to that many of the last tokens at most, so that long sequences come to an end
-            on a CPU. Up to that length all is exact. Beyond, the cache still holds every key of dense heads, but layers
-            after the first select from states that are a little different.
+        model: a model that can decode.
+        tokens: at least as many tokens as the largest length.
+        lengths: sequence lengths to record, ascending.
+        dense_heads: heads per layer of the dense baseline.
+        exact_up_to: dense heads attend to at most this many of the last tokens, so that long sequences finish on a CPU.
+            Up to this length the result is exact. Beyond it, the cache still holds all keys of dense heads, but layers
+            after the first select from slightly different hidden states.
     """
     from tqdm import tqdm
 
@@ -156,16 +161,16 @@ def measure(
     with _dense_heads_see(exact_up_to), tqdm(total=lengths[-1], unit=" tokens", file=sys.stderr) as progress:
         for length in lengths:
             while (start := cache.get_seq_length()) < length:
-                piece = tokens[:, start : min(start + _PIECE, length)].to(model.device)
-                model(piece, logits_to_keep=1, **{CACHE: cache})
-                progress.update(piece.shape[1])
+                chunk = tokens[:, start : min(start + _CHUNK, length)].to(model.device)
+                model(chunk, logits_to_keep=1, **{CACHE: cache})
+                progress.update(chunk.shape[1])
             rows.append(_row(cache, config, length, pair * dense_heads * length, exact_up_to))
     return rows
 
 
 @contextmanager
 def _dense_heads_see(last: int) -> Iterator[None]:
-    """Dense heads attend to the last columns alone, where there are more."""
+    """Restrict dense heads to the last ``last`` keys, or to as many keys as there are queries if that is more."""
     exact = heads_mosa.causal_attention
 
     def bounded(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
@@ -194,7 +199,7 @@ def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact
 
 
 def _table(facts: dict[str, Any], rows: list[Row]) -> str:
-    """Markdown."""
+    """Return the report as a Markdown table."""
     kinds = list(rows[0].used)
     names = ["tokens", *(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share"]
     lines = [f"{name}: {fact}" for name, fact in facts.items() if fact is not None]
@@ -208,12 +213,12 @@ def _table(facts: dict[str, Any], rows: list[Row]) -> str:
         cells.append("" if row.most_over_mean is None else f"{row.most_over_mean:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     if not all(row.exact for row in rows):
-        lines += ["", "* dense heads saw the last tokens alone (--exact-up-to); the cache holds all of them"]
+        lines += ["", "* dense heads attended only to the last tokens (--exact-up-to); the cache holds all of them"]
     return "\n".join(lines)
 
 
 def plot(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """Draw used and allocated bytes, and the dense model's, over the length, to a PNG file."""
+    """Plot used and allocated bytes and the dense model's bytes over the length to a PNG file."""
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
@@ -226,10 +231,10 @@ def plot(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     axes.plot(lengths, [row.allocated / _MIB for row in rows], ":", marker=".", label="this model, allocated")
     axes.plot(lengths, [row.total / _MIB for row in rows], marker="o", label="this model, in use")
     for kind in rows[0].used if len(rows[0].used) > 1 else []:
-        axes.plot(lengths, [row.used[kind] / _MIB for row in rows], linewidth=1, alpha=0.6, label=f"of it {kind} heads")
+        axes.plot(lengths, [row.used[kind] / _MIB for row in rows], linewidth=1, alpha=0.6, label=f"{kind} heads")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("tokens of one sequence")
+    axes.set_xlabel("tokens per sequence")
     axes.set_ylabel(f"MiB of keys and values ({facts['dtype']})")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-"""What ``mosa generate`` does: a prompt, and what the model goes on with, as it comes."""
+"""Read a prompt and stream the model's completion, for ``mosa generate``."""
 
 from __future__ import annotations
 
@@ -16,33 +16,37 @@ from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Sampling parameters of ``mosa generate``."""
 
     max_new_tokens: int
     temperature: float
-    """0: always the most likely."""
+    """0: always take the most likely token."""
 
     top_k: int
-    """Only these many most likely; 0: all."""
+    """Sample only from this many most likely tokens; 0: from all."""
 
     top_p: float
-    """Only the most likely that together have this probability."""
+    """Sample only from the most likely tokens with this cumulative probability."""
 
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, by their option."""
-        for name, allowed, text in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (the most likely token) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
+        """Check the ranges of all values.
+
+        Raises:
+            UserError: a value is out of range; the message names the option.
+        """
+        for name, is_valid, requirement in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (the most likely token)"),
+            ("top_k", self.top_k >= 0, "at least 0 (all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
         ):
-            if not allowed:
-                raise UserError(f"--{name.replace('_', '-')}={getattr(self, name)} is out of range; expected {text}")
+            if not is_valid:
+                raise UserError(f"--{name.replace('_', '-')} must be {requirement}, got {getattr(self, name)}")
 
     def options(self) -> dict[str, Any]:
-        """For ``generate`` of transformers."""
+        """Return the keyword arguments for transformers' ``generate``."""
         if self.temperature == 0:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
         return {
@@ -55,21 +59,21 @@ class Sampling:
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from one of the two; the file "-" is the standard input.
+    """Return the prompt, given as text or as a file ("-": standard input).
 
     Raises:
-        UserError: none, both, an empty one, or a file that is not text.
+        UserError: neither or both are given, the prompt is empty, or the file is not UTF-8 text.
     """
     if (prompt is None) == (file is None):
-        raise UserError("give either --prompt TEXT or --prompt-file FILE (- for the standard input)")
+        raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
         try:
             prompt = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "no UTF-8 text"
-            raise UserError(f"--prompt-file={file} cannot be read: {reason}; give a file of text") from None
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"could not read --prompt-file={file}: {reason}; pass a text file") from None
     if not prompt:
-        raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; expected text of one token or more")
+        raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt
 
 
@@ -83,41 +87,44 @@ def generate_text(
     tokenizer: Path | None = None,
     causal_approximation: str | None = None,
 ) -> None:
-    """Print what the model goes on with, as it comes; see ``open_model`` for what ``path`` may be.
+    """Stream a completion to standard output; see ``open_model`` for what ``path`` may be.
 
     Raises:
-        UserError: expert choice without an approximation, thresholds that are not calibrated, no tokenizer.
+        UserError: the model selects by expert choice and no approximation was requested, its thresholds are not
+            calibrated, or it has no tokenizer.
     """
     from transformers import TextStreamer
 
-    model, words = open_model(path, device, dtype, tokenizer)
-    _check(model, path, causal_approximation)
-    if words is None:
-        raise UserError(f"'{path}' has no tokenizer.json; export it again, with its tokenizer")
-    ids = words(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
+    model, text_tokenizer = open_model(path, device, dtype, tokenizer)
+    _check_decodable(model, path, causal_approximation)
+    if text_tokenizer is None:
+        raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
+    ids = text_tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
     if ids.shape[1] == 0:
-        raise UserError("--prompt has no tokens; expected text of one token or more")
+        raise UserError("--prompt has no tokens; pass at least one token of text")
     torch.manual_seed(sampling.seed)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        streamer=TextStreamer(words, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(text_tokenizer, skip_prompt=True, skip_special_tokens=True),
         causal_approximation=causal_approximation,
         **sampling.options(),
     )
 
 
-def _check(model: MosaForCausalLM, path: Path, approximation: str | None) -> None:
+def _check_decodable(model: MosaForCausalLM, path: Path, approximation: str | None) -> None:
     if model.config.can_decode:
         if approximation is not None:
-            raise UserError(f"--causal-approximation={approximation}: '{path}' is causal without it; leave it out")
+            raise UserError(
+                f"--causal-approximation={approximation}: '{path}' is already causal; omit --causal-approximation"
+            )
         check_thresholds(model, path)
     elif approximation is None:
         raise UserError(
-            f"'{path}' selects by expert choice (mosa.selection), with the whole sequence in view, so no token can be "
-            "decoded before the next are known; expected --causal-approximation prefix (selects in the prefix anew for "
-            "every token: slow, and not what was trained), what mosa checkpoint causalize makes of it, or a "
-            "model trained with mosa.selection=threshold"
+            f"'{path}' selects by expert choice (mosa.selection), which looks at the whole sequence, so no token can "
+            "be decoded before the following ones are known; convert it with mosa checkpoint causalize, use a model "
+            "trained with mosa.selection=threshold, or pass --causal-approximation prefix (reselects from the prefix "
+            "for every token: slow, and not what was trained)"
         )
     elif approximation != "prefix":
-        raise UserError(f"--causal-approximation={approximation} is not known; expected prefix")
+        raise UserError(f"--causal-approximation must be prefix, got {approximation}")

@@ -1,4 +1,4 @@
-"""A model to decode with, from an exported folder or from a checkpoint of ours."""
+"""Load a model for decoding from an exported folder or a megatron_mosa checkpoint."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto": a GPU if there is one.
+    """Return the device of this name; "auto": a GPU if available, else the CPU.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device is unknown or not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,42 +32,45 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # unknown to torch; torch without CUDA
         raise UserError(
-            f"--device={name} is not available; expected auto, cpu, and cuda where torch sees a GPU"
+            f"--device={name} is not available; it must be auto, cpu, or cuda (if torch finds a GPU)"
         ) from None
     return device
 
 
 def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = None) -> tuple[MosaForCausalLM, Any]:
-    """The model and its tokenizer; none of the code in the folder is run.
+    """Load a model and its tokenizer, without running any code from the folder.
 
     Args:
-        path: an exported folder, or a checkpoint or run directory (its newest), which is exported to a temporary
-            folder, without the comparison of logits.
+        path: an exported folder, or a checkpoint or run directory (its newest checkpoint), which is first exported to a
+            temporary folder, without comparing logits.
         device: see ``find_device``.
-        dtype: "auto" (as stored), "float32", "bfloat16".
-        tokenizer: of a checkpoint whose dataset is not there any more; an exported folder has its own.
+        dtype: "auto" (as stored), "float32" or "bfloat16".
+        tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists; an exported folder has its own.
+
+    Returns:
+        The model, and its tokenizer or None.
 
     Raises:
-        UserError: no model of ours; a device or type that is not allowed.
+        UserError: ``path`` holds no suitable model, or the device or dtype is invalid.
     """
     if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(DTYPES)}")
-    place = find_device(device)
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    torch_device = find_device(device)
     folder, kind = find_model(path)
     if kind is Kind.HUGGING_FACE:
         if tokenizer is not None:
-            raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own; leave it out")
-        return _load(folder, place, dtype)
+            raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own tokenizer; omit --tokenizer")
+        return _load(folder, torch_device, dtype)
     if kind is not Kind.OURS:
         raise UserError(
-            f"'{path}' is a {kind.value}; expected a folder written by mosa checkpoint export --to hf, a checkpoint of "
-            "ours, a run directory"
+            f"'{path}' is a {kind.value}; pass a folder written by mosa checkpoint export --to hf, a megatron_mosa "
+            "checkpoint, or a run directory"
         )
     with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
         exported = Path(temporary) / "exported"
-        with redirect_stdout(sys.stderr):  # what is generated goes to the output alone
+        with redirect_stdout(sys.stderr):  # keep standard output for the generated text
             export_hf(folder, exported, tokenizer=tokenizer, checks_logits=False)
-        return _load(exported, place, dtype)
+        return _load(exported, torch_device, dtype)
 
 
 def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausalLM, Any]:
@@ -76,7 +79,7 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
 
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "mosa":
-        raise UserError(f"'{folder}' has model_type={kind}; expected mosa, as mosa checkpoint export --to hf writes it")
+        raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
     logging.disable_progress_bar()
     model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -85,10 +88,10 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
 
 
 def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
-    """Refuse a model whose thresholds nothing has set.
+    """Refuse a model with thresholds that were never set.
 
     Raises:
-        UserError: naming the layers.
+        UserError: names the affected layers.
     """
     try:
         model.model.check_thresholds()

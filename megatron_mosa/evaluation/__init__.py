@@ -1,1 +1,1 @@
-"""What a trained model really achieves: losses with and without a view of the future, by position and by length."""
+"""Evaluate trained models: losses with and without access to future tokens, by position and by sequence length."""

@@ -1,4 +1,4 @@
-"""The command ``mosa evaluate``."""
+"""Implement the command ``mosa evaluate``."""
 
 from __future__ import annotations
 
@@ -19,37 +19,42 @@ _DTYPES = ("float32", "bfloat16")
 
 def evaluate(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint, a run directory (its newest), an exported model.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A checkpoint, a run directory (its newest checkpoint), or an exported model."
+        ),
     ],
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="PATH", help="A built dataset; default: the one trained on.")
+        Path | None, typer.Option("--data", metavar="PATH", help="A built dataset; default: the training dataset.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Windows of the validation split.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", min=2, help="Number of validation windows.")] = 64,
     prefixes: Annotated[
-        int, typer.Option("--prefixes", min=0, help="Positions in each range that are measured on prefixes alone.")
+        int, typer.Option("--prefixes", min=0, help="Positions per range for the prefix-only loss; 0: none.")
     ] = 2,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,N,...", help="Multiples of the trained length; '' for none.")
+        str, typer.Option("--lengths", metavar="N,N,...", help="Multiples of the training length; '' for none.")
     ] = "2,4",
     calibration_samples: Annotated[
         int,
         typer.Option(
-            "--calibration-samples", min=1, help="Expert choice: windows of the training split for its thresholds."
+            "--calibration-samples", min=1, help="Expert choice: training windows to calibrate thresholds on."
         ),
     ] = 64,
-    tokens_at_once: Annotated[int, typer.Option("--tokens-at-once", min=1, help="In one forward pass.")] = 8192,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: cuda where there is one.")] = "",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16: what it is computed in.")] = "float32",
-    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write all numbers as JSON.")] = None,
+    tokens_at_once: Annotated[int, typer.Option("--tokens-at-once", min=1, help="Tokens per forward pass.")] = 8192,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: cuda if available.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="Compute dtype: float32 or bfloat16.")] = "float32",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Also write all results as JSON.")
+    ] = None,
 ) -> None:
-    """Measure a model with and without a view of the future: losses, leak, flips, by position and by length.
+    """Measure a model with and without access to future tokens: losses, leak, flip rate, by position and length.
 
-    A model that looks ahead (expert choice) is measured as it was trained, labelled NON-CAUSAL, and as it could be
-    decoded: by thresholds that are calibrated on the training split.
+    A model that looks ahead (expert choice) is measured as trained, labelled NON-CAUSAL, and as it can be decoded: with
+    thresholds calibrated on the training split.
     """
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:
-        raise UserError(f"--dtype={dtype} is not supported; expected {', '.join(_DTYPES)}")
+        raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
     import torch
     from rich.console import Console
 
@@ -76,9 +81,7 @@ def evaluate(
 def _multiples(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isdecimal() and int(word) >= 2 for word in words):
-        raise UserError(
-            f"--lengths={text} is not supported; expected numbers from 2 on, with commas between, such as 2,4"
-        )
+        raise UserError(f"--lengths must be comma-separated integers of at least 2, such as 2,4, got {text}")
     return tuple(int(word) for word in words)
 
 
@@ -87,13 +90,13 @@ def _device(name: str) -> Any:
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        there = "cpu, cuda" if torch.cuda.is_available() else "cpu (torch sees no GPU)"
-        raise UserError(f"--device={name} is not supported; expected {there}")
+        available = "cpu or cuda" if torch.cuda.is_available() else "cpu (torch finds no GPU)"
+        raise UserError(f"--device must be {available}, got {name}")
     return torch.device(name)
 
 
 def _dataset(model: Opened, path: Path | None) -> Mixture:
-    """The dataset that is asked for, or that the model was trained on."""
+    """Open the given dataset, or the one that the model was trained on."""
     from megatron_mosa.checkpoint.dataset import open_dataset
     from megatron_mosa.checkpoint.opened import Source
     from megatron_mosa.config.schema import DataSection
@@ -102,12 +105,12 @@ def _dataset(model: Opened, path: Path | None) -> Mixture:
     if isinstance(model, Source):
         return open_dataset(model.metadata, path)
     if path is None:
-        raise UserError(f"'{model.path}' does not say where its data lies; give --data PATH, a built dataset")
+        raise UserError(f"'{model.path}' does not record its dataset; pass a built dataset: --data PATH")
     mixture = open_mixture(DataSection(path=str(path)))
-    if mixture.manifest.vocab_size > model.vocab_rows:  # such a folder does not name its tokenizer
+    if mixture.manifest.vocab_size > model.vocab_rows:  # an exported model does not record its tokenizer's hash
         raise UserError(
-            f"--data={path} has a vocabulary of {mixture.manifest.vocab_size}, '{model.path}' one of "
-            f"{model.vocab_rows}; give the dataset of its tokenizer"
+            f"--data={path} has a vocabulary of {mixture.manifest.vocab_size}, but '{model.path}' only "
+            f"{model.vocab_rows} embedding rows; pass a dataset built with the model's tokenizer"
         )
     return mixture
 
@@ -116,5 +119,5 @@ def _write(found: dict[str, Any], output: Path) -> None:
     try:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"--output={output} cannot be written: {error.strerror}") from None
-    print(f"written: {output}")
+        raise RunError(f"could not write to --output={output}: {error.strerror}") from None
+    print(f"Wrote {output}")

@@ -1,4 +1,4 @@
-"""All measures of one model, in the order in which they are told."""
+"""Compute all measures of a model: losses, leak and flip rates, by position and by length."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from megatron_mosa.model.calibration import calibrate
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and with what.
+    """Settings of an evaluation.
 
     Attributes:
-        num_samples: windows of the validation split.
-        prefixes: positions in each range whose loss is measured on the prefix alone, too; 0: none.
-        lengths: multiples of the trained length.
-        calibration_samples: windows of the training split that thresholds are calibrated on.
-        tokens_at_once: in one forward pass.
+        num_samples: number of validation windows.
+        prefixes: positions per range whose loss is also measured with only the prefix as input; 0: none.
+        lengths: multiples of the training length.
+        calibration_samples: number of training windows to calibrate thresholds on.
+        tokens_at_once: tokens per forward pass.
+        device: device to compute on.
+        dtype: dtype to compute in.
     """
 
     num_samples: int
@@ -49,20 +51,20 @@ class Settings:
 
 
 def looks_ahead(config: Config) -> bool:
-    """Whether MoSA heads select with the whole sequence in view."""
+    """Whether the model has MoSA heads that select by looking at the whole sequence."""
     return config.mosa.num_heads > 0 and config.mosa.selection == "expert_choice"
 
 
 def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> dict[str, Any]:
-    """Measure a model; ``report.lines`` prints what this returns.
+    """Measure a model; ``report.tell`` prints the result.
 
     Returns:
-        ``full_sequence``, ``causal``: loss, error (of the mean), label; ``by_position``: of each range of positions
-        the same losses, those of prefixes alone, the leak, the flip rate; ``by_length``: of multiples of the length;
-        ``left_out``: lengths that there is too little text for, and why.
+        ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
+        positions these losses, the prefix-only loss, the leak and the flip rate; ``by_length``: the losses at multiples
+        of the training length; ``left_out``: lengths skipped because the text is too short, with the reason.
 
     Raises:
-        UserError: too little text.
+        UserError: the validation split has fewer than two windows.
     """
     return _Evaluation(model, mixture, settings, tick).run()
 
@@ -74,7 +76,7 @@ class _Evaluation:
         self.samples = self._samples(1)
         if len(self.samples) < 2:
             raise UserError(
-                f"the validation split has {len(self.samples)} window(s) of {self.length} tokens; 2 are the least: "
+                f"the validation split must have at least 2 windows of {self.length} tokens, got {len(self.samples)}; "
                 "rebuild the dataset with a larger data.validation_fraction"
             )
         self.ranges = position_ranges(self.length)
@@ -87,17 +89,17 @@ class _Evaluation:
                 self.left_out[multiple * self.length] = str(error)
 
     def run(self) -> dict[str, Any]:
-        looks = looks_ahead(self.model.config)
-        label = causality(not looks)
+        is_looking_ahead = looks_ahead(self.model.config)
+        label = causality(not is_looking_ahead)
         with self._built(self.model.config.mosa.selection) as model:
             full = self._losses(model, self.samples)
             ranges = self._by_range(model, full)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
         causal, causal_lengths, how = full, lengths, "the model itself"
-        if looks:
+        if is_looking_ahead:
             how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
             with self._built("threshold") as model:
-                calibrate(model.module, lambda: self._go_over_text(model))
+                calibrate(model.module, lambda: self._run_calibration_windows(model))
                 causal = self._losses(model, self.samples)
                 causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
         for part, row in zip(self.ranges, ranges, strict=True):
@@ -105,14 +107,14 @@ class _Evaluation:
         return {
             "samples": len(self.samples),
             "sequence_length": self.length,
-            "full_sequence": _told(full) | {"label": label},
-            "causal": _told(causal) | {"label": f"causal, {how}"},
+            "full_sequence": _summary(full) | {"label": label},
+            "causal": _summary(causal) | {"label": f"causal, {how}"},
             "by_position": ranges,
             "by_length": [
                 {
                     "length": multiple * self.length,
-                    "full_sequence": _told(lengths[multiple]) | {"label": label},
-                    "causal": _told(causal_lengths[multiple]),
+                    "full_sequence": _summary(lengths[multiple]) | {"label": label},
+                    "causal": _summary(causal_lengths[multiple]),
                 }
                 for multiple in lengths
             ],
@@ -123,7 +125,7 @@ class _Evaluation:
         return evaluated(self.model, self.settings.device, self.settings.dtype, selection)
 
     def _samples(self, multiple: int, split: str = "validation", count: int | None = None) -> ValidationSamples:
-        """As many tokens at every multiple of the length."""
+        """Return windows of a multiple of the training length, with about the same total number of tokens for each."""
         return ValidationSamples(
             self.mixture,
             sequence_length=multiple * self.length,
@@ -136,12 +138,12 @@ class _Evaluation:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
     def _by_range(self, model: Evaluated, full: Tensor) -> list[dict[str, Any]]:
-        """Of each range of positions."""
+        """Measure each range of positions."""
         positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
         at_once = self.settings.tokens_at_once
         prefix = prefix_losses(model, self.samples, positions, at_once, self.tick) if positions else full[:, :0]
         has_heads = self.model.config.mosa.num_heads > 0
-        ends = [part.stop - 1 for part in self.ranges[:-1]]  # after the last token nothing can change
+        ends = [part.stop - 1 for part in self.ranges[:-1]]  # no tokens follow the last range that could change
         flips = flip_rates(model, self.samples, ends, at_once, self.tick).tolist() if has_heads else []
         rows = []
         for number, part in enumerate(self.ranges):
@@ -160,14 +162,13 @@ class _Evaluation:
             rows.append(row)
         return rows
 
-    def _go_over_text(self, model: Evaluated) -> None:
-        """What thresholds are calibrated on."""
+    def _run_calibration_windows(self, model: Evaluated) -> None:
         samples = self._samples(1, "train", self.settings.calibration_samples)
         for batch in batches(samples, self.settings.tokens_at_once):
             model.forward(batch["tokens"], batch.get("document_starts"))
             self.tick(batch["tokens"].numel())
 
 
-def _told(losses: Tensor) -> dict[str, Any]:
-    of_samples = estimate(losses.double().mean(dim=1))
-    return {"loss": of_samples.mean, "error": of_samples.error, "tokens": losses.numel()}
+def _summary(losses: Tensor) -> dict[str, Any]:
+    mean_loss = estimate(losses.double().mean(dim=1))
+    return {"loss": mean_loss.mean, "error": mean_loss.error, "tokens": losses.numel()}

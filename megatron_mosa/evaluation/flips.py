@@ -1,4 +1,4 @@
-"""How often the selection of a token depends on what comes after it."""
+"""Measure how often the selection of a token depends on later tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from megatron_mosa.metrics.selection import recorded_selection
 def flip_rates(
     model: Evaluated, samples: ValidationSamples, positions: Sequence[int], tokens_at_once: int, tick: Tick
 ) -> Tensor:
-    """Share of selections up to a position that are not there when all tokens after it are others; [positions].
+    """Return the share of selections up to each position that change if all later tokens are replaced, [positions].
 
-    The others are those of the next sample. Of selections with the one future and with the other, those with one alone
-    count: 0 if nothing changes, 1 if nothing stays. Over all layers, heads and samples.
+    The replacements come from another sample. Of all selections made with the original and with the replaced future,
+    the rate counts those made with only one of the two: 0 if nothing changes, 1 if no selection stays. It covers all
+    layers, heads and samples.
     """
-    one_sided, both = torch.zeros(2, len(positions), dtype=torch.int64)
+    changed_count, total_count = torch.zeros(2, len(positions), dtype=torch.int64)
     with recorded_selection(model.module):
         for batch in batches(samples, tokens_at_once):
             tokens, starts = batch["tokens"], batch.get("document_starts")
@@ -36,21 +37,21 @@ def flip_rates(
                 changed = torch.cat((tokens[:, : position + 1], others[:, position + 1 :]), dim=1)
                 for before, after in zip(first, _selections(model, changed, starts), strict=True):
                     before, after = before[..., : position + 1], after[..., : position + 1]
-                    one_sided[number] += (before ^ after).sum().item()
-                    both[number] += (before.sum() + after.sum()).item()
+                    changed_count[number] += (before ^ after).sum().item()
+                    total_count[number] += (before.sum() + after.sum()).item()
                 tick(tokens.numel())
-    return one_sided.double() / both
+    return changed_count.double() / total_count
 
 
 def _selections(model: Evaluated, tokens: Tensor, starts: Tensor | None) -> list[Tensor]:
-    """Whether each head takes each token, bool [B, E, T], layer by layer."""
+    """Return whether each head selects each token, bool [B, E, T], for each layer."""
     model.forward(tokens, starts)
     found = []
     for layer in mosa_layers(model.module):
         assert layer.selection is not None
         scores, indices = layer.selection
         length = scores.shape[-1]
-        taken = torch.zeros(*scores.shape[:-1], length + 1, dtype=torch.bool, device=scores.device)
-        found.append(taken.scatter_(-1, indices, True)[..., :length])
+        selected = torch.zeros(*scores.shape[:-1], length + 1, dtype=torch.bool, device=scores.device)
+        found.append(selected.scatter_(-1, indices, True)[..., :length])
         layer.selection = None
     return found

@@ -1,4 +1,4 @@
-"""Losses of one model: by position, and of prefixes that end where the future begins."""
+"""Compute token losses of a model, with the whole sequence or only a prefix as input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mosa.data.loader import validation_batches
 from megatron_mosa.evaluation.model import Evaluated
 
 Tick = Callable[[int], object]
-"""Called with the number of tokens that were computed."""
+"""Called with the number of tokens just processed."""
 
 
 class Estimate(NamedTuple):
@@ -22,17 +22,17 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
-    """Standard error of the mean: its standard deviation over repeated draws of as many samples; NaN of one sample."""
+    """Standard error of the mean; NaN for a single sample."""
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of one value a sample, [N]."""
+    """Estimate the mean of values [N], one per sample."""
     values = values.double()
     return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item())
 
 
 def position_ranges(length: int) -> list[range]:
-    """[0, 1), [1, 2), [2, 4), [4, 8) and so on; the last ends at ``length``."""
+    """Return the ranges [0, 1), [1, 2), [2, 4), [4, 8) and so on; the last ends at ``length``."""
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(min(2 * edges[-1], length))
@@ -40,13 +40,13 @@ def position_ranges(length: int) -> list[range]:
 
 
 def batches(samples: ValidationSamples, tokens_at_once: int) -> Iterator[dict[str, Tensor]]:
-    """All samples, as many in a batch as there are tokens for, and one at least."""
+    """Batch all samples, with at most ``tokens_at_once`` tokens per batch but at least one sample."""
     size = max(1, tokens_at_once // samples.sequence_length)
     return validation_batches(samples, micro_batch_size=size, data_parallel_rank=0, data_parallel_size=1)
 
 
 def token_losses(model: Evaluated, samples: ValidationSamples, tokens_at_once: int, tick: Tick) -> Tensor:
-    """Losses of whole samples, fp32 [N, T]."""
+    """Return the losses of all tokens given whole samples, fp32 [N, T]."""
     found = []
     for batch in batches(samples, tokens_at_once):
         found.append(model.losses(batch["tokens"], batch["labels"], batch.get("document_starts")))
@@ -57,7 +57,7 @@ def token_losses(model: Evaluated, samples: ValidationSamples, tokens_at_once: i
 def prefix_losses(
     model: Evaluated, samples: ValidationSamples, positions: Sequence[int], tokens_at_once: int, tick: Tick
 ) -> Tensor:
-    """Losses at chosen positions where the model sees the tokens up to there and no others, fp32 [N, positions]."""
+    """Return the losses at chosen positions, given only the tokens up to each position, fp32 [N, positions]."""
     rows = []
     whole = [samples[number] for number in range(len(samples))]
     for position in positions:
@@ -78,7 +78,7 @@ def prefix_losses(
 
 
 def chosen_positions(ranges: Sequence[range], each: int) -> list[int]:
-    """Positions that stand for a range: ``each`` of them, evenly apart, its last among them."""
+    """Choose ``each`` evenly spaced positions per range, including its last one."""
     chosen = set()
     for part in ranges:
         count = min(each, len(part))

@@ -1,4 +1,4 @@
-"""A model of any kind of checkpoint, ready to be evaluated in one process."""
+"""Load a model from any kind of checkpoint for evaluation in a single process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_empty_model
 from megatron_mosa.model.calibration import calibrating
 
-_BLOCK = 8192  # tokens whose cross entropy is computed at once: logits of all would be the largest tensor by far
+_BLOCK = 8192  # tokens per block of the cross entropy: fp32 logits of a whole batch would dominate memory
 
 
 class Evaluated:
-    """A GPTModel without gradients, and the losses it gives."""
+    """A GPTModel that computes losses without gradients."""
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self.module = module
@@ -28,11 +28,12 @@ class Evaluated:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, labels: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Cross entropy of each token's successor in nats, fp32 [B, T] on the CPU.
+        """Compute the cross entropy of each token's successor in nats, fp32 [B, T] on the CPU.
 
         Args:
-            tokens, labels: int64 [B, T].
-            starts: int64 [B, T], where each token's document begins, for a model that attends inside documents.
+            tokens: int64 [B, T].
+            labels: int64 [B, T].
+            starts: start position of each token's document, int64 [B, T], for a model that attends within documents.
         """
         logits = self._logits(tokens, starts).flatten(0, 1)  # [B * T, V]
         expected = labels.to(self.device).flatten()
@@ -42,7 +43,7 @@ class Evaluated:
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, starts: Tensor | None = None) -> None:
-        """For what the layers record on the way."""
+        """Run the model only for what its layers record, such as selections."""
         self._logits(tokens, starts)
 
     def _logits(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
@@ -53,13 +54,14 @@ class Evaluated:
 
 @contextmanager
 def evaluated(model: Opened, device: torch.device, dtype: torch.dtype, selection: str) -> Iterator[Evaluated]:
-    """The model with its weights, on a device.
+    """Build the model with its weights on a device.
 
     Args:
         model: an opened checkpoint.
-        device, dtype: where and in what type it computes.
-        selection: ``mosa.selection`` of its MoSA heads; "threshold" where the checkpoint has no thresholds: those are
-            to be calibrated.
+        device: device to compute on.
+        dtype: dtype to compute in.
+        selection: ``mosa.selection`` of the MoSA heads; if it is "threshold" and the checkpoint has no thresholds, the
+            caller must calibrate them.
     """
     config = model.config if selection == model.config.mosa.selection else calibrating(model.config)
     config = replace(config, mosa=replace(config.mosa, backend="auto"))

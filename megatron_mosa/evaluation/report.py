@@ -1,4 +1,4 @@
-"""An evaluation as tables for people."""
+"""Print an evaluation as tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.table import Table
 
 
 def tell(found: dict[str, Any], console: Console) -> None:
-    """Print what ``evaluate`` returned."""
+    """Print the result of ``evaluate``."""
     console.print(_losses(found))
     console.print(_positions(found))
     if found["by_length"]:
         console.print(_lengths(found))
     for length, why in found["left_out"].items():
-        console.print(f"{length} tokens left out: {why}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"skipped length {length}: {why}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _losses(found: dict[str, Any]) -> Table:
@@ -30,7 +30,7 @@ def _losses(found: dict[str, Any]) -> Table:
 
 
 def _positions(found: dict[str, Any]) -> Table:
-    columns = ("full sequence", "causal", "prefix only", "leak", "its error", "flip rate")
+    columns = ("full sequence", "causal", "prefix only", "leak", "leak error", "flip rate")
     table = _table("By position", columns, first="positions")
     for row in found["by_position"]:
         first, last = row["first"], row["last"]
@@ -40,14 +40,15 @@ def _positions(found: dict[str, Any]) -> Table:
             str(first) if first == last else f"{first}-{last}", *numbers, "-" if flips is None else f"{flips:.2%}"
         )
     table.caption = (
-        "prefix only: at chosen positions, from the tokens up to there. leak: prefix only less full sequence, there. "
-        "flip rate: selections up to the last position that another future changes."
+        "prefix only: loss at chosen positions, given only the tokens up to each. leak: prefix only minus full "
+        "sequence at these positions. flip rate: share of selections up to the range's last position that change with "
+        "another future."
     )
     return table
 
 
 def _lengths(found: dict[str, Any]) -> Table:
-    table = _table("By length of the sequence", ("full sequence", "error", "causal", "error"), first="tokens")
+    table = _table("By sequence length", ("full sequence", "error", "causal", "error"), first="tokens")
     for row in found["by_length"]:
         cells = [f"{row[key][part]:.4f}" for key in ("full_sequence", "causal") for part in ("loss", "error")]
         table.add_row(str(row["length"]), *cells)

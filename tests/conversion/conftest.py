@@ -1,4 +1,4 @@
-"""Checkpoints of small models, made once."""
+"""Fixtures: checkpoints of small models, written once per session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conversion.models import CAUSAL, KINDS, Trained, train
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """One of each kind, all weights random, norms too."""
+    """One model of each kind, with random weights, including norms."""
     return make(tmp_path_factory.mktemp("conversion"), KINDS)
 
 
@@ -24,7 +24,7 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def make(folder: Path, kinds: dict[str, list[str]]) -> dict[str, Trained]:
-    """Checkpoints in a folder, of one tokenizer."""
+    """Write a checkpoint for each kind below ``folder``, all with the same tokenizer."""
     data = folder / "data"
     data.mkdir()
     texts = [f"to export {number} and import {number * number} and back" for number in range(200)]

@@ -1,4 +1,4 @@
-"""Megatron-core's own GPT and its own checkpoints, made as Megatron-LM makes them from its arguments."""
+"""Build Megatron-core's GPT and save its checkpoints the way Megatron-LM does from its arguments."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ OTHER_ARGUMENTS = ARGUMENTS | dict(
 WAYS: dict[str, dict[str, Any]] = {
     "stacked": {},
     "per layer": {"non_homogeneous_layers": True},
-    "halves apart": {"singleton_local_shards": True},
+    "separate halves": {"singleton_local_shards": True},
 }
 
 
 def build_gpt(arguments: dict[str, Any], size: int) -> GPTModel:
-    """On the CPU, with whole logits on every rank; the process groups must be up."""
+    """Build a GPT on the CPU, with full logits on every rank; the process groups must be initialized."""
     args = Namespace(**arguments)
-    epsilon = arguments.get("norm_epsilon") or args.layernorm_epsilon  # as 0.19 calls it
+    epsilon = arguments.get("norm_epsilon") or args.layernorm_epsilon  # the name since 0.19
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads, kv_channels=args.kv_channels,
@@ -73,7 +73,7 @@ def build_gpt(arguments: dict[str, Any], size: int) -> GPTModel:
 
 @torch.no_grad()
 def logits(model: GPTModel, tokens: Tensor) -> Tensor:
-    """Of [B, T] tokens, [B, T, V]."""
+    """Compute logits [B, T, V] of tokens [B, T]."""
     length = tokens.shape[1]
     is_hidden = torch.ones(length, length).triu(1).bool().expand(len(tokens), 1, length, length)
     return model(tokens, torch.arange(length).expand_as(tokens), is_hidden)
@@ -89,19 +89,21 @@ def save_gpt(
     common_file: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Write a random model as Megatron-LM would after iteration 7; return its logits. The process groups must be up.
+    """Save a random model as Megatron-LM would after iteration 7, and return its logits, computed in fp32.
+
+    The process groups must be initialized.
 
     Args:
-        arguments: Megatron-LM's, of the model and others.
-        size: of tensor parallelism.
-        folder: which is made.
-        way: in WAYS.
-        tokens: [B, T], for the logits.
-        common_file: False: keep what is no tensor where Megatron-core 0.19 does, whichever is installed.
-        dtype: of the weights in the checkpoint, with which logits are computed in fp32.
+        arguments: Megatron-LM's arguments, of the model and others.
+        size: tensor-parallel size.
+        folder: the folder to create.
+        way: a key of WAYS.
+        tokens: input for the logits, [B, T].
+        common_file: False: store non-tensor content where Megatron-core 0.19 does, whichever version is installed.
+        dtype: dtype of the weights in the checkpoint.
     """
     model = build_gpt(arguments, size)
-    generator = torch.Generator().manual_seed(3)  # of norms alone, which are whole on every rank
+    generator = torch.Generator().manual_seed(3)  # for norms only, which are replicated on every rank
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.copy_(("weight" in name) + 0.3 * torch.randn(parameter.shape, generator=generator))
@@ -129,11 +131,11 @@ def save_gpt(
 
 @torch.no_grad()
 def load_gpt(arguments: dict[str, Any], size: int, iteration: Path, tokens: Tensor) -> Tensor:
-    """Logits of a fresh model into which Megatron loads a checkpoint. The process groups must be up."""
+    """Load a checkpoint into a fresh model with Megatron; return its logits. The process groups must be initialized."""
     model = build_gpt(arguments, size)
     for parameter in model.parameters():
         parameter.fill_(float("nan"))
-    with safe_globals(SAFE_GLOBALS):  # as Megatron-LM starts
+    with safe_globals(SAFE_GLOBALS):  # as Megatron-LM does at startup
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(iteration))
     model.load_state_dict(loaded["model"])
     return logits(model, tokens)
@@ -141,7 +143,7 @@ def load_gpt(arguments: dict[str, Any], size: int, iteration: Path, tokens: Tens
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's process groups, in this process."""
+    """Initialize Megatron's process groups in this process."""
     initialize_parallel(1, seed=1)
     try:
         yield
@@ -150,6 +152,6 @@ def one_rank() -> Iterator[None]:
 
 
 def on_two_ranks(function: Callable[..., Tensor], arguments: dict[str, Any], *rest: Any) -> Tensor:
-    """``save_gpt`` or ``load_gpt`` at tensor-parallel size 2, in worker processes."""
+    """Call ``save_gpt`` or ``load_gpt`` at tensor-parallel size 2 in a worker process."""
     with tasks.parallel(tasks.tiny_config(parallel__tensor_model_parallel_size=2)):
         return function(arguments, 2, *rest)

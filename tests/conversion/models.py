@@ -1,4 +1,4 @@
-"""Small Megatron models of every kind, written as checkpoints, each with the logits that Megatron computes."""
+"""Write checkpoints of small Megatron models of every kind, and compute their logits with Megatron."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=thresho
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, and what Megatron's own model of those weights is and computes."""
+    """A checkpoint, and the weights and logits of the Megatron model it was saved from."""
 
     checkpoint: Path
     config: Config
     weights: dict[str, Tensor]
-    """Every parameter by its global name, as the model holds it."""
+    """Every parameter in the model's layout, keyed by global name."""
 
     tokens: Tensor
     logits: Tensor
@@ -60,7 +60,7 @@ class Trained:
 
 @torch.no_grad()
 def train(directory: Path, data: Path, options: list[str]) -> Trained:
-    """Write a checkpoint of random weights into a run directory; the process groups must be up."""
+    """Write a checkpoint of random weights into a run directory; the process groups must be initialized."""
     config = load_config(QUICKSTART, [*TINY, *options, f"data.path={data}"])
     model = build_empty_model(config, 300).eval()  # rows of the embedding: 384
     generator = torch.Generator().manual_seed(7)
@@ -68,7 +68,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         spread = 0.3 if parameter.dim() > 1 else 0.1
         center = 0.0 if parameter.dim() > 1 else 1.0
         parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
-    for name, buffer in threshold_buffers(model).items():  # as after 7 updates; a quarter of the tokens, about
+    for name, buffer in threshold_buffers(model).items():  # as after 7 updates; selects about a quarter of the tokens
         buffer.copy_(7 if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator))
     state = {}
     for name, parameter in model.named_parameters():

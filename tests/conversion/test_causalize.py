@@ -1,4 +1,4 @@
-"""``mosa checkpoint causalize``: thresholds beside the weights of an expert-choice model."""
+"""``mosa checkpoint causalize`` calibrates thresholds for an expert-choice model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conversion.models import QUICKSTART, Trained
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset."""
+    """Build a small dataset from files of the standard library."""
     folder = tmp_path_factory.mktemp("calibration")
     texts = folder / "texts"
     texts.mkdir()
@@ -35,29 +35,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def of_that_data(model: Trained, data: Path, folder: Path) -> Path:
-    """A copy of a checkpoint, as if the model had been trained on the dataset."""
+def copy_with_data(model: Trained, data: Path, folder: Path) -> Path:
+    """Copy a checkpoint as if the model had been trained on the dataset."""
     copy = folder / "checkpoints" / "step-00000012"
     shutil.copytree(model.checkpoint, copy)
     metadata = json.loads((copy / "metadata.json").read_text())
     metadata["data"] |= {"tokenizer_hash": tokenizer_hash(data / "tokenizer.json"), "index_samples": 64}
     metadata["config"]["data"] |= {"path": str(data), "index_path": str(folder / "index")}
-    metadata["format_version"] = 1  # the manifest knows the file as it was
+    metadata["format_version"] = 1  # ignores the manifest, which has the hash of the original file
     (copy / "metadata.json").write_text(json.dumps(metadata))
     return copy
 
 
-def test_heads_take_their_share_and_the_model_is_causal(
+def test_heads_select_their_share_and_the_model_is_causal(
     trained: dict[str, Trained], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = of_that_data(trained["pure"], data, tmp_path)
+    checkpoint = copy_with_data(trained["pure"], data, tmp_path)
     with pytest.raises(SystemExit, match="0"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "sys.argv", ["mosa", "checkpoint", "causalize", str(tmp_path), str(tmp_path / "out"), "--samples", "40",
                         "--load-feedback", "0.2"],
         )  # fmt: skip
         main()
-    assert "thresholds of 6 heads a layer from 40 training sequences; loss on them" in capsys.readouterr().out
+    assert "calibrated thresholds of 6 heads per layer on 40 training sequences; loss on" in capsys.readouterr().out
     assert find_damage(tmp_path / "out", reads_all=True) is None
     before, after = StateReader(checkpoint), StateReader(tmp_path / "out")
     new = {key for key in after.tensors if "threshold" in key}
@@ -71,7 +71,7 @@ def test_heads_take_their_share_and_the_model_is_causal(
 
     model = open_model(tmp_path / "out")
     assert (model.config.mosa.selection, model.config.mosa.load_feedback) == ("threshold", 0.2)
-    # In the first layer the states do not depend on selections: there the thresholds are the quantiles of its scores.
+    # Inputs of the first layer do not depend on selections, so its thresholds are the quantiles of its scores.
     from megatron_mosa.config.schema import DataSection
     from megatron_mosa.data import TrainingSamples, open_mixture
 
@@ -88,7 +88,7 @@ def test_heads_take_their_share_and_the_model_is_causal(
     )
     scores = (states @ read(f"{layer}self_attention.mosa_heads.router_weight").T).sigmoid()  # [40, T, E]
     found = (scores > read(f"{layer}self_attention.mosa_heads.thresholds")).float().mean(dim=(0, 1))
-    assert (found - 0.25).abs().max() < 0.1  # frequent tokens tie with themselves
+    assert (found - 0.25).abs().max() < 0.1  # all occurrences of a token have the same score here
     assert (found.mean() - 0.25).abs() < 0.05
 
     whole = megatron_logits(model.config, model.vocab_rows, model.read, tokens[:2])
@@ -96,10 +96,12 @@ def test_heads_take_their_share_and_the_model_is_causal(
     torch.testing.assert_close(whole[:, :17], prefix, rtol=0, atol=1e-4)
 
 
-def test_what_is_refused(trained: dict[str, Trained], causal: Trained, data: Path, tmp_path: Path) -> None:
+def test_unsupported_models_and_datasets_are_refused(
+    trained: dict[str, Trained], causal: Trained, data: Path, tmp_path: Path
+) -> None:
     for model, message in (
         (trained["dense"], "has no MoSA heads"),
-        (causal, "selects by thresholds already"),
+        (causal, "already selects by thresholds"),
         (trained["hybrid"], "mosa.selection_scope=document"),
     ):
         with pytest.raises(UserError, match=message):

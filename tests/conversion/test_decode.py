@@ -1,4 +1,4 @@
-"""``mosa generate`` and ``mosa cache-report`` take checkpoints, too: what comes out is what an export says."""
+"""``mosa generate`` and ``mosa cache-report`` on checkpoints give the same results as on an export."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.conversion.models import Trained
 
 @pytest.fixture
 def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """``mosa WORDS``: its exit code, output and errors; no temporary folder is left behind."""
+    """Run ``mosa WORDS``; return exit code, stdout and stderr, and check that no temporary folder is left behind."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what the test printed itself
+        capsys.readouterr()  # discard the test's own output
         monkeypatch.setattr(sys, "argv", ["mosa", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -39,7 +39,7 @@ def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dense", "causal"])
-def test_a_checkpoint_is_exported_on_the_way(
+def test_a_checkpoint_is_exported_temporarily(
     mosa, trained: dict[str, Trained], causal: Trained, tmp_path: Path, kind: str
 ) -> None:
     model = causal if kind == "causal" else trained[kind]
@@ -59,12 +59,12 @@ def test_a_checkpoint_is_exported_on_the_way(
     assert all(("mosa" in row["used"]) == (kind == "causal") for row in rows)
 
 
-def test_mistakes(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_user_errors(mosa, trained: dict[str, Trained], tmp_path: Path) -> None:
     code, _, errors = mosa("generate", trained["hybrid"].checkpoint, "--prompt", "to")
-    assert code == 2 and "selects by expert choice (mosa.selection), with the whole sequence in view" in errors
+    assert code == 2 and "selects by expert choice (mosa.selection), which looks at the whole sequence" in errors
     run = tmp_path / "run"
     shutil.copytree(trained["dense"].checkpoint.parents[1], run)
     metadata = next(run.glob("checkpoints/*/metadata.json"))
     assert "tokenizer.json" not in {path.name for path in run.rglob("*")} and metadata.is_file()
     code, _, errors = mosa("generate", run, "--prompt", "to", "--tokenizer", tmp_path / "none.json")
-    assert code == 2 and "the model's tokenizer is not found: there is none at" in errors
+    assert code == 2 and "could not find the model's tokenizer: '" in errors and "none.json' does not exist" in errors

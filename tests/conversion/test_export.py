@@ -1,4 +1,4 @@
-"""Export: the folder is the model, wherever transformers is; what goes wrong leaves nothing behind."""
+"""Export: the folder works with transformers alone, and a failed export leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.conversion.models import KINDS, Trained
 
 @pytest.fixture(scope="session")
 def exported(trained: dict[str, Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An export of every kind, its logits checked by the export itself."""
+    """Export a model of every kind; the export itself checks the logits."""
     folder = tmp_path_factory.mktemp("exported")
     for kind, model in trained.items():
         export_hf(model.checkpoint, folder / kind)
@@ -47,7 +47,7 @@ def load(folder: Path) -> MosaForCausalLM:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_the_exported_model_is_the_megatron_model(
+def test_the_exported_model_matches_the_megatron_model(
     trained: dict[str, Trained], exported: dict[str, Path], kind: str
 ) -> None:
     model = trained[kind]
@@ -61,10 +61,10 @@ def test_the_exported_model_is_the_megatron_model(
         torch.testing.assert_close(load(exported[kind])(half).logits, found[:, :20], rtol=0, atol=1e-4)
 
 
-# What a machine that has transformers, but none of this, does with the folder.
+# Uses the folder on a machine that has transformers but not this project.
 ELSEWHERE = """
 import sys
-class Without:  # nothing there, also for who only looks: accelerate, where it is installed, looks for deepspeed
+class Without:  # hides the packages from find_spec, too: accelerate, if installed, looks for deepspeed
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
@@ -79,7 +79,7 @@ for name in ("megatron_mosa", "megatron", "deepspeed"):
         __import__(name)
     except ModuleNotFoundError:
         continue
-    sys.exit(f"{name} is there")
+    sys.exit(f"{name} can be imported")
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 for case in torch.load(sys.argv[1]):
@@ -130,7 +130,7 @@ def test_it_works_without_this_project(trained: dict[str, Trained], exported: di
     assert done.stdout.rstrip().endswith("done")
 
 
-def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str, Path]) -> None:
+def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: dict[str, Path]) -> None:
     folder = exported["hybrid"]
     names = [
         "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "heads_mosa.py", "kernels_mosa.py",
@@ -144,8 +144,8 @@ def test_what_lies_in_the_folder(trained: dict[str, Trained], exported: dict[str
     card = (folder / "README.md").read_text()
     assert "step 12, 192 sequences of 40 tokens" in card and "fingerprint 0123abcd" in card
     assert "| validation loss | 4.2500 nats per token at step 12 (NON-CAUSAL: expert choice" in card
-    assert "9.0" not in card  # of a step that is not in the checkpoint
-    assert "`generate` is refused, unless" in card and "here every sequence is one document" in card
+    assert "9.0" not in card  # the loss of a later step
+    assert "`generate` is refused unless" in card and "here every sequence is one document" in card
     assert "NON-CAUSAL" not in (exported["dense"] / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"]) == (384, 0)
@@ -158,8 +158,8 @@ def test_bfloat16_and_shards(
     monkeypatch.setattr(safetensors_folder, "_SHARD_BYTES", 20_000)
     export_hf(trained["pure"].checkpoint.parents[1], tmp_path / "out", dtype="bfloat16")
     printed = capsys.readouterr()
-    assert "nats, on a fixed batch in fp32" in printed.out
-    assert "custom code" not in printed.out + printed.err  # transformers asks nothing about code that we have written
+    assert "nats on a fixed batch in fp32" in printed.out
+    assert "custom code" not in printed.out + printed.err  # transformers does not ask about code that we wrote
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == 3 and shards == sorted(set(index["weight_map"].values()))
@@ -196,7 +196,7 @@ def test_selection_ties_and_padding() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @torch.no_grad()
-def test_padding_at_either_end_changes_nothing(
+def test_padding_on_either_side_changes_nothing(
     trained: dict[str, Trained], exported: dict[str, Path], side: str
 ) -> None:
     model, tokens = load(exported["hybrid"]), trained["hybrid"].tokens
@@ -215,7 +215,7 @@ def test_padding_at_either_end_changes_nothing(
         model(tokens, position_ids=torch.zeros_like(tokens))
 
 
-def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, Path]) -> None:
+def test_a_model_built_from_a_configuration_can_be_trained(exported: dict[str, Path]) -> None:
     model = MosaForCausalLM(MosaConfig.from_pretrained(exported["pure"]))
     heads = model.model.layers[0].self_attn.mosa_heads
     for weight, bound in (
@@ -232,47 +232,49 @@ def test_a_model_from_a_configuration_alone_can_be_trained(exported: dict[str, P
     labels[0, 5:] = -100
     rows = [
         model(tokens[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=4 + 39).loss for row in (0, 1)
-    ]  # as transformers' Trainer asks for each of two micro-batches
+    ]  # as transformers' Trainer does for each of two micro-batches
     assert torch.allclose(sum(rows), model(tokens, labels=labels).loss)
     whole.loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def left_behind(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_another_function_is_not_exported(
+def test_a_model_that_does_not_match_is_not_exported(
     trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = hf_export.to_transformers
     monkeypatch.setattr(hf_export, "to_transformers", lambda *given: right(*given) | {"rotary_base": 501.0})
-    with pytest.raises(RunError, match=r"the KL divergence of their logits reaches .* allowed: 1e-06; nothing was"):
+    with pytest.raises(
+        RunError, match=r"the KL divergence of their logits reaches .* must be at most 1e-06; nothing was"
+    ):
         export_hf(trained["hybrid"].checkpoint, tmp_path / "out")
-    assert left_behind(tmp_path) == []
+    assert file_names(tmp_path) == []
     export_hf(trained["hybrid"].checkpoint, tmp_path / "out", checks_logits=False)
     assert "not checked against the Megatron model (--no-check)" in capsys.readouterr().out
 
 
-def test_a_file_system_that_takes_no_more(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_a_full_file_system(trained: dict[str, Trained], tmp_path: Path) -> None:
     export_hf(trained["pure"].checkpoint, tmp_path / "out", checks_logits=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(StorageError, match=r"^OUT=.*/out did not take it: .*; make room"):
+        with pytest.raises(StorageError, match=r"^could not write to OUT=.*/out: .*; free disk space"):
             export_hf(trained["dense"].checkpoint, tmp_path / "out", checks_logits=False, force=True)
-        with pytest.raises(StorageError, match=r"^OUT=.*/back did not take it: .*; make room"):
+        with pytest.raises(StorageError, match=r"^could not write to OUT=.*/back: .*; free disk space"):
             import_hf(tmp_path / "out", tmp_path / "back")
         for write in (export_state_dict, export_torch_dist):
-            with pytest.raises(StorageError, match=r"^OUT=.*/new did not take it: .*; make room"):
+            with pytest.raises(StorageError, match=r"^could not write to OUT=.*/new: .*; free disk space"):
                 write(trained["dense"].checkpoint, tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert left_behind(tmp_path) == ["out"]
+    assert file_names(tmp_path) == ["out"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_mosa_heads"] == 6  # the old one
 
 
-def test_damage_is_named_and_the_source_stays(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_damage_is_named_and_the_source_is_unchanged(trained: dict[str, Trained], tmp_path: Path) -> None:
     source = tmp_path / "run"
     shutil.copytree(trained["pure"].checkpoint.parents[1], source)
     state = source / "checkpoints" / "step-00000012" / "state" / "__0_0.distcp"
@@ -280,20 +282,20 @@ def test_damage_is_named_and_the_source_stays(trained: dict[str, Trained], tmp_p
     content[len(content) // 3] ^= 1
     state.write_bytes(content)
     before = digests(source, files_below(source))
-    with pytest.raises(RunError, match=r"step-00000012' is damaged: state/__0_0.distcp is not what was written"):
+    with pytest.raises(RunError, match=r"step-00000012' is damaged: state/__0_0.distcp is corrupt"):
         export_hf(source, tmp_path / "out")
-    assert left_behind(tmp_path) == ["run"] and digests(source, files_below(source)) == before
+    assert file_names(tmp_path) == ["run"] and digests(source, files_below(source)) == before
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """``mosa checkpoint ...``; its exit code."""
+    """Run ``mosa checkpoint ...`` and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["mosa", "checkpoint", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
     return ended.value.code  # type: ignore[return-value]
 
 
-def test_wrong_use(
+def test_user_errors(
     trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, out = trained["dense"].checkpoint, tmp_path / "out"
@@ -302,37 +304,37 @@ def test_wrong_use(
     (tmp_path / "tokenizer.json").write_text((checkpoint.parents[2] / "data" / "tokenizer.json").read_text() + "\n")
     cases: list[tuple[list[object], str]] = [
         (["export", checkpoint, out, "--to", "gguf"], "--to must be hf, fp32 or torch-dist, got gguf"),
-        (
-            ["export", checkpoint, out, "--to", "hf", "--dtype", "int8"],
-            "--dtype=int8 is not supported; expected float32, bf",
-        ),
+        (["export", checkpoint, out, "--to", "hf", "--dtype", "int8"], "--dtype must be float32 or bfloat16, got int8"),
         (["export", tmp_path / "none", out, "--to", "hf"], "none' does not exist"),
-        (["export", checkpoint, checkpoint / "out", "--to", "hf"], "lies in, or holds, the source"),
+        (["export", checkpoint, checkpoint / "out", "--to", "hf"], "is inside the source"),
         (
             ["export", checkpoint, tmp_path / "precious" / "file" / "b", "--to", "hf"],
-            "file' is not a directory; give a",
+            "file' is not a directory; choose a",
         ),
         (
             ["export", checkpoint, tmp_path / "a" / "b", "--to", "hf", "--tokenizer", tmp_path / "no.json"],
-            "is not found",
+            "could not find the model's tokenizer: '",
         ),
-        (["export", checkpoint, tmp_path / "precious", "--to", "hf"], "precious exists; give another folder"),
-        (["export", checkpoint, tmp_path / "precious", "--to", "hf", "--force"], "--force replaces no other"),
+        (["export", checkpoint, tmp_path / "precious", "--to", "hf"], "precious already exists; choose another folder"),
+        (["export", checkpoint, tmp_path / "precious", "--to", "hf", "--force"], "--force replaces only model folders"),
         (
             ["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "tokenizer.json"],
             "is not the model's tokenizer: its SHA-256 is",
         ),
-        (["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "no.json"], "give it: --tokenizer PATH"),
-        (["import", checkpoint, out, "--from", "hf"], "is a megatron_mosa checkpoint; expected a Hugging Face"),
+        (
+            ["export", checkpoint, out, "--to", "hf", "--tokenizer", tmp_path / "no.json"],
+            "pass its tokenizer.json: --tokenizer PATH",
+        ),
+        (["import", checkpoint, out, "--from", "hf"], "is a megatron_mosa checkpoint; pass a Hugging Face"),
     ]
     for words, message in cases:
         assert command(monkeypatch, *words) == 2, words
-        told = capsys.readouterr().err.splitlines()
-        assert message in told[-1] and told[-1].startswith("error: "), told
-    assert left_behind(tmp_path) == ["precious", "tokenizer.json"] and left_behind(tmp_path / "precious") == ["file"]
+        lines = capsys.readouterr().err.splitlines()
+        assert message in lines[-1] and lines[-1].startswith("error: "), lines
+    assert file_names(tmp_path) == ["precious", "tokenizer.json"] and file_names(tmp_path / "precious") == ["file"]
 
 
-def test_a_model_is_replaced_when_forced(
+def test_force_replaces_a_model(
     trained: dict[str, Trained], exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -342,10 +344,10 @@ def test_a_model_is_replaced_when_forced(
     assert json.loads((out / "config.json").read_text())["num_mosa_heads"] == 6
     assert command(monkeypatch, *words, "--force") == 0
     assert json.loads((out / "config.json").read_text())["num_mosa_heads"] == 0
-    assert left_behind(tmp_path) == ["out"]
+    assert file_names(tmp_path) == ["out"]
 
 
-def test_weights_that_are_not_those_of_the_configuration(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_configuration(trained: dict[str, Trained], tmp_path: Path) -> None:
     shutil.copytree(trained["dense"].checkpoint, tmp_path / "step-00000012")
     file = tmp_path / "step-00000012" / "metadata.json"
     content = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""Import: bit for bit what was exported, or the Llama that transformers made; and a start from it."""
+"""Import: bitwise equal to what was exported, or to a Llama of transformers; and starting a run from the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.conversion.models import KINDS, QUICKSTART, TINY, Trained
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_is_bit_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
+def test_the_round_trip_is_bit_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
     model = trained[kind]
     export_hf(model.checkpoint, tmp_path / "out", checks_logits=False)
     before = digests(tmp_path / "out", files_below(tmp_path / "out"))
@@ -40,7 +40,7 @@ def test_there_and_back_is_bit_exact(trained: dict[str, Trained], tmp_path: Path
     assert find_damage(tmp_path / "back", reads_all=True) is None
     metadata = read_metadata(tmp_path / "back")
     assert (metadata.step, metadata.data["vocab_size"]) == (0, 300)
-    # The rest is where it ran, or a number that was derived before.
+    # The other keys depend on where the model ran, or have their derived values filled in.
     dropped = {"backend", "vocab_size_multiple"}
     described = model_config(metadata.config)
     for section in ("model", "mosa"):
@@ -70,7 +70,7 @@ def test_a_llama_is_imported(tmp_path: Path, groups: int, tied: bool) -> None:
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
     llama.save_pretrained(tmp_path / "llama")
-    if tied:  # as older files have it: the embedding once more, and a buffer
+    if tied:  # as in older files: a copy of the embedding, and a buffer
         tensors = load_file(tmp_path / "llama" / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
@@ -85,14 +85,14 @@ def test_a_llama_is_imported(tmp_path: Path, groups: int, tied: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_what_a_llama_may_not_have(tmp_path: Path) -> None:
+def test_unsupported_llamas_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     good = LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).to_dict()
     for change, message in (
-        ({"attention_bias": True}, r"attention_bias=True has no counterpart here; a Llama needs False"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 has no counterpart"),
-        ({"model_type": "gpt2"}, r"model_type=gpt2 cannot be imported; expected mosa, llama"),
-        ({}, r"holds neither model.safetensors.index.json nor model.safetensors"),
+        ({"attention_bias": True}, r"attention_bias=True is not supported; for a Llama it must be False"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 is not supported"),
+        ({"model_type": "gpt2"}, r"model_type must be mosa or llama, got gpt2"),
+        ({}, r"contains neither model.safetensors.index.json nor model.safetensors"),
     ):
         file.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=message):
@@ -107,13 +107,13 @@ def test_what_a_llama_may_not_have(tmp_path: Path) -> None:
     assert not tmp_path.with_name("out").exists()
 
 
-def test_files_that_are_not_what_they_should_be(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_damaged_and_mismatched_files_are_refused(trained: dict[str, Trained], tmp_path: Path) -> None:
     folder, out = tmp_path / "hf", tmp_path / "out"
     export_hf(trained["pure"].checkpoint, folder, checks_logits=False)
     shard = folder / "model-00001-of-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
-    with pytest.raises(RunError, match=r"model-00001-of-00001.safetensors is not what was written"):
+    with pytest.raises(RunError, match=r"model-00001-of-00001.safetensors is corrupt: its hash is"):
         import_hf(folder, out)
     (folder / "manifest.json").unlink()
     shard.write_bytes(whole[:-50])
@@ -129,7 +129,7 @@ def test_files_that_are_not_what_they_should_be(trained: dict[str, Trained], tmp
         ({}, rf"{key} is missing, expected \(6, 24\)"),
         ({key: torch.zeros(3, 24)}, rf"{key} is \(3, 24\), expected \(6, 24\)"),
         ({key: tensors[key], "more": torch.zeros(1)}, r"more is \(1,\), expected none"),
-        ({key: tensors[key].double()}, rf"{key} is F64; expected F32, BF16, F16 "),
+        ({key: tensors[key].double()}, rf"{key} has dtype F64, but must be F32, BF16, F16 "),
     ):
         save_file({name: tensor for name, tensor in tensors.items() if name != key} | change, shard)
         with pytest.raises(UserError, match=message):
@@ -166,7 +166,9 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
     identity = read_metadata(model.checkpoint).data
     other = load_config(QUICKSTART, [*TINY, *KINDS["hybrid"], "mosa.num_heads=4"])
     name = "decoder.layers.0.self_attention.mosa_heads.proj_weight"
-    message = rf"checkpoint.initialize_from: .* holds another model: {name} is \(6, 8, 24\), the run's is \(4, 8, 24\)"
+    message = (
+        rf"checkpoint.initialize_from: .* holds another model: {name} is \(6, 8, 24\), but the run expects \(4, 8, 24\)"
+    )
     with pytest.raises(UserError, match=message):
         find_initial_weights(model.checkpoint, other, identity, reads_all=False)
     with pytest.raises(UserError, match=r"was trained with another tokenizer"):
@@ -202,6 +204,6 @@ def test_fresh_mosa_heads_change_nothing_until_they_learn(trained: dict[str, Tra
         with pytest.raises(UserError, match=message):
             import_hf(tmp_path / "dense", tmp_path / "no", **{"add_mosa_heads": 2} | options)
     export_hf(trained["pure"].checkpoint, tmp_path / "pure", checks_logits=False)
-    with pytest.raises(UserError, match="has MoSA heads; leave the option out"):
+    with pytest.raises(UserError, match="already has MoSA heads; omit the option"):
         import_hf(tmp_path / "pure", tmp_path / "no", add_mosa_heads=2)
     assert not (tmp_path / "no").exists()

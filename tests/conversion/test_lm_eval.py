@@ -1,4 +1,4 @@
-"""Exported models under lm-evaluation-harness: its command, on local files, against numbers worked out one by one."""
+"""Exported models under lm-evaluation-harness: its command on local files, against results computed one by one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.conversion.conftest import make
 from tests.conversion.models import CAUSAL, KINDS
 from tests.loaded import loaded_python
 
-# The norm and the gated MLP are for generation: with them the random model says something else after every prompt.
+# The norm and the gated MLP are for generation: with them, the random model gives a different answer to every prompt.
 MODELS = {"causal": [*CAUSAL, "model.normalization=RMSNorm", "model.activation=swiglu"], "expert": KINDS["pure"]}
-# Lengths differ, so that batches of two are padded: choices at the right, prompts at the left.
+# Lengths differ, so that batches of two are padded: choices on the right, prompts on the left.
 QUESTIONS = {
     "to export 7": ["and back", "and import 49 and back", "49"],
     "import 16": ["to", "back to export", "and and"],
@@ -49,7 +49,7 @@ GENERATION = {
 
 
 class Exported:
-    """An exported model, as transformers loads it, on one sequence at a time."""
+    """An exported model loaded by transformers, applied to one sequence at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,11 +58,11 @@ class Exported:
 
     @torch.no_grad()
     def log_likelihood(self, question: str, choice: str) -> float:
-        """Of the tokens of the choice, a space before it, after those of the question."""
+        """Return the log-likelihood of the choice's tokens, preceded by a space, given the question's."""
         start = len(self.tokenizer(question).input_ids)
         tokens = self.tokenizer(f"{question} {choice}", return_tensors="pt").input_ids  # [1, T]
         logs = self.model(tokens[:, :-1]).logits.double().log_softmax(-1)[0]  # [T - 1, V]
-        return sum(logs[place - 1, tokens[0, place]].item() for place in range(start, tokens.shape[1]))
+        return sum(logs[position - 1, tokens[0, position]].item() for position in range(start, tokens.shape[1]))
 
     def greedy(self, prompt: str) -> str:
         tokens = self.tokenizer(prompt, return_tensors="pt").input_ids
@@ -71,7 +71,7 @@ class Exported:
 
 
 def write_task(folder: Path, task: dict, rows: list[dict]) -> str:
-    """Its two files, the rows as JSON lines; the name of the task."""
+    """Write the task's definition and its rows as JSON lines; return the task's name."""
     name, tasks = task["task"], folder / "tasks"
     tasks.mkdir(exist_ok=True)
     data = tasks / f"{name}.jsonl"
@@ -82,7 +82,7 @@ def write_task(folder: Path, task: dict, rows: list[dict]) -> str:
 
 
 def lm_eval(model: Path, folder: Path, *tasks: str) -> subprocess.CompletedProcess[str]:
-    """The command of docs/evaluation.md, without a network; results in ``folder / "out"``."""
+    """Run the command of docs/evaluation.md without a network; results go to ``folder / "out"``."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}  # accelerate reads them
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     environment |= {"OMP_NUM_THREADS": "1"}
@@ -99,7 +99,7 @@ def lm_eval(model: Path, folder: Path, *tasks: str) -> subprocess.CompletedProce
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An exported model, and what lm_eval made of it."""
+    """An exported model, and lm_eval's output for it."""
 
     model: Exported
     folder: Path
@@ -110,14 +110,14 @@ class Evaluated:
         return json.loads(file.read_text())["results"][task]
 
     def samples(self, task: str) -> list[dict]:
-        """What was logged of every row, in the order of the rows."""
+        """Return the logged samples in the order of the task's rows."""
         (file,) = self.folder.glob(f"out/*/samples_{task}_*.jsonl")
         return sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Evaluated]:
-    """Both models. A run takes long, mostly to read lm_eval's own tasks, so there is one of each, at the same time."""
+    """Evaluate both models, in parallel and only once, because lm_eval takes long to load its own task definitions."""
     folder = tmp_path_factory.mktemp("lm-eval")
     models = {}
     for kind, trained in make(folder, MODELS).items():
@@ -141,7 +141,7 @@ def best(values: list[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def test_choices_get_the_log_likelihoods_of_their_tokens(evaluated: dict[str, Evaluated]) -> None:
+def test_choices_are_scored_by_the_log_likelihoods_of_their_tokens(evaluated: dict[str, Evaluated]) -> None:
     done = evaluated["causal"]
     assert done.process.returncode == 0, done.process.stderr
     samples = done.samples("local_choice")
@@ -154,13 +154,13 @@ def test_choices_get_the_log_likelihoods_of_their_tokens(evaluated: dict[str, Ev
         assert found == pytest.approx(expected, rel=0, abs=1e-4)
         right.append(best(expected) == 1)
         right_by_length.append(best([value / len(text) for value, text in zip(expected, choices, strict=True)]) == 1)
-    assert 0 < sum(right) < len(right) and right != right_by_length  # so neither score is one by chance
+    assert 0 < sum(right) < len(right) and right != right_by_length  # so neither score is right by chance
     scores = done.scores("local_choice")
     assert scores["acc,none"] == sum(right) / len(right)
     assert scores["acc_norm,none"] == sum(right_by_length) / len(right)
 
 
-def test_generation_is_the_greedy_one(evaluated: dict[str, Evaluated]) -> None:
+def test_generation_is_greedy(evaluated: dict[str, Evaluated]) -> None:
     done = evaluated["causal"]
     assert done.process.returncode == 0, done.process.stderr
     expected = [done.model.greedy(prompt) for prompt in PROMPTS]
@@ -168,12 +168,14 @@ def test_generation_is_the_greedy_one(evaluated: dict[str, Evaluated]) -> None:
     samples = done.samples("local_generation")
     assert [sample["doc"]["prompt"] for sample in samples] == PROMPTS
     assert [sample["filtered_resps"] for sample in samples] == [[text] for text in expected]
-    assert done.scores("local_generation")["exact_match,none"] == 0.75  # one answer is not what the model says
+    assert done.scores("local_generation")["exact_match,none"] == 0.75  # one answer is deliberately wrong
 
 
-def test_expert_choice_is_refused_to_generate(evaluated: dict[str, Evaluated]) -> None:
+def test_expert_choice_models_refuse_to_generate(evaluated: dict[str, Evaluated]) -> None:
     done = evaluated["expert"]
     assert done.process.returncode != 0 and not list(done.folder.glob("out/*/results_*"))
-    (told,) = [line for line in done.process.stderr.splitlines() if line.startswith("ValueError")]
-    assert "generate is refused: num_mosa_heads=6 with selection='expert_choice' select with the whole sequence" in told
-    assert told.endswith("or a model with selection='threshold'")
+    (message,) = [line for line in done.process.stderr.splitlines() if line.startswith("ValueError")]
+    assert (
+        "generate is refused: num_mosa_heads=6 with selection='expert_choice' select with the whole sequence" in message
+    )
+    assert message.endswith("or a model with selection='threshold'")

@@ -1,4 +1,4 @@
-"""Reading a checkpoint offline, the layout of weights, and telling folders apart."""
+"""Reading checkpoints offline, the layout of weights, and ``mosa checkpoint inspect``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.conversion.models import KINDS, Trained
 
 
 def unfolded(name: str, weight: Tensor, config: Config) -> Tensor:
-    """A gated MLP's first matrix as checkpoints keep it: gate [n, h], then up [n, h]."""
+    """Convert a gated MLP's first matrix to checkpoint layout, [2, n, h]: gate, then up."""
     gated = name.endswith("linear_fc1.weight") and config.model.activation == "swiglu"
     half = len(weight) // 2
     return torch.stack((weight[:half], weight[half:])) if gated else weight
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_state_is_what_the_model_held(trained: dict[str, Trained], kind: str) -> None:
+def test_the_state_equals_the_models_weights(trained: dict[str, Trained], kind: str) -> None:
     model = trained[kind]
     state = StateReader(model.checkpoint)
     assert state.has_optimizer_state
@@ -43,7 +43,7 @@ def test_the_state_is_what_the_model_held(trained: dict[str, Trained], kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_description_names_every_parameter(trained: dict[str, Trained], kind: str) -> None:
+def test_model_weights_describes_every_parameter(trained: dict[str, Trained], kind: str) -> None:
     model = trained[kind]
     described = {weight.name: weight.shape for weight in model_weights(model.config, 384)}
     expected = {name: unfolded(name, weight, model.config).shape for name, weight in model.weights.items()}
@@ -54,18 +54,18 @@ def test_grouped_queries_by_hand() -> None:
     """Two groups of three queries: q0 q1 q2 k0 v0 q3 q4 q5 k1 v1, each of two channels."""
     order = ["q0", "q1", "q2", "k0", "v0", "q3", "q4", "q5", "k1", "v1"]
     rows = torch.arange(20.0)[:, None].expand(20, 3)
-    place = {name: [2 * number, 2 * number + 1] for number, name in enumerate(order)}
+    rows_of = {name: [2 * number, 2 * number + 1] for number, name in enumerate(order)}
     layout = GroupedQkv(heads=6, groups=2, head_dim=2)
     parts = layout.split(rows)
     for part, kind, count in zip(parts, "qkv", (6, 2, 2), strict=True):
-        assert part[:, 0].tolist() == [row for head in range(count) for row in place[f"{kind}{head}"]]
+        assert part[:, 0].tolist() == [row for head in range(count) for row in rows_of[f"{kind}{head}"]]
     assert torch.equal(layout.join(parts), rows)
     pair = torch.randn(2, 5, 3)
     assert torch.equal(GateAndUp().split(pair)[0], pair[0]) and torch.equal(GateAndUp().join(pair.unbind()), pair)
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -78,21 +78,21 @@ def test_an_index_that_would_run_code_is_refused(trained: dict[str, Trained], tm
     path = tmp_path / "step-00000001"
     shutil.copytree(trained["pure"].checkpoint, path)
     (path / "state" / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "mark")))
-    with pytest.raises(DamagedError, match=r"asks for posix.mkdir, which no checkpoint needs: refused"):
+    with pytest.raises(DamagedError, match=r"refers to posix.mkdir, which no checkpoint needs; refused"):
         StateReader(path)
     assert not (tmp_path / "mark").exists()
     index = pickle.loads((trained["pure"].checkpoint / "state" / ".metadata").read_bytes())
     for info in index.storage_data.values():
         info.relative_path = "../" + info.relative_path
     (path / "state" / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(DamagedError, match=r"names a file outside of its folder: \.\./__0_0.distcp"):
+    with pytest.raises(DamagedError, match=r"refers to a file outside of its folder: \.\./__0_0.distcp"):
         StateReader(path)
     (path / "state" / ".metadata").write_bytes(b"\x80\x04 nothing")
     with pytest.raises(DamagedError, match=r"state/.metadata is damaged"):
         StateReader(path)
 
 
-def test_a_file_that_was_cut_off_is_named(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_a_truncated_file_is_named(trained: dict[str, Trained], tmp_path: Path) -> None:
     path = tmp_path / "step-00000001"
     shutil.copytree(trained["pure"].checkpoint, path)
     os.truncate(path / "state" / "__0_0.distcp", 5000)
@@ -100,23 +100,23 @@ def test_a_file_that_was_cut_off_is_named(trained: dict[str, Trained], tmp_path:
     with pytest.raises(DamagedError, match=r"^state/__0_0\.distcp: '.*' cannot be read \(."):
         for key in state.tensors:
             state.read(key)
-    with pytest.raises(RunError, match=r"is damaged: state/__0_0.distcp has 5000 bytes, written were"):
+    with pytest.raises(RunError, match=r"is damaged: state/__0_0.distcp has 5000 bytes instead of"):
         inspect(path)
 
 
-def test_inspect_tells_what_a_checkpoint_is(trained: dict[str, Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_a_checkpoint(trained: dict[str, Trained], capsys: pytest.CaptureFixture[str]) -> None:
     model = trained["hybrid"]
     for path in (model.checkpoint, model.checkpoint.parent, model.checkpoint.parents[1]):
         inspect(path)
-        told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-        assert told["path"].strip() == str(model.checkpoint)
-        assert told["kind"].strip() == "megatron_mosa checkpoint"
-        assert told["step"].strip() == "12 (optimizer step 11, 192 samples)"
-        assert "2 dense, 2 local, 6 MoSA" in told["model"]
+        facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert facts["path"].strip() == str(model.checkpoint)
+        assert facts["kind"].strip() == "megatron_mosa checkpoint"
+        assert facts["step"].strip() == "12 (optimizer step 11, 192 samples)"
+        assert "2 dense, 2 local, 6 MoSA" in facts["model"]
         count = sum(weight.numel() for weight in model.weights.values())
-        assert told["parameters"].strip().startswith(f"{count:,} in {len(model.weights)} tensors")
-        assert told["optimizer state"].strip() == "Adam's moments"
-        assert "sizes" in told["health"]
+        assert facts["parameters"].strip().startswith(f"{count:,} in {len(model.weights)} tensors")
+        assert facts["optimizer state"].strip() == "Adam's moments"
+        assert "sizes" in facts["health"]
 
 
 def test_inspect_finds_a_flipped_bit_when_asked(trained: dict[str, Trained], tmp_path: Path) -> None:
@@ -126,11 +126,11 @@ def test_inspect_finds_a_flipped_bit_when_asked(trained: dict[str, Trained], tmp
     content[len(content) // 2] ^= 4
     (path / "state" / "__0_0.distcp").write_bytes(content)
     inspect(path)
-    with pytest.raises(RunError, match=r"state/__0_0.distcp is not what was written"):
+    with pytest.raises(RunError, match=r"state/__0_0.distcp is corrupt"):
         inspect(path, full=True)
 
 
-def test_inspect_never_opens_what_deepspeed_pickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_never_unpickles_deepspeed_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (5, 10):
         folder = tmp_path / f"global_step{step}"
         folder.mkdir()
@@ -141,20 +141,20 @@ def test_inspect_never_opens_what_deepspeed_pickled(tmp_path: Path, capsys: pyte
         os.utime(folder, (step, step))
     (tmp_path / "latest").write_text("global_step10")
     inspect(tmp_path)
-    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert told["kind"].strip() == "DeepSpeed checkpoint" and told["latest"].strip() == "global_step10"
-    assert (told["model-parallel ranks"].strip(), told["ZeRO ranks"].strip()) == ("2", "4")
+    facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["kind"].strip() == "DeepSpeed checkpoint" and facts["latest"].strip() == "global_step10"
+    assert (facts["model-parallel ranks"].strip(), facts["ZeRO ranks"].strip()) == ("2", "4")
     assert not (tmp_path / "mark").exists()
 
 
-def test_inspect_says_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no model; expected a checkpoint"):
+def test_inspect_refuses_folders_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not contain a model; pass a checkpoint"):
         inspect(tmp_path)
     (tmp_path / "checkpoints-of-mine").mkdir()
     with pytest.raises(UserError, match=r"does not exist \(did you mean 'checkpoints-of-mine'"):
         inspect(tmp_path / "checkpoint-of-mine")
 
 
-def test_reading_offline_needs_no_deepspeed() -> None:
+def test_reading_offline_does_not_import_deepspeed() -> None:
     code = "import sys, megatron_mosa.checkpoint.inspect; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""``mosa checkpoint reshard``: the same tensors, cut as another size would write them."""
+"""``mosa checkpoint reshard`` writes the same tensors with the shards of another tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conversion.models import Trained
 
 
 def shards(checkpoint: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Of each tensor, where its parts lie and how large they are."""
+    """Return offsets and sizes of each tensor's shards."""
     index = pickle.loads((checkpoint / "state" / ".metadata").read_bytes())
     return {
         key: [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
@@ -30,19 +30,19 @@ def shards(checkpoint: Path) -> dict[str, list[tuple[tuple[int, ...], tuple[int,
     }
 
 
-def test_tensors_stay_and_are_cut_where_ranks_part(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_tensors_are_unchanged_and_split_at_rank_boundaries(trained: dict[str, Trained], tmp_path: Path) -> None:
     checkpoint = trained["hybrid"].checkpoint
     done = CliRunner().invoke(
         app, ["checkpoint", "reshard", str(checkpoint), str(tmp_path / "two"), "--tensor-parallel", "2"]
     )
-    assert done.exit_code == 0 and "cut for tensor-parallel size 2" in done.output
+    assert done.exit_code == 0 and "sharded for tensor-parallel size 2" in done.output
     assert find_damage(tmp_path / "two", reads_all=True) is None
     before, after = StateReader(checkpoint), StateReader(tmp_path / "two")
     assert after.tensors == before.tensors and after.has_optimizer_state
     for key in before.tensors:
         assert torch.equal(before.read(key), after.read(key)), key
     found = shards(tmp_path / "two")
-    layer, rows = "decoder.layers.1.", 4 * 24  # of each half of the gated MLP
+    layer, rows = "decoder.layers.1.", 4 * 24  # in each half of the gated MLP
     assert found[f"model.{layer}mlp.linear_fc1.weight"] == [
         ((0, 0, 0), (2, rows // 2, 24)),
         ((0, rows // 2, 0), (2, rows // 2, 24)),
@@ -63,7 +63,7 @@ def test_tensors_stay_and_are_cut_where_ranks_part(trained: dict[str, Trained], 
     assert shards(tmp_path / "one") == shards(checkpoint)
 
 
-def test_moments_can_be_left_out(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_moments_can_be_dropped(trained: dict[str, Trained], tmp_path: Path) -> None:
     reshard(trained["pure"].checkpoint, tmp_path / "out", drop_optimizer=True)
     assert all(key.startswith("model.") for key in StateReader(tmp_path / "out").tensors)
     verify(trained["pure"].checkpoint, tmp_path / "out")
@@ -76,7 +76,7 @@ def test_moments_can_be_left_out(trained: dict[str, Trained], tmp_path: Path) ->
         ("pure", 4, r"--tensor-parallel=4: mosa\.num_heads=6 is not divisible"),
     ],
 )
-def test_sizes_that_do_not_divide(
+def test_sizes_that_do_not_divide_the_model(
     trained: dict[str, Trained], tmp_path: Path, kind: str, size: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -84,9 +84,9 @@ def test_sizes_that_do_not_divide(
     assert not list(tmp_path.iterdir())
 
 
-def test_targets_and_sources_that_are_refused(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_invalid_targets_and_sources_are_refused(trained: dict[str, Trained], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists; give another folder"):
+    with pytest.raises(UserError, match="already exists; choose another folder"):
         reshard(trained["pure"].checkpoint, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):
         reshard(tmp_path / "nothing", tmp_path / "new")

@@ -1,4 +1,4 @@
-"""An export that transformers or PEFT has saved anew is imported as what transformers loads, or refused in one line."""
+"""Import of exports that transformers or PEFT saved again: either what transformers loads, or a one-line error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SINGLE = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def folders(trained: dict[str, Trained], causal: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Exports: tied and dense; expert choice; thresholds."""
+    """Export three models: dense with tied embeddings, expert choice, and thresholds."""
     folder = tmp_path_factory.mktemp("exports")
     for kind, model in {"dense": trained["dense"], "hybrid": trained["hybrid"], "causal": causal}.items():
         export_hf(model.checkpoint, folder / kind, checks_logits=False)
@@ -40,7 +40,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 @torch.no_grad()
 def assert_imported(folder: Path, target: Path, expected: Tensor, tokens: Tensor) -> None:
-    """The checkpoint computes the logits that transformers does, and ``verify`` finds the folder to be it."""
+    """Check that the imported checkpoint gives transformers' logits, and that ``verify`` accepts it."""
     import_hf(folder, target)
     source = Source.open(target, read_metadata(target))
     found = megatron_logits(source.config, source.vocab_rows, source.read, tokens)
@@ -51,11 +51,11 @@ def assert_imported(folder: Path, target: Path, expected: Tensor, tokens: Tensor
 @torch.no_grad()
 @pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
 @pytest.mark.parametrize("kind", ["dense", "hybrid", "causal"])
-def test_saved_over_the_export(
+def test_a_model_saved_over_the_export(
     folders: dict[str, Path], trained: dict[str, Trained], tmp_path: Path, kind: str, max_shard_size: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The export's index, or its manifest, stays behind, and is of files that are not there any more."""
+    """The export's index or manifest stays behind and refers to files that no longer exist."""
     folder = tmp_path / "model"
     shutil.copytree(folders[kind], folder)
     model, tokens = load(folder), trained["dense"].tokens
@@ -71,7 +71,9 @@ def test_saved_over_the_export(
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_saved_in_half_precision(folders: dict[str, Path], causal: Trained, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_saved_in_half_precision(
+    folders: dict[str, Path], causal: Trained, tmp_path: Path, dtype: torch.dtype
+) -> None:
     model = load(folders["causal"]).to(dtype)
     model.save_pretrained(tmp_path / "half")
     tensors = load_file(tmp_path / "half" / SINGLE)
@@ -79,7 +81,7 @@ def test_saved_in_half_precision(folders: dict[str, Path], causal: Trained, tmp_
     assert len(thresholds) == 2 and all(tensors[name].dtype == torch.float32 for name in thresholds)
     assert {tensor.dtype for name, tensor in tensors.items() if name not in thresholds} == {dtype}
     loaded = load(tmp_path / "half", dtype=dtype).state_dict()
-    assert all(torch.equal(loaded[name], tensors[name]) for name in thresholds)  # no less precise
+    assert all(torch.equal(loaded[name], tensors[name]) for name in thresholds)  # no precision lost
     expected = load(tmp_path / "half", dtype=torch.float32)(causal.tokens).logits
     assert_imported(tmp_path / "half", tmp_path / "back", expected, causal.tokens)
 
@@ -96,11 +98,11 @@ def test_a_resized_vocabulary(folders: dict[str, Path], trained: dict[str, Train
         model.save_pretrained(folder)
         assert model(tokens).logits.shape[-1] == rows
         assert_imported(folder, tmp_path / f"{rows}", model(tokens).logits, tokens)
-        assert read_metadata(tmp_path / f"{rows}").data["vocab_size"] == 300  # of the tokenizer
+        assert read_metadata(tmp_path / f"{rows}").data["vocab_size"] == 300  # the tokenizer's size
     model.resize_token_embeddings(299)
     model.save_pretrained(folder)
     message = (
-        r"^'.*': tokenizer.json has 300 tokens, but the embedding 299 rows; .*: resize it to 300 or more, or remove"
+        r"^'.*': tokenizer.json has 300 tokens, but the embedding only 299 rows; .* to at least 300 rows, or remove"
     )
     with pytest.raises(UserError, match=message):
         import_hf(folder, tmp_path / "refused")
@@ -112,7 +114,7 @@ def test_a_resized_vocabulary(folders: dict[str, Path], trained: dict[str, Train
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dense", "causal"])
-def test_saved_after_a_merge_of_adapters(
+def test_a_model_saved_after_merging_adapters(
     folders: dict[str, Path], trained: dict[str, Trained], tmp_path: Path, kind: str
 ) -> None:
     from peft import LoraConfig, get_peft_model
@@ -131,10 +133,10 @@ def test_saved_after_a_merge_of_adapters(
 
 
 @torch.no_grad()
-def test_an_embedding_that_is_tied_no_more(
+def test_an_embedding_that_is_no_longer_tied(
     folders: dict[str, Path], trained: dict[str, Trained], tmp_path: Path
 ) -> None:
-    """As after a merge of adapters on the embedding alone: the configuration still says that both are one."""
+    """As after merging adapters on the embedding only: the configuration still says that the weights are tied."""
     folder, tokens = tmp_path / "model", trained["dense"].tokens
     load(folders["dense"]).save_pretrained(folder)
     tensors = load_file(folder / SINGLE)
@@ -143,7 +145,7 @@ def test_an_embedding_that_is_tied_no_more(
     expected = load(folder)(tokens).logits  # transformers keeps both
     assert (expected - trained["dense"].logits).abs().max() > 1e-3
     message = (
-        r"tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight; set tie_word_embeddings"
+        r"tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight; set tie_word_embed"
     )
     with pytest.raises(UserError, match=message):
         import_hf(folder, tmp_path / "refused")
@@ -152,12 +154,12 @@ def test_an_embedding_that_is_tied_no_more(
     assert_imported(folder, tmp_path / "back", expected, tokens)
 
 
-def test_a_manifest_that_is_about_the_files_still_counts(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_manifest_that_covers_the_files_is_still_checked(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(folders["causal"], folder)
     (shard,) = folder.glob("*.safetensors")
     tensors = load_file(shard)
     tensors["model.norm.weight"] += 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(RunError, match=r"is not what was written.*\(if the change is meant, remove manifest.json\)"):
+    with pytest.raises(RunError, match=r"is corrupt: .*\(if the change is intentional, remove manifest.json\)"):
         import_hf(folder, tmp_path / "back")

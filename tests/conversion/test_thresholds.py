@@ -1,4 +1,4 @@
-"""Thresholds of MoSA heads in conversions: they are part of the model, but no weights that an optimizer steps."""
+"""Thresholds of MoSA heads in conversions: they belong to the model, but no optimizer updates them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conversion.test_reshard import shards
 HEADS = "decoder.layers.1.self_attention.mosa_heads."
 
 
-def test_reshard_cuts_them_with_the_heads(causal: Trained, tmp_path: Path) -> None:
+def test_reshard_splits_thresholds_with_their_heads(causal: Trained, tmp_path: Path) -> None:
     reshard(causal.checkpoint, tmp_path / "two", tensor_parallel=2)
     found = shards(tmp_path / "two")
     for name in ("thresholds", "threshold_updates"):
@@ -36,7 +36,9 @@ def test_reshard_cuts_them_with_the_heads(causal: Trained, tmp_path: Path) -> No
     verify(causal.checkpoint, tmp_path / "bare")
 
 
-def test_inspect_and_fp32_know_them(causal: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_and_fp32_export_include_thresholds(
+    causal: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inspect(causal.checkpoint, full=True)
     printed = capsys.readouterr().out
     assert "6 MoSA with thresholds" in printed and "optimizer state  Adam's moments" in printed
@@ -50,7 +52,7 @@ def test_inspect_and_fp32_know_them(causal: Trained, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_export_keeps_thresholds_in_fp32_and_comes_back_calibrated(
+def test_an_export_keeps_thresholds_in_fp32_and_is_imported_as_calibrated(
     causal: Trained, tmp_path: Path, dtype: str
 ) -> None:
     export_hf(causal.checkpoint, tmp_path / "hf", dtype=dtype)
@@ -64,29 +66,29 @@ def test_an_export_keeps_thresholds_in_fp32_and_comes_back_calibrated(
     import_hf(tmp_path / "hf", tmp_path / "back")
     back = StateReader(tmp_path / "back")
     assert torch.equal(back.read(f"model.{HEADS}thresholds"), found)
-    assert (back.read(f"model.{HEADS}threshold_updates") > 10_000).all()  # of any warm-up
-    verify(tmp_path / "hf", tmp_path / "back")  # the number of updates is no part of an exported model
+    assert (back.read(f"model.{HEADS}threshold_updates") > 10_000).all()  # longer than any warm-up
+    verify(tmp_path / "hf", tmp_path / "back")  # the number of updates is not part of an exported model
     if dtype == "float32":
         verify(causal.checkpoint, tmp_path / "hf")
 
 
-def test_verify_sees_other_thresholds(causal: Trained, tmp_path: Path) -> None:
+def test_verify_detects_different_thresholds(causal: Trained, tmp_path: Path) -> None:
     export_hf(causal.checkpoint, tmp_path / "hf", checks_logits=False)
     (file,) = (tmp_path / "hf").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     thresholds = load_file(file)["model.layers.1.self_attn.mosa_heads.thresholds"].numpy().tobytes()
-    place = bytes(content).index(thresholds)
-    content[place + 2] ^= 64
+    offset = bytes(content).index(thresholds)
+    content[offset + 2] ^= 64
     file.write_bytes(content)
     (tmp_path / "hf" / "manifest.json").unlink()
     with pytest.raises(RunError, match="layers.1.self_attention.mosa_heads.thresholds differs most"):
         verify(causal.checkpoint, tmp_path / "hf", compares_logits=False)
 
 
-def test_runs_of_either_selection_may_begin_with_either_weights(
+def test_runs_of_either_selection_can_start_from_weights_of_either(
     causal: Trained, trained: dict[str, Trained], tmp_path: Path
 ) -> None:
-    """A threshold run begins its warm-up where there are no thresholds; expert choice needs none."""
+    """A threshold run starts its warm-up if the checkpoint has no thresholds; expert choice needs none."""
     identity = {"vocab_size": 300, "tokenizer_hash": None}
     pure = trained["pure"].checkpoint
     for folder, options in (

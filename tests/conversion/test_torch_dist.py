@@ -1,4 +1,4 @@
-"""Megatron-LM's torch_dist format, read and written, against checkpoints and models of Megatron-core's own."""
+"""Reading and writing Megatron-LM's torch_dist format, against Megatron-core's own models and checkpoints."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TOKENS = torch.randint(ROWS, (2, 40), generator=torch.Generator().manual_seed(5)
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
-    """A checkpoint that Megatron-core wrote, and its model's logits."""
+    """Save a checkpoint with Megatron-core; return its folder and its model's logits."""
     folder = tmp_path_factory.mktemp("theirs") / "gpt"
     with one_rank():
         return folder, save_gpt(ARGUMENTS, 1, folder, "stacked", TOKENS)
@@ -59,9 +59,7 @@ def our_logits(path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["dense", "gelu"])
-def test_megatron_loads_what_is_exported(
-    trained: dict[str, Trained], workers: WorkerPools, tmp_path: Path, kind: str
-) -> None:
+def test_megatron_loads_an_export(trained: dict[str, Trained], workers: WorkerPools, tmp_path: Path, kind: str) -> None:
     model = trained[kind]
     done = CliRunner().invoke(
         app, ["checkpoint", "export", str(model.checkpoint), str(tmp_path / "out"), "--to", "torch-dist"]
@@ -79,7 +77,7 @@ def test_megatron_loads_what_is_exported(
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, OTHER_ARGUMENTS], ids=["swiglu", "gelu"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_megatron_wrote_is_imported(tmp_path: Path, arguments: dict[str, Any], way: str) -> None:
+def test_a_megatron_checkpoint_is_imported(tmp_path: Path, arguments: dict[str, Any], way: str) -> None:
     with one_rank():
         expected = save_gpt(arguments, 1, tmp_path / "gpt", way, TOKENS)
     import_model(Kind.TORCH_DIST, tmp_path / "gpt", tmp_path / "out")
@@ -89,8 +87,8 @@ def test_what_megatron_wrote_is_imported(tmp_path: Path, arguments: dict[str, An
     verify(tmp_path / "gpt" / "iter_0000007", tmp_path / "out", compares_logits=False)
 
 
-@pytest.mark.parametrize("way", ["stacked", "halves apart"])
-def test_what_two_ranks_wrote_is_imported(workers: WorkerPools, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("way", ["stacked", "separate halves"])
+def test_a_checkpoint_of_two_ranks_is_imported(workers: WorkerPools, tmp_path: Path, way: str) -> None:
     expected = workers(2).run(on_two_ranks, save_gpt, ARGUMENTS, tmp_path / "gpt", way, TOKENS)[0]
     done = CliRunner().invoke(
         app, ["checkpoint", "import", str(tmp_path / "gpt"), str(tmp_path / "out"), "--from", "torch-dist"]
@@ -100,7 +98,7 @@ def test_what_two_ranks_wrote_is_imported(workers: WorkerPools, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["dense", "gelu"])
-def test_there_and_back_is_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
+def test_the_round_trip_is_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
     export_torch_dist(trained[kind].checkpoint, tmp_path / "out")
     import_model(Kind.TORCH_DIST, tmp_path / "out", tmp_path / "back")
     before, after = StateReader(trained[kind].checkpoint), StateReader(tmp_path / "back")
@@ -111,7 +109,7 @@ def test_there_and_back_is_exact(trained: dict[str, Trained], tmp_path: Path, ki
 
 
 def test_weights_in_bf16_and_fresh_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Heads that are added compute nothing at first."""
+    """Fresh heads do not change the output at first."""
     with one_rank():
         expected = save_gpt(ARGUMENTS, 1, tmp_path / "gpt", "stacked", TOKENS, dtype=torch.bfloat16)
     inspect(tmp_path / "gpt")
@@ -122,8 +120,8 @@ def test_weights_in_bf16_and_fresh_heads(tmp_path: Path, capsys: pytest.CaptureF
     torch.testing.assert_close(our_logits(tmp_path / "out"), expected, rtol=0, atol=1e-4)
 
 
-def test_norms_of_their_own_and_other_tensors(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
-    """Names of norms that are modules of their own are known, optimizer state is left, an unknown weight is not."""
+def test_separate_norms_and_unknown_tensors(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """Norms may be separate modules and optimizer state is ignored, but an unknown weight is refused."""
     index = pickle.loads((theirs[0] / "iter_0000007" / ".metadata").read_bytes())
     folder = tmp_path / "gpt"
 
@@ -145,12 +143,14 @@ def test_norms_of_their_own_and_other_tensors(theirs: tuple[Path, Tensor], tmp_p
     open_model(folder)
     index.state_dict_metadata["decoder.layers.self_attention.linear_qkv.bias"] = embedding
     rename("nothing", "new")
-    with pytest.raises(UserError, match=r"linear_qkv\.bias has no counterpart here; expected .*no biases"):
+    with pytest.raises(
+        UserError, match=r"linear_qkv\.bias is not supported; only weights of dense GPT layers without biases"
+    ):
         open_model(folder)
 
 
-def test_what_megatron_core_0_19_writes(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
-    """What is no tensor lies in the files of torch's, and arguments have other names."""
+def test_a_checkpoint_of_megatron_core_0_19(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """Non-tensor content is stored in torch's files, and arguments have other names."""
     arguments = ARGUMENTS | {"layernorm_epsilon": ARGUMENTS["norm_epsilon"]}
     del arguments["norm_epsilon"]
     folder, mark = tmp_path / "gpt", tmp_path / "mark"
@@ -164,14 +164,14 @@ def test_what_megatron_core_0_19_writes(theirs: tuple[Path, Tensor], tmp_path: P
     write(exit_signal=signal.SIGTERM, where=tmp_path)
     torch.testing.assert_close(our_logits(folder), theirs[1], rtol=0, atol=1e-4)
     write(more=Evil(mark))
-    with pytest.raises(RunError, match=r"common_state/shard_0_1 asks for posix\.mkdir: refused"):
+    with pytest.raises(RunError, match=r"common_state/shard_0_1 refers to posix\.mkdir; refused"):
         import_model(Kind.TORCH_DIST, folder, tmp_path / "out")
     assert not mark.exists()
 
 
-def test_heads_that_megatron_does_not_have(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_heads_that_megatron_does_not_support(trained: dict[str, Trained], tmp_path: Path) -> None:
     for kind, key in (("pure", "mosa.num_heads=6"), ("local", "model.num_local_heads=4")):
-        with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*expected for torch-dist: 0"):
+        with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*must be 0 for --to torch-dist"):
             export_torch_dist(trained[kind].checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -179,17 +179,20 @@ def test_heads_that_megatron_does_not_have(trained: dict[str, Trained], tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 8}, r"args\.num_experts=8 has no counterpart here; expected None"),
-        ({"add_bias_linear": True}, r"args\.add_bias_linear=True has no counterpart here; expected False"),
-        ({"position_embedding_type": "learned_absolute"}, r"position_embedding_type=learned_absolute .*expected rope"),
+        ({"num_experts": 8}, r"args\.num_experts=8 is not supported; it must be None"),
+        ({"add_bias_linear": True}, r"args\.add_bias_linear=True is not supported; it must be False"),
+        (
+            {"position_embedding_type": "learned_absolute"},
+            r"position_embedding_type=learned_absolute .*it must be rope",
+        ),
         ({"qk_layernorm": True}, r"args\.qk_layernorm=True"),
         ({"kv_channels": None}, r"head_dim"),
         ({"num_query_groups": 4}, r"linear_qkv\.weight is \(3, 64, 24\), expected \(3, 96, 24\)"),
         ({"num_layers": 2}, r"layer_norm_weight is \(3, 24\), expected \(2, 24\)"),
-        ({"untie_embeddings_and_output_weights": False}, r"output_layer\.weight has no counterpart"),
+        ({"untie_embeddings_and_output_weights": False}, r"output_layer\.weight is not supported"),
     ],
 )
-def test_models_that_are_refused(
+def test_unsupported_models_are_refused(
     theirs: tuple[Path, Tensor], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = tmp_path / "gpt"
@@ -200,7 +203,7 @@ def test_models_that_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
+def test_damaged_files_and_files_that_would_run_code_are_refused(theirs: tuple[Path, Tensor], tmp_path: Path) -> None:
     folder, out, mark = tmp_path / "gpt", tmp_path / "out", tmp_path / "mark"
     iteration = folder / "iter_0000007"
 
@@ -212,36 +215,36 @@ def test_files_that_would_run_code_or_are_damaged(theirs: tuple[Path, Tensor], t
     def restore() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(theirs[0], folder)
-        torch.save({"args": Namespace(**ARGUMENTS)}, iteration / "common.pt")  # which 0.19 does not write
+        torch.save({"args": Namespace(**ARGUMENTS)}, iteration / "common.pt")  # 0.19 does not write it
 
     restore()
     torch.save({"args": Evil(mark)}, iteration / "common.pt")
-    refused(r"common\.pt asks for posix\.mkdir: refused, nothing of it was run")
+    refused(r"common\.pt refers to posix\.mkdir; refused to load it, no code was run")
     torch.save({"args": Namespace(**ARGUMENTS, more=Evil(mark))}, iteration / "common.pt")
-    refused(r"common\.pt asks for posix\.mkdir")
+    refused(r"common\.pt refers to posix\.mkdir")
     (iteration / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
-    refused(r"iter_0000007/\.metadata asks for posix\.mkdir")
+    refused(r"iter_0000007/\.metadata refers to posix\.mkdir")
     torch.save({"iteration": 7}, iteration / "common.pt")
-    refused("holds no args", UserError)
+    refused("does not contain args", UserError)
     os.truncate(iteration / "common.pt", 500)
     refused(r"common\.pt is damaged")
     (iteration / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 2})
     )
-    refused(r"sharded_backend_version=2; expected 1", UserError)
+    refused(r"sharded_backend_version in metadata\.json must be 1, got 2", UserError)
     shard = max(iteration.glob("*.distcp"), key=lambda file: file.stat().st_size)
     shard.unlink()
     refused(rf"iter_0000007/{shard.name} cannot be read")
     os.truncate(shard, 1000)
-    refused(rf"iter_0000007/{shard.name} is not what was written")
+    refused(rf"iter_0000007/{shard.name} is corrupt")
     index = StateReader(iteration, "")._metadata.storage_data
-    place = next(info for item, info in index.items() if item.fqn == "output_layer.weight")
-    content = bytearray((iteration / place.relative_path).read_bytes())
-    content[place.offset + place.length // 2] ^= 4
-    (iteration / place.relative_path).write_bytes(content)
+    stored = next(info for item, info in index.items() if item.fqn == "output_layer.weight")
+    content = bytearray((iteration / stored.relative_path).read_bytes())
+    content[stored.offset + stored.length // 2] ^= 4
+    (iteration / stored.relative_path).write_bytes(content)
     with pytest.raises(RunError, match="damaged"):
         inspect(folder, full=True)
-    refused(rf"iter_0000007/{place.relative_path} is not what was written \(Bad CRC-32")
+    refused(rf"iter_0000007/{stored.relative_path} is corrupt \(Bad CRC-32")
     assert not mark.exists() and not out.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"gpt"}
 
@@ -250,19 +253,19 @@ def test_inspect_and_targets(
     theirs: tuple[Path, Tensor], trained: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspect(theirs[0], full=True)
-    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert told["kind"].strip() == "Megatron-LM torch_dist checkpoint"
-    assert (told["iteration"].strip(), told["optimizer state"].strip()) == ("iter_0000007", "none")
-    assert "checksums" in told["health"] and told["types"].strip() == "float32"
+    facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert facts["kind"].strip() == "Megatron-LM torch_dist checkpoint"
+    assert (facts["iteration"].strip(), facts["optimizer state"].strip()) == ("iter_0000007", "none")
+    assert "checksums" in facts["health"] and facts["types"].strip() == "float32"
     checkpoint = trained["dense"].checkpoint
     export_torch_dist(checkpoint, tmp_path / "out")
-    with pytest.raises(UserError, match="exists; give another folder, or --force to replace it"):
+    with pytest.raises(UserError, match="already exists; choose another folder, or pass --force to replace it"):
         export_torch_dist(checkpoint, tmp_path / "out")
     export_torch_dist(checkpoint, tmp_path / "out", force=True)
     (tmp_path / "out" / "iter_0000000" / "common.pt").unlink()
     with pytest.raises(RunError, match=r"common\.pt cannot be read"):
         import_model(Kind.TORCH_DIST, tmp_path / "out", tmp_path / "back")
-    with pytest.raises(UserError, match="is a megatron_mosa checkpoint; expected a Megatron-LM torch_dist checkpoint"):
+    with pytest.raises(UserError, match="is a megatron_mosa checkpoint; pass a Megatron-LM torch_dist checkpoint"):
         import_model(Kind.TORCH_DIST, checkpoint, tmp_path / "back")
     done = CliRunner().invoke(app, ["checkpoint", "import", str(tmp_path), str(tmp_path / "x"), "--from", "torch"])
     assert "--from must be hf, torch-dist or mosa-pytorch, got torch" in str(done.exception)

@@ -1,4 +1,4 @@
-"""Exported models under transformers' Trainer, accelerate, PEFT and pipelines: what these ask of any causal model."""
+"""Exported models under transformers' Trainer, accelerate, PEFT and pipelines: what these expect of a causal model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IGNORED = -100
 
 @pytest.fixture(scope="module")
 def folders(trained: dict[str, Trained], causal: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An export of each selection."""
+    """Export one model per kind of selection."""
     folder = tmp_path_factory.mktemp("exports")
     for kind, model in zip(KINDS, (causal, trained["hybrid"]), strict=True):
         export_hf(model.checkpoint, folder / kind, checks_logits=False)
@@ -41,18 +41,18 @@ def folders(trained: dict[str, Trained], causal: Trained, tmp_path_factory: pyte
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What made the checkpoints may have left a launcher's variables, which accelerate reads."""
+    """Remove launcher variables, which accelerate reads, and which the fixtures may have left in the environment."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """As a user does, with the modelling code of the folder."""
+    """Load an export as a user does, with the modelling code in its folder."""
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
 def trainer(model: Any, folder: Path, data: list[dict[str, Tensor]], **options: Any) -> Trainer:
-    """Of one step that changes nothing and clips nothing, unless options say otherwise."""
+    """Create a Trainer for a single step with learning rate 0 and no effective clipping, unless overridden."""
     named = {name: options.pop(name) for name in ("data_collator", "compute_metrics") if name in options}
     settings = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 1e9, "logging_steps": 1} | options
     arguments = TrainingArguments(
@@ -63,18 +63,18 @@ def trainer(model: Any, folder: Path, data: list[dict[str, Tensor]], **options: 
 
 
 def logged(model: Any, folder: Path, data: list[dict[str, Tensor]], **options: Any) -> tuple[float, float]:
-    """Loss and gradient norm of the first step."""
+    """Train; return loss and gradient norm of the first step."""
     done = trainer(model, folder, data, **options)
     done.train()
     return done.state.log_history[0]["loss"], done.state.log_history[0]["grad_norm"]
 
 
 def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, float]:
-    """The mean loss in nats, over all labels that count, of the logits of each sequence alone; the gradient's norm."""
+    """Return the mean loss in nats over all counted labels, computed one sequence at a time, and the gradient norm."""
     losses = []
     for row, expected in zip(ids, labels, strict=True):
         logs = model(row[None]).logits[0].double().log_softmax(-1)
-        losses += [-logs[place - 1, expected[place]] for place in range(1, len(row)) if expected[place] != IGNORED]
+        losses += [-logs[i - 1, expected[i]] for i in range(1, len(row)) if expected[i] != IGNORED]
     loss = torch.stack(losses).mean()
     loss.backward()
     norm = sum(parameter.grad.double().square().sum() for parameter in model.parameters()).sqrt()
@@ -83,7 +83,7 @@ def by_hand(model: Any, ids: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def unequal_labels() -> tuple[Tensor, Tensor]:
-    """Eight sequences [8, 16] that count 15, 14, ... labels, and one that counts none."""
+    """Return eight sequences [8, 16] with decreasing numbers of counted labels; the last has none."""
     ids = torch.randint(1, 300, (8, 16), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
     for number in range(7):
@@ -109,7 +109,7 @@ def test_accumulated_micro_batches_are_one_batch(folders: dict[str, Path], tmp_p
 @pytest.mark.parametrize("count", [None, 10, torch.tensor(10), torch.tensor(0), torch.tensor(2.5)])
 def test_a_micro_batch_without_labels_adds_nothing(count: Any) -> None:
     model, ids = build("hybrid"), random_tokens(2, 9)
-    for shape in ((2, 9), (2, 1)):  # of a single token none is predicted
+    for shape in ((2, 9), (2, 1)):  # a single token has nothing to predict
         labels = torch.full(shape, IGNORED) if shape[1] > 1 else ids[:, :1]
         loss = model(ids[:, : shape[1]], labels=labels, num_items_in_batch=count).loss
         loss.backward()
@@ -132,7 +132,7 @@ def test_evaluation_with_padding_and_metrics(
         right.append((logs.argmax(-1) == row[1:]).tolist())
 
     def metrics(evaluated: EvalPrediction) -> dict[str, float]:
-        assert evaluated.predictions.shape == (5, 16, 384)  # logits alone
+        assert evaluated.predictions.shape == (5, 16, 384)  # only logits
         correct = (evaluated.predictions[:, :-1].argmax(-1) == evaluated.label_ids[:, 1:]).sum()  # type: ignore
         return {"correct": float(correct)}
 
@@ -140,15 +140,15 @@ def test_evaluation_with_padding_and_metrics(
         model, tmp_path, [{"input_ids": row} for row in rows], per_device_eval_batch_size=2, compute_metrics=metrics,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     ).evaluate()  # fmt: skip
-    # Trainer takes the mean of the batches' means, each as often as it has sequences.
+    # Trainer averages the batches' mean losses, weighted by the number of sequences.
     batches = [(2, torch.cat(losses[:2])), (2, torch.cat(losses[2:4])), (1, losses[4])]
     expected = sum(size * batch.mean().item() for size, batch in batches) / 5
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["eval_correct"] == sum(map(sum, right))
 
 
-def test_label_smoothing_is_of_the_next_token(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Trainer computes it by itself, and shifts labels only for models that it knows to be causal."""
+def test_label_smoothing_uses_the_next_token(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Trainer computes it itself, and shifts labels only for models that it knows to be causal."""
     ids, labels = unequal_labels()
     logs = load(folders["threshold"])(ids).logits[:, :-1].double().log_softmax(-1)
     counted = labels[:, 1:] != IGNORED
@@ -171,7 +171,7 @@ def test_bf16_and_checkpointing_in_the_trainer(folders: dict[str, Path], tmp_pat
         model.model.layers[0].mlp.register_forward_hook(lambda *given: types.add(given[-1].dtype))
         found.append(logged(model, tmp_path, data, bf16=True, gradient_checkpointing=checkpoints))
     assert types == {torch.bfloat16}
-    assert found[0] == found[1]  # the second forward pass is under autocast, too
+    assert found[0] == found[1]  # recomputation also runs under autocast
     assert found[0] == pytest.approx(expected, rel=0.05)
 
 
@@ -212,23 +212,25 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def split(where: str) -> dict[str, Any]:
-    """The second layer of two is kept elsewhere."""
+    """Return options that offload the second of two layers to ``where``."""
     rest = ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")
     return {"device_map": dict.fromkeys(rest, "cpu") | {"model.layers.1": where}, "offload_buffers": True}
 
 
 @torch.no_grad()
-def test_layers_on_a_disk_with_their_thresholds(causal: Trained, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_layers_can_be_offloaded_to_disk_with_their_thresholds(
+    causal: Trained, folders: dict[str, Path], tmp_path: Path
+) -> None:
     model = load(folders["threshold"], offload_folder=tmp_path, **split("disk"))
     heads = model.model.layers[1].self_attn.mosa_heads
-    assert heads.thresholds.is_meta and heads.qkv_weight.is_meta  # not where a computation finds them
+    assert heads.thresholds.is_meta and heads.qkv_weight.is_meta  # not loaded until needed
     torch.testing.assert_close(model(causal.tokens).logits, causal.logits, rtol=0, atol=1e-4)
     expected = load(folders["threshold"]).generate(causal.tokens[:, :9], max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(causal.tokens[:, :9], max_new_tokens=6, do_sample=False), expected)
 
 
 @torch.no_grad()
-def test_thresholds_that_are_not_set_are_refused_on_a_disk_too(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_unset_thresholds_are_refused_when_offloaded_too(folders: dict[str, Path], tmp_path: Path) -> None:
     model = MosaForCausalLM.from_pretrained(folders["threshold"])
     model.model.layers[1].self_attn.mosa_heads.thresholds[3] = torch.nan
     model.save_pretrained(tmp_path / "saved")
@@ -238,22 +240,22 @@ def test_thresholds_that_are_not_set_are_refused_on_a_disk_too(folders: dict[str
     for call in (
         lambda model: model(several),
         lambda model: model(several, use_cache=True),
-        lambda model: model(one, use_cache=True),  # as a step of decoding
+        lambda model: model(one, use_cache=True),  # like a decoding step
         lambda model: model.generate(one, max_new_tokens=2),
     ):
-        # A new model each time, since a call that fails leaves the layer where it was computed.
+        # A new model each time, since a failed call leaves the layer on the compute device.
         model = MosaForCausalLM.from_pretrained(tmp_path / "saved", offload_folder=tmp_path / "disk", **split("disk"))
         with pytest.raises(ValueError, match=r"thresholds of an offloaded layer are NaN: .* must be between"):
             call(model)
 
 
-def test_thresholds_of_several_devices_are_looked_at_one_by_one() -> None:
+def test_thresholds_on_several_devices_are_checked_one_by_one() -> None:
     heads = [module for module in build("pure").modules() if isinstance(module, MosaHeads)]
     model = build("pure").model
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module, device in zip(model.layers, ("cuda:0", "cuda:1", "cpu"), strict=True):
             module.self_attn.mosa_heads.thresholds = torch.empty(len(heads[0].router_weight), device=device)
-        with pytest.raises(DataDependentOutputException):  # a number is asked for; fake tensors have none
+        with pytest.raises(DataDependentOutputException):  # the check reads a value; fake tensors have none
             model.check_thresholds()
 
 
@@ -272,7 +274,7 @@ def adapted(folder: Path, **options: Any) -> Any:
     "options",
     [{}, {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["qkv_weight", "proj_weight", "router_weight"]}],
 )
-def test_lora_trains_its_adapters_alone_and_merges(
+def test_lora_trains_only_its_adapters_and_merges(
     folders: dict[str, Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     from peft import PeftModel
@@ -300,8 +302,10 @@ def test_lora_trains_its_adapters_alone_and_merges(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_adapters_get_gradients_behind_frozen_checkpoints(folders: dict[str, Path], reentrant: bool) -> None:
-    """The embedding is frozen, so that the first layer's input needs no gradient."""
+def test_adapters_get_gradients_with_checkpointing_and_a_frozen_embedding(
+    folders: dict[str, Path], reentrant: bool
+) -> None:
+    """The embedding is frozen, so the first layer's input does not require a gradient."""
     ids, labels = unequal_labels()
     gradients = []
     for checkpoints in (False, True):
@@ -319,7 +323,7 @@ def test_adapters_get_gradients_behind_frozen_checkpoints(folders: dict[str, Pat
 @torch.no_grad()
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "embed_tokens", "lm_head"]])
 def test_lora_on_a_tied_model_merges_and_loads_again(tmp_path: Path, targets: str | list[str]) -> None:
-    """Adapters of the embedding need it untied before, as PEFT says: merged into one weight, both would change both."""
+    """Adapters of the embedding require untying it first, as PEFT says: merging either would change both weights."""
     from peft import LoraConfig, get_peft_model
 
     build("hybrid").save_pretrained(tmp_path / "tied")
@@ -395,7 +399,7 @@ def test_a_compiled_model_computes_the_same(folders: dict[str, Path], causal: Tr
 
 
 @pytest.mark.parametrize("returns_dict", [True, False])
-def test_a_pipeline_says_what_the_model_says(folders: dict[str, Path], returns_dict: bool) -> None:
+def test_a_pipeline_gives_the_models_output(folders: dict[str, Path], returns_dict: bool) -> None:
     folder = folders["threshold"]
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     model.config.return_dict = returns_dict

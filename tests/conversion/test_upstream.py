@@ -1,4 +1,4 @@
-"""Layers of the authors' PyTorch code, computed from their tensors by hand and by our layer."""
+"""Import of attention layers of the authors' PyTorch code: our layer against a reference on their tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH, SIZE, HEADS, OTHERS, LENGTH = 24, 8, 5, 3, 32
 
 
 def upstream_layer(is_hybrid: bool) -> dict[str, Tensor]:
-    """Random tensors in the authors' names and shapes."""
+    """Return random tensors with the authors' names and shapes."""
     generator = torch.Generator().manual_seed(3)
     shapes = {"r.0.weight": (HEADS, WIDTH), "QKV.W": (HEADS, WIDTH, 3 * SIZE), "O.W": (HEADS, SIZE, WIDTH)}
     if is_hybrid:
@@ -34,7 +34,7 @@ def upstream_layer(is_hybrid: bool) -> dict[str, Tensor]:
 
 
 def dense_reference(states: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> Tensor:
-    """Causal heads of [T, h], token by token."""
+    """Compute causal heads on states [T, h], token by token."""
     output = torch.zeros_like(states)
     for head in range(OTHERS):
         first = 3 * SIZE * head
@@ -48,7 +48,7 @@ def dense_reference(states: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> 
 
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> Iterator[None]:
-    """Megatron's, of one process."""
+    """Initialize Megatron's process groups in this process."""
     initialize_parallel(1, seed=1)
     yield
     destroy_parallel()
@@ -57,7 +57,7 @@ def groups() -> Iterator[None]:
 @pytest.mark.parametrize("is_hybrid", [False, True])
 @pytest.mark.parametrize("file", ["layer.pt", "layer.safetensors"])
 @torch.no_grad()
-def test_our_layer_computes_what_theirs_does(tmp_path: Path, is_hybrid: bool, file: str) -> None:
+def test_the_imported_layer_matches_the_reference(tmp_path: Path, is_hybrid: bool, file: str) -> None:
     theirs = upstream_layer(is_hybrid)
     whole_model = {f"layers.0.att.{name}": tensor for name, tensor in theirs.items()} | {"norm": torch.ones(3)}
     if file.endswith(".pt"):
@@ -90,7 +90,7 @@ def test_our_layer_computes_what_theirs_does(tmp_path: Path, is_hybrid: bool, fi
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_invalid_files_and_arguments_are_refused(tmp_path: Path) -> None:
     file, out = tmp_path / "layer.pt", tmp_path / "ours.safetensors"
     layer = upstream_layer(True)
     for change, message in (
@@ -105,17 +105,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
             import_layer(file, out)
     torch.save(layer, file)
     for arguments, message in (
-        ((tmp_path / "nothing", out), "is no file"),
+        ((tmp_path / "nothing", out), "is not a file"),
         ((file, tmp_path / "ours.bin"), r"ends in \.safetensors"),
-        ((file, tmp_path / "no" / "ours.safetensors"), "is no folder that can be written"),
+        ((file, tmp_path / "no" / "ours.safetensors"), "is not a writable directory"),
     ):
         with pytest.raises(UserError, match=message):
             import_layer(*arguments)
-    with pytest.raises(UserError, match="--other-heads=sparse"):
+    with pytest.raises(UserError, match="--other-heads must be dense or local, got sparse"):
         import_layer(file, out, other_heads="sparse")
     import_layer(file, out, other_heads="local")
     assert "local_heads.qkv_weight" in load_file(out)
-    with pytest.raises(UserError, match="exists; give another file, or --force"):
+    with pytest.raises(UserError, match="already exists; choose another file, or pass --force"):
         import_layer(file, out)
     import_layer(file, out, force=True)
     torch.save({"mosa_heads.O.W": ForeignCode()}, file)
@@ -125,7 +125,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 class ForeignCode:
-    """What a pickle could run."""
+    """Prints a message when unpickled."""
 
     def __reduce__(self) -> tuple:
         return print, ("executed",)

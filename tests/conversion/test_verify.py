@@ -1,4 +1,4 @@
-"""``mosa checkpoint verify``: equal is equal, and a change of one number is found and named."""
+"""``mosa checkpoint verify`` accepts equal models, and finds and names a single changed number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conversion.models import Trained
 
 
 def changed(checkpoint: Path, target: Path, key: str, change: float) -> Path:
-    """A copy in which the last number of one tensor is another."""
+    """Copy a checkpoint, adding ``change`` to the last element of one tensor."""
     reader = StateReader(checkpoint)
     target.mkdir()
     shutil.copy(checkpoint / "metadata.json", target)
@@ -37,15 +37,15 @@ def changed(checkpoint: Path, target: Path, key: str, change: float) -> Path:
     return target
 
 
-def test_a_model_is_itself_in_every_form(
+def test_a_model_equals_its_export_and_its_copy(
     trained: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = trained["dense"].checkpoint
     export_hf(checkpoint, tmp_path / "out", checks_logits=False)
     verify(checkpoint.parents[1], tmp_path / "out")
-    assert "equal to the last bit" in capsys.readouterr().out
+    assert "bitwise equal" in capsys.readouterr().out
     verify(checkpoint, changed(checkpoint, tmp_path / "same", "", 0.0), compares_logits=False)
-    assert " moments: equal to the last bit" in capsys.readouterr().out
+    assert " moments: bitwise equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_model_is_itself_in_every_form(
         "exp_avg_sq.decoder.layers.0.self_attention.mosa_heads.qkv_weight",
     ],
 )
-def test_one_number_that_changed_is_found(trained: dict[str, Trained], tmp_path: Path, key: str) -> None:
+def test_a_single_changed_number_is_found(trained: dict[str, Trained], tmp_path: Path, key: str) -> None:
     checkpoint = trained["hybrid"].checkpoint
     other = changed(checkpoint, tmp_path / "other", key, 0.25)
     with pytest.raises(RunError, match=f"{key} differs most, by "):
@@ -65,20 +65,20 @@ def test_one_number_that_changed_is_found(trained: dict[str, Trained], tmp_path:
     verify(checkpoint, other, tolerance=0.5, compares_logits=False)
 
 
-def test_equal_weights_under_another_description_differ(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_equal_weights_with_another_configuration_differ(trained: dict[str, Trained], tmp_path: Path) -> None:
     export_hf(trained["pure"].checkpoint, tmp_path / "out", checks_logits=False)
     (tmp_path / "out" / MANIFEST).unlink()
     file = tmp_path / "out" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sparsity": 2.0}))
-    with pytest.raises(RunError, match="weights are equal, but logits are not"):
+    with pytest.raises(RunError, match="weights are equal, but their logits are not"):
         verify(trained["pure"].checkpoint, tmp_path / "out")
 
 
-def test_what_cannot_be_compared(trained: dict[str, Trained], tmp_path: Path) -> None:
+def test_models_that_cannot_be_compared(trained: dict[str, Trained], tmp_path: Path) -> None:
     checkpoint = trained["dense"].checkpoint
-    with pytest.raises(RunError, match=r"not the same model: decoder\.final_layernorm\.bias is missing"):
+    with pytest.raises(RunError, match=r"the models differ: decoder\.final_layernorm\.bias is missing"):
         verify(checkpoint, trained["pure"].checkpoint)
-    with pytest.raises(UserError, match="--tolerance=-1"):
+    with pytest.raises(UserError, match=r"--tolerance must be at least 0 \(bitwise equality\), got -1"):
         verify(checkpoint, checkpoint, tolerance=-1)
     with pytest.raises(UserError, match="does not exist"):
         verify(checkpoint, tmp_path / "nothing")
@@ -92,4 +92,4 @@ def test_what_cannot_be_compared(trained: dict[str, Trained], tmp_path: Path) ->
 def test_the_command(trained: dict[str, Trained]) -> None:
     checkpoint = str(trained["local"].checkpoint)
     done = CliRunner().invoke(app, ["checkpoint", "verify", checkpoint, checkpoint, "--no-logits"])
-    assert done.exit_code == 0 and "equal to the last bit" in done.output
+    assert done.exit_code == 0 and "bitwise equal" in done.output

@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed writes, in worker processes; a module of its own, so that it can be sent to them."""
+"""Write DeepSpeed checkpoints in worker processes; a separate module, so that the functions can be pickled."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tests.distributed import tasks
 
-# stage, precision, type of accumulated gradients: what DeepSpeed keeps in files of different shapes
+# ZeRO stage, precision, dtype of accumulated gradients: DeepSpeed's files differ between these
 KINDS = [(1, "fp32", "fp32"), (1, "bf16", "fp32"), (1, "bf16", "bf16"), (2, "fp16", "fp16"), (3, "bf16", "bf16")]
 _REORDERED = {"round_robin_gradients": True, "parameter_alignment": True}
 
 
 class Net(torch.nn.Module):
-    """Sizes that two ranks do not divide, weights under two names, a frozen weight, buffers of two kinds."""
+    """Has sizes not divisible by two, a shared weight, a frozen weight, and a float and an integer buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,12 +31,12 @@ class Net(torch.nn.Module):
         self.register_buffer("count", torch.tensor(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """A scalar."""
+        """Return a scalar loss."""
         return self.output(self.frozen(self.norm(self.first(self.embedding(tokens))))).float().square().mean()
 
 
 def save_zero(folder: Path, number: int) -> dict[str, Tensor]:
-    """Train and save kind ``number`` of KINDS; return the module's parameters as it computes with them (ZeRO 1, 2)."""
+    """Train and save kind ``number`` of KINDS; return the module's parameters in compute precision (ZeRO 1, 2)."""
     stage, precision, gradients = KINDS[number]
     with tasks.parallel(tasks.tiny_config()):
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def save_zero(folder: Path, number: int) -> dict[str, Tensor]:
         ]
         settings = {
             "train_micro_batch_size_per_gpu": 2,
-            # under ZeRO 2 parameters in another order and with gaps between them
+            # under ZeRO 2: parameters in another order, with gaps between them
             "zero_optimization": {"stage": stage} | (_REORDERED if stage == 2 else {}),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -56,9 +56,9 @@ def save_zero(folder: Path, number: int) -> dict[str, Tensor]:
         }
         if precision != "fp32":
             settings[precision] = {"enabled": True}
-        # Else DeepSpeed compiles it here, 35 s where torch has no cached extension; the engine leaves it out, too.
+        # Otherwise DeepSpeed compiles it, which takes 35 s without a cached extension; the engine skips it, too.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed refuses fp16 on processors without instructions for it; torch computes it on all.
+        # DeepSpeed refuses fp16 on CPUs without native support; torch supports it on all.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         engine = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings)[0]
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Tiny models of every kind with random weights, thresholds near the middle of their scores."""
+"""Build tiny models of every kind with random weights, and thresholds near the middle of the scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: object) -> MosaForCausalLM:
-    """A model whose attention matters: scores are spread out, and a head takes about a quarter of the tokens."""
+    """Build a model whose attention matters: scores are spread out, and heads select about a quarter of the tokens."""
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8,
         "sparsity": 4, "max_position_embeddings": 64,
@@ -43,5 +43,5 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
 
 
 def random_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    """[batch, length]."""
+    """Return random tokens [batch, length]."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

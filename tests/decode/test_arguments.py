@@ -1,4 +1,4 @@
-"""What transformers, and programs written for it, may say to any model: its arguments, and the modes of torch."""
+"""Arguments that transformers and its users pass to any model, and torch's inference and autocast modes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100
 
 @torch.no_grad()
 @pytest.mark.parametrize("by_configuration", [False, True])
-def test_a_tuple_is_returned_where_no_dictionary_is_asked_for(by_configuration: bool) -> None:
+def test_a_tuple_is_returned_without_return_dict(by_configuration: bool) -> None:
     model, ids = build("hybrid"), random_tokens(2, 9)
     options: dict[str, Any] = {"labels": ids, "output_hidden_states": True}
     expected, generated = model(ids, **options), model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -55,7 +55,7 @@ KEPT = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", KEPT)
-def test_logits_and_loss_of_some_positions(form: str) -> None:
+def test_logits_and_loss_at_selected_positions(form: str) -> None:
     keep, chosen = KEPT[form]
     model, ids = build("hybrid"), random_tokens(2, 13)
     labels = ids.clone()
@@ -64,11 +64,11 @@ def test_logits_and_loss_of_some_positions(form: str) -> None:
     assert torch.equal(model(ids, logits_to_keep=keep).logits, chosen(whole))
     found = model(ids, logits_to_keep=keep, labels=labels)
     assert torch.equal(found.logits, chosen(whole))
-    losses = torch.full(ids.shape, torch.nan, dtype=torch.float64)  # of what follows each position
+    losses = torch.full(ids.shape, torch.nan, dtype=torch.float64)  # of the token after each position
     for row in range(2):
-        for place in range(12):
-            if labels[row, place + 1] != IGNORED:
-                losses[row, place] = -whole[row, place].double().log_softmax(-1)[labels[row, place + 1]]
+        for position in range(12):
+            if labels[row, position + 1] != IGNORED:
+                losses[row, position] = -whole[row, position].double().log_softmax(-1)[labels[row, position + 1]]
     torch.testing.assert_close(found.loss.double(), chosen(losses).nanmean(), rtol=1e-6, atol=0)
 
 
@@ -93,7 +93,7 @@ def test_hidden_states_by_argument_and_by_configuration() -> None:
 
 
 @torch.no_grad()
-def test_a_mistyped_argument_is_refused_and_the_similar_one_named() -> None:
+def test_a_mistyped_argument_is_refused_with_a_suggestion() -> None:
     model, ids = build("hybrid"), random_tokens(2, 9)
     for call, name, similar in (
         (model, "lables", "labels"),
@@ -111,21 +111,21 @@ def test_a_mistyped_argument_is_refused_and_the_similar_one_named() -> None:
 
 
 @torch.no_grad()
-def test_what_is_not_supported_is_refused_only_where_it_asks_for_something() -> None:
+def test_unsupported_arguments_are_refused_only_if_they_would_have_an_effect() -> None:
     model, ids = build("hybrid"), random_tokens(2, 9)
     expected = model(ids).logits
-    nothing: dict[str, list[Any]] = {
+    without_effect: dict[str, list[Any]] = {
         "position_ids": [None],
         "output_attentions": [None, False],
         "token_type_ids": [None, torch.zeros_like(ids)],
         "cache_position": [None, torch.arange(9)],
     }
-    something = {"position_ids": torch.arange(9)[None], "output_attentions": True, "token_type_ids": ids}
-    for name, values in nothing.items():
+    with_effect = {"position_ids": torch.arange(9)[None], "output_attentions": True, "token_type_ids": ids}
+    for name, values in without_effect.items():
         for value in values:
             assert torch.equal(model(ids, **{name: value}).logits, expected)
     model.generate(ids, max_new_tokens=2, position_ids=None, output_attentions=False)
-    for name, value in something.items():
+    for name, value in with_effect.items():
         for call in (model, model.model):
             with pytest.raises(ValueError, match=f"^{name} is not supported: .*; leave {name} out$"):
                 call(ids, **{name: value})
@@ -143,7 +143,7 @@ def test_what_is_not_supported_is_refused_only_where_it_asks_for_something() -> 
     ("name", "value"), [("cache_implementation", "static"), ("cache_implementation", "dynamic"),
                         ("prompt_lookup_num_tokens", 2), ("assistant_early_exit", 1)],
 )  # fmt: skip
-def test_what_generate_cannot_do_is_refused_by_name(name: str, value: Any) -> None:
+def test_unsupported_generate_options_are_refused_by_name(name: str, value: Any) -> None:
     ids = random_tokens(2, 9)
     model = build("hybrid")
     ways: list[Callable[[], Any]] = [
@@ -160,7 +160,7 @@ def test_what_generate_cannot_do_is_refused_by_name(name: str, value: Any) -> No
 
 
 @torch.no_grad()
-def test_drafts_of_another_model_are_refused() -> None:
+def test_assistant_models_are_refused() -> None:
     model, ids = build("hybrid"), random_tokens(1, 9)
     with pytest.raises(ValueError, match=r"^assistant_model is not supported: a MosaCache cannot take back"):
         model.generate(ids, max_new_tokens=2, assistant_model=build("dense"))
@@ -171,7 +171,7 @@ def test_drafts_of_another_model_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["hybrid", "followed"])
 @pytest.mark.parametrize("inference_first", [True, False])
-def test_a_cache_goes_on_in_another_mode(kind: str, inference_first: bool) -> None:
+def test_a_cache_can_be_continued_in_another_mode(kind: str, inference_first: bool) -> None:
     model, ids = build(kind), random_tokens(2, 24)
     with torch.no_grad():
         expected = model(ids).logits
@@ -181,7 +181,7 @@ def test_a_cache_goes_on_in_another_mode(kind: str, inference_first: bool) -> No
         end = (10, 11, 12, 17, 18, 23, 24)[number]
         with modes[number % 2]():
             parts.append(model(ids[:, start:end], past_key_values=cache).logits.clone())
-        if number == 3:  # between calls, in neither mode
+        if number == 3:  # between calls, outside of both modes
             cache.reorder_cache(torch.tensor([1, 0]))
             cache.reorder_cache(torch.tensor([1, 0]))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **EXACT)
@@ -190,7 +190,7 @@ def test_a_cache_goes_on_in_another_mode(kind: str, inference_first: bool) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["hybrid", "followed"])
 @pytest.mark.parametrize("autocast_first", [True, False])
-def test_a_cache_goes_on_with_autocast_or_without(kind: str, autocast_first: bool) -> None:
+def test_a_cache_can_be_continued_with_and_without_autocast(kind: str, autocast_first: bool) -> None:
     model, ids = build(kind), random_tokens(2, 24)
     expected = model(ids).logits
     cache, parts, start = model.new_cache(), [], 0
@@ -199,5 +199,5 @@ def test_a_cache_goes_on_with_autocast_or_without(kind: str, autocast_first: boo
             parts.append(model(ids[:, start : start + count], past_key_values=cache).logits.float())
         start += count
     found = torch.cat(parts, dim=1)
-    # In bf16 a score may fall on the other side of its threshold, and its token then weighs.
+    # In bf16 a score may fall on the other side of its threshold, which adds or removes a whole token.
     assert (found - expected).norm() < 0.1 * expected.norm()

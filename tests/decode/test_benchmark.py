@@ -1,4 +1,4 @@
-"""The benchmark of decoding runs, and times nothing that is not right."""
+"""The decoding benchmark runs, and does not time a model whose results are wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_it_runs_at_toy_sizes(
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(content["rows"])
 
 
-def test_thresholds_take_the_share_that_they_should() -> None:
+def test_thresholds_select_the_intended_share() -> None:
     config = decode.MosaConfig(**(decode.SMALL | decode.TOY | decode.MODELS["equal perplexity"]))
     model = decode.build(config, "cpu", torch.float32)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_thresholds_take_the_share_that_they_should() -> None:
     assert 0.8 / 32 < share < 1.25 / 32
 
 
-def test_a_wrong_cache_prints_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_cache_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = SelectedRows.read
 
     def wrong(rows: SelectedRows, *index: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Decoding with a cache is the forward pass of the whole sequence, and the cache holds what it says."""
+"""Decoding with a cache equals the forward pass on the whole sequence, and the cache reports its true size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.hf.rows_mosa import STEP
 from tests.decode.models import KINDS, build, random_tokens
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs from one processor to another
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs between processors
 LENGTH = 41
 CUTS = {
     "token by token": [1] * LENGTH,
@@ -25,7 +25,7 @@ CUTS = {
 def fed(
     model: MosaForCausalLM, tokens: Tensor, cuts: list[int], mask: Tensor | None = None
 ) -> tuple[Tensor, MosaCache]:
-    """Logits [B, T, V] of tokens that are given piece by piece, and the cache in the end."""
+    """Feed tokens piece by piece; return their logits [B, T, V] and the final cache."""
     cache, start, logits = model.new_cache(), 0, []
     for count in cuts:
         seen = None if mask is None else mask[:, : start + count]
@@ -67,7 +67,7 @@ def test_padding_changes_nothing(kind: str, side: str, cuts: str) -> None:
 
 
 @torch.no_grad()
-def test_a_mask_with_holes_leaves_tokens_out() -> None:
+def test_a_mask_with_holes_ignores_tokens() -> None:
     model, tokens = build("hybrid"), random_tokens(2, LENGTH)
     mask = torch.ones_like(tokens)
     mask[0, [0, 4, 5, 6, 30]] = 0
@@ -77,8 +77,8 @@ def test_a_mask_with_holes_leaves_tokens_out() -> None:
 
 
 @torch.no_grad()
-def test_long_windows_and_pieces_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries that attend piece after piece."""
+def test_attention_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long windows and masks are processed one chunk of queries at a time."""
     model, tokens = build("hybrid"), random_tokens(2, LENGTH)
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
@@ -89,7 +89,7 @@ def test_long_windows_and_pieces_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def selected_by_hand(model: MosaForCausalLM, tokens: Tensor) -> list[int]:
-    """Tokens that the heads of each layer select, counted from the layer's input."""
+    """Count the tokens that the heads of each layer select, from the layer's input."""
     states = model(tokens, output_hidden_states=True).hidden_states
     counts = []
     for layer, before in zip(model.model.layers, states, strict=False):
@@ -101,10 +101,10 @@ def selected_by_hand(model: MosaForCausalLM, tokens: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def test_the_cache_holds_selected_tokens_alone() -> None:
+def test_the_cache_holds_only_selected_tokens() -> None:
     model, tokens = build("hybrid", num_mosa_heads=9), random_tokens(2, 400)
     _, cache = fed(model, tokens, [300, *[1] * 100])
-    pair = 2 * 8 * 4  # a key and a value of 8 fp32 numbers
+    pair = 2 * 8 * 4  # a key and a value of 8 fp32 elements
     found = cache.bytes()
     counts = selected_by_hand(model, tokens)
     assert found["mosa"][1] == sum(counts) * pair
@@ -117,7 +117,7 @@ def test_the_cache_holds_selected_tokens_alone() -> None:
         assert rows.known() == [blocks + 1, int(rows.counts.max()), int((rows.counts % 16 == 0).sum())]
         assert blocks + 1 <= len(rows.keys) <= 1.2 * blocks + 20
         assert rows.table[:, :, :-1].unique().numel() == blocks + 1  # no block has two owners
-    # what is allocated is a little more than what is selected, however unequal heads are
+    # slightly more is allocated than selected, however unequal the heads are
     assert found["mosa"][0] < 1.3 * found["mosa"][1]
     assert found["dense"][0] < 1.1 * found["dense"][1]
     cache.reset()
@@ -149,12 +149,12 @@ def test_sequences_of_a_batch_are_reordered(kind: str) -> None:
 
 @pytest.mark.parametrize("reorders", [False, True])
 @torch.no_grad()
-def test_full_blocks_of_all_heads_are_followed_by_new_ones(reorders: bool) -> None:
-    """More of them at once than a buffer has to spare."""
+def test_blocks_of_all_heads_can_fill_up_at_once(reorders: bool) -> None:
+    """More new blocks are needed at once than the pool has to spare."""
     model, tokens = build("pure"), random_tokens(4, 35)
     for name, buffer in model.named_buffers():
         if name.endswith("thresholds"):
-            buffer.zero_()  # every head takes every token
+            buffer.zero_()  # every head selects every token
     expected = model(tokens).logits
     _, cache = fed(model, tokens[:, :32], [32])
     assert all(layer.mosa.known()[2] == 4 * 6 > STEP for layer in cache.layers)
@@ -168,7 +168,7 @@ def test_full_blocks_of_all_heads_are_followed_by_new_ones(reorders: bool) -> No
 
 @pytest.mark.parametrize("all_weights", [True, False])
 @torch.no_grad()
-def test_a_step_reads_the_weights_of_all_heads_or_of_those_that_select(
+def test_a_step_reads_weights_of_all_heads_or_only_of_selecting_ones(
     monkeypatch: pytest.MonkeyPatch, all_weights: bool
 ) -> None:
     model, tokens = build("hybrid"), random_tokens(3, LENGTH)
@@ -179,7 +179,7 @@ def test_a_step_reads_the_weights_of_all_heads_or_of_those_that_select(
 
 
 @torch.no_grad()
-def test_a_window_ends_where_it_says() -> None:
+def test_a_window_has_the_configured_length() -> None:
     model, tokens = build("local", num_hidden_layers=1), random_tokens(1, 20)
     other = tokens.clone()
     other[0, 7] += 1
@@ -188,7 +188,7 @@ def test_a_window_ends_where_it_says() -> None:
 
 
 @torch.no_grad()
-def test_a_cache_of_something_else_is_refused() -> None:
+def test_a_mismatched_cache_is_refused() -> None:
     model, tokens = build("hybrid"), random_tokens(2, 8)
     cache = model(tokens, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match=r"is of another model: its num_mosa_heads=6, this model's 9"):

@@ -1,4 +1,4 @@
-"""``mosa generate`` and ``mosa cache-report``: what they print, and one line for every mistake."""
+"""``mosa generate`` and ``mosa cache-report``: their output, and a one-line message for every user error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.decode.test_generate import by_hand
 
 
 def write(folder: Path, kind: str = "hybrid", selection: str = "threshold", **changes: object) -> Path:
-    """An exported folder, with a tokenizer of single letters."""
+    """Write an exported model with a tokenizer of single letters."""
     model = build(kind, selection, **changes)
     model.save_pretrained(folder)
     letters = Tokenizer(models.WordLevel({chr(32 + number): number for number in range(95)}, unk_token=" "))
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """``mosa WORDS``: its exit code, output and errors."""
+    """Run ``mosa WORDS``; return exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mosa", *map(str, words)])
@@ -51,7 +51,7 @@ def mosa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 @torch.no_grad()
-def test_generate_prints_what_the_model_says(mosa, folder: Path, tmp_path: Path) -> None:
+def test_generate_prints_the_models_completion(mosa, folder: Path, tmp_path: Path) -> None:
     prompt = torch.tensor([ord(letter) - 32 for letter in "abc d"])
     expected = "".join(chr(32 + number) for number in by_hand(build("hybrid"), prompt, 9)[5:])
     options = ("--max-new-tokens", 9, "--temperature", 0)
@@ -66,28 +66,31 @@ def test_generate_prints_what_the_model_says(mosa, folder: Path, tmp_path: Path)
     assert len(more) > 100 and more.startswith(drawn[0][1].removesuffix("\n"))
 
 
-def test_mistakes_in_generating(mosa, folder: Path, tmp_path: Path) -> None:
+def test_user_errors_of_generate(mosa, folder: Path, tmp_path: Path) -> None:
     expert = write(tmp_path / "expert", selection="expert_choice")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')
     prompt = ("--prompt", "abc")
     cases: list[tuple[list[object], str]] = [
-        ([folder], "give either --prompt TEXT or --prompt-file FILE"),
-        ([folder, *prompt, "--prompt-file", "x"], "give either --prompt TEXT or --prompt-file FILE"),
-        ([folder, "--prompt", ""], "--prompt is empty; expected text of one token or more"),
-        ([folder, "--prompt-file", tmp_path / "none"], "cannot be read: No such file or directory; give a file of"),
-        ([folder, *prompt, "--temperature", "-1"], "--temperature=-1.0 is out of range; expected 0 (the most likely"),
-        ([folder, *prompt, "--top-p", "0"], "--top-p=0.0 is out of range; expected above 0, up to 1"),
-        ([folder, *prompt, "--top-k", "-1"], "--top-k=-1 is out of range; expected 0 (all tokens) or more"),
-        ([folder, *prompt, "--max-new-tokens", "0"], "--max-new-tokens=0 is out of range; expected 1 or more"),
-        ([folder, *prompt, "--device", "abacus"], "--device=abacus is not available; expected auto, cpu, and cuda"),
-        ([folder, *prompt, "--dtype", "int4"], "--dtype=int4 is not supported; expected auto, float32, bfloat16"),
-        ([folder, *prompt, "--tokenizer", "x"], "has its own; leave it out"),
-        ([folder, *prompt, "--causal-approximation", "prefix"], "is causal without it; leave it out"),
-        ([expert, *prompt], "expert choice (mosa.selection), with the whole sequence in view, so no token can be"),
-        ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation=x is not known; expected prefix"),
-        ([other, *prompt], "has model_type=gpt2; expected mosa, as mosa checkpoint export --to hf writes it"),
+        ([folder], "pass either --prompt TEXT or --prompt-file FILE"),
+        ([folder, *prompt, "--prompt-file", "x"], "pass either --prompt TEXT or --prompt-file FILE"),
+        ([folder, "--prompt", ""], "--prompt is empty; pass at least one token of text"),
+        ([folder, "--prompt-file", tmp_path / "none"], "none: No such file or directory; pass a text file"),
+        (
+            [folder, *prompt, "--temperature", "-1"],
+            "--temperature must be finite and at least 0 (the most likely token), got -1.0",
+        ),
+        ([folder, *prompt, "--top-p", "0"], "--top-p must be greater than 0 and at most 1, got 0.0"),
+        ([folder, *prompt, "--top-k", "-1"], "--top-k must be at least 0 (all tokens), got -1"),
+        ([folder, *prompt, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        ([folder, *prompt, "--device", "abacus"], "--device=abacus is not available; it must be auto, cpu, or cuda"),
+        ([folder, *prompt, "--dtype", "int4"], "--dtype must be one of auto, float32, bfloat16, got int4"),
+        ([folder, *prompt, "--tokenizer", "x"], "has its own tokenizer; omit --tokenizer"),
+        ([folder, *prompt, "--causal-approximation", "prefix"], "is already causal; omit --causal-approximation"),
+        ([expert, *prompt], "expert choice (mosa.selection), which looks at the whole sequence, so no token can be"),
+        ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation must be prefix, got x"),
+        ([other, *prompt], "has model_type=gpt2; pass a folder written by mosa checkpoint export --to hf"),
         ([tmp_path / "nothing", *prompt], "nothing' does not exist"),
     ]
     for words, message in cases:
@@ -98,7 +101,7 @@ def test_mistakes_in_generating(mosa, folder: Path, tmp_path: Path) -> None:
     assert code == 0 and len(printed) > 1
 
 
-def test_thresholds_that_nothing_set(mosa, tmp_path: Path) -> None:
+def test_unset_thresholds_are_refused(mosa, tmp_path: Path) -> None:
     model = build("pure")
     model.model.layers[1].self_attn.mosa_heads.thresholds[0] = torch.nan
     model.save_pretrained(tmp_path / "model")
@@ -117,7 +120,7 @@ def test_the_report_measures_the_cache(mosa, folder: Path, tmp_path: Path) -> No
     assert (output / "cache.png").read_bytes().startswith(b"\x89PNG")
     rows = content["rows"]
     assert [row["length"] for row in rows] == [100, 300, 2048] and all(row["exact"] for row in rows)
-    # the same tokens at once, and counted
+    # feed the same tokens at once, and count
     model, pair = build("hybrid"), 2 * 8 * 4
     tokens = torch.randint(97, (1, 2048), generator=torch.Generator().manual_seed(0))[:, :300]
     cache = model(tokens, use_cache=True)[CACHE]
@@ -129,19 +132,19 @@ def test_the_report_measures_the_cache(mosa, folder: Path, tmp_path: Path) -> No
     assert rows[1]["dense_baseline"] == 3 * heads * 300 * pair
 
 
-def test_beyond_what_is_exact_dense_heads_see_less(mosa, folder: Path) -> None:
+def test_beyond_exact_up_to_dense_heads_see_less(mosa, folder: Path) -> None:
     words = ("cache-report", folder, "--lengths", "100,3000", "--dense-heads", "5", "--exact-up-to")
     table = mosa(*words, "1500")[1]
     lines = [line for line in table.splitlines() if line.startswith("| ") and "--" not in line]
     assert lines[1].startswith("| 100 | ") and lines[2].startswith("| 3,000* | ")
-    assert "5 dense heads a layer (--dense-heads), keys and values of every token, computed" in table
+    assert "5 dense heads per layer (--dense-heads), keys and values of every token, computed" in table
     exact = [line for line in mosa(*words, "4000")[1].splitlines() if line.startswith("| ") and "--" not in line]
     assert exact[1] == lines[1] and exact[2].startswith("| 3,000 | ")
-    assert exact[2].split("|")[2] == lines[2].split("|")[2]  # all keys of dense heads are there
+    assert exact[2].split("|")[2] == lines[2].split("|")[2]  # all keys of dense heads are stored
 
 
-def test_the_baseline_is_that_of_the_paper() -> None:
-    """Section 4: 9 dense heads buy 4 and 276 of sparsity 32; grouped queries cost less."""
+def test_the_baseline_matches_the_paper() -> None:
+    """Section 4: 9 dense heads cost as much as 4 dense and 276 MoSA heads of sparsity 32; grouped queries cost less."""
     tiny = {"hidden_size": 512, "head_dim": 64, "num_dense_heads": 4, "num_mosa_heads": 276, "sparsity": 32}
     assert baseline_heads(MosaConfig(**tiny), None) == (9, "equal FLOPs at 1024 tokens")
     assert baseline_heads(MosaConfig(**tiny | {"num_mosa_heads": 300}), None)[0] == 10
@@ -149,22 +152,25 @@ def test_the_baseline_is_that_of_the_paper() -> None:
     grouped = {"num_dense_heads": 16, "num_key_value_heads": 4}
     assert (
         baseline_heads(MosaConfig(hidden_size=512, head_dim=64, **grouped), None)[0] == 13
-    )  # half of a head each is saved
+    )  # grouping saves 3 of 16 heads
 
 
-def test_mistakes_in_reporting(mosa, folder: Path, tmp_path: Path) -> None:
+def test_user_errors_of_cache_report(mosa, folder: Path, tmp_path: Path) -> None:
     expert = write(tmp_path / "expert", selection="expert_choice")
     (tmp_path / "text").write_text("abc")
     cases: list[tuple[list[object], str]] = [
         (
             [folder, "--lengths", "1k,many"],
-            "--lengths=1k,many: 'many' is not a number of tokens; expected numbers such as 1000",
+            "--lengths=1k,many: 'many' is not a number of tokens; use a list such as 1000",
         ),
         ([folder, "--lengths", "0"], "'0' is not a number of tokens"),
-        ([folder, "--dense-heads", "0"], "--dense-heads=0 is out of range; expected 1 or more"),
-        ([folder, "--text", tmp_path / "text", "--lengths", "4"], "has 3 tokens, --lengths asks for 4; give a longer"),
-        ([folder, "--text", tmp_path / "none"], "none cannot be read: No such file or directory; give a file of text"),
-        ([expert], "there is no cache to measure; expected models with mosa.selection=threshold"),
+        ([folder, "--dense-heads", "0"], "--dense-heads must be at least 1, got 0"),
+        (
+            [folder, "--text", tmp_path / "text", "--lengths", "4"],
+            "has only 3 tokens, but --lengths asks for 4; pass a longer",
+        ),
+        ([folder, "--text", tmp_path / "none"], "none: No such file or directory; pass a text file"),
+        ([expert], "there is no cache to measure; pass a model with mosa.selection=threshold"),
     ]
     for words, message in cases:
         code, printed, errors = mosa("cache-report", *words)

@@ -1,4 +1,4 @@
-"""``generate`` of transformers: with a cache it says what the whole forward pass says, token after token."""
+"""transformers' ``generate`` with a cache gives the same tokens as forward passes on the whole sequence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEW = 12
 
 
 def by_hand(model: MosaForCausalLM, prompt: Tensor, new: int = NEW) -> Tensor:
-    """[T] and ``new`` more, the most likely ones, by calls on the whole sequence."""
+    """Extend tokens [T] greedily by ``new`` tokens, calling the model on the whole sequence each time."""
     tokens = prompt[None]
     for _ in range(new):
         tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(-1)), dim=1)
@@ -35,7 +35,7 @@ def greedy(model: MosaForCausalLM, tokens: Tensor, **options: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_greedy_with_prompts_of_several_lengths(kind: str) -> None:
+def test_greedy_decoding_with_prompts_of_different_lengths(kind: str) -> None:
     model, tokens = build(kind), random_tokens(3, 17)
     mask = torch.ones_like(tokens)
     mask[1, :16] = mask[2, :6] = 0
@@ -48,7 +48,7 @@ def test_greedy_with_prompts_of_several_lengths(kind: str) -> None:
 
 @pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 20, "temperature": 1.3}, {"num_beams": 3}])
 @torch.no_grad()
-def test_sampling_and_beams_are_those_without_a_cache(options: dict[str, Any]) -> None:
+def test_sampling_and_beams_match_those_without_a_cache(options: dict[str, Any]) -> None:
     model, tokens = build("hybrid"), random_tokens(2, 9)
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
@@ -85,14 +85,14 @@ def test_a_cache_is_used_returned_and_continued(monkeypatch: pytest.MonkeyPatch)
 
 
 def uncached(model: MosaForCausalLM, tokens: Tensor, lengths: list[int]) -> list[int]:
-    """Tokens of every call without a cache."""
+    """Return the number of tokens of every call without a cache."""
     lengths.clear()
     greedy(model, tokens, use_cache=False)
     return lengths
 
 
 @torch.no_grad()
-def test_expert_choice_is_refused_unless_an_approximation_is_named(
+def test_expert_choice_is_refused_unless_an_approximation_is_requested(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = build("hybrid", "expert_choice"), random_tokens(1, 9)
@@ -112,7 +112,7 @@ def test_expert_choice_is_refused_unless_an_approximation_is_named(
 
 
 @torch.no_grad()
-def test_prompts_that_are_empty_or_long(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_and_long_prompts(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = build("hybrid"), random_tokens(2, 9)
     mask = torch.ones_like(tokens)
     mask[1] = 0

@@ -1,4 +1,4 @@
-"""The kernels of a step, in Triton's interpreter, are the plain path; on a GPU see tests/gpu/test_decode.py."""
+"""The kernels of a decoding step in Triton's interpreter match the plain path; for GPUs: tests/gpu/test_decode.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_mosa.hf import kernels_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from tests.decode.models import build, random_tokens
 
-PROMPT, LENGTH = 60, 66  # heads fill a block of the cache, and begin another
+PROMPT, LENGTH = 60, 66  # heads fill a block of the cache and start another
 CHANGES = {
     "pure": {"rotary_percent": 0.5},
     "followed": {"load_feedback": 0.5, "head_dim": 12},
@@ -24,13 +24,13 @@ CHANGES = {
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
-    monkeypatch.setattr(kernels_mosa, "ROWS", 16)  # so that there are several pieces
+    monkeypatch.setattr(kernels_mosa, "ROWS", 16)  # so that there are several tiles
     monkeypatch.setattr(kernels_mosa, "WIDTH_BLOCK", 32)
     monkeypatch.setattr(kernels_mosa, "ROUTER_BLOCK", 16)
 
 
 def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits [B, LENGTH - PROMPT, V] of the tokens after the prompt, one by one."""
+    """Decode the tokens after the prompt one by one; return their logits [B, LENGTH - PROMPT, V]."""
     cache, logits = model.new_cache(), []
     for start, end in ((0, PROMPT), *((column, column + 1) for column in range(PROMPT, LENGTH))):
         seen = None if mask is None else mask[:, :end]
@@ -42,13 +42,13 @@ def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None) -> Tens
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", CHANGES)
 @torch.no_grad()
-def test_decoding_is_the_forward_pass(kind: str, padded: bool) -> None:
+def test_decoding_matches_the_forward_pass(kind: str, padded: bool) -> None:
     model, tokens = build(kind, num_hidden_layers=1, **CHANGES[kind]), random_tokens(2, LENGTH)
     mask = None
     if padded:
         mask = torch.ones_like(tokens)
         mask[0, :7] = 0
-        mask[1, 61:63] = 0  # in the middle of what is decoded
+        mask[1, 61:63] = 0  # in the middle of the decoded tokens
     expected = model(tokens, attention_mask=mask).logits[:, PROMPT:]
     assert expected.std() > 0.3
     found = decoded(model, tokens, mask)
@@ -58,7 +58,7 @@ def test_decoding_is_the_forward_pass(kind: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_step_is_that_of_the_plain_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_matches_the_plain_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("pure", num_hidden_layers=1, num_mosa_heads=5).to(dtype)
     heads = model.model.layers[0].self_attn.mosa_heads
     tokens = random_tokens(2, PROMPT)
@@ -71,19 +71,19 @@ def test_a_step_is_that_of_the_plain_path(dtype: torch.dtype, monkeypatch: pytes
         monkeypatch.setattr(kernels_mosa, "INTERPRETED", interpreted)
         for column in range(52, PROMPT):
             model(tokens[:, column : column + 1], **{CACHE: caches[number]})
-    rounding = 1e-5 if dtype == torch.float32 else 0.03  # of q and k, too: of logits
+    rounding = 1e-5 if dtype == torch.float32 else 0.03  # includes q and k, so also the attention logits
     for plain, found in zip(*outputs, strict=True):
         assert (found - plain).norm() <= rounding * plain.norm()
     first, second = (given.layers[0].mosa for given in caches)
     assert torch.equal(first.counts, second.counts) and first.known() == second.known()
     assert first.counts.max() > 16 > first.counts.min()
     used = torch.arange(first.read()[0].shape[2]) < first.counts[..., None]
-    for plain, found in zip(first.read(), second.read(), strict=True):  # blocks may be numbered otherwise
+    for plain, found in zip(first.read(), second.read(), strict=True):  # blocks may be numbered differently
         assert (found[used] - plain[used]).norm() <= rounding * plain[used].norm()
     assert second.table[:, :, :-1].unique().numel() == second.known()[0]  # no block has two owners
 
 
-def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_for_running_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels_mosa.usable(torch.empty(1))  # the plain path
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -95,7 +95,7 @@ def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_without_triton_decoding_is_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_decoding_uses_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_mosa, "triton", None)
     monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
     model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)

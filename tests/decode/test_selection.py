@@ -1,4 +1,4 @@
-"""What heads select: thresholds against a loop over tokens, and what a model does not see of the future."""
+"""Selection by thresholds against a loop over tokens, and independence of future tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.decode.models import KINDS, build, random_tokens
 
 
 def by_hand(heads: MosaHeads, states: Tensor) -> Tensor:
-    """[T, h] to [T, h] in float64, head by head and token by token."""
+    """Compute the heads' output [T, h] for states [T, h] in float64, head by head and token by token."""
     config = heads.config
     output = torch.zeros_like(states, dtype=torch.float64)
     size = config.head_dim
@@ -72,7 +72,7 @@ def test_a_score_at_the_threshold_is_not_above_it() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_causality(kind: str, selection: str) -> None:
-    """Other tokens after t change nothing up to t; with expert choice they do."""
+    """Changing tokens after t does not change outputs up to t, except with expert choice."""
     model, tokens = build(kind, selection), random_tokens(4, 40)
     other = tokens.clone()
     other[:, 24:] = random_tokens(4, 16, seed=9)
@@ -104,7 +104,7 @@ def test_thresholds_stay_in_fp32(tmp_path: Path) -> None:
     assert heads.thresholds.untyped_storage().nbytes() == 24
 
 
-def test_selection_is_a_word_of_two() -> None:
+def test_unknown_selections_are_refused() -> None:
     with pytest.raises(ValueError, match=r"selection='top_k' is not known; expected expert_choice, threshold"):
         MosaConfig(num_mosa_heads=2, selection="top_k")
     assert MosaConfig(num_mosa_heads=2).selection == "expert_choice"
@@ -112,7 +112,7 @@ def test_selection_is_a_word_of_two() -> None:
     assert not any("thresholds" in key for key in keys)
 
 
-def test_thresholds_that_nothing_set(tmp_path: Path) -> None:
+def test_unset_thresholds_are_refused(tmp_path: Path) -> None:
     model = build("hybrid")
     model.model.layers[1].self_attn.mosa_heads.thresholds[3] = torch.nan
     message = r"^mosa_heads.thresholds of layers 1 are NaN: they are not calibrated"
@@ -125,7 +125,7 @@ def test_thresholds_that_nothing_set(tmp_path: Path) -> None:
     assert fresh.model.layers[0].self_attn.mosa_heads.thresholds.isnan().all()
 
 
-def test_threshold_models_train_on(tmp_path: Path) -> None:
+def test_threshold_models_can_be_trained_further(tmp_path: Path) -> None:
     model, tokens = build("hybrid"), random_tokens(2, 30)
     model(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())

@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(runner: Runner, whole_run
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
     output = runner.pretrain("damaged", "checkpoint.keep_last=3")
-    assert f"{newest} is damaged: state/{state.name} is not what was written" in output
+    assert f"{newest} is damaged: state/{state.name} is corrupt" in output
     assert "set aside as damaged-step-00000008" in output
     assert "resumed from" in output and "step-00000004" in output
     names = ["damaged-step-00000008", "step-00000004", "step-00000008", "step-00000010"]

@@ -1,4 +1,4 @@
-"""What is found out about a checkpoint before it is loaded."""
+"""Verification, publishing and pruning of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.disk import Disk
 
 
 def publish(folder: Path, step: int, **changes: object) -> Path:
-    """A sound checkpoint, as far as these tests look."""
+    """Write a checkpoint that passes verification, with dummy content."""
     path = folder / f"step-{step:08d}"
     (path / "state").mkdir(parents=True)
     (path / "state" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
@@ -46,29 +46,29 @@ def remove(path: Path) -> None:
     (path / "state" / "__0_0.distcp").unlink()
 
 
-def lose_the_manifest(path: Path) -> None:
+def remove_the_manifest(path: Path) -> None:
     (path / MANIFEST).unlink()
 
 
-def cut_the_manifest(path: Path) -> None:
+def truncate_the_manifest(path: Path) -> None:
     content = (path / MANIFEST).read_text()
     (path / MANIFEST).write_text(content[: len(content) // 2])
 
 
-def cut_the_metadata(path: Path) -> None:
+def truncate_the_metadata(path: Path) -> None:
     (path / "metadata.json").write_text("{")
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (truncate, "state/__0_0.distcp has 5 bytes, written were 12800"),
+    (truncate, "state/__0_0.distcp has 5 bytes instead of 12800"),
     (remove, "state/__0_0.distcp cannot be read (No such file or directory)"),
-    (lose_the_manifest, "manifest.json cannot be read (No such file or directory)"),
-    (cut_the_manifest, "manifest.json is damaged (JSONDecodeError: "),
-    (cut_the_metadata, "metadata.json is damaged (JSONDecodeError: "),
+    (remove_the_manifest, "manifest.json cannot be read (No such file or directory)"),
+    (truncate_the_manifest, "manifest.json is damaged (JSONDecodeError: "),
+    (truncate_the_metadata, "metadata.json is damaged (JSONDecodeError: "),
 ]
 
 
-def test_a_sound_checkpoint_is_sound(tmp_path: Path) -> None:
+def test_an_intact_checkpoint_passes_verification(tmp_path: Path) -> None:
     path = publish(tmp_path, 3)
     assert files_below(path) == ["metadata.json", "state/__0_0.distcp", "state/empty"]
     assert find_damage(path, reads_all=True) is None
@@ -77,7 +77,7 @@ def test_a_sound_checkpoint_is_sound(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "what"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_damage_that_shows_at_a_glance_is_skipped(tmp_path: Path, damage: Callable, what: str) -> None:
+def test_checkpoints_with_obvious_damage_are_skipped(tmp_path: Path, damage: Callable, what: str) -> None:
     older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
     damage(newer)
     found = CheckpointStore(tmp_path, 2).newest()
@@ -85,72 +85,74 @@ def test_damage_that_shows_at_a_glance_is_skipped(tmp_path: Path, damage: Callab
     assert [(path, text.startswith(what)) for path, text in found.damaged] == [(newer, True)], found.damaged
 
 
-def test_a_flipped_bit_is_found_by_reading_all(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_by_reading_all_files(tmp_path: Path) -> None:
     older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
     flip_a_bit(newer)
     store = CheckpointStore(tmp_path, 2)
     assert store.newest().path == newer
     found = store.newest(reads_all=True)
     assert found.path == older
-    assert found.damaged[0][1].startswith("state/__0_0.distcp is not what was written: its hash is ")
+    assert found.damaged[0][1].startswith("state/__0_0.distcp is corrupt: its hash is ")
 
 
-def test_without_a_sound_checkpoint_nothing_starts_from_step_0(tmp_path: Path) -> None:
+def test_a_run_does_not_silently_restart_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     truncate(publish(tmp_path, 3))
     remove(publish(tmp_path, 12))
-    message = f"no checkpoint in '{tmp_path}' is sound: 'step-00000012': state/__0_0.distcp cannot be read .*step 0$"
+    newest = "the newest is 'step-00000012': state/__0_0.distcp cannot be read"
+    message = f"all checkpoints in '{tmp_path}' are damaged; {newest} .*step 0$"
     with pytest.raises(UserError, match=message):
         CheckpointStore(tmp_path, 2).newest()
 
 
-def test_the_newest_is_of_the_largest_step_whatever_its_digits(tmp_path: Path) -> None:
+def test_the_newest_has_the_largest_step_whatever_its_number_of_digits(tmp_path: Path) -> None:
     paths = [publish(tmp_path, step) for step in (100_000_000, 99_999_999)]
     assert CheckpointStore(tmp_path, 2).published() == paths[::-1]
 
 
-def test_a_newer_format_is_no_damage_to_skip(tmp_path: Path) -> None:
+def test_a_newer_format_is_not_skipped_as_damage(tmp_path: Path) -> None:
     publish(tmp_path, 3)
     publish(tmp_path, 12, format_version=FORMAT_VERSION + 1)
-    with pytest.raises(UserError, match=f"format version {FORMAT_VERSION + 1}; expected up to {FORMAT_VERSION}"):
+    message = f"format version {FORMAT_VERSION + 1}, but this megatron_mosa reads versions up to {FORMAT_VERSION}"
+    with pytest.raises(UserError, match=message):
         CheckpointStore(tmp_path, 2).newest()
 
 
 def test_format_1_has_no_manifest(tmp_path: Path) -> None:
     path = publish(tmp_path, 3, format_version=1)
-    lose_the_manifest(path)
+    remove_the_manifest(path)
     assert CheckpointStore(tmp_path, 2).newest(reads_all=True) == (path, ())
 
 
-def test_what_is_set_aside_is_not_found_again(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_set_aside_is_ignored(tmp_path: Path) -> None:
     older, newer = publish(tmp_path, 3), publish(tmp_path, 12)
     truncate(newer)
     store = CheckpointStore(tmp_path, 2)
     assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"
     assert store.newest() == (older, ())
     publish(tmp_path, 12)
-    assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"  # the second time, too
+    assert store.set_aside(newer) == tmp_path / "damaged-step-00000012"  # also when it already exists
 
 
 @pytest.mark.parametrize(
-    ("permanent_interval", "keep_permanent", "stay"),
+    ("permanent_interval", "keep_permanent", "kept"),
     [
         (None, None, [16, 20]),
-        (8, None, [8, 12, 16, 20]),  # 8 and 16 are permanent; 12 and 20 the last two others
+        (8, None, [8, 12, 16, 20]),  # 8 and 16 are permanent; 12 and 20 are the last two others
         (8, 1, [12, 16, 20]),
         (1, 2, [16, 20]),
     ],
 )
-def test_what_stays(
-    tmp_path: Path, permanent_interval: int | None, keep_permanent: int | None, stay: list[int]
+def test_pruning_keeps_the_last_and_the_permanent_ones(
+    tmp_path: Path, permanent_interval: int | None, keep_permanent: int | None, kept: list[int]
 ) -> None:
     for step in (4, 8, 12, 16, 20):
         publish(tmp_path, step)
     (tmp_path / ".writing-step-00000024").mkdir()  # left by a run that was killed
     CheckpointStore(tmp_path, 2, permanent_interval, keep_permanent)._prune()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in stay]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
 
 
-def test_host_memory_keeps_a_place_for_each_key() -> None:
+def test_host_memory_reuses_the_buffer_of_each_key() -> None:
     memory, generator = HostMemory(), torch.Generator().manual_seed(0)
     first = {f"{n}": torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (5, 1000, 1, 70)}
     copies = {key: memory.copy(key, tensor) for key, tensor in first.items()}
@@ -162,8 +164,8 @@ def test_host_memory_keeps_a_place_for_each_key() -> None:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A world of one."""
+def single_process() -> Iterator[None]:
+    """Initialize a process group of world size 1."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -174,13 +176,13 @@ def metadata(step: int) -> Metadata:
 
 
 def save(store: CheckpointStore, step: int) -> None:
-    """A checkpoint as a run publishes it, of one tensor."""
+    """Publish a checkpoint with one tensor, as a run does."""
     store._publish({"model.weight": torch.full((50,), float(step))}, metadata(step))
 
 
-@pytest.mark.usefixtures("alone")
-def test_one_copy_of_the_state_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save copies into the memory that the thread gets ready, and that the save before is written from."""
+@pytest.mark.usefixtures("single_process")
+def test_saves_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save copies into memory that the thread allocates and that the previous save is written from."""
     done: list[str] = []
 
     def slowly(what: str) -> None:
@@ -206,11 +208,11 @@ def test_one_copy_of_the_state_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("before", "step", "keep_last"), [([4], 8, 1), ([4, 8], 12, 2), ([4, 8], 8, 2)], ids=["first", "third", "again"]
 )
-@pytest.mark.usefixtures("alone")
-def test_whenever_a_save_ends_early_a_sound_checkpoint_is_there(
+@pytest.mark.usefixtures("single_process")
+def test_an_interrupted_save_always_leaves_an_intact_checkpoint(
     tmp_path: Path, before: list[int], step: int, keep_last: int
 ) -> None:
-    """And nothing that is not sound, whether the process was killed or the machine lost its power."""
+    """And no damaged one, whether the process was killed or the machine lost power."""
     store = CheckpointStore(tmp_path / "checkpoints", keep_last)
     for earlier in before:
         save(store, earlier)
@@ -226,7 +228,7 @@ def test_whenever_a_save_ends_early_a_sound_checkpoint_is_there(
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_whenever_a_conversion_ends_early_a_whole_model_is_there(tmp_path: Path, replaces: bool) -> None:
+def test_an_interrupted_conversion_always_leaves_a_complete_model(tmp_path: Path, replaces: bool) -> None:
     def convert(number: int) -> None:
         with publishing(tmp_path / "models" / "out") as writing:
             (writing / "state").mkdir()
@@ -240,14 +242,14 @@ def test_whenever_a_conversion_ends_early_a_whole_model_is_there(tmp_path: Path,
         convert(2)
     found = []
     for how, folder in disk.states():
-        there = {}
-        for place in ("out", ".replaced-out"):
-            files = [path for path in (folder / place).rglob("*") if path.is_file()]
+        models = {}
+        for name in ("out", ".replaced-out"):
+            files = [path for path in (folder / name).rglob("*") if path.is_file()]
             if files:
                 assert sorted(file.name for file in files) == ["config", "weights"], how
-                (there[place],) = {file.read_text() for file in files}  # all of one model
-                assert there[place] in ("1" * 9, "2" * 9), how
-        assert there or not replaces, how
-        found.append(there.get("out"))
+                (models[name],) = {file.read_text() for file in files}  # all from the same model
+                assert models[name] in ("1" * 9, "2" * 9), how
+        assert models or not replaces, how
+        found.append(models.get("out"))
     assert set(found[:3]) == {"1" * 9 if replaces else None}
     assert set(found[-3:]) == {"2" * 9}

@@ -1,4 +1,4 @@
-"""Measures of a model, against computations that know nothing of them; models that look ahead are seen to."""
+"""Measures of a model against independent computations, with models that look ahead and models that do not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_mosa.checkpoint.logits import one_process
 from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.config import Config
 from megatron_mosa.data import ValidationSamples
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.evaluation import evaluate as measures
 from megatron_mosa.evaluation.commands import _device, _multiples, _write, evaluate
 from megatron_mosa.evaluation.flips import flip_rates
@@ -37,7 +37,7 @@ LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
 
 
 class Windows(ValidationSamples):
-    """Random text, as ``ValidationSamples`` gives it."""
+    """Random text in the form of ``ValidationSamples``."""
 
     def __init__(self, count: int) -> None:
         self.sequence_length = LENGTH
@@ -66,13 +66,13 @@ def model(request: pytest.FixtureRequest) -> Iterator[Evaluated]:
 
 @contextmanager
 def built(selection: str, calibrated: bool = True) -> Iterator[Evaluated]:
-    """A model of random weights; with thresholds calibrated on other text, or not yet."""
+    """Build a model with random weights; thresholds are calibrated on other text, or not at all."""
     with one_process(config(selection)):
         module = build_model(config(selection), VOCABULARY).eval()
         with torch.no_grad():
             for layer in mosa_layers(module):
-                layer.router_weight.mul_(8)  # so that heads do not agree on everything
-                layer.proj_weight.mul_(8)  # and later layers feel it
+                layer.router_weight.mul_(8)  # so that heads make different selections
+                layer.proj_weight.mul_(8)  # so that selections affect later layers
         model = Evaluated(module, torch.device("cpu"))
         if selection == "threshold" and calibrated:
             calibrate(module, lambda: model.forward(Windows(40).tokens[20:, :-1]))
@@ -80,7 +80,7 @@ def built(selection: str, calibrated: bool = True) -> Iterator[Evaluated]:
 
 
 def selected(layer: MosaHeads) -> tuple[Tensor, Tensor]:
-    """Scores [B, E, T] and indices [B, E, k] of the last recorded pass."""
+    """Return scores [B, E, T] and indices [B, E, k] of the last recorded forward pass."""
     assert layer.selection is not None
     return layer.selection
 
@@ -99,7 +99,7 @@ def losses_of(model: Evaluated, tokens: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
-def test_losses_of_tokens_and_of_prefixes(model: Evaluated) -> None:
+def test_token_losses_and_prefix_losses(model: Evaluated) -> None:
     windows = Windows(5)
     tokens, labels = windows.tokens[:, :-1], windows.tokens[:, 1:]
     found = token_losses(model, windows, 2 * LENGTH, ignore)
@@ -109,11 +109,11 @@ def test_losses_of_tokens_and_of_prefixes(model: Evaluated) -> None:
     expected = [losses_of(model, tokens[:, : end + 1], labels[:, : end + 1])[:, end] for end in positions]
     torch.testing.assert_close(prefixes, torch.stack(expected, dim=1))
     leak = (prefixes - found[:, positions]).abs()
-    assert leak[:, -1].max() < 1e-5  # the prefix is the sequence
+    assert leak[:, -1].max() < 1e-5  # the prefix is the whole sequence
     assert (leak.max() < 1e-5) == is_causal(model)
 
 
-def test_flips_are_selections_that_the_future_decides(model: Evaluated) -> None:
+def test_flip_rates_count_selections_that_depend_on_the_future(model: Evaluated) -> None:
     windows = Windows(4)
     positions = [0, 7, 15]
     rates = flip_rates(model, windows, positions, 4 * LENGTH, ignore)
@@ -138,8 +138,8 @@ def test_flips_are_selections_that_the_future_decides(model: Evaluated) -> None:
     assert (rates.max() == 0) == is_causal(model)
 
 
-def test_calibrated_thresholds_let_the_asked_share_through() -> None:
-    assert transformer_config(config("threshold")).capacity(LENGTH) == LENGTH  # no head of any layer misses a token
+def test_calibrated_thresholds_select_the_intended_share() -> None:
+    assert transformer_config(config("threshold")).capacity(LENGTH) == LENGTH  # the capacity drops no tokens
     with built("threshold") as model, recorded_selection(model.module):
         model.forward(Windows(40).tokens[20:, :-1])
         for layer in mosa_layers(model.module):
@@ -151,7 +151,7 @@ def test_calibrated_thresholds_let_the_asked_share_through() -> None:
 
 
 class Texts(Windows):
-    """Of each split other text: the training split uses a part of the vocabulary."""
+    """Different text for each split: the training split uses only part of the vocabulary."""
 
     def __init__(
         self, mixture: object, *, sequence_length: int, num_samples: int, mark_documents: bool, split: str
@@ -162,7 +162,7 @@ class Texts(Windows):
             self.tokens = self.tokens.roll(1) % 9
 
 
-def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_the_other(
+def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_validation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def texts(split: str, count: int) -> Texts:
@@ -200,12 +200,12 @@ def test_ranges_and_positions() -> None:
     assert estimate(torch.tensor([1.0, 3.0])) == (2.0, pytest.approx(1.0))
 
 
-def test_a_report_of_all_there_can_be(capsys: pytest.CaptureFixture[str]) -> None:
-    told = {"loss": 2.0, "error": 0.1, "tokens": 10, "label": "NON-CAUSAL"}
+def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"loss": 2.0, "error": 0.1, "tokens": 10, "label": "NON-CAUSAL"}
     rows = [{"first": 0, "last": 0, "full_sequence": 1.0, "causal": 1.5, "flip_rate": None}]
     rows.append(rows[0] | {"last": 3, "prefix_only": 3.25, "leak": 0.5, "leak_error": 0.25, "flip_rate": 0.125})
-    lengths = [{"length": 8, "full_sequence": told, "causal": told | {"loss": 2.5}}]
-    found = {"samples": 2, "sequence_length": 4, "full_sequence": told, "causal": told, "by_position": rows}
+    lengths = [{"length": 8, "full_sequence": summary, "causal": summary | {"loss": 2.5}}]
+    found = {"samples": 2, "sequence_length": 4, "full_sequence": summary, "causal": summary, "by_position": rows}
     tell(found | {"by_length": lengths, "left_out": {16: "too little text"}}, Console(width=200))
     output = capsys.readouterr().out
     for text in (
@@ -216,24 +216,26 @@ def test_a_report_of_all_there_can_be(capsys: pytest.CaptureFixture[str]) -> Non
         "0.5000",
         "12.50%",
         "2.5000",
-        "16 tokens left out: too little text",
+        "skipped length 16: too little text",
     ):
         assert text in output
 
 
 @pytest.mark.parametrize("text", ["1", "2,x", "-2"])
-def test_wrong_lengths(text: str) -> None:
-    with pytest.raises(UserError, match=rf"--lengths={text} is not supported; expected numbers from 2 on"):
+def test_invalid_lengths_are_refused(text: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"--lengths must be comma-separated integers of at least 2, such as 2,4, got {text}"
+    ):
         _multiples(text)
     assert _multiples("2, 4") == (2, 4) and _multiples("") == ()
 
 
-def test_wrong_uses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--device=tpu is not supported; expected cpu"):
+def test_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--device must be cpu.*, got tpu"):
         _device("tpu")
-    with pytest.raises(UserError, match="--dtype=int8 is not supported; expected float32, bfloat16"):
+    with pytest.raises(UserError, match="--dtype must be float32 or bfloat16, got int8"):
         evaluate(tmp_path, dtype="int8", lengths="")
-    with pytest.raises(Exception, match="cannot be written: No such file"):
+    with pytest.raises(RunError, match="could not write to --output=.*: No such file"):
         _write({}, tmp_path / "none" / "file.json")
     _write({"a": 1}, tmp_path / "file.json")
     assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
