@@ -9,16 +9,16 @@ from typing import Annotated
 import typer
 
 from megatron_mosa import __version__
+from megatron_mosa.cluster.doctor.command import doctor
+from megatron_mosa.cluster.slurm.command import submit
+from megatron_mosa.cluster.status import status
 from megatron_mosa.config import load_config, origins
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
-from megatron_mosa.decode.commands import cache_report, generate
 from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
 from megatron_mosa.errors import UserError
-from megatron_mosa.evaluation.commands import evaluate
-from megatron_mosa.resilience.doctor import doctor
-from megatron_mosa.resilience.status_view import status
-from megatron_mosa.scaling.commands import isoflop, sweep
-from megatron_mosa.slurm.commands import submit
+from megatron_mosa.tools.decoding.commands import cache_report, generate
+from megatron_mosa.tools.evaluation.command import evaluate
+from megatron_mosa.tools.scaling.commands import isoflop, sweep
 
 app = typer.Typer(help="Data, checkpoints, jobs and evaluation of MoSA language models.", no_args_is_help=True)
 data_app = typer.Typer(help="Build, verify and inspect datasets.", no_args_is_help=True)
@@ -176,7 +176,7 @@ def checkpoint_inspect(
     full: Annotated[bool, typer.Option("--full", help="Verify the hashes of all files, not just their sizes.")] = False,
 ) -> None:
     """Describe a checkpoint (ours or another program's) or an exported model, and check that it is intact."""
-    from megatron_mosa.checkpoint.inspect import inspect  # slow to import, like those below
+    from megatron_mosa.convert.commands.inspect import inspect  # slow to import, like those below
 
     inspect(path, full=full)
 
@@ -213,9 +213,9 @@ def checkpoint_export(
         raise UserError(
             f"--dtype, --tokenizer and --no-check apply only to --to hf; --to {to} always writes fp32 weights"
         )
-    from megatron_mosa.checkpoint.hf_export import export_hf
-    from megatron_mosa.checkpoint.state_dict_export import export_state_dict
-    from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
+    from megatron_mosa.convert.commands.export_fp32 import export_state_dict
+    from megatron_mosa.convert.commands.export_hf import export_hf
+    from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
 
     if to == "hf":
         export_hf(path, target, dtype=dtype, tokenizer=tokenizer, checks_logits=not no_check, force=force)
@@ -252,9 +252,9 @@ def checkpoint_import(
 
     mosa-pytorch: one attention layer of the authors' PyTorch code, written as a .safetensors file for our layer.
     """
-    from megatron_mosa.checkpoint.imported import import_model
-    from megatron_mosa.checkpoint.locate import Kind
-    from megatron_mosa.checkpoint.upstream import import_layer
+    from megatron_mosa.convert.commands.import_model import import_model
+    from megatron_mosa.convert.formats.mosa_pytorch import import_layer
+    from megatron_mosa.convert.locate import Kind
 
     kinds = {"hf": Kind.HUGGING_FACE, "torch-dist": Kind.TORCH_DIST}
     if source in kinds:
@@ -277,7 +277,7 @@ def checkpoint_reshard(
     force: Force = False,
 ) -> None:
     """Rewrite a checkpoint for another tensor-parallel size. (Runs resume at any size without this.)"""
-    from megatron_mosa.checkpoint.reshard import reshard
+    from megatron_mosa.convert.commands.reshard import reshard
 
     reshard(path, target, tensor_parallel=tensor_parallel, drop_optimizer=drop_optimizer, force=force)
 
@@ -305,7 +305,7 @@ def checkpoint_causalize(
     force: Force = False,
 ) -> None:
     """Calibrate thresholds for the MoSA heads of an expert-choice model: same weights, causal selection."""
-    from megatron_mosa.checkpoint.causalize import causalize
+    from megatron_mosa.convert.commands.causalize import causalize
 
     causalize(path, target, data=data, samples=samples, load_feedback=load_feedback, force=force)
 
@@ -321,7 +321,7 @@ def checkpoint_verify(
     no_logits: Annotated[bool, typer.Option("--no-logits", help="Compare only the tensors.")] = False,
 ) -> None:
     """Compare two models tensor by tensor and by their logits on a fixed batch; exit with 1 if they differ."""
-    from megatron_mosa.checkpoint.verify import verify
+    from megatron_mosa.convert.commands.verify import verify
 
     verify(first, second, tolerance=tolerance, compares_logits=not no_logits)
 

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader
-from megatron_mosa.checkpoint.offline_writer import is_storage_failure
+from megatron_mosa.checkpoint.reader import MOMENTS, SafeReader, StateReader
+from megatron_mosa.checkpoint.writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.model.state import Stored, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
@@ -131,6 +131,18 @@ def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
     view = global_view(engine.module, state)
     dcp.load(view, storage_reader=SafeReader(path / "state"))
     engine.load_state(state, optimizer_step)
+
+
+def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
+    """Load weights, and thresholds if the checkpoint has any, into the engine, with fresh moments.
+
+    Reads checkpoints of any layout; collective over all ranks.
+    """
+    state = engine.state()
+    found = StateReader(folder).tensors
+    weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}
+    dcp.load(global_view(engine.module, weights), storage_reader=SafeReader(folder / "state"))
+    engine.load_state(state, optimizer_step=0)
 
 
 def write_metadata(metadata: Metadata, path: Path) -> None:

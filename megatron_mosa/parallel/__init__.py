@@ -1,6 +1,6 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
-from megatron_mosa.parallel.agree import HostGroup, on_every_rank, on_main_rank
+from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
 from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
 from megatron_mosa.parallel.launch import launch_environment

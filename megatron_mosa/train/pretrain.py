@@ -25,7 +25,7 @@ from megatron_mosa.parallel import (
     on_main_rank,
     use_deterministic_algorithms,
 )
-from megatron_mosa.resilience.survival import Survival
+from megatron_mosa.resilience.services import Survival
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults

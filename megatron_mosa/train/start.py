@@ -13,7 +13,6 @@ from megatron_mosa.checkpoint import (
     CheckpointStore,
     Metadata,
     Newest,
-    find_initial_weights,
     read_metadata,
     refuse_other_model,
 )
@@ -101,6 +100,8 @@ def check_start(
     if checkpoint is not None and metadata is not None:
         refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
     elif config.checkpoint.initialize_from is not None:
+        from megatron_mosa.convert import find_initial_weights  # a start without it loads no conversion code
+
         path = Path(config.checkpoint.initialize_from)
         initial = find_initial_weights(path, config, start.data_identity, reads_all=reads_all)
         return replace(start, initial=initial)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mosa.checkpoint.causalize import causalize
-from megatron_mosa.checkpoint.logits import megatron_logits
 from megatron_mosa.checkpoint.manifest import find_damage
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.opened import open_model
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.cli import main
 from megatron_mosa.config import load_config
+from megatron_mosa.convert.commands.causalize import causalize
+from megatron_mosa.convert.logits import megatron_logits
+from megatron_mosa.convert.model_reader import open_model
 from megatron_mosa.data import build_dataset, tokenizer_hash
 from megatron_mosa.errors import UserError
 from tests.conversion.models import QUICKSTART, Trained

@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_mosa.checkpoint import hf_export, safetensors_folder
-from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.imported import import_hf
-from megatron_mosa.checkpoint.logits import largest_divergence
 from megatron_mosa.checkpoint.manifest import digests, files_below
-from megatron_mosa.checkpoint.state_dict_export import export_state_dict
-from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
 from megatron_mosa.cli import main
+from megatron_mosa.convert.commands import export_hf as hf_export
+from megatron_mosa.convert.commands.export_fp32 import export_state_dict
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
+from megatron_mosa.convert.commands.import_model import import_hf
+from megatron_mosa.convert.formats import safetensors as safetensors_folder
+from megatron_mosa.convert.logits import largest_divergence
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads

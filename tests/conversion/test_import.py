@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_mosa.checkpoint import find_initial_weights, load_initial_weights, read_metadata
-from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.imported import import_hf
-from megatron_mosa.checkpoint.logits import largest_divergence, megatron_logits
+from megatron_mosa.checkpoint import load_initial_weights, read_metadata
 from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage
-from megatron_mosa.checkpoint.model_config import model_config
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.opened import Source
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import load_config
+from megatron_mosa.convert import find_initial_weights
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.commands.import_model import import_hf
+from megatron_mosa.convert.logits import largest_divergence, megatron_logits
+from megatron_mosa.convert.model_config import model_config
+from megatron_mosa.convert.model_reader import Source
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.convert.commands.export_hf import export_hf
 from tests.conftest import LAUNCHER
 from tests.conversion.conftest import make
 from tests.conversion.models import CAUSAL, KINDS

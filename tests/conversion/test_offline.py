@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.inspect import inspect
 from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.weights import GateAndUp, GroupedQkv, model_weights
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import Config
+from megatron_mosa.convert.commands.inspect import inspect
+from megatron_mosa.convert.weights import GateAndUp, GroupedQkv, model_weights
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import KINDS, Trained
 
@@ -156,5 +156,5 @@ def test_inspect_refuses_folders_without_a_model(tmp_path: Path) -> None:
 
 
 def test_reading_offline_does_not_import_deepspeed() -> None:
-    code = "import sys, megatron_mosa.checkpoint.inspect; assert 'deepspeed' not in sys.modules"
+    code = "import sys, megatron_mosa.convert.commands.inspect; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

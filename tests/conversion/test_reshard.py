@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from megatron_mosa.checkpoint import read_metadata
 from megatron_mosa.checkpoint.manifest import find_damage
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.reshard import reshard
-from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.cli import app
+from megatron_mosa.convert.commands.reshard import reshard
+from megatron_mosa.convert.commands.verify import verify
 from megatron_mosa.errors import UserError
 from tests.conversion.models import Trained
 

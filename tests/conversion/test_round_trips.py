@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_mosa.checkpoint import read_metadata
-from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.imported import import_hf
-from megatron_mosa.checkpoint.inspect import inspect
-from megatron_mosa.checkpoint.logits import megatron_logits
-from megatron_mosa.checkpoint.opened import Source
-from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.commands.import_model import import_hf
+from megatron_mosa.convert.commands.inspect import inspect
+from megatron_mosa.convert.commands.verify import verify
+from megatron_mosa.convert.logits import megatron_logits
+from megatron_mosa.convert.model_reader import Source
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import Trained
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from megatron_mosa.checkpoint import safetensors_folder
-from megatron_mosa.checkpoint.inspect import inspect
 from megatron_mosa.checkpoint.manifest import find_damage
-from megatron_mosa.checkpoint.state_dict_export import export_state_dict
 from megatron_mosa.cli import app
+from megatron_mosa.convert.commands.export_fp32 import export_state_dict
+from megatron_mosa.convert.commands.inspect import inspect
+from megatron_mosa.convert.formats import safetensors as safetensors_folder
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import Trained
 from tests.conversion.test_offline import Evil

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_mosa.checkpoint.hf_export import export_hf
-from megatron_mosa.checkpoint.imported import import_hf
-from megatron_mosa.checkpoint.initial import find_initial_weights
-from megatron_mosa.checkpoint.inspect import inspect
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.reshard import reshard
-from megatron_mosa.checkpoint.state_dict_export import export_state_dict
-from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import load_config
+from megatron_mosa.convert.commands.export_fp32 import export_state_dict
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.commands.import_model import import_hf
+from megatron_mosa.convert.commands.inspect import inspect
+from megatron_mosa.convert.commands.reshard import reshard
+from megatron_mosa.convert.commands.verify import verify
+from megatron_mosa.convert.initial import find_initial_weights
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY, Trained
 from tests.conversion.test_reshard import shards

@@ -17,16 +17,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_mosa.checkpoint import read_metadata
-from megatron_mosa.checkpoint.imported import import_model
-from megatron_mosa.checkpoint.inspect import inspect
-from megatron_mosa.checkpoint.locate import Kind
-from megatron_mosa.checkpoint.logits import megatron_logits
 from megatron_mosa.checkpoint.manifest import find_damage
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.opened import open_model
-from megatron_mosa.checkpoint.torch_dist_export import export_torch_dist
-from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.cli import app
+from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
+from megatron_mosa.convert.commands.import_model import import_model
+from megatron_mosa.convert.commands.inspect import inspect
+from megatron_mosa.convert.commands.verify import verify
+from megatron_mosa.convert.locate import Kind
+from megatron_mosa.convert.logits import megatron_logits
+from megatron_mosa.convert.model_reader import open_model
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.megatron_lm import (
     ARGUMENTS,

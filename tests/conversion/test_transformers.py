@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from megatron_mosa.checkpoint.hf_export import export_hf
+from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.hf.heads_mosa import MosaAttention, MosaHeads
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from tests.conftest import LAUNCHER

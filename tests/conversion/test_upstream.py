@@ -13,8 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_mosa.attention import MosaSelfAttention, MosaTransformerConfig
-from megatron_mosa.checkpoint.upstream import import_layer
 from megatron_mosa.cli import app
+from megatron_mosa.convert.formats.mosa_pytorch import import_layer
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel
 from tests.kernels.reference import mosa_reference, rotate

@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megatron_mosa.checkpoint.hf_export import export_hf
 from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, write_manifest
-from megatron_mosa.checkpoint.offline import StateReader
-from megatron_mosa.checkpoint.offline_writer import write_state_offline
-from megatron_mosa.checkpoint.verify import verify
+from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.cli import app
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.commands.verify import verify
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import Trained
 

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_mosa.cli import main
-from megatron_mosa.decode.cache_report import baseline_heads
-from megatron_mosa.decode.commands import parse_lengths
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE
+from megatron_mosa.tools.decoding.cache_report import baseline_heads
+from megatron_mosa.tools.decoding.commands import parse_lengths
 from tests.decode.models import build
 from tests.decode.test_generate import by_hand
 

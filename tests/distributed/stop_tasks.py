@@ -14,8 +14,8 @@ from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.parallel import HostGroup, Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.services import Survival
 from megatron_mosa.resilience.status import RunStatus
-from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from tests.distributed.tasks import parallel, tiny_config

@@ -18,7 +18,7 @@ from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.checkpoint import load_initial_weights
 from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.offline import StateReader
+from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, optimizer
 from megatron_mosa.engine.protocol import Batch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.attention import mosa_attention
-from megatron_mosa.checkpoint.logits import one_process
 from megatron_mosa.config import load_config
+from megatron_mosa.convert.logits import one_process
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables

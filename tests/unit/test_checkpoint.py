@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import distributed
 
-from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, lifecycle, read_metadata
+from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
+from megatron_mosa.checkpoint import store as lifecycle
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.locate import publishing
 from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
+from megatron_mosa.convert.locate import publishing
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 

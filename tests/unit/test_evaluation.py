@@ -18,20 +18,26 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.attention.thresholds import mosa_layers
-from megatron_mosa.checkpoint.logits import one_process
-from megatron_mosa.checkpoint.model_config import model_config
 from megatron_mosa.config import Config
+from megatron_mosa.convert.logits import one_process
+from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.evaluation import evaluate as measures
-from megatron_mosa.evaluation.commands import _device, _multiples, _write, evaluate
-from megatron_mosa.evaluation.flips import flip_rates
-from megatron_mosa.evaluation.losses import chosen_positions, estimate, position_ranges, prefix_losses, token_losses
-from megatron_mosa.evaluation.model import Evaluated
-from megatron_mosa.evaluation.report import tell
 from megatron_mosa.metrics.selection import recorded_selection
 from megatron_mosa.model import build_model, transformer_config
 from megatron_mosa.model.calibration import calibrate, calibrating
+from megatron_mosa.tools.evaluation import evaluate as measures
+from megatron_mosa.tools.evaluation.command import _device, _multiples, _write, evaluate
+from megatron_mosa.tools.evaluation.flips import flip_rates
+from megatron_mosa.tools.evaluation.losses import (
+    chosen_positions,
+    estimate,
+    position_ranges,
+    prefix_losses,
+    token_losses,
+)
+from megatron_mosa.tools.evaluation.model import Evaluated
+from megatron_mosa.tools.evaluation.report import tell
 
 LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
 

@@ -14,7 +14,7 @@ from megatron_mosa.config import Config, load_config, padded_vocab_size
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import paper_flops, parameter_count
 from megatron_mosa.model.costs import mosa_head_flops
-from megatron_mosa.scaling.isoflop import IsoflopModel, solve_isoflop
+from megatron_mosa.tools.scaling.isoflop import IsoflopModel, solve_isoflop
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = CONFIGS / "paper"

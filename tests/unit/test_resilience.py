@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
+from megatron_mosa.cluster.status import facts, is_well
 from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
@@ -24,10 +25,9 @@ from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, USAGE_ERROR
 from megatron_mosa.resilience import deadline, watchdog
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
+from megatron_mosa.resilience.services import Survival
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.status import RunStatus, read_status
-from megatron_mosa.resilience.status_view import facts, is_well
-from megatron_mosa.resilience.survival import Survival
 
 LISTENER = """
 import os, signal, sys, threading, time

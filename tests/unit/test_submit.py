@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mosa.cluster.slurm.command import submit
+from megatron_mosa.cluster.slurm.submit import Request, Submission
 from megatron_mosa.config import config_from_dict
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.slurm.commands import submit
-from megatron_mosa.slurm.submit import Request, Submission
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
-from megatron_mosa.scaling.sweep import _refuse_deviations, failure, prepare_output
-from megatron_mosa.scaling.sweep_report import Row, Sweep, deviation, markdown, write_report
-from megatron_mosa.scaling.sweep_worker import communication_seconds
+from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
+from megatron_mosa.tools.scaling.sweep import _refuse_deviations, failure, prepare_output
+from megatron_mosa.tools.scaling.sweep_report import Row, Sweep, deviation, markdown, write_report
+from megatron_mosa.tools.scaling.sweep_worker import communication_seconds
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # tp 2, sp, zero 1, micro 4, global batch 16
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_mosa.checkpoint import Metadata
-from megatron_mosa.checkpoint.tokenizer_files import find_tokenizer
 from megatron_mosa.config.schema import DataSection
+from megatron_mosa.convert.formats.hf_tokenizer import find_tokenizer
 from megatron_mosa.data import build_dataset, load_manifest, open_mixture, train_tokenizer
 from megatron_mosa.data.tokenizer import TokenizerIdentity, tokenizer_identity
 from megatron_mosa.errors import UserError

@@ -23,8 +23,8 @@ from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.services import Survival
 from megatron_mosa.resilience.status import RunStatus
-from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing

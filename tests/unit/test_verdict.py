@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mosa.cluster.slurm.begin import begin
+from megatron_mosa.cluster.slurm.preflight import note_failure
+from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
+from megatron_mosa.cluster.slurm.verdict import judge, settle
 from megatron_mosa.config import load_config
 from megatron_mosa.errors import UserError
-from megatron_mosa.slurm.begin import begin
-from megatron_mosa.slurm.preflight import note_failure
-from megatron_mosa.slurm.record import Record, checkpoint_step, outcome
-from megatron_mosa.slurm.verdict import judge, settle
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -90,7 +90,7 @@ def test_only_published_checkpoints_count(tmp_path: Path) -> None:
 
 
 def call(run: Path, code: int, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_mosa.slurm.verdict", str(run), str(code)]
+    command = [sys.executable, "-m", "megatron_mosa.cluster.slurm.verdict", str(run), str(code)]
     environment = {"PYTHONPATH": str(QUICKSTART.parents[1])} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -109,7 +109,10 @@ def test_the_program_prints_a_verdict_and_keeps_count(tmp_path: Path) -> None:
 
 
 def test_the_program_does_not_import_torch(tmp_path: Path) -> None:
-    code = "import sys, megatron_mosa.slurm.begin, megatron_mosa.slurm.verdict; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from megatron_mosa.cluster.slurm import begin, verdict; "
+        "assert verdict and begin and 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(QUICKSTART.parents[1])})
 
 
@@ -118,7 +121,7 @@ def test_an_attempt_of_a_layout_that_does_not_fit_does_not_begin(tmp_path: Path)
     values = [f"run.directory={tmp_path}", "run.name=run", "train.global_batch_size=24", "train.micro_batch_size=5"]
 
     def lines(processes: str, *values: str) -> list[str]:
-        command = [sys.executable, "-m", "megatron_mosa.slurm.begin", processes, str(QUICKSTART), *values]
+        command = [sys.executable, "-m", "megatron_mosa.cluster.slurm.begin", processes, str(QUICKSTART), *values]
         environment = {"PYTHONPATH": str(QUICKSTART.parents[1])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout == "") in ((0, False), (2, True))
@@ -131,7 +134,7 @@ def test_an_attempt_of_a_layout_that_does_not_fit_does_not_begin(tmp_path: Path)
     assert not (tmp_path / "run").exists()
     assert lines("8", *values, "train.micro_batch_size=3") == [str(tmp_path / "run"), "go"]
     assert lines(str(QUICKSTART)) == [
-        "error: usage: python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]"
+        "error: usage: python -m megatron_mosa.cluster.slurm.begin PROCESSES CONFIG [section.key=value ...]"
     ]
 
 

@@ -10,8 +10,8 @@ from statistics import fmean
 from megatron_mosa.config.schema import ResilienceSection
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import GaveUpError
+from megatron_mosa.resilience.services import Survival
 from megatron_mosa.resilience.spikes import SpikeDetector
-from megatron_mosa.resilience.survival import Survival
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 

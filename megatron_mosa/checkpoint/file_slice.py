@@ -1,0 +1,59 @@
+"""Read a byte range of a file, and verify the checksums of a torch.save archive in it."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import IO, Any
+
+_BLOCK = 1 << 20
+
+
+class Window(io.RawIOBase):
+    """A byte range of a file, as a read-only file object."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        """Return True: a range can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True: a range supports ``seek``."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset relative to the start of the range, the current position, or the end of the range."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at most to the end of the range; return the number of bytes read."""
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])
+        self._position += count
+        return count
+
+
+def find_change(file: IO[bytes], advance: Callable[[int], object] = lambda _: None) -> str | None:
+    """Verify the CRC-32 of every record of a torch.save archive; describe the first mismatch, or return None.
+
+    Args:
+        file: the archive and nothing else; it is read completely.
+        advance: called with the number of bytes just read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                with archive.open(record) as stream:
+                    while block := stream.read(_BLOCK):  # reading to the end verifies the checksum
+                        advance(len(block))
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return f"is corrupt ({error})"
+    return None

@@ -1,0 +1,1 @@
+"""Check the nodes of a job before it trains."""

@@ -1,0 +1,70 @@
+"""The command ``mosa doctor``: its options and their checks."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import STOPPED
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of ``mosa doctor``.
+
+    Attributes:
+        timeout: longest wait for the other ranks in each step of the preflight, in seconds.
+        minimum_disk: free space required in the run directory, in GiB.
+        slow: a GPU is bad if the job's median is faster by more than this factor.
+    """
+
+    run_directory: Path
+    json: Path | None
+    timeout: float
+    minimum_disk: float
+    slow: float
+
+
+def doctor(
+    run_directory: Annotated[
+        Path, typer.Option("--run-directory", metavar="PATH", help="The directory that all nodes will write to.")
+    ] = Path("runs"),
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write bad_nodes, all findings and each rank's facts.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for the other ranks in each step.")
+    ] = 120.0,
+    minimum_disk: Annotated[
+        float, typer.Option("--minimum-disk", metavar="GIB", help="Free space required in the run directory.")
+    ] = 10.0,
+    slow: Annotated[
+        float,
+        typer.Option("--slow", metavar="FACTOR", help="A GPU slower than the job's median by this factor is bad."),
+    ] = 1.5,
+) -> None:
+    """Check every node of a job before it trains; if some are bad, name them and the fix, and exit with 1.
+
+    Run alone, it checks this machine; under srun, torchrun or DeepSpeed's launcher, all nodes, with one process per
+    task. If all nodes are healthy but SIGUSR1 has asked the job to stop in the meantime, it exits with 75.
+    """
+    for name, value, bound, is_allowed in (
+        ("timeout", timeout, "greater than 0", timeout > 0),
+        ("minimum-disk", minimum_disk, "at least 0", minimum_disk >= 0),
+        ("slow", slow, "greater than 1", slow > 1),
+    ):
+        if not is_allowed:
+            raise UserError(f"--{name} must be {bound}, got {value:g}")
+    from megatron_mosa.cluster.doctor.job import check_job
+
+    notices: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: notices.append(number))
+    code = check_job(Settings(run_directory, json, timeout, minimum_disk, slow))
+    signal.signal(signal.SIGUSR1, before)
+    if code or notices:
+        raise typer.Exit(code or STOPPED)

@@ -1,0 +1,74 @@
+"""The command ``mosa submit``: checks a configuration and submits it as a Slurm job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mosa.config import load_config
+from megatron_mosa.errors import UserError
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml; its dataset is built")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", help="Number of nodes.")] = 1,
+    tasks_per_node: Annotated[
+        int | None,
+        typer.Option("--tasks-per-node", metavar="M", help="Processes per node. Default: --gpus-per-node, or 1."),
+    ] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="T", help="Time limit, as in 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="P")] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="A")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", metavar="Q")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", metavar="G")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", metavar="C")] = None,
+    exclude: Annotated[str | None, typer.Option("--exclude", metavar="NODES", help="Nodes to exclude.")] = None,
+    sbatch_argument: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch-argument", metavar="--X=Y", help="Any other option of sbatch; repeatable."),
+    ] = None,
+    chain: Annotated[
+        int, typer.Option("--chain", metavar="N", help="Submit N jobs that run in turn, for clusters without requeue.")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job script and the command, but write and submit nothing.")
+    ] = False,
+) -> None:
+    """Check a configuration and its layout, and submit the run as a Slurm job that restarts until it is done."""
+    settings = load_config(config, overrides or [], checks_batches=False)
+    counts = {"nodes": nodes, "tasks-per-node": tasks_per_node, "chain": chain}
+    for name, value in (counts | {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}).items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    named = {"time": time, "partition": partition, "account": account, "qos": qos, "exclude": exclude}
+    named |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
+    options = [f"--{name}={value}" for name, value in named.items() if value is not None] + (sbatch_argument or [])
+    for option in options:
+        if not option.startswith("-") or len(option.splitlines()) != 1:
+            raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
+    from megatron_mosa.cluster.slurm.submit import Request, prepare, require_sbatch
+
+    if not dry_run:
+        require_sbatch()
+
+    request = Request(nodes, tasks_per_node or gpus_per_node or 1, tuple(options), chain)
+    submission = prepare(settings, request, shlex.join(["mosa", *sys.argv[1:]]))
+    if dry_run:
+        print(submission.script)
+        print(f"# {shlex.join(submission.sbatch())}")
+        if chain > 1:
+            print(f"# then {chain - 1} more, each after the previous job: --dependency=afterany:JOB")
+        return
+    jobs = submission.submit()
+    print(f"job {', then '.join(jobs)}: {nodes} node(s) x {request.tasks_per_node} task(s)")
+    print(f"files:  {submission.folder}")
+    print(f"log:    {submission.run}/logs/slurm-{jobs[0]}.out")
+    print(f"watch:  mosa status {submission.run} --watch;  squeue -j {','.join(jobs)}")
+    print(f"cancel: scancel {' '.join(jobs)}")

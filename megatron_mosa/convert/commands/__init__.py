@@ -1,0 +1,1 @@
+"""What ``mosa checkpoint`` does: one file per command or export format."""

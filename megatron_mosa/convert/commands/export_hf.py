@@ -1,0 +1,150 @@
+"""Export a checkpoint to a folder that transformers loads without this project."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
+from megatron_mosa.convert.formats.hf_card import model_card
+from megatron_mosa.convert.formats.hf_tokenizer import (
+    FoundTokenizer,
+    check_exported_tokenizer,
+    find_tokenizer,
+    write_tokenizer,
+)
+from megatron_mosa.convert.formats.safetensors import Piece, write_shards
+from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
+from megatron_mosa.convert.logits import (
+    MOST_KL,
+    exported_logits,
+    fixed_batch,
+    largest_divergence,
+    megatron_logits,
+)
+from megatron_mosa.convert.model_config import to_transformers
+from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.weights import Weight
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.hf import MODELLING_FILES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_hf(
+    path: Path,
+    target: Path,
+    *,
+    dtype: str = "float32",
+    tokenizer: Path | None = None,
+    checks_logits: bool = True,
+    force: bool = False,
+) -> None:
+    """Write safetensors, configuration, modelling code, tokenizer and a model card to ``target``.
+
+    Reads one tensor at a time. The final check builds whole models in fp32: first Megatron's, then the exported one.
+
+    Args:
+        path: a checkpoint, or a run directory (its newest checkpoint).
+        target: the folder to create.
+        dtype: "float32" or "bfloat16", for all weights (thresholds stay fp32).
+        tokenizer: tokenizer.json or its folder; None: the tokenizer of the dataset recorded in the checkpoint.
+        checks_logits: compare logits on a fixed batch; the Megatron model uses the weights rounded to ``dtype``, too.
+        force: replace an existing model at ``target``.
+
+    Raises:
+        UserError: the checkpoint or tokenizer does not exist, or the target does.
+        RunError: the checkpoint is damaged, or the exported model does not compute what the Megatron model does; no
+            files are left behind.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype}")
+    checkpoint = find_model_of(Kind.OURS, path)
+    refuse_target(target, checkpoint, force=force)
+    with naming_damage(checkpoint):
+        metadata = read_metadata(checkpoint)
+        found = find_tokenizer(metadata, tokenizer)
+        source = Source.open(checkpoint, metadata)
+        _export(source, target, dtype, found, checks_logits)
+
+
+def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
+    parameters = sum(info.elements for info in source.state.weights.values())
+    with publishing(target) as folder:
+        end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
+        _write_config(source, dtype, end_of_document_id, folder)
+        records = write_shards(_pieces(source, DTYPES[dtype]), folder)
+        for file in MODELLING_FILES:
+            shutil.copyfile(file, folder / file.name)
+        if checks_logits:
+            check_exported_tokenizer(found, folder)
+        divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
+        verdict = (
+            "not checked against the Megatron model (--no-check)"
+            if divergence is None
+            else f"largest KL divergence from the Megatron model: {divergence:.1e} nats on a fixed batch in fp32"
+        )
+        facts = {"parameters": f"{parameters:,}, stored in {dtype}", "logits": verdict}
+        facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
+        card = model_card(source.metadata, source.config, source.path, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, records)
+    print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
+
+
+def _pieces(source: Source, dtype: torch.dtype) -> list[Piece]:
+    def piece(weight: Weight) -> Piece:
+        def read() -> dict[str, Tensor]:
+            parts = weight.fusion.split(source.read(weight.name).to(_export_dtype(weight, dtype)))
+            return {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
+
+        return Piece(_export_dtype(weight, dtype).itemsize * torch.Size(weight.shape).numel(), read)
+
+    return [piece(weight) for weight in source.weights if weight.parts]
+
+
+def _export_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    return dtype if weight.is_trained else torch.float32
+
+
+def _write_config(source: Source, dtype: str, end_of_document_id: int, folder: Path) -> None:
+    from megatron_mosa.hf.configuration_mosa import MosaConfig
+
+    arguments: dict[str, Any] = to_transformers(source.config, source.vocab_rows) | {
+        "architectures": ["MosaForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_mosa.MosaConfig",
+            "AutoModel": "modeling_mosa.MosaModel",
+            "AutoModelForCausalLM": "modeling_mosa.MosaForCausalLM",
+        },
+        "bos_token_id": None,
+        "eos_token_id": end_of_document_id,
+        "pad_token_id": end_of_document_id,
+    }
+    MosaConfig(**arguments, dtype=dtype).save_pretrained(folder)
+
+
+def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
+    """Return the KL divergence of the exported model from Megatron's model with the same rounded weights."""
+    print("comparing logits with the Megatron model", flush=True)
+    tokens = fixed_batch(source.config, source.vocab_rows)
+
+    dtypes = {weight.name: _export_dtype(weight, dtype) for weight in source.weights}
+
+    def read(name: str) -> Tensor:
+        return source.read(name).to(dtypes[name]).float()
+
+    expected = megatron_logits(source.config, source.vocab_rows, read, tokens)
+    divergence = largest_divergence(expected, exported_logits(folder, tokens))
+    if divergence > MOST_KL:
+        raise RunError(
+            f"the exported model does not match the Megatron model: the KL divergence of their logits reaches "
+            f"{divergence:.1e} nats, and must be at most {MOST_KL:.0e}; nothing was exported"
+        )
+    return divergence

@@ -1,0 +1,111 @@
+"""Import the weights of another program's model as a megatron_mosa checkpoint, without optimizer state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
+from megatron_mosa.checkpoint.manifest import FileRecord, digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.reader import TensorInfo
+from megatron_mosa.checkpoint.writer import write_state_offline
+from megatron_mosa.config import Config, config_to_dict
+from megatron_mosa.convert.added_heads import WithMosaHeads
+from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
+from megatron_mosa.convert.model_reader import Opened, open_model
+from megatron_mosa.errors import UserError
+from megatron_mosa.utils.versions import versions
+
+
+def import_hf(
+    path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
+) -> None:
+    """Import an exported model or a Llama from a folder with config.json and safetensors; see ``import_model``."""
+    import_model(Kind.HUGGING_FACE, path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
+
+
+def import_model(
+    kind: Kind, path: Path, target: Path, *, add_mosa_heads: int = 0, sparsity: float = 16.0, force: bool = False
+) -> None:
+    """Write the weights of a model as a checkpoint to start a run from, one tensor at a time.
+
+    Args:
+        kind: the format at ``path``: a Hugging Face folder or a Megatron-LM checkpoint.
+        path: the model's folder.
+        target: the folder to create.
+        add_mosa_heads: number of fresh MoSA heads to add to each layer of a model without any; 0: none.
+        sparsity: sparsity rho of the added heads.
+        force: replace an existing model at ``target``.
+
+    Raises:
+        UserError: the folder does not exist, the model is not supported, tensors are missing, unexpected or of another
+            shape, or the target exists.
+        RunError: a file is damaged, or writing failed.
+    """
+    folder = find_model_of(kind, path)
+    refuse_target(target, folder, force=force)
+    with naming_damage(folder):
+        model = open_model(folder)
+        if add_mosa_heads:
+            model = WithMosaHeads.of(model, add_mosa_heads, sparsity)
+        _import(model, target)
+
+
+def _import(model: Opened, target: Path) -> None:
+    metadata = _metadata(model.config, model.vocab_rows, model.path)
+    with publishing(target) as writing:
+        records = _write(model, writing)
+        write_metadata(metadata, writing)
+        write_manifest(writing, records | digests(writing, [METADATA]))
+    parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
+    print(
+        f"{target}: imported {parameters:,} parameters without optimizer state; start a run from it with "
+        f"checkpoint.initialize_from={target}"
+    )
+
+
+def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
+    from megatron_mosa.data.shards import progress
+
+    infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}
+    with progress(sum(4 * info.elements for info in infos.values()), "importing") as bar:
+
+        def read(key: str) -> Tensor:
+            tensor = model.read(key.removeprefix("model."))
+            bar.update(tensor.nbytes)
+            return tensor
+
+        return write_state_offline(infos, read, writing)
+
+
+def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
+    from megatron_mosa.data import load_tokenizer, tokenizer_hash
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, encoding_hash, vocabulary_size
+
+    file = folder / TOKENIZER_FILE
+    identity, size = TokenizerIdentity(None, None), vocab_rows
+    if file.is_file():
+        tokenizer = load_tokenizer(str(file))
+        identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
+    if size > vocab_rows:
+        raise UserError(
+            f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding only {vocab_rows:,} rows; resize the "
+            f"embedding to at least {size:,} rows, or remove {TOKENIZER_FILE} if it is not the model's"
+        )
+    return Metadata(
+        step=0,
+        consumed_samples=0,
+        optimizer_step=0,
+        config=config_to_dict(config),
+        data={
+            "index_samples": None,
+            "tokenizer_hash": identity.file_hash,
+            "encoding_hash": identity.encoding_hash,
+            "vocab_size": size,
+            "fingerprint": None,
+        },
+        versions=versions("torch", "transformers"),
+        layout={},
+    )

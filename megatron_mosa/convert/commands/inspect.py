@@ -1,0 +1,159 @@
+"""Describe a checkpoint or model folder, of megatron_mosa or of another program, without loading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+from megatron_mosa.checkpoint.file_slice import find_change
+from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint.manifest import DamagedError, find_damage, is_recorded
+from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
+from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
+from megatron_mosa.convert.weights import partition_keys
+from megatron_mosa.data.shards import progress
+from megatron_mosa.errors import RunError
+
+_UNCHECKED = "not checked (--full verifies checksums)"
+
+
+def inspect(path: Path, *, full: bool = False) -> None:
+    """Print a description of the model at ``path``; for a run directory or its ``checkpoints/``, the newest checkpoint.
+
+    Args:
+        full: compare the hashes of all files with the manifest, not just their sizes.
+
+    Raises:
+        UserError: ``path`` holds no known kind of model.
+        RunError: the model is damaged; the description, which includes the damage, is printed first.
+    """
+    folder, kind = find_model(path)
+    describe = {
+        Kind.OURS: _ours,
+        Kind.HUGGING_FACE: _hugging_face,
+        Kind.DEEPSPEED: _deepspeed,
+        Kind.TORCH_DIST: _torch_dist,
+        Kind.STATE_DICT: _safetensors,
+    }[kind]
+    facts = {"path": str(folder), "kind": kind.value}
+    damage = None
+    try:
+        damage = describe(folder, facts, full)
+    except DamagedError as error:
+        damage = str(error)
+    facts["size"] = _bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    if damage is not None:
+        facts["health"] = f"damaged: {damage}"
+    width = max(map(len, facts))
+    print("\n".join(f"{name:{width}}  {fact}" for name, fact in facts.items()))
+    if damage is not None:
+        raise RunError(f"'{folder}' is damaged: {damage}")
+
+
+# Each of the following adds lines to ``facts`` and returns a description of the damage, or None.
+
+
+def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    metadata = read_metadata(folder)
+    model, mosa = metadata.config["model"], metadata.config["mosa"]
+    facts["format"] = str(metadata.format_version)
+    facts["model"] = (
+        f"{model['num_layers']} layers of width {model['hidden_size']}; heads: {model['num_dense_heads']} dense, "
+        f"{model.get('num_local_heads', 0)} local, {mosa['num_heads']} MoSA"
+        + (" with thresholds" if mosa.get("selection") == "threshold" else "")
+    )
+    facts["step"] = (
+        f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, {metadata.consumed_samples:,} samples)"
+    )
+    sizes = (f"{name.replace('_', ' ')} {size}" for name, size in metadata.layout.items())
+    facts["written at"] = ", ".join(sizes) or "one process (import)"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))
+    # Check sizes first: the error from reading a truncated index says little.
+    damage = find_damage(folder, reads_all=full) if metadata.has_manifest else None
+    if damage is None:
+        state = StateReader(folder)
+        facts["parameters"] = _parameters(info.elements for info in state.weights.values())
+        facts["optimizer state"] = "Adam's moments" if state.has_optimizer_state else "none"
+        facts["health"] = _healthy(metadata.has_manifest, full)
+    return damage
+
+
+def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    content = read_json(folder / "config.json")
+    facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
+    return _safetensors(folder, facts, full)
+
+
+def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    has_manifest = is_recorded(folder, shard_names(folder))
+    damage = find_damage(folder, reads_all=full) if has_manifest else None
+    if damage is None:
+        tensors = SafetensorsFolder(folder).tensors
+        facts["parameters"] = _parameters(info.elements for info in tensors.values())
+        facts["types"] = ", ".join(sorted({info.dtype for info in tensors.values()}))
+        facts["health"] = _healthy(has_manifest, full)
+    return damage
+
+
+def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Read file names only: the files are pickles, and are never unpickled."""
+    tags = deepspeed_tags(folder)
+    latest = folder / "latest"
+    facts["tags"] = ", ".join(tag.name for tag in tags)
+    if latest.is_file():
+        facts["latest"] = latest.read_text(encoding="utf-8").strip()
+    names = [file.name for file in tags[-1].glob("*.pt")]
+    for group, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
+        ranks = {match[1] for name in names if (match := re.search(pattern, name))}
+        facts[f"{group} ranks"] = str(len(ranks))
+    damage = _find_corrupt_file(tags[-1]) if full else None
+    facts["health"] = f"all files of {tags[-1].name} match their checksums" if full else _UNCHECKED
+    return damage
+
+
+def _find_corrupt_file(folder: Path) -> str | None:
+    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "verifying checksums") as bar:
+        for file in sorted(folder.glob("*.pt")):
+            with file.open("rb") as stream:
+                if change := find_change(stream, bar.update):
+                    return f"{file.name} {change}"
+    return None
+
+
+def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
+    """Read the index only, unless ``full``."""
+    iteration = cast(Path, torch_dist_iteration(folder))
+    facts["iteration"] = iteration.name
+    state = StateReader(iteration, "")
+    weights, optimizer = partition_keys(state.tensors)
+    facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
+    facts["types"] = ", ".join(sorted({str(state.tensors[key].dtype).removeprefix("torch.") for key in weights}))
+    facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
+    if full:
+        with progress(None, "verifying checksums") as bar:
+            if damage := state.find_change(state.tensors.keys(), bar.update):
+                return damage
+    facts["health"] = "all tensors match their checksums" if full else _UNCHECKED
+    return None
+
+
+def _healthy(has_manifest: bool, full: bool) -> str:
+    if not has_manifest:
+        return "unknown: there is no manifest to compare with"
+    return "all file hashes match" if full else "all file sizes match (--full also compares hashes)"
+
+
+def _parameters(elements: Iterable[int]) -> str:
+    counts = list(elements)
+    return f"{sum(counts):,} in {len(counts)} tensors"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"

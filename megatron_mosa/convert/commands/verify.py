@@ -1,0 +1,118 @@
+"""Compare two checkpoints of any kinds: weights, optimizer moments and logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.checkpoint.manifest import naming_damage
+from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
+from megatron_mosa.convert.model_reader import Opened, Source, open_model
+from megatron_mosa.errors import RunError, UserError
+
+_WEIGHT = "model."  # prefix of weight keys, but not of moments
+
+
+class Difference(NamedTuple):
+    """Difference between two versions of one tensor."""
+
+    relative: float
+    """Norm of the difference divided by the norm of the first tensor, both in fp64; infinite if either has a NaN."""
+
+    name: str
+
+
+def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits: bool = True) -> None:
+    """Compare all weights, Adam's moments if both have them, and the logits of a fixed batch; print the result.
+
+    Args:
+        first: a checkpoint, a run directory (its newest checkpoint), a Hugging Face folder or a torch_dist checkpoint.
+        second: likewise.
+        tolerance: the largest permitted relative difference of a tensor; 0: bitwise equality.
+        compares_logits: also build both models, one after the other, in fp32 on the CPU, and compare their logits.
+
+    Raises:
+        UserError: a model does not exist, or the tolerance is negative.
+        RunError: the models differ (the message names the tensor that differs most), or one of them is damaged.
+    """
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance must be at least 0 (bitwise equality), got {tolerance}")
+    models = []
+    for path in (first, second):
+        with naming_damage(path):
+            models.append(open_model(path))
+    ours, theirs = models
+    _check_shapes(ours, theirs)
+    _report(*_compare(ours, theirs), tolerance)
+    if compares_logits:
+        _compare_logits(ours, theirs, tolerance)
+
+
+def _check_shapes(ours: Opened, theirs: Opened) -> None:
+    shapes = [{weight.name: weight.shape for weight in model.weights} for model in (ours, theirs)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise RunError(
+                f"the models differ: {name} is {shapes[0].get(name, 'missing')} in '{ours.path}', "
+                f"{shapes[1].get(name, 'missing')} in '{theirs.path}'"
+            )
+
+
+def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
+    """Return the largest difference, and a description of what was compared."""
+    from megatron_mosa.data.shards import progress
+
+    both_ours = isinstance(ours, Source) and isinstance(theirs, Source)
+    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]
+    moments = sorted(_moments(ours) & _moments(theirs))
+    sizes = {weight.name: torch.Size(weight.shape).numel() for weight in ours.weights}
+    found = []
+    keys = [*weights, *moments]
+    with progress(4 * sum(sizes[key.partition(".")[2]] for key in keys), "comparing") as bar:
+        for key in keys:
+            tensor = _read(ours, key)
+            found.append(Difference(_relative(tensor, _read(theirs, key)), key))
+            bar.update(tensor.nbytes)
+    return max(found), f"{len(weights)} weights" + (f" and {len(moments)} moments" if moments else "")
+
+
+def _moments(model: Opened) -> set[str]:
+    return {key for key in model.state.tensors if not key.startswith(_WEIGHT)} if isinstance(model, Source) else set()
+
+
+def _read(model: Opened, key: str) -> Tensor:
+    with naming_damage(model.path):
+        if isinstance(model, Source):
+            return model.state.read(key)
+        return model.read(key.removeprefix(_WEIGHT))
+
+
+def _relative(first: Tensor, second: Tensor) -> float:
+    if torch.equal(first, second):
+        return 0.0
+    difference = ((first.double() - second.double()).norm() / first.double().norm().clamp(min=1e-300)).item()
+    return difference if difference > 0 else float("inf")  # NaN, or zeros of different sign
+
+
+def _report(worst: Difference, compared: str, tolerance: float) -> None:
+    if worst.relative > tolerance:
+        raise RunError(
+            f"the models differ: of {compared}, {worst.name} differs most, by {worst.relative:.1e} of its norm "
+            f"(--tolerance: {tolerance:g})"
+        )
+    print(f"{compared}: " + ("bitwise equal" if worst.relative == 0 else f"equal within {worst.relative:.1e}"))
+
+
+def _compare_logits(ours: Opened, theirs: Opened, tolerance: float) -> None:
+    tokens = fixed_batch(ours.config, ours.vocab_rows)
+    expected, found = (megatron_logits(model.config, model.vocab_rows, model.read, tokens) for model in (ours, theirs))
+    divergence = largest_divergence(expected, found)
+    print(f"logits of {tokens.numel()} fixed tokens: largest KL divergence {divergence:.1e} nats")
+    if tolerance == 0 and not torch.equal(expected, found):
+        raise RunError(
+            f"the models differ: their weights are equal, but their logits are not (KL divergence {divergence:.1e} "
+            "nats), so their configurations differ; compare them with mosa checkpoint inspect"
+        )

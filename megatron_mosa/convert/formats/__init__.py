@@ -1,0 +1,1 @@
+"""Read and write the model formats of other programs."""

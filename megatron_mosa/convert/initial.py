@@ -1,0 +1,64 @@
+"""Find the weights that a new run is initialized from: an existing or imported checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint.manifest import find_damage
+from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.config import Config, padded_vocab_size
+from megatron_mosa.convert.locate import Kind, find_model
+from megatron_mosa.convert.model_config import model_config
+from megatron_mosa.convert.weights import model_weights
+from megatron_mosa.data.tokenizer import TokenizerIdentity
+from megatron_mosa.errors import UserError
+
+_KEY = "checkpoint.initialize_from"
+
+
+def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, reads_all: bool) -> Path:
+    """Return the checkpoint at ``path`` (the newest of a run directory) if its weights fit the model of ``config``.
+
+    Settings without weights, such as sparsity, window, rotary base or sequence length, may differ. So may the
+    selection: a threshold run starts with its warm-up if the checkpoint has no thresholds, and expert choice needs
+    none.
+
+    Args:
+        data: the run's ``vocab_size``, ``tokenizer_hash`` and ``encoding_hash``.
+        reads_all: verify the hashes of all files, not just their sizes.
+
+    Raises:
+        UserError: the checkpoint does not exist, is damaged, has another tokenizer, or has weights of other names or
+            shapes.
+    """
+    try:
+        folder, kind = find_model(path)
+    except UserError as error:
+        raise UserError(f"{_KEY}: {error}") from None
+    if kind is not Kind.OURS:
+        raise UserError(
+            f"{_KEY}={path} is a {kind.value}; import it first: mosa checkpoint import {path} OUT --from hf"
+        )
+    metadata = read_metadata(folder)
+    if metadata.has_manifest and (damage := find_damage(folder, reads_all=reads_all)):
+        raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or choose another one")
+    checkpoint_hash = metadata.tokenizer.file_hash
+    if checkpoint_hash is not None and not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
+        raise UserError(
+            f"{_KEY}: '{folder}' was trained with another tokenizer ({checkpoint_hash}) than the dataset was built "
+            f"with ({data['tokenizer_hash']}); rebuild the dataset with that tokenizer (data.tokenizer=PATH)"
+        )
+    rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
+    expected = {weight.name: weight.shape for weight in model_weights(config, rows) if weight.is_trained}
+    checkpoint_weights = model_weights(model_config(metadata.config), rows)
+    untrained = {weight.name for weight in checkpoint_weights if not weight.is_trained}
+    found = {name: info.shape for name, info in StateReader(folder).weights.items() if name not in untrained}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{_KEY}: '{folder}' holds another model: {name} is {found.get(name, 'missing')}, but the run expects "
+                f"{expected.get(name, 'none')}; set sections model and mosa as in that checkpoint"
+            )
+    return folder

@@ -1,0 +1,242 @@
+"""Measure a model's cache size by filling it, and compare it with that of a dense model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf.cache_mosa import MosaCache
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.tools.decoding.loading import check_thresholds, open_model
+
+_CHUNK = 1024  # tokens per forward pass
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of ``mosa cache-report``."""
+
+    path: Path
+    lengths: list[int]
+    text: Path | None = None
+    dense_heads: int | None = None
+    exact_up_to: int = 16384
+    device: str = "auto"
+    dtype: str = "auto"
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cache sizes of one sequence of ``length`` tokens, in bytes."""
+
+    length: int
+    used: dict[str, int]
+    """Bytes of stored keys and values, by kind of heads."""
+
+    allocated: int
+    """Bytes allocated for all kinds, including spare capacity, partly filled blocks and the block table."""
+
+    selected_share: float | None
+    """Mean share of tokens that a MoSA head has selected; None: the model has no MoSA heads."""
+
+    most_over_mean: float | None
+    """The largest number of tokens of a MoSA head divided by the layer's mean, for the layer where it is largest."""
+
+    dense_baseline: int
+    """Bytes of the dense model's cache."""
+
+    exact: bool
+    """Whether dense heads attended to all previous tokens."""
+
+    @property
+    def total(self) -> int:
+        """Bytes in use by all kinds of heads."""
+        return sum(self.used.values())
+
+
+def report(request: Request, output: Path | None, *, as_json: bool) -> None:
+    """Measure the cache, print a table or JSON, and write cache.json and cache.png to ``output``.
+
+    Raises:
+        UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
+    """
+    model, tokenizer = open_model(request.path, request.device, request.dtype, request.tokenizer)
+    if not model.config.can_decode:
+        raise UserError(
+            f"'{request.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
+            "is no cache to measure; pass a model with mosa.selection=threshold or without MoSA heads"
+        )
+    check_thresholds(model, request.path)
+    heads, reason = baseline_heads(model.config, request.dense_heads)
+    tokens = _tokens(request, model.config, tokenizer)
+    rows = measure(model, tokens, request.lengths, heads, request.exact_up_to)
+    facts = {
+        "model": str(request.path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": f"from {request.text}" if request.text else "random",
+        "baseline": f"{heads} dense heads per layer ({reason}), keys and values of every token, computed",
+        "sparsity": model.config.sparsity if model.config.num_mosa_heads else None,
+    }
+    content = facts | {"rows": [asdict(row) | {"total": row.total} for row in rows]}
+    print(json.dumps(content, indent=2) if as_json else _table(facts, rows))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "cache.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        plot(rows, facts, output / "cache.png")
+
+
+def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
+    """Return the number of heads per layer of the dense baseline, and the reason for it.
+
+    The default is the smallest number with which a dense model of the same depth, widths and MLP needs at least as many
+    FLOPs as this one, by the paper's formulas (section 2) for the forward pass at the training length.
+    """
+    if given is not None:
+        return given, "--dense-heads"
+    from megatron_mosa.model.costs import dense_head_flops, local_head_flops, mosa_head_flops
+
+    width, size, length = config.hidden_size, config.head_dim, config.max_position_embeddings
+    dense = dense_head_flops(width, size, length)
+    layer = (
+        config.num_dense_heads * dense
+        - 4 * width * size * length * (config.num_dense_heads - config.num_key_value_heads)
+        + config.num_local_heads * local_head_flops(width, size, length, min(config.local_window, length))
+        + config.num_mosa_heads * mosa_head_flops(width, size, length, config.num_selected(length))
+    )
+    return -(-layer // dense), f"equal FLOPs at {length} tokens"
+
+
+def _tokens(request: Request, config: MosaConfig, tokenizer: Any) -> Tensor:
+    """Return tokens [1, T] for the largest requested length T."""
+    needed = request.lengths[-1]
+    if request.text is None:
+        return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
+    if tokenizer is None:
+        raise UserError(f"--text={request.text}: '{request.path}' has no tokenizer.json; omit --text")
+    try:
+        text = request.text.read_text(encoding="utf-8", errors="replace")
+        ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
+    except OSError as error:
+        raise UserError(f"could not read --text={request.text}: {error.strerror}; pass a text file") from None
+    if ids.shape[1] < needed:
+        raise UserError(
+            f"--text={request.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
+            "text or shorter lengths"
+        )
+    return ids[:, :needed]
+
+
+@torch.no_grad()
+def measure(
+    model: MosaForCausalLM, tokens: Tensor, lengths: list[int], dense_heads: int, exact_up_to: int
+) -> list[Row]:
+    """Feed tokens [1, T] into one cache, chunk by chunk, and record its size at each of the ascending ``lengths``.
+
+    Args:
+        model: a model that can decode.
+        tokens: at least as many tokens as the largest length.
+        lengths: sequence lengths to record, ascending.
+        dense_heads: heads per layer of the dense baseline.
+        exact_up_to: dense heads attend to at most this many of the last tokens, so that long sequences finish on a CPU.
+            Up to this length the result is exact. Beyond it, the cache still holds all keys of dense heads, but layers
+            after the first select from slightly different hidden states.
+    """
+    from tqdm import tqdm
+
+    config, cache, rows = model.config, model.new_cache(), []
+    pair = 2 * config.num_hidden_layers * config.head_dim * model.dtype.itemsize  # a key and a value in all layers
+    with _dense_heads_see(exact_up_to), tqdm(total=lengths[-1], unit=" tokens", file=sys.stderr) as progress:
+        for length in lengths:
+            while (start := cache.get_seq_length()) < length:
+                chunk = tokens[:, start : min(start + _CHUNK, length)].to(model.device)
+                model(chunk, logits_to_keep=1, **{CACHE: cache})
+                progress.update(chunk.shape[1])
+            rows.append(_row(cache, config, length, pair * dense_heads * length, exact_up_to))
+    return rows
+
+
+@contextmanager
+def _dense_heads_see(last: int) -> Iterator[None]:
+    """Restrict dense heads to the last ``last`` keys, or to as many keys as there are queries if that is more."""
+    exact = heads_mosa.causal_attention
+
+    def bounded(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
+        seen = max(last, query.shape[2])
+        return exact(query, key[:, :, -seen:], value[:, :, -seen:], valid)
+
+    heads_mosa.causal_attention = bounded
+    try:
+        yield
+    finally:
+        heads_mosa.causal_attention = exact
+
+
+def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact_up_to: int) -> Row:
+    sizes = cache.bytes()
+    counts = [layer.mosa.counts.float() for layer in cache.layers if layer.mosa and layer.mosa.counts is not None]
+    return Row(
+        length=length,
+        used={kind: used for kind, (_, used) in sizes.items()},
+        allocated=sum(allocated for allocated, _ in sizes.values()),
+        selected_share=float(torch.stack(counts).mean()) / length if counts else None,
+        most_over_mean=max(float(count.max() / count.mean()) for count in counts) if counts else None,
+        dense_baseline=baseline,
+        exact=length <= exact_up_to or not config.num_dense_heads,
+    )
+
+
+def _table(facts: dict[str, Any], rows: list[Row]) -> str:
+    """Return the report as a Markdown table."""
+    kinds = list(rows[0].used)
+    names = ["tokens", *(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share"]
+    lines = [f"{name}: {fact}" for name, fact in facts.items() if fact is not None]
+    lines += ["", "MiB of one sequence:", "", f"| {' | '.join(names)} | selected | most / mean |"]
+    lines.append("|" + " ---: |" * (len(names) + 2))
+    for row in rows:
+        sizes = [*(row.used[kind] for kind in kinds), row.total, row.allocated, row.dense_baseline]
+        cells = [f"{row.length:,}{'' if row.exact else '*'}", *(f"{size / _MIB:.2f}" for size in sizes)]
+        cells.append(f"{100 * row.total / row.dense_baseline:.1f} %")
+        cells.append("" if row.selected_share is None else f"{100 * row.selected_share:.2f} %")
+        cells.append("" if row.most_over_mean is None else f"{row.most_over_mean:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    if not all(row.exact for row in rows):
+        lines += ["", "* dense heads attended only to the last tokens (--exact-up-to); the cache holds all of them"]
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
+    """Plot used and allocated bytes and the dense model's bytes over the length to a PNG file."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lengths = [row.length for row in rows]
+    baseline = facts["baseline"].partition(",")[0]
+    axes.plot(lengths, [row.dense_baseline / _MIB for row in rows], "k--", label=f"{baseline}, computed")
+    axes.plot(lengths, [row.allocated / _MIB for row in rows], ":", marker=".", label="this model, allocated")
+    axes.plot(lengths, [row.total / _MIB for row in rows], marker="o", label="this model, in use")
+    for kind in rows[0].used if len(rows[0].used) > 1 else []:
+        axes.plot(lengths, [row.used[kind] / _MIB for row in rows], linewidth=1, alpha=0.6, label=f"{kind} heads")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens per sequence")
+    axes.set_ylabel(f"MiB of keys and values ({facts['dtype']})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

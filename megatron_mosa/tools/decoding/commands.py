@@ -1,0 +1,114 @@
+"""Implement the commands ``mosa generate`` and ``mosa cache-report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mosa.errors import UserError
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="An exported model; or a checkpoint or run directory (exported to a temporary folder)."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU if available.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: the stored dtype.")]
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json of a checkpoint; default: its dataset's."),
+]
+
+
+def generate(
+    path: ModelPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="The text to complete.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file; -: standard input."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Maximum number of new tokens.")
+    ] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="N", help="Sample from the N most likely tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the smallest set with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed for sampling.")] = 0,
+    causal_approximation: Annotated[
+        str | None,
+        typer.Option("--causal-approximation", metavar="prefix", help="For expert-choice models: slow and inexact."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: TokenizerPath = None,
+) -> None:
+    """Stream a completion of a prompt, without the prompt itself."""
+    from megatron_mosa.tools.decoding.generation import Sampling, generate_text, read_prompt  # slow to import, as below
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    text = read_prompt(prompt, prompt_file)
+    generate_text(
+        path,
+        text,
+        sampling,
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        causal_approximation=causal_approximation,
+    )
+
+
+def cache_report(
+    path: ModelPath,
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N,...", help="Sequence lengths, such as 1000 or 4k (4 x 1024).")
+    ] = "1k,2k,4k,8k,16k,32k,64k,128k",
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Use this text; default: random tokens.")
+    ] = None,
+    dense_heads: Annotated[
+        int | None,
+        typer.Option("--dense-heads", metavar="N", help="Heads of the dense baseline; default: equal FLOPs."),
+    ] = None,
+    exact_up_to: Annotated[
+        int, typer.Option("--exact-up-to", metavar="N", help="Beyond this, dense heads see only the last N tokens.")
+    ] = 16384,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Also write cache.json and cache.png there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: TokenizerPath = None,
+) -> None:
+    """Measure a model's cache size and compare it with a dense model's."""
+    numbers = parse_lengths(lengths)
+    for name, value in (("dense-heads", dense_heads), ("exact-up-to", exact_up_to)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    from megatron_mosa.tools.decoding.cache_report import Request, report
+
+    request = Request(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
+    report(request, output, as_json=as_json)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Parse comma-separated lengths such as ``1k,3000`` (k = 1024); return them in ascending order.
+
+    Raises:
+        UserError: a part is not a positive integer, with or without k.
+    """
+    lengths = set()
+    for part in text.split(","):
+        digits = part.strip().lower()
+        factor = 1024 if digits.endswith("k") else 1
+        digits = digits.removesuffix("k")
+        if not digits.isdecimal() or int(digits) == 0:
+            raise UserError(f"--lengths={text}: '{part}' is not a number of tokens; use a list such as 1000,4k,128k")
+        lengths.add(factor * int(digits))
+    return sorted(lengths)

@@ -1,0 +1,130 @@
+"""Read a prompt and stream the model's completion, for ``mosa generate``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.tools.decoding.loading import check_thresholds, open_model
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of ``mosa generate``."""
+
+    max_new_tokens: int
+    temperature: float
+    """0: always take the most likely token."""
+
+    top_k: int
+    """Sample only from this many most likely tokens; 0: from all."""
+
+    top_p: float
+    """Sample only from the most likely tokens with this cumulative probability."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges of all values.
+
+        Raises:
+            UserError: a value is out of range; the message names the option.
+        """
+        for name, is_valid, requirement in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (the most likely token)"),
+            ("top_k", self.top_k >= 0, "at least 0 (all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+        ):
+            if not is_valid:
+                raise UserError(f"--{name.replace('_', '-')} must be {requirement}, got {getattr(self, name)}")
+
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments for transformers' ``generate``."""
+        if self.temperature == 0:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        return {
+            "do_sample": True,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt, given as text or as a file ("-": standard input).
+
+    Raises:
+        UserError: neither or both are given, the prompt is empty, or the file is not UTF-8 text.
+    """
+    if (prompt is None) == (file is None):
+        raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
+    if file is not None:
+        try:
+            prompt = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"could not read --prompt-file={file}: {reason}; pass a text file") from None
+    if not prompt:
+        raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
+    return prompt
+
+
+def generate_text(
+    path: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    device: str,
+    dtype: str,
+    tokenizer: Path | None = None,
+    causal_approximation: str | None = None,
+) -> None:
+    """Stream a completion to standard output; see ``open_model`` for what ``path`` may be.
+
+    Raises:
+        UserError: the model selects by expert choice and no approximation was requested, its thresholds are not
+            calibrated, or it has no tokenizer.
+    """
+    from transformers import TextStreamer
+
+    model, text_tokenizer = open_model(path, device, dtype, tokenizer)
+    _check_decodable(model, path, causal_approximation)
+    if text_tokenizer is None:
+        raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
+    ids = text_tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
+    if ids.shape[1] == 0:
+        raise UserError("--prompt has no tokens; pass at least one token of text")
+    torch.manual_seed(sampling.seed)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=TextStreamer(text_tokenizer, skip_prompt=True, skip_special_tokens=True),
+        causal_approximation=causal_approximation,
+        **sampling.options(),
+    )
+
+
+def _check_decodable(model: MosaForCausalLM, path: Path, approximation: str | None) -> None:
+    if model.config.can_decode:
+        if approximation is not None:
+            raise UserError(
+                f"--causal-approximation={approximation}: '{path}' is already causal; omit --causal-approximation"
+            )
+        check_thresholds(model, path)
+    elif approximation is None:
+        raise UserError(
+            f"'{path}' selects by expert choice (mosa.selection), which looks at the whole sequence, so no token can "
+            "be decoded before the following ones are known; convert it with mosa checkpoint causalize, use a model "
+            "trained with mosa.selection=threshold, or pass --causal-approximation prefix (reselects from the prefix "
+            "for every token: slow, and not what was trained)"
+        )
+    elif approximation != "prefix":
+        raise UserError(f"--causal-approximation must be prefix, got {approximation}")

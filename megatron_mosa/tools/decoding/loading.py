@@ -1,0 +1,99 @@
+"""Load a model for decoding from an exported folder or a megatron_mosa checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.formats.safetensors import read_json
+from megatron_mosa.convert.locate import Kind, find_model
+from megatron_mosa.errors import UserError
+from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of this name; "auto": a GPU if available, else the CPU.
+
+    Raises:
+        UserError: the device is unknown or not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # unknown to torch; torch without CUDA
+        raise UserError(
+            f"--device={name} is not available; it must be auto, cpu, or cuda (if torch finds a GPU)"
+        ) from None
+    return device
+
+
+def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = None) -> tuple[MosaForCausalLM, Any]:
+    """Load a model and its tokenizer, without running any code from the folder.
+
+    Args:
+        path: an exported folder, or a checkpoint or run directory (its newest checkpoint), which is first exported to a
+            temporary folder, without comparing logits.
+        device: see ``find_device``.
+        dtype: "auto" (as stored), "float32" or "bfloat16".
+        tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists; an exported folder has its own.
+
+    Returns:
+        The model, and its tokenizer or None.
+
+    Raises:
+        UserError: ``path`` holds no suitable model, or the device or dtype is invalid.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    torch_device = find_device(device)
+    folder, kind = find_model(path)
+    if kind is Kind.HUGGING_FACE:
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own tokenizer; omit --tokenizer")
+        return _load(folder, torch_device, dtype)
+    if kind is not Kind.OURS:
+        raise UserError(
+            f"'{path}' is a {kind.value}; pass a folder written by mosa checkpoint export --to hf, a megatron_mosa "
+            "checkpoint, or a run directory"
+        )
+    with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
+        exported = Path(temporary) / "exported"
+        with redirect_stdout(sys.stderr):  # keep standard output for the generated text
+            export_hf(folder, exported, tokenizer=tokenizer, checks_logits=False)
+        return _load(exported, torch_device, dtype)
+
+
+def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausalLM, Any]:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != "mosa":
+        raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
+    logging.disable_progress_bar()
+    model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
+    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
+    """Refuse a model with thresholds that were never set.
+
+    Raises:
+        UserError: names the affected layers.
+    """
+    try:
+        model.model.check_thresholds()
+    except ValueError as error:
+        raise UserError(f"'{path}': {error}") from None

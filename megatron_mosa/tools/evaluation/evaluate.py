@@ -1,0 +1,174 @@
+"""Compute all measures of a model: losses, leak and flip rates, by position and by length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.config import Config
+from megatron_mosa.convert.model_reader import Opened
+from megatron_mosa.data import Mixture, ValidationSamples
+from megatron_mosa.errors import UserError
+from megatron_mosa.metrics import causality
+from megatron_mosa.model.calibration import calibrate
+from megatron_mosa.tools.evaluation.flips import flip_rates
+from megatron_mosa.tools.evaluation.losses import (
+    Tick,
+    batches,
+    chosen_positions,
+    estimate,
+    position_ranges,
+    prefix_losses,
+    token_losses,
+)
+from megatron_mosa.tools.evaluation.model import Evaluated, evaluated
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of an evaluation.
+
+    Attributes:
+        num_samples: number of validation windows.
+        prefixes: positions per range whose loss is also measured with only the prefix as input; 0: none.
+        lengths: multiples of the training length.
+        calibration_samples: number of training windows to calibrate thresholds on.
+        tokens_at_once: tokens per forward pass.
+        device: device to compute on.
+        dtype: dtype to compute in.
+    """
+
+    num_samples: int
+    prefixes: int
+    lengths: tuple[int, ...]
+    calibration_samples: int
+    tokens_at_once: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def looks_ahead(config: Config) -> bool:
+    """Whether the model has MoSA heads that select by looking at the whole sequence."""
+    return config.mosa.num_heads > 0 and config.mosa.selection == "expert_choice"
+
+
+def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> dict[str, Any]:
+    """Measure a model; ``report.tell`` prints the result.
+
+    Returns:
+        ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
+        positions these losses, the prefix-only loss, the leak and the flip rate; ``by_length``: the losses at multiples
+        of the training length; ``left_out``: lengths skipped because the text is too short, with the reason.
+
+    Raises:
+        UserError: the validation split has fewer than two windows.
+    """
+    return _Evaluation(model, mixture, settings, tick).run()
+
+
+class _Evaluation:
+    def __init__(self, model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> None:
+        self.model, self.mixture, self.settings, self.tick = model, mixture, settings, tick
+        self.length = model.config.data.sequence_length
+        self.samples = self._samples(1)
+        if len(self.samples) < 2:
+            raise UserError(
+                f"the validation split must have at least 2 windows of {self.length} tokens, got {len(self.samples)}; "
+                "rebuild the dataset with a larger data.validation_fraction"
+            )
+        self.ranges = position_ranges(self.length)
+        self.longer: dict[int, ValidationSamples] = {}
+        self.left_out: dict[int, str] = {}
+        for multiple in settings.lengths:
+            try:
+                self.longer[multiple] = self._samples(multiple)
+            except UserError as error:
+                self.left_out[multiple * self.length] = str(error)
+
+    def run(self) -> dict[str, Any]:
+        is_looking_ahead = looks_ahead(self.model.config)
+        label = causality(not is_looking_ahead)
+        with self._built(self.model.config.mosa.selection) as model:
+            full = self._losses(model, self.samples)
+            ranges = self._by_range(model, full)
+            lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
+        causal, causal_lengths, how = full, lengths, "the model itself"
+        if is_looking_ahead:
+            how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
+            with self._built("threshold") as model:
+                calibrate(model.module, lambda: self._run_calibration_windows(model))
+                causal = self._losses(model, self.samples)
+                causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
+        for part, row in zip(self.ranges, ranges, strict=True):
+            row["causal"] = causal[:, part.start : part.stop].mean().item()
+        return {
+            "samples": len(self.samples),
+            "sequence_length": self.length,
+            "full_sequence": _summary(full) | {"label": label},
+            "causal": _summary(causal) | {"label": f"causal, {how}"},
+            "by_position": ranges,
+            "by_length": [
+                {
+                    "length": multiple * self.length,
+                    "full_sequence": _summary(lengths[multiple]) | {"label": label},
+                    "causal": _summary(causal_lengths[multiple]),
+                }
+                for multiple in lengths
+            ],
+            "left_out": self.left_out,
+        }
+
+    def _built(self, selection: str) -> Any:
+        return evaluated(self.model, self.settings.device, self.settings.dtype, selection)
+
+    def _samples(self, multiple: int, split: str = "validation", count: int | None = None) -> ValidationSamples:
+        """Return windows of a multiple of the training length, with about the same total number of tokens for each."""
+        return ValidationSamples(
+            self.mixture,
+            sequence_length=multiple * self.length,
+            num_samples=max(1, (count or self.settings.num_samples) // multiple),
+            mark_documents=self.model.config.model.attend_within_documents,
+            split=split,
+        )
+
+    def _losses(self, model: Evaluated, samples: ValidationSamples) -> Tensor:
+        return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
+
+    def _by_range(self, model: Evaluated, full: Tensor) -> list[dict[str, Any]]:
+        """Measure each range of positions."""
+        positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
+        at_once = self.settings.tokens_at_once
+        prefix = prefix_losses(model, self.samples, positions, at_once, self.tick) if positions else full[:, :0]
+        has_heads = self.model.config.mosa.num_heads > 0
+        ends = [part.stop - 1 for part in self.ranges[:-1]]  # no tokens follow the last range that could change
+        flips = flip_rates(model, self.samples, ends, at_once, self.tick).tolist() if has_heads else []
+        rows = []
+        for number, part in enumerate(self.ranges):
+            columns = [i for i, position in enumerate(positions) if position in part]
+            here = [positions[i] for i in columns]
+            row: dict[str, Any] = {
+                "first": part.start,
+                "last": part.stop - 1,
+                "full_sequence": full[:, part.start : part.stop].mean().item(),
+                "flip_rate": flips[number] if number < len(flips) else None,
+            }
+            if columns:
+                leak = estimate((prefix[:, columns] - full[:, here]).mean(dim=1))
+                row |= {"positions": here, "prefix_only": prefix[:, columns].mean().item()}
+                row |= {"leak": leak.mean, "leak_error": leak.error}
+            rows.append(row)
+        return rows
+
+    def _run_calibration_windows(self, model: Evaluated) -> None:
+        samples = self._samples(1, "train", self.settings.calibration_samples)
+        for batch in batches(samples, self.settings.tokens_at_once):
+            model.forward(batch["tokens"], batch.get("document_starts"))
+            self.tick(batch["tokens"].numel())
+
+
+def _summary(losses: Tensor) -> dict[str, Any]:
+    mean_loss = estimate(losses.double().mean(dim=1))
+    return {"loss": mean_loss.mean, "error": mean_loss.error, "tokens": losses.numel()}
