@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from megatron_mosa.errors import GaveUpError, RunError, UserError
+from megatron_mosa.errors import RunError, UnrecoverableError, UserError
 from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, USAGE_ERROR
 
 
@@ -54,7 +54,7 @@ def gc_disabled_during_imports() -> Iterator[None]:
 
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
-    return USAGE_ERROR if isinstance(error, UserError) else GAVE_UP if isinstance(error, GaveUpError) else FAILED
+    return USAGE_ERROR if isinstance(error, UserError) else GAVE_UP if isinstance(error, UnrecoverableError) else FAILED
 
 
 def run(program: Callable[[], object]) -> int:

@@ -18,7 +18,7 @@ class RunError(Exception):
     """A run that cannot continue, though the user made no mistake: one line, exit code 1."""
 
 
-class GaveUpError(RunError):
+class UnrecoverableError(RunError):
     """A run that a restart would not help: exit code 3 of pretrain_mosa.py."""
 
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 _BLOCK = 1 << 20
 
 
-class Window(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """A byte range of a file, as a read-only file object."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
@@ -39,7 +39,7 @@ class Window(io.RawIOBase):
         return count
 
 
-def find_change(file: IO[bytes], advance: Callable[[int], object] = lambda _: None) -> str | None:
+def find_corruption(file: IO[bytes], advance: Callable[[int], object] = lambda _: None) -> str | None:
     """Verify the CRC-32 of every record of a torch.save archive; describe the first mismatch, or return None.
 
     Args:

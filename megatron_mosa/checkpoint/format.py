@@ -88,7 +88,7 @@ def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
     Returns:
         DTensors of global shape.
     """
-    return global_view(engine.module, engine.state(_own_share(engine.module), memory.copy))
+    return as_dtensors(engine.module, engine.state(_own_share(engine.module), memory.copy))
 
 
 def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
@@ -128,7 +128,7 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
     """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks."""
     state = engine.state()
-    view = global_view(engine.module, state)
+    view = as_dtensors(engine.module, state)
     dcp.load(view, storage_reader=SafeReader(path / "state"))
     engine.load_state(state, optimizer_step)
 
@@ -141,7 +141,7 @@ def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
     state = engine.state()
     found = StateReader(folder).tensors
     weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}
-    dcp.load(global_view(engine.module, weights), storage_reader=SafeReader(folder / "state"))
+    dcp.load(as_dtensors(engine.module, weights), storage_reader=SafeReader(folder / "state"))
     engine.load_state(state, optimizer_step=0)
 
 
@@ -173,7 +173,7 @@ def read_metadata(path: Path) -> Metadata:
     )
 
 
-def global_view(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Wrap (part of) an engine's state as DTensors of global shape over the tensor-parallel group, without copies."""
     # The process group handles communication; the mesh only describes CPU tensors, and DCP itself moves no tensors.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")

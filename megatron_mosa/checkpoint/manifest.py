@@ -26,7 +26,7 @@ class DamagedError(UserError):
 
 
 @contextmanager
-def naming_damage(folder: Path) -> Iterator[None]:
+def damage_as_run_error(folder: Path) -> Iterator[None]:
     """Turn a ``DamagedError`` into a RunError that names the folder: damage is not the user's mistake.
 
     Raises:
@@ -46,7 +46,7 @@ class FileRecord:
     hash: str
 
 
-def digests(folder: Path, files: list[str]) -> dict[str, FileRecord]:
+def hash_files(folder: Path, files: list[str]) -> dict[str, FileRecord]:
     """Compute the records of some files, given by their paths relative to ``folder``; reads each file once."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(files, pool.map(lambda name: _digest(folder / name), files), strict=True))
@@ -101,13 +101,13 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
     if reads_all:
         if content.get("algorithm") != ALGORITHM:
             return f"{MANIFEST} uses the unsupported hash algorithm {content.get('algorithm')} (supported: {ALGORITHM})"
-        for name, found in digests(folder, list(records)).items():
+        for name, found in hash_files(folder, list(records)).items():
             if found != records[name]:
                 return f"{name} is corrupt: its hash is {found.hash} instead of {records[name].hash}"
     return None
 
 
-def settle(path: Path) -> FileRecord:
+def sync_and_evict(path: Path) -> FileRecord:
     """Sync a newly written file to disk, drop it from the page cache, and return its record.
 
     A conversion writes gigabytes that it does not read again. In the page cache they would evict other programs' pages,

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata as StateMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_mosa.checkpoint.file_slice import Window, find_change
+from megatron_mosa.checkpoint.file_slice import FileSlice, find_corruption
 from megatron_mosa.checkpoint.manifest import DamagedError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -120,12 +120,12 @@ class StateReader:
             if index.fqn == key:
                 try:
                     with (Path(self._reader.path) / info.relative_path).open("rb") as file:
-                        return BufferedReader(Window(file, info.offset, info.length)).read()
+                        return BufferedReader(FileSlice(file, info.offset, info.length)).read()
                 except OSError as error:
                     raise DamagedError(f"{self._file(info)} cannot be read ({error.strerror})") from None
         return None
 
-    def find_change(self, keys: Collection[str], advance: Callable[[int], object]) -> str | None:
+    def find_corruption(self, keys: Collection[str], advance: Callable[[int], object]) -> str | None:
         """Verify the checksums of some tensors' shards; describe the first mismatch, or return None.
 
         Args:
@@ -137,7 +137,7 @@ class StateReader:
                 continue
             try:
                 with (Path(self._reader.path) / info.relative_path).open("rb") as file:
-                    damage = find_change(BufferedReader(Window(file, info.offset, info.length)), advance)
+                    damage = find_corruption(BufferedReader(FileSlice(file, info.offset, info.length)), advance)
             except OSError as error:
                 damage = f"cannot be read ({error.strerror})"
             if damage is not None:

@@ -22,7 +22,7 @@ from megatron_mosa.checkpoint.format import (
     write_state,
 )
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.manifest import DamagedError, digests, files_below, find_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import DamagedError, files_below, find_damage, hash_files, write_manifest
 from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.data.tokenizer import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
@@ -39,7 +39,7 @@ _DAMAGED = "damaged-"
 _MAY_DIFFER = ("backend", "capacity_factor", "threshold_ema", "threshold_warmup_steps")
 
 
-class Newest(NamedTuple):
+class NewestCheckpoint(NamedTuple):
     """The checkpoint that a run resumes from."""
 
     path: Path | None
@@ -88,7 +88,7 @@ class CheckpointStore:
         """Whether the checkpoint of this step counts as permanent when older checkpoints are pruned."""
         return self.permanent_interval is not None and step % self.permanent_interval == 0
 
-    def newest(self, *, reads_all: bool = False) -> Newest:
+    def newest(self, *, reads_all: bool = False) -> NewestCheckpoint:
         """Find the newest intact checkpoint, and report the damage of any newer ones.
 
         Args:
@@ -101,7 +101,7 @@ class CheckpointStore:
         for path in reversed(self.published()):
             damage = _damage(path, reads_all)
             if damage is None:
-                return Newest(path, tuple(damaged))
+                return NewestCheckpoint(path, tuple(damaged))
             damaged.append((path, damage))
         if damaged:
             path, damage = damaged[0]
@@ -109,7 +109,7 @@ class CheckpointStore:
                 f"all checkpoints in '{self.folder}' are damaged; the newest is '{path.name}': {damage}; restore it, "
                 "or move the folders away to start from step 0"
             )
-        return Newest(None, ())
+        return NewestCheckpoint(None, ())
 
     def set_aside(self, path: Path) -> Path:
         """Rename a damaged checkpoint so that it is ignored from now on; call on the main rank only."""
@@ -184,7 +184,7 @@ class CheckpointStore:
             on_main_rank(reserve, group)
             write_state(state, writing, group)
             names = on_main_rank(describe, group)
-            parts = on_every_rank(lambda: digests(writing, names[dist.get_rank() :: dist.get_world_size()]), group)
+            parts = on_every_rank(lambda: hash_files(writing, names[dist.get_rank() :: dist.get_world_size()]), group)
             on_main_rank(publish, group)
         except StorageError:
             on_main_rank(lambda: shutil.rmtree(writing, ignore_errors=True), group)
@@ -218,7 +218,7 @@ def _damage(path: Path, reads_all: bool) -> str | None:
     return find_damage(path, reads_all=reads_all) if metadata.has_manifest else None
 
 
-def refuse_other_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:
+def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -> None:
     """Refuse a checkpoint whose model, seed, sequence length, tokenizer or dataset differs from the run's.
 
     Raises:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from megatron_mosa.checkpoint.manifest import FileRecord, settle
+from megatron_mosa.checkpoint.manifest import FileRecord, sync_and_evict
 from megatron_mosa.checkpoint.reader import TensorInfo, cause_of
 from megatron_mosa.errors import StorageError
 
@@ -86,7 +86,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 class _SettledFiles(FileSystem):
-    """Torch's file system; syncs and hashes every written file in a thread (``settle``)."""
+    """Torch's file system; syncs and hashes every written file in a thread (``sync_and_evict``)."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -94,11 +94,11 @@ class _SettledFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        """Open a file; once it has been written, settle it in the thread."""
+        """Open a file; once it has been written, sync and hash it in the thread."""
         with super().create_stream(path, mode) as stream:
             yield stream
         if "w" in mode:
-            self._records[Path(path)] = self._pool.submit(settle, Path(path))
+            self._records[Path(path)] = self._pool.submit(sync_and_evict, Path(path))
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         """Wait until the file is settled, then rename it; torch renames the complete index into place."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
-from megatron_mosa.convert.logits import one_process
-from megatron_mosa.convert.model_reader import Opened
+from megatron_mosa.convert.logits import single_process_groups
+from megatron_mosa.convert.model_reader import ModelReader
 from megatron_mosa.convert.weights import Weight, model_weights
 from megatron_mosa.errors import UserError
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WithMosaHeads:
+class ModelWithAddedHeads:
     """A model plus fresh MoSA heads in each layer; their output projections are zero, so its outputs do not change.
 
     Routers and W_QKV are drawn by name, exactly as in a run with the same seed. The first optimizer step moves the
     output projections away from zero; from then on all parameters of the heads receive gradients.
     """
 
-    model: Opened
+    model: ModelReader
     config: Config
     weights: list[Weight]
     initialisers: dict[str, Callable[[Tensor], object]]
     """Initializers, keyed by the last component of a weight's name."""
 
     @classmethod
-    def of(cls, model: Opened, heads: int, sparsity: float) -> WithMosaHeads:
+    def of(cls, model: ModelReader, heads: int, sparsity: float) -> ModelWithAddedHeads:
         """Add ``heads`` MoSA heads of the given sparsity to each layer.
 
         Raises:
@@ -48,7 +48,7 @@ class WithMosaHeads:
         mosa = replace(model.config.mosa, num_heads=heads, sparsity=sparsity)
         config = config_from_dict(config_to_dict(replace(model.config, mosa=mosa)))  # checks it
         one_layer = replace(config, model=replace(config.model, num_layers=1))
-        with one_process(one_layer):
+        with single_process_groups(one_layer):
             modules = dict(build_empty_model(one_layer, model.vocab_rows).named_modules())
         initialisers = cast("PartitionedHeads", modules["decoder.layers.0.self_attention.mosa_heads"]).initialisers
         return cls(model, config, model_weights(config, model.vocab_rows), initialisers)
@@ -64,7 +64,7 @@ class WithMosaHeads:
         return self.model.vocab_rows
 
     def read(self, name: str) -> Tensor:
-        """Read a weight of the original model, or initialize one of the added heads; see ``Opened.read``."""
+        """Read a weight of the original model, or initialize one of the added heads; see ``ModelReader.read``."""
         from megatron_mosa.model.initialization import draw
 
         if ".mosa_heads." not in name:

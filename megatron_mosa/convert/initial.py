@@ -37,7 +37,7 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
         folder, kind = find_model(path)
     except UserError as error:
         raise UserError(f"{_KEY}: {error}") from None
-    if kind is not Kind.OURS:
+    if kind is not Kind.MOSA:
         raise UserError(
             f"{_KEY}={path} is a {kind.value}; import it first: mosa checkpoint import {path} OUT --from hf"
         )

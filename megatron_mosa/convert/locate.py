@@ -20,20 +20,20 @@ TRACKER = "latest_checkpointed_iteration.txt"
 class Kind(Enum):
     """The kind of model that a folder holds."""
 
-    OURS = "megatron_mosa checkpoint"
+    MOSA = "megatron_mosa checkpoint"
     HUGGING_FACE = "Hugging Face model folder"
     DEEPSPEED = "DeepSpeed checkpoint"
     TORCH_DIST = "Megatron-LM torch_dist checkpoint"
     STATE_DICT = "safetensors folder"
 
 
-_REPLACEABLE = (Kind.OURS, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
+_REPLACEABLE = (Kind.MOSA, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 
 
-def kind_of(path: Path) -> Kind | None:
+def detect_kind(path: Path) -> Kind | None:
     """Detect what kind of model a folder holds from its file names; None if unknown."""
     if (path / "metadata.json").is_file() and (path / "state").is_dir():
-        return Kind.OURS
+        return Kind.MOSA
     if (path / "config.json").is_file():
         return Kind.HUGGING_FACE
     if (path / INDEX).is_file():
@@ -70,12 +70,12 @@ def find_model(path: Path) -> tuple[Path, Kind]:
     Raises:
         UserError: ``path`` holds no model.
     """
-    kind = kind_of(path)
+    kind = detect_kind(path)
     if kind is not None:
         return path, kind
     for folder in (path / "checkpoints", path):
         if published := CheckpointStore(folder, keep_last=1).published():
-            return published[-1], Kind.OURS
+            return published[-1], Kind.MOSA
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; pass the folder of a checkpoint")
@@ -94,12 +94,12 @@ def find_model_of(kind: Kind, path: Path) -> Path:
     """
     folder, found = find_model(path)
     if found is not kind:
-        expected = f"a {kind.value}" + (" or a run directory" if kind is Kind.OURS else "")
+        expected = f"a {kind.value}" + (" or a run directory" if kind is Kind.MOSA else "")
         raise UserError(f"'{path}' is a {found.value}; pass {expected}")
     return folder
 
 
-def refuse_target(target: Path, source: Path, *, force: bool) -> None:
+def check_target(target: Path, source: Path, *, force: bool) -> None:
     """Refuse a target that exists or cannot be written to.
 
     Args:
@@ -117,7 +117,7 @@ def refuse_target(target: Path, source: Path, *, force: bool) -> None:
         raise UserError(f"OUT={target}: '{existing}' {reason}; choose a new folder in a writable directory")
     if not os.path.lexists(target):
         return
-    is_model = kind_of(target) in _REPLACEABLE
+    is_model = detect_kind(target) in _REPLACEABLE
     if not force:
         fix = "choose another folder, or pass --force to replace it" if is_model else "choose another folder"
         raise UserError(f"OUT={target} already exists; {fix}")
@@ -128,7 +128,7 @@ def refuse_target(target: Path, source: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def publishing(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder next to ``target``; rename it to ``target`` on success, and remove it on failure.
 
     Creates missing parents of ``target``. An existing model at ``target`` stays in place until the new one is complete.

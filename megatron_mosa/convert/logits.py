@@ -32,16 +32,16 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
     from megatron_mosa.kernels import Documents
     from megatron_mosa.model import build_empty_model
 
-    with one_process(config):
+    with single_process_groups(config):
         model = build_empty_model(config, vocab_rows).eval()
-        fill_model(model, read)
+        load_weights(model, read)
         within = config.model.attend_within_documents
         documents = Documents.from_starts(torch.zeros_like(tokens)) if within else None  # one per sequence
         return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), documents)
 
 
 @torch.no_grad()
-def fill_model(model: torch.nn.Module, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> None:
+def load_weights(model: torch.nn.Module, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> None:
     """Copy weights and thresholds into a single-process model.
 
     Args:
@@ -61,7 +61,7 @@ def fill_model(model: torch.nn.Module, read: Callable[[str], Tensor], names: Col
 
 
 @contextmanager
-def one_process(config: Config) -> Iterator[None]:
+def single_process_groups(config: Config) -> Iterator[None]:
     """Create Megatron's process groups for a single process, without port or launcher, and destroy them on exit."""
     from megatron_mosa.parallel import destroy_parallel, initialize_parallel
 

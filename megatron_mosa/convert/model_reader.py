@@ -14,7 +14,7 @@ from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damag
 from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
-from megatron_mosa.convert.formats.torch_dist import TorchDistModel
+from megatron_mosa.convert.formats.torch_dist import TorchDistReader
 from megatron_mosa.convert.locate import Kind, find_model
 from megatron_mosa.convert.model_config import from_transformers, model_config
 from megatron_mosa.convert.weights import Weight, model_weights
@@ -23,7 +23,7 @@ from megatron_mosa.errors import UserError
 _EXACT = ("F32", "BF16", "F16")  # dtypes that convert to fp32 without rounding
 
 
-class Opened(Protocol):
+class ModelReader(Protocol):
     """The interface that conversions use to read a model."""
 
     @property
@@ -51,7 +51,7 @@ class Opened(Protocol):
         ...
 
 
-def open_model(path: Path) -> Opened:
+def open_model(path: Path) -> ModelReader:
     """Open a megatron_mosa checkpoint (the newest of a run directory), a Megatron-LM one, or a Hugging Face folder.
 
     Raises:
@@ -59,19 +59,19 @@ def open_model(path: Path) -> Opened:
         DamagedError: a file is missing or damaged.
     """
     folder, kind = find_model(path)
-    if kind is Kind.OURS:
-        return Source.open(folder, read_metadata(folder))
+    if kind is Kind.MOSA:
+        return CheckpointReader.open(folder, read_metadata(folder))
     if kind is Kind.HUGGING_FACE:
-        return HuggingFaceModel.open(folder)
+        return HuggingFaceReader.open(folder)
     if kind is Kind.TORCH_DIST:
-        return TorchDistModel.open(folder)
-    expected = f"a {Kind.OURS.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
+        return TorchDistReader.open(folder)
+    expected = f"a {Kind.MOSA.value}, a run directory, a {Kind.HUGGING_FACE.value}, or a {Kind.TORCH_DIST.value}"
     raise UserError(f"'{path}' is a {kind.value}; pass {expected}")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A megatron_mosa checkpoint; implements ``Opened``."""
+class CheckpointReader:
+    """A megatron_mosa checkpoint; implements ``ModelReader``."""
 
     path: Path
     metadata: Metadata
@@ -81,7 +81,7 @@ class Source:
     vocab_rows: int
 
     @classmethod
-    def open(cls, folder: Path, metadata: Metadata) -> Source:
+    def open(cls, folder: Path, metadata: Metadata) -> CheckpointReader:
         """Read the model's description, verify all files against the manifest, and load no tensors.
 
         Raises:
@@ -111,8 +111,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class HuggingFaceModel:
-    """An exported model or a Llama in a Hugging Face folder; implements ``Opened``."""
+class HuggingFaceReader:
+    """An exported model or a Llama in a Hugging Face folder; implements ``ModelReader``."""
 
     path: Path
     config: Config
@@ -121,7 +121,7 @@ class HuggingFaceModel:
     tensors: SafetensorsFolder
 
     @classmethod
-    def open(cls, folder: Path) -> HuggingFaceModel:
+    def open(cls, folder: Path) -> HuggingFaceReader:
         """Read the model's description, verify files against the manifest if there is one, and check tensor shapes.
 
         Raises:

@@ -47,7 +47,7 @@ class Fusion(Protocol):
         ...
 
 
-class Alone:
+class SingleTensor:
     """A tensor that is the same on both sides."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ class Alone:
         return parts[0]
 
 
-ALONE = Alone()
+SINGLE_TENSOR = SingleTensor()
 
 
 class GateAndUp:
@@ -75,7 +75,7 @@ class GateAndUp:
 
 
 @dataclass(frozen=True)
-class NotThere:
+class ConstantTensor:
     """A tensor without a counterpart in transformers; an import fills it with a constant."""
 
     shape: tuple[int, ...]
@@ -123,7 +123,7 @@ class Weight:
     parts: tuple[str, ...]
     """Names of the corresponding tensors in transformers, in the order of ``fusion.split``."""
 
-    fusion: Fusion = ALONE
+    fusion: Fusion = SINGLE_TENSOR
 
     is_trained: bool = True
     """Whether the optimizer updates it; other weights are fp32 everywhere."""
@@ -226,7 +226,9 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
     if mosa_heads and config.mosa.selection == "threshold":
         name, shape = "mosa_heads.thresholds", (mosa_heads,)
         yield Weight(ours + name, shape, (theirs + name,), is_trained=False)
-        yield Weight(f"{ours}mosa_heads.threshold_updates", shape, (), NotThere(shape, CALIBRATED), is_trained=False)
+        yield Weight(
+            f"{ours}mosa_heads.threshold_updates", shape, (), ConstantTensor(shape, CALIBRATED), is_trained=False
+        )
 
 
 def _mlp(config: Config, ours: str, theirs: str) -> Iterator[Weight]:

@@ -12,7 +12,7 @@ from megatron_mosa.utils.files import write_atomically
 NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
 
 
-def causality(is_causal: bool) -> str:
+def causality_label(is_causal: bool) -> str:
     """Return the label to print next to every loss: "causal" or ``NON_CAUSAL``."""
     return "causal" if is_causal else NON_CAUSAL
 

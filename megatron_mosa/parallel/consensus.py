@@ -65,7 +65,7 @@ class HostGroup:
         """Create the group. A collective."""
         self._group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
 
-    def largest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """Return the largest of all ranks' numbers. A collective."""
         numbers = torch.tensor(number)
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, self._group)

@@ -60,7 +60,7 @@ class FaultInjection:
             return
         os.kill(os.getpid(), _SIGNALS[fault])
 
-    def poisoned(
+    def with_data_fault(
         self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
     ) -> Iterator[dict[str, Tensor]]:
         """Return the micro-batches after step ``steps_taken``; a due fault gives them NaN masks or garbage labels."""

@@ -92,10 +92,10 @@ class Interruption:
         """The ranks that must agree; None: this process decides alone."""
         self._reason: str | None = None
 
-    def agreed(self) -> str | None:
+    def agreed_reason(self) -> str | None:
         """Return why to stop now, one of ``REASONS``, or None to continue. A collective."""
         if self._reason is None:
-            code = self._own() if self.hosts is None else self.hosts.largest(self._own())
+            code = self._own() if self.hosts is None else self.hosts.max(self._own())
             self._reason = REASONS[code - 1] if code else None
         return self._reason
 

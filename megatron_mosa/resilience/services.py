@@ -17,7 +17,7 @@ STACKS = "stacks"
 
 
 @dataclass(frozen=True)
-class Survival:
+class ResilienceServices:
     """Resilience services of one process, from its start to its end."""
 
     interruption: Interruption
@@ -26,7 +26,7 @@ class Survival:
     faults: FaultInjection
 
     @classmethod
-    def begin(cls, config: Config, directory: Path, rank: int) -> Survival:
+    def begin(cls, config: Config, directory: Path, rank: int) -> ResilienceServices:
         """Install the signal handlers and start the watchdog; in the main thread, before the rendezvous."""
         section = config.resilience
         signals = Signals()

@@ -24,7 +24,7 @@ class RunStatus:
     def __init__(self, directory: Path, *, is_main: bool) -> None:
         self.path = directory / STATUS
         self.is_main = is_main
-        self.is_ours = False
+        self.owns_directory = False
         self._written = 0.0
         self._content: dict[str, Any] = {
             "state": RUNNING,
@@ -44,13 +44,17 @@ class RunStatus:
     def _take_over(self, before: dict[str, Any]) -> None:
         kept = {key: before[key] for key in ("step", "loss", "checkpoint", "checkpoint_time") if key in before}
         self._content = kept | self._content | {"starts": before.get("starts", 0) + 1}
-        self.is_ours = True
+        self.owns_directory = True
 
     def update(self, doing: str, **facts: Any) -> None:
         """Record what the run is doing; writes if the activity changed or the last write was at least 2 s ago."""
         has_changed = doing != self._content.get("doing")
         self._content |= {"doing": doing} | facts
-        if self.is_main and self.is_ours and (has_changed or time.time() - self._written >= _WRITE_INTERVAL_SECONDS):
+        if (
+            self.is_main
+            and self.owns_directory
+            and (has_changed or time.time() - self._written >= _WRITE_INTERVAL_SECONDS)
+        ):
             self._write()
 
     def end(self, code: int, reason: str = "") -> None:
@@ -61,12 +65,12 @@ class RunStatus:
         """
         before = read_status(self.path.parent) or {}
         attempt = self._content["attempt"]
-        if not self.is_ours and attempt is not None:
+        if not self.owns_directory and attempt is not None:
             if before.get("attempt") != attempt:
                 self._take_over(before)
                 before = self._content
-            self.is_ours = True
-        if not self.is_ours or before.get("state", RUNNING) != RUNNING:
+            self.owns_directory = True
+        if not self.owns_directory or before.get("state", RUNNING) != RUNNING:
             return
         ending = {"state": NAMES.get(code, NAMES[1]), "exit_code": code, "reason": reason}
         self._content = (before | self._content if self.is_main else self._content | before) | ending

@@ -25,7 +25,7 @@ from megatron_mosa.parallel import (
     on_main_rank,
     use_deterministic_algorithms,
 )
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults
@@ -52,13 +52,13 @@ def pretrain(config: Config) -> int:
 
     Raises:
         UserError: whatever ``check_start`` refuses, and a run directory that cannot be written.
-        GaveUpError: losses stay not finite.
+        UnrecoverableError: losses stay not finite.
         RunError: the ranks did not meet; the last checkpoint could not be written.
     """
     if config.train.deterministic:
         use_deterministic_algorithms()
     rank, world_size, _ = launch_environment()
-    survival = Survival.begin(config, Path(config.run.directory) / config.run.name, rank)
+    survival = ResilienceServices.begin(config, Path(config.run.directory) / config.run.name, rank)
     try:
         stopped = _pretrain(config, rank, world_size, survival)
     except Exception as error:
@@ -70,7 +70,7 @@ def pretrain(config: Config) -> int:
     return STOPPED if stopped else DONE
 
 
-def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) -> str | None:
+def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceServices) -> str | None:
     """Meet the other ranks, train, report; why it stopped early, if it did."""
     start = check_start(config, world_size, reads_all=rank == 0)
     survival.watchdog.beat("meeting the other ranks")
@@ -101,7 +101,9 @@ def _last_measured(start: ResumePoint) -> int:
     return max((line["step"] for line in lines if "validation_loss" in line), default=0)
 
 
-def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layout, survival: Survival) -> str | None:
+def _train(
+    config: Config, start: ResumePoint, last_measured: int, layout: Layout, survival: ResilienceServices
+) -> str | None:
     """Train; why it stopped early, if it did."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
@@ -120,7 +122,7 @@ def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layou
 
     def batches_from(state: TrainingState) -> Iterator[Batch]:
         batches = _training_batches(config, start, state, layout)
-        return survival.faults.poisoned(batches, state.step, per_step)
+        return survival.faults.with_data_fault(batches, state.step, per_step)
 
     batches = batches_from(state)
     validation = ValidationSamples(

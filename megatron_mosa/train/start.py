@@ -12,9 +12,9 @@ import torch
 from megatron_mosa.checkpoint import (
     CheckpointStore,
     Metadata,
-    Newest,
+    NewestCheckpoint,
+    check_same_model,
     read_metadata,
-    refuse_other_model,
 )
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
@@ -98,7 +98,7 @@ def check_start(
             "remove the directory, or set checkpoint.resume=auto"
         )
     if checkpoint is not None and metadata is not None:
-        refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
+        check_same_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
     elif config.checkpoint.initialize_from is not None:
         from megatron_mosa.convert import find_initial_weights  # a start without it loads no conversion code
 
@@ -179,7 +179,7 @@ def build_index(config: Config) -> list[Path]:
     return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
 
 
-def _newest(config: Config, reads_all: bool) -> tuple[Path, Newest, Metadata | None]:
+def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Metadata | None]:
     """The run directory, its newest checkpoint, and what that says of itself."""
     directory = Path(config.run.directory) / config.run.name
     newest = CheckpointStore.of(directory, config.checkpoint).newest(reads_all=reads_all)

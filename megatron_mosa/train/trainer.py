@@ -12,7 +12,7 @@ from itertools import islice
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.parallel import Layout
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.train.schedule import learning_rate
 
 
@@ -76,7 +76,7 @@ class Trainer:
         layout: Layout,
         state: TrainingState,
         callbacks: Sequence[Callback],
-        survival: Survival,
+        survival: ResilienceServices,
         rewind: Rewind = lambda engine, step: None,
         skip_steps: Iterable[int] = (),
     ) -> None:
@@ -137,13 +137,13 @@ class Trainer:
             doing: what the run does next, for the watchdog.
         """
         self.survival.watchdog.beat(doing)
-        self.stopping = self.stopping or self.survival.interruption.agreed()
+        self.stopping = self.stopping or self.survival.interruption.agreed_reason()
         return self.stopping is not None
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; a collective."""
         hosts = self.survival.interruption.hosts
-        return flag if hosts is None else bool(hosts.largest(int(flag)))
+        return flag if hosts is None else bool(hosts.max(int(flag)))
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:
         train = self.config.train

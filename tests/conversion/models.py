@@ -12,8 +12,8 @@ from torch.distributed import checkpoint as dcp
 
 from megatron_mosa.attention.thresholds import is_causal, threshold_buffers
 from megatron_mosa.checkpoint import Metadata
-from megatron_mosa.checkpoint.format import global_view, write_metadata
-from megatron_mosa.checkpoint.manifest import digests, files_below, write_manifest
+from megatron_mosa.checkpoint.format import as_dtensors, write_metadata
+from megatron_mosa.checkpoint.manifest import files_below, hash_files, write_manifest
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import tokenizer_hash
 from megatron_mosa.kernels import Documents
@@ -80,7 +80,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
     state |= {f"model.{name}": buffer.clone() for name, buffer in threshold_buffers(model).items()}
     checkpoint = directory / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
-    dcp.save(global_view(model, state), checkpoint_id=checkpoint / "state")
+    dcp.save(as_dtensors(model, state), checkpoint_id=checkpoint / "state")
     metadata = Metadata(
         step=12,
         consumed_samples=192,
@@ -96,7 +96,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         layout={"tensor_parallel_size": 1, "data_parallel_size": 1},
     )
     write_metadata(metadata, checkpoint)
-    write_manifest(checkpoint, digests(checkpoint, files_below(checkpoint)))
+    write_manifest(checkpoint, hash_files(checkpoint, files_below(checkpoint)))
     lines = {"step": 12, "validation_loss": 4.25, "causal": is_causal(model)}, {"step": 13, "loss": 9.0}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokens = torch.randint(300, (3, 40), generator=generator)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megatron_mosa.checkpoint.manifest import digests, files_below
+from megatron_mosa.checkpoint.manifest import files_below, hash_files
 from megatron_mosa.cli import main
 from megatron_mosa.convert.commands import export_hf as hf_export
 from megatron_mosa.convert.commands.export_fp32 import export_state_dict
@@ -282,10 +282,10 @@ def test_damage_is_named_and_the_source_is_unchanged(trained: dict[str, Trained]
     content = bytearray(state.read_bytes())
     content[len(content) // 3] ^= 1
     state.write_bytes(content)
-    before = digests(source, files_below(source))
+    before = hash_files(source, files_below(source))
     with pytest.raises(RunError, match=r"step-00000012' is damaged: state/__0_0.distcp is corrupt"):
         export_hf(source, tmp_path / "out")
-    assert file_names(tmp_path) == ["run"] and digests(source, files_below(source)) == before
+    assert file_names(tmp_path) == ["run"] and hash_files(source, files_below(source)) == before
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_mosa.checkpoint import load_initial_weights, read_metadata
-from megatron_mosa.checkpoint.manifest import digests, files_below, find_damage
+from megatron_mosa.checkpoint.manifest import files_below, find_damage, hash_files
 from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import load_config
 from megatron_mosa.convert import find_initial_weights
@@ -20,7 +20,7 @@ from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.logits import largest_divergence, megatron_logits
 from megatron_mosa.convert.model_config import model_config
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel
@@ -31,9 +31,9 @@ from tests.conversion.models import KINDS, QUICKSTART, TINY, Trained
 def test_the_round_trip_is_bit_exact(trained: dict[str, Trained], tmp_path: Path, kind: str) -> None:
     model = trained[kind]
     export_hf(model.checkpoint, tmp_path / "out", checks_logits=False)
-    before = digests(tmp_path / "out", files_below(tmp_path / "out"))
+    before = hash_files(tmp_path / "out", files_below(tmp_path / "out"))
     import_hf(tmp_path / "out", tmp_path / "back")
-    assert digests(tmp_path / "out", files_below(tmp_path / "out")) == before
+    assert hash_files(tmp_path / "out", files_below(tmp_path / "out")) == before
     original, back = StateReader(model.checkpoint), StateReader(tmp_path / "back")
     assert back.weights == original.weights and not back.has_optimizer_state
     for name in original.weights:
@@ -77,7 +77,7 @@ def test_a_llama_is_imported(tmp_path: Path, groups: int, tied: bool) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
         save_file(tensors, tmp_path / "llama" / "model.safetensors")
     import_hf(tmp_path / "llama", tmp_path / "out")
-    source = Source.open(tmp_path / "out", read_metadata(tmp_path / "out"))
+    source = CheckpointReader.open(tmp_path / "out", read_metadata(tmp_path / "out"))
     tokens = torch.randint(101, (2, 50))
     found = megatron_logits(source.config, source.vocab_rows, source.read, tokens)
     expected = llama(tokens).logits.detach()
@@ -189,7 +189,7 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
 def test_fresh_mosa_heads_change_nothing_until_they_learn(trained: dict[str, Trained], tmp_path: Path) -> None:
     export_hf(trained["dense"].checkpoint, tmp_path / "dense", checks_logits=False)
     import_hf(tmp_path / "dense", tmp_path / "hybrid", add_mosa_heads=6, sparsity=4.0)
-    source = Source.open(tmp_path / "hybrid", read_metadata(tmp_path / "hybrid"))
+    source = CheckpointReader.open(tmp_path / "hybrid", read_metadata(tmp_path / "hybrid"))
     assert (source.config.mosa.num_heads, source.config.mosa.sparsity) == (6, 4.0)
     model = trained["dense"]
     found = megatron_logits(source.config, source.vocab_rows, source.read, model.tokens)

@@ -18,7 +18,7 @@ from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.commands.inspect import inspect
 from megatron_mosa.convert.commands.verify import verify
 from megatron_mosa.convert.logits import megatron_logits
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import Trained
 
@@ -42,7 +42,7 @@ def load(folder: Path, **options: Any) -> Any:
 def assert_imported(folder: Path, target: Path, expected: Tensor, tokens: Tensor) -> None:
     """Check that the imported checkpoint gives transformers' logits, and that ``verify`` accepts it."""
     import_hf(folder, target)
-    source = Source.open(target, read_metadata(target))
+    source = CheckpointReader.open(target, read_metadata(target))
     found = megatron_logits(source.config, source.vocab_rows, source.read, tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     verify(folder, target)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, write_manifest
+from megatron_mosa.checkpoint.manifest import MANIFEST, files_below, hash_files, write_manifest
 from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.cli import app
@@ -33,7 +33,7 @@ def changed(checkpoint: Path, target: Path, key: str, change: float) -> Path:
         return tensor
 
     write_state_offline(reader.tensors, read, target)
-    write_manifest(target, digests(target, files_below(target)))
+    write_manifest(target, hash_files(target, files_below(target)))
     return target
 
 

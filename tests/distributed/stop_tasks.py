@@ -14,7 +14,7 @@ from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.parallel import HostGroup, Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.trainer import Trainer, TrainingState
@@ -62,7 +62,7 @@ def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
 
 
 def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interruption, reason: str | None) -> Trainer:
-    survival = Survival(
+    survival = ResilienceServices(
         interruption,
         Watchdog(folder, layout.rank, 0, lambda: None),
         RunStatus(folder, is_main=False),

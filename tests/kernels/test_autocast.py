@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.config import load_config
-from megatron_mosa.convert.logits import one_process
+from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
@@ -179,7 +179,7 @@ def test_a_layer_of_one_s_own(backend: str, selection: str) -> None:
 def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
     options = [*CAUSAL, "mosa.load_feedback=0"] if kind == "threshold" else KINDS["pure"]
     config = load_config(QUICKSTART, [*TINY, *options, "data.path=none", f"mosa.backend={backend}"])
-    with one_process(config):
+    with single_process_groups(config):
         model = build_empty_model(config, 300).eval()
         heads = model.decoder.layers[0].self_attention.mosa_heads
     generator = torch.Generator().manual_seed(0)

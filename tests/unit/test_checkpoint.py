@@ -16,8 +16,8 @@ from torch import distributed
 from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
 from megatron_mosa.checkpoint import store as lifecycle
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.manifest import MANIFEST, digests, files_below, find_damage, write_manifest
-from megatron_mosa.convert.locate import publishing
+from megatron_mosa.checkpoint.manifest import MANIFEST, files_below, find_damage, hash_files, write_manifest
+from megatron_mosa.convert.locate import atomic_folder
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 
@@ -29,7 +29,7 @@ def publish(folder: Path, step: int, **changes: object) -> Path:
     (path / "state" / "__0_0.distcp").write_bytes(bytes(range(256)) * 50)
     (path / "state" / "empty").touch()
     (path / "metadata.json").write_text(json.dumps(asdict(metadata(step)) | changes))
-    write_manifest(path, digests(path, files_below(path)))
+    write_manifest(path, hash_files(path, files_below(path)))
     return path
 
 
@@ -231,7 +231,7 @@ def test_an_interrupted_save_always_leaves_an_intact_checkpoint(
 @pytest.mark.parametrize("replaces", [False, True])
 def test_an_interrupted_conversion_always_leaves_a_complete_model(tmp_path: Path, replaces: bool) -> None:
     def convert(number: int) -> None:
-        with publishing(tmp_path / "models" / "out") as writing:
+        with atomic_folder(tmp_path / "models" / "out") as writing:
             (writing / "state").mkdir()
             for name in ("config", "state/weights"):
                 (writing / name).write_text(f"{number}" * 9)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.heads import MosaHeads
 from megatron_mosa.attention.thresholds import mosa_layers
 from megatron_mosa.config import Config
-from megatron_mosa.convert.logits import one_process
+from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import RunError, UserError
@@ -36,8 +36,8 @@ from megatron_mosa.tools.evaluation.losses import (
     prefix_losses,
     token_losses,
 )
-from megatron_mosa.tools.evaluation.model import Evaluated
-from megatron_mosa.tools.evaluation.report import tell
+from megatron_mosa.tools.evaluation.model import EvaluationModel
+from megatron_mosa.tools.evaluation.report import print_report
 
 LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
 
@@ -65,21 +65,21 @@ def config(selection: str) -> Config:
 
 
 @pytest.fixture(params=["expert_choice", "threshold"])
-def model(request: pytest.FixtureRequest) -> Iterator[Evaluated]:
+def model(request: pytest.FixtureRequest) -> Iterator[EvaluationModel]:
     with built(request.param) as found:
         yield found
 
 
 @contextmanager
-def built(selection: str, calibrated: bool = True) -> Iterator[Evaluated]:
+def built(selection: str, calibrated: bool = True) -> Iterator[EvaluationModel]:
     """Build a model with random weights; thresholds are calibrated on other text, or not at all."""
-    with one_process(config(selection)):
+    with single_process_groups(config(selection)):
         module = build_model(config(selection), VOCABULARY).eval()
         with torch.no_grad():
             for layer in mosa_layers(module):
                 layer.router_weight.mul_(8)  # so that heads make different selections
                 layer.proj_weight.mul_(8)  # so that selections affect later layers
-        model = Evaluated(module, torch.device("cpu"))
+        model = EvaluationModel(module, torch.device("cpu"))
         if selection == "threshold" and calibrated:
             calibrate(module, lambda: model.forward(Windows(40).tokens[20:, :-1]))
         yield model
@@ -95,17 +95,17 @@ def ignore(tokens: int) -> None:
     assert tokens > 0
 
 
-def is_causal(model: Evaluated) -> bool:
+def is_causal(model: EvaluationModel) -> bool:
     return mosa_layers(model.module)[0].selects_above(training=False)
 
 
-def losses_of(model: Evaluated, tokens: Tensor, labels: Tensor) -> Tensor:
+def losses_of(model: EvaluationModel, tokens: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model.module(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
 
-def test_token_losses_and_prefix_losses(model: Evaluated) -> None:
+def test_token_losses_and_prefix_losses(model: EvaluationModel) -> None:
     windows = Windows(5)
     tokens, labels = windows.tokens[:, :-1], windows.tokens[:, 1:]
     found = token_losses(model, windows, 2 * LENGTH, ignore)
@@ -119,7 +119,7 @@ def test_token_losses_and_prefix_losses(model: Evaluated) -> None:
     assert (leak.max() < 1e-5) == is_causal(model)
 
 
-def test_flip_rates_count_selections_that_depend_on_the_future(model: Evaluated) -> None:
+def test_flip_rates_count_selections_that_depend_on_the_future(model: EvaluationModel) -> None:
     windows = Windows(4)
     positions = [0, 7, 15]
     rates = flip_rates(model, windows, positions, 4 * LENGTH, ignore)
@@ -176,7 +176,7 @@ def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_validat
 
     monkeypatch.setattr(measures, "ValidationSamples", Texts)
     monkeypatch.setattr(
-        measures, "evaluated", lambda model, device, dtype, selection: built(selection, calibrated=False)
+        measures, "evaluation_model", lambda model, device, dtype, selection: built(selection, calibrated=False)
     )
     settings = measures.Settings(
         num_samples=6, prefixes=0, lengths=(), calibration_samples=10, tokens_at_once=2 * LENGTH,
@@ -212,7 +212,7 @@ def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> No
     rows.append(rows[0] | {"last": 3, "prefix_only": 3.25, "leak": 0.5, "leak_error": 0.25, "flip_rate": 0.125})
     lengths = [{"length": 8, "full_sequence": summary, "causal": summary | {"loss": 2.5}}]
     found = {"samples": 2, "sequence_length": 4, "full_sequence": summary, "causal": summary, "by_position": rows}
-    tell(found | {"by_length": lengths, "left_out": {16: "too little text"}}, Console(width=200))
+    print_report(found | {"by_length": lengths, "left_out": {16: "too little text"}}, Console(width=200))
     output = capsys.readouterr().out
     for text in (
         "NON-CAUSAL",

@@ -25,7 +25,7 @@ from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, USAGE_ERROR
 from megatron_mosa.resilience import deadline, watchdog
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.status import RunStatus, read_status
 
@@ -42,9 +42,9 @@ print("ready", flush=True)
 if sys.argv[1] == "blocked":
     lock = threading.Lock(); lock.acquire(); os.read(os.pipe()[0], 1)  # a system call that signals do not interrupt
 interruption = Interruption(signals, None)
-while interruption.agreed() is None:
+while interruption.agreed_reason() is None:
     time.sleep(0.01)
-print(interruption.agreed(), flush=True)
+print(interruption.agreed_reason(), flush=True)
 time.sleep(60 if sys.argv[1] == "stays" else 0)
 signals.close()
 """
@@ -110,8 +110,8 @@ print("ready", flush=True)""",
 
 
 def test_the_time_limit_is_a_reason_to_stop() -> None:
-    assert Interruption(Signals(), time.time() + 60).agreed() is None
-    assert Interruption(Signals(), time.time() - 1).agreed() == TIME_LIMIT
+    assert Interruption(Signals(), time.time() + 60).agreed_reason() is None
+    assert Interruption(Signals(), time.time() - 1).agreed_reason() == TIME_LIMIT
 
 
 def test_the_end_time_of_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_rank_0_sets_the_deadline_before_the_end_of_the_job(
     assert end is not None
     monkeypatch.setattr(Signals, "listen", lambda self: None)
     config = Config(resilience=ResilienceSection(stop_before_limit=300.0, hang_timeout=0))
-    survival = Survival.begin(config, tmp_path, rank)
+    survival = ResilienceServices.begin(config, tmp_path, rank)
     survival.end()
     assert survival.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is called once for all ranks
 
@@ -298,7 +298,7 @@ def test_a_data_fault_affects_one_step_on_one_rank(tmp_path: Path, fault: str) -
 
     def changed_batches(rank: int, step: int) -> list[tuple[bool, bool]]:
         """Whether each batch has garbage labels, and whether it has a NaN loss mask."""
-        found = list(FaultInjection(section, tmp_path, rank).poisoned(iter(batches), step - 1, 2))
+        found = list(FaultInjection(section, tmp_path, rank).with_data_fault(iter(batches), step - 1, 2))
         return [((b["labels"] == 0).all().item(), b["loss_mask"].isnan().all().item()) for b in found]  # type: ignore
 
     untouched = [(False, False)] * 2

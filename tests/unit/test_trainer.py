@@ -17,13 +17,13 @@ import torch
 from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import Batch, StepResult
-from megatron_mosa.errors import GaveUpError, StorageError
+from megatron_mosa.errors import StorageError, UnrecoverableError
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
@@ -110,7 +110,7 @@ def batches(first: int = 0) -> Iterator[Batch]:
 
 
 def trainer(
-    settings: Config, engine: Any, callbacks: list[Callback], survival: Survival | None = None, **state: Any
+    settings: Config, engine: Any, callbacks: list[Callback], survival: ResilienceServices | None = None, **state: Any
 ) -> Trainer:
     layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
     survival = survival or survival_of(Path(settings.run.directory), Clock(), settings)
@@ -188,10 +188,10 @@ class RecordedWatchdog(Watchdog):
         self.told.append(doing)
 
 
-def survival_of(folder: Path, clock: Clock, settings: Config) -> Survival:
+def survival_of(folder: Path, clock: Clock, settings: Config) -> ResilienceServices:
     faults = FaultInjection(settings.fault_injection, folder, 0)
     status = RunStatus(folder, is_main=True)
-    return Survival(Interruption(Signals(), None), RecordedWatchdog(folder, clock), status, faults)
+    return ResilienceServices(Interruption(Signals(), None), RecordedWatchdog(folder, clock), status, faults)
 
 
 def test_the_watchdog_hears_of_every_step_and_of_every_batch_of_a_validation(
@@ -293,7 +293,7 @@ def test_steps_that_go_wrong_are_told_and_too_many_in_a_row_end_the_run(
     nan = StepResult(math.nan, math.nan)
     engine.results = {1: nan, 3: StepResult(math.nan, math.nan, is_empty=True), 4: StepResult(2.0, math.inf)}
     run = trainer(settings, engine, [StepMonitor(lines, settings.resilience)])
-    with pytest.raises(GaveUpError, match="not finite in 2 steps in a row, up to step 5"):
+    with pytest.raises(UnrecoverableError, match="not finite in 2 steps in a row, up to step 5"):
         run.run(batches())
     told = capsys.readouterr().out
     assert "step 2 skipped: loss nan, gradient norm nan; samples 4 to 7 of the data order; 1 skipped" in told

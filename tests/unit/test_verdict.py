@@ -12,7 +12,7 @@ import pytest
 from megatron_mosa.cluster.slurm.begin import begin
 from megatron_mosa.cluster.slurm.preflight import note_failure
 from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
-from megatron_mosa.cluster.slurm.verdict import judge, settle
+from megatron_mosa.cluster.slurm.verdict import judge_attempt, settle_attempt
 from megatron_mosa.config import load_config
 from megatron_mosa.errors import UserError
 
@@ -49,25 +49,25 @@ def leave_checkpoint(run: Path, step: int) -> None:
 )
 def test_exit_codes(code: int, verdict: str, failures: int) -> None:
     record = Record(failures=1, step=7)
-    judge(record, code, "why", 7, max_retries=5, backoff=10)
+    judge_attempt(record, code, "why", 7, max_retries=5, backoff=10)
     assert (record.verdict, record.failures, record.reason) == (verdict, failures, "why")
 
 
 def test_waits_double_up_to_ten_minutes_until_retries_run_out() -> None:
     record = Record()
-    waits = [judge(record, 1, "crash", 0, max_retries=8, backoff=10) for _ in range(8)]
+    waits = [judge_attempt(record, 1, "crash", 0, max_retries=8, backoff=10) for _ in range(8)]
     assert waits == [10, 20, 40, 80, 160, 320, 600, 600]
     assert record.verdict == "again"
-    judge(record, 1, "crash", 0, max_retries=8, backoff=10)
+    judge_attempt(record, 1, "crash", 0, max_retries=8, backoff=10)
     assert record.verdict == "stop"
     assert record.reason == "9 failures in a row without a checkpoint after step 0; last: crash"
 
 
 def test_only_a_newer_checkpoint_resets_the_count() -> None:
     record = Record(failures=5, step=10)
-    judge(record, 75, "stopped", 10, max_retries=5, backoff=10)  # a stop is neither a failure nor progress
+    judge_attempt(record, 75, "stopped", 10, max_retries=5, backoff=10)  # a stop is neither a failure nor progress
     assert record.failures == 5
-    assert judge(record, 1, "crash", 11, max_retries=5, backoff=10) == 10
+    assert judge_attempt(record, 1, "crash", 11, max_retries=5, backoff=10) == 10
     assert (record.failures, record.step) == (1, 11)
 
 
@@ -147,7 +147,7 @@ def test_usage_errors_are_one_line(tmp_path: Path) -> None:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("MOSA_BACKOFF_SECONDS", "-1")
-        settle(Record(), tmp_path, 1, "")
+        settle_attempt(Record(), tmp_path, 1, "")
 
 
 class Run:
@@ -167,7 +167,7 @@ class Run:
         return line
 
     def end(self, code: int) -> str:
-        return settle(Record.read(self.path), self.path, code, "why")
+        return settle_attempt(Record.read(self.path), self.path, code, "why")
 
 
 def test_an_attempt_whose_end_nobody_saw_is_a_failure_unless_its_status_differs(tmp_path: Path) -> None:

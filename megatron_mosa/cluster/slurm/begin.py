@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
-from megatron_mosa.cluster.slurm.verdict import settle
+from megatron_mosa.cluster.slurm.verdict import settle_attempt
 from megatron_mosa.config import Config, check_world_size, load_config
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.errors import UserError
@@ -24,7 +24,7 @@ def begin(config: Config) -> tuple[Path, str]:
     record = Record.read(run)
     chain = os.environ.get("MOSA_CHAIN")
     if record.attempt is not None:
-        line = settle(record, run, *outcome(run, record.attempt, None))
+        line = settle_attempt(record, run, *outcome(run, record.attempt, None))
         if record.verdict == "stop":
             return run, line
     steps = min(config.train.steps, config.train.stop_after_step or config.train.steps)

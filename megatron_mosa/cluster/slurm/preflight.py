@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_mosa.cluster.slurm.record import Record
-from megatron_mosa.cluster.slurm.verdict import settle
+from megatron_mosa.cluster.slurm.verdict import settle_attempt
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import FAILED
@@ -30,7 +30,7 @@ def note_failure(run: Path, report: Path) -> tuple[str, list[str]]:
     for node in bad:
         record.preflight_failures[node] = record.preflight_failures.get(node, 0) + 1
     reason = f"preflight failed on {', '.join(bad)}" if bad else "preflight failed without naming a node"
-    line = settle(record, run, FAILED, reason)
+    line = settle_attempt(record, run, FAILED, reason)
     return line, [node for node in bad if record.preflight_failures[node] >= FAILURES_UNTIL_EXCLUDED]
 
 

@@ -23,7 +23,7 @@ from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, USAGE_ERROR
 MAX_BACKOFF_SECONDS = 600.0
 
 
-def judge(record: Record, code: int, reason: str, step: int, *, max_retries: int, backoff: float) -> float:
+def judge_attempt(record: Record, code: int, reason: str, step: int, *, max_retries: int, backoff: float) -> float:
     """Judge an attempt: record the verdict in ``record`` and return the seconds to wait before the next start.
 
     Args:
@@ -52,11 +52,11 @@ def judge(record: Record, code: int, reason: str, step: int, *, max_retries: int
     return 0.0
 
 
-def settle(record: Record, run: Path, code: int, reason: str) -> str:
+def settle_attempt(record: Record, run: Path, code: int, reason: str) -> str:
     """Judge an attempt with the limits of the environment; return the line for the batch script."""
     max_retries = int(_number("MOSA_MAX_RETRIES", "5"))
     backoff = _number("MOSA_BACKOFF_SECONDS", "10")
-    seconds = judge(record, code, reason, checkpoint_step(run), max_retries=max_retries, backoff=backoff)
+    seconds = judge_attempt(record, code, reason, checkpoint_step(run), max_retries=max_retries, backoff=backoff)
     record.write(run)
     why = " ".join(record.reason.split())  # on one line
     return {"done": "done", "stop": f"stop {why}", "again": f"again {seconds:.0f} {why}"}[record.verdict]
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
     run = Path(arguments[0])
     try:
         code, reason = outcome(run, os.environ.get("MOSA_ATTEMPT"), int(arguments[1]))
-        print(settle(Record.read(run), run, code, reason), code, sep="\n")
+        print(settle_attempt(Record.read(run), run, code, reason), code, sep="\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

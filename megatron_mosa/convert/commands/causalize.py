@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import METADATA, Metadata, read_metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, write_manifest
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.convert.dataset import open_dataset
-from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.convert.logits import fill_model, one_process
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.logits import load_weights, single_process_groups
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.convert.weights import CALIBRATED
 from megatron_mosa.errors import UserError
 
@@ -61,13 +61,13 @@ def causalize(
     """
     from megatron_mosa.model.calibration import calibrating
 
-    folder = find_model_of(Kind.OURS, path)
-    refuse_target(target, folder, force=force)
-    with naming_damage(folder):
+    folder = find_model_of(Kind.MOSA, path)
+    check_target(target, folder, force=force)
+    with damage_as_run_error(folder):
         metadata = read_metadata(folder)
         _check_convertible(metadata.config["mosa"], folder)
         read = _training_samples(metadata, data, samples)
-        source = Source.open(folder, metadata)
+        source = CheckpointReader.open(folder, metadata)
         thresholds, losses = _calibrated(source, calibrating(source.config, load_feedback), read, samples)
         _write(source, target, thresholds, load_feedback)
     print(
@@ -107,7 +107,7 @@ def _training_samples(metadata: Metadata, path: Path | None, samples: int) -> Tr
 
 
 def _calibrated(
-    source: Source, config: Config, read: TrainingSamples, samples: int
+    source: CheckpointReader, config: Config, read: TrainingSamples, samples: int
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Return the new tensors by name, and the losses with expert choice and with thresholds."""
     from megatron_mosa.attention.thresholds import threshold_buffers
@@ -116,9 +116,9 @@ def _calibrated(
 
     numbers = range(samples)
     losses = []
-    with one_process(config), torch.no_grad():
+    with single_process_groups(config), torch.no_grad():
         model = build_empty_model(config, source.vocab_rows)
-        fill_model(model, source.read, {weight.name for weight in source.weights})
+        load_weights(model, source.read, {weight.name for weight in source.weights})
         calibrate(model, lambda: losses.append(_pass(model, read, numbers)))
         losses.append(_pass(model, read, numbers))
         found = {name: buffer.clone() for name, buffer in threshold_buffers(model).items()}
@@ -141,14 +141,14 @@ def _pass(model: torch.nn.Module, read: TrainingSamples, numbers: Sequence[int])
     return total / tokens
 
 
-def _write(source: Source, target: Path, thresholds: dict[str, Tensor], load_feedback: float) -> None:
+def _write(source: CheckpointReader, target: Path, thresholds: dict[str, Tensor], load_feedback: float) -> None:
     new = {f"model.{name}": tensor for name, tensor in thresholds.items()}
     infos = {key: info for key, info in source.state.tensors.items() if key.startswith("model.")}
     infos |= {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in new.items()}
     metadata = source.metadata
     config = metadata.config | {"mosa": metadata.config["mosa"] | _CHANGES | {"load_feedback": load_feedback}}
-    with publishing(target) as writing:
+    with atomic_folder(target) as writing:
         records = write_state_offline(infos, lambda key: new[key] if key in new else source.state.read(key), writing)
         layout = {"tensor_parallel_size": 1, "data_parallel_size": 1}
         write_metadata(replace(metadata, config=config, layout=layout), writing)
-        write_manifest(writing, records | digests(writing, [METADATA]))
+        write_manifest(writing, records | hash_files(writing, [METADATA]))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import damage_as_run_error, write_manifest
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.convert.formats.safetensors import Piece, write_shards
-from megatron_mosa.convert.formats.zero import ZeroShards
-from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, publishing, refuse_target
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.formats.zero import ZeroReader
+from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, deepspeed_tags, find_model
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.errors import UserError
 
 
@@ -38,18 +38,18 @@ def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
     folder, kind = find_model(path)
     if deepspeed_tags(folder):  # transformers' Trainer leaves them next to a config.json
         kind = Kind.DEEPSPEED
-    if kind not in (Kind.OURS, Kind.DEEPSPEED):
-        accepted = f"a {Kind.OURS.value}, a run directory, or a {Kind.DEEPSPEED.value}"
+    if kind not in (Kind.MOSA, Kind.DEEPSPEED):
+        accepted = f"a {Kind.MOSA.value}, a run directory, or a {Kind.DEEPSPEED.value}"
         raise UserError(f"'{path}' is a {kind.value}; --to fp32 accepts {accepted}")
-    refuse_target(target, folder, force=force)
-    with naming_damage(folder):
-        if kind is Kind.OURS:
-            source = Source.open(folder, read_metadata(folder))
+    check_target(target, folder, force=force)
+    with damage_as_run_error(folder):
+        if kind is Kind.MOSA:
+            source = CheckpointReader.open(folder, read_metadata(folder))
             weights = {weight.name: weight for weight in source.weights}
             infos = {name: TensorInfo(weight.module_shape, torch.float32) for name, weight in weights.items()}
             _write(infos, lambda name: weights[name].for_module(source.read(name)), target)
         else:
-            shards = ZeroShards(folder)
+            shards = ZeroReader(folder)
             _write(shards.tensors, shards.read, target)
 
 
@@ -57,7 +57,7 @@ def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], targe
     def piece(name: str, info: TensorInfo) -> Piece:
         return Piece(info.elements * info.dtype.itemsize, lambda: {name: read(name).contiguous()})
 
-    with publishing(target) as folder:
+    with atomic_folder(target) as folder:
         records = write_shards([piece(name, info) for name, info in infos.items()], folder)
         write_manifest(folder, records)
     print(f"{target}: exported {sum(info.elements for info in infos.values()):,} elements in {len(infos)} tensors")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import damage_as_run_error, write_manifest
 from megatron_mosa.convert.formats.hf_card import model_card
 from megatron_mosa.convert.formats.hf_tokenizer import (
     FoundTokenizer,
@@ -20,7 +20,7 @@ from megatron_mosa.convert.formats.hf_tokenizer import (
     write_tokenizer,
 )
 from megatron_mosa.convert.formats.safetensors import Piece, write_shards
-from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
+from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
 from megatron_mosa.convert.logits import (
     MOST_KL,
     exported_logits,
@@ -29,7 +29,7 @@ from megatron_mosa.convert.logits import (
     megatron_logits,
 )
 from megatron_mosa.convert.model_config import to_transformers
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELLING_FILES
@@ -65,18 +65,18 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype}")
-    checkpoint = find_model_of(Kind.OURS, path)
-    refuse_target(target, checkpoint, force=force)
-    with naming_damage(checkpoint):
+    checkpoint = find_model_of(Kind.MOSA, path)
+    check_target(target, checkpoint, force=force)
+    with damage_as_run_error(checkpoint):
         metadata = read_metadata(checkpoint)
         found = find_tokenizer(metadata, tokenizer)
-        source = Source.open(checkpoint, metadata)
+        source = CheckpointReader.open(checkpoint, metadata)
         _export(source, target, dtype, found, checks_logits)
 
 
-def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
+def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
     parameters = sum(info.elements for info in source.state.weights.values())
-    with publishing(target) as folder:
+    with atomic_folder(target) as folder:
         end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_of_document_id, folder)
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)
@@ -98,7 +98,7 @@ def _export(source: Source, target: Path, dtype: str, found: FoundTokenizer, che
     print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
 
 
-def _pieces(source: Source, dtype: torch.dtype) -> list[Piece]:
+def _pieces(source: CheckpointReader, dtype: torch.dtype) -> list[Piece]:
     def piece(weight: Weight) -> Piece:
         def read() -> dict[str, Tensor]:
             parts = weight.fusion.split(source.read(weight.name).to(_export_dtype(weight, dtype)))
@@ -113,7 +113,7 @@ def _export_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
     return dtype if weight.is_trained else torch.float32
 
 
-def _write_config(source: Source, dtype: str, end_of_document_id: int, folder: Path) -> None:
+def _write_config(source: CheckpointReader, dtype: str, end_of_document_id: int, folder: Path) -> None:
     from megatron_mosa.hf.configuration_mosa import MosaConfig
 
     arguments: dict[str, Any] = to_transformers(source.config, source.vocab_rows) | {
@@ -130,7 +130,7 @@ def _write_config(source: Source, dtype: str, end_of_document_id: int, folder: P
     MosaConfig(**arguments, dtype=dtype).save_pretrained(folder)
 
 
-def _check(source: Source, dtype: torch.dtype, folder: Path) -> float:
+def _check(source: CheckpointReader, dtype: torch.dtype, folder: Path) -> float:
     """Return the KL divergence of the exported model from Megatron's model with the same rounded weights."""
     print("comparing logits with the Megatron model", flush=True)
     tokens = fixed_batch(source.config, source.vocab_rows)

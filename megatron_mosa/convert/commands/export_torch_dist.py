@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import naming_damage
+from megatron_mosa.checkpoint.manifest import damage_as_run_error
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.convert.formats.megatron_args import to_megatron_args
 from megatron_mosa.convert.formats.torch_dist import COMMON_FILE, FORMAT
-from megatron_mosa.convert.locate import TRACKER, Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.locate import TRACKER, Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.convert.weights import Weight, stacked
 
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # required by Megatron-core before 0.19
@@ -36,12 +36,12 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
         RunError: the checkpoint is damaged; no files are left behind.
         StorageError: writing the target failed.
     """
-    folder = find_model_of(Kind.OURS, path)
-    refuse_target(target, folder, force=force)
-    with naming_damage(folder):
-        source = Source.open(folder, read_metadata(folder))
+    folder = find_model_of(Kind.MOSA, path)
+    check_target(target, folder, force=force)
+    with damage_as_run_error(folder):
+        source = CheckpointReader.open(folder, read_metadata(folder))
         args = to_megatron_args(source.config, source.vocab_rows)
-        with publishing(target) as writing:
+        with atomic_folder(target) as writing:
             iteration = writing / "iter_0000000"
             iteration.mkdir()
             _write_weights(source, iteration)
@@ -54,7 +54,7 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
     print(f"{target}: exported {parameters:,} parameters in fp32; load them in Megatron-LM: --load {target} --finetune")
 
 
-def _write_weights(source: Source, iteration: Path) -> None:
+def _write_weights(source: CheckpointReader, iteration: Path) -> None:
     from megatron_mosa.data.shards import progress
 
     layers = source.config.model.num_layers

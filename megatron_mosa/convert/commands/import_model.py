@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import FileRecord, digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import FileRecord, damage_as_run_error, hash_files, write_manifest
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.config import Config, config_to_dict
-from megatron_mosa.convert.added_heads import WithMosaHeads
-from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.convert.model_reader import Opened, open_model
+from megatron_mosa.convert.added_heads import ModelWithAddedHeads
+from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.versions import versions
 
@@ -45,20 +45,20 @@ def import_model(
         RunError: a file is damaged, or writing failed.
     """
     folder = find_model_of(kind, path)
-    refuse_target(target, folder, force=force)
-    with naming_damage(folder):
+    check_target(target, folder, force=force)
+    with damage_as_run_error(folder):
         model = open_model(folder)
         if add_mosa_heads:
-            model = WithMosaHeads.of(model, add_mosa_heads, sparsity)
+            model = ModelWithAddedHeads.of(model, add_mosa_heads, sparsity)
         _import(model, target)
 
 
-def _import(model: Opened, target: Path) -> None:
+def _import(model: ModelReader, target: Path) -> None:
     metadata = _metadata(model.config, model.vocab_rows, model.path)
-    with publishing(target) as writing:
+    with atomic_folder(target) as writing:
         records = _write(model, writing)
         write_metadata(metadata, writing)
-        write_manifest(writing, records | digests(writing, [METADATA]))
+        write_manifest(writing, records | hash_files(writing, [METADATA]))
     parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
         f"{target}: imported {parameters:,} parameters without optimizer state; start a run from it with "
@@ -66,7 +66,7 @@ def _import(model: Opened, target: Path) -> None:
     )
 
 
-def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
+def _write(model: ModelReader, writing: Path) -> dict[str, FileRecord]:
     from megatron_mosa.data.shards import progress
 
     infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from megatron_mosa.checkpoint.file_slice import find_change
+from megatron_mosa.checkpoint.file_slice import find_corruption
 from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.manifest import DamagedError, find_damage, is_recorded
 from megatron_mosa.checkpoint.reader import StateReader
@@ -32,7 +32,7 @@ def inspect(path: Path, *, full: bool = False) -> None:
     """
     folder, kind = find_model(path)
     describe = {
-        Kind.OURS: _ours,
+        Kind.MOSA: _ours,
         Kind.HUGGING_FACE: _hugging_face,
         Kind.DEEPSPEED: _deepspeed,
         Kind.TORCH_DIST: _torch_dist,
@@ -118,7 +118,7 @@ def _find_corrupt_file(folder: Path) -> str | None:
     with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "verifying checksums") as bar:
         for file in sorted(folder.glob("*.pt")):
             with file.open("rb") as stream:
-                if change := find_change(stream, bar.update):
+                if change := find_corruption(stream, bar.update):
                     return f"{file.name} {change}"
     return None
 
@@ -134,7 +134,7 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
     if full:
         with progress(None, "verifying checksums") as bar:
-            if damage := state.find_change(state.tensors.keys(), bar.update):
+            if damage := state.find_corruption(state.tensors.keys(), bar.update):
                 return damage
     facts["health"] = "all tensors match their checksums" if full else _UNCHECKED
     return None

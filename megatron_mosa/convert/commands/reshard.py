@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_mosa.checkpoint.format import METADATA, read_metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import digests, naming_damage, write_manifest
+from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, write_manifest
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
-from megatron_mosa.convert.locate import Kind, find_model_of, publishing, refuse_target
-from megatron_mosa.convert.logits import one_process
-from megatron_mosa.convert.model_reader import Source
+from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.logits import single_process_groups
+from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.errors import UserError
 
 
@@ -39,17 +39,17 @@ def reshard(
         RunError: the checkpoint is damaged.
         StorageError: writing the target failed.
     """
-    folder = find_model_of(Kind.OURS, path)
-    refuse_target(target, folder, force=force)
-    with naming_damage(folder):
+    folder = find_model_of(Kind.MOSA, path)
+    check_target(target, folder, force=force)
+    with damage_as_run_error(folder):
         metadata = read_metadata(folder)
         size = tensor_parallel or metadata.layout.get("tensor_parallel_size", 1)
-        source = Source.open(folder, metadata)
+        source = CheckpointReader.open(folder, metadata)
         dims = _split_dims(source, size)
         _write(source, target, size, dims, drop_optimizer)
 
 
-def _split_dims(source: Source, size: int) -> dict[str, int]:
+def _split_dims(source: CheckpointReader, size: int) -> dict[str, int]:
     """Return the dimension along which each sharded weight is split, by name.
 
     Raises:
@@ -60,7 +60,7 @@ def _split_dims(source: Source, size: int) -> dict[str, int]:
 
     _check_size(source.config, size)
     one_layer = replace(source.config, model=replace(source.config.model, num_layers=1))
-    with one_process(one_layer):
+    with single_process_groups(one_layer):
         dims = {}
         for name, stored in stored_tensors(build_empty_model(one_layer, source.vocab_rows)).items():
             if (partition := stored.partition) is not None:
@@ -82,12 +82,12 @@ def _check_size(config: Config, size: int) -> None:
         raise UserError(f"--tensor-parallel={size}: {error}") from None
 
 
-def _write(source: Source, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool) -> None:
+def _write(source: CheckpointReader, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool) -> None:
     from megatron_mosa.data.shards import progress
 
     tensors = {k: info for k, info in source.state.tensors.items() if k.startswith("model.") or not drop_optimizer}
     cuts = {key: (dims[name], size) for key in tensors if size > 1 and (name := key.partition(".")[2]) in dims}
-    with publishing(target) as writing:
+    with atomic_folder(target) as writing:
         with progress(sum(4 * info.elements for info in tensors.values()), "rewriting") as bar:
 
             def read(key: str) -> Tensor:
@@ -98,6 +98,6 @@ def _write(source: Source, target: Path, size: int, dims: dict[str, int], drop_o
             records = write_state_offline(tensors, read, writing, cuts)
         layout = {"tensor_parallel_size": size, "data_parallel_size": 1}
         write_metadata(replace(source.metadata, layout=layout), writing)
-        write_manifest(writing, records | digests(writing, [METADATA]))
+        write_manifest(writing, records | hash_files(writing, [METADATA]))
     content = "weights without optimizer state" if drop_optimizer else f"{len(tensors)} tensors"
     print(f"{target}: wrote {content}, sharded for tensor-parallel size {size}")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import naming_damage
+from megatron_mosa.checkpoint.manifest import damage_as_run_error
 from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
-from megatron_mosa.convert.model_reader import Opened, Source, open_model
+from megatron_mosa.convert.model_reader import CheckpointReader, ModelReader, open_model
 from megatron_mosa.errors import RunError, UserError
 
 _WEIGHT = "model."  # prefix of weight keys, but not of moments
@@ -42,7 +42,7 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
         raise UserError(f"--tolerance must be at least 0 (bitwise equality), got {tolerance}")
     models = []
     for path in (first, second):
-        with naming_damage(path):
+        with damage_as_run_error(path):
             models.append(open_model(path))
     ours, theirs = models
     _check_shapes(ours, theirs)
@@ -51,7 +51,7 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
         _compare_logits(ours, theirs, tolerance)
 
 
-def _check_shapes(ours: Opened, theirs: Opened) -> None:
+def _check_shapes(ours: ModelReader, theirs: ModelReader) -> None:
     shapes = [{weight.name: weight.shape for weight in model.weights} for model in (ours, theirs)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
@@ -61,11 +61,11 @@ def _check_shapes(ours: Opened, theirs: Opened) -> None:
             )
 
 
-def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
+def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
     """Return the largest difference, and a description of what was compared."""
     from megatron_mosa.data.shards import progress
 
-    both_ours = isinstance(ours, Source) and isinstance(theirs, Source)
+    both_ours = isinstance(ours, CheckpointReader) and isinstance(theirs, CheckpointReader)
     weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]
     moments = sorted(_moments(ours) & _moments(theirs))
     sizes = {weight.name: torch.Size(weight.shape).numel() for weight in ours.weights}
@@ -79,13 +79,17 @@ def _compare(ours: Opened, theirs: Opened) -> tuple[Difference, str]:
     return max(found), f"{len(weights)} weights" + (f" and {len(moments)} moments" if moments else "")
 
 
-def _moments(model: Opened) -> set[str]:
-    return {key for key in model.state.tensors if not key.startswith(_WEIGHT)} if isinstance(model, Source) else set()
+def _moments(model: ModelReader) -> set[str]:
+    return (
+        {key for key in model.state.tensors if not key.startswith(_WEIGHT)}
+        if isinstance(model, CheckpointReader)
+        else set()
+    )
 
 
-def _read(model: Opened, key: str) -> Tensor:
-    with naming_damage(model.path):
-        if isinstance(model, Source):
+def _read(model: ModelReader, key: str) -> Tensor:
+    with damage_as_run_error(model.path):
+        if isinstance(model, CheckpointReader):
             return model.state.read(key)
         return model.read(key.removeprefix(_WEIGHT))
 
@@ -106,7 +110,7 @@ def _report(worst: Difference, compared: str, tolerance: float) -> None:
     print(f"{compared}: " + ("bitwise equal" if worst.relative == 0 else f"equal within {worst.relative:.1e}"))
 
 
-def _compare_logits(ours: Opened, theirs: Opened, tolerance: float) -> None:
+def _compare_logits(ours: ModelReader, theirs: ModelReader, tolerance: float) -> None:
     tokens = fixed_batch(ours.config, ours.vocab_rows)
     expected, found = (megatron_logits(model.config, model.vocab_rows, model.read, tokens) for model in (ours, theirs))
     divergence = largest_divergence(expected, found)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mosa.checkpoint.format import Metadata
 from megatron_mosa.config import Config
-from megatron_mosa.metrics import causality, read_journal
+from megatron_mosa.metrics import causality_label, read_journal
 
 
 def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str]) -> str:
@@ -66,7 +66,7 @@ def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
         if line is not None:
-            label = causality(line.get("causal", not looks_ahead))  # per line: the warm-up uses expert choice
+            label = causality_label(line.get("causal", not looks_ahead))  # per line: the warm-up uses expert choice
             found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,} ({label})"
     return found or {"losses": "unknown: no metrics.jsonl in the run directory"}
 

@@ -13,10 +13,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from megatron_mosa.checkpoint.manifest import DamagedError
 
 
-class StandIn:
+class Placeholder:
     """Placeholder for an object whose class is known to be harmless and whose content is not needed."""
 
-    def __new__(cls, *_: Any, **__: Any) -> StandIn:
+    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
         """Accept and ignore any arguments of the original class."""
         return super().__new__(cls)
 
@@ -27,13 +27,13 @@ class StandIn:
         """Ignore the pickled state."""
 
 
-def load_saved(file: Path | BytesIO, name: str, harmless: Collection[str], known: Collection[type] = ()) -> Any:
+def safe_load(file: Path | BytesIO, name: str, harmless: Collection[str], known: Collection[type] = ()) -> Any:
     """Load an object that torch.save wrote; tensors of a file on disk are memory-mapped.
 
     Args:
         file: a path, or the content of a file.
         name: name of the file in error messages.
-        harmless: full names of classes, or of packages (with a trailing dot), whose objects become a ``StandIn``.
+        harmless: full names of classes, or of packages (with a trailing dot), whose objects become a ``Placeholder``.
         known: classes that may be instantiated.
 
     Raises:
@@ -48,7 +48,7 @@ def load_saved(file: Path | BytesIO, name: str, harmless: Collection[str], known
             raise DamagedError(f"{name} refers to {refused[0]}; refused to load it, no code was run")
         if isinstance(file, BytesIO):
             file.seek(0)
-        with safe_globals([*known, *((StandIn, entry) for entry in stand_ins)]):
+        with safe_globals([*known, *((Placeholder, entry) for entry in stand_ins)]):
             return torch.load(file, "cpu", weights_only=True, mmap=isinstance(file, Path))
     except OSError as error:
         raise DamagedError(f"{name} cannot be read ({error.strerror})") from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import DamagedError, FileRecord, settle
+from megatron_mosa.checkpoint.manifest import DamagedError, FileRecord, sync_and_evict
 from megatron_mosa.errors import StorageError, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -161,7 +161,7 @@ def _write_shard(tensors: dict[str, Tensor], file: Path, records: dict[str, File
     except SafetensorError as error:
         raise StorageError(f"could not write {file.name} ({error})") from None
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files readable by the owner only
-    records[file.name] = settle(file)
+    records[file.name] = sync_and_evict(file)
 
 
 def _plan(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

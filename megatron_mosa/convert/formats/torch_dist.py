@@ -23,7 +23,7 @@ from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.megatron_args import from_megatron_args
-from megatron_mosa.convert.formats.safe_load import load_saved
+from megatron_mosa.convert.formats.safe_load import safe_load
 from megatron_mosa.convert.formats.safetensors import read_json
 from megatron_mosa.convert.locate import torch_dist_iteration
 from megatron_mosa.convert.weights import Weight, model_weights, partition_keys, stacked
@@ -48,7 +48,7 @@ _EXACT = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that convert t
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightLocation:
     """Where a weight is stored in the checkpoint."""
 
     keys: tuple[str, ...]
@@ -59,18 +59,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class TorchDistModel:
-    """A Megatron-LM checkpoint; implements ``Opened``."""
+class TorchDistReader:
+    """A Megatron-LM checkpoint; implements ``ModelReader``."""
 
     path: Path
     config: Config
     vocab_rows: int
     weights: list[Weight]
     state: StateReader
-    places: dict[str, Place]
+    places: dict[str, WeightLocation]
 
     @classmethod
-    def open(cls, folder: Path) -> TorchDistModel:
+    def open(cls, folder: Path) -> TorchDistReader:
         """Read the model's description, and read its tensors once to verify their checksums.
 
         Raises:
@@ -118,9 +118,9 @@ def _check_format(iteration: Path) -> None:
 def _read_args(iteration: Path, state: StateReader) -> Namespace:
     content = state.read_bytes(_COMMON_KEY)
     if content is None or (iteration / COMMON_FILE).is_file():
-        common = load_saved(iteration / COMMON_FILE, COMMON_FILE, _HARMLESS, (Namespace,))
+        common = safe_load(iteration / COMMON_FILE, COMMON_FILE, _HARMLESS, (Namespace,))
     else:
-        found = load_saved(BytesIO(content), _COMMON_KEY, _HARMLESS, (Namespace,))
+        found = safe_load(BytesIO(content), _COMMON_KEY, _HARMLESS, (Namespace,))
         common = found[0] if isinstance(found, list) and found else found
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
@@ -130,7 +130,7 @@ def _read_args(iteration: Path, state: StateReader) -> Namespace:
     return args
 
 
-def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) -> Place:
+def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) -> WeightLocation:
     """Find where a weight is stored, whichever of the supported arrangements the checkpoint uses."""
     shapes = {key: info.shape for key, info in state.tensors.items()}
     for place in _candidate_places(weight):
@@ -152,14 +152,14 @@ def _place(weight: Weight, num_layers: int, state: StateReader, folder: Path) ->
     raise UserError(f"'{folder}' does not match the model that its args describe: {name} is missing")
 
 
-def _candidate_places(weight: Weight) -> Iterator[Place]:
+def _candidate_places(weight: Weight) -> Iterator[WeightLocation]:
     for name in weight.megatron_names():
         whole, layer = stacked(name)
         if layer is not None:
-            yield Place((whole,), layer)
-        yield Place((name,), None)
+            yield WeightLocation((whole,), layer)
+        yield WeightLocation((name,), None)
         if len(weight.parts) == 2:  # a gated MLP, whose halves may be stored separately
-            yield Place((f"{name}_w", f"{name}_v"), None)
+            yield WeightLocation((f"{name}_w", f"{name}_v"), None)
 
 
 def _verify_checksums(state: StateReader, keys: set[str]) -> None:
@@ -167,5 +167,5 @@ def _verify_checksums(state: StateReader, keys: set[str]) -> None:
 
     total = sum(state.tensors[key].elements * state.tensors[key].dtype.itemsize for key in keys)
     with progress(total, "verifying checksums") as bar:
-        if damage := state.find_change(keys, bar.update):
+        if damage := state.find_corruption(keys, bar.update):
             raise DamagedError(damage)

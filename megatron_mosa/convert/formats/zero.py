@@ -21,10 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.file_slice import find_change
+from megatron_mosa.checkpoint.file_slice import find_corruption
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.reader import TensorInfo
-from megatron_mosa.convert.formats.safe_load import load_saved
+from megatron_mosa.convert.formats.safe_load import safe_load
 from megatron_mosa.convert.locate import deepspeed_tags
 from megatron_mosa.errors import UserError
 
@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Range:
+class ShardSlice:
     """A range of elements in one rank's partition of one optimizer group."""
 
     rank: int
@@ -52,7 +52,7 @@ class Range:
     stop: int
 
 
-class ZeroShards:
+class ZeroReader:
     """Reads the tensors of a DeepSpeed tag folder with one model-parallel rank."""
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +127,7 @@ class ZeroShards:
             for name in names:
                 try:
                     with (self.folder / name).open("rb") as file:
-                        damage = find_change(file, bar.update)
+                        damage = find_corruption(file, bar.update)
                 except OSError as error:
                     raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
                 if damage is not None:
@@ -138,7 +138,7 @@ class ZeroShards:
 
     def _load(self, name: str) -> dict[str, Any]:
         if name not in self._mapped:
-            self._mapped[name] = load_saved(self.folder / name, name, _HARMLESS)
+            self._mapped[name] = safe_load(self.folder / name, name, _HARMLESS)
         return self._mapped[name]
 
     def _groups(self, rank: int) -> list[Tensor]:
@@ -149,10 +149,10 @@ class ZeroShards:
             raise DamagedError(f"{name}: {self._groups_key} contains something other than vectors")
         return [group.detach() for group in groups]
 
-    def _read_range(self, part: Range) -> Tensor:
+    def _read_range(self, part: ShardSlice) -> Tensor:
         return self._groups(part.rank)[part.group][part.start : part.stop]
 
-    def _consecutive(self) -> Iterator[tuple[str, list[Range]]]:
+    def _consecutive(self) -> Iterator[tuple[str, list[ShardSlice]]]:
         """Locate each parameter under ZeRO 1 and 2."""
         first = _get(self._load(self._optimizer_file.format(0)), "optimizer_state_dict")
         paddings = first.get("param_alignment_paddings") or [[0] * len(shapes) for shapes in self._shapes]
@@ -162,10 +162,10 @@ class ZeroShards:
             start = 0
             for (name, shape), pad in zip(shapes.items(), padding, strict=True):
                 stop = start + math.prod(shape)
-                yield name, [Range(rank, group, *within) for rank, within in _overlaps(name, start, stop, bounds)]
+                yield name, [ShardSlice(rank, group, *within) for rank, within in _overlaps(name, start, stop, bounds)]
                 start = stop + pad
 
-    def _partitioned(self) -> Iterator[tuple[str, list[Range]]]:
+    def _partitioned(self) -> Iterator[tuple[str, list[ShardSlice]]]:
         """Locate each parameter under ZeRO 3, where a rank's groups form one vector that may be split anywhere."""
         sizes = [len(group) for group in self._groups(0)]
         for rank in range(1, self.ranks):
@@ -176,7 +176,7 @@ class ZeroShards:
         for name, shape in ((name, shape) for shapes in self._shapes for name, shape in shapes.items()):
             stop = start + math.ceil(math.prod(shape) / self.ranks)
             groups = list(_overlaps(name, start, stop, bounds))
-            yield name, [Range(rank, group, *within) for rank in range(self.ranks) for group, within in groups]
+            yield name, [ShardSlice(rank, group, *within) for rank in range(self.ranks) for group, within in groups]
             start = stop
 
     def _infos(self, model: dict[str, Any]) -> dict[str, TensorInfo]:

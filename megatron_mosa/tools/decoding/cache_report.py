@@ -18,14 +18,14 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, open_model
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Request:
+class CacheReportOptions:
     """Options of ``mosa cache-report``."""
 
     path: Path
@@ -39,7 +39,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Row:
+class CacheSize:
     """Cache sizes of one sequence of ``length`` tokens, in bytes."""
 
     length: int
@@ -67,13 +67,13 @@ class Row:
         return sum(self.used.values())
 
 
-def report(request: Request, output: Path | None, *, as_json: bool) -> None:
+def report(request: CacheReportOptions, output: Path | None, *, as_json: bool) -> None:
     """Measure the cache, print a table or JSON, and write cache.json and cache.png to ``output``.
 
     Raises:
         UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
     """
-    model, tokenizer = open_model(request.path, request.device, request.dtype, request.tokenizer)
+    model, tokenizer = load_model(request.path, request.device, request.dtype, request.tokenizer)
     if not model.config.can_decode:
         raise UserError(
             f"'{request.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
@@ -119,7 +119,7 @@ def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
     return -(-layer // dense), f"equal FLOPs at {length} tokens"
 
 
-def _tokens(request: Request, config: MosaConfig, tokenizer: Any) -> Tensor:
+def _tokens(request: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> Tensor:
     """Return tokens [1, T] for the largest requested length T."""
     needed = request.lengths[-1]
     if request.text is None:
@@ -142,7 +142,7 @@ def _tokens(request: Request, config: MosaConfig, tokenizer: Any) -> Tensor:
 @torch.no_grad()
 def measure(
     model: MosaForCausalLM, tokens: Tensor, lengths: list[int], dense_heads: int, exact_up_to: int
-) -> list[Row]:
+) -> list[CacheSize]:
     """Feed tokens [1, T] into one cache, chunk by chunk, and record its size at each of the ascending ``lengths``.
 
     Args:
@@ -184,10 +184,10 @@ def _dense_heads_see(last: int) -> Iterator[None]:
         heads_mosa.causal_attention = exact
 
 
-def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact_up_to: int) -> Row:
+def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact_up_to: int) -> CacheSize:
     sizes = cache.bytes()
     counts = [layer.mosa.counts.float() for layer in cache.layers if layer.mosa and layer.mosa.counts is not None]
-    return Row(
+    return CacheSize(
         length=length,
         used={kind: used for kind, (_, used) in sizes.items()},
         allocated=sum(allocated for allocated, _ in sizes.values()),
@@ -198,7 +198,7 @@ def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact
     )
 
 
-def _table(facts: dict[str, Any], rows: list[Row]) -> str:
+def _table(facts: dict[str, Any], rows: list[CacheSize]) -> str:
     """Return the report as a Markdown table."""
     kinds = list(rows[0].used)
     names = ["tokens", *(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share"]
@@ -217,7 +217,7 @@ def _table(facts: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
+def plot(rows: list[CacheSize], facts: dict[str, Any], path: Path) -> None:
     """Plot used and allocated bytes and the dense model's bytes over the length to a PNG file."""
     import matplotlib  # slow to import
 

@@ -91,9 +91,9 @@ def cache_report(
     for name, value in (("dense-heads", dense_heads), ("exact-up-to", exact_up_to)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    from megatron_mosa.tools.decoding.cache_report import Request, report
+    from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report
 
-    request = Request(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
+    request = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
     report(request, output, as_json=as_json)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, open_model
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def generate_text(
     tokenizer: Path | None = None,
     causal_approximation: str | None = None,
 ) -> None:
-    """Stream a completion to standard output; see ``open_model`` for what ``path`` may be.
+    """Stream a completion to standard output; see ``load_model`` for what ``path`` may be.
 
     Raises:
         UserError: the model selects by expert choice and no approximation was requested, its thresholds are not
@@ -95,7 +95,7 @@ def generate_text(
     """
     from transformers import TextStreamer
 
-    model, text_tokenizer = open_model(path, device, dtype, tokenizer)
+    model, text_tokenizer = load_model(path, device, dtype, tokenizer)
     _check_decodable(model, path, causal_approximation)
     if text_tokenizer is None:
         raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")

@@ -37,7 +37,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = None) -> tuple[MosaForCausalLM, Any]:
+def load_model(path: Path, device: str, dtype: str, tokenizer: Path | None = None) -> tuple[MosaForCausalLM, Any]:
     """Load a model and its tokenizer, without running any code from the folder.
 
     Args:
@@ -61,7 +61,7 @@ def open_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
         if tokenizer is not None:
             raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own tokenizer; omit --tokenizer")
         return _load(folder, torch_device, dtype)
-    if kind is not Kind.OURS:
+    if kind is not Kind.MOSA:
         raise UserError(
             f"'{path}' is a {kind.value}; pass a folder written by mosa checkpoint export --to hf, a megatron_mosa "
             "checkpoint, or a run directory"

@@ -11,7 +11,7 @@ import typer
 from megatron_mosa.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from megatron_mosa.convert.model_reader import Opened
+    from megatron_mosa.convert.model_reader import ModelReader
     from megatron_mosa.data import Mixture
 
 _DTYPES = ("float32", "bfloat16")
@@ -58,14 +58,14 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from megatron_mosa.checkpoint.manifest import naming_damage
+    from megatron_mosa.checkpoint.manifest import damage_as_run_error
     from megatron_mosa.convert.model_reader import open_model
     from megatron_mosa.data.shards import progress
     from megatron_mosa.tools.evaluation.evaluate import Settings
     from megatron_mosa.tools.evaluation.evaluate import evaluate as measure
-    from megatron_mosa.tools.evaluation.report import tell
+    from megatron_mosa.tools.evaluation.report import print_report
 
-    with naming_damage(path):
+    with damage_as_run_error(path):
         model = open_model(path)
     mixture = _dataset(model, data)
     settings = Settings(
@@ -73,7 +73,7 @@ def evaluate(
     )
     with progress(None, "evaluating", unit="token") as bar:
         found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update)
-    tell(found, Console())
+    print_report(found, Console())
     if output is not None:
         _write(found, output)
 
@@ -95,14 +95,14 @@ def _device(name: str) -> Any:
     return torch.device(name)
 
 
-def _dataset(model: Opened, path: Path | None) -> Mixture:
+def _dataset(model: ModelReader, path: Path | None) -> Mixture:
     """Open the given dataset, or the one that the model was trained on."""
     from megatron_mosa.config.schema import DataSection
     from megatron_mosa.convert.dataset import open_dataset
-    from megatron_mosa.convert.model_reader import Source
+    from megatron_mosa.convert.model_reader import CheckpointReader
     from megatron_mosa.data import open_mixture
 
-    if isinstance(model, Source):
+    if isinstance(model, CheckpointReader):
         return open_dataset(model.metadata, path)
     if path is None:
         raise UserError(f"'{model.path}' does not record its dataset; pass a built dataset: --data PATH")

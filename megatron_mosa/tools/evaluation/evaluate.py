@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import Config
-from megatron_mosa.convert.model_reader import Opened
+from megatron_mosa.convert.model_reader import ModelReader
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
-from megatron_mosa.metrics import causality
+from megatron_mosa.metrics import causality_label
 from megatron_mosa.model.calibration import calibrate
 from megatron_mosa.tools.evaluation.flips import flip_rates
 from megatron_mosa.tools.evaluation.losses import (
-    Tick,
+    ProgressCallback,
     batches,
     chosen_positions,
     estimate,
@@ -24,7 +24,7 @@ from megatron_mosa.tools.evaluation.losses import (
     prefix_losses,
     token_losses,
 )
-from megatron_mosa.tools.evaluation.model import Evaluated, evaluated
+from megatron_mosa.tools.evaluation.model import EvaluationModel, evaluation_model
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def looks_ahead(config: Config) -> bool:
     return config.mosa.num_heads > 0 and config.mosa.selection == "expert_choice"
 
 
-def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> dict[str, Any]:
-    """Measure a model; ``report.tell`` prints the result.
+def evaluate(model: ModelReader, mixture: Mixture, settings: Settings, tick: ProgressCallback) -> dict[str, Any]:
+    """Measure a model; ``report.print_report`` prints the result.
 
     Returns:
         ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
@@ -70,7 +70,7 @@ def evaluate(model: Opened, mixture: Mixture, settings: Settings, tick: Tick) ->
 
 
 class _Evaluation:
-    def __init__(self, model: Opened, mixture: Mixture, settings: Settings, tick: Tick) -> None:
+    def __init__(self, model: ModelReader, mixture: Mixture, settings: Settings, tick: ProgressCallback) -> None:
         self.model, self.mixture, self.settings, self.tick = model, mixture, settings, tick
         self.length = model.config.data.sequence_length
         self.samples = self._samples(1)
@@ -90,7 +90,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         is_looking_ahead = looks_ahead(self.model.config)
-        label = causality(not is_looking_ahead)
+        label = causality_label(not is_looking_ahead)
         with self._built(self.model.config.mosa.selection) as model:
             full = self._losses(model, self.samples)
             ranges = self._by_range(model, full)
@@ -122,7 +122,7 @@ class _Evaluation:
         }
 
     def _built(self, selection: str) -> Any:
-        return evaluated(self.model, self.settings.device, self.settings.dtype, selection)
+        return evaluation_model(self.model, self.settings.device, self.settings.dtype, selection)
 
     def _samples(self, multiple: int, split: str = "validation", count: int | None = None) -> ValidationSamples:
         """Return windows of a multiple of the training length, with about the same total number of tokens for each."""
@@ -134,10 +134,10 @@ class _Evaluation:
             split=split,
         )
 
-    def _losses(self, model: Evaluated, samples: ValidationSamples) -> Tensor:
+    def _losses(self, model: EvaluationModel, samples: ValidationSamples) -> Tensor:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
-    def _by_range(self, model: Evaluated, full: Tensor) -> list[dict[str, Any]]:
+    def _by_range(self, model: EvaluationModel, full: Tensor) -> list[dict[str, Any]]:
         """Measure each range of positions."""
         positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
         at_once = self.settings.tokens_at_once
@@ -162,7 +162,7 @@ class _Evaluation:
             rows.append(row)
         return rows
 
-    def _run_calibration_windows(self, model: Evaluated) -> None:
+    def _run_calibration_windows(self, model: EvaluationModel) -> None:
         samples = self._samples(1, "train", self.settings.calibration_samples)
         for batch in batches(samples, self.settings.tokens_at_once):
             model.forward(batch["tokens"], batch.get("document_starts"))

@@ -10,12 +10,16 @@ from torch import Tensor
 from megatron_mosa.attention.thresholds import mosa_layers
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.metrics.selection import recorded_selection
-from megatron_mosa.tools.evaluation.losses import Tick, batches
-from megatron_mosa.tools.evaluation.model import Evaluated
+from megatron_mosa.tools.evaluation.losses import ProgressCallback, batches
+from megatron_mosa.tools.evaluation.model import EvaluationModel
 
 
 def flip_rates(
-    model: Evaluated, samples: ValidationSamples, positions: Sequence[int], tokens_at_once: int, tick: Tick
+    model: EvaluationModel,
+    samples: ValidationSamples,
+    positions: Sequence[int],
+    tokens_at_once: int,
+    tick: ProgressCallback,
 ) -> Tensor:
     """Return the share of selections up to each position that change if all later tokens are replaced, [positions].
 
@@ -43,7 +47,7 @@ def flip_rates(
     return changed_count.double() / total_count
 
 
-def _selections(model: Evaluated, tokens: Tensor, starts: Tensor | None) -> list[Tensor]:
+def _selections(model: EvaluationModel, tokens: Tensor, starts: Tensor | None) -> list[Tensor]:
     """Return whether each head selects each token, bool [B, E, T], for each layer."""
     model.forward(tokens, starts)
     found = []

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.data.loader import validation_batches
-from megatron_mosa.tools.evaluation.model import Evaluated
+from megatron_mosa.tools.evaluation.model import EvaluationModel
 
-Tick = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 """Called with the number of tokens just processed."""
 
 
@@ -45,7 +45,9 @@ def batches(samples: ValidationSamples, tokens_at_once: int) -> Iterator[dict[st
     return validation_batches(samples, micro_batch_size=size, data_parallel_rank=0, data_parallel_size=1)
 
 
-def token_losses(model: Evaluated, samples: ValidationSamples, tokens_at_once: int, tick: Tick) -> Tensor:
+def token_losses(
+    model: EvaluationModel, samples: ValidationSamples, tokens_at_once: int, tick: ProgressCallback
+) -> Tensor:
     """Return the losses of all tokens given whole samples, fp32 [N, T]."""
     found = []
     for batch in batches(samples, tokens_at_once):
@@ -55,7 +57,11 @@ def token_losses(model: Evaluated, samples: ValidationSamples, tokens_at_once: i
 
 
 def prefix_losses(
-    model: Evaluated, samples: ValidationSamples, positions: Sequence[int], tokens_at_once: int, tick: Tick
+    model: EvaluationModel,
+    samples: ValidationSamples,
+    positions: Sequence[int],
+    tokens_at_once: int,
+    tick: ProgressCallback,
 ) -> Tensor:
     """Return the losses at chosen positions, given only the tokens up to each position, fp32 [N, positions]."""
     rows = []

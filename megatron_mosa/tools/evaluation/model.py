@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.convert.logits import fill_model, one_process
-from megatron_mosa.convert.model_reader import Opened
+from megatron_mosa.convert.logits import load_weights, single_process_groups
+from megatron_mosa.convert.model_reader import ModelReader
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_empty_model
 from megatron_mosa.model.calibration import calibrating
@@ -19,7 +19,7 @@ from megatron_mosa.model.calibration import calibrating
 _BLOCK = 8192  # tokens per block of the cross entropy: fp32 logits of a whole batch would dominate memory
 
 
-class Evaluated:
+class EvaluationModel:
     """A GPTModel that computes losses without gradients."""
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
@@ -53,7 +53,9 @@ class Evaluated:
 
 
 @contextmanager
-def evaluated(model: Opened, device: torch.device, dtype: torch.dtype, selection: str) -> Iterator[Evaluated]:
+def evaluation_model(
+    model: ModelReader, device: torch.device, dtype: torch.dtype, selection: str
+) -> Iterator[EvaluationModel]:
     """Build the model with its weights on a device.
 
     Args:
@@ -65,7 +67,7 @@ def evaluated(model: Opened, device: torch.device, dtype: torch.dtype, selection
     """
     config = model.config if selection == model.config.mosa.selection else calibrating(model.config)
     config = replace(config, mosa=replace(config.mosa, backend="auto"))
-    with one_process(config):
+    with single_process_groups(config):
         module = build_empty_model(config, model.vocab_rows).eval()
-        fill_model(module, model.read, {weight.name for weight in model.weights})
-        yield Evaluated(module.to(device=device, dtype=dtype), device)
+        load_weights(module, model.read, {weight.name for weight in model.weights})
+        yield EvaluationModel(module.to(device=device, dtype=dtype), device)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def tell(found: dict[str, Any], console: Console) -> None:
+def print_report(found: dict[str, Any], console: Console) -> None:
     """Print the result of ``evaluate``."""
     console.print(_losses(found))
     console.print(_positions(found))

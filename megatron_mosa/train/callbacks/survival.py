@@ -9,8 +9,8 @@ from statistics import fmean
 
 from megatron_mosa.config.schema import ResilienceSection
 from megatron_mosa.engine import StepResult
-from megatron_mosa.errors import GaveUpError
-from megatron_mosa.resilience.services import Survival
+from megatron_mosa.errors import UnrecoverableError
+from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
@@ -19,7 +19,7 @@ from megatron_mosa.train.writers import Writers
 class Heartbeat(Callback):
     """Tells the watchdog and status.json what the run does; before all other callbacks."""
 
-    def __init__(self, survival: Survival) -> None:
+    def __init__(self, survival: ResilienceServices) -> None:
         self.watchdog = survival.watchdog
         self.status = survival.status
         self._seconds = deque[float](maxlen=20)  # from step to step, with what lies between
@@ -69,7 +69,7 @@ class StepMonitor(Callback):
             True if the loss has jumped, and ``resilience.on_spike`` is "rewind".
 
         Raises:
-            GaveUpError: too many in a row were not finite.
+            UnrecoverableError: too many in a row were not finite.
         """
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
@@ -91,7 +91,7 @@ class StepMonitor(Callback):
             f"step {step} skipped: {reason}; {samples}; {trainer.state.skipped_steps} skipped since this start"
         )
         if self.in_a_row == self.limit:
-            raise GaveUpError(
+            raise UnrecoverableError(
                 f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {step}; lower "
                 "optimizer.learning_rate, look at the data, or leave steps out (train.skip_steps); the last "
                 "checkpoint before them is kept"
