@@ -1,18 +1,13 @@
-"""Detect the kind of model at a path, and create the target folder of a conversion atomically."""
+"""Detect the kind of model at a path."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 from megatron_mosa.checkpoint.store import CheckpointStore
 from megatron_mosa.convert.formats.safetensors import INDEX
-from megatron_mosa.errors import StorageError, UserError, nearest
-from megatron_mosa.utils.files import replace_directory, sync
+from megatron_mosa.errors import UserError, nearest
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -25,9 +20,6 @@ class Kind(Enum):
     DEEPSPEED = "DeepSpeed checkpoint"
     TORCH_DIST = "Megatron-LM torch_dist checkpoint"
     STATE_DICT = "safetensors folder"
-
-
-_REPLACEABLE = (Kind.MOSA, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 
 
 def detect_kind(path: Path) -> Kind | None:
@@ -97,62 +89,3 @@ def find_model_of(kind: Kind, path: Path) -> Path:
         expected = f"a {kind.value}" + (" or a run directory" if kind is Kind.MOSA else "")
         raise UserError(f"'{path}' is a {found.value}; pass {expected}")
     return folder
-
-
-def check_target(target: Path, source: Path, *, force: bool) -> None:
-    """Refuse a target that exists or cannot be written to.
-
-    Args:
-        force: allow replacing an existing model; nothing else may be replaced.
-
-    Raises:
-        UserError: names the target and the fix.
-    """
-    resolved, source_path = target.resolve(), source.resolve()
-    if resolved == source_path or resolved in source_path.parents or source_path in resolved.parents:
-        raise UserError(f"OUT={target} is inside the source '{source}' or contains it; choose a separate folder")
-    existing = next(folder for folder in resolved.parents if os.path.lexists(folder))  # missing ones are created
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "is not writable" if existing.is_dir() else "is not a directory"
-        raise UserError(f"OUT={target}: '{existing}' {reason}; choose a new folder in a writable directory")
-    if not os.path.lexists(target):
-        return
-    is_model = detect_kind(target) in _REPLACEABLE
-    if not force:
-        fix = "choose another folder, or pass --force to replace it" if is_model else "choose another folder"
-        raise UserError(f"OUT={target} already exists; {fix}")
-    if target.is_symlink() or not is_model:
-        raise UserError(
-            f"OUT={target} is not a model folder, and --force replaces only model folders; choose another folder"
-        )
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``target``; rename it to ``target`` on success, and remove it on failure.
-
-    Creates missing parents of ``target``. An existing model at ``target`` stays in place until the new one is complete.
-
-    Raises:
-        StorageError: writing failed.
-    """
-    final = target.resolve()
-    writing = final.with_name(f".writing-{final.name}")
-    missing = [folder for folder in final.parents if not folder.exists()]  # deepest first
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        yield writing
-        for entry in (*writing.rglob("*"), writing):
-            sync(entry)
-        replace_directory(writing, final)
-    except (OSError, StorageError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(
-            f"could not write to OUT={target}: {reason}; free disk space or choose another folder"
-        ) from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-        with suppress(OSError):  # not empty, or never created
-            for folder in missing:
-                folder.rmdir()

@@ -29,14 +29,7 @@ from megatron_mosa.data.manifest import (
     load_manifest,
     read_manifest,
 )
-from megatron_mosa.data.shards import (
-    Shard,
-    has_shards,
-    join_shards,
-    progress,
-    read_shards,
-    write_shards,
-)
+from megatron_mosa.data.shards import Shard, has_shards, join_shards, read_shards, write_shards
 from megatron_mosa.data.sources import STDLIB, Source, open_source
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
@@ -50,6 +43,7 @@ from megatron_mosa.data.tokenizer import (
 )
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.files import replace_directory, sync, write_atomically
+from megatron_mosa.utils.progress import progress
 
 INDEX_CACHE = "index_cache"
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import struct
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from tqdm import tqdm
 
 from megatron_mosa.data.encoder import Encoded, Encoder
 from megatron_mosa.data.hashing import file_sha256
@@ -28,6 +26,7 @@ from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.files import sync, write_atomically
+from megatron_mosa.utils.progress import progress
 
 _BATCH_CHARACTERS = 1 << 18  # that a thread encodes at once; encodings take some 100 bytes a token
 _COPY = 1 << 24  # bytes
@@ -129,12 +128,6 @@ def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -
         sizes = {f"{suffix}_bytes": (folder / f"{split}.{suffix}").stat().st_size for suffix in ("bin", "idx")}
         splits[split] = {**counts, **sizes, **digests}
     return splits
-
-
-def progress(total: int | None, description: str, initial: int = 0, unit: str = "B") -> Any:
-    """A bar over bytes of text on stderr, or other units; with a known total it shows the time left."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
-    return tqdm(total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval)
 
 
 class _ShardWriter:

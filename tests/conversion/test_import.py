@@ -18,9 +18,9 @@ from megatron_mosa.config import load_config
 from megatron_mosa.convert import find_initial_weights
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.import_model import import_hf
+from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import largest_divergence, megatron_logits
 from megatron_mosa.convert.model_config import model_config
-from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel

@@ -17,8 +17,8 @@ from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.commands.inspect import inspect
 from megatron_mosa.convert.commands.verify import verify
+from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import megatron_logits
-from megatron_mosa.convert.model_reader import CheckpointReader
 from megatron_mosa.errors import RunError, UserError
 from tests.conversion.models import Trained
 

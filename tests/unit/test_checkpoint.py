@@ -17,7 +17,7 @@ from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, 
 from megatron_mosa.checkpoint import store as lifecycle
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import MANIFEST, files_below, find_damage, hash_files, write_manifest
-from megatron_mosa.convert.locate import atomic_folder
+from megatron_mosa.convert.target import atomic_folder
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 

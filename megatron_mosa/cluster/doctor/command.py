@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import STOPPED
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options of ``mosa doctor``.
-
-    Attributes:
-        timeout: longest wait for the other ranks in each step of the preflight, in seconds.
-        minimum_disk: free space required in the run directory, in GiB.
-        slow: a GPU is bad if the job's median is faster by more than this factor.
-    """
-
-    run_directory: Path
-    json: Path | None
-    timeout: float
-    minimum_disk: float
-    slow: float
 
 
 def doctor(
@@ -64,7 +47,7 @@ def doctor(
 
     notices: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: notices.append(number))
-    code = check_job(Settings(run_directory, json, timeout, minimum_disk, slow))
+    code = check_job(DoctorOptions(run_directory, json, timeout, minimum_disk, slow))
     signal.signal(signal.SIGUSR1, before)
     if code or notices:
         raise typer.Exit(code or STOPPED)

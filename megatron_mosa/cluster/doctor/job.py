@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_mosa.cluster.doctor import node as node_checks
-from megatron_mosa.cluster.doctor.command import Settings
 from megatron_mosa.cluster.doctor.meeting import GRACE_SECONDS, Job, absence, absent_nodes
 from megatron_mosa.cluster.doctor.node import Finding, Report, import_quietly, node_name, parallel_module, run_check
+from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.verdict import Verdict, judge, print_errors, print_verdict, write_json
 
 
-def check_job(settings: Settings) -> int:
+def check_job(settings: DoctorOptions) -> int:
     """Check the node of this process or all nodes of its job; return the exit code, 0 or 1, on every rank.
 
     Only rank 0 prints.
@@ -48,7 +48,7 @@ def check_job(settings: Settings) -> int:
     return code
 
 
-def _report_without_torch(rank: int, local_rank: int, settings: Settings) -> int:
+def _report_without_torch(rank: int, local_rank: int, settings: DoctorOptions) -> int:
     """Report this node alone: without torch it cannot join the others, who report it as missing."""
     report = Report(rank, node_name())
     run_check(report, "versions", node_checks.check_versions)
@@ -61,7 +61,7 @@ def _report_without_torch(rank: int, local_rank: int, settings: Settings) -> int
     return 1
 
 
-def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
+def _examine(job: Job, settings: DoctorOptions, started: float) -> tuple[int, bool]:
     """Return the exit code, and whether a thread of this process may hang."""
     job.send("here", node_name())
     folder = _RunDirectory(settings.run_directory)
@@ -96,7 +96,7 @@ def _examine(job: Job, settings: Settings, started: float) -> tuple[int, bool]:
     return job.hear("code", time.monotonic() + 3 * settings.timeout), hangs
 
 
-def _look(report: Report, nodes: list[str], token: str | None, settings: Settings) -> bool:
+def _look(report: Report, nodes: list[str], token: str | None, settings: DoctorOptions) -> bool:
     """Run the checks of this node; return whether one hangs."""
     on_node = [rank for rank, node in enumerate(nodes) if node == report.node]
     position = on_node.index(report.rank)
@@ -118,7 +118,7 @@ def _look(report: Report, nodes: list[str], token: str | None, settings: Setting
     return hangs
 
 
-def _communicate(job: Job, report: Report, nodes: list[str], plan: str, settings: Settings) -> bool:
+def _communicate(job: Job, report: Report, nodes: list[str], plan: str, settings: DoctorOptions) -> bool:
     """Run the collectives on the planned backend; return whether they failed or hang. The facts record how."""
     import torch
     from torch.distributed import PrefixStore
@@ -171,7 +171,7 @@ def _collect_reports(job: Job, name: str, nodes: list[str], timeout: float) -> d
     return reports
 
 
-def _publish(verdict: Verdict, settings: Settings) -> int:
+def _publish(verdict: Verdict, settings: DoctorOptions) -> int:
     """Print the verdict and write the JSON file; return the exit code."""
     code = print_verdict(verdict)
     path = settings.json

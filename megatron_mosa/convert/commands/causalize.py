@@ -16,9 +16,10 @@ from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, w
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.convert.dataset import open_dataset
-from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.formats.mosa import CheckpointReader
+from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.logits import load_weights, single_process_groups
-from megatron_mosa.convert.model_reader import CheckpointReader
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import CALIBRATED
 from megatron_mosa.errors import UserError
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from megatron_mosa.checkpoint.format import read_metadata
 from megatron_mosa.checkpoint.manifest import damage_as_run_error, write_manifest
 from megatron_mosa.checkpoint.reader import TensorInfo
+from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.safetensors import Piece, write_shards
 from megatron_mosa.convert.formats.zero import ZeroReader
-from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, deepspeed_tags, find_model
-from megatron_mosa.convert.model_reader import CheckpointReader
+from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
 
 

@@ -19,8 +19,9 @@ from megatron_mosa.convert.formats.hf_tokenizer import (
     find_tokenizer,
     write_tokenizer,
 )
+from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.safetensors import Piece, write_shards
-from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.logits import (
     MOST_KL,
     exported_logits,
@@ -29,7 +30,7 @@ from megatron_mosa.convert.logits import (
     megatron_logits,
 )
 from megatron_mosa.convert.model_config import to_transformers
-from megatron_mosa.convert.model_reader import CheckpointReader
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELLING_FILES

@@ -14,9 +14,10 @@ from megatron_mosa.checkpoint.manifest import damage_as_run_error
 from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.convert.formats.megatron_args import to_megatron_args
+from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.torch_dist import COMMON_FILE, FORMAT
-from megatron_mosa.convert.locate import TRACKER, Kind, atomic_folder, check_target, find_model_of
-from megatron_mosa.convert.model_reader import CheckpointReader
+from megatron_mosa.convert.locate import TRACKER, Kind, find_model_of
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight, stacked
 
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # required by Megatron-core before 0.19
@@ -55,7 +56,7 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
 
 
 def _write_weights(source: CheckpointReader, iteration: Path) -> None:
-    from megatron_mosa.data.shards import progress
+    from megatron_mosa.utils.progress import progress
 
     layers = source.config.model.num_layers
     rows: dict[str, dict[int | None, Weight]] = {}  # key -> layer -> weight

@@ -13,8 +13,9 @@ from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.convert.added_heads import ModelWithAddedHeads
-from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.model_reader import ModelReader, open_model
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.versions import versions
 
@@ -67,7 +68,7 @@ def _import(model: ModelReader, target: Path) -> None:
 
 
 def _write(model: ModelReader, writing: Path) -> dict[str, FileRecord]:
-    from megatron_mosa.data.shards import progress
+    from megatron_mosa.utils.progress import progress
 
     infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}
     with progress(sum(4 * info.elements for info in infos.values()), "importing") as bar:

@@ -14,8 +14,8 @@ from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
 from megatron_mosa.convert.weights import partition_keys
-from megatron_mosa.data.shards import progress
 from megatron_mosa.errors import RunError
+from megatron_mosa.utils.progress import progress
 
 _UNCHECKED = "not checked (--full verifies checksums)"
 

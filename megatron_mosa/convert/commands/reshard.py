@@ -15,9 +15,10 @@ from megatron_mosa.checkpoint.format import METADATA, read_metadata, write_metad
 from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, write_manifest
 from megatron_mosa.checkpoint.writer import write_state_offline
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
-from megatron_mosa.convert.locate import Kind, atomic_folder, check_target, find_model_of
+from megatron_mosa.convert.formats.mosa import CheckpointReader
+from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.logits import single_process_groups
-from megatron_mosa.convert.model_reader import CheckpointReader
+from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
 
 
@@ -83,7 +84,7 @@ def _check_size(config: Config, size: int) -> None:
 
 
 def _write(source: CheckpointReader, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool) -> None:
-    from megatron_mosa.data.shards import progress
+    from megatron_mosa.utils.progress import progress
 
     tensors = {k: info for k, info in source.state.tensors.items() if k.startswith("model.") or not drop_optimizer}
     cuts = {key: (dims[name], size) for key in tensors if size > 1 and (name := key.partition(".")[2]) in dims}

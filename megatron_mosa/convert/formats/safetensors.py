@@ -127,7 +127,7 @@ def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]
     Raises:
         StorageError: writing failed.
     """
-    from megatron_mosa.data.shards import progress
+    from megatron_mosa.utils.progress import progress
 
     shards = list(_plan(pieces))
     weight_map: dict[str, str] = {}

@@ -163,7 +163,7 @@ def _candidate_places(weight: Weight) -> Iterator[WeightLocation]:
 
 
 def _verify_checksums(state: StateReader, keys: set[str]) -> None:
-    from megatron_mosa.data.shards import progress
+    from megatron_mosa.utils.progress import progress
 
     total = sum(state.tensors[key].elements * state.tensors[key].dtype.itemsize for key in keys)
     with progress(total, "verifying checksums") as bar:

@@ -107,7 +107,7 @@ class ZeroReader:
         return whole
 
     def _check_files(self, first: Path) -> None:
-        from megatron_mosa.data.shards import progress
+        from megatron_mosa.utils.progress import progress
 
         count = _get(_get(self._load(first.name), "optimizer_state_dict"), "partition_count")
         counts = set(count) if isinstance(count, list) else {count}

@@ -60,10 +60,10 @@ def evaluate(
 
     from megatron_mosa.checkpoint.manifest import damage_as_run_error
     from megatron_mosa.convert.model_reader import open_model
-    from megatron_mosa.data.shards import progress
     from megatron_mosa.tools.evaluation.evaluate import Settings
     from megatron_mosa.tools.evaluation.evaluate import evaluate as measure
     from megatron_mosa.tools.evaluation.report import print_report
+    from megatron_mosa.utils.progress import progress
 
     with damage_as_run_error(path):
         model = open_model(path)
@@ -99,7 +99,7 @@ def _dataset(model: ModelReader, path: Path | None) -> Mixture:
     """Open the given dataset, or the one that the model was trained on."""
     from megatron_mosa.config.schema import DataSection
     from megatron_mosa.convert.dataset import open_dataset
-    from megatron_mosa.convert.model_reader import CheckpointReader
+    from megatron_mosa.convert.formats.mosa import CheckpointReader
     from megatron_mosa.data import open_mixture
 
     if isinstance(model, CheckpointReader):
