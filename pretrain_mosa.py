@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_mosa.config import check_world_size, load_config
-from megatron_mosa.entry import gc_disabled_during_imports, run
-from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE
-from megatron_mosa.resilience.interruption import block_sigusr1
+from megatron_mosa.commands.training import start_training
+from megatron_mosa.entry import run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,20 +27,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Check the configuration and, without --check-only, train; return the exit code."""
     arguments = parse_arguments()
-    if arguments.world_size is not None and (arguments.world_size < 1 or not arguments.check_only):
-        raise UserError(f"--world-size must be at least 1 and needs --check-only, got {arguments.world_size}")
-    config = load_config(arguments.config, arguments.overrides, checks_batches=False)  # pretrain checks them
-    if arguments.check_only:
-        check_world_size(config, arguments.world_size or 1)
-    else:
-        block_sigusr1()
-    with gc_disabled_during_imports():
-        from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
-
-    if arguments.check_only:
-        check_start(config, arguments.world_size or 1)
-        return DONE
-    return pretrain(config)
+    return start_training(
+        arguments.config, arguments.overrides, check_only=arguments.check_only, world_size=arguments.world_size
+    )
 
 
 if __name__ == "__main__":

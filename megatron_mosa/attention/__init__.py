@@ -1,16 +1,38 @@
 """The MoSA layer: a function of tensors, and a Megatron-core attention spec."""
 
 from megatron_mosa.attention.config import MosaTransformerConfig
+from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.functional import mosa_attention, num_selected_tokens
+from megatron_mosa.attention.heads import PartitionedHeads
 from megatron_mosa.attention.layer import MosaSelfAttention
+from megatron_mosa.attention.recompute import repetition
 from megatron_mosa.attention.spec import MosaSpecProvider, get_mosa_block_spec, get_mosa_layer_spec
+from megatron_mosa.attention.thresholds import (
+    DEAD,
+    OVERLOADED,
+    forget_scores,
+    is_causal,
+    mosa_layers,
+    threshold_buffers,
+    update_thresholds,
+)
 
 __all__ = [
+    "DEAD",
+    "OVERLOADED",
+    "DecoderLayer",
     "MosaSelfAttention",
     "MosaSpecProvider",
     "MosaTransformerConfig",
+    "PartitionedHeads",
+    "forget_scores",
     "get_mosa_block_spec",
     "get_mosa_layer_spec",
+    "is_causal",
     "mosa_attention",
+    "mosa_layers",
     "num_selected_tokens",
+    "repetition",
+    "threshold_buffers",
+    "update_thresholds",
 ]

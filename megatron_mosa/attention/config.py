@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
-from megatron_mosa.config.keys import keys_of
-from megatron_mosa.config.schema import ModelSection, MosaSection, TrainSection
+from megatron_mosa.config import ModelSection, MosaSection, TrainSection, keys_of
 
 # Fields "mosa_NAME" that mean what NAME means in a configuration file.
 _KEYS = {

@@ -8,11 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_mosa.config.keys import keys_of
-from megatron_mosa.config.schema import ModelSection
-from megatron_mosa.kernels import Documents, get_backend
-from megatron_mosa.kernels.autocast import autocast_operands
-from megatron_mosa.kernels.naive import accumulation_dtype
+from megatron_mosa.config import ModelSection, keys_of
+from megatron_mosa.kernels import Documents, accumulation_dtype, autocast_operands, get_backend
 
 _ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here: torch.compile cannot
 

@@ -16,11 +16,15 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.recompute import is_repetition
-from megatron_mosa.kernels import Documents, get_backend, naive
-from megatron_mosa.kernels.autocast import autocast_operands
-from megatron_mosa.kernels.documents import document_attention
-from megatron_mosa.kernels.naive import HISTOGRAM_BINS
-from megatron_mosa.kernels.window import sliding_window_attention
+from megatron_mosa.kernels import (
+    HISTOGRAM_BINS,
+    Documents,
+    autocast_operands,
+    document_attention,
+    get_backend,
+    naive,
+    sliding_window_attention,
+)
 
 THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
 

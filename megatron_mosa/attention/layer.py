@@ -18,7 +18,7 @@ from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.recompute import recomputed
 from megatron_mosa.kernels import Documents
-from megatron_mosa.parallel.regions import sum_gradients
+from megatron_mosa.parallel import sum_gradients
 
 
 class MosaSelfAttention(MegatronModule):

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.layer import MosaSelfAttention
 from megatron_mosa.attention.recompute import MosaTransformerLayer
-from megatron_mosa.parallel.norm import norm_class
+from megatron_mosa.parallel import norm_class
 
 
 class MosaSpecProvider(LocalSpecProvider):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads
-from megatron_mosa.kernels.naive import HISTOGRAM_LOGITS
+from megatron_mosa.kernels import HISTOGRAM_LOGITS
 
 DEAD, OVERLOADED = 0.5, 2.0  # loads below and above which a threshold does not wait for its average
 

@@ -1,14 +1,50 @@
 """Save, load and manage checkpoints in a format that is independent of the parallel layout."""
 
-from megatron_mosa.checkpoint.format import FORMAT_VERSION, Metadata, load_initial_weights, read_metadata
+from megatron_mosa.checkpoint.file_slice import find_corruption
+from megatron_mosa.checkpoint.format import (
+    FORMAT_VERSION,
+    METADATA,
+    Metadata,
+    load_initial_weights,
+    read_metadata,
+    write_metadata,
+)
+from megatron_mosa.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    FileRecord,
+    damage_as_run_error,
+    find_damage,
+    hash_files,
+    is_recorded,
+    sync_and_evict,
+    write_manifest,
+)
+from megatron_mosa.checkpoint.reader import StateReader, TensorInfo
 from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_same_model
+from megatron_mosa.checkpoint.writer import write_state_offline
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST",
+    "METADATA",
     "CheckpointStore",
+    "DamagedError",
+    "FileRecord",
     "Metadata",
     "NewestCheckpoint",
+    "StateReader",
+    "TensorInfo",
     "check_same_model",
+    "damage_as_run_error",
+    "find_corruption",
+    "find_damage",
+    "hash_files",
+    "is_recorded",
     "load_initial_weights",
     "read_metadata",
+    "sync_and_evict",
+    "write_manifest",
+    "write_metadata",
+    "write_state_offline",
 ]

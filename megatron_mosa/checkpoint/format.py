@@ -27,12 +27,12 @@ from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.reader import MOMENTS, SafeReader, StateReader
 from megatron_mosa.checkpoint.writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.model.state import Stored, stored_tensors
+from megatron_mosa.model import Stored, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
-from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
-    from megatron_mosa.data.tokenizer import TokenizerIdentity
+    from megatron_mosa.data import TokenizerIdentity
     from megatron_mosa.engine import TrainingEngine
 
 FORMAT_VERSION = 2
@@ -69,7 +69,7 @@ class Metadata:
     @property
     def tokenizer(self) -> TokenizerIdentity:
         """Identity of the dataset's tokenizer."""
-        from megatron_mosa.data.tokenizer import TokenizerIdentity  # slow to import
+        from megatron_mosa.data import TokenizerIdentity
 
         return TokenizerIdentity.recorded(self.data)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.utils.files import sync
+from megatron_mosa.utils import sync
 
 MANIFEST = "manifest.json"
 ALGORITHM = "xxh3_128"

@@ -23,11 +23,11 @@ from megatron_mosa.checkpoint.format import (
 )
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError, files_below, find_damage, hash_files, write_manifest
-from megatron_mosa.config.schema import CheckpointSection, ModelSection, MosaSection
-from megatron_mosa.data.tokenizer import TokenizerIdentity
+from megatron_mosa.config import CheckpointSection, ModelSection, MosaSection
+from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
-from megatron_mosa.utils.files import sync
+from megatron_mosa.utils import sync
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine

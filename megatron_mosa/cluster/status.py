@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
-from megatron_mosa.resilience.status import RUNNING, STATUS, read_status
+from megatron_mosa.resilience import RUNNING, STATUS, read_status
 
 SILENT_SECONDS = 60.0
 """A run that has reported nothing for this long, or for ten of its steps if that is longer, may be dead."""

@@ -1,16 +1,45 @@
 """Configuration: typed dataclasses behind YAML files and ``section.key=value`` overrides."""
 
+from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
-from megatron_mosa.config.rules import check_world_size, padded_vocab_size
-from megatron_mosa.config.schema import Config
+from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
+from megatron_mosa.config.rules import check, check_world_size, padded_vocab_size
+from megatron_mosa.config.schema import (
+    CheckpointSection,
+    Config,
+    DataSection,
+    FaultInjectionSection,
+    ModelSection,
+    MosaSection,
+    OptimizerSection,
+    ResilienceSection,
+    TrainSection,
+)
 
 __all__ = [
+    "REFERENCE_FILE",
+    "CheckpointSection",
     "Config",
+    "DataSection",
+    "FaultInjectionSection",
+    "ModelSection",
+    "MosaSection",
+    "OptimizerSection",
+    "ResilienceSection",
+    "TrainSection",
+    "blend_parts",
+    "check",
     "check_world_size",
     "config_from_dict",
     "config_to_dict",
+    "difference",
+    "keys_of",
     "load_config",
     "origins",
     "padded_vocab_size",
+    "reference",
+    "resolved",
     "save_config",
+    "summary",
 ]

@@ -1,5 +1,24 @@
 """Convert models between formats, one tensor at a time, without a GPU."""
 
+from megatron_mosa.convert.dataset import open_dataset
+from megatron_mosa.convert.formats.mosa import CheckpointReader
+from megatron_mosa.convert.formats.mosa_pytorch import import_layer
+from megatron_mosa.convert.formats.safetensors import read_json
 from megatron_mosa.convert.initial import find_initial_weights
+from megatron_mosa.convert.locate import Kind, find_model
+from megatron_mosa.convert.logits import load_weights, single_process_groups
+from megatron_mosa.convert.model_reader import ModelReader, open_model
 
-__all__ = ["find_initial_weights"]
+__all__ = [
+    "CheckpointReader",
+    "Kind",
+    "ModelReader",
+    "find_initial_weights",
+    "find_model",
+    "import_layer",
+    "load_weights",
+    "open_dataset",
+    "open_model",
+    "read_json",
+    "single_process_groups",
+]

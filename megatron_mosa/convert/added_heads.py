@@ -17,7 +17,7 @@ from megatron_mosa.convert.weights import Weight, model_weights
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_mosa.attention.heads import PartitionedHeads
+    from megatron_mosa.attention import PartitionedHeads
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelWithAddedHeads:
 
     def read(self, name: str) -> Tensor:
         """Read a weight of the original model, or initialize one of the added heads; see ``ModelReader.read``."""
-        from megatron_mosa.model.initialization import draw
+        from megatron_mosa.model import draw
 
         if ".mosa_heads." not in name:
             return self.model.read(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mosa.checkpoint.format import Metadata
-from megatron_mosa.config.schema import DataSection
+from megatron_mosa.checkpoint import Metadata
+from megatron_mosa.config import DataSection
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:

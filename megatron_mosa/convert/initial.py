@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import find_damage
-from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.checkpoint import StateReader, find_damage, read_metadata
 from megatron_mosa.config import Config, padded_vocab_size
 from megatron_mosa.convert.locate import Kind, find_model
 from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.convert.weights import model_weights
-from megatron_mosa.data.tokenizer import TokenizerIdentity
+from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import UserError
 
 _KEY = "checkpoint.initialize_from"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from pathlib import Path
 
-from megatron_mosa.checkpoint.store import CheckpointStore
+from megatron_mosa.checkpoint import CheckpointStore
 from megatron_mosa.convert.formats.safetensors import INDEX
 from megatron_mosa.errors import UserError, nearest
 

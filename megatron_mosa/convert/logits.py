@@ -49,7 +49,7 @@ def load_weights(model: torch.nn.Module, read: Callable[[str], Tensor], names: C
         read: returns the tensor of a Megatron name, in checkpoint shape.
         names: the names that ``read`` knows; None: all. Thresholds that are not among them keep their values.
     """
-    from megatron_mosa.model.state import stored_tensors
+    from megatron_mosa.model import stored_tensors
 
     for name, (tensor, partition, is_trained) in stored_tensors(model).items():
         if names is not None and name not in names and not is_trained:

@@ -61,7 +61,7 @@ def model_config(tree: dict[str, Any]) -> Config:
 
 def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
     """Return the arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
-    from megatron_mosa.model.costs import local_window
+    from megatron_mosa.model import local_window
 
     ours = {"model": config.model, "mosa": config.mosa, "data": config.data}
     return {key: getattr(ours[section], name) for key, (section, name) in (_SAME | _OPTIONAL).items()} | {

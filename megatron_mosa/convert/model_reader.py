@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import read_metadata
+from megatron_mosa.checkpoint import read_metadata
 from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.hf import HuggingFaceReader
 from megatron_mosa.convert.formats.mosa import CheckpointReader

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mosa.convert.locate import Kind, detect_kind
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.utils.files import replace_directory, sync
+from megatron_mosa.utils import replace_directory, sync
 
 _REPLACEABLE = (Kind.MOSA, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 

@@ -1,27 +1,52 @@
 """From text to batches: sources, tokenizer, dataset folders, samples and loaders."""
 
 from megatron_mosa.data.build import build_dataset
+from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
 from megatron_mosa.data.loader import training_batches, validation_batches
-from megatron_mosa.data.manifest import Manifest, load_manifest, read_manifest
+from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
 from megatron_mosa.data.mixture import Mixture, open_mixture
-from megatron_mosa.data.samples import TrainingSamples, ValidationSamples
+from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
 from megatron_mosa.data.sources import iter_documents
-from megatron_mosa.data.tokenizer import end_of_document_id, load_tokenizer, tokenizer_hash, train_tokenizer
+from megatron_mosa.data.tokenizer import (
+    PROBE,
+    TOKENIZER_FILE,
+    TokenizerIdentity,
+    adds_special_tokens,
+    encoding_hash,
+    end_of_document_id,
+    load_tokenizer,
+    tokenizer_hash,
+    tokenizer_identity,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 __all__ = [
+    "MANIFEST_FILE",
+    "PROBE",
+    "TOKENIZER_FILE",
+    "FileHash",
+    "HashingProcess",
     "Manifest",
     "Mixture",
+    "TokenizerIdentity",
     "TrainingSamples",
     "ValidationSamples",
+    "adds_special_tokens",
     "build_dataset",
+    "document_starts",
+    "encoding_hash",
     "end_of_document_id",
+    "is_large",
     "iter_documents",
     "load_manifest",
     "load_tokenizer",
     "open_mixture",
     "read_manifest",
     "tokenizer_hash",
+    "tokenizer_identity",
     "train_tokenizer",
     "training_batches",
     "validation_batches",
+    "vocabulary_size",
 ]

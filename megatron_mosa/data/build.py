@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_mosa.config.schema import DataSection
+from megatron_mosa.config import DataSection
 from megatron_mosa.data.encoder import Encoder
 from megatron_mosa.data.hub import Interrupted
 from megatron_mosa.data.manifest import (
@@ -42,8 +42,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils.files import replace_directory, sync, write_atomically
-from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils import progress, replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 

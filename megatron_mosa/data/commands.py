@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mosa.config import load_config
-from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.config import blend_parts, load_config
 from megatron_mosa.data.build import summary
 from megatron_mosa.data.integrity import find_damage, open_indexed, recorded_hashes
 from megatron_mosa.data.manifest import (

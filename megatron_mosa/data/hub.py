@@ -18,7 +18,7 @@ from megatron_mosa.data.json_rows import parse_line
 from megatron_mosa.data.left_out import EMPTY, mended
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils import first_line
 
 HUB = "hf:"
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mosa.config.blend import blend_parts
-from megatron_mosa.config.schema import DataSection
+from megatron_mosa.config import DataSection, blend_parts
 from megatron_mosa.data.integrity import FileHash, recorded_hashes, refuse_damage
 from megatron_mosa.data.manifest import Manifest, read_manifest
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, encoding_hash, load_tokenizer

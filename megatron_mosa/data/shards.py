@@ -25,8 +25,7 @@ from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils.files import sync, write_atomically
-from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils import progress, sync, write_atomically
 
 _BATCH_CHARACTERS = 1 << 18  # that a thread encodes at once; encodings take some 100 bytes a token
 _COPY = 1 << 24  # bytes

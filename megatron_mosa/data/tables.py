@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mosa.data.json_rows import json_rows, open_plain
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils import first_line
 
 _LINES = (".jsonl", ".ndjson")
 _JSON = (*_LINES, ".json")

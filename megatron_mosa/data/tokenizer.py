@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils import first_line
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"

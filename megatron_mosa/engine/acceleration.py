@@ -9,8 +9,7 @@ import torch
 
 from megatron_mosa.config import Config
 from megatron_mosa.kernels import get_backend
-from megatron_mosa.parallel import Layout
-from megatron_mosa.parallel.apex import apex_fused_adam
+from megatron_mosa.parallel import Layout, apex_fused_adam
 
 OLDEST_TORCH = (2, 11)  # that this was measured with
 

@@ -14,8 +14,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.recompute import repetition
-from megatron_mosa.attention.thresholds import forget_scores, mosa_layers, threshold_buffers, update_thresholds
+from megatron_mosa.attention import forget_scores, mosa_layers, repetition, threshold_buffers, update_thresholds
 from megatron_mosa.config import Config
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.engine.graphed import GraphedSteps

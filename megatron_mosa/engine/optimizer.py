@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_mosa.config import Config
-from megatron_mosa.parallel import partition_of, tensor_parallel_group
-from megatron_mosa.parallel.apex import apex_fused_adam
+from megatron_mosa.parallel import apex_fused_adam, partition_of, tensor_parallel_group
 
 
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils import write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from megatron_mosa.attention.thresholds import DEAD, OVERLOADED, mosa_layers
+from megatron_mosa.attention import DEAD, OVERLOADED, mosa_layers
 
 
 @contextmanager

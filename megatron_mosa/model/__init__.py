@@ -1,16 +1,35 @@
 """The language model, and what it costs."""
 
-from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count
+from megatron_mosa.model.calibration import calibrate, calibrating
+from megatron_mosa.model.costs import (
+    dense_head_flops,
+    local_head_flops,
+    local_window,
+    model_flops,
+    mosa_head_flops,
+    paper_flops,
+    parameter_count,
+)
 from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
-from megatron_mosa.model.initialization import initial_weights
+from megatron_mosa.model.initialization import draw, initial_weights
+from megatron_mosa.model.state import Stored, stored_tensors
 
 __all__ = [
+    "Stored",
     "build_empty_model",
     "build_model",
+    "calibrate",
+    "calibrating",
+    "dense_head_flops",
+    "draw",
     "initial_weights",
     "language_model_loss",
+    "local_head_flops",
+    "local_window",
     "model_flops",
+    "mosa_head_flops",
     "paper_flops",
     "parameter_count",
+    "stored_tensors",
     "transformer_config",
 ]

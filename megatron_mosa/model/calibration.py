@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_mosa.attention.thresholds import update_thresholds
+from megatron_mosa.attention import update_thresholds
 from megatron_mosa.config import Config
 
 PASSES = 2

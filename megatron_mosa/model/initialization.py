@@ -21,7 +21,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mosa.attention.heads import PartitionedHeads
+from megatron_mosa.attention import PartitionedHeads
 from megatron_mosa.parallel import partition_of
 
 Initialiser = Callable[[Tensor], object]

@@ -9,8 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_mosa.attention.decoder_layer import DecoderLayer
-from megatron_mosa.attention.thresholds import mosa_layers
+from megatron_mosa.attention import DecoderLayer, mosa_layers
 
 
 class MosaGPTModel(GPTModel):

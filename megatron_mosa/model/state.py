@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mosa.attention.thresholds import threshold_buffers
+from megatron_mosa.attention import threshold_buffers
 from megatron_mosa.parallel import Partition, partition_of
 
 

@@ -1,5 +1,6 @@
 """Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
 
+from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
 from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
 from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
@@ -7,6 +8,7 @@ from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
 from megatron_mosa.parallel.partition import Partition, partition_of
+from megatron_mosa.parallel.regions import sum_gradients
 from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Partition",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "apex_fused_adam",
+    "apex_norms",
     "data_parallel_group",
     "destroy_parallel",
     "initialize_parallel",
@@ -25,6 +29,8 @@ __all__ = [
     "on_main_rank",
     "partition_of",
     "patch_cuda_for_cpu",
+    "reject_wrong_apex",
+    "sum_gradients",
     "tensor_parallel_group",
     "use_deterministic_algorithms",
 ]

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from megatron_mosa.errors import RunError
 from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.launch import launch_environment
-from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils import first_line
 
 
 @dataclass(frozen=True)

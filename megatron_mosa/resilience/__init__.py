@@ -1,1 +1,9 @@
 """Resilience of a run: signals, time limits, hangs, loss spikes, a status file and node checks."""
+
+from megatron_mosa.resilience.faults import FaultInjection
+from megatron_mosa.resilience.interruption import block_sigusr1
+from megatron_mosa.resilience.services import ResilienceServices
+from megatron_mosa.resilience.spikes import SpikeDetector
+from megatron_mosa.resilience.status import RUNNING, STATUS, read_status
+
+__all__ = ["RUNNING", "STATUS", "FaultInjection", "ResilienceServices", "SpikeDetector", "block_sigusr1", "read_status"]

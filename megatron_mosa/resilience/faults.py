@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from megatron_mosa.config import FaultInjectionSection
 
-from megatron_mosa.config.schema import FaultInjectionSection
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SIGNALS = {
     "kill": signal.SIGKILL,
@@ -81,7 +82,7 @@ class FaultInjection:
                 if self.section.fault == "nan":
                     batch = batch | {"loss_mask": batch["loss_mask"] * float("nan")}
                 else:
-                    batch = batch | {"labels": torch.zeros_like(batch["labels"])}
+                    batch = batch | {"labels": batch["labels"] * 0}
             yield batch
 
     def _is_here(self, place: str, step: int) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.exit_codes import NAMES
-from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils import write_atomically
 
 STATUS = "status.json"
 RUNNING = "running"

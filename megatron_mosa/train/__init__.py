@@ -1,6 +1,16 @@
 """The training loop and what surrounds it."""
 
 from megatron_mosa.train.pretrain import pretrain
-from megatron_mosa.train.start import ResumePoint, check_start
+from megatron_mosa.train.sample import sample_text
+from megatron_mosa.train.schedule import learning_rate
+from megatron_mosa.train.start import ResumePoint, build_index, check_start, training_samples
 
-__all__ = ["ResumePoint", "check_start", "pretrain"]
+__all__ = [
+    "ResumePoint",
+    "build_index",
+    "check_start",
+    "learning_rate",
+    "pretrain",
+    "sample_text",
+    "training_samples",
+]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
-from megatron_mosa.data import ValidationSamples, training_batches
-from megatron_mosa.data.integrity import FileHash, is_large
+from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of
 from megatron_mosa.exit_codes import DONE, STOPPED
@@ -25,7 +24,7 @@ from megatron_mosa.parallel import (
     on_main_rank,
     use_deterministic_algorithms,
 )
-from megatron_mosa.resilience.services import ResilienceServices
+from megatron_mosa.resilience import ResilienceServices
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults

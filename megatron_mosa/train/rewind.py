@@ -12,7 +12,7 @@ from megatron_mosa.engine import Batch, TrainingEngine
 from megatron_mosa.parallel import on_main_rank
 from megatron_mosa.train.trainer import TrainingState
 from megatron_mosa.train.writers import Writers
-from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils import write_atomically
 
 SKIPPED = "skip_steps.json"
 

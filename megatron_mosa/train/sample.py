@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from megatron_mosa.config import Config
-from megatron_mosa.data import load_tokenizer, open_mixture
-from megatron_mosa.data.samples import document_starts
-from megatron_mosa.data.tokenizer import TOKENIZER_FILE
+from megatron_mosa.data import TOKENIZER_FILE, document_starts, load_tokenizer, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.train.start import planned_samples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_mosa.config.schema import OptimizerSection
+from megatron_mosa.config import OptimizerSection
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerSection) -> float:

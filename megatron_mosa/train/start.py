@@ -20,7 +20,7 @@ from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.kernels import get_backend
-from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
+from megatron_mosa.parallel import apex_fused_adam, apex_norms, reject_wrong_apex
 from megatron_mosa.train.directory import check_writable
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.parallel import Layout
-from megatron_mosa.resilience.services import ResilienceServices
+from megatron_mosa.resilience import ResilienceServices
 from megatron_mosa.train.schedule import learning_rate
 
 

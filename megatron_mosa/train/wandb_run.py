@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.metrics import read_journal, scalars
-from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils import write_atomically
 
 RECORD = "wandb.json"
 """In the run directory: the project, name (``run.name``), id and title of its W&B run."""

@@ -1,1 +1,15 @@
 """Helpers without a subject of their own: files, versions, error texts."""
+
+from megatron_mosa.utils.errors import first_line
+from megatron_mosa.utils.files import replace_directory, sync, write_atomically
+from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils.versions import versions
+
+__all__ = [
+    "first_line",
+    "progress",
+    "replace_directory",
+    "sync",
+    "versions",
+    "write_atomically",
+]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
 
 def progress(total: int | None, description: str, initial: int = 0, unit: str = "B") -> Any:
     """Return a progress bar on stderr, over bytes or another unit; with a known total it shows the time left."""
+    from tqdm import tqdm
+
     interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
     return tqdm(total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval)

@@ -1,60 +1,148 @@
-"""Imports follow the levels of docs/architecture.md: only downwards, never in a cycle."""
+"""Imports follow docs/architecture.md: downwards only, through a package's face, and in no circle of files."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from megatron_mosa.hf import MODELLING_FILES
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
+ROOT = PACKAGE.parent
 LEVELS = [
-    {"errors", "entry", "exit_codes", "utils"},
+    {"errors", "exit_codes"},
+    {"entry", "utils"},
     {"config", "hf", "kernels", "parallel"},
     {"attention", "data", "resilience"},
     {"model"},
-    {"checkpoint", "engine", "metrics"},
-    {"evaluation", "train"},
-    {"decode", "scaling", "slurm"},
-    {"cli", "__main__"},
+    {"engine", "metrics"},
+    {"checkpoint"},
+    {"convert"},
+    {"convert.commands", "train"},
+    {"cluster", "commands", "tools"},
+    {"cli"},
+    {"__main__"},
 ]
-LEVEL = {module: number for number, modules in enumerate(LEVELS) for module in modules}
-# Allowed imports (importer, imported) within one level.
-WITHIN_LEVEL = {
-    ("entry", "errors"),
-    ("entry", "exit_codes"),
-    ("checkpoint", "engine"),
-    ("checkpoint", "metrics"),
-    ("__main__", "cli"),
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+# Modules that other packages import directly instead of through the package's face, with the reason.
+FACE_EXCEPTIONS = {
+    "cluster": "its face is empty: the batch script runs its programs and must not wait for torch",
+    "commands": "its face is empty: every start of the command line imports it",
+    "tools": "its face is empty: every start of the command line imports it",
+    "convert.commands": "one module per command, imported when that command runs",
+    "data.commands": "imported when one of its commands runs; training does not need it",
+    "hf": "its files are copied into exported models, and importing one loads transformers",
+    "kernels.naive": "the reference implementation; its functions are called as naive.NAME",
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Return the top-level modules of the package that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+@dataclass(frozen=True)
+class Import:
+    """An import of one file of the package by another, at the top, in a function or for types alone."""
+
+    importer: str
+    """The importing module, without ``megatron_mosa.``."""
+
+    imported: str
+    """The module whose file is imported; the package itself if the name comes from its face."""
+
+    line: int
+
+    def __str__(self) -> str:
+        return f"megatron_mosa.{self.importer}, line {self.line}, imports megatron_mosa.{self.imported}"
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def _exported(module: str) -> frozenset[str]:
+    """Return the names that a package's ``__init__.py`` defines or imports."""
+    names: set[str] = set()
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom):
-            if node.level and path.parent.name == "hf":
-                continue  # files of hf import each other relatively, also in an exported model
-            assert node.level == 0, f"{path}: imports are absolute here"
-            # both `from megatron_mosa.train import x` and `from megatron_mosa import train`
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        parts = [name.split(".") for name in names]
-        found |= {part[1] for part in parts if part[0] == "megatron_mosa" and part[1] != "__version__"}
-    return found
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return frozenset(names)
 
 
-def test_modules_import_only_from_lower_levels() -> None:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if own == "__init__":
+def _imports(module: str) -> Iterator[Import]:
+    path = MODULES[module]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module
+            if node.level:
+                assert path.parent.name == "hf", f"{path}: imports are absolute here"
+                source = f"megatron_mosa.hf.{node.module}"  # files of hf import each other like this in exports, too
+            found = [(source, alias.name) for alias in node.names]
+        else:
             continue
-        for other in imports(path) - {own}:
-            is_allowed = LEVEL[other] < LEVEL[own] or (own, other) in WITHIN_LEVEL
-            assert is_allowed, f"{path.relative_to(PACKAGE.parent)} imports megatron_mosa.{other}"
+        for source, name in found:
+            top, _, inner = str(source).partition(".")
+            if top != "megatron_mosa":
+                continue
+            below = f"{inner}.{name}".strip(".")
+            is_file = below in MODULES and name not in _exported(inner)
+            yield Import(module, below if is_file else inner, node.lineno)
+
+
+IMPORTS = [found for module in MODULES for found in _imports(module) if found.imported != module]
+
+
+def _within(module: str, packages: set[str]) -> str | None:
+    """Return the innermost of ``packages`` that contains the module."""
+    parts = module.split(".")
+    candidates = (".".join(parts[:number]) for number in range(len(parts), 0, -1))
+    return next((candidate for candidate in candidates if candidate in packages), None)
+
+
+def test_files_import_only_from_lower_levels() -> None:
+    wrong = []
+    for found in IMPORTS:
+        own, other = (_within(module, set(LEVEL)) for module in (found.importer, found.imported))
+        if found.importer == "" or found.imported == "":  # the package itself knows only its version
+            continue
+        assert own is not None and other is not None, f"{found}: give the new package a level"
+        if own != other and LEVEL[other] >= LEVEL[own]:
+            wrong.append(str(found))
+    assert not wrong, "these point upwards: " + "; ".join(wrong)
+
+
+def test_no_circle_of_files() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in IMPORTS:
+        graph[found.importer].add(found.imported)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError("circle of files: " + " <- ".join(error.args[1])) from None
+
+
+def test_packages_are_imported_through_their_faces() -> None:
+    bypassing, used = [], set()
+    for found in IMPORTS:
+        own, other = found.importer.partition(".")[0], found.imported.partition(".")[0]
+        if own == other or "." not in found.imported:
+            continue
+        exception = _within(found.imported, set(FACE_EXCEPTIONS))
+        used.add(exception)
+        if exception is None:
+            bypassing.append(str(found))
+    assert not bypassing, "import the name from the package: " + "; ".join(bypassing)
+    assert set(FACE_EXCEPTIONS) <= used, f"not needed any more: {set(FACE_EXCEPTIONS) - used}"
 
 
 def test_modelling_code_is_self_contained() -> None:
@@ -89,19 +177,33 @@ UNNEEDED = {
     "scipy",
     "transformers",
 }  # not wandb: Megatron-core imports it if installed
-IMPORTS = f"""
+START = f"""
 import sys
 import megatron_mosa.kernels
 print("kernels", *{{"megatron", "deepspeed"}} & set(sys.modules))
+import pretrain_mosa
 import megatron_mosa.train
 print("train", *{UNNEEDED} & set(sys.modules))
+print("conversion", *(name for name in sys.modules if name.startswith("megatron_mosa.convert")))
 """
 
 
-def test_kernels_need_only_torch_and_training_no_slow_imports() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", IMPORTS]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["kernels", "train"]
+def test_kernels_need_only_torch_and_a_start_of_training_imports_nothing_slow_or_of_conversion() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", START]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["kernels", "train", "conversion"]
+
+
+def test_mistakes_in_a_configuration_are_reported_before_torch_is_imported() -> None:
+    code = "import sys, pretrain_mosa; print(*{'torch', 'typer'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "\n"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, megatron_mosa.cli; print(*{'torch', 'megatron', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "\n"
 
 
 def _opens_text(call: ast.Call) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_mosa.exit_codes import FAILED, NAMES
-from megatron_mosa.utils.files import write_atomically
+from megatron_mosa.utils import write_atomically
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_mosa.config import Config, check_world_size, save_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils import versions
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "pretrain.sbatch")
@@ -145,7 +145,7 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     """
     world_size = request.nodes * request.tasks_per_node
     check_world_size(config, world_size)
-    from megatron_mosa.train.start import check_start  # slow to import, so other mistakes are reported first
+    from megatron_mosa.train import check_start
 
     check_start(config, world_size, devices_are_here=False)
     run = (Path(config.run.directory) / config.run.name).absolute()

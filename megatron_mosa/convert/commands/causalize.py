@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import METADATA, Metadata, read_metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, write_manifest
-from megatron_mosa.checkpoint.reader import TensorInfo
-from megatron_mosa.checkpoint.writer import write_state_offline
+from megatron_mosa.checkpoint import (
+    METADATA,
+    Metadata,
+    TensorInfo,
+    damage_as_run_error,
+    hash_files,
+    read_metadata,
+    write_manifest,
+    write_metadata,
+    write_state_offline,
+)
 from megatron_mosa.convert.dataset import open_dataset
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.locate import Kind, find_model_of
@@ -60,7 +67,7 @@ def causalize(
         RunError: the checkpoint is damaged.
         StorageError: writing the target failed.
     """
-    from megatron_mosa.model.calibration import calibrating
+    from megatron_mosa.model import calibrating
 
     folder = find_model_of(Kind.MOSA, path)
     check_target(target, folder, force=force)
@@ -111,9 +118,8 @@ def _calibrated(
     source: CheckpointReader, config: Config, read: TrainingSamples, samples: int
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Return the new tensors by name, and the losses with expert choice and with thresholds."""
-    from megatron_mosa.attention.thresholds import threshold_buffers
-    from megatron_mosa.model import build_empty_model
-    from megatron_mosa.model.calibration import calibrate
+    from megatron_mosa.attention import threshold_buffers
+    from megatron_mosa.model import build_empty_model, calibrate
 
     numbers = range(samples)
     losses = []

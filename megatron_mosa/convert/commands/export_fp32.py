@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import damage_as_run_error, write_manifest
-from megatron_mosa.checkpoint.reader import TensorInfo
+from megatron_mosa.checkpoint import TensorInfo, damage_as_run_error, read_metadata, write_manifest
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.safetensors import Piece, write_shards
 from megatron_mosa.convert.formats.zero import ZeroReader

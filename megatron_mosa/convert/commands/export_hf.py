@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import damage_as_run_error, write_manifest
+from megatron_mosa.checkpoint import damage_as_run_error, read_metadata, write_manifest
 from megatron_mosa.convert.formats.hf_card import model_card
 from megatron_mosa.convert.formats.hf_tokenizer import (
     FoundTokenizer,

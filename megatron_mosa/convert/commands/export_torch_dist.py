@@ -9,10 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import damage_as_run_error
-from megatron_mosa.checkpoint.reader import TensorInfo
-from megatron_mosa.checkpoint.writer import write_state_offline
+from megatron_mosa.checkpoint import TensorInfo, damage_as_run_error, read_metadata, write_state_offline
 from megatron_mosa.convert.formats.megatron_args import to_megatron_args
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.torch_dist import COMMON_FILE, FORMAT
@@ -56,7 +53,7 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
 
 
 def _write_weights(source: CheckpointReader, iteration: Path) -> None:
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     layers = source.config.model.num_layers
     rows: dict[str, dict[int | None, Weight]] = {}  # key -> layer -> weight

@@ -7,17 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import METADATA, Metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import FileRecord, damage_as_run_error, hash_files, write_manifest
-from megatron_mosa.checkpoint.reader import TensorInfo
-from megatron_mosa.checkpoint.writer import write_state_offline
+from megatron_mosa.checkpoint import (
+    METADATA,
+    FileRecord,
+    Metadata,
+    TensorInfo,
+    damage_as_run_error,
+    hash_files,
+    write_manifest,
+    write_metadata,
+    write_state_offline,
+)
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.convert.added_heads import ModelWithAddedHeads
 from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils import versions
 
 
 def import_hf(
@@ -68,7 +75,7 @@ def _import(model: ModelReader, target: Path) -> None:
 
 
 def _write(model: ModelReader, writing: Path) -> dict[str, FileRecord]:
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     infos = {f"model.{weight.name}": TensorInfo(weight.shape, torch.float32) for weight in model.weights}
     with progress(sum(4 * info.elements for info in infos.values()), "importing") as bar:
@@ -82,8 +89,14 @@ def _write(model: ModelReader, writing: Path) -> dict[str, FileRecord]:
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
-    from megatron_mosa.data import load_tokenizer, tokenizer_hash
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, encoding_hash, vocabulary_size
+    from megatron_mosa.data import (
+        TOKENIZER_FILE,
+        TokenizerIdentity,
+        encoding_hash,
+        load_tokenizer,
+        tokenizer_hash,
+        vocabulary_size,
+    )
 
     file = folder / TOKENIZER_FILE
     identity, size = TokenizerIdentity(None, None), vocab_rows

@@ -7,15 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from megatron_mosa.checkpoint.file_slice import find_corruption
-from megatron_mosa.checkpoint.format import read_metadata
-from megatron_mosa.checkpoint.manifest import DamagedError, find_damage, is_recorded
-from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.checkpoint import DamagedError, StateReader, find_corruption, find_damage, is_recorded, read_metadata
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
 from megatron_mosa.convert.weights import partition_keys
 from megatron_mosa.errors import RunError
-from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils import progress
 
 _UNCHECKED = "not checked (--full verifies checksums)"
 

@@ -11,9 +11,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import METADATA, read_metadata, write_metadata
-from megatron_mosa.checkpoint.manifest import damage_as_run_error, hash_files, write_manifest
-from megatron_mosa.checkpoint.writer import write_state_offline
+from megatron_mosa.checkpoint import (
+    METADATA,
+    damage_as_run_error,
+    hash_files,
+    read_metadata,
+    write_manifest,
+    write_metadata,
+    write_state_offline,
+)
 from megatron_mosa.config import Config, config_from_dict, config_to_dict
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.locate import Kind, find_model_of
@@ -56,8 +62,7 @@ def _split_dims(source: CheckpointReader, size: int) -> dict[str, int]:
     Raises:
         UserError: the size does not divide a split dimension; the message lists the sizes that do.
     """
-    from megatron_mosa.model import build_empty_model
-    from megatron_mosa.model.state import stored_tensors
+    from megatron_mosa.model import build_empty_model, stored_tensors
 
     _check_size(source.config, size)
     one_layer = replace(source.config, model=replace(source.config.model, num_layers=1))
@@ -84,7 +89,7 @@ def _check_size(config: Config, size: int) -> None:
 
 
 def _write(source: CheckpointReader, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool) -> None:
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     tensors = {k: info for k, info in source.state.tensors.items() if k.startswith("model.") or not drop_optimizer}
     cuts = {key: (dims[name], size) for key in tensors if size > 1 and (name := key.partition(".")[2]) in dims}

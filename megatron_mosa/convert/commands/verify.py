@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import damage_as_run_error
+from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
 from megatron_mosa.convert.model_reader import ModelReader, open_model
@@ -64,7 +64,7 @@ def _check_shapes(ours: ModelReader, theirs: ModelReader) -> None:
 
 def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
     """Return the largest difference, and a description of what was compared."""
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     both_ours = isinstance(ours, CheckpointReader) and isinstance(theirs, CheckpointReader)
     weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import MANIFEST, DamagedError, find_damage, is_recorded
+from megatron_mosa.checkpoint import MANIFEST, DamagedError, find_damage, is_recorded
 from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.model_config import from_transformers

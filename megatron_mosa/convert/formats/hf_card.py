@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.checkpoint.format import Metadata
+from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import causality_label, read_journal
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_mosa.checkpoint.format import Metadata
-from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.checkpoint import Metadata
+from megatron_mosa.config import blend_parts
 from megatron_mosa.errors import RunError, UserError
 
 
@@ -29,9 +29,14 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
     Raises:
         UserError: the tokenizer does not exist, or is not the model's.
     """
-    from megatron_mosa.data import end_of_document_id, load_manifest, load_tokenizer
-    from megatron_mosa.data.manifest import MANIFEST_FILE
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, tokenizer_identity
+    from megatron_mosa.data import (
+        MANIFEST_FILE,
+        TOKENIZER_FILE,
+        end_of_document_id,
+        load_manifest,
+        load_tokenizer,
+        tokenizer_identity,
+    )
 
     folder = given or _dataset(metadata)
     file = folder / TOKENIZER_FILE if folder is not None and folder.is_dir() else folder
@@ -55,8 +60,7 @@ def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -
     A template that adds special tokens, such as Llama's leading <s>, is removed: training never saw them there.
     Otherwise the file is copied unchanged.
     """
-    from megatron_mosa.data import load_tokenizer
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, adds_special_tokens
+    from megatron_mosa.data import TOKENIZER_FILE, adds_special_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(str(found.file))
     if adds_special_tokens(found.file):
@@ -86,8 +90,7 @@ def check_exported_tokenizer(found: FoundTokenizer, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    from megatron_mosa.data import load_tokenizer
-    from megatron_mosa.data.tokenizer import PROBE
+    from megatron_mosa.data import PROBE, load_tokenizer
 
     # This export wrote the folder's code; without the flag, transformers prompts for confirmation and blocks.
     exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_mosa.checkpoint.format import Metadata
-from megatron_mosa.checkpoint.manifest import DamagedError, find_damage
-from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.checkpoint import DamagedError, Metadata, StateReader, find_damage
 from megatron_mosa.config import Config
 from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.convert.weights import Weight, model_weights

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.errors import RunError, StorageError, UserError
-from megatron_mosa.utils.errors import first_line
-from megatron_mosa.utils.files import sync
+from megatron_mosa.utils import first_line, sync
 
 _MOSA = {"r.0.weight": "router_weight", "QKV.W": "qkv_weight", "O.W": "proj_weight"}
 _OTHERS = {"W_QKV.weight": "qkv_weight", "W_O.weight": "proj_weight"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from megatron_mosa.checkpoint.manifest import DamagedError
+from megatron_mosa.checkpoint import DamagedError
 
 
 class Placeholder:

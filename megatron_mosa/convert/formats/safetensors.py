@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import DamagedError, FileRecord, sync_and_evict
+from megatron_mosa.checkpoint import DamagedError, FileRecord, sync_and_evict
 from megatron_mosa.errors import StorageError, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -127,7 +127,7 @@ def write_shards(pieces: Sequence[Piece], folder: Path) -> dict[str, FileRecord]
     Raises:
         StorageError: writing failed.
     """
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     shards = list(_plan(pieces))
     weight_map: dict[str, str] = {}

@@ -19,8 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.reader import StateReader
+from megatron_mosa.checkpoint import DamagedError, StateReader
 from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.megatron_args import from_megatron_args
 from megatron_mosa.convert.formats.safe_load import safe_load
@@ -163,7 +162,7 @@ def _candidate_places(weight: Weight) -> Iterator[WeightLocation]:
 
 
 def _verify_checksums(state: StateReader, keys: set[str]) -> None:
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     total = sum(state.tensors[key].elements * state.tensors[key].dtype.itemsize for key in keys)
     with progress(total, "verifying checksums") as bar:

@@ -21,9 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint.file_slice import find_corruption
-from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.reader import TensorInfo
+from megatron_mosa.checkpoint import DamagedError, TensorInfo, find_corruption
 from megatron_mosa.convert.formats.safe_load import safe_load
 from megatron_mosa.convert.locate import deepspeed_tags
 from megatron_mosa.errors import UserError
@@ -107,7 +105,7 @@ class ZeroReader:
         return whole
 
     def _check_files(self, first: Path) -> None:
-        from megatron_mosa.utils.progress import progress
+        from megatron_mosa.utils import progress
 
         count = _get(_get(self._load(first.name), "optimizer_state_dict"), "partition_count")
         counts = set(count) if isinstance(count, list) else {count}

@@ -106,7 +106,7 @@ def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
     """
     if given is not None:
         return given, "--dense-heads"
-    from megatron_mosa.model.costs import dense_head_flops, local_head_flops, mosa_head_flops
+    from megatron_mosa.model import dense_head_flops, local_head_flops, mosa_head_flops
 
     width, size, length = config.hidden_size, config.head_dim, config.max_position_embeddings
     dense = dense_head_flops(width, size, length)

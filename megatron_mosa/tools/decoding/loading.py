@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_mosa.convert import Kind, find_model, read_json
 from megatron_mosa.convert.commands.export_hf import export_hf
-from megatron_mosa.convert.formats.safetensors import read_json
-from megatron_mosa.convert.locate import Kind, find_model
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 

@@ -11,7 +11,7 @@ import typer
 from megatron_mosa.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from megatron_mosa.convert.model_reader import ModelReader
+    from megatron_mosa.convert import ModelReader
     from megatron_mosa.data import Mixture
 
 _DTYPES = ("float32", "bfloat16")
@@ -58,12 +58,12 @@ def evaluate(
     import torch
     from rich.console import Console
 
-    from megatron_mosa.checkpoint.manifest import damage_as_run_error
-    from megatron_mosa.convert.model_reader import open_model
+    from megatron_mosa.checkpoint import damage_as_run_error
+    from megatron_mosa.convert import open_model
     from megatron_mosa.tools.evaluation.evaluate import Settings
     from megatron_mosa.tools.evaluation.evaluate import evaluate as measure
     from megatron_mosa.tools.evaluation.report import print_report
-    from megatron_mosa.utils.progress import progress
+    from megatron_mosa.utils import progress
 
     with damage_as_run_error(path):
         model = open_model(path)
@@ -97,9 +97,8 @@ def _device(name: str) -> Any:
 
 def _dataset(model: ModelReader, path: Path | None) -> Mixture:
     """Open the given dataset, or the one that the model was trained on."""
-    from megatron_mosa.config.schema import DataSection
-    from megatron_mosa.convert.dataset import open_dataset
-    from megatron_mosa.convert.formats.mosa import CheckpointReader
+    from megatron_mosa.config import DataSection
+    from megatron_mosa.convert import CheckpointReader, open_dataset
     from megatron_mosa.data import open_mixture
 
     if isinstance(model, CheckpointReader):

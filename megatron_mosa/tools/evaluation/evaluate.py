@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import Config
-from megatron_mosa.convert.model_reader import ModelReader
+from megatron_mosa.convert import ModelReader
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import causality_label
-from megatron_mosa.model.calibration import calibrate
+from megatron_mosa.model import calibrate
 from megatron_mosa.tools.evaluation.flips import flip_rates
 from megatron_mosa.tools.evaluation.losses import (
     ProgressCallback,

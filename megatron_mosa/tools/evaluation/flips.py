@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_mosa.attention.thresholds import mosa_layers
+from megatron_mosa.attention import mosa_layers
 from megatron_mosa.data import ValidationSamples
-from megatron_mosa.metrics.selection import recorded_selection
+from megatron_mosa.metrics import recorded_selection
 from megatron_mosa.tools.evaluation.losses import ProgressCallback, batches
 from megatron_mosa.tools.evaluation.model import EvaluationModel
 

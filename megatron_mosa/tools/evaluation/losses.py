@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mosa.data import ValidationSamples
-from megatron_mosa.data.loader import validation_batches
+from megatron_mosa.data import ValidationSamples, validation_batches
 from megatron_mosa.tools.evaluation.model import EvaluationModel
 
 ProgressCallback = Callable[[int], object]

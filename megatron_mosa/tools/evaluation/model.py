@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.convert.logits import load_weights, single_process_groups
-from megatron_mosa.convert.model_reader import ModelReader
+from megatron_mosa.convert import ModelReader, load_weights, single_process_groups
 from megatron_mosa.kernels import Documents
-from megatron_mosa.model import build_empty_model
-from megatron_mosa.model.calibration import calibrating
+from megatron_mosa.model import build_empty_model, calibrating
 
 _BLOCK = 8192  # tokens per block of the cross entropy: fp32 logits of a whole batch would dominate memory
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
-from megatron_mosa.model import paper_flops, parameter_count
-from megatron_mosa.model.costs import dense_head_flops, mosa_head_flops
+from megatron_mosa.model import dense_head_flops, mosa_head_flops, paper_flops, parameter_count
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mosa.config import Config, check_world_size
-from megatron_mosa.config.rules import check
+from megatron_mosa.config import Config, check, check_world_size
 from megatron_mosa.errors import UserError, nearest
 
 _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"

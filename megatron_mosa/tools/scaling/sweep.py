@@ -23,8 +23,7 @@ from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.tools.scaling.layouts import SweepLayout
 from megatron_mosa.tools.scaling.sweep_report import NORM_TOLERANCE, TOLERANCE, Row, Sweep, write_report
 from megatron_mosa.tools.scaling.sweep_worker import PACKAGES, Job
-from megatron_mosa.utils.files import write_atomically
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils import versions, write_atomically
 
 REFERENCE = "reference"
 _OWN = ("request.json", "results.csv", "results.md", "scaling.png", "jobs", "layouts", "logs", "seed")
@@ -73,7 +72,7 @@ def run_sweep(request: Request, launch: Launch | None = None, force: bool = Fals
         UserError: a problem with the dataset, or an output directory that holds something else.
         RunError: the reference fails, or a layout's losses or gradient norms deviate from the reference's.
     """
-    from megatron_mosa.train.start import check_start
+    from megatron_mosa.train import check_start
 
     # The reference uses as few threads as the others: with one per core, a busy machine slows it down twenty-fold.
     launch = launch or LocalLaunch(max(1, (os.cpu_count() or 1) // request.processes))

@@ -34,10 +34,8 @@ from megatron_mosa.parallel import (
     launch_environment,
     use_deterministic_algorithms,
 )
-from megatron_mosa.train.schedule import learning_rate
-from megatron_mosa.train.start import ResumePoint, check_start, training_samples
-from megatron_mosa.utils.files import write_atomically
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.train import ResumePoint, check_start, learning_rate, training_samples
+from megatron_mosa.utils import versions, write_atomically
 
 PACKAGES = ("torch", "megatron-core", "deepspeed")  # that, with this project, determine a result
 PROFILED_STEPS = 2

@@ -14,7 +14,7 @@ from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import StorageError
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils import versions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_mosa.data.integrity import FileHash, HashingProcess
+from megatron_mosa.data import FileHash, HashingProcess
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import on_main_rank

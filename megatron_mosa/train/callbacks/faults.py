@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from megatron_mosa.resilience.faults import FaultInjection
+from megatron_mosa.resilience import FaultInjection
 from megatron_mosa.train.trainer import Callback, Trainer
 
 

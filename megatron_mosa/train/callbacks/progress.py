@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from megatron_mosa.attention.thresholds import is_causal
+from megatron_mosa.attention import is_causal
 from megatron_mosa.engine import StepResult
 from megatron_mosa.metrics import peak_flops, peak_memory_gib, recorded_selection, selection_statistics
 from megatron_mosa.model import model_flops

@@ -7,11 +7,10 @@ from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 
-from megatron_mosa.config.schema import ResilienceSection
+from megatron_mosa.config import ResilienceSection
 from megatron_mosa.engine import StepResult
 from megatron_mosa.errors import UnrecoverableError
-from megatron_mosa.resilience.services import ResilienceServices
-from megatron_mosa.resilience.spikes import SpikeDetector
+from megatron_mosa.resilience import ResilienceServices, SpikeDetector
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
 

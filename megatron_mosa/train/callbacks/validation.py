@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_mosa.attention.thresholds import is_causal
+from megatron_mosa.attention import is_causal
 from megatron_mosa.data import ValidationSamples, validation_batches
 from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.train.trainer import Callback, Trainer

@@ -1,0 +1,57 @@
+"""The commands ``mosa config``: show, compare and list configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mosa.commands.arguments import Overrides
+from megatron_mosa.config import REFERENCE_FILE, difference, load_config, origins, reference, resolved, summary
+from megatron_mosa.errors import UserError
+
+
+def show(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file. Omit it to print all keys with their meaning.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print a resolved configuration with the origin of each value, or the annotated reference of all keys."""
+    if config is None:
+        print(reference(), end="")
+    else:
+        print(resolved(load_config(config, overrides or []), origins(config, overrides or [])), end="")
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="YAML file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="YAML file.")],
+) -> None:
+    """Print the keys whose values differ between two configurations."""
+    rows = list(difference(load_config(first), load_config(second)))
+    if not rows:
+        print(f"{first} and {second} hold the same configuration")
+        return
+    rows.insert(0, ("key", str(first), str(second)))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    for key, ours, theirs in rows:
+        print(f"{key:{widths[0]}}  {ours:{widths[1]}}  {theirs}")
+
+
+def list_configurations(
+    folder: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The directory to search.")] = Path("configs"),
+) -> None:
+    """List the configurations in a directory with a summary of each model."""
+    if not folder.is_dir():
+        raise UserError(
+            f"'{folder}' is not a directory; give one that contains YAML files, such as the project's configs/"
+        )
+    rows = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
+    if not rows:
+        raise UserError(
+            f"'{folder}' contains no YAML files; give a directory that does, such as the project's configs/"
+        )
+    for name, path in rows.items():
+        print(f"{name:{max(map(len, rows))}}  {summary(load_config(path))}")

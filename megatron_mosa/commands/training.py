@@ -1,0 +1,42 @@
+"""Start a training process; shared by ``mosa pretrain`` and pretrain_mosa.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mosa.config import check_world_size, load_config
+from megatron_mosa.entry import gc_disabled_during_imports
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import DONE
+from megatron_mosa.resilience import block_sigusr1
+
+
+def start_training(
+    path: str | Path, overrides: Sequence[str], *, check_only: bool = False, world_size: int | None = None
+) -> int:
+    """Check the configuration and, without ``check_only``, train; return the exit code.
+
+    Args:
+        path: a YAML file.
+        overrides: ``section.key=value``.
+        check_only: check the configuration, the layout and the data, and do not train.
+        world_size: with ``check_only``: number of processes to check for; None: 1.
+
+    Raises:
+        UserError: whatever ``train.check_start`` rejects.
+    """
+    if world_size is not None and (world_size < 1 or not check_only):
+        raise UserError(f"--world-size must be at least 1 and needs --check-only, got {world_size}")
+    config = load_config(path, overrides, checks_batches=False)  # pretrain checks them
+    if check_only:
+        check_world_size(config, world_size or 1)
+    else:
+        block_sigusr1()
+    with gc_disabled_during_imports():
+        from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
+
+    if check_only:
+        check_start(config, world_size or 1)
+        return DONE
+    return pretrain(config)
