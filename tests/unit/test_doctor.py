@@ -18,7 +18,7 @@ from megatron_mosa.cli import app
 from megatron_mosa.cluster.doctor import job as doctor_job
 from megatron_mosa.cluster.doctor import node as doctor_node
 from megatron_mosa.cluster.doctor.collectives import bus_bandwidth
-from megatron_mosa.cluster.doctor.command import Settings
+from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.meeting import absent_nodes
 from megatron_mosa.cluster.doctor.node import Finding, Report, check_gpus, check_versions, driver_version
 from megatron_mosa.cluster.doctor.verdict import Verdict, as_json, judge, lines, minority
@@ -239,7 +239,7 @@ def test_too_little_space_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("found", "code"), [(0, STOPPED), (1, 1)])
 def test_sigusr1_during_the_checks(monkeypatch: pytest.MonkeyPatch, found: int, code: int) -> None:
-    def examine(_: Settings) -> int:
+    def examine(_: DoctorOptions) -> int:
         os.kill(os.getpid(), signal.SIGUSR1)
         return found
 
@@ -251,7 +251,7 @@ def test_sigusr1_during_the_checks(monkeypatch: pytest.MonkeyPatch, found: int, 
 
 def test_an_unwritable_json_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    settings = Settings(tmp_path, tmp_path / "file" / "doctor.json", timeout=5, minimum_disk=0, slow=1.5)
+    settings = DoctorOptions(tmp_path, tmp_path / "file" / "doctor.json", timeout=5, minimum_disk=0, slow=1.5)
     assert doctor_job._publish(Verdict([], [], [], []), settings) == 1
     assert "error: writing --json=" in capsys.readouterr().err
 
@@ -261,7 +261,7 @@ def test_a_hanging_check_times_out_and_is_bad(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(doctor_node, "check_versions", lambda report: report.facts.update(torch=None))
     monkeypatch.setattr(doctor_node, "check_directory", lambda *_: released.wait(60))
     report = Report(0, "n0")
-    assert doctor_job._look(report, ["n0"], None, Settings(tmp_path, None, timeout=0.3, minimum_disk=0, slow=1.5))
+    assert doctor_job._look(report, ["n0"], None, DoctorOptions(tmp_path, None, timeout=0.3, minimum_disk=0, slow=1.5))
     released.set()
     assert [finding.what for finding in report.findings] == ["the check 'run directory' did not finish within 0.3 s"]
 
