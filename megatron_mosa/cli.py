@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -15,7 +15,7 @@ from megatron_mosa.cluster.slurm.command import submit
 from megatron_mosa.cluster.status import status
 from megatron_mosa.commands import checkpoint, config, data
 from megatron_mosa.commands.pretrain import pretrain
-from megatron_mosa.entry import raise_gc_threshold, run
+from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
 from megatron_mosa.tools.decoding.commands import cache_report, generate
 from megatron_mosa.tools.evaluation.command import evaluate
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
@@ -24,7 +24,6 @@ Command = Callable[..., None]
 
 
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Pretrain, convert, evaluate and decode MoSA language models, and prepare their data and jobs."""
     if show:
         print(__version__)
         raise typer.Exit
@@ -35,18 +34,19 @@ class Group:
     """A group of commands.
 
     Attributes:
-        help: its description; None: the docstring of ``callback``.
+        help: its description.
         callback: called before any command of the group.
+        runs_alone: whether ``callback`` is called without a command, too.
     """
 
-    help: str | None
+    help: str
     commands: dict[str, Command | Group]
     callback: Command | None = None
-    options: dict[str, bool] = field(default_factory=dict)
+    runs_alone: bool = False
 
 
 COMMANDS = Group(
-    None,
+    "Pretrain, convert, evaluate and decode MoSA language models, and prepare their data and jobs.",
     {
         "pretrain": pretrain,
         "data": Group(
@@ -64,7 +64,7 @@ COMMANDS = Group(
             {"show": config.show, "diff": config.diff, "list": config.list_configurations},
         ),
         "checkpoint": Group(
-            None,
+            "Inspect and convert checkpoints, in one process without a GPU.",
             {
                 "inspect": checkpoint.inspect_checkpoint,
                 "export": checkpoint.export_checkpoint,
@@ -73,7 +73,7 @@ COMMANDS = Group(
                 "causalize": checkpoint.causalize_checkpoint,
                 "verify": checkpoint.verify_checkpoint,
             },
-            checkpoint.keep_memory,
+            keep_freed_memory,
         ),
         "evaluate": evaluate,
         "generate": generate,
@@ -85,17 +85,15 @@ COMMANDS = Group(
         "doctor": doctor,
     },
     version,
-    {"invoke_without_command": True},
+    runs_alone=True,
 )
 
 
 def build_app(group: Group) -> typer.Typer:
     """Return the Typer app of a group and all groups below it."""
-    app = (
-        typer.Typer(no_args_is_help=True) if group.help is None else typer.Typer(help=group.help, no_args_is_help=True)
-    )
+    app = typer.Typer(help=group.help, no_args_is_help=True)
     if group.callback is not None:
-        app.callback(**group.options)(group.callback)
+        app.callback(invoke_without_command=group.runs_alone)(group.callback)
     for name, command in group.commands.items():
         if isinstance(command, Group):
             app.add_typer(build_app(command), name=name)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from megatron_mosa.entry import keep_freed_memory
 from megatron_mosa.errors import UserError
 
 CheckpointPath = Annotated[
@@ -15,11 +14,6 @@ CheckpointPath = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.")]
-
-
-def keep_memory() -> None:
-    """Inspect and convert checkpoints, in one process without a GPU."""
-    keep_freed_memory()
 
 
 def inspect_checkpoint(

@@ -30,7 +30,10 @@ PROGRAMS = {
 # First lines of blocks without commands: trees, drawings, files.
 NO_COMMANDS = {
     "README.md": ["runs/NAME/"],
-    "docs/architecture.md": ["9 cli.py one table of all commands of `mosa` pretrain_mosa.py", "input, [T, B, h] or its sequence slice"],
+    "docs/architecture.md": [
+        "9 cli.py one table of all commands of `mosa` pretrain_mosa.py",
+        "input, [T, B, h] or its sequence slice",
+    ],
     "docs/checkpoints.md": ["runs/NAME/checkpoints/step-00000300/"],
     "docs/containers.md": ["FROM IMAGE"],
     "docs/data.md": ["data.path/", "data:"],

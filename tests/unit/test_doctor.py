@@ -18,9 +18,9 @@ from megatron_mosa.cli import app
 from megatron_mosa.cluster.doctor import job as doctor_job
 from megatron_mosa.cluster.doctor import node as doctor_node
 from megatron_mosa.cluster.doctor.collectives import bus_bandwidth
-from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.meeting import absent_nodes
 from megatron_mosa.cluster.doctor.node import Finding, Report, check_gpus, check_versions, driver_version
+from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.verdict import Verdict, as_json, judge, lines, minority
 from megatron_mosa.entry import run
 from megatron_mosa.exit_codes import STOPPED

@@ -1,12 +1,19 @@
-"""Garbage collection in entry points."""
+"""Entry points: garbage collection, the table of commands and ``mosa pretrain``."""
 
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_mosa.cli import COMMANDS, Group, app
+from megatron_mosa.commands import pretrain as commands_pretrain
+from megatron_mosa.commands.training import start_training
 from megatron_mosa.entry import gc_disabled_during_imports, run
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import STOPPED
 
 
 def test_the_collector_ignores_imported_objects_and_then_resumes() -> None:
@@ -31,3 +38,46 @@ def test_a_program_exits_without_a_final_collection() -> None:
         assert not any(thing is made[0] for thing in gc.get_objects())
     finally:
         gc.unfreeze()
+
+
+def test_mosa_pretrain_starts_training_and_exits_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(path: Path, overrides: list[str], *, check_only: bool, world_size: int | None) -> int:
+        started.append((path, overrides, check_only, world_size, gc.get_threshold()))
+        return STOPPED
+
+    monkeypatch.setattr(commands_pretrain, "start_training", start)
+    before = gc.get_threshold()
+    try:
+        arguments = ["pretrain", "c.yaml", "--local_rank=1", "train.steps=3", "run.name=a"]
+        assert CliRunner().invoke(app, arguments).exit_code == STOPPED
+        arguments = ["pretrain", "c.yaml", "--check-only", "--world-size", "2"]
+        assert CliRunner().invoke(app, arguments).exit_code == STOPPED
+    finally:
+        gc.set_threshold(*before)
+    assert started == [
+        (Path("c.yaml"), ["train.steps=3", "run.name=a"], False, None, (700, 10, 10)),
+        (Path("c.yaml"), [], True, 2, (700, 10, 10)),
+    ]
+
+
+def test_a_world_size_without_check_only_is_rejected() -> None:
+    with pytest.raises(UserError, match="--world-size must be at least 1 and needs --check-only, got 2"):
+        start_training("c.yaml", [], world_size=2)
+
+
+def _names(group: Group, before: str = "mosa") -> list[str]:
+    return [
+        name
+        for key, command in group.commands.items()
+        for name in (_names(command, f"{before} {key}") if isinstance(command, Group) else [f"{before} {key}"])
+    ]
+
+
+def test_the_table_has_every_promised_command() -> None:
+    promised = """mosa pretrain|mosa data build|mosa data index|mosa data inspect|mosa data verify|mosa data sample
+        mosa checkpoint inspect|mosa checkpoint reshard|mosa checkpoint export|mosa checkpoint import
+        mosa checkpoint verify|mosa checkpoint causalize|mosa config show|mosa config diff|mosa config list
+        mosa evaluate|mosa generate|mosa cache-report|mosa isoflop|mosa sweep|mosa submit|mosa status|mosa doctor"""
+    assert sorted(_names(COMMANDS)) == sorted(name.strip() for name in promised.replace("\n", "|").split("|"))
