@@ -1,4 +1,4 @@
-"""Save, load and manage checkpoints in a format that is independent of the parallel layout."""
+"""The format of checkpoints, independent of the parallel layout, and what a run needs to save and load them."""
 
 from megatron_mosa.checkpoint.file_slice import find_corruption
 from megatron_mosa.checkpoint.format import (

@@ -1,4 +1,4 @@
-"""Resilience of a run: signals, time limits, hangs, loss spikes, a status file and node checks."""
+"""Resilience services of a run: signals, time limit, watchdog, status file, loss spikes and injected faults."""
 
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import block_sigusr1

@@ -1,4 +1,4 @@
-"""Helpers without a subject of their own: files, versions, error texts."""
+"""Helpers without a subject of their own: atomic files, versions, progress bars, first lines of errors."""
 
 from megatron_mosa.utils.errors import first_line
 from megatron_mosa.utils.files import replace_directory, sync, write_atomically

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from megatron_mosa.checkpoint.manifest import files_below, hash_files
 from megatron_mosa.cli import main
-from megatron_mosa.convert.commands import export_hf as hf_export
+from megatron_mosa.convert.commands import export_hf as export_module
 from megatron_mosa.convert.commands.export_fp32 import export_state_dict
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
@@ -246,8 +246,8 @@ def file_names(folder: Path) -> list[str]:
 def test_a_model_that_does_not_match_is_not_exported(
     trained: dict[str, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = hf_export.to_transformers
-    monkeypatch.setattr(hf_export, "to_transformers", lambda *given: right(*given) | {"rotary_base": 501.0})
+    right = export_module.to_transformers
+    monkeypatch.setattr(export_module, "to_transformers", lambda *given: right(*given) | {"rotary_base": 501.0})
     with pytest.raises(
         RunError, match=r"the KL divergence of their logits reaches .* must be at most 1e-06; nothing was"
     ):

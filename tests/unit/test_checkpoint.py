@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
-from megatron_mosa.checkpoint import store as lifecycle
+from megatron_mosa.checkpoint import store as store_module
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import MANIFEST, files_below, find_damage, hash_files, write_manifest
 from megatron_mosa.convert.target import atomic_folder
@@ -194,10 +194,10 @@ def test_saves_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         done.append("copied")
         return {"model.weight": torch.ones(3)}
 
-    monkeypatch.setattr(lifecycle, "reserve", lambda engine, memory: slowly("reserved"))
-    monkeypatch.setattr(lifecycle, "snapshot", snapshot)
-    write = lifecycle.write_state
-    monkeypatch.setattr(lifecycle, "write_state", lambda *args: (write(*args), slowly("written")))
+    monkeypatch.setattr(store_module, "reserve", lambda engine, memory: slowly("reserved"))
+    monkeypatch.setattr(store_module, "snapshot", snapshot)
+    write = store_module.write_state
+    monkeypatch.setattr(store_module, "write_state", lambda *args: (write(*args), slowly("written")))
     store, engine = CheckpointStore(tmp_path, keep_last=9), cast(Any, None)
     store.prepare(engine)
     saves = [store.begin_save(engine, metadata(step)) for step in (4, 8)]
