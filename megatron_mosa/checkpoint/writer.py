@@ -62,7 +62,7 @@ def write_state_offline(
         with (
             warnings.catch_warnings(),
             closing(_ReadingPlanner(read, cuts or {}, read_part)) as planner,
-            closing(_SettledFiles()) as files,
+            closing(_SyncedFiles()) as files,
         ):
             warnings.simplefilter("ignore")  # torch warns that there is no process group
             writer.fs = files
@@ -85,7 +85,7 @@ def is_storage_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(phrase in str(error) for phrase in phrases)
 
 
-class _SettledFiles(FileSystem):
+class _SyncedFiles(FileSystem):
     """Torch's file system; syncs and hashes every written file in a thread (``sync_and_evict``)."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class _SettledFiles(FileSystem):
             self._records[Path(path)] = self._pool.submit(sync_and_evict, Path(path))
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        """Wait until the file is settled, then rename it; torch renames the complete index into place."""
+        """Wait until the file is on disk, then rename it; torch renames the complete index into place."""
         self._records[Path(path)].result()
         super().rename(path, new_path)
         self._records[Path(new_path)] = self._records.pop(Path(path))

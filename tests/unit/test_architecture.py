@@ -16,9 +16,8 @@ from megatron_mosa.hf import MODELLING_FILES
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 ROOT = PACKAGE.parent
 LEVELS = [
-    {"errors", "exit_codes"},
-    {"entry", "utils"},
-    {"config", "hf", "kernels", "parallel"},
+    {"errors", "exit_codes", "utils"},
+    {"config", "entry", "hf", "kernels", "parallel"},
     {"attention", "data", "resilience"},
     {"model"},
     {"engine", "metrics"},

@@ -43,12 +43,12 @@ def safe_load(file: Path | BytesIO, name: str, harmless: Collection[str], known:
     try:
         with safe_globals([*known]):
             unsafe = get_unsafe_globals_in_checkpoint(file)
-        stand_ins = [entry for entry in unsafe if entry in harmless or entry.startswith(prefixes)]
-        if refused := sorted(set(unsafe) - set(stand_ins)):
+        placeholders = [entry for entry in unsafe if entry in harmless or entry.startswith(prefixes)]
+        if refused := sorted(set(unsafe) - set(placeholders)):
             raise DamagedError(f"{name} refers to {refused[0]}; refused to load it, no code was run")
         if isinstance(file, BytesIO):
             file.seek(0)
-        with safe_globals([*known, *((Placeholder, entry) for entry in stand_ins)]):
+        with safe_globals([*known, *((Placeholder, entry) for entry in placeholders)]):
             return torch.load(file, "cpu", weights_only=True, mmap=isinstance(file, Path))
     except OSError as error:
         raise DamagedError(f"{name} cannot be read ({error.strerror})") from None

@@ -67,26 +67,26 @@ class CacheSize:
         return sum(self.used.values())
 
 
-def report(request: CacheReportOptions, output: Path | None, *, as_json: bool) -> None:
+def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -> None:
     """Measure the cache, print a table or JSON, and write cache.json and cache.png to ``output``.
 
     Raises:
         UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
     """
-    model, tokenizer = load_model(request.path, request.device, request.dtype, request.tokenizer)
+    model, tokenizer = load_model(options.path, options.device, options.dtype, options.tokenizer)
     if not model.config.can_decode:
         raise UserError(
-            f"'{request.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
+            f"'{options.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
             "is no cache to measure; pass a model with mosa.selection=threshold or without MoSA heads"
         )
-    check_thresholds(model, request.path)
-    heads, reason = baseline_heads(model.config, request.dense_heads)
-    tokens = _tokens(request, model.config, tokenizer)
-    rows = measure(model, tokens, request.lengths, heads, request.exact_up_to)
+    check_thresholds(model, options.path)
+    heads, reason = baseline_heads(model.config, options.dense_heads)
+    tokens = _tokens(options, model.config, tokenizer)
+    rows = measure(model, tokens, options.lengths, heads, options.exact_up_to)
     facts = {
-        "model": str(request.path),
+        "model": str(options.path),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tokens": f"from {request.text}" if request.text else "random",
+        "tokens": f"from {options.text}" if options.text else "random",
         "baseline": f"{heads} dense heads per layer ({reason}), keys and values of every token, computed",
         "sparsity": model.config.sparsity if model.config.num_mosa_heads else None,
     }
@@ -119,21 +119,21 @@ def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
     return -(-layer // dense), f"equal FLOPs at {length} tokens"
 
 
-def _tokens(request: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> Tensor:
+def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> Tensor:
     """Return tokens [1, T] for the largest requested length T."""
-    needed = request.lengths[-1]
-    if request.text is None:
+    needed = options.lengths[-1]
+    if options.text is None:
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
     if tokenizer is None:
-        raise UserError(f"--text={request.text}: '{request.path}' has no tokenizer.json; omit --text")
+        raise UserError(f"--text={options.text}: '{options.path}' has no tokenizer.json; omit --text")
     try:
-        text = request.text.read_text(encoding="utf-8", errors="replace")
+        text = options.text.read_text(encoding="utf-8", errors="replace")
         ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     except OSError as error:
-        raise UserError(f"could not read --text={request.text}: {error.strerror}; pass a text file") from None
+        raise UserError(f"could not read --text={options.text}: {error.strerror}; pass a text file") from None
     if ids.shape[1] < needed:
         raise UserError(
-            f"--text={request.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
+            f"--text={options.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
             "text or shorter lengths"
         )
     return ids[:, :needed]

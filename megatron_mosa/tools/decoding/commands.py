@@ -93,8 +93,8 @@ def cache_report(
             raise UserError(f"--{name} must be at least 1, got {value}")
     from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report
 
-    request = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
-    report(request, output, as_json=as_json)
+    options = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
+    report(options, output, as_json=as_json)
 
 
 def parse_lengths(text: str) -> list[int]:
