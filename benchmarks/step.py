@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "1b_mosa": ("scale/1b_mosa.yaml", _1B),
     "1b_mosa_one": ("scale/1b_mosa.yaml", [*_1B, "train.global_batch_size=4"]),
     "1b_twin": ("scale/1b_mosa.yaml", [*_1B, "mosa.num_heads=0", "model.num_dense_heads=5"]),
+    "1b_128k": ("scale/1b_mosa.yaml", [*_1B, "data.vocab_size=128000"]),
+    "first_gpu_run": ("first_gpu_run.yaml", ["data.vocab_size=8000"]),
     "1b_threshold": ("scale/1b_mosa.yaml", [*_1B, *_THRESHOLDS]),
     "dense_1b4": ("paper/tiny.yaml", _DENSE),
     **_pair("tiny", 17, 32),
@@ -133,16 +135,20 @@ def _profile(step: Any) -> dict[str, Any]:
     )
     kernels = [kernel for kernel in kernels if not kernel[2].startswith(("ProfilerStep", "Optimizer."))]
     busy, end, kinds = 0, 0, dict.fromkeys([*KINDS, "elementwise and other"], 0.0)
+    gaps, last = [], ""
     for start, stop, name in kernels:
+        if end and start > end:
+            gaps.append(((start - end) / 1e6, last, name))
         busy += max(0, stop - max(start, end))
-        end = max(end, stop)
+        end, last = max(end, stop), name
         known = {} if name.startswith("triton_") else KINDS  # Inductor's names tell of all that they fuse
         found = (kind for kind, words in known.items() if any(word in name for word in words))
         kinds[next(found, "elementwise and other")] += (stop - start) / 1e6 / PROFILED
     issued = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
     calls = [e.name() for e in events if e.name().startswith("cu") and any(word in e.name() for word in issued)]
     counts = {"kernels": len(kernels) // PROFILED, "host_calls": len(calls) // PROFILED}
-    return {"busy": busy / 1e6 / PROFILED, **counts, "by_kind": kinds}
+    idle = {"largest": sorted(gaps, reverse=True)[:15], "below_10_us": sum(gap for gap, *_ in gaps if gap < 0.01)}
+    return {"busy": busy / 1e6 / PROFILED, **counts, "by_kind": kinds, "idle": idle}
 
 
 def _line(found: dict[str, Any]) -> str:

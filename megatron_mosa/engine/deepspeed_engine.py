@@ -19,9 +19,9 @@ from megatron_mosa.attention.thresholds import forget_scores, mosa_layers, thres
 from megatron_mosa.config import Config
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.engine.graphed import GraphedSteps
-from megatron_mosa.engine.optimizer import adamw, set_state, step_count
+from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
-from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
+from megatron_mosa.engine.zero_state import fill, zero_state
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
@@ -110,13 +110,13 @@ class DeepSpeedEngine:
             raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
         self._engine.train()
         self._record_selection(micro_batches[-1])
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
         counted = self._counted_tokens(micro_batches)
         if self._graphed is not None:
             selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
-            total, norm = self._graphed.take(micro_batches, counted, selects_above)
+            total, norm = self._graphed.take(micro_batches, counted, learning_rate, selects_above)
         else:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = learning_rate
             total, norm = self._take_by_deepspeed(micro_batches, counted)
         # waits for the device, for the only time in a step that is graphed
         mean, count, norm = torch.stack((total.double(), counted, norm.double())).tolist()
@@ -155,8 +155,10 @@ class DeepSpeedEngine:
     def _counted_tokens(self, micro_batches: list[Batch]) -> Tensor:
         """Tokens of the global batch that count, fp64 on the device. Masks are summed where they lie: on the host."""
         count = sum(_sum(batch["loss_mask"]) for batch in micro_batches)
-        counted = torch.as_tensor(count, dtype=torch.float64).to(self.layout.device, non_blocking=True)
-        dist.all_reduce(counted, group=data_parallel_group())
+        # A number becomes a kernel's argument, where a tensor would be copied from memory that is not pinned.
+        counted = torch.zeros((), dtype=torch.float64, device=self.layout.device).add_(count)
+        if data_parallel_group().size() > 1:
+            dist.all_reduce(counted, group=data_parallel_group())
         return counted
 
     @torch.no_grad()

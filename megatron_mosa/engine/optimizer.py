@@ -11,6 +11,8 @@ from megatron_mosa.config import Config
 from megatron_mosa.parallel import partition_of, tensor_parallel_group
 from megatron_mosa.parallel.apex import apex_fused_adam
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices and none on norms: NVIDIA apex's or torch's, fused on GPUs."""
@@ -58,6 +60,43 @@ def set_state(optimizer: torch.optim.Optimizer, tensor: Tensor, moments: dict[st
         state["step"] = torch.tensor(float(step), device=device)
     else:
         _group_of(optimizer, tensor)["step"] = step
+
+
+@torch.no_grad()
+def adamw_step(
+    weights: Tensor,
+    rounded: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    learning_rate: Tensor,
+    scale: Tensor,
+    is_finite: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
+    """AdamW on flat tensors, clipping and the copy in bf16 included: compiled, one pass over memory.
+
+    Args:
+        weights, gradient, exp_avg, exp_avg_sq: fp32 [N].
+        rounded: bf16 [N], the weights that the model computes with.
+        step: how often this was done, an fp32 scalar.
+        learning_rate, scale: fp32 scalars; gradients are multiplied by ``scale``.
+        is_finite: a bool scalar; False: nothing changes.
+    """
+    gradient = gradient * scale
+    count = step + 1
+    mean = exp_avg.lerp(gradient, 1 - beta1)
+    mean_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
+    size = learning_rate / (1 - beta1**count)
+    root = (mean_sq / (1 - beta2**count)).sqrt()
+    stepped = weights * (1 - learning_rate * weight_decay) - size * mean / (root + epsilon)
+    for old, new in ((step, count), (exp_avg, mean), (exp_avg_sq, mean_sq), (weights, stepped)):
+        old.copy_(torch.where(is_finite, new, old))
+    rounded.copy_(weights)
 
 
 def _group_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Any]:

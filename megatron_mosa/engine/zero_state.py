@@ -12,8 +12,6 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 class ZeroState(Protocol):
     """Access to the state of one engine."""

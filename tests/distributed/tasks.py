@@ -21,8 +21,8 @@ from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, optimizer
+from megatron_mosa.engine.optimizer import MOMENTS
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.engine.zero_state import MOMENTS
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_model
 from megatron_mosa.model.state import stored_tensors
