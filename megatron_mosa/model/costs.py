@@ -7,7 +7,7 @@ counted once, vocabulary included; it defines MFU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.config import Config, padded_vocab_size
@@ -75,18 +75,33 @@ def model_flops(config: Config, vocab_size: int, documents: Sequence[Sequence[in
     return round(sum(_sequence_flops(config, vocab_size, lengths) for lengths in documents) / len(documents))
 
 
-def _sequence_flops(config: Config, vocab_size: int, lengths: Sequence[int]) -> float:
+def usual_flops(config: Config, vocab_size: int) -> int:
+    """What others count for the same step: ``model_flops`` with attention in full and the embedding as a product.
+
+    Keys after a query count too, and reading a row of the embedding counts as multiplying by all of it.
+    """
+    embedding = 3 * 2 * config.model.hidden_size * vocab_size * config.data.sequence_length
+    return round(
+        _sequence_flops(config, vocab_size, [config.data.sequence_length], lambda tokens: tokens**2) + embedding
+    )
+
+
+def _sequence_flops(
+    config: Config, vocab_size: int, lengths: Sequence[int], pairs: Callable[[float], float] | None = None
+) -> float:
+    """FLOPs of one sequence; ``pairs`` counts queries and keys of dense and MoSA heads, by default causal ones."""
+    pairs = pairs or _causal_pairs
     model, length = config.model, config.data.sequence_length
     hidden, head_dim = model.hidden_size, model.head_dim
     selected = _selected_of_documents(config, lengths)
     window = local_window(config)
     weights = 2 * hidden * head_dim  # of one of a head's four matrices, for one token
     pair = 4 * head_dim  # of one query and one key: their product, and the value's share
-    dense = 4 * weights * length + pair * sum(map(_causal_pairs, lengths))
+    dense = 4 * weights * length + pair * sum(map(pairs, lengths))
     local = 4 * weights * length + pair * sum(
         _causal_pairs(length) - _causal_pairs(max(length - window, 0)) for length in lengths
     )
-    mosa = 4 * weights * sum(selected) + pair * sum(map(_causal_pairs, selected))
+    mosa = 4 * weights * sum(selected) + pair * sum(map(pairs, selected))
     router = 2 * hidden * length + 4 * hidden * sum(selected)
     matrices = (
         model.num_dense_heads * dense

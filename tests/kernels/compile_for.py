@@ -42,7 +42,7 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
-    "_rotary_kernel", "_cross_entropy_kernel",
+    "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
 }  # fmt: skip
 
 
@@ -130,6 +130,9 @@ def layer(case: Case, capability: int) -> None:
     loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8)).backward()
     with torch.no_grad():
         loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8))
+    with mock.patch.object(loss.distributed, "all_gather_into_tensor"):
+        ranks = mock.Mock(**{"size.return_value": 2, "rank.return_value": 1})
+        loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8), ranks).backward()
     indices = torch.arange(case.selected).expand(64, 9, case.selected)
     for deterministic in (True, False) if capability in case.atomic else (True,):
         output = fused.selected_attention(
