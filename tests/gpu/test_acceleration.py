@@ -19,6 +19,9 @@ KINDS: dict[str, dict] = {
     "llama": {"model__activation": "swiglu", "model__normalization": "RMSNorm", "model__rotary_percent": 1.0},
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2, "mosa__load_feedback": 0.05},
     "tied": {"model__tie_embeddings": True},
+    "local": {"model__num_local_heads": 2},
+    "attention": {"train__recompute": "attention"},
+    "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
 
 
@@ -69,9 +72,33 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
     assert fast["is graphed"] and not plain["is graphed"]
     for ours, theirs in zip(fast["selected"], plain["selected"], strict=True):
         assert (ours & theirs).sum() > 0.95 * theirs.sum()
-    assert (len(fast["thresholds"]) > 0) == (kind == "threshold")
+    assert (len(fast["thresholds"]) > 0) == (config.mosa.selection == "threshold")
     for ours, theirs in zip(fast["thresholds"], plain["thresholds"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("tensor_parallel", "sequence_parallel", "kind"),
+    [(1, False, "hybrid"), (2, True, "llama"), (2, True, "threshold"), (2, False, "local"), (2, True, "attention")],
+)
+def test_steps_on_two_cards(
+    workers: WorkerPools, tensor_parallel: int, sequence_parallel: bool, kind: str, precision: str
+) -> None:
+    """Over NCCL, collectives inside the graphs; fp32 takes compiled layers alone."""
+    config = larger_config(
+        train__precision=precision, parallel__tensor_model_parallel_size=tensor_parallel,
+        parallel__sequence_parallel=sequence_parallel, **KINDS[kind],
+    )  # fmt: skip
+    fast = workers(2).run(acceleration_tasks.steps, config, 6)
+    config.train.acceleration = "none"
+    plain = workers(2).run(acceleration_tasks.steps, config, 6)[0]
+    assert all(facts["is graphed"] == (precision == "bf16") for facts in fast)
+    for facts in fast:
+        assert facts["losses"] == pytest.approx(plain["losses"], rel=2e-5 if precision == "fp32" else 5e-3)
+        assert facts["norms"] == pytest.approx(plain["norms"], rel=1e-3 if precision == "fp32" else 5e-2)
+        assert facts["validation"] == pytest.approx(plain["validation"], rel=2e-5 if precision == "fp32" else 5e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(workers: WorkerPools) -> None:
@@ -90,7 +117,6 @@ def test_another_batch_shape_and_back(workers: WorkerPools) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train__recompute": "full"}, "acceleration: none: train.recompute=full"),
         ({"model__attend_within_documents": True}, "acceleration: none: model.attend_within_documents=true"),
         ({"parallel__zero_stage": 3}, "acceleration: none: parallel.zero_stage=3"),
         ({"parallel__zero_stage": 2}, "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"),
