@@ -86,11 +86,7 @@ class DecoderLayer(torch.nn.Module):
         config, mlp = self.layer.config, self.layer.mlp
         states = self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
         states = F.linear(states, mlp.linear_fc1.weight)
-        if config.gated_linear_unit:
-            gate, states = states.chunk(2, dim=-1)
-            states = config.activation_func(gate) * states
-        else:
-            states = config.activation_func(states)
+        states = self.kernels.swiglu(states) if config.gated_linear_unit else config.activation_func(states)
         return hidden_states + self.region.leave(F.linear(states, mlp.linear_fc2.weight))
 
     def _normalized(self, norm: object, states: Tensor) -> Tensor:

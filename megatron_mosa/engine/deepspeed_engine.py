@@ -61,14 +61,13 @@ class DeepSpeedEngine:
             )[0]
         _move_buffers(model, layout.device)
         self._zero = zero_state(self._engine)
-        if self.acceleration.compiles_layers:
-            parameter = next(model.parameters())
-            model.compile_layers(get_backend("triton", parameter, config.model.head_dim))
         self._graphed: GraphedSteps | None = None
-        if self.acceleration.uses_graphs:
-            self._graphed = GraphedSteps(
-                self._engine.optimizer, self._loss_in_graph, config.optimizer.gradient_clipping
-            )
+        if self.acceleration.compiles_layers:
+            kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
+            model.compile_layers(kernels)
+            if self.acceleration.uses_graphs:
+                clipping = config.optimizer.gradient_clipping
+                self._graphed = GraphedSteps(self._engine.optimizer, self._loss_in_graph, clipping, kernels)
 
     def _settings(self, config: Config) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": config.parallel.zero_stage}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import distributed as dist
 
 from megatron_mosa.engine.optimizer import MOMENTS, adamw_step, set_state
 from megatron_mosa.engine.protocol import Batch
+from megatron_mosa.kernels import naive
 from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
 WARM_UPS = 2  # micro-batches that run as they are before one is captured: the first compiles
@@ -42,12 +44,16 @@ class GraphedSteps:
         optimizer: DeepSpeed's BF16_Optimizer around torch's AdamW.
         loss: of a micro-batch, summed over its tokens; a function of its inputs that never waits for the device.
         max_norm: of the gradients; 0: they are not clipped.
+        kernels: the backend that accumulates gradients.
     """
 
-    def __init__(self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float) -> None:
+    def __init__(
+        self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float, kernels: ModuleType = naive
+    ) -> None:
         self.optimizer = optimizer
         self.loss = loss
         self.max_norm = max_norm
+        self.kernels = kernels
         self.group = data_parallel_group()
         self.flat_gradients: list[Tensor] = optimizer.fp32_groups_gradients_flat
         self.partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition  # views of these
@@ -129,10 +135,7 @@ class GraphedSteps:
         """Move a micro-batch's gradient into the step's, which no pass over memory has to clear before."""
         total, gradient = self._left.pop(parameter), parameter.grad
         assert gradient is not None
-        if self._is_first:
-            total.copy_(gradient)
-        else:
-            total.add_(gradient)
+        self.kernels.accumulate(total, gradient, replaces=self._is_first)
         parameter.grad = (
             None  # else autograd would add the next one to it, in a graph to memory that others use by then
         )

@@ -43,6 +43,7 @@ WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
+    "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
 
 
@@ -125,6 +126,9 @@ def layer(case: Case, capability: int) -> None:
     for documents in (starts, None):
         parts = fused.split_heads(tensors[0].view(512, 64, -1, 4, case.head_dim // 4), 0.5, 1e4, documents)
         torch.cat(parts, dim=1).sum().backward()
+    fused.swiglu(tensors[0]).sum().backward()
+    for replaces in (True, False):
+        fused.accumulate(torch.zeros(4096), tensors[0].detach().flatten()[:4096], replaces)
     vocabulary = torch.zeros(300, 256, dtype=case.dtype, requires_grad=True)
     targets = torch.zeros(8, dtype=torch.int64)
     loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8)).backward()
