@@ -151,8 +151,9 @@ class GraphedSteps:
         is_counted = [self._is_counted(group) for group in self.optimizer.bf16_groups]
         counted = [partition for partition, is_here in zip(self.partitions, is_counted, strict=True) if is_here]
         squares = torch.stack([torch.linalg.vector_norm(partition) for partition in counted]).square().sum()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(squares)  # over data-parallel and tensor-parallel ranks
+        for group in (self.group, tensor_parallel_group()):
+            if group.size() > 1:
+                dist.all_reduce(squares, group=group)
         return squares.sqrt()
 
     def _is_counted(self, parameters: list[torch.nn.Parameter]) -> bool:
