@@ -1,4 +1,4 @@
-"""From text to batches: sources, tokenizer, dataset folders, samples and loaders."""
+"""Turn text into batches: sources, tokenizers, datasets, samples and loaders."""
 
 from megatron_mosa.data.build import build_dataset
 from megatron_mosa.data.loader import training_batches, validation_batches
