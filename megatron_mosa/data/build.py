@@ -37,7 +37,7 @@ from megatron_mosa.data.shards import (
     read_shards,
     write_shards,
 )
-from megatron_mosa.data.sources import STDLIB, Source, open_source
+from megatron_mosa.data.sources import STDLIB, Source, open_source, total_text_bytes
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
     encoding_hash,
@@ -49,7 +49,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils.files import replace_directory, sync, write_atomically
+from megatron_mosa.utils.files import free_megabytes, replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 
@@ -187,11 +187,9 @@ def _disk_errors(target: Path) -> Iterator[None]:
                 f"could not write {error.filename or target}: {error.strerror}; make it writable, or set data.path to "
                 "another folder"
             ) from error
-        existing = next(folder for folder in target.parents if folder.exists())
-        free = shutil.disk_usage(existing).free >> 20
         raise UserError(
-            f"no space left while writing {target} ({free} MB free); free space and run the same command again, or set "
-            "data.path to another disk"
+            f"no space left while writing {target} ({free_megabytes(target)} MB free); free space and run the same "
+            "command again, or set data.path to another disk"
         ) from error
 
 
@@ -288,9 +286,8 @@ def _write(
 
 def _tokenizer_sample(sources: Sequence[Source], budget: int) -> Iterator[str]:
     """Yield ``budget`` bytes of text at most: the beginning of each source, in equal parts if all are long enough."""
-    sizes = [source.text_bytes() for source in sources]
-    total = None if None in sizes else min(budget, sum(size or 0 for size in sizes))
-    with progress(total, "training the tokenizer") as bar:
+    total = total_text_bytes(sources)
+    with progress(None if total is None else min(budget, total), "training the tokenizer") as bar:
         for remaining, source in zip(range(len(sources), 0, -1), sources, strict=True):
             share = budget // remaining
             with closing(source.read()) as documents:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -156,7 +156,10 @@ class HubSource:
         for content in rows:
             read += 1
             location = f"row {read} of {self.name}"
-            row = self._parse(content["text"], location) if is_json_lines else content
+            try:
+                row = _json_object(content["text"]) if is_json_lines else content
+            except ValueError as error:
+                raise UserError(f"data.sources: {location} {error}; repair the dataset or remove it") from None
             state = {"state": rows.state_dict()} if self._streaming else {}
             yield column.text(row, location), {"row": read, **state}
         column.check_found()
@@ -177,29 +180,21 @@ class HubSource:
                 "text", data_files=files, split=f"train{bracket}{part}", streaming=self._streaming
             )
             first = next(iter(lines), None)
-            if first is None or (first["text"].lstrip(_BOM)[:1] == "{" and _is_json(first["text"])):
-                return lines, True
+            with suppress(ValueError):  # not one object per line
+                if first is None or (first["text"].lstrip(_BOM)[:1] == "{" and _json_object(first["text"]) is not None):
+                    return lines, True
         dataset: Any = self._library.load_dataset(
             self._dataset, self._configuration, split=self._split, streaming=self._streaming
         )
         return dataset, False
 
-    def _parse(self, line: str, location: str) -> dict[str, Any]:
-        try:
-            value = parse_line(line.removeprefix(_BOM).encode()) if line.strip() else {}
-            if not isinstance(value, dict):
-                raise ValueError(f"is {line[:40]}, not an object")
-        except ValueError as error:
-            raise UserError(f"data.sources: {location} {error}; repair the dataset or remove it") from None
-        return value
 
-
-def _is_json(line: str) -> bool:
-    try:
-        parse_line(line.removeprefix(_BOM).encode())
-    except ValueError:
-        return False
-    return True
+def _json_object(line: str) -> dict[str, Any]:
+    """Return the object in a line of JSON, {} for a blank line. ValueError as in ``parse_line``, or not an object."""
+    value = parse_line(line.removeprefix(_BOM).encode()) if line.strip() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"is {line[:40]}, not an object")
+    return value
 
 
 def _with_timeout(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> Generator[Item]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from megatron_mosa.data.integrity import FileHash, open_indexed, refuse_damage
 from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils.files import free_megabytes
 
 # mcore masks the loss of the pad token and replaces it by token 0. Documents are packed without padding, so the id must
 # not occur in any text. It must also differ from the end-of-document id, or mcore would change it.
@@ -101,12 +101,10 @@ class PassIndex:
                     if not self.is_built(number):  # otherwise another loader process was first, with the same bytes
                         raise
         except OSError as error:
-            existing = next(folder for folder in (self.root, *self.root.resolve().parents) if folder.is_dir())
-            free = shutil.disk_usage(existing).free >> 20
             raise UserError(
-                f"could not write the sample index to {self.root}: {error.strerror} ({free} MB free); it must be "
-                "writable when a run starts: change its permissions, set data.index_path to another folder, or build "
-                "the index in advance with mosa data index"
+                f"could not write the sample index to {self.root}: {error.strerror} ({free_megabytes(self.root)} MB "
+                "free); it must be writable when a run starts: change its permissions, set data.index_path to another "
+                "folder, or build the index in advance with mosa data index"
             ) from error
 
     def _dataset(self, number: int, cache: Path) -> GPTDataset | BlendedDataset:

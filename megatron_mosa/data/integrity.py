@@ -43,11 +43,6 @@ def recorded_hashes(folder: Path, manifest: Manifest) -> list[FileHash]:
     ]
 
 
-def total_bytes(files: Iterable[FileHash]) -> int:
-    """Return the total size of the files."""
-    return sum(file.path.stat().st_size for file in files)
-
-
 def find_damage(files: Sequence[FileHash], fix: str = REBUILD) -> str | None:
     """Return one line about the first file that does not have its recorded hash; None: all have it.
 
@@ -72,7 +67,7 @@ def find_damage(files: Sequence[FileHash], fix: str = REBUILD) -> str | None:
 
 def is_large(files: Iterable[FileHash]) -> bool:
     """Return whether hashing the files would noticeably delay the start of a run."""
-    return total_bytes(files) > FOREGROUND_BYTES
+    return sum(file.path.stat().st_size for file in files) > FOREGROUND_BYTES
 
 
 def refuse_damage(files: Sequence[FileHash], fix: str = REBUILD) -> None:

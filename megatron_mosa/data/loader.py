@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from multiprocessing import parent_process
 
@@ -58,17 +57,18 @@ def training_batches(
             f"global_batch_size must be a multiple of micro_batch_size * data_parallel_size = {micro_batch_size} * "
             f"{data_parallel_size}, got {global_batch_size}"
         )
-    batches = _RankBatches(
-        consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size, end
+    share = global_batch_size // data_parallel_size
+    steps = (
+        count(consumed_samples, global_batch_size) if end is None else range(consumed_samples, end, global_batch_size)
     )
+    offsets = range(data_parallel_rank * share, (data_parallel_rank + 1) * share, micro_batch_size)
     has_cuda = torch.cuda.is_available()
     prefetch = 2  # batches per loader process, torch's default
     if has_cuda and num_workers:
-        micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
-        prefetch = max(prefetch, math.ceil(micro_batches / num_workers))
+        prefetch = max(prefetch, math.ceil(len(offsets) / num_workers))
     loader = DataLoader(
         samples,
-        batch_sampler=batches,
+        batch_sampler=(list(range(step + i, step + i + micro_batch_size)) for step in steps for i in offsets),
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
         pin_memory=has_cuda,
@@ -91,27 +91,6 @@ def validation_batches(
     for start in range(first, first + share, micro_batch_size):
         numbers = range(start, min(start + micro_batch_size, first + share))
         yield default_collate([samples[i] if i < len(samples) else _masked(samples[0]) for i in numbers])
-
-
-@dataclass(frozen=True)
-class _RankBatches:
-    """Yields the sample numbers of each micro-batch of one rank."""
-
-    consumed_samples: int
-    global_batch_size: int
-    micro_batch_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    end: int | None
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.global_batch_size // self.data_parallel_size
-        for batch in count(self.consumed_samples, self.global_batch_size):
-            if self.end is not None and batch >= self.end:
-                return
-            first = batch + self.data_parallel_rank * share
-            for start in range(first, first + share, self.micro_batch_size):
-                yield list(range(start, start + self.micro_batch_size))
 
 
 def _out_of_shared_memory(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from megatron_mosa.data.encoder import Encoded, Encoder
 from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
-from megatron_mosa.data.sources import Position, Source
+from megatron_mosa.data.sources import Position, Source, total_text_bytes
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.files import sync, write_atomically
 
@@ -93,10 +93,8 @@ def write_shards(
     A shard contains about ``shard_bytes`` of text of one source. The boundaries do not affect the dataset.
     """
     shards = list(done)
-    sizes = [source.text_bytes() for source in sources]
-    known = [size for size in sizes if size is not None]
-    total = sum(known) if len(known) == len(sizes) else None
-    with progress(total, "tokenizing", initial=sum(shard.text_bytes for shard in done)) as bar:
+    initial = sum(shard.text_bytes for shard in done)
+    with progress(total_text_bytes(sources), "tokenizing", initial=initial) as bar:
         writer = _ShardWriter(folder, encoder, shard_bytes, bar)
         for index, source in enumerate(sources):
             own = [shard for shard in done if shard.source == index]

@@ -19,11 +19,10 @@ _MAX_ROWS_WITHOUT_TEXT = 1000  # if none of so many first rows has the text colu
 
 def _format(file: Path) -> str:
     """Return the suffix that names the file's format, without that of a compression; '' if there is none."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-        return suffixes[-1] if suffixes and suffixes[-1] in _JSON else ""
-    return suffixes[-1] if suffixes else ""
+    *_, inner, outer = ("", "", *map(str.lower, file.suffixes))
+    if outer in _COMPRESSED:
+        return inner if inner in _JSON else ""
+    return outer
 
 
 def is_table(file: Path) -> bool:

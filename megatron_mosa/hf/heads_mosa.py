@@ -337,4 +337,7 @@ class MosaAttention(nn.Module):
         ]
         if cache is not None:
             cache.length += hidden_states.shape[1]
-        return sum(parts[1:], start=parts[0])
+        output = parts[0]
+        for part in parts[1:]:
+            output = output + part
+        return output

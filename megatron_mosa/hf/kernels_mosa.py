@@ -77,9 +77,9 @@ def step_in_kernels(
     chosen = torch.empty(batch, heads, dtype=torch.int8, device=states.device)
     gated = torch.empty(batch, heads, size, dtype=states.dtype, device=states.device)
     output = torch.empty_like(states)
-    power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
     pair_kernel: Any = _pair_kernel
     sum_kernel: Any = _sum_kernel
+    power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
     with torch.cuda.device_of(states):  # Triton launches on the current device
         pair_kernel[(batch * heads,)](
             states, router, thresholds, qkv, cos, sin, tokens.positions, tokens.valid, rows.counts, rows.table,

@@ -19,11 +19,11 @@ from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import (
     build_dataset,
     end_of_document_id,
-    iter_documents,
     load_tokenizer,
     read_manifest,
     train_tokenizer,
 )
+from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
 
 TEXTS = [f"Document {i}: " + " ".join(f"wörd{i * j % 23}\r\n" for j in range(40)) for i in range(60)]
@@ -109,11 +109,10 @@ def test_jsonl_and_parquet_give_the_dataset_of_the_text_files(tmp_path: Path) ->
 
 
 def test_stdlib_source_is_this_interpreter_without_tests() -> None:
-    texts = iter_documents(["stdlib"], "text")
-    assert any("class OrderedDict" in text for text in texts)
+    assert any("class OrderedDict" in text for text, _ in open_source("stdlib", "text").read())
     with open(json.__file__, encoding="utf-8") as file:
         module = file.read()
-    assert module in iter_documents(["stdlib"], "text")
+    assert any(module == text for text, _ in open_source("stdlib", "text").read())
 
 
 def test_second_build_is_skipped_and_another_request_needs_force(tmp_path: Path, capsys) -> None:
@@ -182,7 +181,7 @@ def test_errors_of_sources_say_what_to_do(tmp_path: Path) -> None:
 def test_binary_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "texts")
     (source / "picture.png").write_bytes(b"\x89PNG\xff")
-    assert list(iter_documents([str(source)], "text")) == TEXTS
+    assert [text for text, _ in open_source(str(source), "text").read()] == TEXTS
 
 
 def test_an_empty_corpus_or_split_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, hub, iter_documents
+from megatron_mosa.data import build, build_dataset, hub
 from megatron_mosa.errors import UserError
 
 
@@ -147,9 +147,10 @@ def test_a_stream_that_ends_early_is_an_interruption(tmp_path: Path, monkeypatch
 
 
 def test_names_of_datasets_configurations_and_splits(source: str, tmp_path: Path) -> None:
-    whole = list(iter_documents([source], "text"))
+    whole = documents(hub.HubSource(source, "text", streaming=True, timeout=10))
     assert whole == list(map(text, range(16)))
-    assert list(iter_documents([f"{source}:default@train"], "text")) == whole
+    named = hub.HubSource(f"{source}:default@train", "text", streaming=True, timeout=10)
+    assert documents(named) == whole
     part = hub.HubSource(f"{source}@train[:5]", "text", streaming=False, timeout=1)
     assert documents(part) == whole[:5]
     cases = [

@@ -12,8 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, iter_documents, shards
+from megatron_mosa.data import build, build_dataset, shards
 from megatron_mosa.data.encoder import in_validation
+from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 from tests.loaded import loaded_python
@@ -51,6 +52,10 @@ def section(path: Path, sources: list[str], **changes: Any) -> DataSection:
     return DataSection(path=str(path), sources=sources, **settings)
 
 
+def documents(sources: list[str]) -> list[str]:
+    return [document for source in sources for document, _ in open_source(source, "text").read()]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
@@ -74,7 +79,7 @@ def test_joined_shards_equal_the_output_of_one_builder(
     end = tokenizer.token_to_id("<|endoftext|>")
     for split in ("train", "validation"):
         builder = IndexedDatasetBuilder(str(tmp_path / f"{split}.bin"), dtype=np.uint16)
-        for document in iter_documents(sources, "text"):
+        for document in documents(sources):
             if in_validation(document.encode(), FRACTION) == (split == "validation"):
                 ids = [*tokenizer.encode(document).ids, end]
                 builder.add_document(np.array(ids), [len(ids)])  # pyright: ignore[reportArgumentType]
@@ -209,7 +214,7 @@ def test_finished_shards_are_not_tokenized_again(
     encode = shards.Encoder.encode
     monkeypatch.setattr(shards.Encoder, "encode", lambda self, texts: [seen.extend(texts), encode(self, texts)][1])
     build_dataset(data)
-    assert len(seen) == len(list(iter_documents(sources, "text"))) - finished
+    assert len(seen) == len(documents(sources)) - finished
     assert contents(tmp_path / "set") == undisturbed
 
 
