@@ -262,12 +262,12 @@ def _check_unchanged(shard: Shard, sources: Sequence[Source]) -> None:
 
 
 def _is_intact(folder: Path, shard: Shard) -> bool:
-    for split, counts in shard.splits.items():
-        for suffix in ("bin", "idx"):
-            file = Path(f"{_prefix(folder, shard.number, split)}.{suffix}")
-            if not file.is_file() or file.stat().st_size != counts[f"{suffix}_bytes"]:
-                return False
-    return True
+    sizes = {
+        Path(f"{_prefix(folder, shard.number, split)}.{suffix}"): counts[f"{suffix}_bytes"]
+        for split, counts in shard.splits.items()
+        for suffix in ("bin", "idx")
+    }
+    return all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
 
 
 def _join_tokens(target: Path, prefixes: Iterable[str]) -> str:

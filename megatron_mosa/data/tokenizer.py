@@ -135,11 +135,8 @@ def adds_special_tokens(path: Path) -> bool:
 def knows_every_character(tokenizer: Tokenizer) -> bool:
     """Return whether any text can be encoded without loss, as byte-level tokenizers do; tested on rare characters."""
     unknown = getattr(tokenizer.model, "unk_token", None)
-    for character in _RARE_CHARACTERS:
-        tokens = tokenizer.encode(character, add_special_tokens=False).tokens
-        if not tokens or unknown in tokens:
-            return False
-    return True
+    encoded = (tokenizer.encode(character, add_special_tokens=False).tokens for character in _RARE_CHARACTERS)
+    return all(tokens and unknown not in tokens for tokens in encoded)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -24,10 +24,14 @@ class MosaCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
         self.length = 0  # columns of the input so far, including padding
-        self.dense = DenseRows() if config.num_dense_heads else None
-        self.local = WindowRows(config.local_window) if config.num_local_heads else None
-        self.mosa = SelectedRows() if config.num_mosa_heads else None
+        self.dense = DenseRows() if self.config.num_dense_heads else None
+        self.local = WindowRows(self.config.local_window) if self.config.num_local_heads else None
+        self.mosa = SelectedRows() if self.config.num_mosa_heads else None
 
     def parts(self) -> dict[str, Rows]:
         """Return the storage of each kind of heads."""
@@ -47,11 +51,6 @@ class MosaCacheLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name in earlier versions of transformers
-
-    def reset(self) -> None:
-        self.length = 0
-        for name, rows in self.parts().items():
-            setattr(self, name, WindowRows(rows.window) if isinstance(rows, WindowRows) else type(rows)())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the batch by these of its sequences, as in beam search."""
