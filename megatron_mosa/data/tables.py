@@ -75,8 +75,8 @@ class TextColumn:
         value = row.get(self._text_field)
         if not isinstance(value, str | None):
             raise UserError(
-                f"data.text_field='{self._text_field}': {location} has {type(value).__name__} there, not text; set it "
-                f"to a column of strings, such as one of {', '.join(map(str, row))}"
+                f"data.text_field='{self._text_field}': {location} has type {type(value).__name__} in this column, "
+                f"not text; set it to a column of strings, such as one of {', '.join(map(str, row))}"
             )
         if not self._is_found:
             self._is_found = self._text_field in row

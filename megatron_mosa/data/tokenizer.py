@@ -66,7 +66,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         if path is not None:
             return _for_plain_text(Tokenizer.from_file(str(path)))
         return _for_plain_text(Tokenizer.from_pretrained(name_or_path))
-    # The library raises bare Exception, and for the hub whatever its HTTP client raises.
+    # The library raises plain Exception; for the hub, it passes on errors of its HTTP client.
     except Exception as error:
         reason = first_line(error)
         if path is not None:

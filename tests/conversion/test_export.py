@@ -201,11 +201,11 @@ def test_padding_on_either_side_changes_nothing(
 ) -> None:
     model, tokens = load(exported["hybrid"]), trained["hybrid"].tokens
     mask = torch.ones_like(tokens)
-    there = slice(0, 17) if side == "right" else slice(23, 40)
+    kept = slice(0, 17) if side == "right" else slice(23, 40)
     mask[1] = 0
-    mask[1, there] = 1
+    mask[1, kept] = 1
     padded = model(tokens, attention_mask=mask).logits
-    torch.testing.assert_close(padded[1, there], model(tokens[1:2, there]).logits[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded[1, kept], model(tokens[1:2, kept]).logits[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(padded[0], trained["hybrid"].logits[0], rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match=r"attention_mask is 0 throughout sequence 0; expected a 1 at every token"):
         model(tokens, attention_mask=torch.zeros_like(mask))

@@ -52,8 +52,8 @@ def test_decoding_matches_the_forward_pass(kind: str, padded: bool) -> None:
     expected = model(tokens, attention_mask=mask).logits[:, PROMPT:]
     assert expected.std() > 0.3
     found = decoded(model, tokens, mask)
-    there = torch.ones_like(tokens[:, PROMPT:], dtype=torch.bool) if mask is None else mask[:, PROMPT:].bool()
-    torch.testing.assert_close(found[there], expected[there], rtol=1e-5, atol=1e-5)
+    valid = torch.ones_like(tokens[:, PROMPT:], dtype=torch.bool) if mask is None else mask[:, PROMPT:].bool()
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

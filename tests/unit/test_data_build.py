@@ -169,7 +169,7 @@ def test_errors_of_sources_say_what_to_do(tmp_path: Path) -> None:
             "line 2 of .*cut.jsonl is not JSON",
         ),
         (str(broken(tmp_path, "bad.parquet", b"PAR1 but not really")), "text", "could not read .*bad.parquet"),
-        (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "has int there, not text"),
+        (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "has type int in this column, not text"),
         (str(broken(tmp_path, "latin.txt", b"caf\xe9")), "text", "latin.txt is not UTF-8 text"),
     ]
     for source, text_field, message in cases:

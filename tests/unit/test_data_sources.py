@@ -116,7 +116,7 @@ def test_json_in_any_layout(
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"line 3 of .*a.jsonl is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"line 2 of .*a.jsonl is \[1, 2\], not an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"line 2 of .*a.jsonl is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', r"line 2 of .*a.jsonl has dict there, not text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', r"line 2 of .*a.jsonl has type dict in this column"),
         ("a.jsonl", b'{"txt": "a"}\n{"title": "b"}\n', r"'text' is not a column of .*did you mean 'txt'.*: txt, title"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"line 2 of .*a.jsonl is not JSON"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n{"text": "c"}]', r"line 3 of .*a.json is not JSON .*comma"),
