@@ -139,7 +139,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = []
     if options.plain:
-        heads_mosa.usable = lambda states: False
+        heads_mosa.can_run_kernels = lambda states: False
     print("| model | batch | context | tokens/s | ms a step | cache, GiB (allocated) | prefill, tokens/s |")
     print("| --- |" + " ---: |" * 6)
     for name in options.models:

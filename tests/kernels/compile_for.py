@@ -104,7 +104,7 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
     for feedback, valid in ((0.1, torch.ones(4, 1, dtype=torch.bool)), (0.0, None)):
         rows = SelectedRows()
-        rows.begin(states, len(router))
+        rows.initialize(states, len(router))
         tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
         thresholds = torch.full((len(router),), 0.5)
         kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)

@@ -168,7 +168,7 @@ def test_the_recorded_number_of_index_samples_stays(overrides: list[str]) -> Non
 
 def test_sequences_longer_than_the_data(overrides: list[str]) -> None:
     config = load_config(QUICKSTART, [*overrides, "run.name=long", "data.sequence_length=100000000"])
-    assert "data.sequence_length=100000000" in refused(config)
+    assert "data.sequence_length must be at most " in refused(config)
 
 
 def test_run_directories_that_cannot_be_written(overrides: list[str], tmp_path: Path) -> None:
