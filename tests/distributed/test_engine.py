@@ -18,7 +18,7 @@ def plain(workers: WorkerPools) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the plain loop on batches of 8."""
     config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
     losses, norms = workers(1).run(tasks.losses_of_a_plain_loop, config, STEPS)[0]
-    assert min(norms) > config.optimizer.gradient_clipping  # clipping is at work
+    assert min(norms) > config.optimizer.gradient_clipping  # gradients are clipped
     return losses, norms
 
 
@@ -27,7 +27,7 @@ def plain(workers: WorkerPools) -> tuple[list[float], list[float]]:
 def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
     workers: WorkerPools, plain: tuple, world: int, zero: int
 ) -> None:
-    # two micro-batches a rank: accumulation and the mean over data-parallel ranks are both in play
+    # two micro-batches per rank, to test both accumulation and the mean over data-parallel ranks
     config = tasks.tiny_config(
         parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=4 // world
     )
@@ -39,7 +39,7 @@ def test_every_zero_stage_gives_the_losses_of_a_plain_loop(
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_steps_loss_is_the_mean_over_all_tokens_that_count(workers: WorkerPools, world: int, zero: int) -> None:
-    """However unequal their numbers are in micro-batches and on ranks."""
+    """The loss does not depend on how many tokens count in each micro-batch and on each rank."""
     options: dict = dict(train__global_batch_size=4, train__micro_batch_size=1)
     loss, expected = workers(1).run(loss_tasks.step_of_a_plain_model, tasks.tiny_config(**options))[0]
     config = tasks.tiny_config(parallel__zero_stage=zero, **options)
@@ -55,7 +55,8 @@ def test_a_steps_loss_is_the_mean_over_all_tokens_that_count(workers: WorkerPool
             torch.testing.assert_close(state[f"{key}.{name}"], moment, rtol=1e-3, atol=1e-7, msg=f"{key}.{name}")
 
 
-# ZeRO-1 accumulates before it reduces, in bf16: one more rounding, of up to 2^-8. Accumulated in bf16, errors are 6e-3.
+# ZeRO-1 accumulates before it reduces in bf16, with one more rounding of up to 2^-8. Accumulation in bf16 has errors of
+# 6e-3.
 @pytest.mark.parametrize(("zero", "tolerance"), [(1, 4e-3), (2, 1e-6), (3, 1e-6)])
 def test_gradients_in_bf16_are_accumulated_in_fp32(workers: WorkerPools, zero: int, tolerance: float) -> None:
     config = tasks.tiny_config(
@@ -82,13 +83,13 @@ def test_a_step_in_which_no_token_counts_is_skipped_and_says_so(workers: WorkerP
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_validation_is_the_mean_over_all_samples(workers: WorkerPools, world: int) -> None:
-    """Of which the last batches have fewer."""
+    """The number of samples does not divide into full batches."""
     config = tasks.tiny_config(train__micro_batch_size=2)
     expected = workers(1).run(loss_tasks.validation_loss_of_a_plain_model, config, 5)[0]
     assert workers(world).run(loss_tasks.validation_loss, config, 5) == [pytest.approx(expected, rel=1e-6)] * world
 
 
-# test_parity has each layout and stage without accumulation
+# test_parity has all layouts and stages without accumulation
 @pytest.mark.parametrize(("world", "tensor_parallel", "zero"), [(2, 2, 1), (2, 1, 2), (4, 4, 3), (4, 2, 1), (4, 2, 3)])
 def test_bf16_follows_fp32(workers: WorkerPools, plain: tuple, world: int, tensor_parallel: int, zero: int) -> None:
     config = tasks.tiny_config(

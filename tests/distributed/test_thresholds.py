@@ -1,4 +1,4 @@
-"""Selection by thresholds: one model, whatever the layout, and restarts that are no event."""
+"""Selection by thresholds: training is the same at every layout, and a restart changes nothing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
-    """The facts of one process."""
+    """The facts of training in one process."""
     found = workers(1).run(threshold_tasks.facts, make_config(parallel__zero_stage=0), seed_checkpoint)[0]
-    assert found["margin"] > 1e-6  # no rounding decides what follows
-    assert found["capacities"] == {6, 12}  # k in warm-up, twice as many slots after it
+    assert found["margin"] > 1e-6  # rounding must not change a selection
+    assert found["capacities"] == {6, 12}  # k during warm-up, twice as many slots afterwards
     return found
 
 
@@ -104,7 +104,7 @@ def test_a_step_that_is_not_finite_moves_no_threshold(workers: WorkerPools, zero
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-@pytest.mark.parametrize("before", [1, 3])  # in the warm-up, and behind it
+@pytest.mark.parametrize("before", [1, 3])  # during and after the warm-up
 def test_an_engine_given_anothers_state_goes_on_bitwise_alike(
     workers: WorkerPools, zero: int, precision: str, before: int
 ) -> None:

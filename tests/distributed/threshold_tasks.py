@@ -1,4 +1,4 @@
-"""What the worker processes do with heads that select by thresholds."""
+"""Tasks for worker processes: heads that select by thresholds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.tasks import VOCAB_SIZE, micro_batches, not_finite_on_the
 
 
 def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The buffers of all tensor-parallel ranks, put together."""
+    """Gather the threshold buffers of all tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}
     for name, buffer in threshold_buffers(model).items():
@@ -31,7 +31,7 @@ def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
-    """Losses, thresholds after each step, how near a score came to a threshold, and the validation loss."""
+    """Return losses, thresholds after each step, the smallest distance from a score to a threshold, and more."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         read_state(engine, seed_checkpoint, optimizer_step=0)  # type: ignore[arg-type]
@@ -49,16 +49,16 @@ def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
                 found["capacities"].add(indices.shape[-1])
                 if step >= config.mosa.threshold_warmup_steps:
                     found["margin"] = min(found["margin"], (scores - old[:, None]).abs().min().item())
-                assert not layer.histogram.any()  # all was taken into account
+                assert not layer.histogram.any()  # the update used all counts
         found["types"] = {str(buffer.dtype) for buffer in threshold_buffers(engine.module).values()}
         found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
-        assert not any(layer.histogram.any() for layer in layers)  # evaluation counts nothing
+        assert not any(layer.histogram.any() for layer in layers)  # evaluation counts no scores
         engine.destroy()
     return found
 
 
 def updates_of_given_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
-    """Thresholds after updates by scores [steps, batch, E, T], of which each data-parallel rank sees its share."""
+    """Return thresholds after updates with scores [steps, batch, E, T], split over data-parallel ranks."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE)
         size, rank = layout.data_parallel_size, layout.data_parallel_rank
@@ -72,7 +72,7 @@ def updates_of_given_scores(config: Config, scores: Tensor) -> dict[str, Tensor]
 
 
 def around_a_poisoned_step(config: Config) -> tuple[bool, bool]:
-    """Whether a step that was not finite left the thresholds as they were, and nothing counted for the next."""
+    """Return whether a non-finite step left the thresholds unchanged, and counted no scores for the next step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)

@@ -63,10 +63,10 @@ class Run:
         monkeypatch.setattr(pretrain, "training_batches", self._batches)
         monkeypatch.setattr(pretrain, "load_initial_weights", lambda engine, path: self.loaded.append(path))
 
-    def train(self, start: ResumePoint, last_measured: int = 0) -> str | None:
+    def train(self, start: ResumePoint, last_validated: int = 0) -> str | None:
         layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
         survival = survival_of(self.directory, Clock(), self.settings)
-        return pretrain._train(self.settings, start, last_measured, layout, survival)
+        return pretrain._train(self.settings, start, last_validated, layout, survival)
 
     def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(
@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_validation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, tmp_path)
-    run.train(run.start(4), last_measured=4)
+    run.train(run.start(4), last_validated=4)
     lines = read_journal(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation_loss" in line] == [8]
 

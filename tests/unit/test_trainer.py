@@ -207,7 +207,7 @@ def test_the_watchdog_hears_of_every_step_and_of_every_batch_of_a_validation(
     assert watchdog.longest == 2 * SECONDS  # the longer steps
     assert clock.now == 8 * 1.5 * SECONDS + 2 * 30 * SECONDS
     for step in range(1, 9):
-        assert {f"taking step {step}", f"what follows step {step}"} <= set(watchdog.told)
+        assert {f"taking step {step}", f"callbacks after step {step}"} <= set(watchdog.told)
     for step in (4, 8):
         assert [told for told in watchdog.told if told.startswith(f"validating step {step}")] == [
             f"validating step {step}, batch {number}" for number in range(30)
@@ -241,7 +241,7 @@ def test_a_run_stops_after_the_step_in_which_it_is_asked_to(
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
     run = trainer(settings, engine, [request, validation], survival)
     run.run(batches())
-    assert (run.state.step, run.stopping, run.last_step) == (4, "SIGTERM", 4)
+    assert (run.state.step, run.stop_reason, run.last_step) == (4, "SIGTERM", 4)
     assert read_journal(tmp_path / "metrics.jsonl") == []  # not validated, or not to the end
     assert clock.now == 4 * 1.5 * SECONDS
 
@@ -265,7 +265,7 @@ def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Pa
         publish(tmp_path / "checkpoints", step, consumed_samples=4 * step)
     lines = writers(settings, tmp_path)
     store = Store(tmp_path / "checkpoints")
-    rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), allowed=1)
+    rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), max_rewinds=1)
     run = trainer(settings, engine, [StepMonitor(lines, settings.resilience), progress.Progress(lines, VOCAB_SIZE)])
     run.rewind = rewinder.rewind
     # steps 1 to 6, of which the last jumps; 5, 6 (left out), 7, which jumps too, and 8
@@ -293,11 +293,11 @@ def test_steps_that_go_wrong_are_told_and_too_many_in_a_row_end_the_run(
     nan = StepResult(math.nan, math.nan)
     engine.results = {1: nan, 3: StepResult(math.nan, math.nan, is_empty=True), 4: StepResult(2.0, math.inf)}
     run = trainer(settings, engine, [StepMonitor(lines, settings.resilience)])
-    with pytest.raises(GaveUpError, match="not finite in 2 steps in a row, up to step 5"):
+    with pytest.raises(GaveUpError, match="not finite in 2 consecutive steps, up to step 5"):
         run.run(batches())
     told = capsys.readouterr().out
     assert "step 2 skipped: loss nan, gradient norm nan; samples 4 to 7 of the data order; 1 skipped" in told
-    assert "step 4 skipped: no token of its batch counts (loss_mask is zero); samples 12 to 15" in told
+    assert "step 4 skipped: its batch has no token that counts (loss_mask is zero); samples 12 to 15" in told
     assert "step 5 skipped: loss 2.0, gradient norm inf; samples 16 to 19 of the data order; 3 skipped" in told
 
 
@@ -358,15 +358,18 @@ def test_checkpoints_are_saved_when_they_are_due(
     assert store.saved[0].layout == {"tensor_parallel_size": 1, "data_parallel_size": 2}
     assert all(write.done() for write in store.writes)
     told = capsys.readouterr().out
-    assert "no checkpoint: the last step was not finite" in told
-    assert "no checkpoint of step 6: " in told and "disk full; the run goes on" in told
+    assert "no checkpoint saved: step 4 was not finite" in told
+    assert "could not write the checkpoint of step 6 to " in told and "disk full; training continues" in told
     assert f"checkpoint {store.folder / 'step-00000008'} (" in told
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path: Path, engine: PretendedEngine) -> None:
     settings = config(tmp_path, checkpoint={"interval": 4})
     store = SlowStore(tmp_path / "checkpoints", failing=(8,))
-    with pytest.raises(StorageError, match="no checkpoint of step 8: .* disk full; make room and start the run again"):
+    with pytest.raises(
+        StorageError,
+        match="could not write the checkpoint of step 8 .* disk full; free some space",
+    ):
         trainer(settings, engine, [Checkpointing(writers(settings, tmp_path), store, {})]).run(batches())
 
 
@@ -383,14 +386,14 @@ def test_a_run_that_is_asked_to_stop_saves_even_after_a_step_that_went_wrong(
 
 
 @pytest.mark.parametrize(
-    ("step", "last_measured", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
+    ("step", "last_validated", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
 )
 def test_a_validation_that_was_stopped_is_made_up_for(
-    tmp_path: Path, engine: PretendedEngine, step: int, last_measured: int, measured: list[int]
+    tmp_path: Path, engine: PretendedEngine, step: int, last_validated: int, measured: list[int]
 ) -> None:
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
     lines = writers(settings, tmp_path, step)
-    validation = Validation(lines, Samples(), last_measured)  # type: ignore[arg-type]
+    validation = Validation(lines, Samples(), last_validated)  # type: ignore[arg-type]
     trainer(settings, engine, [validation], step=step, consumed_samples=4 * step).run(batches(4 * step))
     found = read_journal(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in found] == measured

@@ -194,7 +194,7 @@ def test_a_stop_ends_its_chain_and_a_new_submission_resets_the_count(tmp_path: P
     run = Run(tmp_path)
     assert run.begin("1-0-1", chain="a") == "go"
     assert run.end(3) == "stop why"
-    assert run.begin("2-0-1", chain="a").startswith("stop as the job before it in this chain (why)")
+    assert run.begin("2-0-1", chain="a").startswith("stop as the previous job of this chain (why)")
     record = Record.read(run.path)
     record.failures = 6
     record.write(run.path)
