@@ -1,7 +1,7 @@
 """Whole optimizer steps on one GPU: ``python -m benchmarks.step [NAME ...] [--acceleration auto none] [--out FILE]``.
 
-Builds the engine from a configuration in a process of its own, takes steps on random tokens from pinned memory, and
-profiles one more. Prints a line for each, and writes all numbers as JSON.
+Each case builds the engine from a configuration in its own process, takes steps on random tokens from pinned memory,
+and profiles some more. Prints a line per case, and writes all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PEAK = 989e12  # FLOP/s of an H100 in bf16
-PROFILED = 3  # steps
+PROFILED = 3  # number of profiled steps
 _1B = ["train.recompute=none", "train.micro_batch_size=4", "train.global_batch_size=16", "data.vocab_size=32000"]
 _PAIR = ["train.global_batch_size=64", "train.micro_batch_size=64", "train.recompute=none", "train.deterministic=false"]
 _THRESHOLDS = [
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 
 def measure(name: str, acceleration: str, steps: int, more: list[str]) -> dict[str, Any]:
-    """Everything about one case; in a process of its own, which waits for a line of input before it takes the GPU."""
+    """Measure one case, in a process of its own that waits for a line of input before it uses the GPU."""
     from megatron_mosa.config import load_config
     from megatron_mosa.engine import DeepSpeedEngine
     from megatron_mosa.model import model_flops
@@ -120,9 +120,9 @@ KINDS = {
 
 
 def _profile(step: Any) -> dict[str, Any]:
-    """Busy milliseconds of the GPU in a step, what the host issued, and the kernels' time by kind: of three steps."""
+    """Return busy GPU milliseconds per step, calls issued by the host, and kernel time by kind, over three steps."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    for _ in range(3):  # as warm as it was
+    for _ in range(3):  # warm up again
         step()
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(PROFILED):
@@ -136,7 +136,7 @@ def _profile(step: Any) -> dict[str, Any]:
     for start, stop, name in kernels:
         busy += max(0, stop - max(start, end))
         end = max(end, stop)
-        known = {} if name.startswith("triton_") else KINDS  # Inductor's names tell of all that they fuse
+        known = {} if name.startswith("triton_") else KINDS  # Inductor's names list all that they fuse
         found = (kind for kind, words in known.items() if any(word in name for word in words))
         kinds[next(found, "elementwise and other")] += (stop - start) / 1e6 / PROFILED
     issued = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
@@ -155,7 +155,7 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure every case in a process of its own."""
+    """Measure each case in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--acceleration", nargs="+", default=["auto", "none"], choices=["auto", "none"])
@@ -168,7 +168,7 @@ def main() -> None:
         print(json.dumps(measure(options.names[0], options.acceleration[0], options.steps, options.set)))
         return
     cases = [(name, acceleration) for name in options.names for acceleration in options.acceleration]
-    processes = [_start(name, acceleration, options) for name, acceleration in cases]  # all import at the same time
+    processes = [_start(name, acceleration, options) for name, acceleration in cases]  # so that all import concurrently
     results = []
     for (name, acceleration), process in zip(cases, processes, strict=True):
         output, errors = process.communicate("go\n")

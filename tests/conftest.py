@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed.pool import WorkerPools
 from tests.interpreter import speed_up
-from tests.loaded import be_a_worker, loaded_python, share
+from tests.loaded import loaded_python, restore_executable, share
 
 pytest_plugins = ["tests.costs"]
 
@@ -53,7 +53,7 @@ AT_START = _launcher_variables()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def launcher_variables_of_module() -> None:
+def module_launcher_variables() -> None:
     """Restore the launcher's variables, so that a module's fixtures choose a new port: the old one may be taken."""
     _restore(AT_START)
 
@@ -140,7 +140,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
-        be_a_worker()
+        restore_executable()
     elif config.getoption("numprocesses", None):
         config.add_cleanup(share().close)
         if not torch.cuda.is_available():  # the loaded Python has no GPU

@@ -34,7 +34,7 @@ class Cost:
         return Cost(self.wall - other.wall, self.user - other.user, self.system - other.system)
 
 
-def until_now() -> Cost:
+def current_cost() -> Cost:
     """Return the cost of this process and all its descendants since they started."""
     ticks, children = {}, defaultdict(list)
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -58,7 +58,7 @@ class Costs:
     """Records the cost of each test, including its share of fixtures, with the report of its teardown."""
 
     def __init__(self) -> None:
-        self.before = until_now()
+        self.before = current_cost()
         self.of_files: dict[str, Cost] = defaultdict(Cost)
         self.of_tests: dict[str, Cost] = {}
 
@@ -68,7 +68,7 @@ class Costs:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.when == "teardown":
-            now = until_now()
+            now = current_cost()
             cost, self.before = now - self.before, now
             report.cost = cost.wall, cost.user, cost.system  # type: ignore[attr-defined]
         return report

@@ -10,7 +10,7 @@ import importlib.metadata
 from typing import Any
 
 FITS = ("3.7.1",)
-"""Supported Triton releases. To add one: read ``InterpretedFunction.__call__``, ``_patch_lang`` and ``_get_np_dtype`` in
+"""Supported Triton releases. To add one, read ``InterpretedFunction.__call__``, ``_patch_lang``, ``_get_np_dtype`` of
 triton/runtime/interpreter.py, then run tests/kernels/test_interpreter.py."""
 
 

@@ -111,7 +111,7 @@ class Trainer:
         return step % interval == 0 or step == self.last_step
 
     def run(self, batches: Iterator[Batch]) -> None:
-        """Train on this rank's micro-batches, of which the first must be that of ``state.consumed_samples``."""
+        """Train on this rank's micro-batches, of which the first has sample ``state.consumed_samples``."""
         for callback in self.callbacks:
             callback.on_start(self)
         self.should_stop("getting ready")

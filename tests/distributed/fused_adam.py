@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class StandInForFusedAdam(torch.optim.Optimizer):
+class FakeFusedAdam(torch.optim.Optimizer):
     """AdamW with the arguments and state of apex's FusedAdam, which counts steps per parameter group."""
 
     def __init__(

@@ -66,7 +66,7 @@ class WorkerPool:
         return [results[rank] for rank in sorted(results)]
 
     @property
-    def is_fit(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether all processes are running."""
         return all(process.poll() is None for process in self.processes)
 
@@ -86,7 +86,7 @@ class WorkerPools:
 
     def __call__(self, world_size: int) -> WorkerPool:
         pool = self.pools.get(world_size)
-        if pool is None or not pool.is_fit:
+        if pool is None or not pool.is_alive:
             if pool is not None:
                 pool.close()
             self.pools[world_size] = pool = WorkerPool(world_size, self.on_gpu)

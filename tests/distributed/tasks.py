@@ -34,7 +34,7 @@ from megatron_mosa.parallel import (
     partition_of,
     use_deterministic_algorithms,
 )
-from tests.distributed.fused_adam import StandInForFusedAdam
+from tests.distributed.fused_adam import FakeFusedAdam
 
 VOCAB_SIZE = 61  # a prime, padded to 64
 RATES = (1e-3, 4e-4)  # learning rates of even and odd steps
@@ -270,7 +270,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_
     return facts if layout.rank == 0 else None
 
 
-def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[float]]:
+def engine_losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
     """Return losses and gradient norms of ``steps`` steps of the engine, with gradient accumulation."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
@@ -279,7 +279,7 @@ def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[flo
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
-def losses_of_tokens(model: torch.nn.Module, batch: Batch, layout: Layout) -> Tensor:
+def token_losses(model: torch.nn.Module, batch: Batch, layout: Layout) -> Tensor:
     """Return the loss of every token, fp32 [B, T], ignoring the mask."""
     tokens, labels = batch["tokens"].to(layout.device), batch["labels"].to(layout.device)
     starts = batch.get("document_starts")
@@ -288,8 +288,8 @@ def losses_of_tokens(model: torch.nn.Module, batch: Batch, layout: Layout) -> Te
     return model(tokens, positions, documents, labels=labels).float()
 
 
-def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], list[float]]:
-    """Return the same as ``losses_under_zero``, from plain PyTorch on the whole batch."""
+def plain_losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """Return the same as ``engine_losses``, from plain PyTorch on the whole batch."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE).to(layout.device)
         decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -303,7 +303,7 @@ def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], lis
         losses, norms = [], []
         for step in range(steps):
             batch = global_batch(config, step)
-            loss = losses_of_tokens(model, batch, layout)[batch["loss_mask"] == 1].mean()
+            loss = token_losses(model, batch, layout)[batch["loss_mask"] == 1].mean()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)))
             for group in optimizer.param_groups:
@@ -370,7 +370,7 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
     return straight, resumed
 
 
-def not_finite_on_the_last_rank(layout: Layout) -> contextlib.AbstractContextManager[object]:
+def nan_loss_on_last_rank(layout: Layout) -> contextlib.AbstractContextManager[object]:
     """Return a context in which losses are NaN on the last data-parallel rank only."""
     if layout.data_parallel_rank < layout.data_parallel_size - 1:
         return contextlib.nullcontext()
@@ -383,13 +383,13 @@ def not_finite_on_the_last_rank(layout: Layout) -> contextlib.AbstractContextMan
     return mock.patch.object(deepspeed_engine, "language_model_loss", poisoned)
 
 
-def weights_around_a_poisoned_step(config: Config) -> dict:
+def nan_step(config: Config) -> dict:
     """Return whether a step with a NaN on the last rank changed weights or moments, and the loss of the next step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {key: tensor.clone() for key, tensor in engine.state().items()}
-        with not_finite_on_the_last_rank(layout):
+        with nan_loss_on_last_rank(layout):
             norm = engine.train_step(micro_batches(config, layout, 1), 1e-3).grad_norm
         after = engine.state()
         facts = {
@@ -402,9 +402,9 @@ def weights_around_a_poisoned_step(config: Config) -> dict:
     return facts
 
 
-def with_stand_in_for_apex(task: Callable[..., Any], *args: Any) -> Any:
+def with_fake_apex(task: Callable[..., Any], *args: Any) -> Any:
     """Run a task with a stand-in for apex's optimizer."""
-    with mock.patch.object(optimizer, "apex_fused_adam", lambda: StandInForFusedAdam):
+    with mock.patch.object(optimizer, "apex_fused_adam", lambda: FakeFusedAdam):
         return task(*args)
 
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_loads_at_any_layout(workers: WorkerPools, tmp_path: Path) 
         assert loss < 1e-6, pair
 
 
-def test_data_parallel_ranks_share_what_is_saved(workers: WorkerPools) -> None:
+def test_data_parallel_ranks_share_the_work_of_a_save(workers: WorkerPools) -> None:
     for cell in (Cell(1, 1, 4), Cell(2, 3, 2)):
         shares, (whole, *_) = zip(*workers(cell.world_size).run(tasks.snapshot_sizes, cell.config(0)), strict=True)
         assert sum(shares) == whole * cell.tensor_parallel

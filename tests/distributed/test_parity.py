@@ -160,7 +160,9 @@ def check_equal(facts: dict, single: dict) -> None:
         assert relative_error(facts["final"][name], weight) < 1e-3, f"final {name}"
 
 
-def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_checkpoint: Path, single: dict) -> None:
+def test_the_comparison_detects_a_missing_gradient_sum(
+    workers: WorkerPools, seed_checkpoint: Path, single: dict
+) -> None:
     facts = run(workers, seed_checkpoint, (1, 2, True, 2), break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
@@ -170,9 +172,9 @@ def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_c
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("changes", [{"model__num_dense_heads": 0}, {"mosa__num_heads": 0}], ids=["mosa", "dense"])
 def test_pure_models_do_not_depend_on_the_layout(workers: WorkerPools, changes: dict, sequence_parallel: bool) -> None:
-    losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(**changes), 2)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, tasks.tiny_config(**changes), 2)[0]
     layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": sequence_parallel}
-    split = workers(2).run(tasks.losses_under_zero, tasks.tiny_config(**layout, **changes), 2)[0]
+    split = workers(2).run(tasks.engine_losses, tasks.tiny_config(**layout, **changes), 2)[0]
     assert split[0] == pytest.approx(losses, rel=1e-5)
     assert split[1] == pytest.approx(norms, rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Layers on two GPUs, as accelerate spreads them: the same model as on one."""
+"""A model whose layers accelerate spreads over two GPUs equals the model on one GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SELECTIONS = ("threshold", "expert_choice")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of every kind of heads for each selection, saved by transformers."""
+    """Saved models with heads of every kind, one for each selection."""
     folder = tmp_path_factory.mktemp("models")
     for selection in SELECTIONS:
         config = MosaConfig(
@@ -53,9 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, places: Any) -> Any:
-    limits = (
-        {0: "600KB", 1: "10GB"} if places == "auto" else None
-    )  # a layer has 230 KB: one fits beside room for another
+    # a layer has 230 KB: the first GPU takes one, since accelerate keeps room for another
+    limits = {0: "600KB", 1: "10GB"} if places == "auto" else None
     return MosaForCausalLM.from_pretrained(folder, device_map=places, max_memory=limits).eval()
 
 
@@ -104,7 +103,7 @@ def test_generation_is_that_of_one_card(folders: dict[str, Path], places: Any) -
     kept = {
         layer.mosa.keys.device.index for layer in cache.layers if layer.mosa is not None and layer.mosa.keys is not None
     }
-    assert kept == {0, 1}  # each layer's where it computes
+    assert kept == {0, 1}  # each layer's cache is on its own GPU
 
 
 @torch.no_grad()
@@ -134,7 +133,7 @@ def test_a_step_of_the_trainer_is_that_of_one_card(
             gradient_checkpointing=checkpoints, seed=1,
         )  # fmt: skip
         if places != BY_HAND and arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # not torch's DataParallel over all cards
+            arguments._n_gpu = 1  # no DataParallel over all GPUs
         trainer = Trainer(model=model, args=arguments, train_dataset=data)  # pyright: ignore[reportArgumentType]
         trainer.train()
         logged.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history[:2]])

@@ -51,7 +51,7 @@ def flip_a_bit(file: Path) -> None:
         content.write(bytes([byte ^ 1]))
 
 
-def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path: Path) -> None:
+def test_a_run_stops_when_its_dataset_is_damaged(runner: Runner, tmp_path: Path) -> None:
     data, sign = tmp_path / "data", tmp_path / "look-now"
     shutil.copytree(runner.folder / "data", data, ignore=shutil.ignore_patterns("index_cache"))
     (tmp_path / "waiting.py").write_text(WAITING.format(sign=str(sign), program=hashing.__file__))

@@ -30,7 +30,7 @@ def earlier(tmp_path: Path) -> Runner:
     return found
 
 
-def test_what_an_earlier_version_wrote_still_loads(earlier: Runner) -> None:
+def test_files_of_an_earlier_version_still_load(earlier: Runner) -> None:
     for command in (
         ["data", "verify", "data"],
         ["checkpoint", "inspect", "runs/run", "--full"],

@@ -19,7 +19,7 @@ STEPS = 80  # more than the run reaches between the kills
 LONGEST_SAVE = 0.1  # seconds; saves of this model take 0.04 to 0.07 s on an idle machine
 
 
-class Killable:
+class KillableRun:
     """Runs of one process each."""
 
     def __init__(self, runner: Runner) -> None:
@@ -62,8 +62,8 @@ def wait_for_a_save(checkpoints: Path, since: int) -> None:
     raise TimeoutError(f"no save started in {checkpoints}")
 
 
-def test_kills_at_random_moments_of_a_save_lose_nothing(runner: Runner) -> None:
-    runs = Killable(runner)
+def test_kills_during_a_save_lose_no_checkpoint(runner: Runner) -> None:
+    runs = KillableRun(runner)
     runs.finish("undisturbed")
     checkpoints = runner.folder / "runs" / "killed" / "checkpoints"
     moments = random.Random(0)

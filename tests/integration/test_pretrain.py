@@ -26,7 +26,7 @@ def test_torchrun_starts_the_same_run(runner: Runner, whole_run: str) -> None:
     assert runner.losses("torchrun") == runner.losses(whole_run)[:2]
 
 
-def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
+def test_contents_of_a_run_directory(runner: Runner, whole_run: str) -> None:
     directory = runner.folder / "runs" / whole_run
     assert (directory / "loss.png").stat().st_size > 1000
     assert list((directory / "tensorboard").glob("events*"))
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
     assert runner.losses(whole_run)[-1] < runner.losses(whole_run)[0]
 
 
-def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
+def test_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
     file = runner.folder / "evaluation.json"
     done = runner.mosa("evaluate", f"runs/{whole_run}", "--samples", "6", "--lengths", "2,9999", "--output", str(file))
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) -> None:
+def test_a_rank_without_others_fails_with_one_line(runner: Runner, rank: int) -> None:
     world = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port := free_port())}
     script = [str(ROOT / "pretrain_mosa.py"), runner.config, *runner.overrides, "run.name=alone"]
@@ -78,7 +78,7 @@ def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) 
     assert f"rank {rank} of 2 could not join the others at 127.0.0.1:{port} within 3 s" in errors[0]
 
 
-def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:
+def test_a_spike_is_skipped_by_rewinding(runner: Runner) -> None:
     common = ["parallel.tensor_model_parallel_size=1", "optimizer.learning_rate=0.01"]  # fast enough to cause a spike
     spike = ["fault_injection.fault=garbage", "fault_injection.rank=1", "fault_injection.step=8"]
     detector = ["resilience.spike_window=3", "resilience.spike_sigmas=3", "resilience.on_spike=rewind"]
@@ -89,7 +89,7 @@ def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:
     assert json.loads((runner.folder / "runs" / "spike" / "skip_steps.json").read_text()) == [8]
 
 
-def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:
+def test_stopping_and_resuming_is_bitwise_exact(runner: Runner, whole_run: str) -> None:
     runner.pretrain("halves", "train.stop_after_step=5")
     assert len(runner.losses("halves")) == 5
     output = runner.pretrain("halves")
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(runner: Runner, whole_run
     assert runner.losses("damaged") == runner.losses(whole_run)[:10]
 
 
-def test_a_file_system_that_takes_no_more(runner: Runner, whole_run: str) -> None:
+def test_a_full_disk(runner: Runner, whole_run: str) -> None:
     runner.pretrain("full", "train.stop_after_step=5")
     checkpoints = runner.folder / "runs" / "full" / "checkpoints"
     before = sorted(path.name for path in checkpoints.iterdir())
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_format_1_still_loads(runner: Runner, whole_run: str) ->
     assert runner.losses("old") == runner.losses(whole_run)[:10]
 
 
-def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: str) -> None:
+def test_a_complete_run_is_reported_and_can_be_extended(runner: Runner, whole_run: str) -> None:
     before = runner.losses(whole_run)
     output = runner.pretrain(whole_run)
     assert "The run is complete: step 10 of 10" in output
@@ -158,7 +158,7 @@ def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: s
     assert config["data"]["index_samples"] == 80  # as the first start recorded it
 
 
-def test_a_run_can_go_on_at_another_layout_and_zero_stage(runner: Runner, whole_run: str) -> None:
+def test_a_run_resumes_at_another_layout_and_zero_stage(runner: Runner, whole_run: str) -> None:
     expected = runner.losses(whole_run)[:10]
     for name, stop, go_on in (
         ("split", ["parallel.zero_stage=1"], ["parallel.tensor_model_parallel_size=1", "parallel.zero_stage=3"]),
@@ -218,7 +218,7 @@ def test_bf16(runner: Runner, whole_run: str) -> None:
     assert not torch.equal(weight, weight.bfloat16().float())  # master weights are fp32, and saved as fp32
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(runner: Runner) -> None:
+def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(runner: Runner) -> None:
     runner.pretrain("diverges", "train.stop_after_step=2")
     done = runner.run("diverges", "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0")
     assert done.returncode != 0
@@ -230,7 +230,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(runner: 
     )
 
 
-def test_a_run_starts_from_weights_that_went_to_hugging_face_and_back(runner: Runner, whole_run: str) -> None:
+def test_a_run_starts_from_weights_exported_and_imported_again(runner: Runner, whole_run: str) -> None:
     source, folder = runner.folder / "runs" / whole_run / "checkpoints" / "step-00000010", runner.folder
     for words in (
         ["export", f"{source}", f"{folder}/hf", "--to", "hf"],

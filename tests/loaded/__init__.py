@@ -57,7 +57,7 @@ def share() -> LoadedPython:
     return python
 
 
-def be_a_worker() -> None:
+def restore_executable() -> None:
     """Restore ``sys.executable`` in a worker of pytest-xdist, which the server has forked."""
     sys.executable = os.environ[REAL]
 

@@ -100,7 +100,7 @@ class Server:
                 elif key.fileobj == self.ended:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self.ended, 4096)
-                    self.tell_ends()
+                    self.report_exits()
                 elif client := self.clients.get(key.fd):
                     try:
                         self.hear(client)
@@ -125,7 +125,7 @@ class Server:
             client.streams = []
             client.connection.sendall(f"{client.child}\n".encode())
 
-    def tell_ends(self) -> None:
+    def report_exits(self) -> None:
         """Send the exit codes of all children that have ended."""
         by_child = {client.child: client for client in self.clients.values()}
         while True:
