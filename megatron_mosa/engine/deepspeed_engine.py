@@ -92,7 +92,6 @@ class DeepSpeedEngine:
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model."""
         return self._engine.module
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:

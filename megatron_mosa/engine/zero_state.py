@@ -54,25 +54,21 @@ class ReplicatedState:
         self.optimizer = engine.optimizer
 
     def optimised_tensors(self) -> list[Tensor]:
-        """Return every parameter."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def link(self) -> None:
         """Do nothing: the moments are in the optimizer's own state."""
 
     def read(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
-        """Return a copy."""
         return self._stored(parameter, moment).clone()
 
     def write(self, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
-        """Write in place."""
         self._stored(parameter, moment).copy_(value)
 
     def _stored(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
         return parameter.detach() if moment is None else self.optimizer.state[parameter][moment]
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
-        """Return the gradient, which DeepSpeed has averaged."""
         assert parameter.grad is not None
         return parameter.grad
 
@@ -84,7 +80,6 @@ class FlatState:
         self.optimizer = engine.optimizer
 
     def optimised_tensors(self) -> list[Tensor]:
-        """Return this rank's flat partitions."""
         return [group["params"][0] for group in self.optimizer.optimizer.param_groups]
 
     def link(self) -> None:
@@ -93,19 +88,16 @@ class FlatState:
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def read(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
-        """Gather by an all-reduce."""
         if moment is None:
             return cast(Tensor, safe_get_full_fp32_param(parameter))
         return cast(Tensor, safe_get_full_optimizer_state(parameter, moment))
 
     def write(self, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
-        """Keep this rank's fragment."""
         if moment is None:
             parameter.data.copy_(value)
         cast(Any, parameter).set_full_hp_param(value, moment)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
-        """Gather by an all-reduce."""
         return cast(Tensor, safe_get_full_grad(parameter))
 
 
@@ -116,14 +108,12 @@ class PartitionedWeightState:
         self.optimizer = engine.optimizer
 
     def optimised_tensors(self) -> list[Tensor]:
-        """Return this rank's flat partitions."""
         return list(self.optimizer.fp32_partitioned_groups_flat)
 
     def link(self) -> None:
         """Do nothing: DeepSpeed looks the moments up at every access."""
 
     def read(self, parameter: torch.nn.Parameter, moment: str | None) -> Tensor:
-        """Gather by an all-gather."""
         return self.optimizer.get_full_hp_param(parameter, moment)
 
     def write(self, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
@@ -134,7 +124,6 @@ class PartitionedWeightState:
             fill(parameter, value)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
-        """Gather by an all-gather."""
         return self.optimizer.get_fp32_grad_for_param(parameter)
 
 

@@ -16,15 +16,12 @@ class ModelParallelUnit:
     """The interface that ``deepspeed.initialize(mpu=...)`` expects."""
 
     def get_model_parallel_rank(self) -> int:
-        """Return the rank in the model-parallel group."""
         return parallel_state.get_tensor_model_parallel_rank()
 
     def get_model_parallel_world_size(self) -> int:
-        """Return the size of the model-parallel group."""
         return parallel_state.get_tensor_model_parallel_world_size()
 
     def get_model_parallel_group(self) -> ProcessGroup:
-        """Return the ranks that hold the parts of one replica."""
         return tensor_parallel_group()
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -32,17 +29,13 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
-        """Return the global rank of the first member of the tensor-parallel group."""
         return parallel_state.get_tensor_model_parallel_src_rank()
 
     def get_data_parallel_rank(self) -> int:
-        """Return the rank in the data-parallel group."""
         return parallel_state.get_data_parallel_rank()
 
     def get_data_parallel_world_size(self) -> int:
-        """Return the size of the data-parallel group."""
         return parallel_state.get_data_parallel_world_size()
 
     def get_data_parallel_group(self) -> ProcessGroup:
-        """Return the ranks that hold the same part of different replicas."""
         return data_parallel_group()

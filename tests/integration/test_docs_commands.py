@@ -45,7 +45,7 @@ SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
 
 @dataclass(frozen=True)
 class Way:
-    """How the test runs a command: with parts replaced and words appended."""
+    """A way to run a command: replaced parts and appended words."""
 
     replaced: tuple[tuple[str, str], ...] = ()
     added: str = ""

@@ -15,15 +15,12 @@ class Faults(Callback):
         self.faults = faults
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
-        """Inject a fault of place "step"."""
         if step not in trainer.skip_steps:
             self.faults.inject("step", step)
         return nullcontext()
 
     def on_validation_batch(self, trainer: Trainer) -> None:
-        """Inject a fault of place "validation"."""
         self.faults.inject("validation", trainer.state.step)
 
     def on_save(self, trainer: Trainer) -> None:
-        """Inject a fault of place "save"."""
         self.faults.inject("save", trainer.state.step)
