@@ -165,7 +165,7 @@ class TrainSection:
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
         choices=("auto", "never", "always"),
     )
-    deterministic: bool = key(True, "bitwise reproducible on CPU")
+    deterministic: bool = key(True, "use torch's deterministic algorithms, on CPUs and GPUs; slower on GPUs")
 
 
 @dataclass

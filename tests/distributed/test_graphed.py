@@ -26,7 +26,7 @@ def test_losses_norms_and_moments_are_those_of_deepspeeds_steps(
     assert graphed["moments"] == pytest.approx(plain["moments"], rel=0.2)
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(workers: WorkerPools) -> None:
+def test_a_non_finite_step_on_one_rank_is_skipped_on_all(workers: WorkerPools) -> None:
     for facts in workers(2).run(graphed_tasks.around_a_poisoned_step, accumulating(2)):
         assert facts == {"is finite": False, "is unchanged": True, "counted steps": 0, "then is finite": True}
 

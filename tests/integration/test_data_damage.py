@@ -1,4 +1,4 @@
-"""A dataset that is damaged while a run trains on it is found by hashing it during the run."""
+"""A large dataset, hashed in the background, is damaged while a run trains on it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_mosa.data import hashing
 from tests.integration.conftest import Runner
 
-# Makes any dataset count as large, and be hashed once the test allows it: by the interpreter, because the loaded Python
-# has no isolated mode.
+# Every dataset counts as large, and hashing starts when the test creates a file. It runs in a real interpreter, because
+# the loaded Python has no isolated mode.
 CUSTOMIZE = """
 from types import SimpleNamespace
 from megatron_mosa.data import integrity
@@ -42,7 +42,7 @@ def wait_for_checkpoint(runner: Runner, name: str) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
-    """Flip the lowest bit of a token in the middle of the file, in place, because the ranks have mapped it."""
+    """Flip the lowest bit of a token in the middle of the file, in place because the ranks have mapped it."""
     with file.open("r+b") as content:
         place = file.stat().st_size // 4 * 2
         content.seek(place)
@@ -73,11 +73,11 @@ def test_a_run_stops_when_its_dataset_is_damaged(runner: Runner, tmp_path: Path)
             rank.kill()
     output, errors = runner.printed("damaged_data", "out"), runner.printed("damaged_data", "err")
     assert codes == [2, 2], output + errors
-    assert "hashing 4 files of the dataset beside the run" in output and "the dataset is sound" not in output
-    assert len(errors.splitlines()) == 1, errors  # without traceback, and only once for both ranks
+    assert "hashing 4 files of the dataset in the background" in output and "the dataset is intact" not in output
+    assert len(errors.splitlines()) == 1, errors  # no traceback, and one line for both ranks
     found = re.fullmatch(
         rf"error: {data}/train.bin is damaged: its SHA-256 is \w+... instead of the recorded \w+...; restore it .*; "
-        r"the run stopped at step (\d+), its last sound checkpoint is (.*)\n",
+        r"the run stopped at step (\d+), its last intact checkpoint is (.*)\n",
         errors,
     )
     assert found is not None, errors
@@ -86,7 +86,7 @@ def test_a_run_stops_when_its_dataset_is_damaged(runner: Runner, tmp_path: Path)
     status = json.loads((checkpoint.parents[1] / "status.json").read_text())
     assert status["exit_code"] == 2 and "train.bin is damaged" in status["reason"]
 
-    flip_a_bit(data / "train.bin")  # restores it
+    flip_a_bit(data / "train.bin")  # restore the file
     done = runner.run("damaged_data", *overrides, f"train.stop_after_step={step + 1}", PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {checkpoint.parent}/step-" in done.stdout

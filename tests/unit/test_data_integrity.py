@@ -20,7 +20,7 @@ from megatron_mosa.data.manifest import load_manifest
 from megatron_mosa.data.tokenizer import END_OF_TEXT
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.train.callbacks.data_check import DataCheck
-from megatron_mosa.train.sample import BORDER, sample_text
+from megatron_mosa.train.sample import DOCUMENT_END, sample_text
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {number}: " + "some words of it, " * (number % 7 + 1) for number in range(60)]
@@ -171,19 +171,19 @@ def test_a_large_dataset_is_hashed_during_the_run(dataset: Path, monkeypatch: py
     monkeypatch.setattr(integrity, "FOREGROUND_BYTES", 0)
     files = recorded_hashes(dataset, load_manifest(dataset))
     notes = Notes()
-    check = DataCheck(notes, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    check = DataCheck(notes, files, lambda: "its last intact checkpoint is step-7")  # type: ignore[arg-type]
     assert check._process is not None
     wait_for(check._process)
     check.after_step(trainer(1), None)  # type: ignore[arg-type]
-    assert notes[-1].startswith("the dataset is sound") and not check.is_going_on
+    assert notes[-1].startswith("the dataset is intact") and not check.is_running
 
     flip(dataset / "train.bin", 8 * 100)
     open_mixture(DataSection(path=str(dataset)))  # too large to be hashed here
-    check = DataCheck(notes, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    check = DataCheck(notes, files, lambda: "its last intact checkpoint is step-7")  # type: ignore[arg-type]
     assert check._process is not None
     wait_for(check._process)
     with pytest.raises(
-        UserError, match=r"train.bin is damaged: .*stopped at step 9, its last sound .* step-7"
+        UserError, match=r"train.bin is damaged: .*stopped at step 9, its last intact .* step-7"
     ) as caught:
         check.after_step(trainer(9), None)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -220,11 +220,11 @@ def test_a_sample_is_the_text_that_training_sees(dataset: Path, tmp_path: Path) 
     found = [sample_text(config, number) for number in range(8)]
     for number, text in enumerate(found):
         decoded = tokenizer.decode(order[number]["tokens"].tolist(), skip_special_tokens=False)
-        assert text == decoded.replace(END_OF_TEXT, f"\n{BORDER}\n").removesuffix("\n")
-        for piece in filter(None, text.replace(BORDER, "").split("\n")):
+        assert text == decoded.replace(END_OF_TEXT, f"\n{DOCUMENT_END}\n").removesuffix("\n")
+        for piece in filter(None, text.replace(DOCUMENT_END, "").split("\n")):
             assert any(piece in original for original in TEXTS)
-    assert len(set(found)) == 8 and any(BORDER in text for text in found)
-    with pytest.raises(UserError, match="sample 8 does not exist: .* 0 to 7"):
+    assert len(set(found)) == 8 and any(DOCUMENT_END in text for text in found)
+    with pytest.raises(UserError, match="sample must be 0 to 7 .* got 8"):
         sample_text(config, 8)
 
 

@@ -1,4 +1,4 @@
-"""The layer that is compiled on GPUs, here as it is written, against Megatron's layer of the same parameters."""
+"""The layer that GPUs compile, here uncompiled, against Megatron's layer with the same parameters."""
 
 from __future__ import annotations
 
