@@ -16,6 +16,7 @@ from megatron_mosa.cluster.status import status
 from megatron_mosa.commands import checkpoint, config, data
 from megatron_mosa.commands.pretrain import pretrain
 from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
+from megatron_mosa.tools.bench.commands import bench
 from megatron_mosa.tools.decoding.commands import cache_report, generate
 from megatron_mosa.tools.evaluation.command import evaluate
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
@@ -78,6 +79,7 @@ COMMANDS = Group(
         "evaluate": evaluate,
         "generate": generate,
         "cache-report": cache_report,
+        "bench": bench,
         "isoflop": isoflop,
         "sweep": sweep,
         "submit": submit,

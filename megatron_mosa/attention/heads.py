@@ -187,7 +187,13 @@ class MosaHeads(PartitionedHeads):
         return output
 
     def attend(
-        self, hidden_states: Tensor, documents: Documents | None, kernels: ModuleType, counts: bool, above: bool
+        self,
+        hidden_states: Tensor,
+        documents: Documents | None,
+        kernels: ModuleType,
+        counts: bool,
+        above: bool,
+        indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The forward pass with what it depends on beside tensors; records nothing.
 
@@ -197,6 +203,7 @@ class MosaHeads(PartitionedHeads):
             kernels: the backend.
             counts: whether scores are counted for the thresholds, if there are any.
             above: as ``selects_above`` says.
+            indices: what an earlier call has selected of the same states, without documents; None: select.
 
         Returns:
             The output, [T, B, h], the scores, [B, E / tp, T], and the indices, [B, E / tp, k].
@@ -205,9 +212,11 @@ class MosaHeads(PartitionedHeads):
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
-        if counts and config.mosa_selection == "threshold":
-            kernels.count_scores(scores, self.histogram)
-        indices, slots = self._select(kernels, scores, documents, above)
+        slots = None
+        if indices is None:
+            if counts and config.mosa_selection == "threshold":
+                kernels.count_scores(scores, self.histogram)
+            indices, slots = self._select(kernels, scores, documents, above)
         output = kernels.selected_attention(
             states,
             self.router_weight,

@@ -13,6 +13,7 @@ from megatron_mosa.config.schema import (
     ModelSection,
     MosaSection,
     OptimizerSection,
+    ParallelSection,
     ResilienceSection,
     TrainSection,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "ModelSection",
     "MosaSection",
     "OptimizerSection",
+    "ParallelSection",
     "ResilienceSection",
     "TrainSection",
     "blend_parts",

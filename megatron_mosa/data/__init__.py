@@ -1,4 +1,4 @@
-"""From text to batches: sources, tokenizer, dataset folders, samples and loaders."""
+"""Turn text into batches: sources, tokenizers, datasets, samples and loaders."""
 
 from megatron_mosa.data.build import build_dataset
 from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
@@ -6,13 +6,11 @@ from megatron_mosa.data.loader import training_batches, validation_batches
 from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
 from megatron_mosa.data.mixture import Mixture, open_mixture
 from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
-from megatron_mosa.data.sources import iter_documents
 from megatron_mosa.data.tokenizer import (
     PROBE,
     TOKENIZER_FILE,
     TokenizerIdentity,
     adds_special_tokens,
-    encoding_hash,
     end_of_document_id,
     load_tokenizer,
     tokenizer_hash,
@@ -35,10 +33,8 @@ __all__ = [
     "adds_special_tokens",
     "build_dataset",
     "document_starts",
-    "encoding_hash",
     "end_of_document_id",
     "is_large",
-    "iter_documents",
     "load_manifest",
     "load_tokenizer",
     "open_mixture",

@@ -229,6 +229,12 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
     return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F], the gate and then what it gates, to [..., F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
 def split_heads(
     qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,3 +323,17 @@ def selected_attention(
     places = (sequence * length + tokens).flatten()  # row of the token in [B * T, h]
     output.view(-1, width).index_add_(0, places, projected.to(dtype).flatten(0, 2))
     return output.to(hidden_states.dtype)
+
+
+def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
+    """``total += gradient``, or ``total.copy_(gradient)``.
+
+    Args:
+        total: fp32, contiguous.
+        gradient: of any floating-point type, in the same shape.
+        replaces: whether ``total`` is replaced.
+    """
+    if replaces:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)

@@ -1,6 +1,6 @@
-"""The language model, and what it costs."""
+"""The language model: construction, initial weights, FLOPs and parameter counts."""
 
-from megatron_mosa.model.calibration import calibrate, calibrating
+from megatron_mosa.model.calibration import calibrate, calibration_config
 from megatron_mosa.model.costs import (
     dense_head_flops,
     local_head_flops,
@@ -9,17 +9,18 @@ from megatron_mosa.model.costs import (
     mosa_head_flops,
     paper_flops,
     parameter_count,
+    usual_flops,
 )
 from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
 from megatron_mosa.model.initialization import draw, initial_weights
-from megatron_mosa.model.state import Stored, stored_tensors
+from megatron_mosa.model.state import StoredTensor, stored_tensors
 
 __all__ = [
-    "Stored",
+    "StoredTensor",
     "build_empty_model",
     "build_model",
     "calibrate",
-    "calibrating",
+    "calibration_config",
     "dense_head_flops",
     "draw",
     "initial_weights",
@@ -32,4 +33,5 @@ __all__ = [
     "parameter_count",
     "stored_tensors",
     "transformer_config",
+    "usual_flops",
 ]

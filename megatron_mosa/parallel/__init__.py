@@ -1,4 +1,4 @@
-"""Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
+"""Process groups: launch, agreement between ranks, DeepSpeed's interface, and gradients of replicated parameters."""
 
 from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
 from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
@@ -8,7 +8,7 @@ from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
 from megatron_mosa.parallel.partition import Partition, partition_of
-from megatron_mosa.parallel.regions import sum_gradients
+from megatron_mosa.parallel.regions import TensorParallelRegion, sum_gradients
 from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Partition",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "TensorParallelRegion",
     "apex_fused_adam",
     "apex_norms",
     "data_parallel_group",

@@ -6,4 +6,12 @@ from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.status import RUNNING, STATUS, read_status
 
-__all__ = ["RUNNING", "STATUS", "FaultInjection", "ResilienceServices", "SpikeDetector", "block_sigusr1", "read_status"]
+__all__ = [
+    "RUNNING",
+    "STATUS",
+    "FaultInjection",
+    "ResilienceServices",
+    "SpikeDetector",
+    "block_sigusr1",
+    "read_status",
+]

@@ -67,9 +67,9 @@ class FaultInjection:
         """Return the micro-batches after step ``steps_taken``; a due fault gives them NaN masks or garbage labels."""
         if self.section.fault not in _DATA_FAULTS:
             return batches
-        return self._poisoned(batches, steps_taken, batches_per_step)
+        return self._with_data_fault(batches, steps_taken, batches_per_step)
 
-    def _poisoned(
+    def _with_data_fault(
         self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
     ) -> Iterator[dict[str, Tensor]]:
         is_here = False

@@ -40,7 +40,7 @@ def folders(trained: dict[str, Trained], causal: Trained, tmp_path_factory: pyte
 
 
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def single_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove launcher variables, which accelerate reads, and which the fixtures may have left in the environment."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
@@ -234,7 +234,7 @@ def test_unset_thresholds_are_refused_when_offloaded_too(folders: dict[str, Path
     model = MosaForCausalLM.from_pretrained(folders["threshold"])
     model.model.layers[1].self_attn.mosa_heads.thresholds[3] = torch.nan
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"thresholds of layers 1 are NaN: .* must be between 0 and 1; export what"):
+    with pytest.raises(ValueError, match=r"thresholds of layers 1 are NaN: .* must be between 0 and 1; export the"):
         model(torch.tensor([[1, 2, 3]]))
     one, several = torch.tensor([[1]]), torch.tensor([[1, 2, 3]])
     for call in (

@@ -25,7 +25,7 @@ from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.metrics.selection import recorded_selection
 from megatron_mosa.model import build_model, transformer_config
-from megatron_mosa.model.calibration import calibrate, calibrating
+from megatron_mosa.model.calibration import calibrate, calibration_config
 from megatron_mosa.tools.evaluation import evaluate as measures
 from megatron_mosa.tools.evaluation.command import _device, _multiples, _write, evaluate
 from megatron_mosa.tools.evaluation.flips import flip_rates
@@ -61,7 +61,7 @@ def config(selection: str) -> Config:
     model = {"num_layers": 2, "hidden_size": 16, "head_dim": 8, "num_dense_heads": 1, "vocab_size_multiple": 1}
     mosa = {"num_heads": 3, "sparsity": SPARSITY}
     made = model_config({"model": model, "mosa": mosa, "data": {"sequence_length": LENGTH}})
-    return calibrating(made) if selection == "threshold" else made
+    return calibration_config(made) if selection == "threshold" else made
 
 
 @pytest.fixture(params=["expert_choice", "threshold"])

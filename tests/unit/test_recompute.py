@@ -1,4 +1,4 @@
-"""Recompute gives the same gradients to the last bit, and never selects twice."""
+"""Recompute gives bitwise equal gradients, and never selects twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.test_spec import build_gpt, make_config
 def gradients(
     recompute: str, monkeypatch: pytest.MonkeyPatch, backend: str = "naive", by_threshold: bool = False
 ) -> tuple[list[torch.Tensor], int, int]:
-    """Of one model's parameters; how often tokens were selected; bytes kept between forward and backward."""
+    """Return a model's gradients, the number of selections, and the bytes kept between forward and backward."""
     selections = 0
     place, name = (naive.torch, "sort") if backend == "naive" else (fused_selection, "select")
     if by_threshold:
@@ -32,7 +32,7 @@ def gradients(
         return select(*args, **kwargs)
 
     torch.manual_seed(0)
-    # An interpreted kernel takes a second.
+    # Small, because an interpreted kernel takes a second.
     batch, length, heads = (4, 32, 6) if backend == "naive" else (1, 8, 2)
     config = make_config(
         mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice",
@@ -56,7 +56,7 @@ def gradients(
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
         loss.backward()
     for layer in mosa_layers(model) if by_threshold else ():
-        assert (layer.histogram.sum(dim=-1) == batch * length).all()  # every score once
+        assert (layer.histogram.sum(dim=-1) == batch * length).all()  # every score counts once
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 
@@ -71,7 +71,7 @@ def test_recompute_is_exact_and_selects_once(
     layout: Layout, recompute: str, backend: str, by_threshold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, selections, kept = gradients("none", monkeypatch, backend, by_threshold)
-    assert selections == 2  # one a layer
+    assert selections == 2  # one per layer
     found, selections_again, kept_less = gradients(recompute, monkeypatch, backend, by_threshold)
     assert selections_again == 2
     assert len(found) == len(expected)

@@ -92,9 +92,8 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
     from megatron_mosa.data import (
         TOKENIZER_FILE,
         TokenizerIdentity,
-        encoding_hash,
         load_tokenizer,
-        tokenizer_hash,
+        tokenizer_identity,
         vocabulary_size,
     )
 
@@ -102,7 +101,7 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
     identity, size = TokenizerIdentity(None, None), vocab_rows
     if file.is_file():
         tokenizer = load_tokenizer(str(file))
-        identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
+        identity, size = tokenizer_identity(file, tokenizer), vocabulary_size(tokenizer)
     if size > vocab_rows:
         raise UserError(
             f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding only {vocab_rows:,} rows; resize the "

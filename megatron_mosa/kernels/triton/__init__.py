@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.triton.elementwise import accumulate, fused_swiglu
 from megatron_mosa.kernels.triton.loss import linear_cross_entropy
 from megatron_mosa.kernels.triton.ops import (
     fused_attention,
@@ -18,8 +19,8 @@ from megatron_mosa.kernels.triton.rotary import fused_split_heads
 from megatron_mosa.kernels.triton.selection import count_followed
 
 __all__ = [
-    "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above", "select_tokens",
-    "selected_attention", "split_heads",
+    "accumulate", "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above",
+    "select_tokens", "selected_attention", "split_heads", "swiglu",
 ]  # fmt: skip
 
 
@@ -115,3 +116,8 @@ def split_heads(
     """As ``naive.split_heads``."""
     query, key, value = fused_split_heads(qkv, rotary_percent, rotary_base, document_starts)  # [T, B, H | G, h']
     return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As ``naive.swiglu``."""
+    return fused_swiglu(gate_up)

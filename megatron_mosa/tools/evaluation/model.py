@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.convert import ModelReader, load_weights, single_process_groups
 from megatron_mosa.kernels import Documents
-from megatron_mosa.model import build_empty_model, calibrating
+from megatron_mosa.model import build_empty_model, calibration_config
 
 _BLOCK = 8192  # tokens per block of the cross entropy: fp32 logits of a whole batch would dominate memory
 
@@ -63,7 +63,7 @@ def evaluation_model(
         selection: ``mosa.selection`` of the MoSA heads; if it is "threshold" and the checkpoint has no thresholds, the
             caller must calibrate them.
     """
-    config = model.config if selection == model.config.mosa.selection else calibrating(model.config)
+    config = model.config if selection == model.config.mosa.selection else calibration_config(model.config)
     config = replace(config, mosa=replace(config.mosa, backend="auto"))
     with single_process_groups(config):
         module = build_empty_model(config, model.vocab_rows).eval()
