@@ -131,7 +131,7 @@ def test_without_requeue_the_next_job_of_the_chain_continues(jobs: Jobs, stand_i
         f"{after[0]}-0-1",
     ]  # after a permanent failure the rest do nothing
     assert "the next job of the chain continues the run" in jobs.output("chained")
-    assert "not started again: as the job before it in this chain (as asked)" in jobs.output("chained")
+    assert "not started again: as the previous job of this chain (as asked)" in jobs.output("chained")
 
 
 DOCTOR = """#!/bin/sh
