@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.attention.recompute import MosaTransformerLayer
+from megatron_mosa.kernels import KernelBackend
 
 
 class DecoderLayer(torch.nn.Module):
@@ -23,7 +22,7 @@ class DecoderLayer(torch.nn.Module):
         kernels: the backend of the heads.
     """
 
-    def __init__(self, layer: MosaTransformerLayer, kernels: ModuleType) -> None:
+    def __init__(self, layer: MosaTransformerLayer, kernels: KernelBackend) -> None:
         super().__init__()
         self.layer = layer
         self.kernels = kernels

@@ -1,4 +1,4 @@
-"""Torch's variable-length flash attention, where it is there: causal, within documents, within a window."""
+"""Variable-length flash attention from torch, where it is available: causal, within documents or a window."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def has_flash(query: Tensor) -> bool:
-    """Whether ``flash_attention`` runs for such queries: on a GPU (Ampere or later), in half precision, torch 2.11."""
+    """Return whether ``flash_attention`` runs: half precision, a GPU of Ampere or later, and torch 2.11 or later."""
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or _varlen_attn() is None:
         return False
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
@@ -19,16 +19,16 @@ def has_flash(query: Tensor) -> bool:
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, window: int | None = None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None
 ) -> Tensor:
-    """Attention of each token to those before it between two boundaries, itself included.
+    """Causal attention within each of the sequences that are packed into the flattened batch.
 
     Args:
         query: [B, H, T, h'].
         key, value: [B, G, T, h'], G dividing H.
-        boundaries: int32 [N + 1], ascending, from 0 to B * T: places in the batch flattened to [B * T].
-        longest: largest distance of two boundaries.
-        window: how many tokens it sees at most; None: all.
+        cu_seqlens: int32 [N + 1], cumulative lengths of the N packed sequences, from 0 to B * T.
+        max_seqlen: length of the longest packed sequence.
+        window: maximum number of tokens that a token sees, including itself; None: no limit.
 
     Returns:
         [B, H, T, h'].
@@ -37,14 +37,14 @@ def flash_attention(
     if key.shape[1] != heads:
         key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
     packed = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, H, h']
-    before = -1 if window is None else window - 1
-    attended = _varlen_attn()(*packed, boundaries, boundaries, longest, longest, window_size=(before, 0))
+    left = -1 if window is None else window - 1
+    attended = _varlen_attn()(*packed, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0))
     return attended.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 @lru_cache(maxsize=1)
 def _varlen_attn() -> Any:
-    """Torch's function if it is the one whose causality is a window."""
+    """Return torch's function if this torch has it with the parameter ``window_size``, else None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.thresholds import mosa_layers
+from megatron_mosa.kernels import KernelBackend
 
 
 class MosaGPTModel(GPTModel):
@@ -21,9 +21,9 @@ class MosaGPTModel(GPTModel):
     """
 
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, so that they are no submodules
-    _kernels: ModuleType
+    _kernels: KernelBackend
 
-    def compile_layers(self, kernels: ModuleType) -> None:
+    def compile_layers(self, kernels: KernelBackend) -> None:
         """Take the fast way from now on; parameters must be where and of which type they will stay.
 
         Args:

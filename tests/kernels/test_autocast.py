@@ -15,11 +15,12 @@ from megatron_mosa.config import load_config
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
-from megatron_mosa.kernels import get_backend
-from megatron_mosa.kernels.naive import select_above, select_tokens
+from megatron_mosa.kernels import get_backend, naive
+from megatron_mosa.kernels.naive import select_tokens
 from megatron_mosa.model import build_empty_model
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY
 from tests.kernels.reference import mosa_reference
+from tests.kernels.test_thresholds import select_above
 
 BATCH, LENGTH, HEADS, WIDTH, SIZE, SELECTED = 2, 40, 3, 32, 16, 10
 BACKENDS = ("naive", "triton")
@@ -202,7 +203,7 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
         assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
         found[enabled] = output, indices
         if kind == "threshold":
-            right = select_above(scores, thresholds, None)
+            right = select_above(naive, scores, thresholds, None)
         else:
             right = select_tokens(scores, indices.shape[2], True)
         assert torch.equal(indices, right)
@@ -234,7 +235,7 @@ def test_the_heads_of_an_exported_model(selection: str) -> None:
     assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
     chosen = heads.select(scores, tokens, None)
     if heads.thresholds is not None:
-        assert torch.equal(chosen, select_above(expected.float(), heads.thresholds, None))
+        assert torch.equal(chosen, select_above(naive, expected.float(), heads.thresholds, None))
     else:
         assert torch.equal(chosen, select_tokens(expected.float(), SELECTED, True))
     if selection == "expert_choice":

@@ -46,7 +46,7 @@ def test_loss_and_every_gradient_are_those_of_megatrons_layers(layout: Layout, k
         if kind == "threshold":
             heads.histogram.zero_()
 
-    # As compile_layers, but not compiled: heads on the plain path, the loss interpreted.
+    # Like compile_layers, but not compiled: heads on the naive backend, the loss interpreted.
     model._compiled_layers = tuple(DecoderLayer(layer, naive) for layer in model.decoder.layers)  # type: ignore[arg-type]
     model._kernels = get_backend("triton", torch.empty(0))
     assert dict(model.named_parameters()).keys() == names

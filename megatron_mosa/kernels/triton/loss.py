@@ -1,4 +1,4 @@
-"""The output layer and its cross entropy, some tokens at a time: logits are never whole in memory, nor any in fp32."""
+"""The output layer and its cross entropy in chunks of tokens: neither all logits nor any fp32 logits are in memory."""
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,49 +14,42 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton.common import power_of_2
 
-CHUNK = 4096  # tokens whose logits are in memory at a time
-BLOCK = 4096  # of the vocabulary, at most
+CHUNK = 4096  # tokens whose logits are in memory at the same time
+BLOCK = 4096  # maximum number of logits that a program loads at once
 
 
 @triton.jit
 def _cross_entropy_kernel(
     p_logits, p_targets, p_weights, p_losses, V, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The weighted loss of one token; its logits become their own gradient."""
+    """Compute the weighted loss of one token; its logits are replaced by their gradient."""
     i_token = tl.program_id(0).to(tl.int64)
     p_logits += i_token * V
-    lane = tl.arange(0, BLOCK)
+    o_lane = tl.arange(0, BLOCK)
     target = tl.load(p_targets + i_token)
     weight = tl.load(p_weights + i_token).to(tl.float32)
-    # A token that does not count may have a target outside of the vocabulary. Read before anything is overwritten.
-    of_target = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
-    highest, total = -float("inf"), 0.0
+    # The target of a token with weight 0 may be out of range. Read before the logits are overwritten.
+    target_logit = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
+    maximum, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
-        logits = tl.load(p_logits + start + lane, mask=start + lane < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(highest, tl.max(logits, axis=0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher), axis=0)
-        highest = higher
-    log_sum = highest + tl.log(total)
-    tl.store(p_losses + i_token, (log_sum - of_target) * weight)
+        b_logits = tl.load(p_logits + start + o_lane, mask=start + o_lane < V, other=-float("inf")).to(tl.float32)
+        new_max = tl.maximum(maximum, tl.max(b_logits, axis=0))
+        total = total * tl.exp(maximum - new_max) + tl.sum(tl.exp(b_logits - new_max), axis=0)
+        maximum = new_max
+    log_sum = maximum + tl.log(total)
+    tl.store(p_losses + i_token, (log_sum - target_logit) * weight)
     if HAS_GRADIENT:
         for start in range(0, V, BLOCK):
-            column = start + lane
-            logits = tl.load(p_logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(logits - log_sum) - (column == target).to(tl.float32)
-            tl.store(p_logits + column, (gradient * weight).to(p_logits.dtype.element_ty), mask=column < V)
+            i_column = start + o_lane
+            b_logits = tl.load(p_logits + i_column, mask=i_column < V, other=-float("inf")).to(tl.float32)
+            b_gradient = tl.exp(b_logits - log_sum) - (i_column == target).to(tl.float32)
+            tl.store(p_logits + i_column, (b_gradient * weight).to(p_logits.dtype.element_ty), mask=i_column < V)
 
 
 def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
-    """Weighted sum of the cross entropies of an output layer, fp32 scalar.
+    """Compute ``naive.linear_cross_entropy``, with the weight in the type of the states, as an fp32 scalar.
 
-    Gradients are made in the forward pass, that of the weight added up in fp32 over all tokens.
-
-    Args:
-        hidden_states: [N, h], before the output layer.
-        weight: [V, h], in their type: the output layer's, the whole vocabulary.
-        targets: int64 [N].
-        token_weights: [N], how much each token counts; without a gradient. Targets of tokens that count nothing may be
-            outside of the vocabulary.
+    The forward pass also computes the gradients; that of the weight is accumulated in fp32 over all tokens.
     """
     return _LinearCrossEntropy.apply(hidden_states, weight, targets, token_weights)
 
@@ -89,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        upstream = upstreams[0].reshape(1)  # a scalar would be rounded to the type of what it multiplies
+        upstream = upstreams[0].reshape(1)  # a scalar would be rounded to the type of the other factor
         # Multiplied in fp32 and rounded, in one pass.
         dx = torch.mul(dx, upstream, out=torch.empty_like(dx))
         return dx, torch.mul(dw, upstream, out=torch.empty_like(dw, dtype=ctx.dtype)), None, None
