@@ -138,7 +138,7 @@ class MosaTransformerConfig(TransformerConfig):
                 "mosa_selection='threshold' does not support mosa_selection_scope='document'; set 'sequence'"
             )
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
-            raise ValueError("mosa_load_feedback needs mosa_selection='threshold'; set it to 0 with 'expert_choice'")
+            raise ValueError("mosa_load_feedback needs mosa_selection='threshold'; set it to 0 for expert choice")
 
     @property
     def head_dim(self) -> int:
