@@ -76,7 +76,7 @@ test: setup ## run all tests; SLURM=install installs Slurm for tests/slurm first
 # Unit tests, kernels on the naive path, one distributed and one integration run.
 QUICK = tests/unit $(addprefix tests/kernels/test_,naive.py documents.py window.py dispatch.py) \
 	'tests/distributed/test_parity.py::test_training_does_not_depend_on_the_layout[(3, 2, True, 4)]' \
-	tests/integration/test_pretrain.py::test_a_run_leaves_what_it_promises
+	tests/integration/test_pretrain.py::test_contents_of_a_run_directory
 
 test-quick: setup ## run the most informative tests in the least time, for the inner loop
 	@$(ACTIVATE); OMP_NUM_THREADS=1 python -m pytest -n 2 $(PYTEST_ARGS) $(QUICK)

@@ -1,1 +1,1 @@
-"""Measurements on GPUs; every one checks what it measures in the same run."""
+"""Measurements on GPUs. Each checks the correctness of what it measures in the same run."""

@@ -1,8 +1,8 @@
-"""A GPT written plainly, under torch.compile, as fast as that makes it: what the dense model's step is held against.
+"""Speed of a plain GPT under torch.compile, the reference for the speed of a dense model's step.
 
 ``python -m benchmarks.control``: 24 layers, h 2048, 16 heads of 128, GELU 8192, RMSNorm, vocabulary 50,304, 8 sequences
-of 2048 tokens a step; parameters, gradients and Adam's state in bf16, so it moves fewer bytes than a run that keeps
-fp32 master weights.
+of 2048 tokens per step. Parameters, gradients and Adam's state are bf16, so a step moves fewer bytes than a run that
+keeps fp32 master weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYERS, WIDTH, HEADS, SIZE, MLP, VOCABULARY, LENGTH, BATCH = 24, 2048, 16, 128, 
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and MLP, without biases."""
+    """A pre-norm layer of attention and MLP, without biases."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, MLP, bias=False), nn.Linear(MLP, WIDTH, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, h] to [B, T, h]."""
+        """Map [B, T, h] to [B, T, h]."""
         parts = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
         query, key, value = (part for part in parts)
         query, key = (_rotated(part, cos, sin) for part in (query, key))
@@ -45,7 +45,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
-    """Embedding, layers, norm, output, loss."""
+    """A GPT that returns its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, labels: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The mean loss."""
+        """Return the mean loss."""
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin)
@@ -64,7 +64,7 @@ class Model(nn.Module):
 
 
 def main() -> None:
-    """Time it."""
+    """Time the step, and print the result."""
     from megatron_mosa.config import load_config
     from megatron_mosa.model import model_flops
 

@@ -1,9 +1,9 @@
-"""Does training on the kernels follow training on the naive path? The quickstart model, one process, one GPU.
+"""Loss curves of training with the kernels and with the naive path: the quickstart model, one process, one GPU.
 
     python -m benchmarks.curves [--steps 200] [--precision bf16] [--output benchmarks/results]
 
-Runs the same seed on both, and another seed on the naive path: the distance of two seeds is the noise that the distance
-of the two paths is held against. Writes a Markdown table, the losses as JSON, and a plot.
+Both train with the same seed, and the naive path also with another seed: the distance between two seeds is the noise to
+compare with. Writes a Markdown table, the losses as JSON, and a plot.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ matplotlib.use("Agg")
 
 ROOT = Path(__file__).parents[1]
 RUNS = {"naive": ("naive", 1234), "triton": ("triton", 1234), "naive, another seed": ("naive", 4321)}
-TAIL = 50  # steps at the end, over which means are taken
+TAIL = 50  # steps at the end, over which to average
 
 
 def losses(backend: str, seed: int, steps: int, precision: str, directory: Path) -> list[float]:
-    """Training losses of one run."""
+    """Train once, and return the training losses."""
     name = f"curve-{backend}-{seed}-{precision}"
     command = [sys.executable, str(ROOT / "pretrain_mosa.py"), str(ROOT / "configs" / "quickstart.yaml")]
     command += [
@@ -46,7 +46,7 @@ def losses(backend: str, seed: int, steps: int, precision: str, directory: Path)
 
 
 def table(curves: dict[str, list[float]]) -> str:
-    """Distances of the curves from that of the naive path."""
+    """Return the distances of the curves to that of the naive path, as Markdown."""
     naive = curves["naive"]
     lines = [
         "| run | mean loss at the end | largest distance from naive | mean distance |",
@@ -62,7 +62,7 @@ def table(curves: dict[str, list[float]]) -> str:
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
-    """All curves over the steps."""
+    """Plot all curves over the steps."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4))
@@ -75,15 +75,15 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="of each run")] = 200,
+    steps: Annotated[int, typer.Option(help="steps of each run")] = 200,
     precision: Annotated[str, typer.Option(help="bf16 or fp32")] = "bf16",
-    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
-    directory: Annotated[Path, typer.Option(help="where the runs go")] = Path("runs"),
+    output: Annotated[Path, typer.Option(help="directory for the results")] = Path("benchmarks/results"),
+    directory: Annotated[Path, typer.Option(help="directory for the runs")] = Path("runs"),
 ) -> None:
-    """Train three times, and compare."""
+    """Train three times, and compare the losses."""
     if not torch.cuda.is_available():
-        raise SystemExit("error: no GPU; the kernels are compared where they run")
-    with ThreadPoolExecutor() as pool:  # side by side: what is compared are losses, not times
+        raise SystemExit("error: this benchmark needs a GPU")
+    with ThreadPoolExecutor() as pool:  # concurrently, because only losses are compared, not times
         runs = {name: pool.submit(losses, *which, steps, precision, directory) for name, which in RUNS.items()}
         curves = {name: run.result() for name, run in runs.items()}
     about = facts(f"python -m benchmarks.curves --steps {steps} --precision {precision}")

@@ -1,11 +1,11 @@
-"""Tokens per second of decoding: MoSA models with thresholds beside a dense one, with torch and transformers alone.
+"""Decoding speed of MoSA models with thresholds and of a dense model, with torch and transformers alone.
 
     python -m benchmarks.decode --output decode.json
 
-Widths are those of the paper's Small (9 layers, h 1024, h' 64). Weights are random, and thresholds set so that every
-head selects a share of 1 / sparsity of random tokens. A cache is filled with one random sequence, copied for the batch,
-and goes on with other random tokens in each sequence; what is timed are calls of the model on one token a sequence, in
-bf16 on a GPU. Before anything is timed, a small copy of each model shows that cached decoding is its forward pass.
+The models have the widths of the paper's Small (9 layers, h 1024, h' 64), random weights, and thresholds by which every
+head selects a share of 1 / sparsity of random tokens. The cache is filled with one random sequence, copied for the
+batch, and continues with different random tokens in each sequence. The timed calls process one token per sequence, in
+bf16 on a GPU. Before that, a small copy of each model is checked: cached decoding must equal the forward pass.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "equal perplexity": {"num_dense_heads": 4, "num_mosa_heads": 14, "sparsity": 32},
     "local": {"num_local_heads": 4, "local_window": 1024, "num_mosa_heads": 60, "sparsity": 128},
 }
-PIECE = 2048  # tokens of the prompt at once
+PIECE = 2048  # tokens of the prompt per call
 
 
 def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | None = None) -> MosaForCausalLM:
-    """A model with random weights, its thresholds at the quantiles of scores that random tokens have.
+    """Build a model with random weights, with thresholds at the quantiles of its scores on random tokens.
 
     Args:
-        spread: standard deviation of all weights; None: as a new model's.
+        spread: standard deviation of all weights; None: that of a new model.
     """
     torch.manual_seed(0)
     model = MosaForCausalLM(config).to(device=device, dtype=dtype).eval()
@@ -55,7 +55,7 @@ def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | N
         scores = torch.sigmoid(given[0].float() @ module.router_weight.float().T).flatten(0, 1)  # [T, E]
         below = scores.quantile(1 - 1 / config.sparsity, dim=0, interpolation="lower")
         above = scores.where(scores > below, torch.inf).amin(dim=0)
-        # Between two scores, and not at one: those of the first layer come back with every repetition of a token.
+        # Between two scores, not at one: in the first layer a score recurs with every occurrence of its token.
         module.thresholds.copy_((below + above) / 2)
 
     for module in heads:
@@ -70,7 +70,7 @@ def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | N
 
 @torch.no_grad()
 def check(changes: dict[str, Any], device: str) -> float:
-    """The largest difference of logits, decoded and at once, of a narrow copy in fp32, to their spread."""
+    """Return the largest difference between decoded and full logits of a narrow fp32 copy, relative to their spread."""
     model = build(MosaConfig(**(SMALL | TOY | changes | {"local_window": 24})), device, torch.float32, spread=0.3)
     tokens = torch.randint(TOY["vocab_size"], (2, 160), device=device)
     expected, cache = model(tokens).logits, model.new_cache()
@@ -86,7 +86,7 @@ def check(changes: dict[str, Any], device: str) -> float:
 
 @torch.no_grad()
 def measure(model: MosaForCausalLM, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Tokens per second, and bytes of the cache, at ``batch`` sequences of ``context`` tokens."""
+    """Return tokens per second and bytes of the cache, for ``batch`` sequences of ``context`` tokens."""
     device, vocabulary = model.device, model.config.vocab_size
     prompt = torch.randint(vocabulary, (1, context), device=device)
     cache = model.new_cache()
@@ -96,7 +96,7 @@ def measure(model: MosaForCausalLM, batch: int, context: int, steps: int) -> dic
     prefill = now(device) - start
     cache.batch_repeat_interleave(batch)
     tokens = torch.randint(vocabulary, (batch, 3 * steps), device=device)
-    for step in range(steps):  # not timed: kernels are chosen, buffers grow once
+    for step in range(steps):  # warm-up, in which kernels are chosen and buffers grow
         model(tokens[:, step : step + 1], **{CACHE: cache})
     seconds = []
     for repetition in (1, 2):
@@ -118,29 +118,29 @@ def measure(model: MosaForCausalLM, batch: int, context: int, steps: int) -> dic
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when the device has done what was asked."""
+    """Return the time in seconds once the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def main() -> None:
-    """Measure all models, print a table, write JSON."""
+    """Measure all models; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--plain", action="store_true", help="without the kernels of a step")
-    parser.add_argument("--toy", action="store_true", help="narrow models, to see that it runs")
+    parser.add_argument("--plain", action="store_true", help="without the decoding kernels")
+    parser.add_argument("--toy", action="store_true", help="narrow models, for a quick test")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = []
     if options.plain:
-        heads_mosa.usable = lambda states: False
-    print("| model | batch | context | tokens/s | ms a step | cache, GiB (allocated) | prefill, tokens/s |")
+        heads_mosa.can_run_kernels = lambda states: False
+    print("| model | batch | context | tokens/s | ms per step | cache, GiB (allocated) | prefill, tokens/s |")
     print("| --- |" + " ---: |" * 6)
     for name in options.models:
         difference = check(MODELS[name], device)

@@ -1,10 +1,10 @@
-"""The MoSA heads of one layer in Triton, against torch.compile of the naive path and dense heads of equal FLOPs.
+"""The MoSA heads of one layer in Triton, against the compiled naive path and compiled dense heads of equal FLOPs.
 
     python -m benchmarks.mosa_layer [--shapes 1,2,3] [--output benchmarks/results]
 
-Times are those of the GPU, forward alone and forward and backward, router and selection included; "as called" are
-forward and backward with the time of their launches, where that is longer. A speed is printed only
-for kernels whose output and gradients agree with the naive path in fp32, checked in the same run.
+Times are GPU times of forward, and of forward and backward, including router and selection. "as called" includes the
+launches, where those take longer. A speed is printed only for kernels whose output and gradients agree with the naive
+path in fp32, which is checked in the same run.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from benchmarks.timing import Measurement, measure
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.kernels import get_backend, naive
 
-BARS = [1.5, 1.5, 1.5, 1.8, 2.0, 1.8]  # times the dense heads, forward and backward
-CHECKED_ROWS = 40_000  # of all heads: more than 256 on each multiprocessor
+BARS = [1.5, 1.5, 1.5, 1.8, 2.0, 1.8]  # allowed time relative to the dense heads, forward and backward
+CHECKED_ROWS = 40_000  # over all heads: more than 256 per multiprocessor
 PEAK = 780e12  # FLOP/s of a bf16 matrix product, measured on an H200
 ROTARY: dict[str, float] = {"rotary_percent": 0.5, "rotary_base": 10000.0}
 
 
 def layer_inputs(shape: Shape, batch: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> list[Tensor]:
-    """States and weights of about unit scale: [B, T, h], [E, h], [E, h, 3h'], [E, h', h]."""
+    """Return states and weights of about unit scale: [B, T, h], [E, h], [E, h, 3h'], [E, h', h]."""
     generator = torch.Generator(device).manual_seed(0)
     width, size, heads = shape.width, shape.head_dim, shape.heads
     sizes = ((batch, shape.length, width), (heads, width), (heads, width, 3 * size), (heads, size, width))
@@ -47,9 +47,9 @@ def layer_inputs(shape: Shape, batch: int, dtype: torch.dtype = torch.bfloat16, 
 
 
 def check(shape: Shape) -> dict[str, Any]:
-    """Relative errors of output and gradients: of Triton and of the naive path, both in bf16.
+    """Return the relative errors of output and gradients, of Triton and of the naive path in bf16.
 
-    On as many sequences as have the kernels take the tiles that they take on the whole shape.
+    Uses as many sequences as needed for the kernels to choose the same tiles as for the whole shape.
     """
     inputs = layer_inputs(shape, min(shape.batch, -(-CHECKED_ROWS // (shape.heads * shape.selected))))
     fused = get_backend("triton", inputs[0])
@@ -73,7 +73,7 @@ def check(shape: Shape) -> dict[str, Any]:
 
 
 def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Compiled causal attention of the dense heads that cost the same FLOPs."""
+    """Return compiled causal attention of as many dense heads as cost the same FLOPs."""
     heads, size, width = shape.dense_heads, shape.head_dim, shape.width
     generator = torch.Generator("cuda").manual_seed(0)
     sizes = ((shape.batch, shape.length, width), (width, 3 * heads * size), (heads * size, width))
@@ -95,7 +95,7 @@ def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor], seconds: float = 0.5) -> dict[str, Any]:
-    """Forward; forward and backward, each for some seconds; or why there is no number."""
+    """Measure forward, and forward and backward, for some seconds each; or return why that is impossible."""
     upstream = torch.randn_like(inputs[0])
 
     def forward() -> None:
@@ -113,7 +113,7 @@ def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor], seconds: floa
 
 
 def measure_shape(number: int, shape: Shape) -> dict[str, Any]:
-    """Everything about one shape."""
+    """Return all measurements of one shape."""
     row: dict[str, Any] = {"number": number, "shape": asdict(shape), "name": str(shape), "flops": shape.flops}
     row["check"] = check(shape)
     release()
@@ -132,7 +132,7 @@ def measure_shape(number: int, shape: Shape) -> dict[str, Any]:
 
 
 def facts(command: str) -> dict[str, Any]:
-    """What every result says of where it comes from."""
+    """Return the hardware and software that every result records."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": torch.cuda.get_device_name(),
@@ -142,14 +142,14 @@ def facts(command: str) -> dict[str, Any]:
 
 
 def release() -> None:
-    """Give memory back between measurements."""
+    """Free memory between measurements."""
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: milliseconds as forward / forward and backward."""
+    """Return Markdown with milliseconds, as forward / forward and backward."""
     lines = [
         "| shape | Triton, ms | TFLOP/s | share of floor | compiled naive, ms | dense, ms | Triton / dense | bar | "
         "GiB: Triton, compiled | as called, ms: Triton, compiled, dense |",
@@ -185,10 +185,10 @@ def _pair(part: dict[str, Any]) -> str:
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="numbers, 1 to 6")] = "1,2,3,4,5,6",
-    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
+    shapes: Annotated[str, typer.Option(help="numbers of shapes, 1 to 6")] = "1,2,3,4,5,6",
+    output: Annotated[Path, typer.Option(help="directory for the results")] = Path("benchmarks/results"),
 ) -> None:
-    """Measure, print a table, and write it and all numbers to a dated pair of files."""
+    """Measure; print a table, and write it with all numbers to a dated pair of files."""
     if not torch.cuda.is_available():
         raise SystemExit("error: no GPU; these measurements need one")
     numbers = [int(number) for number in shapes.split(",")]

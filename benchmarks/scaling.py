@@ -1,9 +1,9 @@
-"""How the cost of the MoSA heads grows: with T at fixed k and at fixed rho, with rho, and with E.
+"""Growth of the cost of MoSA heads with T (at fixed k and at fixed rho), with rho, and with E.
 
     python -m benchmarks.scaling [--output benchmarks/results]
 
-Forward and backward, bf16. Every series starts with the check of ``benchmarks.mosa_layer`` on its first shape, and is
-left out if that fails. Writes a JSON file, a Markdown table and a log-log plot.
+Forward and backward in bf16. Each series begins with the check of ``benchmarks.mosa_layer`` on its first shape, and is
+skipped if that fails. Writes a JSON file, a Markdown table and a log-log plot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_mosa.attention import mosa_attention
 
 matplotlib.use("Agg")
 
-TOKENS = 65_536  # of a batch, whatever the length of its sequences
+TOKENS = 65_536  # per batch, at every sequence length
 BASE = Shape(64, 1024, 1024, 64, 16, 64)
 LENGTHS = [1024, 2048, 4096, 8192, 16_384, 32_768, 65_536]
 SERIES: dict[str, list[tuple[float, Shape]]] = {
@@ -37,7 +37,7 @@ SERIES: dict[str, list[tuple[float, Shape]]] = {
 
 
 def measure_series(points: list[tuple[float, Shape]]) -> list[dict[str, Any]]:
-    """A point: the variable, milliseconds, FLOPs (forward and backward); or why it is missing."""
+    """Return for each point the variable, milliseconds and FLOPs (forward and backward), or why it is missing."""
     checked = check(points[0][1])
     if not checked["agrees"]:
         return [{"failed": checked}]
@@ -54,7 +54,7 @@ def measure_series(points: list[tuple[float, Shape]]) -> list[dict[str, Any]]:
 
 
 def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Milliseconds over the variable: measured, and as FLOPs would cost at the rate of the slowest point."""
+    """Plot milliseconds over the variable: measured, and expected from the FLOPs at the rate of the slowest point."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(series), figsize=(4 * len(series), 4))
@@ -73,8 +73,8 @@ def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results")) -> None:
-    """Measure all series and write them."""
+def main(output: Annotated[Path, typer.Option(help="directory for the results")] = Path("benchmarks/results")) -> None:
+    """Measure all series and write the results."""
     if not torch.cuda.is_available():
         raise SystemExit("error: no GPU; these measurements need one")
     about = facts("python -m benchmarks.scaling")

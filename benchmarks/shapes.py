@@ -1,4 +1,4 @@
-"""The layers that are measured, and what they cost on paper."""
+"""The shapes of the measured layers, and their FLOPs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Shape:
 
     @property
     def selected(self) -> int:
-        """k."""
+        """Tokens that each head selects, k."""
         return num_selected_tokens(self.length, self.sparsity)
 
     @property
     def flops(self) -> int:
-        """Forward, by the paper's formula (section 2); backward is twice that."""
+        """Forward FLOPs by the paper's formula (section 2); backward costs twice that."""
         return self.batch * self.heads * mosa_head_flops(self.width, self.head_dim, self.length, self.selected)
 
     @property
     def dense_heads(self) -> int:
-        """The dense heads that these MoSA heads replace: as many as their FLOPs pay for, rounded up."""
+        """Number of dense heads with the same FLOPs, rounded up."""
         dense = dense_head_flops(self.width, self.head_dim, self.length)
         return -(-self.flops // (self.batch * dense))
 

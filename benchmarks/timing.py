@@ -9,28 +9,28 @@ from dataclasses import dataclass
 
 import torch
 
-CLOCK = 2e9  # Hz, about what GPUs run at
+CLOCK = 2e9  # Hz, approximately that of current GPUs
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one function."""
+    """Time and memory of one function."""
 
     milliseconds: float
-    """The GPU's time: median over the repetitions, by CUDA events, with all launches of a call waiting in line."""
+    """GPU time: the median over the repetitions, by CUDA events, with all launches of a call queued beforehand."""
 
     spread: float
     """(90th - 10th percentile) / median."""
 
     called_milliseconds: float
-    """Median of calls one after the other, where launching may take longer than what is launched."""
+    """Median time of consecutive calls, in which launching may take longer than the kernels."""
 
     extra_gib: float
-    """Peak memory above what was allocated before."""
+    """Peak memory beyond what was allocated before."""
 
 
 def measure(function: Callable[[], object], *, seconds: float = 0.5, warmup: int = 3) -> Measurement:
-    """Call ``function`` for about ``seconds``, at least 10 times; results are dropped."""
+    """Call ``function`` for about ``seconds``, at least 10 times, and drop its results."""
     for _ in range(warmup):
         function()
     torch.cuda.synchronize()
@@ -47,7 +47,7 @@ def measure(function: Callable[[], object], *, seconds: float = 0.5, warmup: int
 
 
 def _launch_cycles(function: Callable[[], object]) -> int:
-    """Cycles of the GPU, and half as many again, in which a call launches all that it does."""
+    """Return 1.5 times the GPU cycles that the host takes to launch one call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     function()
@@ -57,11 +57,11 @@ def _launch_cycles(function: Callable[[], object]) -> int:
 
 
 def _milliseconds(function: Callable[[], object], repetitions: int, wait_cycles: int = 0) -> list[float]:
-    """Of each repetition; before it the GPU waits."""
+    """Return the time of each repetition, which the GPU starts only after all launches are queued."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for start, end in events:
         if wait_cycles:
-            torch.cuda._sleep(wait_cycles)  # no public function keeps a GPU waiting
+            torch.cuda._sleep(wait_cycles)  # there is no public function for this
         start.record()
         function()
         end.record()

@@ -1,9 +1,9 @@
-"""Times every stage of the fused layer, alone and with other tiles: what ``kernels/triton/tiles.py`` is chosen by.
+"""Times each stage of the fused layer with the current and other tiles, to choose those in ``kernels/triton/tiles.py``.
 
     python -m benchmarks.tune --shapes 1 [--present] [--stages qkv,out] [--workers 12]
 
-Candidates are compiled in parallel first. A candidate whose result is not that of the present tiles is named and left
-out; one that does not fit the card is left out.
+Candidates are first compiled in parallel. A candidate whose result differs from that of the current tiles is reported
+and skipped; one that does not fit the GPU is skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Override = dict[str, int]
 
 
 def grid(**values: list[int]) -> list[Override]:
-    """All combinations."""
+    """Return all combinations of options."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
@@ -79,7 +79,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
 
 
 def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
-    """Each stage of one layer as a function without arguments."""
+    """Return each stage of one layer as a function without arguments."""
     k = shape.selected
     with torch.no_grad():
         states, router, qkv_weight, proj_weight = (t.detach() for t in layer_inputs(shape, shape.batch, device=device))
@@ -135,19 +135,19 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     }
 
 
-ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic", "above", "followed", "counted")  # these do not count
+ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic", "above", "followed", "counted")  # not part of the sum
 
 
 @contextmanager
 def overridden(function: str, override: Override) -> Iterator[None]:
-    """With other tiles."""
+    """Use other tiles in this context."""
     chosen = getattr(tiles, function)
     with mock.patch.object(tiles, function, lambda *args: chosen(*args) | override):
         yield
 
 
 def precompile(job: tuple[Shape, str, list[Override]]) -> None:
-    """Fill Triton's cache, on a shape of two sequences and few heads (as divisible by 16 as all of them)."""
+    """Fill Triton's cache, with a shape of two sequences and few heads of the same divisibility by 16."""
     shape, stage, overrides = job
     run = stages(replace(shape, batch=2, heads=16 + shape.heads % 16))[stage]
     for override in overrides:
@@ -155,12 +155,12 @@ def precompile(job: tuple[Shape, str, list[Override]]) -> None:
             with overridden(CANDIDATES[stage][0], override):
                 run()
                 torch.cuda.synchronize()
-        except Exception as error:  # does not fit the card; the measurement will name it
+        except Exception as error:  # does not fit the GPU; the measurement reports it
             print(f"{stage} {override}: {type(error).__name__}", flush=True)
 
 
 def tune(stage: str, run: Callable[[], Tensor], overrides: list[Override]) -> str:
-    """A line: the present time, and the best others."""
+    """Return a line with the current time and the best alternatives."""
     function = CANDIDATES[stage][0]
     present, expected = measure(run, seconds=0.1).milliseconds, run().clone()
     found: list[tuple[float, Override]] = []
@@ -182,10 +182,10 @@ def tune(stage: str, run: Callable[[], Tensor], overrides: list[Override]) -> st
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="numbers, 1 to 6")] = "1",
-    only: Annotated[str, typer.Option("--stages", help="names, separated by commas; none: all")] = "",
-    present: Annotated[bool, typer.Option(help="measure the present tiles only")] = False,
-    workers: Annotated[int, typer.Option(help="processes that compile; 0: none")] = 12,
+    shapes: Annotated[str, typer.Option(help="numbers of shapes, 1 to 6")] = "1",
+    only: Annotated[str, typer.Option("--stages", help="comma-separated names; all by default")] = "",
+    present: Annotated[bool, typer.Option(help="measure only the current tiles")] = False,
+    workers: Annotated[int, typer.Option(help="number of processes that compile; 0 compiles in this one")] = 12,
 ) -> None:
     """Print a line for each stage."""
     names = [name for name in CANDIDATES if not only or name in only.split(",")]

@@ -19,6 +19,7 @@ from megatron_mosa.resilience.doctor import doctor
 from megatron_mosa.resilience.status_view import status
 from megatron_mosa.scaling.commands import isoflop, sweep
 from megatron_mosa.slurm.commands import submit
+from megatron_mosa.tools.bench.commands import bench
 
 app = typer.Typer(help="Data, checkpoints, jobs and evaluation of MoSA language models.", no_args_is_help=True)
 data_app = typer.Typer(help="Build, verify and inspect datasets.", no_args_is_help=True)
@@ -27,6 +28,7 @@ config_app = typer.Typer(help="Show, compare and list configurations.", no_args_
 app.add_typer(config_app, name="config")
 checkpoint_app = typer.Typer(no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command("bench")(bench)
 app.command("isoflop")(isoflop)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)

@@ -1,11 +1,11 @@
-"""What the tests' CPU seconds go into: ``python -m tests.causes stacks.txt``.
+"""What the tests spend their CPU time on: ``python -m tests.causes stacks.txt``.
 
-``stacks.txt`` is what py-spy, which is installed beside this project, saw of pytest and of all processes below it::
+``stacks.txt`` has the stacks that py-spy (to be installed separately) samples of pytest and all its descendants::
 
     py-spy record --subprocesses --format raw --rate 10 --output stacks.txt -- .venv/bin/python -m pytest -n 2 tests
 
-Each of its lines is a stack and the number of samples in which it was running. A stack counts for the first cause
-below whose mark is in it. Programs that are not Python (Slurm, ptxas, the linker) are not sampled.
+Each line is a stack and the number of samples in which it was running. A stack counts for the first cause below of
+which it contains a mark. Programs that are not Python (Slurm, ptxas, the linker) are not sampled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(path: str) -> None:
     samples: Counter[str] = Counter()
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         stack, _, number = line.rpartition(" ")
-        if number.isdecimal():  # a command line within a stack may have lines of its own
+        if number.isdecimal():  # a command line in a stack may contain line breaks
             samples[cause(stack)] += int(number)
     total = samples.total()
     for name in [*CAUSES, THE_REST]:

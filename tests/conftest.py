@@ -1,6 +1,6 @@
-"""With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any.
+"""Fixtures and scheduling of all tests.
 
-And one pool of processes per world size, for the whole session; and which tests may run side by side.
+With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so that CI cannot miss any.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from tests.distributed.pool import WorkerPools
 from tests.interpreter import speed_up
-from tests.loaded import be_a_worker, loaded_python, share
+from tests.loaded import loaded_python, restore_executable, share
 
 pytest_plugins = ["tests.costs"]
 
 GPU_TESTS = Path(__file__).parent / "gpu"
-# Handed out first, since they take longest.
+# Run first, because they take longest.
 FIRST = (
     "tests/slurm/",
     "tests/distributed/test_parity.py",
@@ -28,10 +28,10 @@ FIRST = (
     "tests/kernels/test_triton_compiles.py",
     "tests/kernels/",
 )
-# Each of these folders goes to one worker: its tests share fixtures that are slow to make.
+# Each of these directories runs on one worker, because its tests share slow fixtures.
 TOGETHER = ("tests/slurm/", "tests/conversion/", "tests/gpu/")
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do first
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do
     speed_up()
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -53,14 +53,14 @@ AT_START = _launcher_variables()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def launcher_variables_of_module() -> None:
-    """A world that a module's fixture starts has a port of its own; that of an earlier one may be taken by now."""
+def module_launcher_variables() -> None:
+    """Restore the launcher's variables, so that a module's fixtures choose a new port: the old one may be taken."""
     _restore(AT_START)
 
 
 @pytest.fixture(autouse=True)
 def launcher_variables() -> Iterator[None]:
-    """What a run in this process sets for DeepSpeed is not left to the programs that later tests start."""
+    """Undo what a run in this process sets for DeepSpeed, so that programs that later tests start do not inherit it."""
     before = _launcher_variables()
     yield
     _restore(before)
@@ -68,7 +68,7 @@ def launcher_variables() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPools]:
-    """On the CPU."""
+    """Pools of processes on the CPU."""
     pools = WorkerPools()
     yield pools
     pools.close()
@@ -80,19 +80,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of ``-n``: hands out file by file, some files together."""
+    """Distribute tests to the workers of ``-n`` by file, and some directories as a whole."""
     from xdist.scheduler import LoadFileScheduling
 
     class Schedule(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return next((path for path in TOGETHER if nodeid.startswith(path)), super()._split_scope(nodeid))
 
-    config.option.loadscopereorder = False  # keep the order from above
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
     return Schedule(config, log)
 
 
 class RequireAll:
-    """Collects skipped tests and turns a passing session with such a test into a failed one."""
+    """Turns a passing session with skipped tests into a failed one."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.root = config.rootpath
@@ -123,7 +123,10 @@ class RequireAll:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Of tests/slurm. Here, since with ``-n`` the process that prints it reads no conftest.py but this."""
+    """Print the summary of tests/slurm.
+
+    It is in this file because the process that prints it under ``-n`` reads no other conftest.py.
+    """
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     reports = [r for r in reports if isinstance(r, pytest.TestReport) and r.nodeid.startswith("tests/slurm/")]
     if skipped := [report.longrepr for report in reports if report.skipped]:
@@ -137,10 +140,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
-        be_a_worker()
+        restore_executable()
     elif config.getoption("numprocesses", None):
         config.add_cleanup(share().close)
-        if not torch.cuda.is_available():  # the loaded Python sees no GPU
+        if not torch.cuda.is_available():  # the loaded Python has no GPU
             config.option.tx = [f"popen//python={loaded_python()}"] * len(config.option.tx)
     if os.environ.get("MOSA_REQUIRE_ALL") == "1":
         config.pluginmanager.register(RequireAll(config), "require-all")

@@ -1,8 +1,8 @@
-"""Cost of the tests: ``make test PYTEST_ARGS='-n 0 --costs'`` ends with seconds and CPU seconds by file.
+"""The time tests take: ``make test PYTEST_ARGS='-n 0 --costs'`` ends with a table of seconds and CPU seconds by file.
 
-CPU seconds are those of pytest and of all processes below it, servers and daemons included, ended or not. Under
-pytest-xdist the loaded Python is below the controller, not the workers, so its children would be missing.
-Set MOSA_TEST_COSTS to a file to get a line for each test, too.
+CPU seconds include all child processes, also servers and daemons, ended or not. Under pytest-xdist the loaded Python is
+a child of the controller instead of the workers, so its children would be missing. Set MOSA_TEST_COSTS to a file to get
+one line per test, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds."""
+    """Times in seconds: elapsed, and CPU time in user and kernel mode."""
 
     wall: float = 0.0
     user: float = 0.0
@@ -34,17 +34,17 @@ class Cost:
         return Cost(self.wall - other.wall, self.user - other.user, self.system - other.system)
 
 
-def until_now() -> Cost:
-    """Of this process and all below it since they began."""
+def current_cost() -> Cost:
+    """Return the cost of this process and all its descendants since they started."""
     ticks, children = {}, defaultdict(list)
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         process = int(path.parent.name)
         children[int(fields[1])].append(process)
-        # of its own, and of children that it has waited for
+        # its own, and those of children that it has waited for
         ticks[process] = int(fields[11]) + int(fields[13]), int(fields[12]) + int(fields[14])
     below, user, system = [os.getpid()], 0, 0
     while below:
@@ -55,10 +55,10 @@ def until_now() -> Cost:
 
 
 class Costs:
-    """Notes what each test costs, its share of fixtures included, with the report of its teardown."""
+    """Records the cost of each test, including its share of fixtures, with the report of its teardown."""
 
     def __init__(self) -> None:
-        self.before = until_now()
+        self.before = current_cost()
         self.of_files: dict[str, Cost] = defaultdict(Cost)
         self.of_tests: dict[str, Cost] = {}
 
@@ -68,7 +68,7 @@ class Costs:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.when == "teardown":
-            now = until_now()
+            now = current_cost()
             cost, self.before = now - self.before, now
             report.cost = cost.wall, cost.user, cost.system  # type: ignore[attr-defined]
         return report
@@ -82,7 +82,7 @@ class Costs:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.of_files:
             return
-        terminalreporter.section("costs: seconds, CPU seconds, of which the kernel's")
+        terminalreporter.section("costs: seconds, CPU seconds, of which in the kernel")
         rows = dict(self.of_files)
         for file, cost in self.of_files.items():
             folder = str(Path(file).parent)
@@ -97,7 +97,7 @@ class Costs:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--costs", action="store_true", help="a table of what each file of tests costs")
+    parser.addoption("--costs", action="store_true", help="print a table of the time each test file takes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""What a disk would hold had the power failed: before every rename, removal and fsync of what a test does."""
+"""Simulation of power failures: what a disk would hold, recorded before each rename, removal and fsync of a test."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ import pytest
 
 @dataclass(frozen=True)
 class Moment:
-    """Just before an operation; ``copy`` holds what programs would have seen."""
+    """The state of a directory just before an operation; ``copy`` is a copy as programs would have seen it."""
 
     operation: str
     copy: Path
     lost: frozenset[str]
-    """Files, by their paths from the folder, whose content or directory entry had not been synced."""
+    """Files, by their paths in the directory, whose content or directory entry had not been synced."""
 
     pending: tuple[tuple[str, str], ...]
-    """Renames, likewise, whose target's directory had not been synced since."""
+    """Renames whose target directory had not been synced since."""
 
 
 class Disk:
-    """Records one folder while the functions that change it are called; as a context."""
+    """Context manager that records one directory while the functions that change it are called."""
 
     def __init__(self, folder: Path, copies: Path) -> None:
         self.folder = folder
         self.copies = copies
         self.moments: list[Moment] = []
-        self._content: dict[int, tuple[int, int]] = {}  # size and time of change of synced files, by inode
-        self._entries: set[tuple[int, str]] = set()  # synced: directory's inode and name
+        self._content: dict[int, tuple[int, int]] = {}  # size and modification time of synced files, by inode
+        self._entries: set[tuple[int, str]] = set()  # synced entries: inode of the directory, and name
         self._pending: list[tuple[str, str]] = []
-        self._busy = False  # with an operation that others may be part of
+        self._busy = False  # in an operation, which may call others
         self._patches = pytest.MonkeyPatch()
-        for path in (folder, *folder.rglob("*")):  # long on the disk
+        for path in (folder, *folder.rglob("*")):  # synced long ago
             self._note(path)
 
     def __enter__(self) -> Disk:
@@ -53,10 +53,10 @@ class Disk:
         self._take("the end")
 
     def states(self) -> Iterator[tuple[str, Path]]:
-        """Each moment's folder, and how it came about: by a kill alone, or by a loss of power, of two kinds."""
+        """Yield a description and a directory for each moment: after a kill, and after two kinds of power failure."""
         for number, moment in enumerate(self.moments):
             yield f"killed before {moment.operation}", moment.copy
-            for kind in ("all names", "no names"):  # that were not synced are on the disk
+            for kind in ("all names", "no names"):  # which of the unsynced names are on the disk
                 state = self.copies / f"{number}-{kind.replace(' ', '-')}"
                 shutil.copytree(moment.copy, state)
                 for name in moment.lost:
@@ -104,7 +104,7 @@ class Disk:
         return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else None
 
     def _note(self, path: Path) -> None:
-        """Of something that is on the disk now."""
+        """Record that a file or directory is on the disk now."""
         status = path.stat()
         if path.is_dir():
             self._entries |= {(status.st_ino, name) for name in os.listdir(path)}
@@ -117,7 +117,7 @@ class Disk:
             status, name = path.stat(), str(path.relative_to(self.folder))
             if path.is_dir():
                 continue
-            is_entered = all(  # but for the folder's own entries, which are ``pending``
+            is_entered = all(  # except the directory's own entries, which are ``pending``
                 (parent.parent.stat().st_ino, parent.name) in self._entries
                 for parent in (path, *path.parents)
                 if parent.is_relative_to(self.folder) and parent.parent.is_relative_to(self.folder / name.split("/")[0])

@@ -1,7 +1,7 @@
-"""Triton's interpreter without what it does again and again: the tests of kernels take half the time.
+"""Triton's interpreter without repeated work, which halves the time of the kernel tests.
 
-What is replaced is private to Triton. So it is done for the releases alone that it was read and tried for; with any
-other the tests prove the same and take longer.
+The replaced functions are private to Triton, so only the releases in FITS are patched. With any other release the tests
+prove the same but take longer.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import importlib.metadata
 from typing import Any
 
 FITS = ("3.7.1",)
-"""Releases of Triton. To add one: read ``InterpretedFunction.__call__``, ``_patch_lang`` and ``_get_np_dtype`` in
+"""Supported Triton releases. To add one, read ``InterpretedFunction.__call__``, ``_patch_lang``, ``_get_np_dtype`` of
 triton/runtime/interpreter.py, then run tests/kernels/test_interpreter.py."""
 
 
 def fits() -> bool:
-    """Whether that is the Triton which is installed."""
+    """Whether the installed Triton is one of FITS."""
     try:
         return importlib.metadata.version("triton") in FITS
     except importlib.metadata.PackageNotFoundError:
@@ -23,13 +23,13 @@ def fits() -> bool:
 
 
 def speed_up() -> None:
-    """Once for a process, before kernels are interpreted in it."""
+    """Patch the interpreter, once per process, before it runs a kernel."""
     if not fits():
         return
     from triton.runtime import interpreter
 
-    # At each call of a function inside a kernel it searches triton.language for what is to be interpreted, which it
-    # found at the first such call of that function's module, and leaves in place.
+    # At each call of a function in a kernel Triton patches triton.language again, although the patches of the first
+    # call from that function's module are still in place.
     searched: set[str] = set()
 
     def call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def speed_up() -> None:
 
     interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
 
-    # For the type of every new array it makes a table of all types.
+    # For each new array Triton builds a table of all types to look up one.
     known: dict[str, Any] = {}
     look_up = interpreter._get_np_dtype
 

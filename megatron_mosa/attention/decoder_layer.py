@@ -2,50 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megatron_mosa.attention.recompute import MosaTransformerLayer
 from megatron_mosa.kernels import KernelBackend
+from megatron_mosa.parallel.regions import TensorParallelRegion
 
 
 class DecoderLayer(torch.nn.Module):
-    """What a ``MosaTransformerLayer`` computes in training, with its parameters: dense and MoSA heads, and the MLP.
+    """What a ``MosaTransformerLayer`` computes in training, with its parameters: heads of all kinds, and the MLP.
 
-    Megatron's own layer does not compile in one piece. This one is for one tensor-parallel rank, whole sequences
-    without documents, no local heads and no recompute. A class, and not a function made for each layer, because all
-    its instances share one compiled graph.
+    Megatron's own layer does not compile in one piece. This one is for sequences without documents. A class, and not
+    functions made for each layer, because all its instances share what is compiled.
 
     Args:
         layer: provides the parameters. Do not register this module in the model: the parameters would appear twice.
         kernels: the backend of the heads.
+        region: the tensor-parallel region, whose collectives become part of the graph.
+        backend: of torch.compile; None: nothing is compiled.
     """
 
-    def __init__(self, layer: MosaTransformerLayer, kernels: KernelBackend) -> None:
+    def __init__(
+        self,
+        layer: MosaTransformerLayer,
+        kernels: KernelBackend,
+        region: TensorParallelRegion,
+        backend: str | None = "inductor",
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.kernels = kernels
+        self.region = region
+        self._attention, self._mlp, self._whole = (
+            part if backend is None else torch.compile(part, dynamic=False, fullgraph=True, backend=backend)
+            for part in (self.attention, self.mlp, self.whole)
+        )
 
     def forward(self, hidden_states: Tensor, above: bool) -> Tensor:
-        """[T, B, h] to [T, B, h]; ``above``: MoSA heads select by their thresholds, not by expert choice."""
-        layer, config, attention = self.layer, self.layer.config, self.layer.self_attention
-        states = _normalized(layer.input_layernorm, hidden_states)
-        if attention.dense_heads is not None:
-            hidden_states = hidden_states + attention.dense_heads(states, None, self.kernels)
+        """Run the layer; backward repeats what ``mosa_recompute`` says.
+
+        Args:
+            hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
+            above: MoSA heads select by their thresholds, not by expert choice.
+
+        Returns:
+            Hidden states in the same shape.
+        """
+        recompute = self.layer.config.mosa_recompute
+        if recompute == "attention":
+            return self._mlp(_recomputed(self._attention, hidden_states, above))
+        if recompute == "full":
+            return _recomputed(self._whole, hidden_states, above)
+        return self._whole(hidden_states, above, None)[0]
+
+    def whole(self, hidden_states: Tensor, above: bool, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The whole layer, and what its MoSA heads have selected."""
+        hidden_states, indices = self.attention(hidden_states, above, indices)
+        return self.mlp(hidden_states), indices
+
+    def attention(self, hidden_states: Tensor, above: bool, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Add what the heads of all kinds contribute; ``indices`` is what MoSA heads have selected before."""
+        attention = self.layer.self_attention
+        states = self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
+        parts = [
+            heads(states, None, self.kernels)
+            for heads in (attention.dense_heads, attention.local_heads)
+            if heads is not None
+        ]
         if attention.mosa_heads is not None:
-            hidden_states = hidden_states + attention.mosa_heads.attend(states, None, self.kernels, True, above)[0]
-        states = F.linear(_normalized(layer.pre_mlp_layernorm, hidden_states), layer.mlp.linear_fc1.weight)
-        if config.gated_linear_unit:
-            gate, states = states.chunk(2, dim=-1)
-            states = config.activation_func(gate) * states
-        else:
-            states = config.activation_func(states)
-        return hidden_states + F.linear(states, layer.mlp.linear_fc2.weight)
+            part, _, indices = attention.mosa_heads.attend(states, None, self.kernels, True, above, indices)
+            parts.append(part)
+        return hidden_states + self.region.leave(reduce(torch.add, parts)), indices
+
+    def mlp(self, hidden_states: Tensor) -> Tensor:
+        """Add what the MLP contributes."""
+        config, mlp = self.layer.config, self.layer.mlp
+        states = self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
+        states = F.linear(states, mlp.linear_fc1.weight)
+        states = self.kernels.swiglu(states) if config.gated_linear_unit else config.activation_func(states)
+        return hidden_states + self.region.leave(F.linear(states, mlp.linear_fc2.weight))
+
+    def _normalized(self, norm: object, states: Tensor) -> Tensor:
+        if isinstance(norm, torch.nn.LayerNorm):
+            weight, bias = self.region.outside(norm.weight), self.region.outside(norm.bias)
+            return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
+        assert isinstance(norm, torch.nn.RMSNorm)
+        return F.rms_norm(states, norm.normalized_shape, self.region.outside(norm.weight), norm.eps)
 
 
-def _normalized(norm: object, states: Tensor) -> Tensor:
-    if isinstance(norm, torch.nn.LayerNorm):
-        return F.layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    assert isinstance(norm, torch.nn.RMSNorm)
-    return F.rms_norm(states, norm.normalized_shape, norm.weight, norm.eps)
+def _recomputed(part: Callable[..., tuple[Tensor, Tensor | None]], hidden_states: Tensor, above: bool) -> Tensor:
+    """Run part of a layer without keeping its activations; backward repeats it with what was selected before.
+
+    Reentrant, unlike ``recompute.recomputed``: what is compiled keeps other tensors when it is given a selection, which
+    torch's other way of checkpointing does not allow, and its first pass need not keep any.
+    """
+    selected: list[Tensor | None] = []
+
+    def run(hidden_states: Tensor) -> Tensor:
+        output, indices = part(hidden_states, above, selected[0] if selected else None)
+        selected.append(indices)
+        return output
+
+    return cast(Tensor, checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False))

@@ -193,7 +193,13 @@ class MosaHeads(PartitionedHeads):
         return output
 
     def attend(
-        self, hidden_states: Tensor, documents: Documents | None, kernels: KernelBackend, counts: bool, above: bool
+        self,
+        hidden_states: Tensor,
+        documents: Documents | None,
+        kernels: KernelBackend,
+        counts: bool,
+        above: bool,
+        indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the forward pass as a function of its arguments; records nothing.
 
@@ -203,6 +209,7 @@ class MosaHeads(PartitionedHeads):
             kernels: the backend.
             counts: whether scores are added to the histogram, if the heads have thresholds.
             above: whether tokens are selected by thresholds, see ``selects_above``.
+            indices: the selection of an earlier call with the same states, without documents; None: select.
 
         Returns:
             The output [T, B, h], the scores [B, E / tp, T] and the indices [B, E / tp, k].
@@ -212,20 +219,22 @@ class MosaHeads(PartitionedHeads):
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
         has_thresholds = config.mosa_selection == "threshold"
-        if counts and has_thresholds:
-            kernels.count_scores(scores, self.histogram)
-        per_document = documents is not None and config.mosa_selection_scope == "document"
-        indices, slots = select(
-            kernels,
-            scores,
-            config.num_selected if per_document else config.num_selected(length),
-            thresholds=self.thresholds if above else None,
-            capacity=config.capacity(length) if self.training else None,
-            feedback=config.mosa_load_feedback,
-            share=1 / config.mosa_sparsity,
-            include_first_token=config.mosa_include_first_token or has_thresholds,
-            documents=documents,
-        )
+        slots = None
+        if indices is None:
+            if counts and has_thresholds:
+                kernels.count_scores(scores, self.histogram)
+            per_document = documents is not None and config.mosa_selection_scope == "document"
+            indices, slots = select(
+                kernels,
+                scores,
+                config.num_selected if per_document else config.num_selected(length),
+                thresholds=self.thresholds if above else None,
+                capacity=config.capacity(length) if self.training else None,
+                feedback=config.mosa_load_feedback,
+                share=1 / config.mosa_sparsity,
+                include_first_token=config.mosa_include_first_token or has_thresholds,
+                documents=documents,
+            )
         output = kernels.selected_attention(
             states,
             self.router_weight,

@@ -59,7 +59,7 @@ def causalize(
         RunError: the checkpoint is damaged.
         StorageError: writing the target failed.
     """
-    from megatron_mosa.model.calibration import calibrating
+    from megatron_mosa.model.calibration import calibration_config
 
     folder = find_model_of(Kind.OURS, path)
     refuse_target(target, folder, force=force)
@@ -68,7 +68,7 @@ def causalize(
         _check_convertible(metadata.config["mosa"], folder)
         read = _training_samples(metadata, data, samples)
         source = Source.open(folder, metadata)
-        thresholds, losses = _calibrated(source, calibrating(source.config, load_feedback), read, samples)
+        thresholds, losses = _calibrated(source, calibration_config(source.config, load_feedback), read, samples)
         _write(source, target, thresholds, load_feedback)
     print(
         f"{target}: calibrated thresholds of {source.config.mosa.num_heads} heads per layer on {samples} training "

@@ -27,7 +27,7 @@ from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.offline import MOMENTS, SafeReader
 from megatron_mosa.checkpoint.offline_writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.model.state import Stored, stored_tensors
+from megatron_mosa.model.state import StoredTensor, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 from megatron_mosa.utils.errors import first_line
 
@@ -98,7 +98,7 @@ def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
     memory.reserve({f"{kind}.{name}": stored.size for name, stored in share for kind in kinds[stored.is_trained]})
 
 
-def _own_share(model: torch.nn.Module) -> dict[str, Stored]:
+def _own_share(model: torch.nn.Module) -> dict[str, StoredTensor]:
     """Return this rank's tensors, assigned so that data-parallel ranks write about the same number of elements."""
     group = data_parallel_group()
     loads, mine = [0] * group.size(), {}

@@ -81,14 +81,14 @@ def _write(model: Opened, writing: Path) -> dict[str, FileRecord]:
 
 
 def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
-    from megatron_mosa.data import load_tokenizer, tokenizer_hash
-    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, encoding_hash, vocabulary_size
+    from megatron_mosa.data import load_tokenizer
+    from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_identity, vocabulary_size
 
     file = folder / TOKENIZER_FILE
     identity, size = TokenizerIdentity(None, None), vocab_rows
     if file.is_file():
         tokenizer = load_tokenizer(str(file))
-        identity, size = TokenizerIdentity(tokenizer_hash(file), encoding_hash(tokenizer)), vocabulary_size(tokenizer)
+        identity, size = tokenizer_identity(file, tokenizer), vocabulary_size(tokenizer)
     if size > vocab_rows:
         raise UserError(
             f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding only {vocab_rows:,} rows; resize the "

@@ -38,7 +38,8 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
     if file is None or not file.is_file():
         reason = f"'{file}' does not exist" if file is not None else "the checkpoint does not name a dataset"
         raise UserError(f"could not find the model's tokenizer: {reason}; pass its tokenizer.json: --tokenizer PATH")
-    recorded, found = metadata.tokenizer, tokenizer_identity(file)
+    tokenizer = load_tokenizer(str(file))
+    recorded, found = metadata.tokenizer, tokenizer_identity(file, tokenizer)
     if recorded.file_hash is not None and not recorded.is_same(found):
         raise UserError(
             f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash} instead of "
@@ -46,7 +47,7 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
         )
     if given is None and (file.parent / MANIFEST_FILE).is_file():
         return FoundTokenizer(file, load_manifest(file.parent).end_of_document_id)
-    return FoundTokenizer(file, end_of_document_id(load_tokenizer(str(file)), file))
+    return FoundTokenizer(file, end_of_document_id(tokenizer, file))
 
 
 def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -> int:

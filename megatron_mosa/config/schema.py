@@ -120,7 +120,7 @@ class DataSection:
         None, "null: train a byte-level BPE; or a tokenizer.json, or a Hugging Face tokenizer directory or name"
     )
     tokenizer_bytes: int = key(
-        200_000_000, "maximum text to train the BPE on, from the start of each source", at_least=1
+        200_000_000, "maximum bytes of text, over all sources, to train the BPE on: the start of each", at_least=1
     )
     vocab_size: int = key(8000, "size of the trained BPE", at_least=1)
     validation_fraction: float = key(
@@ -165,7 +165,7 @@ class TrainSection:
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
         choices=("auto", "never", "always"),
     )
-    deterministic: bool = key(True, "bitwise reproducible on CPU")
+    deterministic: bool = key(True, "use torch's deterministic algorithms, on CPUs and GPUs; slower on GPUs")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``mosa data build``: sources to a folder of tokenizer.json, train and validation .bin/.idx, and manifest.json."""
+"""``mosa data build``: turn sources into a dataset folder of tokenizer, tokens and manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data.encoder import Encoder
-from megatron_mosa.data.hub import Interrupted
+from megatron_mosa.data.hub import SourceInterruptedError
 from megatron_mosa.data.manifest import (
     MANIFEST_FILE,
     NO_SPECIAL_TOKENS,
@@ -37,7 +37,7 @@ from megatron_mosa.data.shards import (
     read_shards,
     write_shards,
 )
-from megatron_mosa.data.sources import STDLIB, Source, open_source
+from megatron_mosa.data.sources import STDLIB, Source, open_source, total_text_bytes
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
     encoding_hash,
@@ -49,7 +49,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils.files import replace_directory, sync, write_atomically
+from megatron_mosa.utils.files import free_megabytes, replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 
@@ -61,25 +61,24 @@ _PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library at each call
 
 
 def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
-    """Build the dataset at ``data.path``, or return the manifest of the one that is there already.
+    """Build the dataset at ``data.path``, or return its manifest if it has already been built.
 
-    The folder appears complete or not at all: it is written beside its place and renamed. A build that was
-    interrupted leaves its finished shards there, and the next one with the same settings goes on from them to the
-    same bytes. Memory grows with the longest document and the number of files, not with the corpus; on the disk the
-    tokens lie twice for a while. A source counts as changed when the names or sizes of its files changed, and for the
-    shards of an interrupted build also when their time of change or their ends did.
+    The dataset is written to a folder beside ``data.path``, which is renamed once it is complete. An interrupted build
+    leaves its finished shards there; the next build with the same settings continues from them, with the same result.
+    Memory grows with the longest document and the number of files, not with the corpus; on disk the tokens take twice
+    their space for a while. A source counts as changed if names or sizes of its files have changed; for the shards of
+    an interrupted build, also if modification times or the first or last bytes have.
 
     Args:
-        data: where the text is and how it is cut; sequence_length and what is only for training are not used here.
-        force: replace whatever is in the way: another dataset, or an interrupted build that cannot go on.
+        data: sources, tokenizer, split and path; settings that only training uses are ignored.
+        force: replace another dataset, or an interrupted build that cannot be continued.
 
     Raises:
-        UserError: a source or tokenizer that cannot be read, an empty corpus or split, another dataset or another
-            interrupted build at ``data.path`` (without ``force``), a folder that is no dataset, a full or read-only
-            disk.
+        UserError: a source or tokenizer cannot be read; the corpus or a split is empty; ``data.path`` holds other
+            files, or (without ``force``) another dataset or another interrupted build; the disk is full or read-only.
     """
     if data.path is None:
-        raise UserError("data.path=null: a build writes one dataset (data.blend mixes built ones); name its folder")
+        raise UserError("data.path=null: a build writes one dataset (data.blend mixes built ones); set it to a folder")
     target = Path(data.path).expanduser().resolve()
     partial = target.with_name(f".{target.name}.partial")
     sources = [
@@ -87,38 +86,40 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         for source in data.sources
     ]
     request = _request(data, sources)
-    if _occupied(target) and not force and _started(partial) != request:
+    if _has_dataset(target) and not force and _recorded_request(partial) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"
-        _compare(f"data.path={data.path} holds a dataset built from", load_manifest(target).request, request, fix)
-        print(f"{data.path}: up to date", file=sys.stderr)
+        _check_same_request(f"data.path={data.path} was built from", load_manifest(target).request, request, fix)
+        print(f"{data.path} is up to date", file=sys.stderr)
         return read_manifest(target)
     os.environ[_PARALLELISM] = "true"  # the library turns it off once the process has forked
-    with _disk_errors(target), _partial_folder(partial):
-        shards = _resume(partial, request, sources, force)
+    with _disk_errors(target), _locked_folder(partial):
+        shards = _shards_to_resume(partial, request, sources, force)
         if not (partial / MANIFEST_FILE).is_file():
             _write(data, request, sources, shards, partial)
-        _move_into_place(partial, target)
+        _remove_files(partial, keep=_FILES)
+        sync(partial)
+        replace_directory(partial, target)
     manifest = read_manifest(target)
-    print("\n".join(summary(data.path, manifest)), file=sys.stderr)
+    print("Built " + "\n".join(summary(data.path, manifest)), file=sys.stderr)
     return manifest
 
 
 def summary(name: str, manifest: Manifest) -> list[str]:
-    """What a dataset holds, and what its build left out or changed, as lines for a person."""
+    """Return lines that describe a dataset, and what its build left out or changed."""
     counts = {key: sum(manifest.splits[split][key] for split in SPLITS) for key in ("documents", "tokens")}
     parts = ", ".join(f"{manifest.splits[split]['tokens']:,} {split}" for split in SPLITS)
     lines = [
         f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens ({parts}), "
         f"vocabulary {manifest.vocab_size:,}"
     ]
-    asked = manifest.request.get("vocab_size")
-    if asked is not None and manifest.vocab_size < asked:
-        lines.append(f"  the vocabulary is smaller than data.vocab_size={asked}: the text has no more pairs to merge")
+    requested = manifest.request.get("vocab_size")
+    if requested is not None and manifest.vocab_size < requested:
+        lines.append(f"  vocabulary below data.vocab_size={requested}: the text has no more pairs to merge")
     return lines + [f"  left out or changed: {count:,} {what}" for what, count in (manifest.left_out or {}).items()]
 
 
 def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
-    """What the dataset depends on, in JSON types."""
+    """Return everything that the content of the dataset depends on, in JSON types."""
     trained = data.tokenizer is None
     path = tokenizer_path(data.tokenizer) if data.tokenizer is not None else None
     return {
@@ -133,24 +134,32 @@ def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
     }
 
 
-def _occupied(target: Path) -> bool:
-    """Whether a dataset is at ``target``; refuse a place whose content is not ours to replace."""
+def _has_dataset(target: Path) -> bool:
+    """Return whether there is a dataset at ``target``.
+
+    Raises:
+        UserError: there is something else, which a build must not replace.
+    """
     if not os.path.lexists(target):
         return False
     if not target.is_dir():
-        raise UserError(f"data.path={target} is a file; give the name of a new folder")
+        raise UserError(f"data.path={target} is a file; set it to a new folder")
     names = {entry.name for entry in target.iterdir()}
     foreign = sorted(names - _FILES)
     if foreign or (names and MANIFEST_FILE not in names):
-        what = f"holds other files ({', '.join(foreign[:3])})" if foreign else f"has no {MANIFEST_FILE}"
-        raise UserError(f"data.path={target} is no dataset folder: it {what}; choose another path or empty the folder")
+        problem = f"contains other files ({', '.join(foreign[:3])})" if foreign else f"has no {MANIFEST_FILE}"
+        raise UserError(f"data.path={target} is not a dataset: it {problem}; choose another path or empty the folder")
     return bool(names)
 
 
-def _compare(what: str, old: dict[str, Any], new: dict[str, Any], fix: str) -> None:
-    """Refuse other settings than those of ``what``; a setting that its time did not know cannot differ."""
+def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], fix: str) -> None:
+    """Check that the settings recorded earlier equal the new ones; settings that were not recorded are ignored.
 
-    def shown(key: str, request: dict[str, Any]) -> str:
+    Raises:
+        UserError: they differ.
+    """
+
+    def described(key: str, request: dict[str, Any]) -> str:
         if key != "sources":
             return str(request.get(key))
         return ", ".join(
@@ -159,55 +168,55 @@ def _compare(what: str, old: dict[str, Any], new: dict[str, Any], fix: str) -> N
         )
 
     changes = [
-        f"{key}: {shown(key, old)} -> {shown(key, new)}" for key in sorted(new) if old.get(key, new[key]) != new[key]
+        f"{key}: {described(key, old)} -> {described(key, new)}"
+        for key in sorted(new)
+        if old.get(key, new[key]) != new[key]
     ]
     if changes:
-        raise UserError(f"{what} other settings ({'; '.join(changes)}); {fix}")
+        raise UserError(f"{subject} other settings ({'; '.join(changes)}); {fix}")
 
 
 @contextlib.contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Reading turns its own errors into UserError; what is left comes from writing."""
+    """Turn an OSError into a UserError. It comes from writing: reading raises UserError itself."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"cannot write {error.filename or target}: {error.strerror}; make it writable, or set data.path to "
+                f"could not write {error.filename or target}: {error.strerror}; make it writable, or set data.path to "
                 "another folder"
             ) from error
-        existing = next(folder for folder in target.parents if folder.exists())
-        free = shutil.disk_usage(existing).free >> 20
         raise UserError(
-            f"no space left while writing {target}; {free} MB free; free space and run the same command again, or set "
-            "data.path to another disk"
+            f"no space left while writing {target} ({free_megabytes(target)} MB free); free space and run the same "
+            "command again, or set data.path to another disk"
         ) from error
 
 
 @contextlib.contextmanager
-def _partial_folder(partial: Path) -> Iterator[None]:
-    """The folder of an unfinished build, for this process alone; it stays when there is something to go on from.
+def _locked_folder(partial: Path) -> Iterator[None]:
+    """Create and lock the folder of a build; after an error, remove it unless the build can be continued from it.
 
-    A lock tells a build that goes on from what a killed one left; the kernel drops it with its process.
+    The kernel releases the lock when the process ends, so a killed build does not block the next one.
     """
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / _LOCK, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is building in {partial} just now; wait for it, or stop it") from None
+            raise UserError(f"another process is building in {partial}; wait for it, or stop it") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system does not support locks
         try:
             yield
         except (UserError, OSError) as error:
-            if not has_shards(partial) and not isinstance(error, Interrupted):
+            if not has_shards(partial) and not isinstance(error, SourceInterruptedError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def _started(partial: Path) -> dict[str, Any] | None:
-    """The request of the build in a folder; when all is done but the move, the manifest has it."""
+def _recorded_request(partial: Path) -> dict[str, Any] | None:
+    """Return the request of an unfinished build; None: there is none. A manifest replaces it when all is written."""
     try:
         if (partial / MANIFEST_FILE).is_file():
             return load_manifest(partial).request
@@ -216,19 +225,23 @@ def _started(partial: Path) -> dict[str, Any] | None:
         return None
 
 
-def _resume(partial: Path, request: dict[str, Any], sources: Sequence[Source], force: bool) -> list[Shard]:
-    """The shards to go on from; without any, the folder is made ready for a new build."""
-    started = _started(partial)
-    if started is not None and (started == request or has_shards(partial)):
+def _shards_to_resume(partial: Path, request: dict[str, Any], sources: Sequence[Source], force: bool) -> list[Shard]:
+    """Return the finished shards of an interrupted build; if there is none, prepare the folder for a new build.
+
+    Raises:
+        UserError: the settings or sources have changed, and ``force`` is not given.
+    """
+    recorded = _recorded_request(partial)
+    if recorded is not None and (recorded == request or has_shards(partial)):
         try:
             shards = read_shards(partial, sources)
-            fix = f"restore them, or start anew: {_FORCE}"
-            _compare("an interrupted build was started with", started, request, fix)
+            fix = f"restore them, or start over: {_FORCE}"
+            _check_same_request("an interrupted build was started with", recorded, request, fix)
             return shards
         except UserError:
             if not force:
                 raise
-    _remove(partial, keep={_LOCK})
+    _remove_files(partial, keep={_LOCK})
     write_atomically(partial / _REQUEST_FILE, json.dumps(request), durable=True)
     return []
 
@@ -236,10 +249,11 @@ def _resume(partial: Path, request: dict[str, Any], sources: Sequence[Source], f
 def _write(
     data: DataSection, request: dict[str, Any], sources: Sequence[Source], done: Sequence[Shard], folder: Path
 ) -> None:
+    """Write tokenizer, tokens and manifest, continuing from the shards in ``done``."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         if data.tokenizer is None:
-            tokenizer = train_tokenizer(_sample(sources, data.tokenizer_bytes), data.vocab_size)
+            tokenizer = train_tokenizer(_tokenizer_sample(sources, data.tokenizer_bytes), data.vocab_size)
         else:
             tokenizer = load_tokenizer(data.tokenizer)
         write_atomically(file, tokenizer.to_str(pretty=True), durable=True)
@@ -248,12 +262,12 @@ def _write(
     vocab_size = vocabulary_size(tokenizer)
     dtype = DType.optimal_dtype(vocab_size)
     encoder = Encoder(tokenizer, end_id, dtype, data.validation_fraction)
-    os.environ[_PARALLELISM] = "false"  # each core encodes documents of its own
+    os.environ[_PARALLELISM] = "false"  # each core encodes its own batches
     shards = write_shards(folder, sources, done, encoder, data.shard_bytes)
     try:
         _check_counts(data, shards)
     except UserError:
-        _remove(folder, keep={_LOCK})  # nothing to go on from: other settings are needed
+        _remove_files(folder, keep={_LOCK})  # other settings are needed, with which a build cannot continue from these
         raise
     left_out = sum((Counter(shard.left_out) for shard in shards), Counter[str]())
     manifest = Manifest(
@@ -270,13 +284,12 @@ def _write(
     write_atomically(folder / MANIFEST_FILE, manifest.sealed().to_json(), durable=True)
 
 
-def _sample(sources: Sequence[Source], budget: int) -> Iterator[str]:
-    """At most ``budget`` bytes for the tokenizer: the beginnings of all sources, of equal size where they have it."""
-    sizes = [source.text_bytes() for source in sources]
-    total = None if None in sizes else min(budget, sum(size or 0 for size in sizes))
-    with progress(total, "training the tokenizer") as bar:
-        for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
-            share = budget // left
+def _tokenizer_sample(sources: Sequence[Source], budget: int) -> Iterator[str]:
+    """Yield ``budget`` bytes of text at most: the beginning of each source, in equal parts if all are long enough."""
+    total = total_text_bytes(sources)
+    with progress(None if total is None else min(budget, total), "training the tokenizer") as bar:
+        for remaining, source in zip(range(len(sources), 0, -1), sources, strict=True):
+            share = budget // remaining
             with closing(source.read()) as documents:
                 for text, _ in documents:
                     content = text.encode()[:share]
@@ -292,24 +305,17 @@ def _check_counts(data: DataSection, shards: Sequence[Shard]) -> None:
     counts = {split: sum(shard.splits[split]["documents"] for shard in shards) for split in SPLITS}
     documents = sum(counts.values())
     if documents == 0:
-        raise UserError(f"data.sources={list(data.sources)} hold no text: every file or row is empty; name others")
+        raise UserError(f"data.sources={list(data.sources)} contain no text: every file or row is empty; use others")
     for name, count in counts.items():
         if count == 0:
             change = "raise" if name == "validation" else "lower"
             raise UserError(
-                f"the {name} split is empty: data.validation_fraction={data.validation_fraction} left it none of the "
-                f"{documents} documents; {change} data.validation_fraction or give more documents (a text file is one)"
+                f"the {name} split is empty: data.validation_fraction={data.validation_fraction} assigned it none of "
+                f"the {documents} documents; {change} data.validation_fraction or add documents (a text file is one)"
             )
 
 
-def _remove(folder: Path, keep: set[str]) -> None:
+def _remove_files(folder: Path, keep: set[str]) -> None:
     for file in folder.iterdir():
         if file.name not in keep:
             file.unlink()
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename the finished folder to ``target``; the dataset that was there goes only when the new one stands."""
-    _remove(partial, keep=_FILES)
-    sync(partial)
-    replace_directory(partial, target)

@@ -1,4 +1,4 @@
-"""What ``mosa data verify`` and ``mosa data inspect`` tell of a dataset."""
+"""Implement ``mosa data verify`` and ``mosa data inspect``."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ from megatron_mosa.data.manifest import (
     read_manifest,
 )
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import RunError, UserError, nearest
 
 
 def dataset_folders(path: Path, overrides: list[str]) -> list[Path]:
-    """The dataset at ``path``; or those of a configuration file, in its section data.
+    """Return the dataset folder at ``path``, or the folders that section data of a configuration file names.
 
     Raises:
-        UserError: neither.
+        UserError: ``path`` does not exist, is a dataset although there are overrides, or is not a valid configuration.
     """
     if path.is_dir():
         if overrides:
-            raise UserError(f"'{path}' is a dataset; values such as {overrides[0]} go with a configuration file")
+            raise UserError(f"'{path}' is a dataset; overrides such as {overrides[0]} require a configuration file")
         return [path]
+    if not path.exists():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"'{path}' does not exist{nearest(path.name, siblings)}; pass a dataset, or a configuration file whose "
+            "section data names one"
+        )
     data = load_config(path, overrides).data
     parts = [data.path] if data.path is not None else [part for _, part in blend_parts(data.blend)]
     return [Path(part).expanduser() for part in parts]
 
 
 def verify(folder: Path) -> None:
-    """Compare all files of a dataset with its manifest.
+    """Verify all files of a dataset against its manifest.
 
     Raises:
-        UserError: no dataset.
+        UserError: the folder is not a dataset.
         RunError: a file is damaged, missing or of another size.
     """
     try:
@@ -51,13 +57,13 @@ def verify(folder: Path) -> None:
             raise RunError(damage)
         for split in SPLITS:
             _check_index(folder, split, manifest)
-    except DamagedDatasetError as error:  # which this command was asked about: no wrong use
+    except DamagedDatasetError as error:  # the finding of this command, not a user's mistake
         raise RunError(str(error)) from error
-    unknown = [f"{split}.idx" for split in SPLITS if "idx_sha256" not in manifest.splits[split]]
+    unhashed = [f"{split}.idx" for split in SPLITS if "idx_sha256" not in manifest.splits[split]]
     names = ", ".join([MANIFEST_FILE, TOKENIZER_FILE, *(file.path.name for file in files)])
-    print(f"{folder}: sound ({names})")
-    if unknown:
-        print(f"  built before hashes of {' and '.join(unknown)} were recorded: their structure alone was checked")
+    print(f"{folder}: intact ({names})")
+    if unhashed:
+        print(f"  only the structure of {' and '.join(unhashed)} was checked: this older dataset has no hashes of them")
 
 
 def _check_index(folder: Path, split: str, manifest: Manifest) -> None:
@@ -73,14 +79,14 @@ def _check_index(folder: Path, split: str, manifest: Manifest) -> None:
         or (index.sequence_pointers[:1] != 0).any()
         or (index.document_indices != np.arange(len(lengths) + 1)).any()
     ):
-        raise RunError(f"{folder / split}.idx is damaged: its documents are not those of {MANIFEST_FILE}")
+        raise RunError(f"{folder / split}.idx is damaged: its documents do not match {MANIFEST_FILE}")
 
 
 def inspect(folder: Path) -> None:
-    """Print what a dataset holds and what it was made from.
+    """Print what a dataset contains and what it was built from.
 
     Raises:
-        UserError: no dataset.
+        UserError: the folder is not a dataset.
     """
     manifest = load_manifest(folder)
     print("\n".join(summary(str(folder), manifest)))
@@ -89,7 +95,7 @@ def inspect(folder: Path) -> None:
         size = (counts["bin_bytes"] + counts["idx_bytes"]) / 2**20
         mean = counts["tokens"] / max(counts["documents"], 1)
         print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {mean:,.0f} a document, "
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens ({mean:,.0f} per document), "
             f"{size:,.1f} MiB"
         )
     end = manifest.end_of_document_id

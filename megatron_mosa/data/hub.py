@@ -1,4 +1,4 @@
-"""Hugging Face datasets as a source, streamed or downloaded."""
+"""Read Hugging Face datasets, streamed or downloaded."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from megatron_mosa.data.json_rows import parse_line
-from megatron_mosa.data.left_out import EMPTY, mended
+from megatron_mosa.data.left_out import EMPTY, replace_surrogates
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils.errors import first_line
 
 HUB = "hf:"
 
-_FORM = "hf:NAME, hf:NAME:CONFIGURATION, hf:NAME@SPLIT or hf:NAME:CONFIGURATION@SPLIT"
+_SYNTAX = "hf:NAME, hf:NAME:CONFIGURATION, hf:NAME@SPLIT or hf:NAME:CONFIGURATION@SPLIT"
 _ATTEMPTS = 3  # without a document in between; `datasets` retries single requests before it gives up
 _PAUSE = 5.0  # seconds between attempts
 _READ_AHEAD = 64  # documents
 _END = object()
+_BOM = "\ufeff"
 
 Item = TypeVar("Item")
 
 
-class Interrupted(UserError):
-    """A source stopped before its end; what was built from it so far is worth keeping."""
+class SourceInterruptedError(UserError):
+    """A source stopped before its end; an interrupted build can continue from what it wrote so far."""
 
 
 class HubSource:
-    """``hf:NAME``, with ``:CONFIGURATION`` and ``@SPLIT`` (default train) where needed.
+    """A Hugging Face dataset ``hf:NAME``, optionally with ``:CONFIGURATION`` and ``@SPLIT`` (default train).
 
     Args:
         source: as written in ``data.sources``.
-        text_field: the column with the text.
-        streaming: read over the network as needed; False: download all of it into the library's cache first.
+        text_field: the column that holds the text.
+        streaming: read over the network during the build; False: first download everything into the library's cache.
         timeout: seconds without a document after which a stream counts as stalled.
 
     Raises:
-        UserError: not of this form.
+        UserError: ``source`` does not have this form.
     """
 
     def __init__(self, source: str, text_field: str, *, streaming: bool, timeout: float) -> None:
         self.name = source
         self.text_field = text_field
-        self.passed_over, self.left_out = Counter[str](), Counter[str]()
+        self.left_out_at_open, self.left_out = Counter[str](), Counter[str]()
         body, _, split = source.removeprefix(HUB).partition("@")
         self._dataset, _, configuration = body.partition(":")
         self._configuration = configuration or None
@@ -59,18 +60,18 @@ class HubSource:
         self._streaming = streaming
         self._timeout = timeout if streaming else None
         if not self._dataset:
-            raise UserError(f"data.sources: '{source}' names no dataset; expected {_FORM}")
+            raise UserError(f"data.sources: '{source}' does not name a dataset; expected {_SYNTAX}")
         if streaming and "[" in self._split:
             raise UserError(f"data.sources: '{source}': a part of a split cannot be streamed; set data.streaming=false")
-        import datasets  # slow to import, which no other source waits for; here, and not while a stream is timed
+        import datasets  # slow to import and needed only here; not later, when the time of a stream is limited
 
         self._library = datasets
 
     def describe(self) -> dict[str, Any]:
-        """The number of files, and a hash of their names and revisions (of local files: times of change).
+        """Return the number of files, and a hash of their names and revisions (modification times if local).
 
         Raises:
-            UserError: no such dataset, configuration or split, or the hub cannot be reached.
+            UserError: the dataset, configuration or split does not exist, or the hub cannot be reached.
         """
         return self._description
 
@@ -82,10 +83,10 @@ class HubSource:
     def _description(self) -> dict[str, Any]:
         try:
             builder = self._builder
-        except Exception as error:  # of the library, its HTTP client and its file systems, each with their own
+        except Exception as error:  # the library, its HTTP client and its file systems each raise their own
             raise UserError(
-                f"data.sources: cannot open {self.name}: {first_line(error)}; check the name ({_FORM}) and network, "
-                "or download the dataset and give the path of its files"
+                f"data.sources: could not open {self.name}: {first_line(error)}; check the name ({_SYNTAX}) and the "
+                "network, or download the dataset and give the path of its files"
             ) from error
         splits: dict[str, Any] = builder.config.data_files or {}
         split = self._split.partition("[")[0]
@@ -100,110 +101,108 @@ class HubSource:
         return {"source": self.name, "kind": "hub", **counts, "listing": hashlib.sha256(listing.encode()).hexdigest()}
 
     def text_bytes(self) -> int | None:
-        """Not known before everything was read."""
+        """Return None: the size is unknown until everything has been read."""
         return None
 
     def read(self, start: dict[str, Any] | None = None) -> Generator[tuple[str, dict[str, Any]]]:
-        """See ``Source``. A stream that fails or stalls is opened again where it stopped, a few times.
+        """See ``Source``. A stream that fails or stalls is reopened where it stopped, a few times.
 
         Raises:
-            Interrupted: it failed, stalled or ended too early every time.
-            UserError: no column of text of that name.
+            SourceInterruptedError: every attempt failed, stalled or ended too early.
+            UserError: there is no text column of that name.
         """
         self.left_out = Counter[str]()
-        place = start or {"row": 0}
+        position = start or {"row": 0}
         failures = 0
         while True:
             try:
-                with closing(_watched(partial(self._rows, place), self._timeout)) as rows:
-                    for text, place in rows:
+                with closing(_with_timeout(partial(self._rows, position), self._timeout)) as rows:
+                    for text, position in rows:
                         failures = 0
                         if text:
-                            yield mended(text, self.left_out), place
+                            yield replace_surrogates(text, self.left_out), position
                         else:
                             self.left_out[EMPTY] += 1
                 return
             except UserError:
                 raise
-            except Exception as error:  # see describe
+            except Exception as error:  # see _description
                 failures += 1
                 if failures >= _ATTEMPTS or not self._streaming:
-                    raise Interrupted(
-                        f"data.sources: {self.name} stopped after {place['row']} documents: {first_line(error)}; "
-                        "run the same command again, and it goes on with what is left"
+                    raise SourceInterruptedError(
+                        f"data.sources: {self.name} stopped after {position['row']} documents: {first_line(error)}; "
+                        "run the same command again to continue from there"
                     ) from error
-                logging.getLogger(__name__).warning(f"{self.name}: {first_line(error)}; opening it again")
+                logging.getLogger(__name__).warning(f"{self.name}: {first_line(error)}; reopening the stream")
                 time.sleep(_PAUSE)
 
     def state(self, first: dict[str, Any] | None, last: dict[str, Any] | None) -> str:
-        """The revision of the whole dataset."""
+        """Return the revision of the whole dataset."""
         return self._description["listing"]
 
-    def _rows(self, place: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
-        """Rows from ``place`` on. Its "state" is what a stream needs to find the place without reading up to it."""
+    def _rows(self, position: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
+        """Yield rows after ``position``. Its "state" lets a stream resume without reading up to it."""
         dataset, is_json_lines = self._open()
         column = TextColumn(self.text_field, self.name)
         rows: Any
-        read = place["row"]
+        read = position["row"]
         if not self._streaming:
             rows = dataset.select(range(read, len(dataset))) if read < len(dataset) else ()
-        elif "state" in place:
-            dataset.load_state_dict(place["state"])
+        elif "state" in position:
+            dataset.load_state_dict(position["state"])
             rows = dataset
         else:
             rows = dataset.skip(read) if read else dataset
         for content in rows:
             read += 1
-            where = f"row {read} of {self.name}"
-            row = self._parsed(content["text"], where) if is_json_lines else content
+            location = f"row {read} of {self.name}"
+            try:
+                row = _json_object(content["text"]) if is_json_lines else content
+            except ValueError as error:
+                raise UserError(f"data.sources: {location} {error}; repair the dataset or remove it") from None
             state = {"state": rows.state_dict()} if self._streaming else {}
-            yield column.text(row, where), {"row": read, **state}
-        column.end()
+            yield column.text(row, location), {"row": read, **state}
+        column.check_found()
         split = (self._builder.info.splits or {}).get(self._split)
         if split is not None and read < (split.num_examples or 0):
-            raise EOFError(f"it ended, and its description promises {split.num_examples}")
+            raise EOFError(f"it ended, but its description says {split.num_examples}")
 
     def _open(self) -> tuple[Any, bool]:
-        """The rows of the split, and whether they are lines of JSON that are not parsed yet.
+        """Return the rows of the split, and whether they are unparsed lines of JSON.
 
-        The library's own reader of JSON infers the type of every column from the first megabytes, and refuses a file
-        whose other rows differ in a field that nobody needs here.
+        The library's own JSON reader infers the type of every column from the first megabytes, and rejects files
+        whose later rows differ in a field that does not matter here.
         """
         if self._builder.name == "json":
-            files = {"train": list(map(str, self._builder.config.data_files[self._split.partition("[")[0]]))}
-            split = "train" + "".join(self._split.partition("[")[1:])
-            lines: Any = self._library.load_dataset("text", data_files=files, split=split, streaming=self._streaming)
+            split, bracket, part = self._split.partition("[")
+            files = {"train": list(map(str, self._builder.config.data_files[split]))}
+            lines: Any = self._library.load_dataset(
+                "text", data_files=files, split=f"train{bracket}{part}", streaming=self._streaming
+            )
             first = next(iter(lines), None)
-            if first is None or (first["text"].lstrip("\ufeff")[:1] == "{" and _is_json(first["text"])):
-                return lines, True
+            with suppress(ValueError):  # not one object per line
+                if first is None or (first["text"].lstrip(_BOM)[:1] == "{" and _json_object(first["text"]) is not None):
+                    return lines, True
         dataset: Any = self._library.load_dataset(
             self._dataset, self._configuration, split=self._split, streaming=self._streaming
         )
         return dataset, False
 
-    def _parsed(self, line: str, where: str) -> dict[str, Any]:
-        try:
-            value = parse_line(line.removeprefix("\ufeff").encode()) if line.strip() else {}
-        except ValueError as error:
-            raise UserError(f"data.sources: {where} {error}; repair the dataset, or give others") from None
-        if not isinstance(value, dict):
-            raise UserError(f"data.sources: {where} is {line[:40]}, not an object; repair the dataset, or give others")
-        return value
+
+def _json_object(line: str) -> dict[str, Any]:
+    """Return the object in a line of JSON, {} for a blank line. ValueError as in ``parse_line``, or not an object."""
+    value = parse_line(line.removeprefix(_BOM).encode()) if line.strip() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"is {line[:40]}, not an object")
+    return value
 
 
-def _is_json(line: str) -> bool:
-    try:
-        parse_line(line.removeprefix("\ufeff").encode())
-    except ValueError:
-        return False
-    return True
-
-
-def _watched(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> Generator[Item]:
-    """The items of an iterator that runs ahead in a thread of its own, so that nobody waits for it for ever.
+def _with_timeout(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> Generator[Item]:
+    """Yield the items of an iterator that a thread reads ahead, so that waiting for one can be given up.
 
     Raises:
-        TimeoutError: no item for ``timeout`` seconds; and whatever the iterator raises.
+        TimeoutError: no item arrived for ``timeout`` seconds.
+        Exception: whatever the iterator raises.
     """
     items: queue.Queue[Any] = queue.Queue(_READ_AHEAD)
     abandoned = threading.Event()
@@ -225,7 +224,7 @@ def _watched(open_rows: Callable[[], Iterator[Item]], timeout: float | None) -> 
         except BaseException as error:
             put((_END, error))
 
-    threading.Thread(target=run, daemon=True).start()  # a daemon: nothing can end a read that hangs
+    threading.Thread(target=run, daemon=True).start()  # a daemon, since nothing can end a read that hangs
     try:
         while True:
             try:

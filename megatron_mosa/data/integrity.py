@@ -1,4 +1,4 @@
-"""Whether the files of a dataset are those that were built: their hashes against the manifest's."""
+"""Verify the files of a dataset against the hashes in its manifest."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from typing import NamedTuple
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_mosa.data import hashing
-from megatron_mosa.data.hashing import REBUILD, damage, file_sha256
+from megatron_mosa.data.hashing import REBUILD, damage_message, file_sha256
 from megatron_mosa.data.manifest import SPLITS, DamagedDatasetError, Manifest
 from megatron_mosa.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_HEAD = struct.Struct("<9sQBQQ")  # magic, version, data type, sequences, documents; then their lengths and offsets
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, data type, sequences, documents; then their lengths and offsets
 
 FOREGROUND_BYTES = 1 << 30
-"""So much is hashed before a run begins: seconds. What is larger is hashed beside it."""
+"""Datasets up to this size are hashed before a run starts, which takes seconds; larger ones during the run."""
 
 
 class FileHash(NamedTuple):
-    """A file, and what its SHA-256 should be."""
+    """A file and its expected SHA-256."""
 
     path: Path
     sha256: str
 
 
 def recorded_hashes(folder: Path, manifest: Manifest) -> list[FileHash]:
-    """The token files of a dataset. Older manifests do not record the hashes of .idx files, which are left out then."""
+    """Return the hashes of a dataset's token files. Older manifests do not record those of .idx files."""
     return [
         FileHash(folder / f"{split}.{suffix}", manifest.splits[split][f"{suffix}_sha256"])
         for split in SPLITS
@@ -43,78 +43,78 @@ def recorded_hashes(folder: Path, manifest: Manifest) -> list[FileHash]:
     ]
 
 
-def total_bytes(files: Iterable[FileHash]) -> int:
-    """Their size."""
-    return sum(file.path.stat().st_size for file in files)
-
-
 def find_damage(files: Sequence[FileHash], fix: str = REBUILD) -> str | None:
-    """One line about the first file that is not what was recorded; None: all are. Several are read at once.
+    """Return one line about the first file that does not have its recorded hash; None: all have it.
 
     Args:
-        fix: what to do about it.
+        files: files to hash, several at once.
+        fix: what the line tells the user to do.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
 
-    def look(file: FileHash) -> str | None:
+    def check(file: FileHash) -> str | None:
         try:
             found = file_sha256(file.path)
         except OSError as error:
-            raise UserError(f"{file.path} cannot be read: {error.strerror}") from error
-        return None if found == file.sha256 else damage(file.path, file.sha256, found, fix)
+            raise UserError(f"could not read {file.path}: {error.strerror}; {fix}") from error
+        return None if found == file.sha256 else damage_message(file.path, file.sha256, found, fix)
 
-    with ThreadPoolExecutor(4) as pool:  # hashing runs without Python's lock
-        return next(filter(None, pool.map(look, files)), None)
+    with ThreadPoolExecutor(4) as pool:  # hashing releases Python's global lock
+        return next(filter(None, pool.map(check, files)), None)
 
 
 def is_large(files: Iterable[FileHash]) -> bool:
-    """Whether hashing them would delay a start for long."""
-    return total_bytes(files) > FOREGROUND_BYTES
+    """Return whether hashing the files would noticeably delay the start of a run."""
+    return sum(file.path.stat().st_size for file in files) > FOREGROUND_BYTES
 
 
 def refuse_damage(files: Sequence[FileHash], fix: str = REBUILD) -> None:
-    """Compare the files, unless they are too large for that.
+    """Verify the hashes of the files, unless they are too large for that.
 
     Raises:
-        DamagedDatasetError: naming one that is damaged.
+        DamagedDatasetError: a file is damaged.
     """
     if not is_large(files) and (found := find_damage(files, fix)) is not None:
         raise DamagedDatasetError(found)
 
 
 def open_indexed(prefix: Path) -> IndexedDataset:
-    """The token arrays at ``prefix``.bin and .idx.
+    """Open the token arrays in ``prefix``.bin and .idx.
 
     Raises:
-        DamagedDatasetError: an .idx file that is damaged.
+        DamagedDatasetError: the .idx file is damaged.
     """
     try:
-        _check_head(Path(f"{prefix}.idx"))  # mcore prints a second error where it cannot read the head
+        _check_header(Path(f"{prefix}.idx"))  # on a bad header mcore would print an error of its own
         return IndexedDataset(str(prefix))
     except (AssertionError, ValueError, IndexError) as error:
-        reason = str(error).split("\n")[0] or "its counts contradict each other"
+        reason = str(error).partition("\n")[0] or "its counts contradict each other"
         raise DamagedDatasetError(f"{prefix}.idx is damaged: {reason}; {REBUILD}") from error
 
 
-def _check_head(file: Path) -> None:
-    """Raise a ValueError if the beginning of an .idx file, or its size, is not that of one."""
+def _check_header(file: Path) -> None:
+    """Check header and size of an .idx file.
+
+    Raises:
+        ValueError: either is wrong.
+    """
     with file.open("rb") as content:
-        head = content.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        raise ValueError("it ends within its head")
-    magic, version, code, sequences, documents = _HEAD.unpack(head)
+        header = content.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise ValueError("its header is incomplete")
+    magic, version, dtype_code, sequences, documents = _HEADER.unpack(header)
     if magic != _MAGIC or version != 1:
-        raise ValueError("it does not begin as an index of version 1")
-    DType.dtype_from_code(code)  # a ValueError of its own
-    size = _HEAD.size + 12 * sequences + 8 * documents
+        raise ValueError("it does not start with the header of an index of version 1")
+    DType.dtype_from_code(dtype_code)  # raises ValueError
+    size = _HEADER.size + 12 * sequences + 8 * documents
     if size != file.stat().st_size:
-        raise ValueError(f"its counts make it {size} bytes, and it has {file.stat().st_size}")
+        raise ValueError(f"its header implies {size} bytes, but it has {file.stat().st_size}")
 
 
 class HashingProcess:
-    """Compares large files in a process of its own, of the lowest priority, beside a run; see ``hashing``."""
+    """A process of the lowest priority that hashes large files while a run uses them; see ``hashing``."""
 
     def __init__(self, files: Sequence[FileHash]) -> None:
         self._process = subprocess.Popen(
@@ -126,18 +126,18 @@ class HashingProcess:
 
     @property
     def is_over(self) -> bool:
-        """Whether all files were read, or one was found damaged."""
+        """Whether all files were hashed, or one was found damaged."""
         return self._process.poll() is not None
 
     def damage(self) -> str | None:
-        """What is damaged, once it is over; None: nothing."""
+        """Return one line about the first damaged file; None: all are intact. Valid once the process is over."""
         if not self._process.returncode:
             return None
         assert self._process.stdout is not None
-        return self._process.stdout.read().strip() or "a file of the dataset could not be checked"
+        return self._process.stdout.read().strip() or "the process that hashes the dataset failed"
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process if it still runs."""
         self._process.kill()
         self._process.wait()
         assert self._process.stdout is not None

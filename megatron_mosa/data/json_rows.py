@@ -1,4 +1,4 @@
-"""Rows of JSON files. Only the text column is looked at: other fields may hold anything, and vary from row to row."""
+"""Read JSON objects from files of any size. Only the text column matters: other fields may vary from row to row."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, cast
 from megatron_mosa.errors import UserError
 
 _CHUNK = 1 << 20  # bytes
-_LITERAL = 16  # characters at the end of a part of a file that may be half of a word or of an escape
+_MAX_LITERAL = 16  # an error in so many last characters of a chunk may be a literal or escape cut in two
 
 
-def open_plain(file: Path) -> BinaryIO:
-    """Open a file for reading, decompressing .gz, .bz2, .xz and .zst."""
+def open_decompressed(file: Path) -> BinaryIO:
+    """Open a file for reading; .gz, .bz2, .xz and .zst are decompressed."""
     suffix = file.suffix.lower()
     if suffix == ".zst":
         import pyarrow  # slow to import
@@ -29,30 +29,32 @@ def open_plain(file: Path) -> BinaryIO:
     return openers.get(suffix, open)(file, "rb")
 
 
-def json_rows(content: BinaryIO, where: str, *, is_lines: bool, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSON file from number ``skip`` on, each with its place for error messages.
+def json_rows(content: BinaryIO, name: str, *, is_lines: bool, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a JSON file after the first ``skip``, each with its location for error messages.
 
-    Of a key that is given twice the last value counts. A byte-order mark at the beginning is left out.
+    The last of several values of one key counts. A leading byte-order mark is ignored.
 
     Args:
-        where: the file's name.
-        is_lines: one object a line, blank lines left out; False: objects one after the other, or in one array.
+        content: the open file.
+        name: the file's name, for error messages.
+        is_lines: one object per line, blank lines ignored; False: objects one after the other, or in one array.
+        skip: number of objects to skip.
 
     Raises:
-        UserError: what is not UTF-8, not JSON or not an object, by its line.
+        UserError: a line is not UTF-8, not JSON or not an object.
     """
-    rows = _lines(content, where, skip) if is_lines else _values(content, where, skip)
+    rows = _lines(content, name, skip) if is_lines else _values(content, name, skip)
     for line, value in rows:
         if not isinstance(value, dict):
-            raise _bad(where, line, f"is {json.dumps(value)[:40]}, not an object")
-        yield f"line {line} of {where}", value
+            raise _line_error(name, line, f"is {json.dumps(value)[:40]}, not an object")
+        yield f"line {line} of {name}", value
 
 
 def parse_line(line: bytes) -> Any:
-    """The JSON value of one line.
+    """Return the JSON value of one line.
 
     Raises:
-        ValueError: it is not UTF-8, or not JSON.
+        ValueError: the line is not UTF-8, or not JSON; the message continues a sentence that starts with its name.
     """
     try:
         return json.loads(line.decode("utf-8"))
@@ -64,11 +66,11 @@ def parse_line(line: bytes) -> Any:
         raise ValueError(f"is not JSON ({error})") from None
 
 
-def _bad(where: str, line: int, what: str) -> UserError:
-    return UserError(f"data.sources: line {line} of {where} {what}; repair the line or leave out the file")
+def _line_error(name: str, line: int, problem: str) -> UserError:
+    return UserError(f"data.sources: line {line} of {name} {problem}; repair the line or remove the file")
 
 
-def _lines(content: BinaryIO, where: str, skip: int) -> Iterator[tuple[int, Any]]:
+def _lines(content: BinaryIO, name: str, skip: int) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(content, start=1):
         line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
         if not line:
@@ -79,15 +81,15 @@ def _lines(content: BinaryIO, where: str, skip: int) -> Iterator[tuple[int, Any]
         try:
             yield number, parse_line(line)
         except ValueError as error:
-            raise _bad(where, number, str(error)) from None
+            raise _line_error(name, number, str(error)) from None
 
 
-def _values(content: BinaryIO, where: str, skip: int) -> Iterator[tuple[int, Any]]:
-    """Values of any layout, or the elements of an array of them. Memory grows with the longest, not with the file."""
-    reader = _Reader(content, where)
+def _values(content: BinaryIO, name: str, skip: int) -> Iterator[tuple[int, Any]]:
+    """Yield values in any layout, or the elements of an array. Memory grows with the longest value, not the file."""
+    reader = _Reader(content, name)
     is_array = reader.next_character() == "["
     if is_array:
-        reader.take(1)
+        reader.advance(1)
     while (character := reader.next_character()) not in ("", "]"):
         line, value = reader.value()
         if skip:
@@ -96,24 +98,24 @@ def _values(content: BinaryIO, where: str, skip: int) -> Iterator[tuple[int, Any
             yield line, value
         character = reader.next_character()
         if is_array and character == ",":
-            reader.take(1)
+            reader.advance(1)
         elif is_array and character not in ("", "]"):
-            raise _bad(where, reader.line, "is not JSON (a comma or ] is expected between the elements of an array)")
+            raise _line_error(name, reader.line, "is not JSON (expected a comma or ] after an element of the array)")
     if is_array and character == "]":
-        reader.take(1)
+        reader.advance(1)
     if is_array and (character != "]" or reader.next_character() != ""):
-        raise _bad(where, reader.line, "is not JSON (the array does not end with the file)")
+        raise _line_error(name, reader.line, "is not JSON (the array does not end with the file)")
     if not is_array and character == "]":
-        raise _bad(where, reader.line, "is not JSON (an object is expected)")
+        raise _line_error(name, reader.line, "is not JSON (expected an object)")
 
 
 class _Reader:
-    """Takes JSON values off the front of a file."""
+    """Parses JSON values one after the other from a file that is read in chunks."""
 
-    def __init__(self, content: BinaryIO, where: str) -> None:
+    def __init__(self, content: BinaryIO, name: str) -> None:
         self.line = 1
         self._content = content
-        self._where = where
+        self._name = name
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._parser = json.JSONDecoder()
         self._text = ""
@@ -126,35 +128,34 @@ class _Reader:
             self._text += self._decoder.decode(data, final=self._at_end)
         except UnicodeDecodeError as error:
             line = self.line + self._text.count("\n") + data[: error.start].count(b"\n")
-            raise _bad(self._where, line, f"is not UTF-8 ({error.reason})") from None
+            raise _line_error(self._name, line, f"is not UTF-8 ({error.reason})") from None
 
-    def take(self, characters: int) -> None:
-        """Drop that many characters."""
+    def advance(self, characters: int) -> None:
         self.line += self._text.count("\n", 0, characters)
         self._text = self._text[characters:]
 
     def next_character(self) -> str:
-        """The next one that is not white space, which is dropped; '' at the end."""
+        """Skip white space and return the next character without consuming it; '' at the end."""
         while True:
-            self.take(len(self._text) - len(self._text.lstrip()))
+            self.advance(len(self._text) - len(self._text.lstrip()))
             if self._text or self._at_end:
                 return self._text[:1]
             self._read(_CHUNK)
 
     def value(self) -> tuple[int, Any]:
-        """The next value, and its line."""
+        """Consume the next value; return its line and the value."""
         line = self.line
         while True:
             try:
                 value, end = self._parser.raw_decode(self._text)
             except RecursionError:
-                raise _bad(self._where, line, "is not JSON that can be read (nested too deeply)") from None
+                raise _line_error(self._name, line, "is not JSON that can be read (nested too deeply)") from None
             except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated") or error.pos + _LITERAL > len(self._text)
-                if self._at_end or not cut_off:
-                    raise _bad(self._where, line + error.lineno - 1, f"is not JSON ({error.msg})") from None
+                is_cut = error.msg.startswith("Unterminated") or error.pos + _MAX_LITERAL > len(self._text)
+                if self._at_end or not is_cut:
+                    raise _line_error(self._name, line + error.lineno - 1, f"is not JSON ({error.msg})") from None
             else:
-                if end < len(self._text) or self._at_end:  # a number may go on
-                    self.take(end)
+                if end < len(self._text) or self._at_end:  # a number at the end of a chunk may continue in the next
+                    self.advance(end)
                     return line, value
             self._read(max(_CHUNK, len(self._text)))  # twice as much each time, so that long values take linear time

@@ -1,4 +1,4 @@
-"""Micro-batches of one data-parallel rank."""
+"""Load the micro-batches of one data-parallel rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from multiprocessing import parent_process
 
@@ -31,54 +30,61 @@ def training_batches(
     num_workers: int,
     end: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches from the first sample that has not been consumed.
+    """Yield this rank's micro-batches, starting with the first sample that has not been consumed.
 
-    A step takes samples [consumed, consumed + global_batch_size) whatever the layout; each rank a contiguous part
-    of them, micro-batch by micro-batch. The random state of this process is left alone.
+    In every layout a step takes samples [consumed, consumed + global_batch_size), and each rank a contiguous part of
+    them, micro-batch by micro-batch. The random state of this process does not change.
 
     Args:
-        samples: anything with samples at every number from 0, such as ``TrainingSamples``.
-        num_workers: loader processes; 0 loads in this one. A step needs all its micro-batches at once, so where there
-            is CUDA the processes get those of the next step ready during a step.
-        end: number of the sample to stop before, so that no loader reads ahead of a run's end; None: for ever.
+        samples: a dataset with samples numbered from 0, such as ``TrainingSamples``.
+        consumed_samples: number of samples that earlier steps have taken, over all ranks.
+        global_batch_size: samples per step, over all ranks.
+        micro_batch_size: samples per micro-batch.
+        data_parallel_rank: this rank.
+        data_parallel_size: number of ranks.
+        num_workers: loader processes; 0: load in this process. With CUDA, all micro-batches of a step are needed at
+            once, so the processes prefetch a whole step.
+        end: stop before this sample, so that loaders do not read beyond the end of a run; None: never stop.
 
     Returns:
-        dictionaries of [micro_batch, T] tensors, in pinned memory where there is CUDA.
+        dictionaries of [micro_batch, T] tensors, in pinned memory if CUDA is available.
 
     Raises:
         ValueError: global_batch_size is not a multiple of micro_batch_size * data_parallel_size.
     """
     if global_batch_size % (micro_batch_size * data_parallel_size):
         raise ValueError(
-            f"global_batch_size {global_batch_size} is not a multiple of {micro_batch_size} * {data_parallel_size}"
+            f"global_batch_size must be a multiple of micro_batch_size * data_parallel_size = {micro_batch_size} * "
+            f"{data_parallel_size}, got {global_batch_size}"
         )
-    numbers = _RankBatches(
-        consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size, end
+    share = global_batch_size // data_parallel_size
+    steps = (
+        count(consumed_samples, global_batch_size) if end is None else range(consumed_samples, end, global_batch_size)
     )
+    offsets = range(data_parallel_rank * share, (data_parallel_rank + 1) * share, micro_batch_size)
     has_cuda = torch.cuda.is_available()
-    ahead = 2  # batches that each loader process gets ready, torch's default
+    prefetch = 2  # batches per loader process, torch's default
     if has_cuda and num_workers:
-        micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
-        ahead = max(ahead, math.ceil(micro_batches / num_workers))
+        prefetch = max(prefetch, math.ceil(len(offsets) / num_workers))
     loader = DataLoader(
         samples,
-        batch_sampler=numbers,
+        batch_sampler=(list(range(step + i, step + i + micro_batch_size)) for step in steps for i in offsets),
         num_workers=num_workers,
-        prefetch_factor=ahead if num_workers else None,
+        prefetch_factor=prefetch if num_workers else None,
         pin_memory=has_cuda,
-        worker_init_fn=_obey_only_the_trainer,
-        generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
+        worker_init_fn=_ignore_job_signals,
+        generator=torch.Generator(),  # otherwise the workers' seed would be drawn from the global one
     )
-    return iter(loader) if has_cuda or not num_workers else map(_own_copy, loader)
+    return iter(loader) if has_cuda or not num_workers else map(_out_of_shared_memory, loader)
 
 
 def validation_batches(
     samples: ValidationSamples, *, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the samples once, as [micro_batch, T] tensors; the last batch may be short.
+    """Yield this rank's share of the samples once, as [micro_batch, T] tensors; the last batch may be smaller.
 
-    Each sample is on exactly one rank. All ranks get the same number of batches of the same shapes, since the
-    model communicates: missing samples are copies of the first with a loss_mask of zeros.
+    Each sample is on exactly one rank. All ranks get the same number of batches of the same shapes, because the model
+    communicates: the last ranks are padded with copies of the first sample whose loss_mask is zero.
     """
     share = -(-len(samples) // data_parallel_size)
     first = data_parallel_rank * share
@@ -87,29 +93,8 @@ def validation_batches(
         yield default_collate([samples[i] if i < len(samples) else _masked(samples[0]) for i in numbers])
 
 
-@dataclass(frozen=True)
-class _RankBatches:
-    """The sample numbers of one rank, a list a micro-batch."""
-
-    consumed_samples: int
-    global_batch_size: int
-    micro_batch_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    end: int | None
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.global_batch_size // self.data_parallel_size
-        for batch in count(self.consumed_samples, self.global_batch_size):
-            if self.end is not None and batch >= self.end:
-                return
-            first = batch + self.data_parallel_rank * share
-            for start in range(first, first + share, self.micro_batch_size):
-                yield list(range(start, start + self.micro_batch_size))
-
-
-def _own_copy(batch: Batch) -> Batch:
-    """Out of the memory shared with a loader process: each tensor there holds a file descriptor."""
+def _out_of_shared_memory(batch: Batch) -> Batch:
+    """Copy a batch out of the memory shared with a loader process, where each tensor holds a file descriptor."""
     return {name: tensor.clone() for name, tensor in batch.items()}
 
 
@@ -117,19 +102,19 @@ def _masked(sample: Batch) -> Batch:
     return sample | {"loss_mask": torch.zeros_like(sample["loss_mask"])}
 
 
-def _obey_only_the_trainer(worker: int) -> None:
-    """Leave signals sent to the whole job to the trainer, which may want another batch before it saves and ends.
+def _ignore_job_signals(worker: int) -> None:
+    """Ignore signals sent to the whole job: the trainer may need another batch before it saves and exits.
 
-    SIGTERM cannot just be ignored: it is how the trainer's own exit stops a loader process, and then waits for it.
+    SIGTERM cannot simply be ignored, because the trainer sends it to its loader processes on exit and waits for them.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the trainer
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, daemon=True).start()
+    threading.Thread(target=_exit_when_trainer_asks, daemon=True).start()
 
 
-def _end_when_told() -> None:
+def _exit_when_trainer_asks() -> None:
     trainer = parent_process()
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != (trainer.pid if trainer else None):
         pass

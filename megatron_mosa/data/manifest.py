@@ -1,4 +1,4 @@
-"""manifest.json: what a dataset folder holds, and what it was made from."""
+"""manifest.json: what a dataset folder contains, and what it was built from."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megatron_mosa.errors import UserError
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
-NO_SPECIAL_TOKENS = "none but the end-of-document token, behind each document"
+NO_SPECIAL_TOKENS = "none but the end-of-document token, behind each document"  # recorded: do not change a word
 
 _BUILD = "mosa data build CONFIG"
 
 
 class DamagedDatasetError(UserError):
-    """A file of a dataset is not the one that was built: one line that names it."""
+    """A file of a dataset is missing or not the one that was built; the message names it in one line."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of a dataset. It holds no time and no absolute path of ours: equal input, equal bytes.
+    """The description of a dataset. It contains no time and no absolute path, so equal input gives equal bytes.
 
-    ``splits[name]`` has documents, tokens, bin_bytes, idx_bytes, and the SHA-256 of both files. ``request`` is the
-    settings and the state of the sources that the dataset was built from. Fields that are None were not known when the
-    dataset was built.
+    ``splits[name]`` has documents, tokens, bin_bytes, idx_bytes, and the SHA-256 of both files. ``request`` contains
+    the settings and the state of the sources that the dataset was built from. Fields are None if an earlier version,
+    which did not record them, built the dataset.
     """
 
     tokenizer_hash: str
@@ -41,37 +41,31 @@ class Manifest:
     request: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     encoding_hash: str | None = None  # see TokenizerIdentity
-    special_tokens: str | None = None  # the rule by which every document was encoded, and is to be at inference
-    left_out: dict[str, int] | None = None  # of the sources, or changed, and how often
+    special_tokens: str | None = None  # how documents were encoded, and prompts should be
+    left_out: dict[str, int] | None = None  # counts of what was left out or changed, by the names of left_out.py
     checksum: str | None = None  # SHA-256 of the manifest without it
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """The sources as given, with kind, number of files and bytes."""
+        """The sources as given, each with its kind, number of files and bytes."""
         return self.request["sources"]
 
     @property
-    def text_field(self) -> str:
-        """The column that the texts of JSON lines and Parquet came from."""
-        return self.request["text_field"]
-
-    @property
     def fingerprint(self) -> str:
-        """SHA-256 over the manifest, and through the hashes in it over tokenizer and tokens."""
+        """SHA-256 of the manifest, which covers tokenizer and tokens because the manifest contains their hashes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """What tells its tokenizer from others."""
         return TokenizerIdentity(self.tokenizer_hash, self.encoding_hash)
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
+        """Return the content of manifest.json."""
         known = {key: value for key, value in asdict(self).items() if value is not None}
         return json.dumps(known, indent=2, sort_keys=True) + "\n"
 
     def sealed(self) -> Manifest:
-        """The manifest with its checksum."""
+        """Return the manifest with its checksum."""
         return replace(self, checksum=replace(self, checksum=None).fingerprint)
 
 
@@ -79,51 +73,50 @@ def load_manifest(path: str | Path) -> Manifest:
     """Read manifest.json of a dataset folder without looking at the other files.
 
     Raises:
-        UserError: no folder, no manifest, or a newer format.
-        DamagedDatasetError: a manifest that cannot be read.
+        UserError: the folder or the manifest does not exist, or the format is newer.
+        DamagedDatasetError: the manifest cannot be read.
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        what = "is no dataset: it has no manifest.json" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"data.path={path} {what}; build it with: {_BUILD}")
+        problem = f"is not a dataset: it has no {MANIFEST_FILE}" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"data.path={path} {problem}; build it with: {_BUILD}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest(**content)
             if manifest.checksum is not None and manifest.sealed() != manifest:
-                raise ValueError("its content does not have its checksum")
+                raise ValueError("its content does not match its checksum")
             return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedDatasetError(f"{file} cannot be read ({error}); rebuild the dataset: {_BUILD} --force") from error
+        raise DamagedDatasetError(f"could not read {file} ({error}); rebuild the dataset: {_BUILD} --force") from error
     raise UserError(
-        f"{file} has format version {version}, and this code reads version {FORMAT_VERSION}; "
+        f"{file} has format version {version}, but this code reads version {FORMAT_VERSION}; "
         f"update the code, or rebuild the dataset: {_BUILD} --force"
     )
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read and verify a dataset folder: files present, of the recorded sizes, and with the recorded tokenizer.
+    """Read the manifest of a dataset folder, and check the sizes of its files and the tokenizer's hash.
 
     Raises:
-        UserError: whatever ``load_manifest`` finds.
-        DamagedDatasetError: a missing or truncated file, a tokenizer.json that is not the recorded one.
+        UserError: as ``load_manifest``.
+        DamagedDatasetError: a file is missing or of another size, or tokenizer.json is not the recorded one.
     """
     manifest, folder = load_manifest(path), Path(path)
     for split in SPLITS:
         for suffix in ("bin", "idx"):
             file, expected = folder / f"{split}.{suffix}", manifest.splits[split][f"{suffix}_bytes"]
             if not file.is_file():
-                raise DamagedDatasetError(f"{file} is missing ({expected} bytes expected); {REBUILD}")
-            if file.stat().st_size != expected:
-                size = file.stat().st_size
-                raise DamagedDatasetError(f"{file} has {size} bytes, and {expected} are expected; {REBUILD}")
+                raise DamagedDatasetError(f"{file} is missing (expected {expected} bytes); {REBUILD}")
+            if (size := file.stat().st_size) != expected:
+                raise DamagedDatasetError(f"{file} has {size} bytes instead of {expected}; {REBUILD}")
     tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.is_file():
         raise DamagedDatasetError(f"{tokenizer} is missing; {REBUILD}")
     if (found := tokenizer_hash(tokenizer)) != manifest.tokenizer_hash:
         raise DamagedDatasetError(
-            f"{tokenizer} is not the file that the dataset was built with, but damaged or replaced: its SHA-256 is "
-            f"{found[:16]}..., and {manifest.tokenizer_hash[:16]}... is recorded; {REBUILD}"
+            f"{tokenizer} is damaged or was replaced since the dataset was built: its SHA-256 is {found[:16]}... "
+            f"instead of the recorded {manifest.tokenizer_hash[:16]}...; {REBUILD}"
         )
     return manifest

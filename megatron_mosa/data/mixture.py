@@ -1,4 +1,4 @@
-"""What a run reads: one built dataset, or several in fixed shares."""
+"""The training data of a run: one built dataset, or several in fixed shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mosa.errors import UserError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Built datasets of one tokenizer, and the share of the samples that comes from each."""
+    """Built datasets with the same tokenizer, and the share of the samples that comes from each."""
 
     paths: tuple[Path, ...]
     weights: tuple[float, ...]  # they sum to 1
@@ -26,38 +26,39 @@ class Mixture:
 
     @property
     def manifest(self) -> Manifest:
-        """The first dataset's; tokenizer and vocabulary are those of all."""
+        """The first dataset's manifest; tokenizer and vocabulary are the same in all."""
         return self.manifests[0]
 
     @property
     def fingerprint(self) -> str:
-        """What ties a run to its data: one dataset's own, or a SHA-256 over weights and fingerprints, in order."""
-        prints = [manifest.fingerprint for manifest in self.manifests]
-        if len(prints) == 1:
-            return prints[0]
-        return hashlib.sha256(json.dumps([self.weights, prints]).encode()).hexdigest()
+        """The only dataset's fingerprint, or a SHA-256 of weights and fingerprints in order; checkpoints record it."""
+        fingerprints = [manifest.fingerprint for manifest in self.manifests]
+        if len(fingerprints) == 1:
+            return fingerprints[0]
+        return hashlib.sha256(json.dumps([self.weights, fingerprints]).encode()).hexdigest()
 
     def hashes(self) -> list[FileHash]:
-        """The recorded hashes of all token files."""
+        """Return the recorded hashes of all token files."""
         parts = zip(self.paths, self.manifests, strict=True)
         return [file for path, manifest in parts for file in recorded_hashes(path, manifest)]
 
 
 def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
-    """Read and verify the dataset at ``data.path``, or those of ``data.blend``.
+    """Read and verify the dataset at ``data.path``, or the datasets of ``data.blend``.
 
     Args:
-        reads_all: compare the hashes of the tokens, too, unless there is more than a gigabyte of them or
-            ``data.check_hashes`` is off.
+        data: section ``data`` of the configuration.
+        reads_all: also verify the hashes of the token files, unless they exceed one gigabyte or ``data.check_hashes``
+            is off.
 
     Raises:
-        UserError: whatever ``read_manifest`` finds, a file with another hash, a blend that is not well-formed, names a
-            dataset twice, or mixes tokenizers.
+        UserError: as ``read_manifest``; a hash differs; the blend is not well-formed, contains a dataset twice, or
+            mixes tokenizers.
     """
     parts = [(1.0, data.path)] if data.path is not None else blend_parts(data.blend)
     total = sum(weight for weight, _ in parts)
     manifests = [read_manifest(path) for _, path in parts]
-    _refuse_strangers([path for _, path in parts], manifests)
+    _check_blend([path for _, path in parts], manifests)
     mixture = Mixture(
         paths=tuple(Path(path).expanduser() for _, path in parts),
         weights=tuple(weight / total for weight, _ in parts),
@@ -68,20 +69,19 @@ def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
     return mixture
 
 
-def _same_tokenizer(path: str, manifest: Manifest, other_path: str, other: Manifest) -> bool:
+def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: Manifest) -> bool:
     if manifest.tokenizer.is_same(other.tokenizer):
         return True
     if manifest.encoding_hash is not None and other.encoding_hash is not None:
         return False
-    files = (Path(folder).expanduser() / TOKENIZER_FILE for folder in (path, other_path))  # of an older manifest
+    files = (Path(folder).expanduser() / TOKENIZER_FILE for folder in (path, other_path))  # not recorded: compute it
     return len({encoding_hash(load_tokenizer(str(file))) for file in files}) == 1
 
 
-def _refuse_strangers(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    seen: dict[str, str] = {}
+def _check_blend(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    first, seen = manifests[0], dict[str, str]()
     for path, manifest in zip(paths, manifests, strict=True):
-        first = manifests[0]
-        is_same = _same_tokenizer(paths[0], first, path, manifest)
+        is_same = _has_same_tokenizer(paths[0], first, path, manifest)
         if not is_same or manifest.end_of_document_id != first.end_of_document_id:
             raise UserError(
                 f"data.blend: {paths[0]} and {path} were built with different tokenizers; rebuild the second with the "
@@ -89,7 +89,7 @@ def _refuse_strangers(paths: Sequence[str], manifests: Sequence[Manifest]) -> No
             )
         if manifest.fingerprint in seen:
             raise UserError(
-                f"data.blend: {seen[manifest.fingerprint]} and {path} are the same dataset; give it once, with the sum "
+                f"data.blend: {seen[manifest.fingerprint]} and {path} are the same dataset; list it once, with the sum "
                 "of the weights"
             )
         seen[manifest.fingerprint] = path

@@ -1,4 +1,4 @@
-"""Training and validation samples out of built datasets."""
+"""Training and validation samples from built datasets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, distributed
 
 from megatron_mosa.data.index import PassIndex
 from megatron_mosa.data.integrity import open_indexed
-from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
 
@@ -22,18 +21,18 @@ from megatron_mosa.errors import UserError
 class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The endless, shuffled sequence of training samples of one seed.
 
-    Sample i belongs to pass i // index_samples. A pass is one mcore GPTDataset of exactly ``index_samples`` samples,
-    or a BlendedDataset over several, shuffled by seed + pass: mcore's order depends on the number of samples asked
-    for, so that number is pinned, and a longer run only adds passes after those it has seen. A pass smaller than the
-    training split draws a random part of it; a larger one goes over the split several times.
+    Sample i belongs to pass i // index_samples. A pass is one mcore GPTDataset of exactly ``index_samples`` samples, or
+    a BlendedDataset of several, shuffled with seed + pass. mcore's order depends on the number of samples requested,
+    so that number is fixed, and a longer run only adds passes. A pass smaller than the training split draws a random
+    part of it; a larger one repeats the split.
 
     Args:
         mixture: from ``open_mixture``.
-        sequence_length: T, tokens a sample.
-        index_samples: samples a pass.
-        seed: of the order, 0 to 2**32 - 1.
-        index_path: where the shuffled indices are kept; null: index_cache below the (first) dataset.
-        mark_documents: give ``document_starts`` with every sample.
+        sequence_length: T, tokens per sample.
+        index_samples: samples per pass.
+        seed: seed of the order, 0 to 2**32 - 1.
+        index_path: folder of the shuffled indices; None: index_cache in the (first) dataset.
+        mark_documents: include ``document_starts`` in every sample.
 
     Raises:
         UserError: a training split is shorter than T + 1 tokens.
@@ -58,20 +57,20 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         _check_lengths(mixture, "train", sequence_length)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return sample ``index`` (any number from 0): tokens and labels int64 [T], loss_mask float32 [T].
+        """Return sample ``index``, 0 or higher: tokens and labels int64 [T], loss_mask float32 [T].
 
         labels[t] is the token that follows tokens[t]. With ``mark_documents`` also document_starts, int64 [T].
 
         Raises:
-            UserError: in a distributed run, a pass that ``prepare`` has not built.
+            UserError: ``prepare`` has not built the sample's pass, in a distributed run.
         """
         if index < 0:
-            raise IndexError(f"sample {index}: samples are counted from 0")
+            raise IndexError(f"sample {index} does not exist: samples are numbered from 0")
         number, offset = divmod(index, self._index.index_samples)
         if number not in self._passes:
             if not self._index.is_built(number):
                 if distributed.is_initialized():
-                    raise UserError(self._missing(number))
+                    raise UserError(self._missing_index(number))
                 self._index.build(number)
             self._passes[number] = self._index.open(number)
         sample = self._passes[number][offset]
@@ -81,16 +80,16 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return item
 
     def prepare(self, first: int, last: int) -> list[Path]:
-        """Build the index of every pass that samples first to last touch; collective when torch.distributed runs.
+        """Build the index of every pass that contains samples first to last; collective if torch.distributed runs.
 
-        Global rank 0 writes what is missing, the others wait, and then every rank looks. Call it before loaders start:
-        in their processes nobody can wait.
+        Global rank 0 builds and verifies the indices, then all ranks check that they see them. Call it before starting
+        loaders, whose processes cannot wait for each other.
 
         Returns:
             the folders of these passes.
 
         Raises:
-            UserError: on every rank, when rank 0 cannot write, or any rank does not see what was written.
+            UserError: on every rank, if rank 0 cannot write or any rank does not see an index.
         """
         index = self._index
         numbers = range(first // index.index_samples, last // index.index_samples + 1)
@@ -107,33 +106,33 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         failure = _first_failure(failure)
         if failure is None:
             missing = next((number for number in numbers if not index.is_built(number)), None)
-            failure = _first_failure(None if missing is None else self._missing(missing))
+            failure = _first_failure(None if missing is None else self._missing_index(missing))
         if failure is not None:
             raise UserError(failure)
         return [index.path(number) for number in numbers]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_passes": {}}  # a started loader process maps the files itself
+        return self.__dict__ | {"_passes": {}}  # each loader process maps the files itself
 
-    def _missing(self, number: int) -> str:
+    def _missing_index(self, number: int) -> str:
         return (
             f"the sample index of pass {number} is missing in {self._index.path(number)}; every node must see it: set "
-            "data.index_path to a folder that all share, or run mosa data index on each"
+            "data.index_path to a shared folder, or run mosa data index on every node"
         )
 
 
 class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The first windows of T + 1 tokens of a split, in file order, without overlap or shuffle.
+    """The first windows of T + 1 tokens of a split, in file order, without overlap or shuffling.
 
-    Of several datasets each gives its share of the windows, one dataset after the other. Where a split is too short
-    for its share, there are fewer windows in all, and the shares stay.
+    Of several datasets each contributes its share of the windows, one dataset after the other. If a split is too short
+    for its share, there are fewer windows in total, in the same shares.
 
     Args:
         mixture: from ``open_mixture``.
-        sequence_length: T, tokens a sample.
-        num_samples: windows at most; ``len`` says how many there are.
-        mark_documents: give ``document_starts`` with every sample.
-        split: "validation", or "train" for what wants text that the model is not measured on.
+        sequence_length: T, tokens per sample.
+        num_samples: maximum number of windows; ``len`` gives the actual number.
+        mark_documents: include ``document_starts`` in every sample.
+        split: "validation", or "train" for purposes other than measuring the model.
 
     Raises:
         UserError: a split is shorter than T + 1 tokens.
@@ -152,18 +151,18 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.mark_documents = mark_documents
         self.sequence_length = sequence_length
         _check_lengths(mixture, split, sequence_length)
-        there = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
-        counts = _shares(mixture.weights, there, num_samples)
+        available = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
+        counts = _apportion(mixture.weights, available, num_samples)
         self._indexed = [open_indexed(path / split) for path in mixture.paths]
-        self._places = [(number, window) for number, count in enumerate(counts) for window in range(count)]
+        self._windows = [(number, window) for number, count in enumerate(counts) for window in range(count)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return window ``index``: tokens, labels, loss_mask and document_starts as in ``TrainingSamples``."""
+        """Return window ``index`` in the form of a ``TrainingSamples`` sample."""
         if not 0 <= index < len(self):
-            raise IndexError(f"validation sample {index} of {len(self)}")
+            raise IndexError(f"validation sample {index} does not exist: there are {len(self)}")
         window = torch.from_numpy(self._window(index))  # [T + 1]
         tokens, labels = window[:-1].clone(), window[1:].clone()
         item = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(len(tokens))}
@@ -172,7 +171,7 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return item
 
     def unigram_entropy(self) -> float:
-        """Entropy in nats of the label frequencies over these samples: the loss of a model that knows only them."""
+        """Return the entropy of the label frequencies in nats: the loss of a model that knows only the frequencies."""
         counts = np.zeros(self.mixture.manifest.vocab_size, dtype=np.int64)  # [vocabulary]
         for index in range(len(self)):
             counts += np.bincount(self._window(index)[1:], minlength=len(counts))
@@ -180,32 +179,33 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return float(-(shares * np.log(shares)).sum())
 
     def document_lengths(self) -> list[list[int]]:
-        """Tokens of each document in each sample, by ``document_starts``."""
+        """Return the number of tokens of each document in each sample, as ``document_starts`` divides it."""
         end = self.mixture.manifest.end_of_document_id
         starts = [document_starts(torch.from_numpy(self._window(index)[:-1]), end) for index in range(len(self))]
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in starts]
 
     def _window(self, index: int) -> np.ndarray:
-        """Tokens int64 [T + 1]; the builder leaves no gap between documents, so a window is one read."""
-        number, window = self._places[index]
+        """Return tokens int64 [T + 1]. Documents are stored without gaps, so a window is one read."""
+        number, window = self._windows[index]
         indexed, length = self._indexed[number], self.sequence_length + 1
         dtype = indexed.index.dtype
         return indexed.bin_reader.read(dtype, length, window * length * DType.size(dtype)).astype(np.int64)
 
 
 def document_starts(tokens: Tensor, end_of_document_id: int) -> Tensor:
-    """Where each token's document begins in a packed sequence, int64 [T].
+    """Return the position where each token's document begins in a packed sequence, int64 [T].
 
-    A document ends with its end-of-document token. What a sequence begins with counts as the beginning of a document,
-    though it may be the rest of a longer one.
+    A document ends with its end-of-document token. The first token of a sequence counts as the beginning of a document,
+    even if the document began in an earlier sequence.
     """
-    begins = torch.cat((torch.ones(1, dtype=torch.bool), tokens[:-1] == end_of_document_id))
-    return torch.where(begins, torch.arange(len(tokens)), 0).cummax(0).values
+    is_first = torch.cat((torch.ones(1, dtype=torch.bool), tokens[:-1] == end_of_document_id))
+    return torch.where(is_first, torch.arange(len(tokens)), 0).cummax(0).values
 
 
-def _shares(weights: Sequence[float], there: Sequence[int], wanted: int) -> list[int]:
-    """How many of ``wanted`` each gives by its weight, by largest remainder; fewer in all where one has too few."""
-    total = min(wanted, *(math.floor(have / weight + 1e-9) for have, weight in zip(there, weights, strict=True)))
+def _apportion(weights: Sequence[float], available: Sequence[int], requested: int) -> list[int]:
+    """Divide ``requested`` by the weights, with the largest-remainder method; fewer in total if one has too few."""
+    limits = (math.floor(count / weight + 1e-9) for count, weight in zip(available, weights, strict=True))
+    total = min(requested, *limits)
     exact = [weight * total for weight in weights]
     counts = [math.floor(share + 1e-9) for share in exact]
     order = sorted(range(len(counts)), key=lambda number: counts[number] - exact[number])
@@ -215,7 +215,7 @@ def _shares(weights: Sequence[float], there: Sequence[int], wanted: int) -> list
 
 
 def _first_failure(failure: str | None) -> str | None:
-    """The first rank's failure, on every rank."""
+    """Return the failure of the first rank that has one, on every rank."""
     if not distributed.is_initialized():
         return failure
     failures: list[str | None] = [None] * distributed.get_world_size()
@@ -225,14 +225,10 @@ def _first_failure(failure: str | None) -> str | None:
 
 def _check_lengths(mixture: Mixture, split: str, sequence_length: int) -> None:
     for path, manifest in zip(mixture.paths, mixture.manifests, strict=True):
-        _check_length(manifest, split, path, sequence_length)
-
-
-def _check_length(manifest: Manifest, split: str, path: Path, sequence_length: int) -> None:
-    tokens = manifest.splits[split]["tokens"]
-    if tokens < sequence_length + 1:
-        more = "give more sources" + (" or raise data.validation_fraction" if split == "validation" else "")
-        raise UserError(
-            f"data.sequence_length={sequence_length} needs {sequence_length + 1} tokens, and the {split} split of "
-            f"{path} has {tokens}; expected up to {tokens - 1}; shorten it, or {more} and rebuild"
-        )
+        tokens = manifest.splits[split]["tokens"]
+        if tokens < sequence_length + 1:
+            fix = "add sources" + (" or raise data.validation_fraction" if split == "validation" else "")
+            raise UserError(
+                f"data.sequence_length must be at most {tokens - 1}, one less than the tokens in the {split} split of "
+                f"{path}, got {sequence_length}; shorten it, or {fix} and rebuild the dataset"
+            )

@@ -1,4 +1,4 @@
-"""The finished parts of a build: written one after the other, checked when the build goes on, joined at the end."""
+"""Shards, the finished parts of a build: write them one by one, check them when a build resumes, and join them."""
 
 from __future__ import annotations
 
@@ -25,62 +25,62 @@ from tqdm import tqdm
 from megatron_mosa.data.encoder import Encoded, Encoder
 from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
-from megatron_mosa.data.sources import Position, Source
+from megatron_mosa.data.sources import Position, Source, total_text_bytes
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils.files import sync, write_atomically
 
-_BATCH_CHARACTERS = 1 << 18  # that a thread encodes at once; encodings take some 100 bytes a token
+_BATCH_CHARACTERS = 1 << 18  # encoded by a thread at once; encodings take about 100 bytes per token
 _COPY = 1 << 24  # bytes
-_INDEX_HEAD = 18  # bytes before the counts in an .idx: magic, version, data type; one for all files of a type
+_INDEX_HEADER = 18  # bytes of an .idx before the counts: magic, version, data type; the same in all files of a type
 
 
 class _Batch(NamedTuple):
-    """Documents of a source, one after the other."""
+    """Consecutive documents of a source."""
 
     documents: list[Encoded]
-    last: Position | None  # the place behind them
-    left_out: Counter[str]  # of the source, from its beginning to there
+    last: Position | None  # behind them
+    left_out: Counter[str]  # of the source from its beginning to there
 
 
-_Waiting = tuple[Future[list[Encoded]], Position | None, Counter[str]]  # a batch whose documents are being encoded
+_Pending = tuple[Future[list[Encoded]], Position | None, Counter[str]]  # a batch that is being encoded
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The record of a finished shard: the documents of one source between two places, tokenized."""
+    """The record of a finished shard: the tokens of the documents between two positions of one source."""
 
     number: int
-    source: int  # its number in data.sources
+    source: int  # index in data.sources
     name: str  # of the source
     first: Position | None
     last: Position | None
     complete: bool  # the source ends here
-    state: str  # of what was read, to see whether it changed since
+    state: str  # ``Source.state`` of the positions, to detect changes
     text_bytes: int
     splits: dict[str, dict[str, int]]  # documents, tokens, bin_bytes, idx_bytes
-    left_out: dict[str, int] = field(default_factory=dict)  # or changed, and how often
+    left_out: dict[str, int] = field(default_factory=dict)  # counts of what was left out or changed
 
 
 def has_shards(folder: Path) -> bool:
-    """Whether a build got as far as its first shard."""
-    return _record(folder, 0).is_file()
+    """Return whether a build has finished its first shard."""
+    return _record_path(folder, 0).is_file()
 
 
 def read_shards(folder: Path, sources: Sequence[Source]) -> list[Shard]:
-    """The finished shards that a build can go on from; those behind a damaged one are left out.
+    """Return the shards from which a build can continue: all before the first missing or damaged one.
 
     Raises:
-        UserError: what a shard was made from changed since.
+        UserError: the source of a shard has changed.
     """
     shards: list[Shard] = []
     for number in itertools.count():
         try:
-            shard = Shard(**json.loads(_record(folder, number).read_text(encoding="utf-8")))
+            shard = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return shards
-        if not _intact(folder, shard):
+        if not _is_intact(folder, shard):
             return shards
-        _refuse_change(shard, sources)
+        _check_unchanged(shard, sources)
         shards.append(shard)
     raise AssertionError("unreachable")
 
@@ -88,36 +88,34 @@ def read_shards(folder: Path, sources: Sequence[Source]) -> list[Shard]:
 def write_shards(
     folder: Path, sources: Sequence[Source], done: Sequence[Shard], encoder: Encoder, shard_bytes: int
 ) -> list[Shard]:
-    """Tokenize what ``done`` does not cover; return all shards.
+    """Tokenize everything that the shards in ``done`` do not cover; return all shards.
 
-    A shard is of one source and about ``shard_bytes`` of text. Where shards are cut has no influence on the dataset.
+    A shard contains about ``shard_bytes`` of text of one source. The boundaries do not affect the dataset.
     """
     shards = list(done)
-    sizes = [source.text_bytes() for source in sources]
-    known = [size for size in sizes if size is not None]
-    total = sum(known) if len(known) == len(sizes) else None
-    with progress(total, "tokenizing", initial=sum(shard.text_bytes for shard in done)) as bar:
+    initial = sum(shard.text_bytes for shard in done)
+    with progress(total_text_bytes(sources), "tokenizing", initial=initial) as bar:
         writer = _ShardWriter(folder, encoder, shard_bytes, bar)
-        for order, source in enumerate(sources):
-            own = [shard for shard in done if shard.source == order]
+        for index, source in enumerate(sources):
+            own = [shard for shard in done if shard.source == index]
             if own and own[-1].complete:
                 continue
-            place = own[-1].last if own else None
-            # What was found when the source was opened is already told in its first shard.
-            before = source.passed_over if own else Counter[str]()
+            position = own[-1].last if own else None
+            # A source's first shard counts what was left out when the source was opened.
+            counted = source.left_out_at_open if own else Counter[str]()
             complete = False
-            with closing(_encoded(source, place, encoder, min(_BATCH_CHARACTERS, shard_bytes))) as batches:
+            with closing(_encode(source, position, encoder, min(_BATCH_CHARACTERS, shard_bytes))) as batches:
                 while not complete:
-                    shard, before = writer.write(len(shards), order, source, place, batches, before)
+                    shard, counted = writer.write(len(shards), index, source, position, batches, counted)
                     shards.append(shard)
-                    place, complete = shard.last, shard.complete
+                    position, complete = shard.last, shard.complete
     return shards
 
 
 def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -> dict[str, dict[str, Any]]:
-    """Write the .bin and .idx of every split out of the shards; return what the manifest says of them.
+    """Join the shards into the .bin and .idx of every split; return their description for the manifest.
 
-    Byte for byte what one ``IndexedDatasetBuilder`` would write, which however holds the lengths of all documents.
+    The files equal those of a single ``IndexedDatasetBuilder``, which would keep all documents' lengths in memory.
     """
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -132,13 +130,13 @@ def join_shards(folder: Path, shards: Sequence[Shard], dtype: type[np.number]) -
 
 
 def progress(total: int | None, description: str, initial: int = 0, unit: str = "B") -> Any:
-    """A bar over bytes of text on stderr, or other units; with a known total it shows the time left."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file needs no animation
+    """Return a progress bar on stderr, by default over bytes; if ``total`` is known it shows the remaining time."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; fewer lines in a log file
     return tqdm(total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval)
 
 
 class _ShardWriter:
-    """Tokenizes batches of documents into shards of about ``shard_bytes`` of text, and shows how fast."""
+    """Writes batches of documents to shards of about ``shard_bytes`` of text, and updates a progress bar."""
 
     def __init__(self, folder: Path, encoder: Encoder, shard_bytes: int, bar: Any) -> None:
         self._folder = folder
@@ -151,19 +149,24 @@ class _ShardWriter:
     def write(
         self,
         number: int,
-        order: int,
+        index: int,
         source: Source,
         first: Position | None,
         batches: Iterator[_Batch],
-        before: Counter[str],
+        counted: Counter[str],
     ) -> tuple[Shard, Counter[str]]:
-        """Write shard ``number`` out of source number ``order``; with its record, which comes last, it counts.
+        """Write shard ``number``, from source number ``index``. Its record is written last and makes it valid.
 
         Args:
-            before: what the source had left out before ``first``.
+            number: number of the shard in the dataset.
+            index: index of the source in data.sources.
+            source: the source.
+            first: position where the shard begins.
+            batches: the documents from there on.
+            counted: what earlier shards have counted as left out of this source.
 
         Returns:
-            the shard, and what the source has left out up to its end.
+            the shard, and ``counted`` including it.
         """
         prefixes = {split: _prefix(self._folder, number, split) for split in SPLITS}
         builders = {
@@ -171,7 +174,7 @@ class _ShardWriter:
             for split, prefix in prefixes.items()
         }
         splits = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-        text_bytes, last, complete, left_out = 0, first, True, before
+        text_bytes, last, complete, left_out = 0, first, True, counted
         lost = Counter[str]()
         for batch in batches:
             for document in batch.documents:
@@ -181,7 +184,7 @@ class _ShardWriter:
                 self._tokens += document.ids.size
                 lost += document.lost
             size = sum(document.text_bytes for document in batch.documents)
-            self._show(len(batch.documents), size)
+            self._update_bar(len(batch.documents), size)
             text_bytes, last, left_out = text_bytes + size, batch.last, batch.left_out
             if text_bytes >= self._shard_bytes:
                 complete = False
@@ -190,85 +193,85 @@ class _ShardWriter:
             builders[split].finalize(f"{prefix}.idx")
             splits[split] |= {f"{suffix}_bytes": sync(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")}
         state = source.state(first, last)
-        found = dict(left_out - before + lost)
-        shard = Shard(number, order, source.name, first, last, complete, state, text_bytes, splits, found)
-        write_atomically(_record(self._folder, number), json.dumps(asdict(shard)), durable=True)
+        counts = dict(left_out - counted + lost)
+        shard = Shard(number, index, source.name, first, last, complete, state, text_bytes, splits, counts)
+        write_atomically(_record_path(self._folder, number), json.dumps(asdict(shard)), durable=True)
         return shard, left_out
 
-    def _show(self, documents: int, text_bytes: int) -> None:
+    def _update_bar(self, documents: int, text_bytes: int) -> None:
         self._documents += documents
         rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
         self._bar.set_postfix_str(f"{self._documents} documents, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(text_bytes)
 
 
-def _encoded(source: Source, place: Position | None, encoder: Encoder, characters: int) -> Generator[_Batch]:
-    """The documents of a source from ``place`` on, tokenized in lists of about so many characters, in their order.
+def _encode(source: Source, position: Position | None, encoder: Encoder, characters: int) -> Generator[_Batch]:
+    """Yield the encoded documents of a source after ``position``, in order and in batches of about ``characters``.
 
-    Every core encodes lists of its own, some ahead of the writer: cores that share one list wait for whoever has the
-    longest document. The last list, which may be empty, tells what the source has left out behind its last document.
+    Every core encodes whole batches, some ahead of the writer: cores that share a batch would wait for the longest
+    document in it. The last batch, which may be empty, counts what was left out behind the last document.
     """
     cores = len(os.sched_getaffinity(0))
-    waiting = deque[_Waiting]()
-    with ThreadPoolExecutor(cores) as pool, closing(source.read(place)) as documents:
+    pending = deque[_Pending]()
+
+    def next_batch() -> _Batch:
+        documents, last, left_out = pending.popleft()
+        return _Batch(documents.result(), last, left_out)
+
+    with ThreadPoolExecutor(cores) as pool, closing(source.read(position)) as documents:
         try:
-            for texts, last, left_out in _batches(documents, source, place, characters):
-                waiting.append((pool.submit(encoder.encode, texts), last, left_out))
-                if len(waiting) > 2 * cores:
-                    yield _finished(waiting)
-        except UserError:  # what came before it is kept
-            while waiting:
-                yield _finished(waiting)
+            for texts, last, left_out in _batches(documents, source, position, characters):
+                pending.append((pool.submit(encoder.encode, texts), last, left_out))
+                if len(pending) > 2 * cores:
+                    yield next_batch()
+        except UserError:  # keep the documents before it
+            while pending:
+                yield next_batch()
             raise
-        while waiting:
-            yield _finished(waiting)
-
-
-def _finished(waiting: deque[_Waiting]) -> _Batch:
-    """The next list, as soon as it is encoded."""
-    documents, last, left_out = waiting.popleft()
-    return _Batch(documents.result(), last, left_out)
+        while pending:
+            yield next_batch()
 
 
 def _batches(
-    documents: Iterator[tuple[str, Position]], source: Source, place: Position | None, characters: int
+    documents: Iterator[tuple[str, Position]], source: Source, position: Position | None, characters: int
 ) -> Iterator[tuple[list[str], Position | None, Counter[str]]]:
-    """Documents in lists of about so many characters, the place behind each, and what is left out up to there."""
+    """Yield batches of documents, each with the position behind it and what the source has left out up to there."""
     batch: list[str] = []
-    held = 0
-    for text, place in documents:
+    size = 0
+    for text, position in documents:
         batch.append(text)
-        held += len(text)
-        if held >= characters:
-            yield batch, place, Counter(source.left_out)
-            batch, held = [], 0
-    yield batch, place, Counter(source.left_out)
+        size += len(text)
+        if size >= characters:
+            yield batch, position, Counter(source.left_out)
+            batch, size = [], 0
+    yield batch, position, Counter(source.left_out)
 
 
-def _refuse_change(shard: Shard, sources: Sequence[Source]) -> None:
+def _check_unchanged(shard: Shard, sources: Sequence[Source]) -> None:
     if shard.source >= len(sources) or sources[shard.source].name != shard.name:
-        return  # data.sources itself differs, which the comparison of the settings tells better
+        return  # data.sources itself has changed, which the comparison of the settings reports better
     try:
-        unchanged = sources[shard.source].state(shard.first, shard.last) == shard.state
+        is_unchanged = sources[shard.source].state(shard.first, shard.last) == shard.state
     except UserError:  # it is gone
-        unchanged = False
-    if not unchanged:
+        is_unchanged = False
+    if not is_unchanged:
         raise UserError(
-            f"data.sources: what shard {shard.number} of the interrupted build was made from, a part of {shard.name}, "
-            "changed since; restore it, or start anew: mosa data build CONFIG --force"
+            f"data.sources: the part of {shard.name} in shard {shard.number} of the interrupted build has changed "
+            "since; restore it, or start over: mosa data build CONFIG --force"
         )
 
 
-def _intact(folder: Path, shard: Shard) -> bool:
-    for split, counts in shard.splits.items():
-        for suffix in ("bin", "idx"):
-            file = Path(f"{_prefix(folder, shard.number, split)}.{suffix}")
-            if not file.is_file() or file.stat().st_size != counts[f"{suffix}_bytes"]:
-                return False
-    return True
+def _is_intact(folder: Path, shard: Shard) -> bool:
+    sizes = {
+        Path(f"{_prefix(folder, shard.number, split)}.{suffix}"): counts[f"{suffix}_bytes"]
+        for split, counts in shard.splits.items()
+        for suffix in ("bin", "idx")
+    }
+    return all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
 
 
 def _join_tokens(target: Path, prefixes: Iterable[str]) -> str:
+    """Concatenate the .bin files; return the SHA-256 of the result."""
     digest = hashlib.sha256()
     with target.open("wb") as joined:
         for prefix in prefixes:
@@ -281,9 +284,9 @@ def _join_tokens(target: Path, prefixes: Iterable[str]) -> str:
 
 
 def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -> None:
-    """An .idx has a head, two counts, and three arrays: length and offset of every sequence, first one of a document.
+    """Join .idx files: a header, two counts, and three arrays: sequence lengths, their offsets, document starts.
 
-    A document is one sequence here.
+    Here every document is one sequence.
     """
 
     def lengths() -> Iterator[np.ndarray]:
@@ -294,7 +297,7 @@ def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -
     count = sum(map(len, lengths()))
     with target.open("wb") as joined:
         with open(f"{prefixes[0]}.idx", "rb") as first:
-            joined.write(first.read(_INDEX_HEAD))
+            joined.write(first.read(_INDEX_HEADER))
         joined.write(struct.pack("<QQ", count, count + 1))
         for part in lengths():
             joined.write(part.tobytes())
@@ -303,15 +306,12 @@ def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -
             ends = offset + np.cumsum(part, dtype=np.int64) * DType.size(dtype)
             joined.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
             offset = int(ends[-1])
-        numbers = 0
-        for part in lengths():
-            joined.write(np.arange(numbers, numbers + len(part), dtype=np.int64).tobytes())
-            numbers += len(part)
-        joined.write(np.array([count], dtype=np.int64).tobytes())
+        for start in range(0, count + 1, _COPY // 8):
+            joined.write(np.arange(start, min(start + _COPY // 8, count + 1), dtype=np.int64).tobytes())
     sync(target)
 
 
-def _record(folder: Path, number: int) -> Path:
+def _record_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06}.json"
 
 

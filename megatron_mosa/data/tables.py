@@ -1,4 +1,4 @@
-"""The text column of JSON and Parquet files."""
+"""Read the text column of JSON and Parquet files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.data.json_rows import json_rows, open_plain
+from megatron_mosa.data.json_rows import json_rows, open_decompressed
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils.errors import first_line
 
@@ -14,106 +14,104 @@ _LINES = (".jsonl", ".ndjson")
 _JSON = (*_LINES, ".json")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _PARQUET = ".parquet"
-_ROWS_WITHOUT = 1000  # so many rows without the text column, and none with it: its name is wrong
+_MAX_ROWS_WITHOUT_TEXT = 1000  # if none of so many first rows has the text column, its name is wrong
 
 
-def _form(file: Path) -> str:
-    """The suffix that says what is in the file, behind that of a compression."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-        return suffixes[-1] if suffixes and suffixes[-1] in _JSON else ""
-    return suffixes[-1] if suffixes else ""
+def _format(file: Path) -> str:
+    """Return the suffix that names the file's format, without that of a compression; '' if there is none."""
+    *_, inner, outer = ("", "", *map(str.lower, file.suffixes))
+    if outer in _COMPRESSED:
+        return inner if inner in _JSON else ""
+    return outer
 
 
 def is_table(file: Path) -> bool:
-    """Whether the file's name says that it has rows; any other file is one document."""
-    return _form(file) in (*_JSON, _PARQUET)
+    """Return whether the file's name says that it has rows; any other file is one document."""
+    return _format(file) in (*_JSON, _PARQUET)
 
 
 def table_rows(file: Path, text_field: str, skip: int = 0) -> Iterator[str | None]:
-    """The text column of one JSON or Parquet file, from row ``skip`` on; None or '' for rows without text.
+    """Yield the text column of a JSON or Parquet file after the first ``skip`` rows; None or '' for rows without text.
 
     Raises:
-        UserError: a file that cannot be read, or without a column of text of that name.
+        UserError: the file cannot be read, or has no text column of that name.
     """
-    form = _form(file)
+    file_format = _format(file)
     try:
         if file.stat().st_size == 0:
             return
-        if form == _PARQUET:
+        if file_format == _PARQUET:
             yield from _parquet_rows(file, text_field, skip)
             return
         column = TextColumn(text_field, str(file))
-        with open_plain(file) as content:
-            for place, row in json_rows(content, str(file), is_lines=form in _LINES, skip=skip):
-                yield column.text(row, place)
-        column.end()
+        with open_decompressed(file) as content:
+            for location, row in json_rows(content, str(file), is_lines=file_format in _LINES, skip=skip):
+                yield column.text(row, location)
+        column.check_found()
     except UserError:
         raise
     # pyarrow and the decompressors each raise their own; all mean a file that cannot be read.
     except Exception as error:
         reason = first_line(error)
-        raise UserError(f"data.sources: cannot read {file}: {reason}; repair or leave out the file") from error
+        raise UserError(f"data.sources: could not read {file}: {reason}; repair or remove the file") from error
 
 
 class TextColumn:
-    """The text of rows that are dictionaries, some of which may lack it."""
+    """Extracts the text of rows, which are dictionaries, and notices if none of them has the text column."""
 
-    def __init__(self, text_field: str, where: str) -> None:
+    def __init__(self, text_field: str, source: str) -> None:
         self._text_field = text_field
-        self._where = where
-        self._is_there = False
-        self._names: dict[str, None] = {}  # of the columns, in order, until one is the text
+        self._source = source
+        self._is_found = False
+        self._columns: dict[str, None] = {}  # seen so far, in order, until one is the text
         self._rows = 0
 
-    def text(self, row: dict[str, Any], place: str) -> str | None:
-        """The text of one row, None where it has none.
+    def text(self, row: dict[str, Any], location: str) -> str | None:
+        """Return the text of one row, None if it has none.
 
         Raises:
-            UserError: naming ``place``: what is there is not text; or no row had the column so far, and those are many.
+            UserError: the value at ``location`` is not text, or none of many first rows had the column.
         """
         value = row.get(self._text_field)
         if not isinstance(value, str | None):
-            others = ", ".join(map(str, row))
             raise UserError(
-                f"data.text_field='{self._text_field}': {place} holds {type(value).__name__} there, not text; name a "
-                f"column of strings, such as one of: {others}"
+                f"data.text_field='{self._text_field}': {location} has type {type(value).__name__} in this column, "
+                f"not text; set it to a column of strings, such as one of {', '.join(map(str, row))}"
             )
-        if not self._is_there:
-            self._is_there = self._text_field in row
-            self._names |= dict.fromkeys(row)
+        if not self._is_found:
+            self._is_found = self._text_field in row
+            self._columns |= dict.fromkeys(row)
             self._rows += 1
-            if self._rows >= _ROWS_WITHOUT:
-                self.end()
+            if self._rows >= _MAX_ROWS_WITHOUT_TEXT:
+                self.check_found()
         return value
 
-    def end(self) -> None:
-        """Of the rows.
+    def check_found(self) -> None:
+        """Check that a row had the column, if there were any rows.
 
         Raises:
-            UserError: there were some, and none had the column.
+            UserError: none had it.
         """
-        if self._rows and not self._is_there:
-            raise no_column(self._where, self._text_field, list(self._names))
+        if self._rows and not self._is_found:
+            raise missing_column(self._source, self._text_field, list(self._columns))
 
 
-def no_column(where: str, text_field: str, columns: list[str]) -> UserError:
-    """The error of a file without the text column."""
+def missing_column(source: str, text_field: str, columns: list[str]) -> UserError:
+    """Return the error for a source without the text column."""
     shown = columns[:8] + ([f"and {len(columns) - 8} more"] if len(columns) > 8 else [])
     return UserError(
-        f"data.text_field='{text_field}' is not a column of {where}{nearest(text_field, columns)}; "
+        f"data.text_field='{text_field}' is not a column of {source}{nearest(text_field, columns)}; "
         f"its columns: {', '.join(shown)}"
     )
 
 
 def _parquet_rows(file: Path, text_field: str, skip: int) -> Iterator[str | None]:
-    import pyarrow.parquet as parquet  # slow to import, and of no use to a training process
+    import pyarrow.parquet as parquet  # slow to import, and not needed in training
 
     with parquet.ParquetFile(file) as table:
         columns = table.schema_arrow.names
         if text_field not in columns:
-            raise no_column(str(file), text_field, columns)
+            raise missing_column(str(file), text_field, columns)
         column = TextColumn(text_field, str(file))
         groups, row = [], 0
         for group in range(table.num_row_groups):

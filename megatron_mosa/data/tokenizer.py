@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the corpus, or one that exists already."""
+"""Train, load and compare tokenizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 
 _END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
-# Of scripts and planes that no vocabulary of characters holds all of, the last of each size in UTF-8 among them.
+# From scripts and planes that no character vocabulary covers completely, with the last character of each UTF-8 length.
 _RARE_CHARACTERS = "\x01ÿĀ߿ࠀഖⵣ꧁힣\ue000\uffff\U00010000𓀀🫨\U000e0001\U0010ffff"
 PROBE = (
     "The quick brown fox jumps over the lazy dog. It's 12:30, isn't it? They've paid $1,234.56 (some 1\u202f1 €)!\n\n"
@@ -25,22 +25,22 @@ PROBE = (
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich; où est l'hôtel? Съешь ещё этих мягких булок. "
     "天地玄黃,宇宙洪荒。いろはにほへと 키스의 고유조건은 نص حكيم له سر قاطع ऋषियों को सताने वाले 🫨👩‍👩‍👧 e\u0301 ﬁ x²"
 )
-"""Text in which tokenizers differ: contractions, numbers, white space, accents, scripts, emoji, combining marks."""
+"""Text that different tokenizers encode differently: contractions, numbers, white space, accents, scripts, emoji."""
 _SMALLEST_VOCABULARY = 257  # all bytes and the end-of-document token
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most ``vocab_size`` tokens, the end-of-document token ``<|endoftext|>`` included.
+    """Train a byte-level BPE of at most ``vocab_size`` tokens, including the end-of-document token ``<|endoftext|>``.
 
-    Every text can be encoded, and decodes to itself. The same documents give the same tokenizer. Memory grows
-    with the number of distinct words, not with the length of the corpus.
+    It encodes every text without loss. The same documents give the same tokenizer. Memory grows with the number of
+    distinct words, not with the size of the corpus.
 
     Raises:
-        UserError: ``vocab_size`` has no room for the 256 bytes and the end-of-document token.
+        UserError: ``vocab_size`` is too small for the 256 bytes and the end-of-document token.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise UserError(
-            f"data.vocab_size={vocab_size} is too small for a byte-level BPE; expected {_SMALLEST_VOCABULARY} or more"
+            f"data.vocab_size must be at least {_SMALLEST_VOCABULARY} for a byte-level BPE, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -52,36 +52,38 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=True,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return _plain(tokenizer)
+    return _for_plain_text(tokenizer)
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """Load a tokenizer.json, a folder that holds one, or a tokenizer of the Hugging Face hub by name.
+    """Load a tokenizer.json, a folder that contains one, or a tokenizer of the Hugging Face hub.
 
     Raises:
-        UserError: no such file, not a tokenizer, or the hub could not be reached or does not have it.
+        UserError: the file does not exist or is not a tokenizer, or the hub cannot be reached or does not have it.
     """
     path = tokenizer_path(name_or_path)
     try:
         if path is not None:
-            return _plain(Tokenizer.from_file(str(path)))
-        return _plain(Tokenizer.from_pretrained(name_or_path))
-    # The library raises bare Exception, and for the hub whatever its HTTP client raises.
+            return _for_plain_text(Tokenizer.from_file(str(path)))
+        return _for_plain_text(Tokenizer.from_pretrained(name_or_path))
+    # The library raises plain Exception; for the hub, it passes on errors of its HTTP client.
     except Exception as error:
         reason = first_line(error)
         if path is not None:
-            raise UserError(f"data.tokenizer: {path} is not a tokenizer.json that can be read: {reason}") from error
+            raise UserError(
+                f"data.tokenizer: {path} is not a valid tokenizer.json: {reason}; pass another, or null to train one"
+            ) from error
         raise UserError(
-            f"data.tokenizer='{name_or_path}' is no file or folder, and the Hugging Face hub did not give a tokenizer "
-            f"of that name: {reason}; give the path of a tokenizer.json, or null to train one"
+            f"data.tokenizer='{name_or_path}' is not a file or folder, and could not be loaded from the Hugging Face "
+            f"hub: {reason}; pass the path of a tokenizer.json, or null to train one"
         ) from error
 
 
 def tokenizer_path(name_or_path: str) -> Path | None:
-    """The tokenizer.json that a path stands for, or None for a name of the Hugging Face hub.
+    """Return the tokenizer.json that a path refers to, or None for a name on the Hugging Face hub.
 
     Raises:
-        UserError: a path without a tokenizer.json.
+        UserError: there is no tokenizer.json at that path.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -90,21 +92,24 @@ def tokenizer_path(name_or_path: str) -> Path | None:
         if (path / TOKENIZER_FILE).is_file():
             return path / TOKENIZER_FILE
         raise UserError(
-            f"data.tokenizer: folder {path} holds no {TOKENIZER_FILE}; save one there with the tokenizers library "
+            f"data.tokenizer: folder {path} has no {TOKENIZER_FILE}; save one there with the tokenizers library "
             "(tokenizer.save, or save_pretrained of a fast transformers tokenizer)"
         )
-    # A name of the hub is "name" or "owner/name".
+    # Names on the hub are "name" or "owner/name".
     if name_or_path.startswith(("/", ".", "~")) or name_or_path.endswith(".json") or name_or_path.count("/") > 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.tokenizer: no file or folder {path}{nearest(path.name, siblings)}")
+        raise UserError(
+            f"data.tokenizer: {path} does not exist{nearest(path.name, siblings)}; pass a tokenizer.json, a folder "
+            "with one, a Hugging Face name, or null to train one"
+        )
     return None
 
 
 def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
-    """The id of the token that ends a document.
+    """Return the id of the token that ends a document.
 
-    It is the eos_token of the tokenizer_config.json beside ``path``, the tokenizer's file, where there is one;
-    else the first usual name that the vocabulary holds.
+    It is the eos_token of the tokenizer_config.json beside ``path``, the tokenizer's file, if there is one; otherwise
+    the first of several usual names that is in the vocabulary.
 
     Raises:
         UserError: the vocabulary has none of them.
@@ -116,65 +121,63 @@ def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
         if token_id is not None:
             return token_id
     raise UserError(
-        f"data.tokenizer: no end-of-document token among {', '.join(names)}; add one of them to the tokenizer as a "
-        "special token, or name its own as eos_token in a tokenizer_config.json beside it"
+        f"data.tokenizer: the vocabulary has none of the end-of-document tokens {', '.join(names)}; add one of them as "
+        "a special token, or name its own as eos_token in a tokenizer_config.json beside it"
     )
 
 
 def adds_special_tokens(path: Path) -> bool:
-    """Whether the tokenizer in a file has a template that adds tokens to a text."""
+    """Return whether the tokenizer in a file has a template that adds tokens to a text."""
     tokenizer = Tokenizer.from_file(str(path))
     return tokenizer.encode(PROBE).ids != tokenizer.encode(PROBE, add_special_tokens=False).ids
 
 
 def knows_every_character(tokenizer: Tokenizer) -> bool:
-    """Whether any text can be encoded without loss, as with tokenizers on bytes: tried on characters that are rare."""
+    """Return whether any text can be encoded without loss, as byte-level tokenizers do; tested on rare characters."""
     unknown = getattr(tokenizer.model, "unk_token", None)
-    for character in _RARE_CHARACTERS:
-        tokens = tokenizer.encode(character, add_special_tokens=False).tokens
-        if not tokens or unknown in tokens:
-            return False
-    return True
+    encoded = (tokenizer.encode(character, add_special_tokens=False).tokens for character in _RARE_CHARACTERS)
+    return all(tokens and unknown not in tokens for tokens in encoded)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the highest token id, added tokens included (ids may have gaps)."""
+    """Return one more than the highest token id, including added tokens (ids may have gaps)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 class TokenizerIdentity(NamedTuple):
-    """What tells two tokenizers apart: the bytes of their files or, where those differ, the ids that they give.
+    """Hashes that identify a tokenizer: by its file, and by the token ids that it produces.
 
-    A tokenizer.json that was saved again by another program often has other bytes and gives the same ids.
+    A tokenizer.json saved again by another program often has different bytes but produces the same ids.
     """
 
     file_hash: str | None
-    """SHA-256 of the tokenizer.json; None: not known."""
+    """SHA-256 of the tokenizer.json; None: not recorded."""
 
     encoding_hash: str | None
-    """What ``encoding_hash`` gives; None: not known."""
+    """See function ``encoding_hash``; None: not recorded."""
 
     @classmethod
     def recorded(cls, data: Mapping[str, Any]) -> TokenizerIdentity:
-        """What a checkpoint's metadata says of its data."""
+        """Return the identity recorded in a checkpoint's metadata about its data."""
         return cls(data.get("tokenizer_hash"), data.get("encoding_hash"))
 
     def is_same(self, other: TokenizerIdentity) -> bool:
-        """Whether both give the same ids, as far as the hashes tell."""
+        """Return whether both produce the same ids, as far as the hashes tell."""
         if self.encoding_hash is not None and self.encoding_hash == other.encoding_hash:
             return True
         return self.file_hash == other.file_hash
 
 
-def tokenizer_identity(path: str | Path) -> TokenizerIdentity:
-    """Of a tokenizer.json."""
-    return TokenizerIdentity(tokenizer_hash(path), encoding_hash(load_tokenizer(str(path))))
+def tokenizer_identity(path: str | Path, tokenizer: Tokenizer | None = None) -> TokenizerIdentity:
+    """Return the identity of the tokenizer.json at ``path``; pass the ``tokenizer`` if it is already loaded."""
+    tokenizer = load_tokenizer(str(path)) if tokenizer is None else tokenizer
+    return TokenizerIdentity(tokenizer_hash(path), encoding_hash(tokenizer))
 
 
 def encoding_hash(tokenizer: Tokenizer) -> str:
-    """A SHA-256 of what the tokenizer does: its vocabulary, and the ids of a text and of every token's own text.
+    """Return a SHA-256 of the vocabulary and of the ids of ``PROBE`` and of every token's own text.
 
-    What a training run never meets is left out: special tokens that a template adds, truncation and padding.
+    It ignores what does not affect training: templates that add special tokens, truncation and padding.
     """
     vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
     texts = [PROBE, *(token for token, _ in vocabulary)]
@@ -184,12 +187,14 @@ def encoding_hash(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_hash(path: str | Path) -> str:
-    """The SHA-256 of a tokenizer.json, in hexadecimal."""
+    """Return the SHA-256 of a tokenizer.json in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Encode whole documents as they are: nothing cut, padded or added, no special token out of mere text."""
+def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Make the tokenizer encode whole texts as they are: no truncation, padding or added tokens, and the name of a
+    special token in a text is text.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]  # templates add special tokens
@@ -204,6 +209,6 @@ def _configured_end_token(path: Path | None) -> str | None:
     try:
         token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"data.tokenizer: cannot read {config}: {error}") from error
+        raise UserError(f"data.tokenizer: could not read {config}: {error}; repair or remove it") from error
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None

@@ -5,7 +5,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    # Said before its import, this spares DeepSpeed a search for accelerators and a warning on every rank.
+    # Set before DeepSpeed is imported, this avoids its search for accelerators and a warning on every rank.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from megatron_mosa.engine.deepspeed_engine import DeepSpeedEngine

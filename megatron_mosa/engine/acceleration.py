@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mosa.config import Config
+from megatron_mosa.config.schema import ParallelSection
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import Layout
 from megatron_mosa.parallel.apex import apex_fused_adam
@@ -53,18 +54,13 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         return
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    if parallel.tensor_model_parallel_size > 1:
-        yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+    yield from _unproven(parallel)
     if parallel.zero_stage == 3:
         yield "parallel.zero_stage=3"
     if train.apex == "always":
         yield "train.apex=always asks for apex's norms"
-    if train.recompute != "none":
-        yield f"train.recompute={train.recompute}"
     if model.attend_within_documents:
         yield "model.attend_within_documents=true"
-    if model.num_local_heads:
-        yield f"model.num_local_heads={model.num_local_heads}"
     states = torch.empty(0, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, device=layout.device)
     try:
         triton = get_backend("triton", states, model.head_dim)
@@ -73,6 +69,12 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
     else:
         if config.mosa.num_heads and get_backend(config.mosa.backend, states, model.head_dim) is not triton:
             yield "MoSA heads do not run on Triton's kernels"
+
+
+def _unproven(parallel: ParallelSection) -> Iterator[str]:
+    """What is built and tested on CPUs, and has not run on several GPUs yet."""
+    if parallel.tensor_model_parallel_size > 1:
+        yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
 
 
 def _against_graphs(config: Config) -> Iterator[str]:

@@ -19,9 +19,9 @@ from megatron_mosa.attention.thresholds import forget_scores, mosa_layers, thres
 from megatron_mosa.config import Config
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.engine.graphed import GraphedSteps
-from megatron_mosa.engine.optimizer import adamw, set_state, step_count
+from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
-from megatron_mosa.engine.zero_state import MOMENTS, fill, zero_state
+from megatron_mosa.engine.zero_state import fill, zero_state
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
@@ -30,14 +30,14 @@ _KEYS: dict[str, str | None] = {"model": None} | {moment: moment for moment in M
 
 
 class DeepSpeedEngine:
-    """Builds the model, steps, evaluates, and hands out its state under names and shapes that know nothing of ZeRO.
+    """Builds and trains the model, and gives access to its state under names and shapes that do not depend on ZeRO.
 
     Implements ``TrainingEngine``. Parameters are fp32, or bf16 with fp32 master weights and fp32 gradient
     accumulation. ZeRO partitions optimizer state (1), gradients (2) and parameters (3) over the data-parallel group.
     """
 
     def __init__(self, config: Config, vocab_size: int, layout: Layout) -> None:
-        _quieten()
+        _silence_deepspeed()
         self.layout = layout
         self.accumulation_steps = config.train.global_batch_size // (
             config.train.micro_batch_size * layout.data_parallel_size
@@ -50,8 +50,8 @@ class DeepSpeedEngine:
             model = build_empty_model(config, vocab_size)
         for parameter, weight in initial_weights(model, config.run.seed):
             fill(parameter, weight)
-        _refuse_unsummed_gradients(model)
-        # DeepSpeed allocates its buckets whole in every step, 2 GB each by default: no larger than the model.
+        _reject_unsummed_gradients(model)
+        # DeepSpeed allocates whole buckets in every step, by default 2 GB each: make them no larger than the model.
         bucket = min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
         settings["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         self._optimizer = adamw(model, config)
@@ -61,64 +61,62 @@ class DeepSpeedEngine:
             )[0]
         _move_buffers(model, layout.device)
         self._zero = zero_state(self._engine)
-        if self.acceleration.compiles_layers:
-            parameter = next(model.parameters())
-            model.compile_layers(get_backend("triton", parameter, config.model.head_dim))
         self._graphed: GraphedSteps | None = None
-        if self.acceleration.uses_graphs:
-            self._graphed = GraphedSteps(
-                self._engine.optimizer, self._loss_in_graph, config.optimizer.gradient_clipping
-            )
+        if self.acceleration.compiles_layers:
+            kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
+            model.compile_layers(kernels)
+            if self.acceleration.uses_graphs:
+                clipping = config.optimizer.gradient_clipping
+                self._graphed = GraphedSteps(self._engine.optimizer, self._loss_in_graph, clipping, kernels)
 
     def _settings(self, config: Config) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
         if config.parallel.zero_stage == 3:
-            zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # norms alone stay whole
+            zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # only norms stay whole
         if config.parallel.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
             "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            # ClipsGradients does under stage 0
+            # Under stage 0, GradientClipping does it.
             "gradient_clipping": config.optimizer.gradient_clipping if config.parallel.zero_stage else 0.0,
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,  # apex's is known to DeepSpeed only by the way apex was imported
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded state too, and compiles nothing
+            "zero_allow_untested_optimizer": True,  # DeepSpeed does not recognize every import of apex's
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also steps offloaded state, without compiling
             "bf16": {"enabled": config.train.precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 10**9,
-            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-batch
+            "timers": {"throughput": {"enabled": False}},  # it synchronizes twice per micro-batch
         }
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model."""
         return self._engine.module
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over ``accumulation_steps`` micro-batches ([B, T] each), all of which are held at once.
+        """Take one optimizer step over ``accumulation_steps`` micro-batches ([B, T] each), all held at once.
 
-        The loss is the mean over the counted tokens of the global batch: a micro-batch with few of them weighs little,
-        and the result does not depend on how the batch is split over ranks and micro-batches. If no token
-        counts, the loss is NaN, the step is skipped and the result's ``is_empty`` is set.
+        The loss is the mean over all counted tokens of the global batch, so it does not depend on how the batch is
+        split over ranks and micro-batches. If no token counts, the loss is NaN, the step is skipped and the result's
+        ``is_empty`` is set.
 
         Raises:
-            ValueError: another number of micro-batches.
+            ValueError: there are more or fewer micro-batches.
         """
         micro_batches = list(batches)
         if len(micro_batches) != self.accumulation_steps:
             raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
         self._engine.train()
         self._record_selection(micro_batches[-1])
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
         counted = self._counted_tokens(micro_batches)
         if self._graphed is not None:
             selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
-            total, norm = self._graphed.take(micro_batches, counted, selects_above)
+            total, norm = self._graphed.take(micro_batches, counted, learning_rate, selects_above)
         else:
-            total, norm = self._take_by_deepspeed(micro_batches, counted)
-        # waits for the device, for the only time in a step that is graphed
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = learning_rate
+            total, norm = self._deepspeed_step(micro_batches, counted)
+        # This waits for the device: in a step of CUDA graphs, the only time.
         mean, count, norm = torch.stack((total.double(), counted, norm.double())).tolist()
         result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
         if result.is_finite:
@@ -127,8 +125,8 @@ class DeepSpeedEngine:
             forget_scores(self.module)
         return result
 
-    def _take_by_deepspeed(self, micro_batches: list[Batch], counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the step with DeepSpeed's engine; return the mean loss and the gradient norm, on the device."""
+    def _deepspeed_step(self, micro_batches: list[Batch], counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a step with DeepSpeed's engine; return the mean loss and the gradient norm, on the device."""
         # DeepSpeed averages over micro-batches and data-parallel ranks. Where every token counts, this is exact.
         parts = self.accumulation_steps * self.layout.data_parallel_size
         tokens = (counted / parts).float()
@@ -144,7 +142,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _record_selection(self, batch: Batch) -> None:
-        """Where a step's selection is asked for: compiled layers keep none, so look at its last micro-batch before."""
+        """If the selection is to be recorded but layers are compiled, which record none, run an extra forward pass."""
         if self.acceleration.compiles_layers and any(heads.records_selection for heads in mosa_layers(self.module)):
             with repetition():
                 self._loss(self.module, batch)
@@ -153,15 +151,17 @@ class DeepSpeedEngine:
         return language_model_loss(self.module.forward, **batch)[0]
 
     def _counted_tokens(self, micro_batches: list[Batch]) -> Tensor:
-        """Tokens of the global batch that count, fp64 on the device. Masks are summed where they lie: on the host."""
+        """Return the number of tokens of the global batch that count, fp64 on the device."""
         count = sum(_sum(batch["loss_mask"]) for batch in micro_batches)
-        counted = torch.as_tensor(count, dtype=torch.float64).to(self.layout.device, non_blocking=True)
-        dist.all_reduce(counted, group=data_parallel_group())
+        # A number becomes a kernel's argument, where a tensor would be copied from memory that is not pinned.
+        counted = torch.zeros((), dtype=torch.float64, device=self.layout.device).add_(count)
+        if data_parallel_group().size() > 1:
+            dist.all_reduce(counted, group=data_parallel_group())
         return counted
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss in nats per token over batches that all ranks see in equal number."""
+        """Return the mean loss in nats per token. All ranks must get the same number of batches."""
         self._engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         for batch in batches:
@@ -171,28 +171,28 @@ class DeepSpeedEngine:
         return (totals[0] / totals[1]).item()
 
     def _loss(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        # where documents begin is read on the host first
+        # document_starts stays on the host, where it is read first
         starts = batch.get("document_starts")
         moved = {n: t.to(self.layout.device, non_blocking=True) for n, t in batch.items() if t is not starts}
         return language_model_loss(model, **moved, document_starts=starts)
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
-        """This tensor-parallel rank's whole gradient, averaged over data-parallel ranks; between backward and step."""
+        """Return this tensor-parallel rank's gradient, averaged over data-parallel ranks; between backward and step."""
         return self._zero.gradient(parameter)
 
     def optimizer_step(self) -> int:
-        """How many times the optimizer has stepped (Adam's bias correction counts from it)."""
+        """Return the number of optimizer steps taken, on which Adam's bias correction depends."""
         return step_count(self._optimizer, self._zero.optimised_tensors()[0])
 
     def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
-        """fp32 master weights and Adam moments of this tensor-parallel rank, whole over data-parallel ranks.
+        """Return this tensor-parallel rank's fp32 master weights and Adam moments, gathered over data-parallel ranks.
 
-        Keys: ``model.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``, with Megatron's parameter names; thresholds of MoSA
-        heads are ``model.NAME`` alone. A collective: every rank must call it.
+        Keys are ``model.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` with Megatron's parameter names; thresholds of
+        MoSA heads have only ``model.NAME``. A collective.
 
         Args:
-            names: the parameters and thresholds whose state this rank takes; all of them by default.
-            copy: takes each tensor to host memory, on the current stream.
+            names: the parameters and thresholds whose state this rank keeps; all by default.
+            copy: copies each tensor to host memory, on the current stream.
         """
         if not self.optimizer_step():
             self._allocate_moments(0)
@@ -211,7 +211,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:
-        """Take over what ``state`` returned, on whatever data-parallel size and ZeRO stage it was saved."""
+        """Load what ``state`` returned, at any data-parallel size and ZeRO stage."""
         self._allocate_moments(optimizer_step)
         for name, parameter in self.module.named_parameters():
             for key, moment in _KEYS.items():
@@ -221,53 +221,53 @@ class DeepSpeedEngine:
         forget_scores(self.module)
 
     def _allocate_moments(self, optimizer_step: int) -> None:
-        """Create Adam's state, which is otherwise created in the first step, so that it can be filled."""
+        """Create Adam's state, which the first step would otherwise create, so that it can be read and written."""
         for tensor in self._zero.optimised_tensors():
             moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
             set_state(self._optimizer, tensor, moments, optimizer_step)
         self._zero.link()
 
     def destroy(self) -> None:
-        """Release DeepSpeed's hooks."""
+        """Remove DeepSpeed's hooks from the model."""
         self._engine.destroy()
 
 
 def _sum(mask: Tensor) -> Tensor | float:
-    """In fp64. On the host by NumPy, whose one thread needs none to wake up."""
+    """Sum in fp64; on the host with NumPy, which spares waking up torch's threads."""
     return float(mask.numpy().sum(dtype="float64")) if mask.device.type == "cpu" else mask.sum(dtype=torch.float64)
 
 
 def _partitioned_construction(config: Config, settings: dict[str, Any]) -> AbstractContextManager[object]:
-    """Under ZeRO-3, a context in which every module's parameters are partitioned as soon as it is built."""
+    """Return a context in which ZeRO-3 partitions each module's parameters as soon as it is built."""
     if config.parallel.zero_stage != 3:
         return nullcontext()
     return deepspeed.zero.Init(
         data_parallel_group=data_parallel_group(),
-        config_dict_or_path=settings,  # says the type; given as an argument it is ignored where fp16 is not supported
-        mem_efficient_linear=False,  # else torch's linear is replaced for the whole process
+        config_dict_or_path=settings,  # has the dtype, which is ignored as an argument where fp16 is not supported
+        mem_efficient_linear=False,  # True would replace torch's linear for the whole process
         mpu=ModelParallelUnit(),
     )
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """DeepSpeed leaves them behind where ZeRO-3 has partitioned the parameters."""
+    """Move buffers to the device, which DeepSpeed does not do under ZeRO-3."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
 
 
-def _refuse_unsummed_gradients(model: torch.nn.Module) -> None:
-    # Megatron tags such parameters and sums their gradients in finalize_model_grads, which DeepSpeed does not run.
+def _reject_unsummed_gradients(model: torch.nn.Module) -> None:
+    # Megatron sums the gradients of tagged parameters in finalize_model_grads, which DeepSpeed does not call.
     tagged = [name for name, p in model.named_parameters() if getattr(p, "sequence_parallel", False)]
     if tagged:
         raise ValueError(
             f"gradients of {tagged[0]} and {len(tagged) - 1} more would not be summed over the tensor-parallel group "
-            "under DeepSpeed; build the model with MosaSpecProvider, whose norms sum their own"
+            "under DeepSpeed; build the model with MosaSpecProvider, whose norms sum their own gradients"
         )
 
 
-def _quieten() -> None:
+def _silence_deepspeed() -> None:
     deepspeed_logger.setLevel(logging.WARNING)
-    # On CPU DeepSpeed would compile a C++ all-reduce for inference at first start, 35 s in silence. Training never
-    # calls it.
+    # On CPU, DeepSpeed would silently spend 35 s at the first start on compiling an all-reduce for inference, which
+    # training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -7,28 +7,30 @@ graphs possible. Its engine calls nothing here: its hooks would wait for the dev
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_mosa.engine.optimizer import MOMENTS, adamw_step, set_state
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.parallel import data_parallel_group
+from megatron_mosa.kernels import KernelBackend, naive
+from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
 WARM_UPS = 2  # micro-batches that run as they are before one is captured: the first compiles
 
 
 @dataclass
 class _Captured:
-    """The inputs of a graph, [B, T] each at fixed addresses, and the graph, once there is one."""
+    """The inputs of a micro-batch, [B, T] each at fixed addresses, and its graphs, once there are any."""
 
     key: Hashable
     inputs: Batch
     runs: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    """Of a step's first micro-batch (True), whose gradients replace the last step's, and of the others."""
 
 
 class GraphedSteps:
@@ -38,32 +40,43 @@ class GraphedSteps:
     autograd's nodes that accumulate gradients belong to the stream they were made on, and a capture refuses any other.
 
     Args:
-        optimizer: DeepSpeed's BF16_Optimizer around torch's fused AdamW.
+        optimizer: DeepSpeed's BF16_Optimizer around torch's AdamW.
         loss: of a micro-batch, summed over its tokens; a function of its inputs that never waits for the device.
         max_norm: of the gradients; 0: they are not clipped.
+        kernels: the backend that accumulates gradients.
     """
 
-    def __init__(self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float) -> None:
+    def __init__(
+        self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float, kernels: KernelBackend = naive
+    ) -> None:
         self.optimizer = optimizer
         self.loss = loss
         self.max_norm = max_norm
+        self.kernels = kernels
         self.group = data_parallel_group()
         self.flat_gradients: list[Tensor] = optimizer.fp32_groups_gradients_flat
         self.partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition  # views of these
-        self.scale, self.total = torch.zeros(2, device=self.flat_gradients[0].device).unbind()
+        device = self.flat_gradients[0].device
+        self.scale, self.total, self.learning_rate = torch.zeros(3, device=device).unbind()
         self._captured: _Captured | None = None
+        self._adamw_step = torch.compile(adamw_step, dynamic=False) if device.type == "cuda" else adamw_step
+        self._totals: dict[torch.nn.Parameter, Tensor] = {}
         for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, gradient.view_as(parameter)))
-        for weights, gradient in zip(optimizer.fp32_groups_flat_partition, self.partitions, strict=True):
-            weights.grad = gradient
+                self._totals[parameter] = gradient.view_as(parameter)
+                parameter.register_post_accumulate_grad_hook(self._move_gradient)
+        self._left: dict[torch.nn.Parameter, Tensor] = {}  # whose gradients this backward pass has not reached
+        self._is_first = False
 
-    def take(self, micro_batches: list[Batch], counted: Tensor, phase: Hashable) -> tuple[Tensor, Tensor]:
+    def take(
+        self, micro_batches: list[Batch], counted: Tensor, learning_rate: float, phase: Hashable
+    ) -> tuple[Tensor, Tensor]:
         """Take one step on the mean loss; weights stay as they are where the gradients' norm is not finite.
 
         Args:
             micro_batches: of this rank.
             counted: how many tokens count in the global batch.
+            learning_rate: of all parameters.
             phase: whatever else the loss depends on but tensors; a graph is captured anew where it changes.
 
         Returns:
@@ -71,42 +84,60 @@ class GraphedSteps:
         """
         self.scale.copy_(counted.reciprocal())
         self.total.zero_()
-        for batch in micro_batches:
-            self._add(batch, phase)
+        for number, batch in enumerate(micro_batches):
+            self._add(batch, phase, is_first=number == 0)
+        self.learning_rate.fill_(learning_rate)
         total = self.total.clone()
-        dist.all_reduce(total, group=self.group)
+        if self.group.size() > 1:
+            dist.all_reduce(total, group=self.group)
         norm = self._reduce()
         self._update(norm)
         return total, norm
 
-    def _add(self, batch: Batch, phase: Hashable) -> None:
+    def _add(self, batch: Batch, phase: Hashable, is_first: bool) -> None:
         """Add a micro-batch's loss and gradients."""
         key = phase, *((name, tensor.shape) for name, tensor in batch.items())
         if self._captured is None or self._captured.key != key:
             if self._captured is not None:
-                self._captured = None  # and its graph
-                torch.cuda.empty_cache()  # what the graph held would lie beside the memory of the next
+                self._captured = None  # and its graphs
+                torch.cuda.empty_cache()  # what they held would lie beside the memory of the next
             inputs = {name: torch.empty_like(tensor, device=self.scale.device) for name, tensor in batch.items()}
             self._captured = _Captured(key, inputs)
         captured = self._captured
         for name, tensor in captured.inputs.items():
             tensor.copy_(batch[name], non_blocking=True)
         if captured.runs < WARM_UPS:
-            self._run(captured.inputs)
+            self._run(captured.inputs, is_first)
             captured.runs += 1
             return
-        if captured.graph is None:
+        if is_first not in captured.graphs:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            # Both graphs in the same memory: they never run at once, and leave nothing there for each other.
+            pool = next((other.pool() for other in captured.graphs.values()), None)
             # Other threads, of checkpoints for instance, may call what no capture allows.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._run(captured.inputs)
-            captured.graph = graph
-        captured.graph.replay()
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                self._run(captured.inputs, is_first)
+            captured.graphs[is_first] = graph
+        captured.graphs[is_first].replay()
 
-    def _run(self, inputs: Batch) -> None:
+    def _run(self, inputs: Batch, is_first: bool) -> None:
+        self._is_first, self._left = is_first, dict(self._totals)
         loss = self.loss(inputs) * self.scale
         loss.backward()
         self.total += loss.detach()
+        if is_first:
+            for total in self._left.values():
+                total.zero_()
+
+    @torch.no_grad()
+    def _move_gradient(self, parameter: torch.nn.Parameter) -> None:
+        """Move a micro-batch's gradient into the step's, which no pass over memory has to clear before."""
+        total, gradient = self._left.pop(parameter), parameter.grad
+        assert gradient is not None
+        self.kernels.accumulate(total, gradient, replaces=self._is_first)
+        parameter.grad = (
+            None  # else autograd would add the next one to it, in a graph to memory that others use by then
+        )
 
     def _reduce(self) -> Tensor:
         """Sum the gradients over the data-parallel ranks, each rank its partition; the norm of the whole."""
@@ -116,23 +147,34 @@ class GraphedSteps:
                     dist.reduce_scatter_tensor(partition, flat, group=self.group)
                 else:
                     dist.all_reduce(flat, group=self.group)
-        squares = torch.stack([torch.linalg.vector_norm(partition) for partition in self.partitions]).square().sum()
-        dist.all_reduce(squares, group=self.group)
+        is_counted = [self._is_counted(group) for group in self.optimizer.bf16_groups]
+        counted = [partition for partition, is_here in zip(self.partitions, is_counted, strict=True) if is_here]
+        squares = torch.stack([torch.linalg.vector_norm(partition) for partition in counted]).square().sum()
+        for group in (self.group, tensor_parallel_group()):
+            if group.size() > 1:
+                dist.all_reduce(squares, group=group)
         return squares.sqrt()
 
+    def _is_counted(self, parameters: list[torch.nn.Parameter]) -> bool:
+        """Whether a group counts in the norm here: replicated parameters do on one tensor-parallel rank."""
+        is_split = {partition_of(parameter) is not None for parameter in parameters}
+        assert len(is_split) == 1, "an optimizer group has parameters of both kinds"
+        return is_split.pop() or tensor_parallel_group().rank() == 0
+
     def _update(self, norm: Tensor) -> None:
-        """Clip, step, hand the weights to the model, clear the gradients."""
-        adamw = self.optimizer.optimizer
-        # What torch's loss scaling gives a fused optimizer: it divides gradients by the one, and by the other does not
-        # step.
-        adamw.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0) if self.max_norm > 0 else None
-        adamw.found_inf = (~norm.isfinite()).float()
-        adamw.step()
-        self.optimizer.update_lp_params()
-        self.optimizer.clear_hp_grads()
-
-
-@torch.no_grad()
-def _move_gradient(total: Tensor, parameter: torch.nn.Parameter) -> None:
-    total.add_(parameter.grad)  # type: ignore[arg-type]
-    parameter.grad = None  # else autograd would add the next one to it, in a graph to memory that others use by then
+        """Clip, step, and hand the weights to the model."""
+        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm > 0 else torch.ones_like(norm)
+        is_finite, adamw = norm.isfinite(), self.optimizer.optimizer
+        rank = dist.get_rank(self.group)
+        for number, group in enumerate(adamw.param_groups):
+            weights = self.optimizer.fp32_groups_flat_partition[number]
+            if weights not in adamw.state:
+                set_state(adamw, weights, {moment: torch.zeros_like(weights) for moment in MOMENTS}, 0)
+            state = adamw.state[weights]
+            self._adamw_step(
+                weights.detach(), self.optimizer.bf16_partitioned_groups[number][rank], self.partitions[number],
+                *(state[moment] for moment in MOMENTS), state["step"], self.learning_rate, scale, is_finite,
+                *group["betas"], group["eps"], group["weight_decay"],
+            )  # fmt: skip
+        if self.group.size() > 1:
+            self.optimizer.update_lp_params()

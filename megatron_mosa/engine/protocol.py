@@ -1,4 +1,4 @@
-"""What the training loop and the checkpoints need of an engine."""
+"""The interface of an engine to the training loop and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-"""tokens, labels (int64), loss_mask (fp32), and document_starts (int64) where attention stays inside documents; each
+"""tokens and labels (int64), loss_mask (fp32), and document_starts (int64) if attention stays within documents; each
 [micro-batch, T]."""
 
 CopyToHost = Callable[[str, Tensor], Tensor]
-"""A copy in host memory, fp32, of the tensor of that key. One from a GPU may be under way until its stream is done."""
+"""Copies the tensor of a key to host memory in fp32. A copy from a GPU is complete once its stream is synchronized."""
 
 
 def to_host(key: str, tensor: Tensor) -> Tensor:
-    """A copy in memory of its own."""
+    """Return a copy that shares no memory with the tensor."""
     return tensor.to("cpu", torch.float32, copy=True)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step says of itself."""
+    """The outcome of one optimizer step."""
 
     loss: float
     """Mean cross entropy in nats over the counted tokens of the global batch."""
@@ -34,7 +34,7 @@ class StepResult:
     """Global norm before clipping."""
 
     skipped_by_config: bool = False
-    """The step was left out because the configuration says so: nothing was computed."""
+    """The configuration skips this step: nothing was computed."""
 
     is_empty: bool = False
     """The loss mask of the whole global batch is zero, so the loss is undefined and the engine has skipped the step."""
@@ -46,7 +46,7 @@ class StepResult:
 
 
 class TrainingEngine(Protocol):
-    """A model with its optimizer, spread over ranks in some way."""
+    """A model with its optimizer, distributed over ranks."""
 
     accumulation_steps: int
 
@@ -56,25 +56,25 @@ class TrainingEngine(Protocol):
         ...
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over ``accumulation_steps`` micro-batches, on the mean loss of all counted tokens."""
+        """Take one optimizer step over ``accumulation_steps`` micro-batches, on the mean loss of all counted tokens."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss in nats per token."""
+        """Return the mean loss in nats per token."""
         ...
 
     def optimizer_step(self) -> int:
-        """How many times the optimizer has stepped."""
+        """Return the number of optimizer steps taken."""
         ...
 
     def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
-        """Master weights and moments of some or all parameters, whole over data-parallel ranks."""
+        """Return master weights and moments of some or all parameters, gathered over data-parallel ranks."""
         ...
 
     def load_state(self, state: dict[str, Tensor], optimizer_step: int) -> None:
-        """Take over what ``state`` returned."""
+        """Load what ``state`` returned."""
         ...
 
     def destroy(self) -> None:
-        """Release what the engine holds."""
+        """Release the engine's resources."""
         ...

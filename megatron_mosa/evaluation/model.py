@@ -14,7 +14,7 @@ from megatron_mosa.checkpoint.logits import fill_model, one_process
 from megatron_mosa.checkpoint.opened import Opened
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_empty_model
-from megatron_mosa.model.calibration import calibrating
+from megatron_mosa.model.calibration import calibration_config
 
 _BLOCK = 8192  # tokens per block of the cross entropy: fp32 logits of a whole batch would dominate memory
 
@@ -63,7 +63,7 @@ def evaluated(model: Opened, device: torch.device, dtype: torch.dtype, selection
         selection: ``mosa.selection`` of the MoSA heads; if it is "threshold" and the checkpoint has no thresholds, the
             caller must calibrate them.
     """
-    config = model.config if selection == model.config.mosa.selection else calibrating(model.config)
+    config = model.config if selection == model.config.mosa.selection else calibration_config(model.config)
     config = replace(config, mosa=replace(config.mosa, backend="auto"))
     with one_process(config):
         module = build_empty_model(config, model.vocab_rows).eval()

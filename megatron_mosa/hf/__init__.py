@@ -1,6 +1,6 @@
-"""Modelling code for transformers that travels with an exported model: it knows torch, transformers, Triton if there.
+"""Modelling code for transformers, which every exported model contains. It needs only torch and transformers.
 
-The files of ``MODELLING_FILES`` are copied into every exported folder as they are.
+An export copies the files in ``MODELLING_FILES`` unchanged.
 """
 
 from pathlib import Path

@@ -8,34 +8,44 @@ from transformers import PretrainedConfig
 
 
 class MosaConfig(PretrainedConfig):
-    """What a MoSA language model is made of.
+    """Configuration of a MoSA language model.
 
-    Every layer adds up dense heads (all tokens before), local heads (a sliding window) and MoSA heads (each among the
-    tokens that it selects); a number of 0 leaves a kind out.
+    Every layer sums dense heads (all previous tokens), local heads (a sliding window) and MoSA heads (each among the
+    tokens that it selects). There may be 0 heads of a kind.
 
     Args:
-        vocab_size: rows of the embedding, padding included.
-        hidden_size, intermediate_size, num_hidden_layers: h, the width of the MLP, layers.
+        vocab_size: rows of the embedding, including padding.
+        hidden_size: h, the width of the residual stream.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: number of layers.
         head_dim: h', the width of every head.
-        num_dense_heads, num_key_value_heads: dense heads, and the key and value heads that they share in groups.
-        num_local_heads, local_window: sliding-window heads; the tokens that each sees, the token itself included.
-        num_mosa_heads, sparsity: E; each selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or
-            about as many by its threshold.
-        selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": every token
-            whose score is above the head's own threshold, and the first.
-        load_feedback: of threshold: how much a head's threshold rises, in logits, for each token that it has taken of
-            the sequence beyond 1 / sparsity of the tokens so far, and falls for each that it took less.
-        include_first_token: expert choice always selects token 0.
+        num_dense_heads: number of dense heads.
+        num_key_value_heads: number of key and value heads that the dense heads share in groups; None: one each.
+        num_local_heads: number of sliding-window heads.
+        local_window: number of tokens that a local head sees, including the token itself.
+        num_mosa_heads: E, the number of MoSA heads.
+        sparsity: each MoSA head selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or about as many
+            by its threshold.
+        selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": the first
+            token and every token whose score is above the head's own threshold.
+        load_feedback: with "threshold", how far a head's threshold rises, in logits, for each token that it has
+            selected in excess of 1 / sparsity of the tokens so far (and falls for each missing one).
+        include_first_token: whether expert choice always selects token 0.
         hidden_act: "gelu" (two matrices) or "silu" (three: SwiGLU).
-        norm_type, norm_eps: "LayerNorm" (with a bias) or "RMSNorm".
-        rotary_percent, rotary_base: share of a head's channels that is rotated; base of the frequencies.
-        max_position_embeddings: the length of the sequences that the model was trained on; no limit.
-        attend_within_documents, restart_rotary, selection_scope: how training kept apart the documents of one packed
-            sequence: attention, positions, and what MoSA heads select among ("sequence" or "document"). Kept for
-            training on; here a sequence is one document, for which they change nothing.
+        norm_type: "LayerNorm" (with bias) or "RMSNorm".
+        norm_eps: the norm's epsilon.
+        rotary_percent: share of a head's channels that is rotated.
+        rotary_base: base of the rotary frequencies.
+        max_position_embeddings: sequence length in training; longer sequences are possible.
+        initializer_range: standard deviation of new weights outside of MoSA heads.
+        tie_word_embeddings: whether input and output embedding are the same.
+        attend_within_documents: whether attention in training stayed within the documents of a packed sequence. Like
+            the next two, it is recorded for further training and has no effect here, where a sequence is one document.
+        restart_rotary: whether positions in training restarted with each document.
+        selection_scope: what MoSA heads selected among in training, "sequence" or "document".
 
     Raises:
-        ValueError: a word or number that is not allowed.
+        ValueError: a value is not allowed.
     """
 
     model_type = "mosa"
@@ -100,22 +110,22 @@ class MosaConfig(PretrainedConfig):
             ("selection", ("expert_choice", "threshold")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected {', '.join(allowed)}")
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
         if num_dense_heads + num_local_heads + num_mosa_heads < 1:
             raise ValueError("num_dense_heads, num_local_heads and num_mosa_heads are all 0; set one of them above 0")
         if num_local_heads and local_window < 1:
-            raise ValueError(f"local_window={local_window}; with local heads it must be at least 1")
+            raise ValueError(f"local_window must be at least 1 with local heads, got {local_window}")
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
-        self.use_cache = use_cache and self.can_decode  # by generate
+        self.use_cache = use_cache and self.can_decode  # the default of generate
         self.num_attention_heads = num_dense_heads + num_local_heads + num_mosa_heads
 
     @property
     def can_decode(self) -> bool:
-        """Whether what the model does at a token depends on the tokens before it alone."""
+        """Whether the model is causal: its output at a token depends only on the token and those before it."""
         return not self.num_mosa_heads or self.selection == "threshold"
 
     def num_selected(self, length: int) -> int:
-        """k, the tokens that expert choice selects of ``length``, and a threshold aims at."""
+        """Return k, the number of ``length`` tokens that expert choice selects, and a threshold on average."""
         return min(max(int(length / self.sparsity), 2), length)

@@ -12,20 +12,20 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
-from .kernels_mosa import step_in_kernels, usable
+from .kernels_mosa import can_run_kernels, step_in_kernels
 from .rows_mosa import DenseRows, SelectedRows, WindowRows
 from .tokens_mosa import Tokens, rotate
 
-PIECE = 512  # queries that attend at once where a mask is needed
-FOLLOWED = 128  # tokens that are selected at once where each depends on those before
+QUERY_CHUNK = 512  # queries per attention call if a mask is needed
+SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones
 UNCALIBRATED = (
-    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so no head knows what to select; they must be "
-    "between 0 and 1; export what mosa checkpoint causalize writes, or a checkpoint of mosa.selection=threshold"
+    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so the heads cannot select tokens; they must be "
+    "between 0 and 1; export the output of mosa checkpoint causalize, or a checkpoint of mosa.selection=threshold"
 )
 
 
 class MosaCausalHeads(nn.Module):
-    """Heads that see the tokens before; with a window only the last ``window``, the token itself included."""
+    """Heads that attend to all previous tokens, or to the last ``window`` tokens including the token itself."""
 
     def __init__(self, config: MosaConfig, heads: int, groups: int, window: int | None = None) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class MosaCausalHeads(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows | None) -> Tensor:
-        """[B, T, h] to [B, T, h]; with ``rows``, what they hold goes before, and the new tokens are added to them."""
+        """Map [B, T, h] to [B, T, h]. The tokens attend to those in ``rows``, too, and are added to them."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -47,7 +47,7 @@ class MosaCausalHeads(nn.Module):
         query, key = rotated.split((query.shape[1], key.shape[1]), dim=1)
         if self.window is None:
             assert rows is None or isinstance(rows, DenseRows)
-            key, value = (key, value) if rows is None else of_type(query.dtype, rows.append(key, value))
+            key, value = (key, value) if rows is None else to_dtype(query.dtype, rows.append(key, value))
             attended = causal_attention(query, key, value, tokens.valid_keys)
         else:
             assert rows is None or isinstance(rows, WindowRows)
@@ -57,50 +57,53 @@ class MosaCausalHeads(nn.Module):
     def attend_in_window(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, rows: WindowRows | None
     ) -> Tensor:
-        """Of [B, heads, T, h'], piece after piece if the window is kept in ``rows``."""
+        """Attend among [B, heads, T, h'], in chunks if ``rows`` stores the window."""
         assert self.window is not None
         batch, length = query.shape[0], query.shape[2]
         positions = tokens.positions.expand(batch, -1)  # [B, T]
-        size = length if rows is None else max(self.window, PIECE)
+        size = length if rows is None else max(self.window, QUERY_CHUNK)
         outputs = []
         for start in range(0, length, size):
-            piece = slice(start, start + size)
-            asking = positions[:, piece]
-            valid = None if tokens.valid is None else tokens.valid[:, piece]
-            keys, values, places = key[:, :, piece], value[:, :, piece], asking
-            seen = None if valid is None else valid
+            chunk = slice(start, start + size)
+            query_positions = positions[:, chunk]
+            valid = None if tokens.valid is None else tokens.valid[:, chunk]
+            keys, values, key_positions, valid_keys = key[:, :, chunk], value[:, :, chunk], query_positions, valid
             past = None if rows is None else rows.read()
             if past is not None:
-                past_keys, past_values = of_type(query.dtype, past[:2])
+                past_keys, past_values = to_dtype(query.dtype, past[:2])
                 keys, values = torch.cat((past_keys, keys), dim=2), torch.cat((past_values, values), dim=2)
-                places = torch.cat((past[2], asking), dim=1)  # [B, window + t]
-                seen = None if seen is None else torch.cat((torch.ones_like(past[2], dtype=torch.bool), seen), dim=1)
-            distance = asking[:, :, None] - places[:, None]  # [B, t, n]
-            visible = (distance >= 0) & (distance < self.window) & (places >= 0)[:, None]
-            if valid is not None and seen is not None:
-                visible = visible & seen[:, None] | ~valid[:, :, None]  # padding sees anything: no row of nothing
-            outputs.append(F.scaled_dot_product_attention(query[:, :, piece], keys, values, visible[:, None]))
+                key_positions = torch.cat((past[2], query_positions), dim=1)  # [B, window + t]
+                if valid is not None:
+                    valid_keys = torch.cat((torch.ones_like(past[2], dtype=torch.bool), valid), dim=1)
+            distance = query_positions[:, :, None] - key_positions[:, None]  # [B, t, n]
+            visible = (distance >= 0) & (distance < self.window) & (key_positions >= 0)[:, None]
+            if valid is not None and valid_keys is not None:
+                # Padding sees everything, since a query without any key would give NaN.
+                visible = visible & valid_keys[:, None] | ~valid[:, :, None]
+            outputs.append(F.scaled_dot_product_attention(query[:, :, chunk], keys, values, visible[:, None]))
             if rows is not None:
-                rows.write(key[:, :, piece], value[:, :, piece], asking, valid)
+                rows.write(key[:, :, chunk], value[:, :, chunk], query_positions, valid)
         return torch.cat(outputs, dim=2)
 
 
-def of_type(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """What a cache holds in the type of the queries, which torch.autocast may have changed since."""
+def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Convert cached keys and values to the queries' dtype, which torch.autocast may have changed in between."""
     keys, values = keys_and_values
     return keys.to(dtype), values.to(dtype)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-    """Attention of the last T columns [B, heads, T, h'] to themselves and all before, [B, groups, n, h'].
+    """Causal attention of the last T columns, [B, heads, T, h'], over all n columns, [B, groups, n, h'].
 
     Args:
-        valid: [B, n], False at padding, which nothing sees but itself; None: there is none.
+        query: [B, heads, T, h'].
+        key, value: [B, groups, n, h'].
+        valid: [B, n], False at padding, which only attends to itself and nothing else attends to; None: no padding.
     """
     length, columns, groups = query.shape[2], key.shape[2], key.shape[1]
     own = torch.arange(columns - length, columns, device=query.device)[:, None]  # [T, 1]
     column = torch.arange(columns, device=query.device)
-    if length == 1:  # queries that share a key are rows of one product
+    if length == 1:  # queries that share a key become rows of one matrix product
         visible = None if valid is None else (valid | (column == own))[:, None, None]
         rows = query.squeeze(2).unflatten(1, (groups, -1))  # [B, groups, queries, h']
         return F.scaled_dot_product_attention(rows, key, value, visible).flatten(1, 2).unsqueeze(2)
@@ -110,36 +113,38 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | 
     if valid is None and length == columns:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
     outputs = []
-    for start in range(0, length, PIECE):
-        piece = query[:, :, start : start + PIECE]
-        end = columns - length + start + piece.shape[2]
+    for start in range(0, length, QUERY_CHUNK):
+        chunk = query[:, :, start : start + QUERY_CHUNK]
+        end = columns - length + start + chunk.shape[2]
         if valid is None:
-            visible: Any = causal_lower_right(piece.shape[2], end)
+            visible: Any = causal_lower_right(chunk.shape[2], end)
         else:
-            at = own[start : start + PIECE]
+            at = own[start : start + QUERY_CHUNK]
             visible = (column[:end] <= at) & valid[:, None, None, :end] | (column[:end] == at)
-        outputs.append(F.scaled_dot_product_attention(piece, key[:, :, :end], value[:, :, :end], visible))
+        outputs.append(F.scaled_dot_product_attention(chunk, key[:, :, :end], value[:, :, :end], visible))
     return torch.cat(outputs, dim=2)
 
 
-def follow(margins: Tensor, before: Tensor, feedback: float, first: Tensor, valid: Tensor) -> Tensor:
-    """Which tokens heads take whose threshold rises by ``feedback`` with each that they took before; [B, E, T].
+def select_with_feedback(margins: Tensor, before: Tensor, feedback: float, first: Tensor, valid: Tensor) -> Tensor:
+    """Select tokens [B, E, T] where the threshold rises by ``feedback`` with each token selected before.
 
-    What is taken depends on what was taken before it, so the answer is guessed until it is the one that follows from
-    itself. There is one such, since with each round at least one more token is right for good.
+    Each selection depends on the earlier ones, so the result is found as the fixed point of an iteration. It is unique
+    and reached after at most T rounds, since each round makes at least one more token final.
 
     Args:
-        margins: [B, E, T], of logits above a threshold that rises with nothing.
-        before: [B, E], taken before these.
-        first, valid: [B or 1, 1, T], tokens that are always taken, and that may be.
+        margins: [B, E, T], logits minus the threshold before any feedback.
+        before: [B, E], number of tokens selected before these.
+        feedback: rise of the threshold, in logits.
+        first: [B or 1, 1, T], tokens that are always selected.
+        valid: [B or 1, 1, T], tokens that may be selected.
     """
     chosen = ((margins > feedback * before[..., None]) | first) & valid
     while True:
-        taken = before[..., None] + chosen.cumsum(-1) - chosen.long()
-        follows = ((margins > feedback * taken) | first) & valid
-        if torch.equal(follows, chosen):
+        count = before[..., None] + chosen.cumsum(-1) - chosen.long()
+        update = ((margins > feedback * count) | first) & valid
+        if torch.equal(update, chosen):
             return chosen
-        chosen = follows
+        chosen = update
 
 
 class MosaHeads(nn.Module):
@@ -152,28 +157,26 @@ class MosaHeads(nn.Module):
         self.router_weight = nn.Parameter(torch.empty(heads, width))  # [E, h]
         self.qkv_weight = nn.Parameter(torch.empty(heads, width, 3 * head_dim))  # [E, h, 3h'], columns q, k, v
         self.proj_weight = nn.Parameter(torch.empty(heads, head_dim, width))  # [E, h', h]
-        self.was_offloaded = False  # accelerate brings the weights from memory or a disk for each call
-        calibrated = config.selection == "threshold"  # NaN until then
-        self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if calibrated else None)
+        self.was_offloaded = False  # accelerate loads the weights from memory or disk for each call
+        is_causal = config.selection == "threshold"  # thresholds are NaN until calibrated
+        self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if is_causal else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         thresholds = self.thresholds
         super()._apply(fn, recurse)
-        if thresholds is not None:  # moved as bits, so that no change of the model's type rounds them
+        if thresholds is not None:  # moved as integers, so that a change of the model's dtype does not round them
             self.thresholds = fn(thresholds.view(torch.int32)).view(torch.float32)
         return self
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
-        """[B, T, h] to [B, T, h], the sum over the heads; with ``rows``, as dense heads."""
-        if self.was_offloaded and self.lacks_thresholds():  # by now the weights are here
+        """Map [B, T, h] to [B, T, h], summed over heads. Selected tokens attend to those in ``rows``, and are added."""
+        if self.was_offloaded and self.lacks_thresholds():  # the weights are loaded by now
             raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, tokens, rows)
         scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
-        indices = self.select(
-            scores, tokens, None if rows is None else rows.counts
-        )  # [B, E, k], T in empty places, which are last
+        indices = self.select(scores, tokens, None if rows is None else rows.counts)  # [B, E, k], padded with T
         output = torch.zeros(batch * length, width, dtype=torch.float32, device=hidden_states.device)
         if indices.shape[2] > 0:
             sequence = torch.arange(batch, device=indices.device)[:, None, None]
@@ -190,22 +193,22 @@ class MosaHeads(nn.Module):
             output.index_add_(0, (sequence * length + columns).flatten(), projected.float().flatten(0, 2))
         return output.view(batch, length, width).to(hidden_states.dtype)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, taken: Tensor, rows: SelectedRows | None) -> Tensor:
-        """Among the selected tokens [B, E, k, h'], which are in order; places that are not ``taken`` [B, E, k] last."""
-        first = rows is None or rows.keys is None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, rows: SelectedRows | None) -> Tensor:
+        """Attend among selected tokens [B, E, k, h'] in order of position, of which the ``valid`` ones come first."""
+        is_empty = rows is None or rows.keys is None
         if rows is not None:
-            own = rows.add_packed(key, value, taken)  # [B, E, k]
-            if not first:
-                keys, values = of_type(query.dtype, rows.read())  # [B, E, rows, h']
+            own = rows.add_packed(key, value, valid)  # [B, E, k]
+            if not is_empty:
+                keys, values = to_dtype(query.dtype, rows.read())  # [B, E, rows, h']
                 visible = torch.arange(keys.shape[2], device=key.device) <= own.unsqueeze(-1)  # [B, E, k, rows]
                 return F.scaled_dot_product_attention(query, keys, values, visible)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)  # places are in order of positions
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
-        """One token of each sequence, [B, 1, h] to [B, 1, h]: only heads that select it compute anything."""
-        rows.begin(hidden_states, len(self.router_weight))
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything."""
+        rows.initialize(hidden_states, len(self.router_weight))
         assert self.thresholds is not None
-        if usable(hidden_states):
+        if can_run_kernels(hidden_states):
             weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
             states, share = hidden_states[:, 0], 1 / config.sparsity
             output = step_in_kernels(states, weights, self.thresholds, tokens, rows, config.load_feedback, share)
@@ -219,39 +222,39 @@ class MosaHeads(nn.Module):
         cos, sin = (part[table] for part in tokens.rotary)  # [n, 1, pairs]
         query, key = rotate(states[:, :2], cos, sin).unbind(1)  # [n, h']
         own = rows.add_pairs(chosen, (sequence, head), key, states[:, 2])  # [n]
-        keys, values = of_type(query.dtype, rows.read((sequence, head)))  # [n, rows, h']
+        keys, values = to_dtype(query.dtype, rows.read((sequence, head)))  # [n, rows, h']
         visible = torch.arange(keys.shape[1], device=keys.device) <= own[:, None]  # [n, rows]
         attended = F.scaled_dot_product_attention(query[:, None], keys, values, visible[:, None])[:, 0]  # [n, h']
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
         return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
 
     def lacks_thresholds(self) -> bool:
-        """Whether a threshold was never set, as far as they can be seen now. It waits for the device."""
+        """Return whether a threshold is NaN, as far as they are loaded. Waits for the device."""
         if self.thresholds is None:
             return False
         self.was_offloaded = self.thresholds.is_meta
         return not self.was_offloaded and bool(self.thresholds.isnan().any())
 
     def scores(self, hidden_states: Tensor) -> Tensor:
-        """Of the router, [B, E, T], in fp32 whatever the type of the model, and under autocast."""
-        kind = hidden_states.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        """Return the router's scores [B, E, T] in fp32, whatever the model's dtype, also under autocast."""
+        device = hidden_states.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
 
-    def reads_all(self, pairs: int) -> bool:
-        """Whether the weights of all heads are read: copying those of every pair costs three times their bytes."""
+    def reads_all_weights(self, pairs: int) -> bool:
+        """Return whether to use the weights of all heads: copying those of each pair costs three times their bytes."""
         return 3 * pairs >= len(self.router_weight)
 
     def project_in(self, hidden_states: Tensor, sequence: Tensor, head: Tensor) -> Tensor:
-        """Queries, keys and values [n, 3h'] of pairs, of states [B, h]."""
-        if self.reads_all(len(head)):
+        """Project states [B, h] to queries, keys and values [n, 3h'] of n pairs of sequence and head."""
+        if self.reads_all_weights(len(head)):
             return torch.einsum("bh,ehd->ebd", hidden_states, self.qkv_weight)[head, sequence]
         return torch.einsum("nh,nhd->nd", hidden_states[sequence], self.qkv_weight[head])
 
     def project_out(self, gated: Tensor, sequence: Tensor, head: Tensor, batch: int) -> Tensor:
-        """The sum over the heads, [B, h], of what pairs have attended to, [n, h']."""
+        """Project the outputs [n, h'] of n pairs, and sum over heads: [B, h]."""
         heads, head_dim, width = self.proj_weight.shape
-        if self.reads_all(len(head)):
+        if self.reads_all_weights(len(head)):
             spread = gated.new_zeros(batch, heads, head_dim)
             spread[sequence, head] = gated
             return spread.flatten(1) @ self.proj_weight.flatten(0, 1)
@@ -259,11 +262,13 @@ class MosaHeads(nn.Module):
         output = torch.zeros(batch, width, dtype=torch.float32, device=gated.device)
         return output.index_add_(0, sequence, projected.float())
 
-    def above_threshold(self, scores: Tensor, tokens: Tokens, taken: Tensor | None) -> Tensor:
-        """Which of the tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence.
+    def above_threshold(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
+        """Return which tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence.
 
         Args:
-            taken: [B, E], how many tokens each head took before these; None: none.
+            scores: [B, E, T].
+            tokens: positions and padding.
+            before: [B, E], number of tokens that each head selected before these; None: none.
         """
         assert self.thresholds is not None
         first = (tokens.positions == 0)[:, None]  # [B or 1, 1, T]
@@ -273,30 +278,30 @@ class MosaHeads(nn.Module):
             return ((scores > self.thresholds[:, None]) | first) & valid
         share = tokens.positions[:, None] / self.config.sparsity
         margins = torch.logit(scores) - torch.logit(self.thresholds)[:, None] + feedback * share  # [B, E, T]
-        before = scores.new_zeros(scores.shape[:2]) if taken is None else taken.to(scores.dtype)
-        pieces = []
-        for piece in margins.split(FOLLOWED, dim=-1):
-            columns = slice(len(pieces) * FOLLOWED, len(pieces) * FOLLOWED + piece.shape[-1])
-            pieces.append(follow(piece, before, feedback, first[..., columns], valid[..., columns]))
-            before = before + pieces[-1].sum(-1)
-        return torch.cat(pieces, dim=-1)
+        count = scores.new_zeros(scores.shape[:2]) if before is None else before.to(scores.dtype)
+        chunks = []
+        for chunk in margins.split(SELECTION_CHUNK, dim=-1):
+            columns = slice(len(chunks) * SELECTION_CHUNK, len(chunks) * SELECTION_CHUNK + chunk.shape[-1])
+            chunks.append(select_with_feedback(chunk, count, feedback, first[..., columns], valid[..., columns]))
+            count = count + chunks[-1].sum(-1)
+        return torch.cat(chunks, dim=-1)
 
-    def select(self, scores: Tensor, tokens: Tokens, taken: Tensor | None) -> Tensor:
-        """The columns of each head's tokens [B, E, k], in order, of scores [B, E, T]; places left over hold T."""
+    def select(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
+        """Return the columns of each head's tokens [B, E, k] in order, padded with T, from scores [B, E, T]."""
         if self.config.selection == "expert_choice":
-            return self.largest(scores, tokens)
+            return self.top_k(scores, tokens)
         length = scores.shape[-1]
-        chosen = self.above_threshold(scores, tokens, taken)
-        places = chosen.cumsum(-1)  # from 1
-        count = int(places[..., -1].max())
-        indices = places.new_full((*places.shape[:2], count + 1), length)  # [B, E, 1 + k]; place 0 takes the others
-        columns = torch.arange(length, device=scores.device).expand_as(places)
-        return indices.scatter_(-1, places.masked_fill(~chosen, 0), columns)[..., 1:]
+        chosen = self.above_threshold(scores, tokens, before)
+        slots = chosen.cumsum(-1)  # from 1; slot 0 is for tokens that are not selected
+        count = int(slots[..., -1].max())
+        indices = slots.new_full((*slots.shape[:2], count + 1), length)  # [B, E, 1 + k]
+        columns = torch.arange(length, device=scores.device).expand_as(slots)
+        return indices.scatter_(-1, slots.masked_fill(~chosen, 0), columns)[..., 1:]
 
-    def largest(self, scores: Tensor, tokens: Tokens) -> Tensor:
-        """The columns of each head's largest scores, ties to the earlier token.
+    def top_k(self, scores: Tensor, tokens: Tokens) -> Tensor:
+        """Return the columns of each head's largest scores, where ties go to the earlier token.
 
-        A sequence with padding selects as many tokens as it would alone, and none of the padding.
+        A sequence with padding selects as many tokens as it would alone, and no padding.
         """
         length = scores.shape[-1]
         keys = scores.clone()
@@ -306,11 +311,11 @@ class MosaHeads(nn.Module):
             ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices
             return ranked[..., : self.config.num_selected(length)].sort(dim=-1).values
         keys = keys.masked_fill(~tokens.valid[:, None], -torch.inf)
-        quotas = [self.config.num_selected(count) for count in tokens.lengths]
-        ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : max(quotas)]
-        place = torch.arange(max(quotas), device=scores.device)
-        left_out = place >= torch.tensor(quotas, device=scores.device)[:, None]  # [B, k]
-        return ranked.masked_fill(left_out[:, None], length).sort(dim=-1).values
+        counts = [self.config.num_selected(count) for count in tokens.lengths]
+        ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : max(counts)]
+        rank = torch.arange(max(counts), device=scores.device)
+        is_unused = rank >= torch.tensor(counts, device=scores.device)[:, None]  # [B, k]
+        return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
 
 
 class MosaAttention(nn.Module):
@@ -324,11 +329,12 @@ class MosaAttention(nn.Module):
         self.mosa_heads = MosaHeads(config) if config.num_mosa_heads else None
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None) -> Tensor:
-        """[B, T, h] to [B, T, h]."""
-        parts = []
-        for heads, kind in ((self.dense_heads, "dense"), (self.local_heads, "local"), (self.mosa_heads, "mosa")):
-            if heads is not None:
-                parts.append(heads(hidden_states, tokens, None if cache is None else getattr(cache, kind)))
+        """Map [B, T, h] to [B, T, h]."""
+        parts = [
+            heads(hidden_states, tokens, None if cache is None else getattr(cache, kind))
+            for heads, kind in ((self.dense_heads, "dense"), (self.local_heads, "local"), (self.mosa_heads, "mosa"))
+            if heads is not None
+        ]
         if cache is not None:
             cache.length += hidden_states.shape[1]
         output = parts[0]

@@ -1,8 +1,8 @@
 """A MoSA language model (Mixture of Sparse Attention, arXiv 2505.00315) for transformers, in plain PyTorch.
 
-With ``selection="threshold"``, or without MoSA heads, the model is causal: it decodes token by token, with a cache.
-With ``selection="expert_choice"`` a MoSA head takes the tokens of the sequence with the largest scores, so what it does
-at a token depends on the tokens after it: such a model scores whole sequences, and cannot decode.
+With ``selection="threshold"``, or without MoSA heads, the model is causal and decodes token by token with a cache.
+With ``selection="expert_choice"`` a MoSA head selects the tokens with the largest scores in the sequence, so its output
+at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
-from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, check_cache, named
+from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
 from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
 
-# Not cuDNN's, which makes a plan for every new shape in tens of milliseconds: here each token brings a new one.
+# Without cuDNN, which spends tens of milliseconds on every new shape: here each token brings one.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 IGNORED_LABEL = -100
-# What transformers and PEFT may pass along to any model, without a use here.
+# Arguments that transformers and PEFT may pass to any model, but this one does not support.
 UNSUPPORTED = {
     "position_ids": "positions follow from attention_mask and the cache",
-    "output_attentions": "the kernels keep no attention weights",
+    "output_attentions": "the kernels do not keep attention weights",
     "token_type_ids": "all tokens are of one kind",
 }
-HARMLESS = ("cache_position",)  # what the cache knows
-NO_DRAFTS = "a MosaCache cannot take back the tokens of a draft"
-# What generate of transformers offers, and this model does not.
-NOT_GENERATED = {
-    "cache_implementation": "heads that select tokens keep them in a MosaCache, which generate makes by itself",
+IGNORED = ("cache_position",)  # the cache knows it
+NO_DRAFTS = "a MosaCache cannot remove the tokens of a rejected draft"
+# Options of generate that this model does not support.
+UNSUPPORTED_OPTIONS = {
+    "cache_implementation": "heads that select tokens store them in a MosaCache, which generate creates itself",
     "assistant_model": NO_DRAFTS,
     "assistant_early_exit": NO_DRAFTS,
     "prompt_lookup_num_tokens": NO_DRAFTS,
@@ -53,55 +53,55 @@ NOT_GENERATED = {
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """The names of the arguments that a method takes."""
+    """Return the names of a method's arguments."""
     return [name for name in signature(function).parameters if name not in ("self", "others", "args", "kwargs")]
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """A question that names the argument most like one that does not exist; empty if none is."""
+    """Return "did you mean 'x'?" for the known name most similar to ``name``, or an empty string."""
     similar = get_close_matches(name, known, n=1)
     return f"did you mean '{similar[0]}'?" if similar else ""
 
 
-def asks(name: str, value: Any) -> bool:
-    """Whether an argument that is not supported asks for anything."""
+def has_effect(name: str, value: Any) -> bool:
+    """Return whether the value of an unsupported argument would have an effect if it were supported."""
     if name == "token_type_ids" and isinstance(value, Tensor):
         return bool(value.any())
     return value is not None and value is not False
 
 
-def refuse_others(forward: Callable[..., Any], others: dict[str, Any], config: MosaConfig) -> None:
-    """Refuse arguments that ``forward`` does not name, rather than swallow a mistyped one.
+def check_others(forward: Callable[..., Any], others: dict[str, Any], config: MosaConfig) -> None:
+    """Check the arguments that ``forward`` does not name, so that a mistyped one is not ignored.
 
     Raises:
-        TypeError: no such argument.
-        ValueError: one that transformers has, but not this model.
+        TypeError: an argument does not exist.
+        ValueError: an argument exists in transformers, but this model does not support it.
     """
     for name, reason in UNSUPPORTED.items():
         value = others.get(name)
-        if asks(name, getattr(config, name, None) if value is None else value):
-            raise ValueError(f"{name} is not supported: {reason}; leave {name} out")
+        if has_effect(name, getattr(config, name, None) if value is None else value):
+            raise ValueError(f"{name} is not supported: {reason}; omit {name}")
     for name in others:
-        if name not in UNSUPPORTED and name not in HARMLESS:
+        if name not in UNSUPPORTED and name not in IGNORED:
             names = [*parameters(forward), "return_dict"]
             hint = did_you_mean(name, names) or f"it takes {', '.join(names)}"
             raise TypeError(f"forward() got an unexpected keyword argument '{name}'; {hint}")
 
 
-def kept(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """[B, T, ...] at the positions to keep, as ``MosaForCausalLM.forward`` describes them."""
+def select_positions(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Select positions of states [B, T, ...], as described in ``MosaForCausalLM.forward``."""
     if isinstance(logits_to_keep, int):
-        return states[:, -logits_to_keep:]  # all, for 0
-    places = torch.as_tensor(logits_to_keep, device=states.device)
-    if places.dim() < 2:
-        return states[:, places]
-    if places.dtype == torch.bool:
-        return states[places]
-    return states[torch.arange(len(states), device=states.device)[:, None], places]
+        return states[:, -logits_to_keep:]  # 0: all
+    positions = torch.as_tensor(logits_to_keep, device=states.device)
+    if positions.dim() < 2:
+        return states[:, positions]
+    if positions.dtype == torch.bool:
+        return states[positions]
+    return states[torch.arange(len(states), device=states.device)[:, None], positions]
 
 
 class MosaMLP(nn.Module):
-    """Two matrices with GELU between them, or three with SwiGLU."""
+    """A GELU MLP of two matrices, or a SwiGLU MLP of three."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
@@ -111,19 +111,19 @@ class MosaMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, h] to [B, T, h]."""
+        """Map [B, T, h] to [B, T, h]."""
         up = self.up_proj(hidden_states)
         return self.down_proj(F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(hidden_states)) * up)
 
 
 def norm(config: MosaConfig) -> nn.Module:
-    """The model's kind of norm over the last dimension."""
+    """Create the model's kind of norm over the last dimension."""
     kind = nn.LayerNorm if config.norm_type == "LayerNorm" else nn.RMSNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
 
 class MosaDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each behind a norm and beside a residual."""
+    """Attention and MLP, each with a preceding norm and a residual connection."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
@@ -133,15 +133,15 @@ class MosaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MosaMLP(config)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None = None) -> Tensor:
-        """[B, T, h] to [B, T, h]."""
-        # Gradient checkpointing repeats the layer where the model's own choice is over; entering it takes 30 us.
+        """Map [B, T, h] to [B, T, h]."""
+        # Gradient checkpointing repeats the layer outside of the model's own context, which takes 30 us to enter.
         with sdpa_kernel(BACKENDS) if self.gradient_checkpointing else nullcontext():
             hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), tokens, cache)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class MosaPreTrainedModel(PreTrainedModel):
-    """What the models below share."""
+    """Base class of the models below."""
 
     config: MosaConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = MosaConfig
@@ -153,22 +153,22 @@ class MosaPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def new_cache(self) -> MosaCache:
-        """An empty cache for this model, to be given to calls one after the other.
+        """Return an empty cache for this model, to be passed to consecutive calls.
 
         Raises:
             ValueError: the model is not causal.
         """
         if not self.config.can_decode:
             raise ValueError(
-                f"use_cache: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' choose again "
-                "with every token, so there is nothing to keep; set use_cache=False, or a model with "
-                "selection='threshold'"
+                f"use_cache must be False for num_mosa_heads={self.config.num_mosa_heads} with "
+                "selection='expert_choice': every token changes the selection, so there is nothing to cache; set "
+                "use_cache=False, or use a model with selection='threshold'"
             )
         return MosaCache(self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MosaHeads):  # as the authors do
+        if isinstance(module, MosaHeads):  # as in the paper's code
             heads, head_dim, width = module.proj_weight.shape
             nn.init.uniform_(module.router_weight, -(width**-0.5), width**-0.5)
             nn.init.uniform_(module.qkv_weight, -((3 * head_dim) ** -0.5), (3 * head_dim) ** -0.5)
@@ -201,12 +201,12 @@ class MosaModel(MosaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
-        """The last hidden states, [B, T, h], of ids [B, T] or embeddings [B, T, h]; see ``MosaForCausalLM``."""
-        refuse_others(MosaModel.forward, others, self.config)
+        """Return the last hidden states [B, T, h] for ids [B, T] or embeddings [B, T, h]; see ``MosaForCausalLM``."""
+        check_others(MosaModel.forward, others, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("pass either input_ids or inputs_embeds, and not both")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
@@ -223,23 +223,23 @@ class MosaModel(MosaPreTrainedModel):
                 if output_hidden_states:
                     states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
-        everything = (*states[:-1], hidden_states) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=everything, **named(cache))
+        outputs = (*states[:-1], hidden_states) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=outputs, **cache_entry(cache))
 
     def check_thresholds(self) -> None:
-        """Refuse thresholds that nothing has set. Those that accelerate keeps elsewhere their layer checks by itself.
+        """Check that all thresholds are set. Layers that accelerate has offloaded check theirs once they are loaded.
 
         Raises:
-            ValueError: naming the layers.
+            ValueError: some are not; the message names the layers.
         """
-        every = [heads for heads in self.modules() if isinstance(heads, MosaHeads)]  # in order of layers
-        missing = [str(number) for number, heads in enumerate(every) if heads.lacks_thresholds()]
+        layers = [heads for heads in self.modules() if isinstance(heads, MosaHeads)]
+        missing = [str(number) for number, heads in enumerate(layers) if heads.lacks_thresholds()]
         if missing:
             raise ValueError(UNCALIBRATED.format(f"layers {', '.join(missing)}"))
 
 
 class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
-    """A MoSA language model with its output embedding."""
+    """A MoSA language model with output embedding, loss and ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -264,73 +264,73 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of sequences, each one document, or of tokens that go on from what a cache holds.
+        """Compute logits of sequences, each of which is one document, or of tokens that continue those in a cache.
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T] with the tokens in the cache before them, 0 at padding, at either end or anywhere: a
-                token with 0 is not there, and what the model says at it means nothing.
-            past_key_values, cache: what ``new_cache`` gives, or an earlier call returned; one thing, whose name depends
-                on the version of transformers. The call adds its tokens to it.
+            attention_mask: [B, columns], including the tokens in the cache; 0 at padding, which may be anywhere. Such
+                a token is ignored, and its logits are meaningless.
+            past_key_values: the cache, from ``new_cache`` or an earlier call, which this call extends.
+            cache: the same; its name depends on the version of transformers.
             inputs_embeds: [B, T, h], instead of ids.
-            labels: [B, T], the ids themselves, -100 where they do not count: gives ``loss``, in nats per token, 0
-                where none counts.
-            use_cache: begin a cache if none is given; of causal models.
-            logits_to_keep: logits, and the loss, of these positions alone: the last so many, 0 being all; or indices,
-                [n] for all sequences or [B, n] for each; or a mask, bool [B, T], which gives logits [N, vocab_size].
-            output_hidden_states: return what every layer gives, too; by default the configuration says.
-            num_items_in_batch: divisor of the summed loss instead of the number of labels that count here;
-                transformers' Trainer gives it when it accumulates gradients, and adds up the losses. Where it is 0, so
-                is the loss.
-            others: ``return_dict``: False gives a tuple. What transformers may pass along without a use here is
-                accepted where it asks for nothing (None or False).
+            labels: [B, T], the same ids, or -100 for tokens to ignore: returns ``loss``, in nats per token, 0 if all
+                are ignored.
+            use_cache: create a cache if none is given; only for causal models.
+            logits_to_keep: restrict logits and loss to the last so many positions (0: all), to indices, [n] for all
+                sequences or [B, n] for each, or to a mask, bool [B, T], which gives logits [N, vocab_size].
+            output_hidden_states: also return the output of every layer; None: as in the configuration.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels; if it is 0, the loss is
+                0. transformers' Trainer passes it when it accumulates gradients.
+            others: ``return_dict``: False returns a tuple. Other arguments of transformers' models are accepted if
+                their value has no effect (None or False).
 
         Returns:
-            ``logits`` [B, T, vocab_size], and what was asked for.
+            ``logits`` [B, T, vocab_size] and the requested outputs.
 
         Raises:
-            TypeError: an argument that does not exist.
-            ValueError: one that cannot be had, such as position_ids or output_attentions.
+            TypeError: an argument does not exist.
+            ValueError: an argument is not supported, such as position_ids or output_attentions.
         """
-        refuse_others(MosaForCausalLM.forward, others, self.config)
+        check_others(MosaForCausalLM.forward, others, self.config)
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_attentions=False,  # whatever the configuration says: if it was asked for, it was refused above
+            output_attentions=False,  # overrides the configuration; a request was rejected above
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            following = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # [B, T]: of each position's prediction
-            expected = kept(following, logits_to_keep).flatten().to(logits.device)
+            following = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)  # [B, T]: the label of each prediction
+            expected = select_positions(following, logits_to_keep).flatten().to(logits.device)
             loss = F.cross_entropy(logits.flatten(0, -2).float(), expected, reduction="sum")
             if num_items_in_batch is None:
                 num_items_in_batch = (expected != IGNORED_LABEL).sum()
             count = torch.as_tensor(num_items_in_batch, device=loss.device)
             loss = loss / count.masked_fill(count == 0, 1)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **named(outputs.get(CACHE))
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **cache_entry(outputs.get(CACHE))
         )
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, causal_approximation: str | None = None, **kwargs: Any
     ) -> Any:
-        """As transformers, with a ``MosaCache``.
+        """Generate as in transformers, with a ``MosaCache``.
 
         Args:
-            inputs: [B, T]; prompts of several lengths are padded at the left.
-            causal_approximation: of models with expert choice, which are not causal, "prefix": every token is computed
-                from the whole prefix, in which the heads choose anew, max(t / sparsity, 2) of its t tokens. This is
-                not the model that was trained, and slow: nothing is kept.
+            inputs: [B, T]; prompts of different lengths are padded on the left.
+            args, kwargs: see transformers.
+            causal_approximation: required for models with expert choice, which are not causal. "prefix": compute every
+                token from the whole prefix, in which the heads select max(t / sparsity, 2) of its t tokens anew. This
+                differs from the trained model, and is slow, because nothing is cached.
 
         Raises:
             ValueError: expert choice without an approximation; thresholds that are not calibrated; an empty prompt; a
-                cache of another model; what transformers offers, but this model does not, such as drafts.
+                cache of another model; an option that this model does not support, such as drafts.
         """
         self._check_prompt(inputs, kwargs)
         self._check_options(args, kwargs)
@@ -338,50 +338,42 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             self._check_approximation(causal_approximation)
             return super().generate(inputs, *args, **kwargs | {"use_cache": False})  # pyright: ignore
         if causal_approximation is not None:
-            raise ValueError(f"causal_approximation={causal_approximation!r}: the model is causal; expected None")
+            raise ValueError(f"causal_approximation must be None for a causal model, got {causal_approximation!r}")
         self.model.check_thresholds()
-        given = [
-            cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
-        ]
-        if given or self._wants_cache(args, kwargs):
-            kwargs[CACHE] = given[0] if given else self.new_cache()
+        cache, earlier_name = kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
+        cache = earlier_name if cache is None else cache
+        if cache is not None or self._generation_option("use_cache", args, kwargs) is not False:
+            kwargs[CACHE] = self.new_cache() if cache is None else cache
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers, the cache under its earlier name: PEFT would put its virtual tokens before every token, not
-        before the first alone, where it finds no ``past_key_values``."""
-        given = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
-        if CACHE in given:
-            given["past_key_values"] = given.pop(CACHE)
-        return given
+        """Pass the cache as ``past_key_values``: without it, PEFT would prepend its virtual tokens at every step."""
+        prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
+        if CACHE in prepared:
+            prepared["past_key_values"] = prepared.pop(CACHE)
+        return prepared
 
     def _generation_option(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of ``generate`` says of an option: in its arguments, its configuration, or the model's."""
+        """Return an option of ``generate``: from its arguments, its generation configuration, or the model's."""
         given = args[0] if args else kwargs.get("generation_config")
         choices = (kwargs.get(name), getattr(given, name, None), getattr(self.generation_config, name, None))
         return next((choice for choice in choices if choice is not None), None)
 
-    def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self._generation_option("use_cache", args, kwargs) is not False
-
     def _check_options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name, reason in NOT_GENERATED.items():
-            asked = self._generation_option(name, args, kwargs)
-            if asked is not None and asked is not False:
-                what = f"{name}={asked!r}" if isinstance(asked, (str, int)) else name
-                raise ValueError(f"{what} is not supported: {reason}; leave {name} out")
+        for name, reason in UNSUPPORTED_OPTIONS.items():
+            value = self._generation_option(name, args, kwargs)
+            if value is not None and value is not False:
+                option = f"{name}={value!r}" if isinstance(value, (str, int)) else name
+                raise ValueError(f"{option} is not supported: {reason}; omit {name}")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As transformers, which calls it with what no option of ``generate`` is named; says what a name resembles."""
+        """Check arguments that are not options of ``generate``, as transformers does, and suggest similar names."""
         try:
             super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except ValueError as error:
             known = [*vars(GenerationConfig()), *parameters(MosaForCausalLM.forward), "causal_approximation"]
             hints = [did_you_mean(name, known) for name in model_kwargs if name not in known]
             raise ValueError("; ".join([str(error), *filter(None, hints)])) from None
-        named_there = parameters(MosaForCausalLM.forward)
-        others = {name: value for name, value in model_kwargs.items() if name not in named_there}
-        refuse_others(MosaForCausalLM.forward, others, self.config)
 
     def _check_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
         prompt = next(
@@ -390,28 +382,28 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         )
         mask = kwargs.get("attention_mask")
         if prompt is None or prompt.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=1).all())):
-            raise ValueError("a prompt is empty; expected one token or more in each, such as the end-of-text token")
+            raise ValueError("a prompt is empty; pass at least one token in each, such as the end-of-text token")
         trained = self.config.max_position_embeddings
         if prompt.shape[1] > trained:
-            logger.warning(f"the prompt has {prompt.shape[1]} tokens, the model was trained on {trained} at most")
+            logger.warning(f"the prompt has {prompt.shape[1]} tokens, but the model was trained on at most {trained}")
 
     def _check_approximation(self, approximation: str | None) -> None:
         if approximation is None:
             raise ValueError(
-                f"generate is refused: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' "
-                "select with the whole sequence in view, so no token is decoded before the next are known; expected "
-                "generate(..., causal_approximation='prefix'), which selects in the prefix anew for every token, or a "
-                "model with selection='threshold'"
+                f"cannot generate: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' select "
+                "from the whole sequence, so no token can be decoded before the later ones are known; pass "
+                "causal_approximation='prefix', which selects from the prefix anew for every token, or use a model "
+                "with selection='threshold'"
             )
         if approximation != "prefix":
-            raise ValueError(f"causal_approximation={approximation!r} is not known; expected 'prefix'")
+            raise ValueError(f"causal_approximation must be 'prefix', got {approximation!r}")
         logger.warning(
-            "causal_approximation='prefix': heads select in the prefix anew for every token, which is not what the "
-            "model was trained to do; nothing is kept, so a token costs a whole forward pass"
+            "causal_approximation='prefix': heads select from the prefix anew for every token, unlike in training; "
+            "nothing is cached, so every token costs a whole forward pass"
         )
 
 
-# By this table transformers' Trainer knows that with label smoothing, too, labels are those of the next position.
+# This table tells transformers' Trainer to shift labels by one position for label smoothing.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MosaConfig.model_type, MosaForCausalLM.__name__)
 
 __all__ = ["MosaForCausalLM", "MosaModel", "MosaPreTrainedModel"]

@@ -1,6 +1,6 @@
-"""Where a layer keeps keys and values: dense heads all, local heads a window, MoSA heads what they selected.
+"""Store a layer's keys and values: all tokens of dense heads, a window of local heads, selected ones of MoSA heads.
 
-Where torch.autocast is on for some calls alone, keys and values come in another type than those that are there.
+If torch.autocast is active in some calls only, new keys and values differ in dtype from the stored ones.
 """
 
 from __future__ import annotations
@@ -10,53 +10,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEP = 16  # rows, or blocks, that a buffer grows by at least
-BLOCK = 16  # rows that a MoSA head takes at once
+MIN_GROWTH = 16  # rows, or blocks, that a buffer grows by at least
+BLOCK = 16  # rows that a MoSA head allocates at once
 
 
 class Rows:
-    """Keys and values of one kind of heads; None: nothing came yet."""
+    """Keys and values of one kind of heads; None: nothing is stored yet."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
-        """What is allocated."""
+        """Return the allocated tensors."""
         return [tensor for tensor in (self.keys, self.values) if tensor is not None]
 
-    def select(self, sequences: Tensor) -> None:
+    def select_sequences(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
         raise NotImplementedError
 
     def leave_inference_mode(self) -> None:
-        """Copy what was made under torch.inference_mode, which may not be changed outside of it."""
+        """Copy tensors created under torch.inference_mode, which may not be modified outside of it."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.is_inference():
                 setattr(self, name, value.clone())
 
     def used_rows(self) -> int:
-        """Rows in use, over heads and sequences."""
+        """Return the number of rows in use, over all heads and sequences."""
         raise NotImplementedError
 
     def bytes(self) -> tuple[int, int]:
-        """Bytes allocated, and of them in use by keys and values."""
+        """Return the bytes allocated, and those in use by keys and values."""
         allocated = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
         if self.keys is None:
             return 0, 0
         return allocated, 2 * self.used_rows() * self.keys.shape[-1] * self.keys.element_size()
 
 
-class EqualRows(Rows):
-    """As many rows for every head and sequence, [B, heads, rows + 1, h']; the last one takes what is to be dropped."""
+class UniformRows(Rows):
+    """The same number of rows for every head and sequence, [B, heads, rows + 1, h']; the last row is discarded."""
 
     @property
     def rows(self) -> int:
-        """Tokens that fit."""
+        """Number of tokens that fit."""
         return 0 if self.keys is None else self.keys.shape[2] - 1
 
     def grow(self, like: Tensor, rows: int) -> None:
-        """Make room for ``rows`` tokens of keys like [B, heads, n, h']; what is there stays."""
+        """Allocate ``rows`` rows for keys like [B, heads, n, h'], and copy what is stored."""
         old = self.keys, self.values
         shape = (*like.shape[:2], rows + 1, like.shape[3])
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
@@ -64,40 +64,38 @@ class EqualRows(Rows):
             if before is not None:
                 now[:, :, : before.shape[2] - 1] = before[:, :, :-1]
 
-    def make_room(self, like: Tensor, needed: int) -> None:
-        """Grow, by a sixteenth more than is needed, if ``needed`` rows do not fit."""
+    def reserve(self, like: Tensor, needed: int) -> None:
+        """Make room for ``needed`` rows; if they do not fit, allocate a sixteenth more than needed."""
         if needed > self.rows:
-            self.grow(like, needed + max(STEP, needed // 16))
+            self.grow(like, needed + max(MIN_GROWTH, needed // 16))
 
-    def select(self, sequences: Tensor) -> None:
-        """Keep these sequences of the batch, in this order."""
+    def select_sequences(self, indices: Tensor) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (part.index_select(0, sequences) for part in (self.keys, self.values))
+            self.keys, self.values = (part.index_select(0, indices) for part in (self.keys, self.values))
 
 
-class DenseRows(EqualRows):
-    """Every token, padding included, in the order of the columns of the input."""
+class DenseRows(UniformRows):
+    """All tokens, including padding, in the order of the input's columns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, heads, T, h'] and return all that is there, [B, heads, length, h']."""
+        """Append [B, heads, T, h'] and return everything stored, [B, heads, length, h']."""
         start, self.length = self.length, self.length + keys.shape[2]
-        self.make_room(keys, self.length)
+        self.reserve(keys, self.length)
         assert self.keys is not None and self.values is not None
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def used_rows(self) -> int:
-        """As Rows."""
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[1] * self.length
 
 
-class WindowRows(EqualRows):
-    """A ring of the last ``window`` tokens of every sequence: position p lies in row p % window; no padding."""
+class WindowRows(UniformRows):
+    """A ring buffer of the last ``window`` tokens of each sequence without padding: position p is in row p % window."""
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -105,7 +103,7 @@ class WindowRows(EqualRows):
         self.counts: Tensor | None = None  # [B], tokens of each sequence so far
 
     def read(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Keys and values [B, heads, window, h'] and their positions [B, window], negative where there is none."""
+        """Return keys and values [B, heads, window, h'] and their positions [B, window], negative for unused rows."""
         if self.keys is None or self.values is None or self.counts is None:
             return None
         rows = torch.arange(self.window, device=self.keys.device)
@@ -113,7 +111,7 @@ class WindowRows(EqualRows):
         return self.keys[:, :, :-1], self.values[:, :, :-1], last - (last - rows) % self.window
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None) -> None:
-        """Add [B, heads, T, h'] at positions [B or 1, T]; tokens that are not ``valid`` [B, T] are dropped."""
+        """Store [B, heads, T, h'] at positions [B or 1, T], except for tokens that are not ``valid`` [B, T]."""
         if self.keys is None or self.values is None:
             self.grow(keys, self.window)
             self.counts = torch.zeros(keys.shape[0], dtype=torch.long, device=keys.device)
@@ -121,84 +119,80 @@ class WindowRows(EqualRows):
         batch, heads, length, _ = keys.shape
         new = length if valid is None else valid.sum(-1)
         self.counts = self.counts + new
-        stays = positions >= self.counts[:, None] - self.window  # [B, T]: a later token has not taken its row
+        is_kept = positions >= self.counts[:, None] - self.window  # [B, T]: no later token takes its row
         if valid is not None:
-            stays = stays & valid
-        rows = torch.where(stays, positions % self.window, self.window)[:, None]  # [B, 1, T]
+            is_kept = is_kept & valid
+        rows = torch.where(is_kept, positions % self.window, self.window)[:, None]  # [B, 1, T]
         sequence = torch.arange(batch, device=keys.device)[:, None, None]
         head = torch.arange(heads, device=keys.device)[:, None]
         self.keys[sequence, head, rows] = keys.to(self.keys.dtype)
         self.values[sequence, head, rows] = values.to(self.values.dtype)
 
-    def select(self, sequences: Tensor) -> None:
-        """As Rows."""
-        super().select(sequences)
-        self.counts = None if self.counts is None else self.counts[sequences]
+    def select_sequences(self, indices: Tensor) -> None:
+        super().select_sequences(indices)
+        self.counts = None if self.counts is None else self.counts[indices]
 
     def used_rows(self) -> int:
-        """As Rows."""
         if self.keys is None or self.counts is None:
             return 0
         return self.keys.shape[1] * int(self.counts.clamp(max=self.window).sum())
 
 
 class SelectedRows(Rows):
-    """The tokens that each head selected of each sequence: the n-th of them in row n, whatever its position.
+    """The tokens that each head has selected of each sequence; row n holds the n-th of them, at any position.
 
-    Heads select unequal numbers of tokens, so rows come in blocks of ``BLOCK`` from one pool, [blocks, BLOCK, h'], and
-    ``table`` [B, E, n] names the blocks of each head and sequence. Block 0 takes what is to be dropped.
+    Heads select different numbers of tokens, so rows are allocated in blocks of ``BLOCK`` from one pool,
+    [blocks, BLOCK, h']. ``table`` [B, E, n] has the block numbers of each head and sequence. Block 0 is discarded.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Tensor | None = None  # [B, E], rows in use
-        self.table: Tensor | None = None  # [B, E, n + 1]; the last column takes what is to be dropped
-        # [3]: blocks in use, block 0 included; the largest count; how many counts fill their blocks, so that one more
-        # token takes a new one
+        self.table: Tensor | None = None  # [B, E, n + 1]; the last column is discarded
+        # [3]: blocks in use, including block 0; the largest count; how many counts fill their blocks, so that their
+        # next token needs a new block
         self.totals: Tensor | None = None
-        self.copied: tuple[Tensor, torch.cuda.Event] | None = None  # totals on the host, once the event is over
+        self.host_copy: tuple[Tensor, torch.cuda.Event] | None = None  # of totals, valid once the event is complete
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"copied": None}  # an event cannot be copied, and what it waits for need not
+        return self.__dict__ | {"host_copy": None}  # an event cannot be copied; copies read totals from the device
 
     def leave_inference_mode(self) -> None:
-        """As Rows."""
         super().leave_inference_mode()
-        self.copied = None
+        self.host_copy = None
 
     def tensors(self) -> list[Tensor]:
-        """As Rows."""
         return super().tensors() + ([] if self.table is None else [self.table])
 
-    def begin(self, like: Tensor, heads: int) -> None:
-        """Before anything else: for sequences like [B, ...]."""
+    def initialize(self, like: Tensor, heads: int) -> None:
+        """Prepare for sequences like [B, ...]; to be called before all others."""
         if self.counts is None:
             self.counts = torch.zeros(like.shape[0], heads, dtype=torch.long, device=like.device)
             self.table = torch.zeros((*self.counts.shape, 1), dtype=torch.long, device=like.device)
-            self.note(torch.tensor([1, 0, self.counts.numel()], device=like.device))
+            self.set_totals(torch.tensor([1, 0, self.counts.numel()], device=like.device))
 
-    def note(self, totals: Tensor) -> None:
-        """Take over ``totals``, and begin to copy them to the host: who asks next waits for that, not this call."""
+    def set_totals(self, totals: Tensor) -> None:
+        """Set ``totals`` and start copying them to the host, so that only the next reader waits for the device."""
         self.totals = totals
         if not totals.is_cuda:
             return
-        if self.copied is None:
-            self.copied = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
-        copy, event = self.copied
+        if self.host_copy is None:
+            self.host_copy = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
+        copy, event = self.host_copy
         copy.copy_(totals, non_blocking=True)
-        event.record(torch.cuda.current_stream(totals.device))  # of the copy, on whatever device is the current one
+        event.record(torch.cuda.current_stream(totals.device))  # the stream of the copy, whatever the current device
 
-    def known(self) -> list[int]:
-        """``totals``, on the host."""
+    def host_totals(self) -> list[int]:
+        """Return ``totals`` on the host, waiting for the copy if necessary."""
         assert self.totals is not None
-        if self.copied is None:
+        if self.host_copy is None:
             return self.totals.tolist()
-        copy, event = self.copied
+        copy, event = self.host_copy
         event.synchronize()
         return copy.tolist()
 
-    def make_room(self, like: Tensor, largest: int, blocks: int) -> None:
-        """So that a head and sequence may have ``largest`` rows, and all together ``blocks``; keys like [.., h']."""
+    def reserve(self, like: Tensor, largest: int, blocks: int) -> None:
+        """Make room for ``largest`` rows per head and sequence and ``blocks`` blocks in total; keys like [.., h']."""
         columns = -(-largest // BLOCK)
         assert self.table is not None
         if columns >= self.table.shape[2]:
@@ -206,97 +200,98 @@ class SelectedRows(Rows):
             grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
             self.table = grown
         if self.keys is None or self.values is None or blocks > len(self.keys):
-            shape = (blocks + max(STEP, blocks // 16), BLOCK, like.shape[-1])
+            shape = (blocks + max(MIN_GROWTH, blocks // 16), BLOCK, like.shape[-1])
             old, (self.keys, self.values) = (self.keys, self.values), (like.new_zeros(shape), like.new_zeros(shape))
             for before, now in zip(old, (self.keys, self.values), strict=True):
                 if before is not None:
                     now[: len(before)] = before
 
-    def make_room_for_one(self, like: Tensor) -> None:
-        """So that every head of every sequence may take one more token."""
-        blocks, largest, full = self.known()
-        self.make_room(like, largest + 1, blocks + full)
+    def reserve_one(self, like: Tensor) -> None:
+        """Make room for one more token of every head and sequence."""
+        blocks, largest, full = self.host_totals()
+        self.reserve(like, largest + 1, blocks + full)
 
-    def put(
+    def store(
         self,
         index: tuple[Tensor, Tensor],
         rows: Tensor,
-        there: Tensor | None,
+        valid: Tensor | None,
         keys: Tensor,
         values: Tensor,
-        first: Tensor,
+        next_block: Tensor,
     ) -> None:
-        """Keys and values [..., h'] into rows [...] of sequences and heads; blocks are taken for them.
+        """Store keys and values [..., h'] in rows [...] of sequences and heads, with new blocks where needed.
 
         Args:
-            index: sequence and head, broadcast to [...].
-            there: [...], False where there is nothing to be put; None: everywhere.
-            first: [], the next block.
+            index: sequences and heads, broadcast to [...].
+            rows: row numbers.
+            valid: [...], False where there is nothing to store; None: everything is stored.
+            keys, values: [..., h'].
+            next_block: [], the first unused block.
         """
         assert self.table is not None and self.keys is not None and self.values is not None
-        begins = rows % BLOCK == 0
-        begins = begins if there is None else begins & there
-        blocks = first + begins.flatten().cumsum(0).view_as(begins) - 1  # [...]: the next ones, in order
+        is_new = rows % BLOCK == 0
+        is_new = is_new if valid is None else is_new & valid
+        blocks = next_block + is_new.flatten().cumsum(0).view_as(is_new) - 1  # [...]: unused blocks in order
         columns = rows // BLOCK
-        self.table[(*index, columns.masked_fill(~begins, self.table.shape[2] - 1))] = blocks
-        if there is not None:
-            columns = columns.masked_fill(~there, 0)
-        place = self.table[(*index, columns)]
-        place = place if there is None else place.masked_fill(~there, 0)
-        self.keys[place, rows % BLOCK] = keys.to(self.keys.dtype)
-        self.values[place, rows % BLOCK] = values.to(self.values.dtype)
+        self.table[(*index, columns.masked_fill(~is_new, self.table.shape[2] - 1))] = blocks
+        if valid is not None:
+            columns = columns.masked_fill(~valid, 0)
+        block = self.table[(*index, columns)]
+        block = block if valid is None else block.masked_fill(~valid, 0)
+        self.keys[block, rows % BLOCK] = keys.to(self.keys.dtype)
+        self.values[block, rows % BLOCK] = values.to(self.values.dtype)
 
-    def count(self, new: Tensor) -> None:
-        """Add ``new`` [B, E] to the counts, and note the totals."""
+    def add_to_counts(self, new: Tensor) -> None:
+        """Add ``new`` [B, E] to the counts, and update the totals."""
         assert self.counts is not None and self.totals is not None
         before, self.counts = self.counts, self.counts + new
         blocks = (self.counts + BLOCK - 1) // BLOCK - (before + BLOCK - 1) // BLOCK
         full = self.counts % BLOCK == 0
-        self.note(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
+        self.set_totals(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
-    def add_packed(self, keys: Tensor, values: Tensor, there: Tensor) -> Tensor:
-        """Add [B, E, k, h'], those that are ``there`` [B, E, k], which come first; return their rows, [B, E, k]."""
-        self.begin(keys, keys.shape[1])
+    def add_packed(self, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+        """Add [B, E, k, h'], of which the ``valid`` ones [B, E, k] come first; return their rows, [B, E, k]."""
+        self.initialize(keys, keys.shape[1])
         assert self.counts is not None and self.totals is not None
-        before, first = self.counts, self.totals[0]
-        self.count(there.sum(-1))
-        blocks, largest, _ = self.known()
-        self.make_room(keys, largest, blocks)
+        before, next_block = self.counts, self.totals[0]
+        self.add_to_counts(valid.sum(-1))
+        blocks, largest, _ = self.host_totals()
+        self.reserve(keys, largest, blocks)
         rows = before[..., None] + torch.arange(keys.shape[2], device=keys.device)
         sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
         head = torch.arange(keys.shape[1], device=keys.device)[:, None]
-        self.put((sequence, head), rows, there, keys, values, first)
+        self.store((sequence, head), rows, valid, keys, values, next_block)
         return rows
 
     def add_pairs(self, chosen: Tensor, index: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
-        """Add a token of n pairs of a sequence and a head, [n, h'], which ``chosen`` [B, E] has; return their rows."""
+        """Add one token [n, h'] for each of n pairs of sequence and head, ``chosen`` in [B, E]; return their rows."""
         assert self.counts is not None and self.totals is not None
-        self.make_room_for_one(keys)
+        self.reserve_one(keys)
         rows = self.counts[index]  # [n]
-        self.put(index, rows, None, keys, values, self.totals[0])
-        self.count(chosen)
+        self.store(index, rows, None, keys, values, self.totals[0])
+        self.add_to_counts(chosen)
         return rows
 
     def read(self, index: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of pairs [n, rows, h'], or of all [B, E, rows, h']; rows beyond a count mean nothing."""
+        """Return keys and values of pairs [n, rows, h'], or all [B, E, rows, h']; ignore rows beyond a pair's count."""
         assert self.table is not None and self.keys is not None and self.values is not None
-        columns = slice(0, -(-self.known()[1] // BLOCK))
+        columns = slice(0, -(-self.host_totals()[1] // BLOCK))
         blocks = self.table[:, :, columns] if index is None else self.table[(*index, columns)]
         return self.keys[blocks].flatten(-3, -2), self.values[blocks].flatten(-3, -2)
 
-    def select(self, sequences: Tensor) -> None:
-        """As Rows; every sequence gets blocks of its own."""
+    def select_sequences(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch, in this order; each gets its own copy of its blocks."""
         if self.counts is None or self.table is None or self.keys is None or self.values is None:
             return
-        self.counts, table = self.counts[sequences], self.table[sequences]
+        self.counts, table = self.counts[indices], self.table[indices]
         used = torch.arange(table.shape[2], device=table.device) < (self.counts[..., None] + BLOCK - 1) // BLOCK
         blocks = torch.cat((table.new_zeros(1), table[used]))  # old numbers, block 0 first
         self.keys, self.values = self.keys[blocks], self.values[blocks]
         self.table = torch.zeros_like(table)
         self.table[used] = torch.arange(1, len(blocks), device=table.device)
         full = self.counts % BLOCK == 0
-        self.note(torch.stack((full.new_full((), len(blocks), dtype=torch.long), self.counts.max(), full.sum())))
+        self.set_totals(torch.stack((full.new_full((), len(blocks), dtype=torch.long), self.counts.max(), full.sum())))
 
     def used_rows(self) -> int:
-        """As Rows."""
         return 0 if self.counts is None else int(self.counts.sum())

@@ -1,4 +1,4 @@
-"""Which tokens a call computes: their positions, their rotary angles, and what of them is padding."""
+"""Positions, rotary angles and padding of the tokens that a call computes."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .configuration_mosa import MosaConfig
 
 
 class Tokens(NamedTuple):
-    """What every layer must know of the tokens that it computes; the model computes it once."""
+    """Facts about the tokens of a call that every layer needs and the model computes once."""
 
     positions: Tensor
-    """[B or 1, T], in each one's own sequence, which begins after the padding at its left."""
+    """[B or 1, T], counted in each sequence without its padding."""
 
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines of the positions, [B or 1, T, n] for n pairs of channels."""
 
     valid: Tensor | None = None
-    """[B, T], False at padding; None: there is none."""
+    """[B, T], False at padding; None: there is no padding."""
 
     valid_keys: Tensor | None = None
-    """[B, columns], the same of all columns so far, these included."""
+    """[B, columns], the same for all columns so far, including these."""
 
     lengths: list[int] | None = None
-    """Tokens of each sequence without padding; of expert choice alone."""
+    """Number of tokens of each sequence without padding; only used by expert choice."""
 
 
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [..., n] each, for the n pairs of channels that are rotated at positions [...]."""
+    """Return cosines and sines, [..., n] each, for the n pairs of channels that are rotated at positions [...]."""
     size = 2 * int(config.head_dim * config.rotary_percent / 2)
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / max(size, 1)
     angles = positions.float().unsqueeze(-1) * config.rotary_base**-exponents
@@ -51,10 +51,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def read_tokens(
     attention_mask: Tensor | None, hidden_states: Tensor, cache: MosaCache | None, config: MosaConfig
 ) -> Tokens:
-    """Positions and padding of the tokens [B, T, h] that follow those in the cache.
+    """Compute positions and padding of the tokens [B, T, h] that follow those in the cache.
 
     Raises:
-        ValueError: a mask of another shape, one of a sequence without tokens, or none after one.
+        ValueError: the mask has another shape, masks a whole sequence, or is missing although the cache began with one.
     """
     batch, length, _ = hidden_states.shape
     columns = length + (0 if cache is None else cache.get_seq_length())
@@ -64,7 +64,7 @@ def read_tokens(
     padded = cache is not None and cache.padded
     if attention_mask is None and padded:
         raise ValueError(f"attention_mask is missing, and the cache began with one; expected {(batch, columns)}, ones")
-    # A single token waits for nothing: its mask is taken to hold padding.
+    # The mask of a single token is not inspected, which would wait for the device, but assumed to contain padding.
     if attention_mask is None or (not padded and length > 1 and bool((attention_mask == 1).all())):
         positions = torch.arange(columns - length, columns, device=device)[None]  # [1, T]
         return Tokens(positions, rotary_tables(positions, config))

@@ -206,6 +206,12 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
     return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Compute silu(gate) * up, [..., F], from the gate and the values it gates, [..., 2F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def split_heads(
     qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,6 +304,20 @@ def selected_attention(
     rows = (sequence * length + tokens).flatten()  # in [B * T, h]
     output.view(-1, width).index_add_(0, rows, projected.to(dtype).flatten(0, 2))
     return output.to(hidden_states.dtype)
+
+
+def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
+    """Add a gradient to an fp32 total in place, or replace the total by it.
+
+    Args:
+        total: fp32, contiguous.
+        gradient: any floating type, in the same shape.
+        replaces: whether the total is replaced.
+    """
+    if replaces:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
 
 
 @without_autocast

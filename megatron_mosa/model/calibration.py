@@ -1,4 +1,4 @@
-"""Thresholds for a model that was trained without: found by the scores that it gives to text."""
+"""Thresholds for a model that was trained with expert choice, found from its scores on text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from megatron_mosa.config import Config
 PASSES = 2
 
 
-def calibrating(config: Config, load_feedback: float = 0.0) -> Config:
-    """A model with thresholds to be found: each is the quantile of the last pass, which no capacity disturbs."""
+def calibration_config(config: Config, load_feedback: float = 0.0) -> Config:
+    """Return the configuration of a model to calibrate.
+
+    Its thresholds are the quantiles of the last pass over the text. The capacity is twice the sequence length, so that
+    it drops no token.
+    """
     mosa = replace(
         config.mosa, selection="threshold", include_first_token=True, threshold_warmup_steps=1, threshold_ema=1.0,
         capacity_factor=2 * config.mosa.sparsity, load_feedback=load_feedback,
@@ -23,18 +27,18 @@ def calibrating(config: Config, load_feedback: float = 0.0) -> Config:
 
 
 @torch.no_grad()
-def calibrate(model: torch.nn.Module, go_over_text: Callable[[], object]) -> None:
-    """Set the thresholds of a model that ``calibrating`` describes.
+def calibrate(model: torch.nn.Module, run_over_text: Callable[[], object]) -> None:
+    """Set each threshold to the (1 - 1 / rho) quantile of its head's scores.
 
-    Each becomes the (1 - 1 / rho) quantile of its head's scores: once as the model selects by expert choice, and then
-    once more as it selects by these thresholds, so that every layer is calibrated to what those below it do.
+    The first pass selects by expert choice, the second by the thresholds of the first, so that the final thresholds of
+    a layer fit the outputs of the layers below it.
 
     Args:
-        model: left in evaluation mode.
-        go_over_text: calls the model on all text; once for each pass.
+        model: a model of ``calibration_config``; left in evaluation mode.
+        run_over_text: calls the model on all of the text; called once per pass.
     """
-    model.train()  # scores are counted then
+    model.train()  # only training mode counts scores
     for _ in range(PASSES):
-        go_over_text()
+        run_over_text()
         update_thresholds(model, None)
     model.eval()

@@ -1,4 +1,4 @@
-"""From a configuration to a Megatron-core GPTModel."""
+"""Construction of a Megatron-core GPTModel from a configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_mosa.model.mosa_gpt import MosaGPTModel
 
 
 def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32) -> MosaTransformerConfig:
-    """Translate our configuration into Megatron-core's."""
+    """Translate a configuration into Megatron-core's."""
     model, mosa, parallel = config.model, config.mosa, config.parallel
     # Sequence parallelism splits over the tensor-parallel group; with one rank there is nothing to split.
     sequence_parallel = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
@@ -55,12 +55,12 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         normalization=cast(Any, model.normalization),
         gated_linear_unit=model.activation == "swiglu",
         activation_func=F.silu if model.activation == "swiglu" else F.gelu,
-        use_cpu_initialization=True,  # the engine moves the model where it belongs
+        use_cpu_initialization=True,  # the engine moves the model to the device
         perform_initialization=False,  # see initialization.py
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        # Fusions that need apex, Transformer Engine or Megatron's own gradient buffers.
+        # These fusions need apex, Transformer Engine or Megatron's gradient buffers.
         persist_layer_norm=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
@@ -68,7 +68,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
 
 
 def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> MosaGPTModel:
-    """A GPT with MoSA layers, on the CPU, with the weights of ``initial_weights``."""
+    """Build a GPT with MoSA layers on the CPU, with the weights of ``initial_weights``."""
     model = build_empty_model(config, vocab_size, params_dtype)
     for parameter, weight in initial_weights(model, config.run.seed):
         parameter.data.copy_(weight)
@@ -76,17 +76,17 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
 
 
 def build_empty_model(config: Config, vocab_size: int, params_dtype: torch.dtype = torch.float32) -> MosaGPTModel:
-    """The same model with memory for its weights but no values in them (norms excepted).
+    """Build the same model with uninitialized weights (except norms).
+
+    Needs initialized process groups.
 
     Args:
-        config: a checked configuration; the process groups must be up.
-        vocab_size: tokens in the tokenizer; padded here to ``model.vocab_size_multiple``.
-        params_dtype: type of the parameters.
+        vocab_size: number of tokens of the tokenizer; padded here to ``model.vocab_size_multiple``.
     """
     transformer = transformer_config(config, params_dtype)
     model = MosaGPTModel(
         transformer,
-        cast(Any, get_mosa_block_spec(transformer)),  # GPTModel takes a block's spec too, only unannounced
+        cast(Any, get_mosa_block_spec(transformer)),  # GPTModel accepts a block's spec, too, unlike its type hint
         vocab_size=padded_vocab_size(vocab_size, config.model.vocab_size_multiple),
         max_sequence_length=config.data.sequence_length,
         position_embedding_type="none",
@@ -103,17 +103,17 @@ def language_model_loss(
     loss_mask: Tensor,
     document_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses and number of tokens that count.
+    """Compute the sum of the token losses and the number of tokens that count.
 
     Args:
-        model: a MosaGPTModel, its forward pass, or an engine around one.
+        model: a MosaGPTModel, its forward pass, or an engine around it.
         tokens, labels: int64 [B, T].
         loss_mask: [B, T], 1 where the label counts.
-        document_starts: int64 [B, T], best on the CPU: where each token's document begins, for a model whose attention
-            stays inside documents.
+        document_starts: int64 [B, T], preferably on the CPU: the position where each token's document begins, for a
+            model whose attention stays within documents.
 
     Returns:
-        Two fp32 scalars: the sum of the cross entropies in nats, and the number of tokens.
+        Two fp32 scalars: the sum of the cross entropies in nats, and the number of tokens that count.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     documents = None if document_starts is None else Documents.from_starts(document_starts, tokens.device)

@@ -1,6 +1,6 @@
-"""Initial weights: a function of the seed, a parameter's name and its global shape, and of nothing else.
+"""Initial weights, as a function of only the seed, a parameter's name and its global shape.
 
-Not of the tensor-parallel size or rank, the ZeRO stage, the device, or the order in which modules are built.
+They do not depend on the tensor-parallel size or rank, the ZeRO stage, the device, or the order of construction.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Initialiser = Callable[[Tensor], object]
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
-    """Tag Megatron's partitioned weights.
+    """Tag Megatron's partitioned weights with their partition.
 
-    Its own initialisation does that, which is switched off for this one; only from 0.19 on it is done in any case.
+    Before Megatron-core 0.19 only its own initialization does that, which is switched off here.
     """
     gated = {layer.linear_fc1 for layer in model.modules() if isinstance(layer, MLP) and layer.config.gated_linear_unit}
     for module in model.modules():
@@ -46,14 +46,10 @@ def mark_partitioned(model: torch.nn.Module) -> None:
 
 
 def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Yield every matrix of the model with this rank's slice of its initial value, one at a time.
+    """Yield each matrix of the model with this rank's slice of its initial value, one at a time.
 
-    The global weight is drawn in fp32 on the CPU and sliced. Parameters of one dimension (norms) keep what their module
-    gave them. Works on parameters that ZeRO-3 has partitioned.
-
-    Args:
-        model: a GPTModel with MoSA layers.
-        seed: any integer.
+    The global weight is drawn in fp32 on the CPU and sliced. Parameters of one dimension (norms) keep their values.
+    Parameters may be partitioned by ZeRO-3.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -70,10 +66,10 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], initialise: Initialiser) -> Tensor:
-    """The initial value, fp32, of the parameter of that global name and shape."""
+    """Return the fp32 initial value of the parameter with this name and global shape."""
     weight = torch.empty(shape)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_seed_of(seed, name))  # the CPU's alone
+        torch.default_generator.manual_seed(_seed_of(seed, name))  # only the CPU's generator
         initialise(weight)
     return weight
 

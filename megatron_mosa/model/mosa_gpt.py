@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.thresholds import mosa_layers
 from megatron_mosa.kernels import KernelBackend
+from megatron_mosa.parallel import tensor_parallel_group
+from megatron_mosa.parallel.regions import TensorParallelRegion
 
 
 class MosaGPTModel(GPTModel):
@@ -21,19 +24,26 @@ class MosaGPTModel(GPTModel):
     """
 
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, so that they are no submodules
-    _kernels: KernelBackend
+    _linear_cross_entropy: Callable[..., Tensor]
+    _region: TensorParallelRegion
 
-    def compile_layers(self, kernels: KernelBackend) -> None:
+    def compile_layers(
+        self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
+    ) -> None:
         """Take the fast way from now on; parameters must be where and of which type they will stay.
 
         Args:
-            kernels: the Triton backend.
+            kernels: the backend of the heads, Triton's.
+            loss: ``linear_cross_entropy``; that of ``kernels`` by default.
+            backend: of torch.compile; None: layers run as they are written.
         """
         torch.compiler.reset()  # what an earlier model in this process has compiled counts towards the same limit
-        self._kernels = kernels
-        self._compiled_layers = tuple(DecoderLayer(cast(Any, layer), kernels) for layer in self.decoder.layers)
-        for layer in self._compiled_layers:
-            layer.compile(dynamic=False, fullgraph=True)
+        self._linear_cross_entropy = loss or kernels.linear_cross_entropy
+        group = tensor_parallel_group()
+        self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
+        self._compiled_layers = tuple(
+            DecoderLayer(cast(Any, layer), kernels, self._region, backend) for layer in self.decoder.layers
+        )
 
     def forward(
         self,
@@ -51,7 +61,8 @@ class MosaGPTModel(GPTModel):
         if not self._compiled_layers:
             losses = super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **options)
             return (losses.float() * loss_mask).sum()
-        hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)  # [T, B, h]
+        hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)
+        # [T, B, h], under sequence parallelism [T / tensor-parallel size, B, h]
         if self.training and torch.is_grad_enabled():
             above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
             for layer in self._compiled_layers:
@@ -61,6 +72,6 @@ class MosaGPTModel(GPTModel):
             hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=attention_mask)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        return self._kernels.linear_cross_entropy(
-            hidden_states.flatten(0, 1), weight, labels.t().flatten(), loss_mask.t().flatten()
-        )
+        states = self._region.enter(hidden_states).flatten(0, 1)
+        targets, token_weights = labels.t().flatten(), loss_mask.t().flatten()
+        return self._linear_cross_entropy(states, weight, targets, token_weights, tensor_parallel_group())

@@ -1,4 +1,4 @@
-"""What a model is made of that is learned: its parameters, and the thresholds of its MoSA heads."""
+"""The tensors of a model that checkpoints store: parameters, and the thresholds of MoSA heads."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from megatron_mosa.attention.thresholds import threshold_buffers
 from megatron_mosa.parallel import Partition, partition_of
 
 
-class Stored(NamedTuple):
-    """A tensor that checkpoints keep."""
+class StoredTensor(NamedTuple):
+    """A tensor that checkpoints store."""
 
     tensor: Tensor
-    """This tensor-parallel rank's part; under ZeRO-3 of a parameter this rank's share of it."""
+    """This tensor-parallel rank's part; of a parameter under ZeRO-3, what this rank holds of that part."""
 
     partition: Partition | None
-    """How it is split over the tensor-parallel group; None: it is replicated."""
+    """How it is split over the tensor-parallel group; None if it is replicated."""
 
     is_trained: bool
-    """Whether an optimizer steps it, and keeps moments of it."""
+    """Whether the optimizer steps it and keeps its moments."""
 
     @property
     def size(self) -> int:
-        """Numbers in this tensor-parallel rank's part."""
+        """Number of elements of this tensor-parallel rank's part."""
         return getattr(self.tensor, "ds_numel", self.tensor.numel())
 
 
-def stored_tensors(model: torch.nn.Module) -> dict[str, Stored]:
-    """By Megatron's names; parameters first."""
-    parameters = {name: Stored(p, partition_of(p), True) for name, p in model.named_parameters()}
-    of_heads = Partition(dim=0)
-    return parameters | {name: Stored(b, of_heads, False) for name, b in threshold_buffers(model).items()}
+def stored_tensors(model: torch.nn.Module) -> dict[str, StoredTensor]:
+    """Return the stored tensors by Megatron's names, parameters first."""
+    parameters = {name: StoredTensor(p, partition_of(p), True) for name, p in model.named_parameters()}
+    over_heads = Partition(dim=0)
+    return parameters | {name: StoredTensor(b, over_heads, False) for name, b in threshold_buffers(model).items()}

@@ -1,4 +1,4 @@
-"""Process groups, DeepSpeed's view of them, and gradients of replicated parameters."""
+"""Process groups: launch, agreement between ranks, DeepSpeed's interface, and gradients of replicated parameters."""
 
 from megatron_mosa.parallel.agree import HostGroup, on_every_rank, on_main_rank
 from megatron_mosa.parallel.cpu import patch_cuda_for_cpu

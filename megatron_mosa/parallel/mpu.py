@@ -7,42 +7,18 @@ be passed. Model parallelism means tensor parallelism here: there is no pipeline
 from __future__ import annotations
 
 from megatron.core import parallel_state
-from torch.distributed import ProcessGroup
-
-from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
 
 
 class ModelParallelUnit:
     """The interface that ``deepspeed.initialize(mpu=...)`` expects."""
 
-    def get_model_parallel_rank(self) -> int:
-        """Rank in the model-parallel group."""
-        return parallel_state.get_tensor_model_parallel_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        """Size of the model-parallel group."""
-        return parallel_state.get_tensor_model_parallel_world_size()
-
-    def get_model_parallel_group(self) -> ProcessGroup:
-        """The ranks that hold the parts of one replica."""
-        return tensor_parallel_group()
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        """Global rank of the first member of the tensor-parallel group."""
-        return parallel_state.get_tensor_model_parallel_src_rank()
-
-    def get_data_parallel_rank(self) -> int:
-        """Rank in the data-parallel group."""
-        return parallel_state.get_data_parallel_rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        """Size of the data-parallel group."""
-        return parallel_state.get_data_parallel_world_size()
-
-    def get_data_parallel_group(self) -> ProcessGroup:
-        """The ranks that hold the same part of different replicas."""
-        return data_parallel_group()
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)

@@ -10,6 +10,8 @@ The signatures are those of Megatron-core's layer-norm builders.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -20,39 +22,38 @@ from megatron_mosa.parallel.groups import tensor_parallel_group
 from megatron_mosa.parallel.regions import sum_gradients
 
 
-class SequenceParallelLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm over the last dimension, correct on full sequences and on a rank's slice of them."""
+class _SequenceParallelNorm(torch.nn.Module):
+    """Mixin for one of torch's norms: construction by Megatron's signature, and parameters with whole gradients."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
-        self.sums_gradients = _sums_gradients(config)
-        self.uses_apex = _uses_apex(config)
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.sums_gradients = config.sequence_parallel and config.tensor_model_parallel_size > 1
+        self.uses_apex = getattr(config, "mosa_apex_norms", True)
+
+    def _summed(self, parameter: Tensor) -> Tensor:
+        return sum_gradients(parameter, tensor_parallel_group()) if self.sums_gradients else parameter
+
+    def _apex(self, states: Tensor) -> ModuleType | None:
+        return apex_norms() if self.uses_apex and states.is_cuda else None
+
+
+class SequenceParallelLayerNorm(_SequenceParallelNorm, torch.nn.LayerNorm):
+    """LayerNorm of [..., hidden_size], correct on full sequences and on a rank's slice of them."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [..., hidden_size]."""
-        weight, bias = self.weight, self.bias
-        if self.sums_gradients:
-            group = tensor_parallel_group()
-            weight, bias = sum_gradients(weight, group), sum_gradients(bias, group)
-        apex = apex_norms() if self.uses_apex and input.is_cuda else None
-        if apex is not None:
+        weight, bias = self._summed(self.weight), self._summed(self.bias)
+        if apex := self._apex(input):
             return apex.fused_layer_norm_affine(input, weight, bias, self.normalized_shape, self.eps)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm over the last dimension, correct on full sequences and on a rank's slice of them."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
-        self.sums_gradients = _sums_gradients(config)
-        self.uses_apex = _uses_apex(config)
+class SequenceParallelRMSNorm(_SequenceParallelNorm, torch.nn.RMSNorm):
+    """RMSNorm of [..., hidden_size], correct on full sequences and on a rank's slice of them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., hidden_size]."""
-        weight = sum_gradients(self.weight, tensor_parallel_group()) if self.sums_gradients else self.weight
-        apex = apex_norms() if self.uses_apex and x.is_cuda else None
-        if apex is not None:
+        weight = self._summed(self.weight)
+        if apex := self._apex(x):
             return apex.fused_rms_norm_affine(x, weight, self.normalized_shape, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
@@ -67,15 +68,3 @@ def norm_class(normalization: str) -> type[torch.nn.Module]:
     if normalization not in kinds:
         raise ValueError(f"normalization must be one of {', '.join(map(repr, kinds))}, got {normalization!r}")
     return kinds[normalization]
-
-
-def _device(config: TransformerConfig) -> torch.device | int | None:
-    return None if config.use_cpu_initialization else torch.cuda.current_device()
-
-
-def _uses_apex(config: TransformerConfig) -> bool:
-    return getattr(config, "mosa_apex_norms", True)
-
-
-def _sums_gradients(config: TransformerConfig) -> bool:
-    return config.sequence_parallel and config.tensor_model_parallel_size > 1

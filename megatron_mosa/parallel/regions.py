@@ -1,24 +1,72 @@
-"""An autograd function: identity forward, sum over the tensor-parallel group backward."""
+"""Where activations enter and leave the tensor-parallel region: each collective, and the one backward in its place.
+
+All go through torch's functional collectives, which torch.compile traces and CUDA graphs capture.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+_collectives = torch.ops._c10d_functional
+
+
+def _all_reduce(tensor: Tensor, group: str) -> Tensor:
+    return _collectives.wait_tensor(_collectives.all_reduce(tensor.contiguous(), "sum", group))
+
+
+def _all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
+    return _collectives.wait_tensor(_collectives.all_gather_into_tensor(tensor.contiguous(), size, group))
+
+
+def _reduce_scatter(tensor: Tensor, size: int, group: str) -> Tensor:
+    return _collectives.wait_tensor(_collectives.reduce_scatter_tensor(tensor.contiguous(), "sum", size, group))
+
 
 class _SumGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return _all_reduce(gradients[0], ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        return _all_reduce(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return _all_gather(tensor, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(gradients[0], ctx.size, ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return _reduce_scatter(tensor, size, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(gradients[0], ctx.size, ctx.group), None, None
 
 
 def sum_gradients(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
@@ -32,4 +80,42 @@ def sum_gradients(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
         tensor: any shape, equal on all ranks.
         group: the tensor-parallel group.
     """
-    return tensor if group.size() == 1 else _SumGradients.apply(tensor, group)
+    return tensor if group.size() == 1 else _SumGradients.apply(tensor, group.group_name)
+
+
+@dataclass(frozen=True)
+class TensorParallelRegion:
+    """The part of a layer in which each rank works on whole sequences with its share of the weights.
+
+    Outside of it hidden states are [T, B, h] on every rank, or under sequence parallelism [T / size, B, h], a slice of
+    the sequence on each. With one rank every method returns its argument.
+    """
+
+    group: str
+    """Name of the tensor-parallel process group."""
+
+    size: int
+    """Its ranks."""
+
+    splits_sequence: bool
+    """Sequence parallelism."""
+
+    def enter(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states as they are outside to [T, B, h]; backward sums over ranks what each contributes."""
+        if self.size == 1:
+            return hidden_states
+        if self.splits_sequence:
+            return _Gather.apply(hidden_states, self.size, self.group)
+        return _SumGradients.apply(hidden_states, self.group)
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """Sum each rank's [T, B, h] over ranks, to hidden states as they are outside."""
+        if self.size == 1:
+            return partial
+        if self.splits_sequence:
+            return _Scatter.apply(partial, self.size, self.group)
+        return _Sum.apply(partial, self.group)
+
+    def outside(self, parameter: Tensor) -> Tensor:
+        """Use a replicated parameter outside: under sequence parallelism its gradient is summed over the slices."""
+        return _SumGradients.apply(parameter, self.group) if self.splits_sequence and self.size > 1 else parameter

@@ -1,6 +1,6 @@
-"""Where the ranks of ``mosa doctor`` meet: at torch's key-value store, before there is any process group.
+"""Communication of ``mosa doctor``'s ranks through torch's key-value store, without a process group.
 
-So who did not come, or says no more, is known by name.
+This way ranks that do not join, or stop responding, can be named.
 """
 
 from __future__ import annotations
@@ -19,15 +19,19 @@ from megatron_mosa.resilience.doctor_node import Finding, node_name, parallel_mo
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-GRACE_SECONDS = 5.0  # that others wait longer than rank 0, which ends the wait for all
+GRACE_SECONDS = 5.0
+"""How much longer than rank 0 the other ranks wait for it, because it announces the end of each wait."""
 
 
 class Job:
-    """The ranks of a job, and what they tell one another; all values are what JSON can hold.
+    """The ranks of a job, which exchange JSON values.
+
+    Args:
+        deadline: when to stop waiting for the store, by time.monotonic.
 
     Raises:
-        UserError: no address to meet at.
-        RunError: nobody answers there in time.
+        UserError: MASTER_ADDR or MASTER_PORT is missing or malformed.
+        RunError: the store cannot be opened or reached in time.
     """
 
     def __init__(self, rank: int, world_size: int, deadline: float) -> None:
@@ -44,8 +48,8 @@ class Job:
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
         if not host or not port.isdigit():
             raise UserError(
-                f"MASTER_ADDR={host or ''} MASTER_PORT={port} do not say where the {self.world_size} ranks meet; "
-                "expected a host name and a port; torchrun, srun and deepspeed set them"
+                f"MASTER_ADDR must be a host name and MASTER_PORT a port where the {self.world_size} ranks meet, got "
+                f"'{host or ''}' and '{port}'; torchrun, srun and deepspeed set them"
             )
         self.address = f"{host}:{port}"
         # torchrun's agent may have opened the store already.
@@ -63,8 +67,8 @@ class Job:
                 problem = f"rank 0 cannot listen at {self.address} ({str(error).splitlines()[0]})"
                 fix = "MASTER_ADDR must be rank 0's node and MASTER_PORT free"
             else:
-                problem = f"node {node_name()}: rank {self.rank} of {self.world_size} reaches nobody at {self.address}"
-                fix = "see that rank 0 was started, that MASTER_ADDR is its node and that no firewall is between"
+                problem = f"node {node_name()}: rank {self.rank} of {self.world_size} cannot reach {self.address}"
+                fix = "check that rank 0 was started, MASTER_ADDR is its node and no firewall blocks the connection"
             raise RunError(f"{problem}; {fix}") from None
         return PrefixStore(f"doctor-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -75,7 +79,7 @@ class Job:
             self.store.set(key, json.dumps(value))
 
     def _get(self, key: str, deadline: float) -> Any:
-        """Raises RuntimeError where the key does not come in time, or the store goes away."""
+        """Return the value of a key; raise RuntimeError if it is not set in time or the store is gone."""
         if self.store is None:
             return json.loads(self.alone[key])
         seconds = deadline - time.monotonic()
@@ -86,11 +90,11 @@ class Job:
         return json.loads(self.store.get(key))
 
     def send(self, name: str, value: Any) -> None:
-        """Tell rank 0."""
+        """Send a value to rank 0."""
         self._set(f"{name}/{self.rank}", value)
 
     def collect(self, name: str, deadline: float) -> dict[int, Any]:
-        """On rank 0: what the ranks have sent by the deadline (of time.monotonic), by rank."""
+        """Return, on rank 0, the values that ranks have sent by the deadline, by rank."""
         found = {}
         for rank in range(self.world_size):
             with suppress(RuntimeError):
@@ -98,24 +102,24 @@ class Job:
         return found
 
     def announce(self, name: str, value: Any) -> None:
-        """On rank 0: tell all."""
+        """Send a value from rank 0 to all ranks."""
         self._set(name, value)
 
     def hear(self, name: str, deadline: float) -> Any:
-        """What rank 0 announces.
+        """Return the value that rank 0 announces.
 
         Raises:
-            RunError: rank 0 went away, or says nothing.
+            RunError: rank 0 does not respond.
         """
         try:
             return self._get(name, deadline + GRACE_SECONDS)
         except RuntimeError:
             raise RunError(
-                f"node {node_name()}: rank 0 at {self.address} says no more; see what it printed and whether it runs"
+                f"node {node_name()}: lost contact with rank 0 at {self.address}; check its output and whether it runs"
             ) from None
 
     def leave(self) -> None:
-        """Rank 0, which may hold the store, goes last."""
+        """End the communication; rank 0, which may host the store, waits for the others."""
         if self.store is None:
             return
         with suppress(RuntimeError):
@@ -125,18 +129,18 @@ class Job:
 
 
 def absence(job: Job, here: dict[int, str], timeout: float) -> Finding:
-    """That not all ranks came; ``here`` are the nodes of those that did, by rank."""
+    """Return the finding that not all ranks joined; ``here`` maps the ranks that did to their nodes."""
     missing = [rank for rank in range(job.world_size) if rank not in here]
     names = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
     nodes = absent_nodes(here)
-    what = f"{len(here)} of {job.world_size} ranks came to {job.address} within {timeout:g} s, not rank {names}"
+    what = f"{len(here)} of {job.world_size} ranks joined at {job.address} within {timeout:g} s, missing rank {names}"
     what += f" (node {', '.join(nodes)})" if nodes else ""
-    fix = "see that each task was started, that its torch imports and that it reaches that address, or raise --timeout"
+    fix = "check that each task was started, can import torch and can reach this address, or raise --timeout"
     return Finding("rendezvous", what, fix)
 
 
 def absent_nodes(here: dict[int, str]) -> list[str]:
-    """Nodes of the Slurm step from which nobody came; none known without Slurm."""
+    """Return the nodes of the Slurm step of which no rank joined; empty without Slurm."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if not nodes:
         return []

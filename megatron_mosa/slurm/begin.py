@@ -1,8 +1,8 @@
-"""``python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]``: may an attempt begin?
+"""``python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]`` decides whether to start an attempt.
 
-Prints two lines, the run directory and ``go``, ``done`` or ``stop REASON``, and notes the attempt (MOSA_ATTEMPT) in
-``slurm.json``. An attempt before it that nobody judged, because its node died, is judged now. ``done`` and ``stop`` end
-the rest of a chain (MOSA_CHAIN) of jobs; a job that a person submits after a ``stop`` gets a fresh count of failures.
+It prints two lines, the run directory and ``go``, ``done`` or ``stop REASON``, and records the attempt (MOSA_ATTEMPT)
+in ``slurm.json``. If the previous attempt has no verdict, because its node died, it gets one first. ``done`` and
+``stop`` end all jobs of a chain (MOSA_CHAIN); a job that is submitted anew after a ``stop`` counts failures from zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_mosa.slurm.verdict import settle
 
 
 def begin(config: Config) -> tuple[Path, str]:
-    """The run directory, and ``go``, ``done`` or ``stop REASON``."""
+    """Return the run directory, and ``go``, ``done`` or ``stop REASON``."""
     run = Path(config.run.directory) / config.run.name
     record = Record.read(run)
     chain = os.environ.get("MOSA_CHAIN")
@@ -28,11 +28,11 @@ def begin(config: Config) -> tuple[Path, str]:
         if record.verdict == "stop":
             return run, line
     steps = min(config.train.steps, config.train.stop_after_step or config.train.steps)
-    if record.verdict == "done" and checkpoint_step(run) >= steps:  # more steps than last time are trained
+    if record.verdict == "done" and checkpoint_step(run) >= steps:  # unless more steps are configured than last time
         return run, "done"
     if record.verdict == "stop":
         if chain is not None and chain == record.chain:
-            return run, f"stop as the job before it in this chain ({record.reason}); submit anew to go on"
+            return run, f"stop as the previous job of this chain ({record.reason}); submit a new job to continue"
         record.failures = 0
     record.starts += 1
     record.attempt, record.chain = os.environ.get("MOSA_ATTEMPT"), chain
@@ -41,7 +41,7 @@ def begin(config: Config) -> tuple[Path, str]:
 
 
 def main() -> None:
-    """Run the program."""
+    """Check the configuration, and print the decision."""
     if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
         raise UserError("usage: python -m megatron_mosa.slurm.begin PROCESSES CONFIG [section.key=value ...]")
     config = load_config(sys.argv[2], sys.argv[3:], checks_batches=False)

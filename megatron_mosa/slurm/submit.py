@@ -147,7 +147,7 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     check_world_size(config, world_size)
     from megatron_mosa.train.start import check_start  # slow to import, so other mistakes are reported first
 
-    check_start(config, world_size, devices_are_here=False)
+    check_start(config, world_size, checks_devices=False)
     run = (Path(config.run.directory) / config.run.name).absolute()
     for name, path in (("run directory", run), ("current directory", Path.cwd())):
         if any(character.isspace() for character in str(path)):

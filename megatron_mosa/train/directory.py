@@ -1,4 +1,4 @@
-"""The run directory: one job at a time writes there."""
+"""The run directory, in which one job at a time may write."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import IO
 from megatron_mosa.config import Config, save_config
 from megatron_mosa.errors import UserError
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks, as some networks' are
 
 
 class RunDirectory:
-    """Holds ``runs/NAME`` for this job: as long as the object lives and the process runs, no other job gets it."""
+    """Locks ``runs/NAME`` for this job, for as long as the object and the process exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
 
     def prepare(self, config: Config) -> None:
-        """Make the directory, lock it, write config.yaml; for the main rank.
+        """Create and lock the directory, and write config.yaml. Only the main rank calls this.
 
         Raises:
-            UserError: it cannot be written, or another job holds it.
+            UserError: the directory cannot be written, or another job uses it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w", encoding="utf-8")
-            # A lock of this process alone: flock's would go on with loader processes, which outlive it after kill -9.
+            # Not flock: its lock would be inherited by data loader processes, which outlive this one after kill -9.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             if self._lock is None:
                 raise UserError(_unwritable(self.path, error.strerror)) from None
             raise UserError(
-                f"run directory '{self.path}' is in use by another job; wait for it, end it, or give this run another "
-                "name (run.name=...)"
+                f"run directory '{self.path}' is in use by another job; wait for that job, end it, or give this run "
+                "another name (run.name=...)"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -46,17 +46,17 @@ class RunDirectory:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a directory that could not be made or written, without making it.
+    """Check that a directory can be created and written, without creating it.
 
     Raises:
-        UserError: the nearest existing folder above it is none, or is not writable.
+        UserError: its nearest existing ancestor is not a directory, or not writable.
     """
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not existing.is_dir():
-        raise UserError(_unwritable(path, f"{existing} is no folder"))
+        raise UserError(_unwritable(path, f"{existing} is not a directory"))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(_unwritable(path, f"{existing} is not writable"))
 
 
 def _unwritable(path: Path, reason: str | None) -> str:
-    return f"run directory '{path}' cannot be written ({reason}); set run.directory to a writable folder"
+    return f"run directory '{path}' cannot be written ({reason}); set run.directory to a writable directory"

@@ -1,4 +1,4 @@
-"""Pretraining from a configuration: put the parts together, resume, run, report."""
+"""Pretraining from a configuration: assemble the parts, resume, train, report."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from megatron_mosa.train.writers import Writers
 
 
 def pretrain(config: Config) -> int:
-    """Train to ``train.steps`` (or ``train.stop_after_step``) from the newest checkpoint, else from
-    the weights of ``checkpoint.initialize_from``, else from the seed.
+    """Train to ``train.steps`` or ``train.stop_after_step``, whichever comes first.
 
-    Collective: every rank of the job calls it. Writes the run directory (config.yaml, metrics.jsonl, checkpoints/,
-    loss.png, TensorBoard events, status.json).
+    Training starts from the run's newest checkpoint; without one, from the weights of ``checkpoint.initialize_from``;
+    without those, from weights drawn from the seed. Writes the run directory (config.yaml, metrics.jsonl, checkpoints/,
+    loss.png, TensorBoard events, status.json). A collective over all ranks of the job.
 
     Returns:
         ``exit_codes.DONE``, or ``STOPPED`` if a signal or the job's time limit ended it early, with a checkpoint.
 
     Raises:
-        UserError: whatever ``check_start`` refuses, and a run directory that cannot be written.
-        GaveUpError: losses stay not finite.
-        RunError: the ranks did not meet; the last checkpoint could not be written.
+        UserError: ``check_start`` rejects the run, or the run directory cannot be written.
+        GaveUpError: losses stay non-finite.
+        RunError: not all ranks joined, or the last checkpoint could not be written.
     """
     if config.train.deterministic:
         use_deterministic_algorithms()
@@ -71,22 +71,22 @@ def pretrain(config: Config) -> int:
 
 
 def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) -> str | None:
-    """Meet the other ranks, train, report; why it stopped early, if it did."""
+    """Join the other ranks, train and report; return the reason for an early stop, if there was one."""
     start = check_start(config, world_size, reads_all=rank == 0)
-    survival.watchdog.beat("meeting the other ranks")
+    survival.watchdog.beat("joining the other ranks")
     layout = initialize_parallel(
         config.parallel.tensor_model_parallel_size,
         config.run.seed,
         rendezvous_seconds=config.resilience.rendezvous_timeout,
     )
     survival.interruption.hosts = HostGroup()
-    # Nodes may see different files for a while on a shared file system: what rank 0 has found counts.
-    start, last_measured = on_main_rank(lambda: (start, _last_measured(start)))
+    # On a shared file system, nodes may temporarily see different files: all ranks use what rank 0 has found.
+    start, last_validated = on_main_rank(lambda: (start, _last_validated(start)))
     config = replace(config, data=replace(config.data, index_samples=start.index_samples))
     step = start.metadata.step if start.metadata else 0
     stopped = None
-    if step < config.train.steps or last_measured < step:
-        stopped = _train(config, start, last_measured, layout, survival)
+    if step < config.train.steps or last_validated < step:
+        stopped = _train(config, start, last_validated, layout, survival)
     elif layout.is_main:
         print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
     if layout.is_main:
@@ -95,14 +95,14 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: Survival) ->
     return stopped
 
 
-def _last_measured(start: ResumePoint) -> int:
-    """The last step of the run that has a validation line."""
+def _last_validated(start: ResumePoint) -> int:
+    """Return the last step of the run that has a validation line, or 0."""
     lines = read_journal(start.directory / "metrics.jsonl")
     return max((line["step"] for line in lines if "validation_loss" in line), default=0)
 
 
-def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layout, survival: Survival) -> str | None:
-    """Train; why it stopped early, if it did."""
+def _train(config: Config, start: ResumePoint, last_validated: int, layout: Layout, survival: Survival) -> str | None:
+    """Train; return the reason for an early stop, if there was one."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
     skipped = on_main_rank(lambda: skipped_steps(start.directory))
@@ -114,7 +114,7 @@ def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layou
         f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
         f"{layout.world_size} x {layout.device.type}: tensor parallel {layout.tensor_parallel_size}, "
         f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
-        + (f", MoSA heads on {mosa_backend(config)} kernels" if config.mosa.num_heads else "")
+        + (f", {mosa_backend(config)} kernels for MoSA heads" if config.mosa.num_heads else "")
     )
     per_step = config.train.global_batch_size // (config.train.micro_batch_size * layout.data_parallel_size)
 
@@ -135,19 +135,19 @@ def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layou
     store = CheckpointStore.of(start.directory, config.checkpoint)
     for path, damage in start.damaged:
         aside = on_main_rank(functools.partial(store.set_aside, path))
-        writers.note(f"checkpoint {path} is damaged: {damage}; set aside as {aside.name}")
+        writers.note(f"checkpoint {path} is damaged: {damage}; renamed to {aside.name}")
     if start.checkpoint is not None:
         survival.status.update("resuming", checkpoint=start.checkpoint.name)
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
     elif start.initial is not None:
         load_initial_weights(engine, start.initial)
-        writers.note(f"weights taken from {start.initial}, optimizer state fresh")
+        writers.note(f"initialized the weights from {start.initial}; the optimizer state is new")
     callbacks = [
         Heartbeat(survival),
         StepMonitor(writers, config.resilience),
         Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
-        Validation(writers, validation, last_measured),
+        Validation(writers, validation, last_validated),
         Checkpointing(writers, store, start.data_identity),
         Faults(survival.faults),
         DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),
@@ -155,31 +155,31 @@ def _train(config: Config, start: ResumePoint, last_measured: int, layout: Layou
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
     trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
     if state.step >= trainer.last_step:
-        writers.note(f"nothing to do: step {state.step} is not before train.stop_after_step={trainer.last_step}")
+        writers.note(f"nothing to do: step {state.step} has already reached train.stop_after_step={trainer.last_step}")
     try:
         trainer.run(batches)
     finally:
         store.close()
-    if trainer.stopping:
-        writers.note(f"stopped at step {state.step}: {trainer.stopping}; start the run again to go on")
+    if trainer.stop_reason:
+        writers.note(f"stopped at step {state.step}: {trainer.stop_reason}; start the run again to resume it")
     writers.close()
     engine.destroy()
-    return trainer.stopping
+    return trainer.stop_reason
 
 
 def _large_files(config: Config, start: ResumePoint) -> list[FileHash]:
-    """What was too large to be hashed before the start."""
+    """Return the dataset's files if they are too large to be hashed before the start, else none."""
     files = start.data.hashes() if config.data.check_hashes else []
     return files if is_large(files) else []
 
 
 def _newest(store: CheckpointStore) -> str:
     newest = store.newest().path
-    return "before its first checkpoint" if newest is None else f"its last sound checkpoint is {newest}"
+    return "before its first checkpoint" if newest is None else f"its last intact checkpoint is {newest}"
 
 
 def _training_batches(config: Config, start: ResumePoint, state: TrainingState, layout: Layout) -> Iterator[Batch]:
-    """This rank's micro-batches from where the run stands; collective."""
+    """Return this rank's micro-batches from ``state`` on. A collective."""
     samples = training_samples(config, start.data, start.index_samples)
     end = config.train.steps * config.train.global_batch_size
     samples.prepare(state.consumed_samples, end - 1)

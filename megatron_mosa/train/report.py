@@ -1,4 +1,4 @@
-"""What a run says when it ends."""
+"""The report at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal
 
 
 def report(directory: Path) -> None:
-    """Draw loss.png and print where the run is, its validation loss and, beside it, the unigram entropy."""
+    """Plot loss.png; print the run directory, the last validation loss and the unigram entropy of the same samples."""
     lines = read_journal(directory / "metrics.jsonl")
     plot_losses(lines, directory / "loss.png", directory.name)
     print(f"Run directory:    {directory} (metrics.jsonl, loss.png, checkpoints/, tensorboard/)")

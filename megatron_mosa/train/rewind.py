@@ -1,4 +1,4 @@
-"""Going back to the checkpoint before a loss spike, and past it without its batch."""
+"""Rewinding to the checkpoint before a loss spike, to continue without the batch of the spike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ SKIPPED = "skip_steps.json"
 
 
 class Rewinder:
-    """Takes a run back; collective."""
+    """Rewinds a run.
+
+    Args:
+        directory: the run directory, where the skipped steps are recorded for later starts.
+        batches_from: returns this rank's micro-batches from a state on.
+        max_rewinds: rewinds allowed over the whole life of the run, earlier starts included.
+    """
 
     def __init__(
         self,
@@ -26,43 +32,36 @@ class Rewinder:
         store: CheckpointStore,
         writers: Writers,
         batches_from: Callable[[TrainingState], Iterator[Batch]],
-        allowed: int,
+        max_rewinds: int,
     ) -> None:
-        """
-        Args:
-            directory: of the run; the steps that are left out are kept there, for later starts.
-            store, writers: of the run.
-            batches_from: this rank's micro-batches from where a run stands.
-            allowed: how often to go back in a run's whole life; those before count.
-        """
         self.directory = directory
         self.store = store
         self.writers = writers
         self.batches_from = batches_from
-        self.allowed = allowed
+        self.max_rewinds = max_rewinds
 
     def rewind(self, engine: TrainingEngine, spike: int) -> tuple[TrainingState, Iterator[Batch]] | None:
-        """Load the newest checkpoint before step ``spike``, which is left out from now on.
+        """Load the newest checkpoint before step ``spike``, which is skipped from now on. A collective.
 
         Returns:
-            where the run stands now, and its batches; None: there is no such checkpoint, or it was done too often.
+            The state and batches to continue with; None if there is no such checkpoint or no rewind left.
         """
         self.store.wait()
-        path = on_main_rank(lambda: self._leave_out(spike))
+        path = on_main_rank(lambda: self._prepare(spike))
         if path is None:
             return None
         self.store.load(engine, path)
         metadata = read_metadata(path)
         state = TrainingState(metadata.step, metadata.consumed_samples)
         self.writers.rewind(state.step)
-        self.writers.note(f"back to {path}; step {spike} will be left out")
+        self.writers.note(f"rewound to {path}; step {spike} will be skipped")
         return state, self.batches_from(state)
 
-    def _leave_out(self, spike: int) -> Path | None:
-        """Note the step; the checkpoint to go back to. Those of the spike itself, or later, are set aside."""
+    def _prepare(self, spike: int) -> Path | None:
+        """Record the skipped step, set aside checkpoints of the spike and later, and return the one to load."""
         steps = skipped_steps(self.directory)
         before = [path for path in self.store.published() if read_metadata(path).step < spike]
-        if not before or len(steps) >= self.allowed:
+        if not before or len(steps) >= self.max_rewinds:
             return None
         for path in self.store.published():
             if path not in before:
@@ -72,7 +71,7 @@ class Rewinder:
 
 
 def skipped_steps(directory: Path) -> list[int]:
-    """Steps that this run has gone back from, and leaves out."""
+    """Return the steps that earlier rewinds of this run skip."""
     path = directory / SKIPPED
     found: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return found

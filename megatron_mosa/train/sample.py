@@ -1,4 +1,4 @@
-"""A training sample as text: what a run reads."""
+"""Training samples as text, as a run reads them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from megatron_mosa.data.tokenizer import TOKENIZER_FILE
 from megatron_mosa.errors import UserError
 from megatron_mosa.train.start import planned_samples
 
-BORDER = "=" * 8 + " end of document " + "=" * 8
+DOCUMENT_END = "=" * 8 + " end of document " + "=" * 8
 
 
 def sample_text(config: Config, number: int) -> str:
-    """Sample ``number`` of the run's data order, decoded, with a line at the end of each document.
+    """Return sample ``number`` in the run's data order, decoded, with a line at the end of each document.
 
-    Where the run has checkpoints, its order is the one that they record. The sample index is built if it is missing.
+    If the run has checkpoints, the order is the one they record. The sample index is built if it is missing.
 
     Raises:
-        UserError: no such dataset, or a number that the run does not come to.
+        UserError: there is no such dataset, or the run never reaches this sample.
     """
     mixture = open_mixture(config.data)
     last = config.train.steps * config.train.global_batch_size - 1
     if not 0 <= number <= last:
-        raise UserError(f"sample {number} does not exist: train.steps and train.global_batch_size make it 0 to {last}")
+        raise UserError(f"sample must be 0 to {last} (by train.steps and train.global_batch_size), got {number}")
     samples = planned_samples(config, mixture)
     samples.prepare(number, number)
     tokens = samples[number]["tokens"]
@@ -34,5 +34,6 @@ def sample_text(config: Config, number: int) -> str:
     for piece in pieces:
         is_whole = int(piece[-1]) == end
         ids = piece[:-1] if is_whole else piece
-        texts.append(tokenizer.decode(ids.tolist(), skip_special_tokens=False) + (f"\n{BORDER}" if is_whole else ""))
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        texts.append(f"{text}\n{DOCUMENT_END}" if is_whole else text)
     return "\n".join(texts)

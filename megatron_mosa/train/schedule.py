@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone."""
+"""The learning rate of a step."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from megatron_mosa.config.schema import OptimizerSection
 
 
 def learning_rate(step: int, total_steps: int, options: OptimizerSection) -> float:
-    """Linear warm-up to ``learning_rate``, then by ``schedule`` down to ``min_learning_rate`` at the last step.
+    """Return the learning rate: linear warm-up, then a decay to ``min_learning_rate`` at the last step.
 
-    ``cosine`` and ``linear`` decay from the end of the warm-up, ``constant`` never, ``wsd`` (warm-up, stable, decay)
-    linearly over the last ``decay_fraction`` of the steps. A schedule no longer than its warm-up ends on the way up.
+    ``cosine`` and ``linear`` decay from the end of the warm-up, ``wsd`` (warm-up, stable, decay) linearly over the last
+    ``decay_fraction`` of the steps, and ``constant`` not at all. A schedule shorter than its warm-up never decays.
 
     Args:
         step: the step about to be taken, 1 to ``total_steps``.
-        total_steps: length of the schedule, whatever the step at which a run stops.
+        total_steps: length of the schedule, which does not depend on where a run stops.
         options: section ``optimizer`` of the configuration.
     """
     if step <= options.warmup_steps:
         return options.learning_rate * step / options.warmup_steps
     span = options.learning_rate - options.min_learning_rate
-    return options.min_learning_rate + span * _height(step, total_steps, options)
+    return options.min_learning_rate + span * _decay_factor(step, total_steps, options)
 
 
-def _height(step: int, total_steps: int, options: OptimizerSection) -> float:
-    """1 at the top, 0 at the last step of a schedule that decays."""
+def _decay_factor(step: int, total_steps: int, options: OptimizerSection) -> float:
+    """Return 1 before the decay, falling to 0 at the last step."""
     if options.schedule == "constant":
         return 1.0
     decay_starts = options.warmup_steps

@@ -1,4 +1,4 @@
-"""What is settled before a process group exists: may this run start, and from where."""
+"""Checks before any process group exists: whether this run may start, and from where."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ from megatron_mosa.train.directory import check_writable
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run starts from."""
+    """The state on disk that a run starts from."""
 
     directory: Path
     """The run directory."""
 
     data: Mixture
-    """The dataset, or several in fixed shares."""
+    """One dataset, or several in fixed shares."""
 
     checkpoint: Path | None
     """The newest checkpoint, if there is one."""
 
     metadata: Metadata | None
-    """That checkpoint's."""
+    """Metadata of that checkpoint."""
 
     damaged: tuple[tuple[Path, str], ...]
-    """Newer checkpoints that are not sound, and what is wrong with each."""
+    """Newer checkpoints that are damaged, each with its damage."""
 
     initial: Path | None
-    """The checkpoint whose weights the run begins with, if it has none of its own; None: weights of the seed."""
+    """The checkpoint that provides the initial weights of a run without checkpoints; None: draw them from the seed."""
 
     index_samples: int
-    """Samples in one shuffled pass: recorded by the first start, because the data order depends on it."""
+    """Samples in one shuffled pass, recorded by the run's first start because the data order depends on it."""
 
     @property
     def manifest(self) -> Manifest:
-        """Of the first dataset; tokenizer and vocabulary are those of all."""
+        """The manifest of the first dataset; all datasets share its tokenizer and vocabulary."""
         return self.data.manifest
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """What a checkpoint records of its data."""
+        """What a checkpoint records about its data."""
         return {
             "index_samples": self.index_samples,
             "tokenizer_hash": self.manifest.tokenizer_hash,
@@ -68,35 +68,35 @@ class ResumePoint:
 
 
 def check_start(
-    config: Config, world_size: int, *, reads_all: bool = False, devices_are_here: bool = True
+    config: Config, world_size: int, *, reads_all: bool = False, checks_devices: bool = True
 ) -> ResumePoint:
-    """Decide whether and from where ``world_size`` processes may start.
+    """Decide whether ``world_size`` processes may start the run, and from where.
 
     Args:
-        reads_all: look for damage in all that the newest checkpoint holds, not in the sizes of its files alone.
-        devices_are_here: False: the run will be on other machines than this one, whose GPUs, or none, do not matter.
+        reads_all: verify all data of the newest checkpoint, not only its file sizes.
+        checks_devices: also check that this machine's devices support the run; False if it will run on other machines.
 
     Raises:
-        UserError: a layout that does not fit the world, a dataset that is missing or damaged, a run directory with
-            another model's checkpoints, or with checkpoints although ``checkpoint.resume`` is "never";
-            initial weights that are missing, damaged or another model's.
+        UserError: the layout does not fit the world size; the dataset is missing or damaged; the run directory holds
+            checkpoints of another model, or a run although ``checkpoint.resume`` is "never"; the initial weights are
+            missing, damaged or of another model.
     """
     reject_wrong_apex()
-    if devices_are_here:
+    if checks_devices:
         _check_apex(config)
         mosa_backend(config)
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data, reads_all=reads_all)
-    _refuse_other_tokenizer(config, data.manifest)
+    _check_tokenizer(config, data.manifest)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
     start = ResumePoint(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
     _check_lengths(config, start)
     if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
         raise UserError(
-            f"checkpoint.resume=never, but '{directory}' holds a run; give this one another name (run.name=...), "
-            "remove the directory, or set checkpoint.resume=auto"
+            f"checkpoint.resume=never, but '{directory}' already holds a run; give this one another name "
+            "(run.name=...), remove the directory, or set checkpoint.resume=auto"
         )
     if checkpoint is not None and metadata is not None:
         refuse_other_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
@@ -108,7 +108,7 @@ def check_start(
 
 
 def _check_lengths(config: Config, start: ResumePoint) -> None:
-    """Both splits must hold at least one sequence."""
+    """Raise a UserError unless both splits hold at least one sequence."""
     training_samples(config, start.data, start.index_samples)
     ValidationSamples(start.data, sequence_length=config.data.sequence_length, num_samples=1)
 
@@ -117,20 +117,20 @@ def _check_apex(config: Config) -> None:
     if config.train.apex != "always":
         return
     if not torch.cuda.is_available():
-        raise UserError("train.apex=always, but there is no GPU for NVIDIA apex; set train.apex=auto")
+        raise UserError("train.apex=always needs a GPU, and this machine has none; set train.apex=auto")
     for extension, found in (("amp_C", apex_fused_adam()), ("fused_layer_norm_cuda", apex_norms())):
         if found is None:
             raise UserError(
-                f"train.apex=always, but NVIDIA apex's CUDA extension {extension} is not there or fits another torch; "
-                "build apex from its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
+                f"train.apex=always needs NVIDIA apex's CUDA extension {extension}, which is missing or was built for "
+                "another torch; build apex from its source (APEX_CPP_EXT=1 APEX_CUDA_EXT=1), or set train.apex=auto"
             )
 
 
 def mosa_backend(config: Config) -> str:
-    """The kernels that the MoSA heads run on here: "naive" or "triton".
+    """Return the kernels that MoSA heads use on this machine: "naive" or "triton".
 
     Raises:
-        UserError: those that are asked for do not run here.
+        UserError: the configured kernels do not run on this machine.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -145,12 +145,12 @@ def _check_wandb(config: Config) -> None:
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise UserError(
             f"logging.wandb_project={config.logging.wandb_project} needs the package wandb, which is not installed; "
-            "pip install wandb, or set it to null"
+            "run `pip install wandb`, or set it to null"
         )
 
 
 def training_samples(config: Config, data: Mixture, index_samples: int) -> TrainingSamples:
-    """The samples that a run of this configuration reads, in its order."""
+    """Return the samples that a run of this configuration reads, in its order."""
     return TrainingSamples(
         data,
         sequence_length=config.data.sequence_length,
@@ -162,48 +162,48 @@ def training_samples(config: Config, data: Mixture, index_samples: int) -> Train
 
 
 def planned_samples(config: Config, data: Mixture) -> TrainingSamples:
-    """The samples of the run that this configuration would start, or go on with."""
+    """Return the samples of the run that this configuration would start or resume."""
     return training_samples(config, data, _index_samples(config, _newest(config, False)[2]))
 
 
 def build_index(config: Config) -> list[Path]:
-    """Build every sample index up to ``train.steps`` that is not there yet; return the folders of all.
+    """Build every missing sample index up to ``train.steps``, and return the directories of all indices.
 
-    It needs one process and no device. The run that follows, or goes on from its newest checkpoint, then writes none.
+    This needs one process and no device. A run that starts or resumes afterwards builds no index itself.
 
     Raises:
-        UserError: a dataset that is missing, damaged or too short, a folder that cannot be written.
+        UserError: a dataset is missing, damaged or too short, or a directory cannot be written.
     """
     samples = planned_samples(config, open_mixture(config.data))
     return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
 
 
 def _newest(config: Config, reads_all: bool) -> tuple[Path, Newest, Metadata | None]:
-    """The run directory, its newest checkpoint, and what that says of itself."""
+    """Return the run directory, its newest checkpoint and that checkpoint's metadata."""
     directory = Path(config.run.directory) / config.run.name
     newest = CheckpointStore.of(directory, config.checkpoint).newest(reads_all=reads_all)
     return directory, newest, read_metadata(newest.path) if newest.path else None
 
 
-def _refuse_other_tokenizer(config: Config, manifest: Manifest) -> None:
+def _check_tokenizer(config: Config, manifest: Manifest) -> None:
     if config.data.path is None:
         return  # a blend: one dataset's tokenizer is usually given to the others by its path
-    built, asked = manifest.request["tokenizer"], config.data.tokenizer
-    if built != asked:
+    built, wanted = manifest.request["tokenizer"], config.data.tokenizer
+    if built != wanted:
         raise UserError(
-            f"data.tokenizer={asked or 'null'}, but the dataset {config.data.path} was built with another tokenizer, "
-            f"{built or 'null (trained on its sources)'}; rebuild it (mosa data build CONFIG --force) or restore it"
+            f"data.tokenizer={wanted or 'null'}, but the dataset {config.data.path} was built with another tokenizer: "
+            f"{built or 'null (trained on its data)'}; rebuild it (mosa data build CONFIG --force) or restore the key"
         )
 
 
 def _index_samples(config: Config, metadata: Metadata | None) -> int:
-    asked = config.data.index_samples
+    requested = config.data.index_samples
     if metadata is None:
-        return asked or config.train.steps * config.train.global_batch_size
+        return requested or config.train.steps * config.train.global_batch_size
     recorded = metadata.data["index_samples"]
-    if asked is not None and asked != recorded:
+    if requested is not None and requested != recorded:
         raise UserError(
-            f"data.index_samples={asked}, but this run was started with {recorded}; another number would reshuffle its "
-            f"data: set it to {recorded} or to null"
+            f"data.index_samples={requested}, but this run was started with {recorded}; a change would reshuffle its "
+            f"data; set it to {recorded} or to null"
         )
     return recorded

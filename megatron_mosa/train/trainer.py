@@ -1,4 +1,4 @@
-"""The training loop, and the hooks around its steps: everything that is not a step is a callback."""
+"""The training loop. Everything besides taking steps is a callback."""
 
 from __future__ import annotations
 
@@ -18,55 +18,54 @@ from megatron_mosa.train.schedule import learning_rate
 
 @dataclass
 class TrainingState:
-    """Where a run stands: all that a restart needs beside the weights."""
+    """How far a run has come: all that a restart needs besides the model and optimizer."""
 
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
-    """Non-finite steps since this start."""
+    """Non-finite steps since the run was last started."""
 
 
 Rewind = Callable[[TrainingEngine, int], tuple[TrainingState, Iterator[Batch]] | None]
 
 
 class Callback:
-    """Hooks that do nothing; override what you need. Every hook runs on every rank, in the order of the callbacks."""
+    """Hooks that do nothing by default. Every hook is called on every rank, in the order of the callbacks."""
 
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first step of this start."""
+        """Called once, before the first step."""
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
-        """A context in which step ``step`` is taken."""
+        """Return a context manager; step ``step`` is taken inside it."""
         return nullcontext()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> bool | None:
-        """After ``trainer.state`` has moved on.
+        """Called after each step, when ``trainer.state`` includes it.
 
         Returns:
-            True, the same on all ranks, to rewind the run to before this step and skip it. The callbacks that follow
-            are not called if there is a checkpoint to go back to.
+            True, on all ranks alike, to rewind the run to before this step and skip it. Callbacks further down the list
+            are then not called, unless there is no checkpoint to rewind to.
         """
 
     def on_validation_batch(self, trainer: Trainer) -> None:
-        """Before each batch of a validation."""
+        """Called before each validation batch."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """After a checkpoint has begun: it may still be written."""
+        """Called after a save has started; the checkpoint may not be complete yet."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step of this start, or at once if there was none to take."""
+        """Called once, after the last step, or right after ``on_start`` if there is no step to take."""
 
 
 class Trainer:
-    """Takes steps from where ``state`` stands to where the configuration says to stop.
-
-    Callbacks are called on every rank, in the order given; they may communicate.
+    """Takes steps from ``state`` to the configured end.
 
     Args:
+        callbacks: called on every rank, in this order; they may communicate.
         survival: signals, time limit, watchdog and status of this process.
         rewind: loads the checkpoint before a step and returns the state and the batches to continue with; None if there
             is no such checkpoint or no rewind left.
-        skip_steps: steps whose batches are skipped, beside those of the configuration.
+        skip_steps: steps whose batches are skipped, in addition to ``train.skip_steps``.
     """
 
     def __init__(
@@ -88,17 +87,17 @@ class Trainer:
         self.survival = survival
         self.rewind = rewind
         self.skip_steps = {*config.train.skip_steps, *skip_steps}
-        self.stopping: str | None = None
-        """Why the run stops after the step that was just taken; None: it goes on."""
+        self.stop_reason: str | None = None
+        """Why the run stops after the current step; None while it continues."""
         self.learning_rate = 0.0
 
     @property
     def last_step(self) -> int:
-        """The step after which this start ends: ``train.steps``, or ``train.stop_after_step`` if that comes first.
+        """The step to train to: ``train.steps`` or ``train.stop_after_step``, whichever comes first.
 
-        Where the run was asked to stop, it is the step that was just taken: what happens at an end happens then.
+        Once the run was asked to stop, it is the current step, so that callbacks do what is due at the end.
         """
-        if self.stopping:
+        if self.stop_reason:
             return self.state.step
         return min(self.config.train.steps, self.config.train.stop_after_step or self.config.train.steps)
 
@@ -108,17 +107,17 @@ class Trainer:
         return self.state.consumed_samples * self.config.data.sequence_length
 
     def is_due(self, interval: int, step: int) -> bool:
-        """Whether something that happens every ``interval`` steps, and at the end of a start, happens at ``step``."""
+        """Whether something that is done every ``interval`` steps and at the last step is due at ``step``."""
         return step % interval == 0 or step == self.last_step
 
     def run(self, batches: Iterator[Batch]) -> None:
-        """Train on this rank's micro-batches, which must start at ``state.consumed_samples``."""
+        """Train on this rank's micro-batches, of which the first has sample ``state.consumed_samples``."""
         for callback in self.callbacks:
             callback.on_start(self)
         self.should_stop("getting ready")
         while self.state.step < self.last_step:
             result = self._step(batches)
-            self.should_stop(f"what follows step {self.state.step}")
+            self.should_stop(f"callbacks after step {self.state.step}")
             for callback in self.callbacks:
                 if not callback.after_step(self, result):
                     continue
@@ -130,18 +129,18 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self)
 
-    def should_stop(self, doing: str) -> bool:
-        """Whether the run stops now, as all ranks agree; a collective, and a heartbeat.
+    def should_stop(self, activity: str) -> bool:
+        """Send a heartbeat, and return whether all ranks agree to stop now. A collective.
 
         Args:
-            doing: what the run does next, for the watchdog.
+            activity: what the run does next, for the watchdog.
         """
-        self.survival.watchdog.beat(doing)
-        self.stopping = self.stopping or self.survival.interruption.agreed()
-        return self.stopping is not None
+        self.survival.watchdog.beat(activity)
+        self.stop_reason = self.stop_reason or self.survival.interruption.agreed()
+        return self.stop_reason is not None
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; a collective."""
+        """Return whether the flag is set on any rank. A collective."""
         hosts = self.survival.interruption.hosts
         return flag if hosts is None else bool(hosts.largest(int(flag)))
 

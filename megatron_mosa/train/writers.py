@@ -1,4 +1,4 @@
-"""Where lines go: the terminal, metrics.jsonl, TensorBoard and W&B. Only the main rank writes."""
+"""Output of a run: the terminal, metrics.jsonl, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_mosa.train.wandb_run import WandbRun
 
 
 class Writers:
-    """One training or validation line goes to every writer; on other ranks than the main one, nowhere."""
+    """Sends each training or validation line to all outputs, on the main rank only."""
 
     def __init__(self, config: Config, run_directory: Path, *, is_main: bool, resumed_step: int) -> None:
         self.is_main = is_main
         self.last_step = config.train.steps
         if not is_main:
             return
-        # Before the journal drops what will be run again: W&B has to be told of it.
+        # Before the journal drops the lines of steps that will be repeated: WandbRun must see them.
         self.wandb = WandbRun(config, run_directory, resumed_step) if config.logging.wandb_project else None
         self.journal = Journal(run_directory / "metrics.jsonl", resumed_step)
         self.tensorboard: Any = None
@@ -29,7 +29,7 @@ class Writers:
             self._open_tensorboard(resumed_step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of later steps, which will be run again."""
+        """Drop the lines after ``step``, whose steps will be repeated."""
         if not self.is_main:
             return
         if self.wandb is not None:
@@ -45,12 +45,12 @@ class Writers:
         self.tensorboard = SummaryWriter(self.journal.path.parent / "tensorboard", purge_step=resumed_step + 1)
 
     def note(self, text: str) -> None:
-        """One line for the reader at the terminal."""
+        """Print a line with the time."""
         if self.is_main:
             print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def training(self, line: dict[str, Any], seconds_left: float) -> None:
-        """A training line of metrics.jsonl; ``seconds_left`` of steps at the present speed."""
+        """Record a training line of metrics.jsonl, and print it with the time left in seconds."""
         if not self.is_main:
             return
         self._record(line)
@@ -62,7 +62,7 @@ class Writers:
         )
 
     def validation(self, line: dict[str, Any]) -> None:
-        """A validation line of metrics.jsonl."""
+        """Record a validation line of metrics.jsonl, and print it."""
         if not self.is_main:
             return
         self._record(line)
@@ -73,7 +73,7 @@ class Writers:
         )
 
     def close(self) -> None:
-        """Flush what buffers."""
+        """Flush and close all outputs."""
         if not self.is_main:
             return
         if self.tensorboard is not None:
@@ -82,13 +82,13 @@ class Writers:
             self.wandb.finish()
 
     def _record(self, line: dict[str, Any]) -> None:
-        of_heads = {key: value for key, value in line.items() if isinstance(value, list) and _is_of_heads(value)}
-        line = {key: value for key, value in line.items() if key not in of_heads}
-        self.journal.write(line)  # without what is of every head: files would grow to gigabytes
+        per_head = {key: value for key, value in line.items() if isinstance(value, list) and _is_per_head(value)}
+        line = {key: value for key, value in line.items() if key not in per_head}
+        self.journal.write(line)  # without values per head: the file would grow to gigabytes
         numbers = scalars(line)
         histograms = {
             f"{kind(line)}/{key}/layer_{number}": values
-            for key, layers in of_heads.items()
+            for key, layers in per_head.items()
             for number, values in enumerate(layers)
         }
         if self.tensorboard is not None:
@@ -96,11 +96,11 @@ class Writers:
                 self.tensorboard.add_scalar(name, number, line["step"])
             for name, values in histograms.items():
                 self.tensorboard.add_histogram(name, np.array(values), line["step"])
-            self.tensorboard.flush()  # so that a crash leaves there what it leaves in the journal
+            self.tensorboard.flush()  # so that it survives a crash as the journal does
         if self.wandb is not None:
             self.wandb.log(numbers, histograms, line["step"])
 
 
-def _is_of_heads(value: list[Any]) -> bool:
-    """Whether a list has a list for each layer, not a number."""
+def _is_per_head(value: list[Any]) -> bool:
+    """Whether a list has a list for each layer instead of a number."""
     return bool(value) and isinstance(value[0], list)

@@ -56,3 +56,9 @@ def replace_directory(new: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             os.rename(old, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def free_megabytes(path: Path) -> int:
+    """Return the free space, in MiB, where ``path`` is or would be created."""
+    existing = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+    return shutil.disk_usage(existing).free >> 20

@@ -234,7 +234,7 @@ def test_unset_thresholds_are_refused_when_offloaded_too(folders: dict[str, Path
     model = MosaForCausalLM.from_pretrained(folders["threshold"])
     model.model.layers[1].self_attn.mosa_heads.thresholds[3] = torch.nan
     model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"thresholds of layers 1 are NaN: .* must be between 0 and 1; export what"):
+    with pytest.raises(ValueError, match=r"thresholds of layers 1 are NaN: .* must be between 0 and 1; export the"):
         model(torch.tensor([[1, 2, 3]]))
     one, several = torch.tensor([[1]]), torch.tensor([[1, 2, 3]])
     for call in (

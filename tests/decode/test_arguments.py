@@ -127,7 +127,7 @@ def test_unsupported_arguments_are_refused_only_if_they_would_have_an_effect() -
     model.generate(ids, max_new_tokens=2, position_ids=None, output_attentions=False)
     for name, value in with_effect.items():
         for call in (model, model.model):
-            with pytest.raises(ValueError, match=f"^{name} is not supported: .*; leave {name} out$"):
+            with pytest.raises(ValueError, match=f"^{name} is not supported: .*; omit {name}$"):
                 call(ids, **{name: value})
         with pytest.raises(ValueError, match=f"{name}"):
             model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{name: value})
@@ -155,14 +155,14 @@ def test_unsupported_generate_options_are_refused_by_name(name: str, value: Any)
     for number, way in enumerate(ways):
         if number == len(ways) - 1:
             setattr(model.generation_config, name, value)
-        with pytest.raises(ValueError, match=f"^{name}={value!r} is not supported: .*; leave {name} out$"):
+        with pytest.raises(ValueError, match=f"^{name}={value!r} is not supported: .*; omit {name}$"):
             way()
 
 
 @torch.no_grad()
 def test_assistant_models_are_refused() -> None:
     model, ids = build("hybrid"), random_tokens(1, 9)
-    with pytest.raises(ValueError, match=r"^assistant_model is not supported: a MosaCache cannot take back"):
+    with pytest.raises(ValueError, match=r"^assistant_model is not supported: a MosaCache cannot remove"):
         model.generate(ids, max_new_tokens=2, assistant_model=build("dense"))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.hf.rows_mosa import STEP
+from megatron_mosa.hf.rows_mosa import MIN_GROWTH
 from tests.decode.models import KINDS, build, random_tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs between processors
@@ -83,7 +83,7 @@ def test_attention_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
     expected = model(tokens, attention_mask=mask).logits
-    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.PIECE", 4)
+    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.QUERY_CHUNK", 4)
     for found in (model(tokens, attention_mask=mask).logits, fed(model, tokens, [30, 11], mask)[0]):
         torch.testing.assert_close(found[mask == 1], expected[mask == 1], **CLOSE)
 
@@ -114,7 +114,7 @@ def test_the_cache_holds_only_selected_tokens() -> None:
         rows = layer.mosa
         assert int(rows.counts.sum()) == count and rows.counts.max() > 2 * rows.counts.min()  # ragged
         blocks = int(((rows.counts + 15) // 16).sum())
-        assert rows.known() == [blocks + 1, int(rows.counts.max()), int((rows.counts % 16 == 0).sum())]
+        assert rows.host_totals() == [blocks + 1, int(rows.counts.max()), int((rows.counts % 16 == 0).sum())]
         assert blocks + 1 <= len(rows.keys) <= 1.2 * blocks + 20
         assert rows.table[:, :, :-1].unique().numel() == blocks + 1  # no block has two owners
     # slightly more is allocated than selected, however unequal the heads are
@@ -157,7 +157,7 @@ def test_blocks_of_all_heads_can_fill_up_at_once(reorders: bool) -> None:
             buffer.zero_()  # every head selects every token
     expected = model(tokens).logits
     _, cache = fed(model, tokens[:, :32], [32])
-    assert all(layer.mosa.known()[2] == 4 * 6 > STEP for layer in cache.layers)
+    assert all(layer.mosa.host_totals()[2] == 4 * 6 > MIN_GROWTH for layer in cache.layers)
     order = torch.tensor([2, 0, 3, 1]) if reorders else torch.arange(4)
     if reorders:
         cache.reorder_cache(order)
@@ -173,8 +173,8 @@ def test_a_step_reads_weights_of_all_heads_or_only_of_selecting_ones(
 ) -> None:
     model, tokens = build("hybrid"), random_tokens(3, LENGTH)
     heads = model.model.layers[0].self_attn.mosa_heads
-    assert heads.reads_all(2) and not heads.reads_all(1)
-    monkeypatch.setattr(MosaHeads, "reads_all", lambda *_: all_weights)
+    assert heads.reads_all_weights(2) and not heads.reads_all_weights(1)
+    monkeypatch.setattr(MosaHeads, "reads_all_weights", lambda *_: all_weights)
     torch.testing.assert_close(fed(model, tokens, CUTS["token by token"])[0], model(tokens).logits, **CLOSE)
 
 
@@ -191,17 +191,17 @@ def test_a_window_has_the_configured_length() -> None:
 def test_a_mismatched_cache_is_refused() -> None:
     model, tokens = build("hybrid"), random_tokens(2, 8)
     cache = model(tokens, use_cache=True)[CACHE]
-    with pytest.raises(ValueError, match=r"is of another model: its num_mosa_heads=6, this model's 9"):
+    with pytest.raises(ValueError, match=r"belongs to another model: it has num_mosa_heads=6, this model 9"):
         build("hybrid", num_mosa_heads=9)(tokens, **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"holds 2 sequences, the input 1; expected as many"):
+    with pytest.raises(ValueError, match=r"has 2 sequences, but the input 1; expected the same number"):
         model(tokens[:1], **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"is a dict; expected what model.new_cache\(\) gives"):
+    with pytest.raises(ValueError, match=r"is a dict; expected the result of model.new_cache\(\)"):
         model(tokens, **{CACHE: {}})
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\); expected \(2, 16\)"):
         model(tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"cannot be cropped"):
         cache.crop(-1)
-    with torch.enable_grad(), pytest.raises(ValueError, match=r"a cache takes no gradients; call the model under"):
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"a cache stores no gradients; call the model under"):
         model(tokens, use_cache=True)
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0

@@ -52,8 +52,8 @@ def test_decoding_matches_the_forward_pass(kind: str, padded: bool) -> None:
     expected = model(tokens, attention_mask=mask).logits[:, PROMPT:]
     assert expected.std() > 0.3
     found = decoded(model, tokens, mask)
-    there = torch.ones_like(tokens[:, PROMPT:], dtype=torch.bool) if mask is None else mask[:, PROMPT:].bool()
-    torch.testing.assert_close(found[there], expected[there], rtol=1e-5, atol=1e-5)
+    valid = torch.ones_like(tokens[:, PROMPT:], dtype=torch.bool) if mask is None else mask[:, PROMPT:].bool()
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -75,23 +75,23 @@ def test_a_step_matches_the_plain_path(dtype: torch.dtype, monkeypatch: pytest.M
     for plain, found in zip(*outputs, strict=True):
         assert (found - plain).norm() <= rounding * plain.norm()
     first, second = (given.layers[0].mosa for given in caches)
-    assert torch.equal(first.counts, second.counts) and first.known() == second.known()
+    assert torch.equal(first.counts, second.counts) and first.host_totals() == second.host_totals()
     assert first.counts.max() > 16 > first.counts.min()
     used = torch.arange(first.read()[0].shape[2]) < first.counts[..., None]
     for plain, found in zip(first.read(), second.read(), strict=True):  # blocks may be numbered differently
         assert (found[used] - plain[used]).norm() <= rounding * plain[used].norm()
-    assert second.table[:, :, :-1].unique().numel() == second.known()[0]  # no block has two owners
+    assert second.table[:, :, :-1].unique().numel() == second.host_totals()[0]  # no block has two owners
 
 
 def test_conditions_for_running_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not kernels_mosa.usable(torch.empty(1))  # the plain path
+    assert not kernels_mosa.can_run_kernels(torch.empty(1))  # the plain path
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.delenv("CC", raising=False)
     for capability, compiler, runs in (((9, 0), "/gcc", True), ((7, 5), "/gcc", False), ((9, 0), None, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
         monkeypatch.setattr("shutil.which", lambda _, answer=compiler: answer)
-        assert kernels_mosa.on_gpu.__wrapped__(device) == runs
+        assert kernels_mosa.supports_kernels.__wrapped__(device) == runs
 
 
 @torch.no_grad()

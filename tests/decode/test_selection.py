@@ -48,7 +48,7 @@ def by_hand(heads: MosaHeads, states: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("feedback", [0.0, 0.5, 9.0])
 def test_threshold_heads_against_a_loop(feedback: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.FOLLOWED", 5)
+    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.SELECTION_CHUNK", 5)
     model = build("pure", rotary_percent=0.5, load_feedback=feedback)
     heads = model.model.layers[1].self_attn.mosa_heads
     states = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(3))
@@ -105,7 +105,7 @@ def test_thresholds_stay_in_fp32(tmp_path: Path) -> None:
 
 
 def test_unknown_selections_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"selection='top_k' is not known; expected expert_choice, threshold"):
+    with pytest.raises(ValueError, match=r"selection must be expert_choice or threshold, got 'top_k'"):
         MosaConfig(num_mosa_heads=2, selection="top_k")
     assert MosaConfig(num_mosa_heads=2).selection == "expert_choice"
     keys = MosaForCausalLM(MosaConfig(num_mosa_heads=2, num_hidden_layers=1, vocab_size=8)).state_dict()

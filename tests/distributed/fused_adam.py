@@ -1,4 +1,4 @@
-"""An optimizer of the interface of NVIDIA apex's."""
+"""A stand-in for NVIDIA apex's FusedAdam."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-class StandInForFusedAdam(torch.optim.Optimizer):
-    """AdamW with the arguments and the state of NVIDIA apex's FusedAdam: steps are counted by the parameter group."""
+class FakeFusedAdam(torch.optim.Optimizer):
+    """AdamW with the arguments and state of apex's FusedAdam, which counts steps per parameter group."""
 
     def __init__(
         self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0

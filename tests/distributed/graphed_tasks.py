@@ -11,23 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, graphed
-from megatron_mosa.engine.optimizer import adamw
+from megatron_mosa.engine import DeepSpeedEngine, graphed
+from megatron_mosa.kernels import get_backend, naive
+from megatron_mosa.model import build_model, language_model_loss
 from megatron_mosa.parallel import Layout
-from tests.distributed.tasks import RATES, VOCAB_SIZE, micro_batches, parallel
-
-
-def _fused(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """As it is on GPUs, where alone it skips steps by a tensor."""
-    optimizer = adamw(model, config)
-    for options in (optimizer.defaults, *optimizer.param_groups):
-        options["fused"] = True
-    return optimizer
+from tests.distributed.tasks import RATES, VOCAB_SIZE, global_batch, micro_batches, parallel
 
 
 @contextlib.contextmanager
 def _engine(config: Config, layout: Layout, is_graphed: bool = True) -> Iterator[DeepSpeedEngine]:
-    with mock.patch.object(deepspeed_engine, "adamw", _fused), mock.patch.object(graphed, "WARM_UPS", 1 << 30):
+    with mock.patch.object(graphed, "WARM_UPS", 1 << 30):
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         if is_graphed:
             clipping = config.optimizer.gradient_clipping
@@ -66,3 +59,21 @@ def around_a_poisoned_step(config: Config) -> dict[str, Any]:
 
 def _copied(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in engine.state().items()}
+
+
+def fast_layers(config: Config) -> dict[str, float]:
+    """Relative errors of loss and every gradient of the plainly written layers, traced, against Megatron's."""
+    with parallel(config) as layout:
+        batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, 0).items()}
+        plain, fast = (build_model(config, VOCAB_SIZE).to(layout.device) for _ in range(2))
+        # Traced as on a GPU, by dynamo and for autograd, but on the plain kernels; the loss is interpreted.
+        fast.compile_layers(naive, get_backend("triton", torch.empty(0)).linear_cross_entropy, "aot_eager")
+        found = []
+        for model in (plain, fast):
+            loss, count = language_model_loss(model, **batch)
+            (loss / count).backward()
+            found.append(
+                {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            )
+        assert found[0].keys() == found[1].keys()
+        return {name: float((found[1][name] - value).norm() / value.norm()) for name, value in found[0].items()}

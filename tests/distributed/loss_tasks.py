@@ -1,4 +1,4 @@
-"""What the worker processes do with losses and gradients over micro-batches and ranks."""
+"""Tasks for worker processes: losses and gradients over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_mosa.model import build_model
 from tests.distributed.tasks import (
     VOCAB_SIZE,
     global_batch,
-    losses_of_tokens,
     micro_batches,
     parallel,
     recorded_gradients,
+    token_losses,
 )
 
 
-def step_of_an_engine(config: Config) -> tuple[StepResult, dict[str, Tensor], dict[str, Tensor]]:
-    """Of the first step: its result and its gradients; the state after it."""
+def engine_step(config: Config) -> tuple[StepResult, dict[str, Tensor], dict[str, Tensor]]:
+    """Return the result and gradients of an engine's first step, and the state after it."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         with recorded_gradients(engine) as gradients:
@@ -31,8 +31,8 @@ def step_of_an_engine(config: Config) -> tuple[StepResult, dict[str, Tensor], di
     return result, gradients, state
 
 
-def step_of_a_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:
-    """Its loss and its gradients, of sums in fp32 over the micro-batches; in one process."""
+def plain_step(config: Config) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss and gradients of a plain model in one process, summed over micro-batches in fp32."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE)
         model.to(layout.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
@@ -40,7 +40,7 @@ def step_of_a_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:
         loss = 0.0
         gradients = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
         for batch in micro_batches(config, layout, 0):
-            part = losses_of_tokens(model, batch, layout)[batch["loss_mask"] == 1].sum() / counted
+            part = token_losses(model, batch, layout)[batch["loss_mask"] == 1].sum() / counted
             part.backward()
             loss += part.item()
             for name, parameter in model.named_parameters():
@@ -50,8 +50,8 @@ def step_of_a_plain_model(config: Config) -> tuple[float, dict[str, Tensor]]:
     return loss, gradients
 
 
-def around_an_empty_step(config: Config) -> tuple[StepResult, bool, StepResult]:
-    """A step in which no token counts, whether it left all as it was, and the step after it."""
+def empty_step(config: Config) -> tuple[StepResult, bool, StepResult]:
+    """Return the result of a step without counted tokens, whether it changed nothing, and the next step's result."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
@@ -68,7 +68,7 @@ def around_an_empty_step(config: Config) -> tuple[StepResult, bool, StepResult]:
 
 
 def validation_loss(config: Config, count: int) -> float:
-    """Of the engine, over ``count`` samples."""
+    """Return the engine's validation loss over ``count`` samples."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         batches = validation_batches(
@@ -83,16 +83,16 @@ def validation_loss(config: Config, count: int) -> float:
 
 
 @torch.no_grad()
-def validation_loss_of_a_plain_model(config: Config, count: int) -> float:
-    """The mean over all tokens of the samples, computed sample by sample."""
+def plain_validation_loss(config: Config, count: int) -> float:
+    """Return the mean loss over all tokens of the samples, computed sample by sample."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE).to(layout.device)
         samples = [{name: row[None] for name, row in sample.items()} for sample in _samples(config, count)]
-        return torch.cat([losses_of_tokens(model, sample, layout) for sample in samples]).double().mean().item()
+        return torch.cat([token_losses(model, sample, layout) for sample in samples]).double().mean().item()
 
 
 def _samples(config: Config, count: int) -> list[Batch]:
-    """All tokens of which count, as in every sample of a validation split."""
+    """Return ``count`` samples of which all tokens count, like those of a validation split."""
     config.train.global_batch_size = count
     batch = global_batch(config, 99)
     batch["loss_mask"] = torch.ones_like(batch["loss_mask"])

@@ -1,4 +1,4 @@
-"""Real processes that talk over gloo, started once and reused."""
+"""Pools of processes that communicate over gloo, started once and reused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 240
 class WorkerPool:
     """``world_size`` processes in one gloo group; ``run`` calls a module-level function on each of them.
 
-    On a GPU one process has NCCL; several share the one card, which NCCL refuses, and so have gloo on CUDA tensors.
+    On a GPU, a single process uses NCCL. Several processes share the GPU, which NCCL does not support, and use gloo.
     """
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
@@ -52,8 +52,8 @@ class WorkerPool:
             ready = wait(list(waiting), TIMEOUT_SECONDS)
             if not ready:
                 self.close()
-                raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {TIMEOUT_SECONDS} s")
-            # Whichever answers first: where one rank fails, the others may wait for it for ever.
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not respond within {TIMEOUT_SECONDS} s")
+            # Whichever responds first: if one rank fails, the others may wait for it forever.
             for connection in cast(list[Connection], ready):
                 try:
                     ok, result = pickle.loads(connection.recv_bytes())
@@ -66,8 +66,8 @@ class WorkerPool:
         return [results[rank] for rank in sorted(results)]
 
     @property
-    def is_fit(self) -> bool:
-        """Whether every process still serves."""
+    def is_alive(self) -> bool:
+        """Whether all processes are running."""
         return all(process.poll() is None for process in self.processes)
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class WorkerPool:
 
 
 class WorkerPools:
-    """``pools(n)`` is a pool of n processes; one that died is replaced."""
+    """Pools by size: ``pools(n)`` returns a pool of n processes, and replaces it if a process has died."""
 
     def __init__(self, on_gpu: bool = False) -> None:
         self.on_gpu = on_gpu
@@ -86,21 +86,23 @@ class WorkerPools:
 
     def __call__(self, world_size: int) -> WorkerPool:
         pool = self.pools.get(world_size)
-        if pool is None or not pool.is_fit:
+        if pool is None or not pool.is_alive:
             if pool is not None:
                 pool.close()
             self.pools[world_size] = pool = WorkerPool(world_size, self.on_gpu)
         return pool
 
     def close(self) -> None:
-        """End all processes."""
+        """End the processes of all pools."""
         for pool in self.pools.values():
             pool.close()
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to connections, one of which could take it before the ranks have met, and above
-    those of launch/slurm/pretrain.sbatch."""
+    """Return a free port that neither the kernel nor launch/slurm/pretrain.sbatch would choose.
+
+    It is below the kernel's ephemeral ports, so that no outgoing connection takes it before the ranks have joined.
+    """
     while True:
         port = random.SystemRandom().randint(30_000, 32_700)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Tasks of the worker processes that agree on a stop."""
+"""Tasks for worker processes: agreement on a stop."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
             signals.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-    return trainer.state.step, trainer.stopping
+    return trainer.state.step, trainer.stop_reason
 
 
 def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interruption, reason: str | None) -> Trainer:

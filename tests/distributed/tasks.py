@@ -1,4 +1,4 @@
-"""What the worker processes do. Module-level functions, so that they can be sent to them."""
+"""Tasks for worker processes: module-level functions, so that they can be pickled by name."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.offline import StateReader
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, optimizer
+from megatron_mosa.engine.optimizer import MOMENTS
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.engine.zero_state import MOMENTS
 from megatron_mosa.kernels import Documents
 from megatron_mosa.model import build_model
 from megatron_mosa.model.state import stored_tensors
@@ -34,14 +34,14 @@ from megatron_mosa.parallel import (
     partition_of,
     use_deterministic_algorithms,
 )
-from tests.distributed.fused_adam import StandInForFusedAdam
+from tests.distributed.fused_adam import FakeFusedAdam
 
-VOCAB_SIZE = 61  # not a multiple of anything; padded to 64
-RATES = (1e-3, 4e-4)  # of even and of odd steps
+VOCAB_SIZE = 61  # a prime, padded to 64
+RATES = (1e-3, 4e-4)  # learning rates of even and odd steps
 
 
 def tiny_config(**changes: object) -> Config:
-    """A hybrid small enough to compare everything; ``changes`` are section__key=value."""
+    """Return a hybrid small enough to compare everything; ``changes`` have the form section__key=value."""
     tree: dict = {
         "run": {"name": "tiny", "seed": 5},
         "model": dict(num_layers=2, hidden_size=24, num_dense_heads=4, head_dim=8, vocab_size_multiple=64),
@@ -49,7 +49,7 @@ def tiny_config(**changes: object) -> Config:
         "parallel": {},
         "data": dict(path="unused", sequence_length=24),
         "train": dict(steps=100, micro_batch_size=4, global_batch_size=4, precision="fp32"),
-        # Strong enough to show in a few steps what is left out or given to the wrong parameters.
+        # Strong enough that a few steps reveal what is missing or applied to the wrong parameters.
         "optimizer": dict(gradient_clipping=0.5, weight_decay=20.0, beta1=0.7, beta2=0.6),
     }
     for key, value in changes.items():
@@ -63,7 +63,7 @@ _layouts: dict[int, tuple[Layout, dict[str, Any]]] = {}  # by tensor-parallel si
 
 @contextlib.contextmanager
 def parallel(config: Config) -> Iterator[Layout]:
-    """Megatron's groups for one task; they stay for later ones at the same tensor-parallel size."""
+    """Initialize Megatron's groups for a task. They are kept for later tasks of the same tensor-parallel size."""
     use_deterministic_algorithms()
     size = config.parallel.tensor_model_parallel_size
     groups = vars(parallel_state)
@@ -77,16 +77,16 @@ def parallel(config: Config) -> Iterator[Layout]:
     yield _layouts[size][0]
 
 
-# Megatron keeps its groups in variables of a module.
+# Megatron keeps its groups in module variables.
 _no_groups = {name: None for name, value in vars(parallel_state).items() if name.startswith("_") and value is None}
 
 
 def global_batch(config: Config, step: int) -> Batch:
-    """The same random tokens on every rank and layout: [global batch, T].
+    """Return a batch of random tokens [global batch, T], the same on every rank and layout.
 
-    No token comes twice in a sequence: in the first layer equal tokens have equal scores, and whether such a tie stays
-    exact is a matter of rounding. The first sequence counts for nothing, the last one whole, those between in part: so
-    micro-batches and ranks have unequal numbers of tokens that count, some of them none.
+    No token occurs twice in a sequence: in the first layer equal tokens have equal scores, and rounding decides whether
+    such ties stay exact. Of the first sequence no token counts, of the last all, of the others some, so micro-batches
+    and ranks have different numbers of counted tokens, including none.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     length = config.data.sequence_length
@@ -103,7 +103,7 @@ def global_batch(config: Config, step: int) -> Batch:
 
 
 def micro_batches(config: Config, layout: Layout, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step."""
     batch = global_batch(config, step)
     share = config.train.global_batch_size // layout.data_parallel_size
     first = layout.data_parallel_rank * share
@@ -112,11 +112,11 @@ def micro_batches(config: Config, layout: Layout, step: int) -> list[Batch]:
 
 
 def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the tensor-parallel slices of parameters (or their gradients) together, by all-gather and concatenation."""
+    """Gather the tensor-parallel slices of parameters (or their gradients) into whole tensors."""
     group = parallel_state.get_tensor_model_parallel_group()
     result = {}
     for name, parameter in model.named_parameters():
-        tensor = tensors[name].detach().to(parameter.device).contiguous()  # NCCL moves nothing that is on the CPU
+        tensor = tensors[name].detach().to(parameter.device).contiguous()  # NCCL cannot send CPU tensors
         if (partition := partition_of(parameter)) is not None:
             parts = [torch.empty_like(tensor) for _ in range(group.size())]
             dist.all_gather(parts, tensor, group=group)
@@ -127,20 +127,20 @@ def whole(model: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def master_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """This tensor-parallel rank's fp32 weights."""
+    """Return this tensor-parallel rank's fp32 weights."""
     state = engine.state()
     return {name: state[f"model.{name}"] for name, _ in engine.module.named_parameters()}
 
 
 def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
-    """Smallest gap between a selected and a left-out score, of the recorded forward pass and where both compete."""
+    """Return the smallest gap between a selected and an unselected score in the recorded forward pass."""
     starts = batch.get("document_starts", torch.zeros_like(batch["tokens"]))  # [B, T]
-    first = starts == torch.arange(starts.shape[1])  # in whatever its score
+    first = starts == torch.arange(starts.shape[1])  # selected regardless of its score
     margins = []
     for heads in model.modules():
         if isinstance(heads, MosaHeads) and heads.selection is not None:
             scores, indices = (tensor.cpu() for tensor in heads.selection)
-            chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)  # one more: empty places
+            chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)  # index T marks empty slots
             chosen = chosen.scatter(-1, indices, True)[..., :-1]
             gaps = scores.unsqueeze(-1) - scores.unsqueeze(-2)  # [B, E, T, T]
             compete = (chosen & ~first.unsqueeze(1)).unsqueeze(-1) & ~chosen.unsqueeze(-2)
@@ -159,13 +159,13 @@ def write_seed_checkpoint(config: Config, path: Path) -> None:
 
 
 def save_after_training(config: Config, path: Path) -> float:
-    """Write the engine's state after two steps; the loss of the third."""
+    """Write the engine's state after two steps; return the loss of the third."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         drawn = torch.get_rng_state()
         for step in range(2):
             engine.train_step(micro_batches(config, layout, step), 1e-3)
-        assert torch.equal(torch.get_rng_state(), drawn)  # steps draw nothing, so that the seed says all of the future
+        assert torch.equal(torch.get_rng_state(), drawn)  # steps draw no random numbers, so the seed determines all
         write_state(snapshot(engine, HostMemory()), path, None)
         loss = engine.train_step(micro_batches(config, layout, 2), 1e-3).loss
         engine.destroy()
@@ -173,7 +173,7 @@ def save_after_training(config: Config, path: Path) -> float:
 
 
 def snapshot_sizes(config: Config) -> tuple[int, int]:
-    """Numbers in this rank's snapshot, and in the whole state of its tensor-parallel rank."""
+    """Return the number of elements of this rank's snapshot, and of the whole state of its tensor-parallel rank."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         share, whole = snapshot(engine, HostMemory()), engine.state()
@@ -182,8 +182,12 @@ def snapshot_sizes(config: Config) -> tuple[int, int]:
 
 
 def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
-    """Of each state that ``save_after_training`` wrote: how many of this rank's weights and moments are not what the
-    files hold, and the loss of the third step."""
+    """Load each state that ``save_after_training`` wrote.
+
+    Returns:
+        For each, the number of this rank's weights and moments that differ from the files, and the loss of the third
+        step.
+    """
     with parallel(config) as layout:
         engine, found = DeepSpeedEngine(config, VOCAB_SIZE, layout), []
         tensors = stored_tensors(engine.module)
@@ -203,7 +207,7 @@ def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
 
 @contextlib.contextmanager
 def recorded_gradients(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
-    """A dictionary that a step fills with its gradients, put together, before they are clipped."""
+    """Yield a dictionary that the next step fills with its gathered gradients, before clipping."""
     gradients: dict[str, Tensor] = {}
     model, step = engine.module, engine._engine.step
 
@@ -217,27 +221,30 @@ def recorded_gradients(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
 
 
 def start_from_weights(config: Config, path: Path) -> dict[str, bool]:
-    """Of an engine that took its initial weights from what ``save_after_training`` wrote."""
+    """Load initial weights from what ``save_after_training`` wrote; return facts that must all be true."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         load_initial_weights(engine, path)
-        # not by engine.state(), which clears moments before the first step
+        # not engine.state(), which clears moments before the first step
         moments = [engine._zero.read(p, moment) for p in engine.module.parameters() for moment in MOMENTS]
         reader = StateReader(path)
         facts = {
-            "weights are theirs": all(
+            "weights are loaded": all(
                 torch.equal(reader.read(key), tensor) for key, tensor in engine.state().items() if "model." in key
             ),
-            "moments are fresh": not any(moment.any() for moment in moments),
-            "no step is counted": engine.optimizer_step() == 0,
+            "moments are zero": not any(moment.any() for moment in moments),
+            "step count is zero": engine.optimizer_step() == 0,
         }
         engine.destroy()
     return facts
 
 
 def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_norms: bool = False) -> dict | None:
-    """Initial weights; then from the seed checkpoint every gradient of the first step, losses, gradient norms and
-    final weights; on rank 0."""
+    """Return facts of a training run, on rank 0.
+
+    They are the initial weights and, starting from the seed checkpoint, every gradient of the first step, losses,
+    gradient norms and final weights.
+    """
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         model = engine.module
@@ -251,7 +258,7 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_
 
         (batch,) = micro_batches(config, layout, 0)
         with recorded_gradients(engine) as facts["gradients"]:
-            # Adam's first step is of the rate's size wherever a gradient is not 0, were it rounding: a small one.
+            # Adam's first step has the size of the learning rate even where a gradient is only rounding: keep it small.
             facts["first_norm"] = engine.train_step([batch], 2.5e-4).grad_norm
         facts["margin"] = selection_margin(model, batch)
         results = [engine.train_step(micro_batches(config, layout, step), 1e-3) for step in range(1, steps)]
@@ -263,8 +270,8 @@ def training_facts(config: Config, seed_checkpoint: Path, steps: int = 5, break_
     return facts if layout.rank == 0 else None
 
 
-def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of ``steps`` steps under the engine, accumulation included."""
+def engine_losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """Return losses and gradient norms of ``steps`` steps of the engine, with gradient accumulation."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         results = [engine.train_step(micro_batches(config, layout, step), RATES[step % 2]) for step in range(steps)]
@@ -272,8 +279,8 @@ def losses_under_zero(config: Config, steps: int) -> tuple[list[float], list[flo
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
-def losses_of_tokens(model: torch.nn.Module, batch: Batch, layout: Layout) -> Tensor:
-    """fp32 [B, T], whatever the mask says."""
+def token_losses(model: torch.nn.Module, batch: Batch, layout: Layout) -> Tensor:
+    """Return the loss of every token, fp32 [B, T], ignoring the mask."""
     tokens, labels = batch["tokens"].to(layout.device), batch["labels"].to(layout.device)
     starts = batch.get("document_starts")
     documents = None if starts is None else Documents.from_starts(starts, layout.device)
@@ -281,8 +288,8 @@ def losses_of_tokens(model: torch.nn.Module, batch: Batch, layout: Layout) -> Te
     return model(tokens, positions, documents, labels=labels).float()
 
 
-def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], list[float]]:
-    """The same steps in plain PyTorch on the whole batch: no DeepSpeed, no data parallelism, and a loss of its own."""
+def plain_losses(config: Config, steps: int) -> tuple[list[float], list[float]]:
+    """Return the same as ``engine_losses``, from plain PyTorch on the whole batch."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE).to(layout.device)
         decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -296,7 +303,7 @@ def losses_of_a_plain_loop(config: Config, steps: int) -> tuple[list[float], lis
         losses, norms = [], []
         for step in range(steps):
             batch = global_batch(config, step)
-            loss = losses_of_tokens(model, batch, layout)[batch["loss_mask"] == 1].mean()
+            loss = token_losses(model, batch, layout)[batch["loss_mask"] == 1].mean()
             loss.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clipping)))
             for group in optimizer.param_groups:
@@ -319,7 +326,7 @@ def save_megatron_checkpoint(config: Config, path: str) -> Tensor:
 
 
 def load_megatron_checkpoint(config: Config, path: str) -> Tensor:
-    """Read it into a model of other weights; return its logits."""
+    """Load it into a model with other weights; return its logits."""
     config.run.seed += 1
     with parallel(config):
         model = build_model(config, VOCAB_SIZE)
@@ -337,14 +344,14 @@ def _without_extra_state(sharded: dict) -> dict:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, config: Config) -> Tensor:
-    """Logits of a fixed batch, gathered over the vocabulary."""
+    """Return the logits of a fixed batch, gathered over the vocabulary."""
     tokens = global_batch(config, 7)["tokens"]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     return model(tokens, positions, None, runtime_gather_output=True).clone()
 
 
 def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[float], list[float]]:
-    """Losses of steps that follow ``before`` steps: in the same engine, and in a fresh one given its state."""
+    """Return the losses after ``before`` steps, in the same engine and in a new one that loads its state."""
     with parallel(config) as layout:
 
         def train(engine: DeepSpeedEngine, steps: range) -> list[float]:
@@ -354,7 +361,7 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
         train(first, range(before))
         state, count = first.state(), first.optimizer_step()  # a copy: later steps must not change it
         straight = train(first, range(before, before + after))
-        config.run.seed += 1  # other initial weights, all of which the state must replace
+        config.run.seed += 1  # other initial weights, which the state must replace
         second = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         second.load_state(state, count)
         resumed = train(second, range(before, before + after))
@@ -363,8 +370,8 @@ def losses_after_loading(config: Config, before: int, after: int) -> tuple[list[
     return straight, resumed
 
 
-def not_finite_on_the_last_rank(layout: Layout) -> contextlib.AbstractContextManager[object]:
-    """A context in which losses are NaN on the last data-parallel rank alone."""
+def nan_loss_on_last_rank(layout: Layout) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which losses are NaN on the last data-parallel rank only."""
     if layout.data_parallel_rank < layout.data_parallel_size - 1:
         return contextlib.nullcontext()
     loss = deepspeed_engine.language_model_loss
@@ -376,13 +383,13 @@ def not_finite_on_the_last_rank(layout: Layout) -> contextlib.AbstractContextMan
     return mock.patch.object(deepspeed_engine, "language_model_loss", poisoned)
 
 
-def weights_around_a_poisoned_step(config: Config) -> dict:
-    """Whether a step with a NaN on the last rank alone left weights and moments as they were, and what came after."""
+def nan_step(config: Config) -> dict:
+    """Return whether a step with a NaN on the last rank changed weights or moments, and the loss of the next step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {key: tensor.clone() for key, tensor in engine.state().items()}
-        with not_finite_on_the_last_rank(layout):
+        with nan_loss_on_last_rank(layout):
             norm = engine.train_step(micro_batches(config, layout, 1), 1e-3).grad_norm
         after = engine.state()
         facts = {
@@ -395,14 +402,14 @@ def weights_around_a_poisoned_step(config: Config) -> dict:
     return facts
 
 
-def with_stand_in_for_apex(task: Callable[..., Any], *args: Any) -> Any:
-    """Run a task with an optimizer of apex's interface under the engine."""
-    with mock.patch.object(optimizer, "apex_fused_adam", lambda: StandInForFusedAdam):
+def with_fake_apex(task: Callable[..., Any], *args: Any) -> Any:
+    """Run a task with a stand-in for apex's optimizer."""
+    with mock.patch.object(optimizer, "apex_fused_adam", lambda: FakeFusedAdam):
         return task(*args)
 
 
 def optimizer_name(config: Config) -> str:
-    """The class of the optimizer that the engine steps."""
+    """Return the class name of the engine's optimizer."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.destroy()

@@ -1,4 +1,4 @@
-"""``mosa doctor`` as two processes that pose as two nodes, over gloo, started as a launcher would."""
+"""``mosa doctor`` as two processes over gloo that act as two nodes, started as by a launcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
-    """Wait; return exit code, standard output and standard error of each process."""
+    """Wait for the processes; return exit code, standard output and standard error of each."""
     try:
         outputs = [process.communicate(timeout=200) for process in processes]
     finally:
@@ -72,7 +72,7 @@ def test_a_rank_that_never_joins_is_one_error_line(tmp_path: Path) -> None:
     assert time.monotonic() - started < 60  # 8 s, and starting two processes on a busy machine
     assert (first[0], second[0]) == (1, 1)
     assert first[1] == "" and first[2].count("\n") == 1
-    assert first[2].startswith(f"error: 1 of 2 ranks came to 127.0.0.1:{port} within 8 s, not rank 1; see ")
+    assert first[2].startswith(f"error: 1 of 2 ranks joined at 127.0.0.1:{port} within 8 s, missing rank 1; check ")
     assert second[1] == "" and second[2].count("\n") == 1
-    assert second[2].startswith(f"error: node n2: rank 1 of 2 reaches nobody at 127.0.0.1:{absent_port}; see ")
+    assert second[2].startswith(f"error: node n2: rank 1 of 2 cannot reach 127.0.0.1:{absent_port}; check ")
     assert json.loads((tmp_path / "doctor.json").read_text())["is_bad"] is True

@@ -8,23 +8,40 @@ from tests.distributed import graphed_tasks, tasks
 from tests.distributed.pool import WorkerPools
 
 
-def accumulating(ranks: int) -> tasks.Config:
+def accumulating(ranks: int, tensor_parallel: int = 1) -> tasks.Config:
     return tasks.tiny_config(
-        train__global_batch_size=8, train__micro_batch_size=4 // ranks, train__precision="bf16",
-        model__tie_embeddings=True,
+        train__global_batch_size=8, train__micro_batch_size=4 * tensor_parallel // ranks, train__precision="bf16",
+        model__tie_embeddings=True, parallel__tensor_model_parallel_size=tensor_parallel,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_norms_and_moments_are_those_of_deepspeeds_steps(workers: WorkerPools, ranks: int) -> None:
-    graphed, plain = (
-        workers(ranks).run(graphed_tasks.steps, accumulating(ranks), 5, is_graphed)[0] for is_graphed in (True, False)
-    )
+@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_losses_norms_and_moments_are_those_of_deepspeeds_steps(
+    workers: WorkerPools, ranks: int, tensor_parallel: int
+) -> None:
+    config = accumulating(ranks, tensor_parallel)
+    graphed, plain = (workers(ranks).run(graphed_tasks.steps, config, 5, is_graphed)[0] for is_graphed in (True, False))
     assert graphed["losses"] == pytest.approx(plain["losses"], rel=3e-3)
     assert graphed["norms"] == pytest.approx(plain["norms"], rel=3e-2)
     assert graphed["moments"] == pytest.approx(plain["moments"], rel=0.2)
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(workers: WorkerPools) -> None:
+def test_a_non_finite_step_on_one_rank_is_skipped_on_all(workers: WorkerPools) -> None:
     for facts in workers(2).run(graphed_tasks.around_a_poisoned_step, accumulating(2)):
         assert facts == {"is finite": False, "is unchanged": True, "counted steps": 0, "then is finite": True}
+
+
+@pytest.mark.parametrize(
+    ("normalization", "sequence_parallel", "recompute"),
+    [("LayerNorm", True, "none"), ("RMSNorm", False, "attention"), ("RMSNorm", True, "full")],
+)
+def test_the_plain_layers_and_the_split_loss_give_every_gradient_of_megatrons(
+    workers: WorkerPools, normalization: str, sequence_parallel: bool, recompute: str
+) -> None:
+    config = tasks.tiny_config(
+        parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=sequence_parallel,
+        model__normalization=normalization, model__num_local_heads=2, model__activation="swiglu",
+        train__recompute=recompute,
+    )  # fmt: skip
+    for errors in workers(2).run(graphed_tasks.fast_layers, config):
+        assert all(error < 1e-4 for error in errors.values()), errors

@@ -1,6 +1,6 @@
-"""Checkpoints of one layout loaded at another: a few pairs here, all of them by ``make test-matrix``.
+"""Checkpoints of one layout loaded at another: a few pairs here, all pairs by ``make test-matrix``.
 
-python -m tests.distributed.test_layouts      # every ordered pair, a Markdown table of the differences
+``python -m tests.distributed.test_layouts`` prints the differences of all pairs as a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.distributed.pool import WorkerPools
 
 
 class Cell(NamedTuple):
-    """A layout."""
+    """A layout: tensor-parallel size, ZeRO stage and data-parallel size."""
 
     tensor_parallel: int
     zero: int
@@ -27,11 +27,11 @@ class Cell(NamedTuple):
 
     @property
     def world_size(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.tensor_parallel * self.data_parallel
 
     def config(self, seed: int) -> Config:
-        """Of a model of that seed; a gated MLP, since its halves are split apart."""
+        """Return a model with this seed, with a gated MLP because its halves are split separately."""
         return tasks.tiny_config(
             run__seed=seed, model__activation="swiglu", parallel__zero_stage=self.zero,
             parallel__tensor_model_parallel_size=self.tensor_parallel, train__global_batch_size=8,
@@ -41,7 +41,7 @@ class Cell(NamedTuple):
 
 Sources = Callable[[int], Container[int]]
 FEW = [Cell(1, 3, 2), Cell(2, 1, 2), Cell(4, 2, 1), Cell(1, 1, 4), Cell(2, 3, 1)]
-# Every tensor-parallel size with every stage, once to save and once, at another data-parallel size, to load.
+# Every tensor-parallel size with every stage: once to save, and once to load at another data-parallel size.
 SAVED = [*map(Cell._make, [(1, 1, 4), (1, 2, 2), (1, 3, 4), (2, 1, 2), (2, 2, 1), (2, 3, 2), (4, 1, 1), (4, 2, 2)])]
 LOADED = [*map(Cell._make, [(1, 1, 2), (1, 2, 4), (1, 3, 2), (2, 1, 4), (2, 2, 2), (2, 3, 1), (4, 1, 2), (4, 2, 1)])]
 
@@ -49,13 +49,17 @@ LOADED = [*map(Cell._make, [(1, 1, 2), (1, 2, 4), (1, 3, 2), (2, 1, 4), (2, 2, 2
 def differences(
     workers: WorkerPools, saved: list[Cell], loaded: list[Cell], folder: Path, sources: Sources = lambda _: range(99)
 ) -> dict:
-    """Of each pair: how many tensors are not equal to the last bit, and how far the next loss is away, relatively.
+    """Save at each layout of ``saved`` and load at each of ``loaded``.
 
-    ``sources`` says which of ``saved``, by number, one of ``loaded`` reads; all of them by default.
+    Args:
+        sources: maps the number of a layout in ``loaded`` to those in ``saved`` that it reads; all by default.
+
+    Returns:
+        For each pair, the number of tensors that are not bitwise equal, and the relative difference of the next loss.
     """
     checkpoints, losses = [], []
     for number, cell in enumerate(saved):
-        path = folder / str(number)  # another seed for each: what is not loaded shows
+        path = folder / str(number)  # a different seed for each, so that a tensor that is not loaded differs
         losses.append(workers(cell.world_size).run(tasks.save_after_training, cell.config(number), path)[0])
         checkpoints.append(path)
     found = {}
@@ -69,14 +73,14 @@ def differences(
 
 
 def test_a_checkpoint_loads_at_any_layout(workers: WorkerPools, tmp_path: Path) -> None:
-    # Each is read by the two that come after it, at other tensor-parallel sizes, stages and numbers of ranks.
+    # Each is read by the next two, which have other tensor-parallel sizes, stages and numbers of ranks.
     others = lambda place: ((place + 1) % len(FEW), (place + 2) % len(FEW))  # noqa: E731
     for pair, (unequal, loss) in differences(workers, FEW, FEW, tmp_path, others).items():
         assert unequal == 0, pair
         assert loss < 1e-6, pair
 
 
-def test_data_parallel_ranks_share_what_is_saved(workers: WorkerPools) -> None:
+def test_data_parallel_ranks_share_the_work_of_a_save(workers: WorkerPools) -> None:
     for cell in (Cell(1, 1, 4), Cell(2, 3, 2)):
         shares, (whole, *_) = zip(*workers(cell.world_size).run(tasks.snapshot_sizes, cell.config(0)), strict=True)
         assert sum(shares) == whole * cell.tensor_parallel
@@ -84,7 +88,7 @@ def test_data_parallel_ranks_share_what_is_saved(workers: WorkerPools) -> None:
 
 
 def main() -> None:
-    """All pairs."""
+    """Compare all pairs, and print the table."""
     workers = WorkerPools()
     with tempfile.TemporaryDirectory() as folder:
         found = differences(workers, SAVED, LOADED, Path(folder))

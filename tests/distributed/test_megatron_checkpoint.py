@@ -1,4 +1,4 @@
-"""Megatron's own distributed checkpoint of a MoSA model: saved at TP 2, loaded at TP 1 and 4."""
+"""Megatron's own distributed checkpoint of a MoSA model, saved at TP 2 and loaded at TP 1 and 4."""
 
 from __future__ import annotations
 

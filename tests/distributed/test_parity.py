@@ -1,4 +1,4 @@
-"""One model, whatever the layout: TP 1, 2, 4, with and without sequence parallelism, under the DeepSpeed engine."""
+"""Training is the same at every layout: TP 1, 2 and 4, with and without sequence parallelism, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.distributed.pool import WorkerPools
 Cell = tuple[int, int, bool, int]  # ZeRO stage, tensor parallel size, sequence parallel, world size
 DATA = (1, False, 2)
 BOTH = (2, True, 4)
-# ZeRO's stages differ where there are data-parallel ranks to part over: all of them there, with and without tensor
-# parallelism; each of the layouts without such ranks at one or two of them.
+# ZeRO's stages differ only with several data-parallel ranks: there all stages are tested, with and without tensor
+# parallelism. Layouts with one data-parallel rank are tested at one or two stages.
 LAYOUTS: list[Cell] = [
     *((zero, *layout) for layout in (DATA, BOTH) for zero in (0, 1, 2, 3)),
     (0, 2, False, 2), (3, 2, False, 2), (1, 2, True, 2), (2, 4, False, 4), (1, 4, True, 4), (3, 4, True, 4),
@@ -25,7 +25,7 @@ LAYOUTS: list[Cell] = [
 
 @pytest.fixture(scope="module")
 def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process's state before the first step, of weights that no configuration below would draw."""
+    """The state of one process before the first step, with weights that no configuration below would draw."""
     path = tmp_path_factory.mktemp("seed")
     workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), path)
     return path
@@ -33,9 +33,9 @@ def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
-    """The facts of one process."""
+    """The facts of training in one process."""
     facts = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
-    # fp32 rounding moves scores by about 1e-7: no near-tie decides what follows.
+    # fp32 rounding changes scores by about 1e-7, which must not change a selection.
     assert facts["margin"] > 1e-5
     return facts
 
@@ -67,7 +67,7 @@ def test_training_does_not_depend_on_the_layout(
     check_equal(facts, single)
 
 
-RECOMPUTED = [  # under ZeRO-3 a layer's weights are gathered once more
+RECOMPUTED = [  # ZeRO-3 gathers a layer's weights once more
     ("attention", (0, *DATA)), ("attention", (3, *DATA)), ("attention", (1, *BOTH)), ("attention", (3, *BOTH)),
     ("attention", (2, 4, True, 4)), ("full", (1, *DATA)), ("full", (0, *BOTH)), ("full", (2, *BOTH)),
     ("full", (3, *BOTH)), ("full", (1, 4, True, 4)),
@@ -107,8 +107,8 @@ def single_dense(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory)
     return path, workers(1).run(tasks.training_facts, config, path)[0]
 
 
-# Where rounding to bf16 moves a selection, a MoSA head's gradients are other ones: of this model all is compared,
-# of the hybrid below what does not depend on one selection.
+# If rounding to bf16 changes a selection, a MoSA head's gradients change. So this model, without MoSA heads, compares
+# everything; the hybrid below compares only what does not depend on single selections.
 @pytest.mark.parametrize(
     "layout",
     [*((zero, *DATA) for zero in (1, 2, 3)), (1, *BOTH), (3, *BOTH), (1, 2, False, 2), (2, 4, True, 4)],
@@ -143,7 +143,7 @@ def test_a_hybrid_in_bf16_follows_fp32(workers: WorkerPools, seed_checkpoint: Pa
 
 
 def check_equal(facts: dict, single: dict) -> None:
-    """Everything, within what rounding in fp32 allows."""
+    """Compare all facts, within the rounding of fp32."""
     for name, weight in single["initial"].items():
         assert torch.equal(facts["initial"][name], weight), f"initial {name}"
     for name, gradient in single["gradients"].items():
@@ -160,7 +160,9 @@ def check_equal(facts: dict, single: dict) -> None:
         assert relative_error(facts["final"][name], weight) < 1e-3, f"final {name}"
 
 
-def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_checkpoint: Path, single: dict) -> None:
+def test_the_comparison_detects_a_missing_gradient_sum(
+    workers: WorkerPools, seed_checkpoint: Path, single: dict
+) -> None:
     facts = run(workers, seed_checkpoint, (1, 2, True, 2), break_norms=True)
     for name, gradient in single["gradients"].items():
         error = relative_error(facts["gradients"][name], gradient)
@@ -170,9 +172,9 @@ def test_the_comparison_sees_a_missing_gradient_sum(workers: WorkerPools, seed_c
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("changes", [{"model__num_dense_heads": 0}, {"mosa__num_heads": 0}], ids=["mosa", "dense"])
 def test_pure_models_do_not_depend_on_the_layout(workers: WorkerPools, changes: dict, sequence_parallel: bool) -> None:
-    losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(**changes), 2)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, tasks.tiny_config(**changes), 2)[0]
     layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": sequence_parallel}
-    split = workers(2).run(tasks.losses_under_zero, tasks.tiny_config(**layout, **changes), 2)[0]
+    split = workers(2).run(tasks.engine_losses, tasks.tiny_config(**layout, **changes), 2)[0]
     assert split[0] == pytest.approx(losses, rel=1e-5)
     assert split[1] == pytest.approx(norms, rel=1e-4)
 
@@ -197,14 +199,14 @@ VARIANTS = {
 }
 
 
-# What shares weights, and what adds tensors to a batch, under ZeRO-3, too; the others under one of the two.
+# Variants that share weights or add tensors to a batch run at both stages, the others at one.
 CELLS = [("swiglu", 1), ("rmsnorm", 3), ("tied", 1), ("tied", 3), ("grouped", 1), ("documents", 1), ("documents", 3)]
 CELLS += [("documents_by_sequence", 3), ("local", 1)]
 
 
 @pytest.fixture(scope="module")
 def single_variant(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict]]:
-    """Of a variant: a seed checkpoint, and the facts of one process."""
+    """A function that returns a seed checkpoint of a variant and the facts of one process."""
 
     @cache
     def single(variant: str) -> tuple[Path, dict]:

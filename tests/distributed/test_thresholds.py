@@ -1,4 +1,4 @@
-"""Selection by thresholds: one model, whatever the layout, and restarts that are no event."""
+"""Selection by thresholds: training is the same at every layout, and a restart changes nothing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
-    """The facts of one process."""
+    """The facts of training in one process."""
     found = workers(1).run(threshold_tasks.facts, make_config(parallel__zero_stage=0), seed_checkpoint)[0]
-    assert found["margin"] > 1e-6  # no rounding decides what follows
-    assert found["capacities"] == {6, 12}  # k in warm-up, twice as many slots after it
+    assert found["margin"] > 1e-6  # rounding must not change a selection
+    assert found["capacities"] == {6, 12}  # k during warm-up, twice as many slots afterwards
     return found
 
 
@@ -85,27 +85,27 @@ def test_thresholds_of_a_bf16_model_are_fp32(
     assert found["losses"] == pytest.approx(single["losses"], rel=1e-2)
 
 
-def test_equal_scores_give_equal_thresholds_to_the_last_bit(workers: WorkerPools) -> None:
+def test_equal_scores_give_bitwise_equal_thresholds(workers: WorkerPools) -> None:
     generator = torch.Generator().manual_seed(3)
     drift = torch.arange(6).view(6, 1, 1, 1) / 3
     scores = (torch.randn(6, 8, 8, 24, generator=generator) * 2 + drift).sigmoid()
-    one = workers(1).run(threshold_tasks.updates_of_given_scores, make_config(), scores)[0]
+    one = workers(1).run(threshold_tasks.thresholds_of_scores, make_config(), scores)[0]
     assert any((thresholds > 0.5).any() for thresholds in one.values())
     for world, tensor_parallel in ((4, 1), (2, 1), (2, 2), (4, 2)):
         config = make_config(parallel__tensor_model_parallel_size=tensor_parallel, train__micro_batch_size=1)
-        for found in workers(world).run(threshold_tasks.updates_of_given_scores, config, scores):
+        for found in workers(world).run(threshold_tasks.thresholds_of_scores, config, scores):
             assert all(torch.equal(found[name], one[name]) for name in one)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
-def test_a_step_that_is_not_finite_moves_no_threshold(workers: WorkerPools, zero: int) -> None:
+def test_a_non_finite_step_keeps_all_thresholds(workers: WorkerPools, zero: int) -> None:
     config = make_config(parallel__zero_stage=zero, train__global_batch_size=8, train__micro_batch_size=2)
-    assert workers(2).run(threshold_tasks.around_a_poisoned_step, config) == [(True, True)] * 2
+    assert workers(2).run(threshold_tasks.nan_step, config) == [(True, True)] * 2
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-@pytest.mark.parametrize("before", [1, 3])  # in the warm-up, and behind it
-def test_an_engine_given_anothers_state_goes_on_bitwise_alike(
+@pytest.mark.parametrize("before", [1, 3])  # during and after the warm-up
+def test_resuming_from_an_engine_state_is_bitwise_exact(
     workers: WorkerPools, zero: int, precision: str, before: int
 ) -> None:
     config = make_config(

@@ -1,4 +1,4 @@
-"""What the worker processes do with heads that select by thresholds."""
+"""Tasks for worker processes: heads that select by thresholds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.kernels.naive import count_scores
 from megatron_mosa.model import build_model
 from megatron_mosa.parallel import data_parallel_group
-from tests.distributed.tasks import VOCAB_SIZE, micro_batches, not_finite_on_the_last_rank, parallel
+from tests.distributed.tasks import VOCAB_SIZE, micro_batches, nan_loss_on_last_rank, parallel
 
 
-def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The buffers of all tensor-parallel ranks, put together."""
+def gather_heads(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Gather the threshold buffers of all tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}
     for name, buffer in threshold_buffers(model).items():
@@ -31,7 +31,7 @@ def of_all_heads(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
-    """Losses, thresholds after each step, how near a score came to a threshold, and the validation loss."""
+    """Return losses, thresholds after each step, the smallest distance from a score to a threshold, and more."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         read_state(engine, seed_checkpoint, optimizer_step=0)  # type: ignore[arg-type]
@@ -42,23 +42,23 @@ def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
         for step in range(steps):
             before = [layer.thresholds.clone() for layer in layers]
             found["losses"].append(engine.train_step(micro_batches(config, layout, step), 1e-3).loss)
-            found["thresholds"].append(of_all_heads(engine.module))
+            found["thresholds"].append(gather_heads(engine.module))
             for layer, old in zip(layers, before, strict=True):
                 assert layer.selection is not None
                 scores, indices = layer.selection
                 found["capacities"].add(indices.shape[-1])
                 if step >= config.mosa.threshold_warmup_steps:
                     found["margin"] = min(found["margin"], (scores - old[:, None]).abs().min().item())
-                assert not layer.histogram.any()  # all was taken into account
+                assert not layer.histogram.any()  # the update used all counts
         found["types"] = {str(buffer.dtype) for buffer in threshold_buffers(engine.module).values()}
         found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
-        assert not any(layer.histogram.any() for layer in layers)  # evaluation counts nothing
+        assert not any(layer.histogram.any() for layer in layers)  # evaluation counts no scores
         engine.destroy()
     return found
 
 
-def updates_of_given_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
-    """Thresholds after updates by scores [steps, batch, E, T], of which each data-parallel rank sees its share."""
+def thresholds_of_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
+    """Return thresholds after updates with scores [steps, batch, E, T], split over data-parallel ranks."""
     with parallel(config) as layout:
         model = build_model(config, VOCAB_SIZE)
         size, rank = layout.data_parallel_size, layout.data_parallel_rank
@@ -68,16 +68,16 @@ def updates_of_given_scores(config: Config, scores: Tensor) -> dict[str, Tensor]
                 for part in mine.split(1):  # micro-batches
                     count_scores(part, layer.histogram)
             update_thresholds(model, data_parallel_group())
-        return of_all_heads(model)
+        return gather_heads(model)
 
 
-def around_a_poisoned_step(config: Config) -> tuple[bool, bool]:
-    """Whether a step that was not finite left the thresholds as they were, and nothing counted for the next."""
+def nan_step(config: Config) -> tuple[bool, bool]:
+    """Return whether a non-finite step left the thresholds unchanged, and counted no scores for the next step."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
         before = {name: buffer.clone() for name, buffer in threshold_buffers(engine.module).items()}
-        with not_finite_on_the_last_rank(layout):
+        with nan_loss_on_last_rank(layout):
             engine.train_step(micro_batches(config, layout, 1), 1e-3)
         after = threshold_buffers(engine.module)
         same = all(torch.equal(before[name], after[name]) for name in before)

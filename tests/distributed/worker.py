@@ -1,4 +1,4 @@
-"""A rank of a ``WorkerPool``: calls the functions that come over the socket in the place of its standard input."""
+"""A rank of a ``WorkerPool``, which calls the functions that it receives over the socket on its standard input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-import megatron_mosa.train  # noqa: F401  # a task is measured, not its imports
+import megatron_mosa.train  # noqa: F401  # so that the time of a task does not include imports
 
 
 def main() -> None:
-    """Serve until the pool closes."""
+    """Call functions until the pool closes the connection."""
     connection = Connection(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     torch.set_num_threads(1)
@@ -37,4 +37,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # without the time that threads of groups take to end
+    os._exit(0)  # without waiting for the threads of process groups

@@ -1,4 +1,4 @@
-"""Everything here needs a GPU; without one it is reported as not run."""
+"""Tests that need a GPU; without one they are reported as not run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.pool import WorkerPools
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark, and skip where there is no CUDA."""
+    """Mark all tests here, and skip them without CUDA."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPools]:
-    """On the GPU: one process, or several that share it."""
+    """Pools on the GPU: one process, or several that share it."""
     pools = WorkerPools(on_gpu=True)
     yield pools
     pools.close()

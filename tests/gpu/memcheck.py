@@ -27,7 +27,7 @@ CASES = [  # B, T, E, h, h', k, dtype, documents
 
 
 def main() -> None:
-    """Run the cases, forward and backward."""
+    """Run all cases, forward and backward."""
     for batch, length, heads, width, size, selected, dtype, has_documents in CASES:
         inputs = [t.detach().to("cuda", dtype).requires_grad_() for t in make_inputs(batch, length, heads, width, size)]
         fused = get_backend("triton", inputs[0])

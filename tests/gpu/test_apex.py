@@ -1,4 +1,4 @@
-"""NVIDIA apex's FusedAdam and norms give the numbers of torch's."""
+"""NVIDIA apex's FusedAdam and norms give the same numbers as torch's."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_training_with_apex_is_training_without(workers: WorkerPools, zero: int,
     config = tasks.tiny_config(**options)
     expected = {0: "ClippingFusedAdam", 3: "AdamW"}.get(zero, "FusedAdam")
     assert workers(1).run(tasks.optimizer_name, config)[0] == expected
-    losses, norms = workers(1).run(tasks.losses_under_zero, config, 5)[0]
-    without = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(train__apex="never", **options), 5)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, config, 5)[0]
+    without = workers(1).run(tasks.engine_losses, tasks.tiny_config(train__apex="never", **options), 5)[0]
     loss_tolerance, norm_tolerance = (2e-5, 1e-3) if precision == "fp32" else (5e-3, 5e-2)
     assert losses == pytest.approx(without[0], rel=loss_tolerance)
     assert norms == pytest.approx(without[1], rel=norm_tolerance)

@@ -1,4 +1,4 @@
-"""Decoding on the GPU, by the kernels, against the whole forward pass and the plain path."""
+"""Decoding with the kernels on a GPU matches the forward pass of the whole sequence and the plain path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from tests.decode.models import build, random_tokens
 
 WIDE = {"hidden_size": 192, "head_dim": 64, "num_mosa_heads": 40, "sparsity": 4, "num_hidden_layers": 2}
-PROMPT, LENGTH = 300, 420  # heads take up to a hundred tokens more, of several blocks and pieces of the cache
+PROMPT, LENGTH = 300, 420  # heads select up to a hundred more tokens, in several blocks of the cache
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def precise() -> Iterator[None]:
 
 
 def steps(model: MosaForCausalLM, tokens: Tensor, start: int, mask: Tensor | None, cache: object) -> Tensor:
-    """Logits of the tokens from ``start`` on, one by one."""
+    """Feed the tokens from ``start`` on one by one; return their logits."""
     logits = []
     for end in range(start + 1, tokens.shape[1] + 1):
         seen = None if mask is None else mask[:, :end]
@@ -37,11 +37,11 @@ def steps(model: MosaForCausalLM, tokens: Tensor, start: int, mask: Tensor | Non
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("changes", [{}, WIDE], ids=["narrow", "wide"])
 @pytest.mark.parametrize("kind", ["pure", "many", "hybrid", "followed", "grouped", "local"])
-def test_decoding_is_the_forward_pass(kind: str, changes: dict[str, int], padded: bool) -> None:
+def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], padded: bool) -> None:
     if kind in ("grouped", "local"):
         changes = {name: value for name, value in changes.items() if name != "num_mosa_heads"}
     model, tokens = build(kind, **changes).cuda(), random_tokens(3, LENGTH).cuda()
-    if changes:  # logits of the router as wide as those of the narrow model
+    if changes:  # as large a spread of router logits as in the narrow model
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_((24 / WIDE["hidden_size"]) ** 0.5)
@@ -49,7 +49,7 @@ def test_decoding_is_the_forward_pass(kind: str, changes: dict[str, int], padded
     if padded:
         mask = torch.ones_like(tokens)
         mask[0, :130] = mask[1, 310:315] = 0
-    there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     expected = model(tokens, attention_mask=mask).logits
     assert expected.std() > 0.1
     cache, found, start = model.new_cache(), [], 0
@@ -58,13 +58,13 @@ def test_decoding_is_the_forward_pass(kind: str, changes: dict[str, int], padded
         found.append(model(tokens[:, start:end], attention_mask=seen, **{CACHE: cache}).logits)
         start = end
     found.append(steps(model, tokens, PROMPT, mask, cache))
-    torch.testing.assert_close(torch.cat(found, dim=1)[there], expected[there], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(found, dim=1)[valid], expected[valid], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_kernels_are_the_plain_path(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_match_the_plain_path(dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("pure", hidden_size=320, head_dim=head_dim, num_mosa_heads=70, num_hidden_layers=1)
     for parameter in model.parameters():
         parameter.mul_(0.3)
@@ -78,11 +78,11 @@ def test_the_kernels_are_the_plain_path(dtype: torch.dtype, head_dim: int, monke
     model.model.layers[0].self_attn.mosa_heads.register_forward_hook(lambda *call: outputs[number].append(call[2]))
     steps(model, tokens, PROMPT, None, caches[0])
     number = 1
-    monkeypatch.setattr(heads_mosa, "usable", lambda states: False)
+    monkeypatch.setattr(heads_mosa, "can_run_kernels", lambda states: False)
     steps(model, tokens, PROMPT, None, caches[1])
     rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for found, plain in zip(*outputs, strict=True):
         assert (found.float() - plain.float()).norm() <= rounding * plain.float().norm()
     first, second = (given.layers[0].mosa for given in caches)
-    assert torch.equal(first.counts, second.counts) and first.known() == second.known()
-    assert first.table[:, :, :-1].unique().numel() == first.known()[0]  # no block has two owners
+    assert torch.equal(first.counts, second.counts) and first.host_totals() == second.host_totals()
+    assert first.table[:, :, :-1].unique().numel() == first.host_totals()[0]  # no block has two owners

@@ -1,4 +1,4 @@
-"""The same model on a GPU and in a plain loop, in every ZeRO stage; resuming; two ranks on one card."""
+"""Training on a GPU against a plain loop, at every ZeRO stage; resuming; two ranks on one GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def accumulating(**changes: object) -> tasks.Config:
 def plain(workers: WorkerPools) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of a plain loop on the GPU."""
     config = tasks.tiny_config(train__global_batch_size=8, train__micro_batch_size=8)
-    return workers(1).run(tasks.losses_of_a_plain_loop, config, 5)[0]
+    return workers(1).run(tasks.plain_losses, config, 5)[0]
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -32,7 +32,7 @@ def test_losses_on_the_gpu_are_those_of_a_plain_loop_in_fp32(
     config = accumulating(
         train__precision=precision, parallel__zero_stage=zero, parallel__offload_optimizer=offload and zero > 0
     )
-    losses, norms = workers(1).run(tasks.losses_under_zero, config, 5)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, config, 5)[0]
     loss_tolerance, norm_tolerance = (2e-5, 1e-3) if precision == "fp32" else (5e-3, 5e-2)
     assert losses == pytest.approx(plain[0], rel=loss_tolerance)
     assert norms == pytest.approx(plain[1], rel=norm_tolerance)
@@ -47,25 +47,25 @@ def test_resuming_on_the_gpu_is_bitwise_the_same(workers: WorkerPools, zero: int
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
 def test_recompute_on_the_gpu_changes_nothing(workers: WorkerPools, plain: tuple, recompute: str) -> None:
-    losses, norms = workers(1).run(tasks.losses_under_zero, accumulating(train__recompute=recompute), 5)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, accumulating(train__recompute=recompute), 5)[0]
     assert losses == pytest.approx(plain[0], rel=2e-5)
     assert norms == pytest.approx(plain[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("heads", ["dense", "hybrid"])
 def test_documents_in_bf16_follow_fp32(workers: WorkerPools, heads: str) -> None:
-    # bf16 takes torch's variable-length attention, fp32 one call a document
+    # bf16 uses torch's variable-length attention, fp32 one call per document
     options: dict = {"model__attend_within_documents": True, "model__num_query_groups": 2}
     options |= {"mosa__num_heads": 0} if heads == "dense" else {"mosa__selection_scope": "document"}
-    losses, norms = workers(1).run(tasks.losses_of_a_plain_loop, tasks.tiny_config(**options), 5)[0]
-    found = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(train__precision="bf16", **options), 5)[0]
+    losses, norms = workers(1).run(tasks.plain_losses, tasks.tiny_config(**options), 5)[0]
+    found = workers(1).run(tasks.engine_losses, tasks.tiny_config(train__precision="bf16", **options), 5)[0]
     assert found[0] == pytest.approx(losses, rel=5e-3)
     assert found[1] == pytest.approx(norms, rel=5e-2)
 
 
 @pytest.fixture(scope="module")
 def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """State of a model of other weights."""
+    """The state of a model with other weights."""
     path = tmp_path_factory.mktemp("seed")
     workers(1).run(tasks.write_seed_checkpoint, tasks.tiny_config(run__seed=77), path)
     return path
@@ -73,7 +73,7 @@ def seed_checkpoint(workers: WorkerPools, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
-    """The facts of one process on the GPU."""
+    """The facts of training in one process on the GPU."""
     facts = workers(1).run(tasks.training_facts, tasks.tiny_config(parallel__zero_stage=0), seed_checkpoint)[0]
     assert facts["margin"] > 1e-5
     return facts

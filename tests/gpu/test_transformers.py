@@ -1,4 +1,4 @@
-"""Layers on two GPUs, as accelerate spreads them: the same model as on one."""
+"""Models whose layers accelerate distributes over two GPUs compute the same as on one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SELECTIONS = ("threshold", "expert_choice")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of every kind of heads for each selection, saved by transformers."""
+    """Save a model with all kinds of heads for each selection, with transformers."""
     folder = tmp_path_factory.mktemp("models")
     for selection in SELECTIONS:
         config = MosaConfig(
@@ -52,11 +52,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {selection: folder / selection for selection in SELECTIONS}
 
 
-def load(folder: Path, places: Any) -> Any:
-    limits = (
-        {0: "600KB", 1: "10GB"} if places == "auto" else None
-    )  # a layer has 230 KB: one fits beside room for another
-    return MosaForCausalLM.from_pretrained(folder, device_map=places, max_memory=limits).eval()
+def load(folder: Path, device_map: Any) -> Any:
+    # A layer has 230 KB; accelerate reserves room for another one beside those that it places on a device.
+    limits = {0: "600KB", 1: "10GB"} if device_map == "auto" else None
+    return MosaForCausalLM.from_pretrained(folder, device_map=device_map, max_memory=limits).eval()
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:
@@ -67,20 +66,20 @@ def devices(model: torch.nn.Module) -> set[int]:
     return {parameter.device.index for parameter in model.parameters()}
 
 
-@pytest.mark.parametrize("places", ["auto", BY_HAND], ids=["auto", "by hand"])
+@pytest.mark.parametrize("device_map", ["auto", BY_HAND], ids=["auto", "by hand"])
 @pytest.mark.parametrize("selection", SELECTIONS)
 @torch.no_grad()
-def test_the_forward_pass_is_that_of_one_card(folders: dict[str, Path], selection: str, places: Any) -> None:
-    one, two = load(folders[selection], {"": 0}), load(folders[selection], places)
+def test_the_forward_pass_matches_one_gpu(folders: dict[str, Path], selection: str, device_map: Any) -> None:
+    one, two = load(folders[selection], {"": 0}), load(folders[selection], device_map)
     assert devices(one) == {0} and devices(two) == {0, 1}
     ids = tokens(3, 40)
     mask = torch.ones_like(ids)
     mask[1, 30:] = mask[2, :7] = 0
     labels = ids.masked_fill(mask == 0, -100)
-    there = mask.bool()
+    valid = mask.bool()
     for options in ({}, {"attention_mask": mask, "labels": labels, "output_hidden_states": True}):
         expected, found = one(ids, **options), two(ids, **options)
-        torch.testing.assert_close(found.logits.to(ids.device)[there], expected.logits[there], **CLOSE)
+        torch.testing.assert_close(found.logits.to(ids.device)[valid], expected.logits[valid], **CLOSE)
     torch.testing.assert_close(found.loss.to(ids.device), expected.loss, **CLOSE)
     keep = torch.tensor([[5, 20], [3, 7], [39, 12]], device=ids.device)
     part = two(ids, attention_mask=mask, logits_to_keep=keep, labels=labels).logits
@@ -88,10 +87,10 @@ def test_the_forward_pass_is_that_of_one_card(folders: dict[str, Path], selectio
     torch.testing.assert_close(part.to(ids.device), found.logits.to(ids.device)[rows, keep], **CLOSE)
 
 
-@pytest.mark.parametrize("places", ["auto", BY_HAND], ids=["auto", "by hand"])
+@pytest.mark.parametrize("device_map", ["auto", BY_HAND], ids=["auto", "by hand"])
 @torch.no_grad()
-def test_generation_is_that_of_one_card(folders: dict[str, Path], places: Any) -> None:
-    one, two = load(folders["threshold"], {"": 0}), load(folders["threshold"], places)
+def test_generation_matches_one_gpu(folders: dict[str, Path], device_map: Any) -> None:
+    one, two = load(folders["threshold"], {"": 0}), load(folders["threshold"], device_map)
     ids = tokens(3, 12)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -104,11 +103,11 @@ def test_generation_is_that_of_one_card(folders: dict[str, Path], places: Any) -
     kept = {
         layer.mosa.keys.device.index for layer in cache.layers if layer.mosa is not None and layer.mosa.keys is not None
     }
-    assert kept == {0, 1}  # each layer's where it computes
+    assert kept == {0, 1}  # each layer's cache is on its device
 
 
 @torch.no_grad()
-def test_thresholds_that_are_not_set_are_refused(folders: dict[str, Path]) -> None:
+def test_unset_thresholds_are_refused(folders: dict[str, Path]) -> None:
     model = load(folders["threshold"], BY_HAND)
     model.model.layers[2].self_attn.mosa_heads.thresholds[0] = torch.nan
     with pytest.raises(ValueError, match=r"thresholds of layers 2 are NaN"):
@@ -116,7 +115,7 @@ def test_thresholds_that_are_not_set_are_refused(folders: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_step_of_the_trainer_is_that_of_one_card(
+def test_steps_of_the_trainer_match_one_gpu(
     folders: dict[str, Path], tmp_path: Path, checkpoints: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import Trainer, TrainingArguments
@@ -126,15 +125,15 @@ def test_a_step_of_the_trainer_is_that_of_one_card(
     rows = tokens(4, 24).cpu()
     data = [{"input_ids": row, "labels": row} for row in rows]
     logged, weights = [], []
-    for places in ({"": 0}, BY_HAND):
-        model = load(folders["threshold"], places)
+    for device_map in ({"": 0}, BY_HAND):
+        model = load(folders["threshold"], device_map)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
             learning_rate=0.1, optim="sgd", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
             gradient_checkpointing=checkpoints, seed=1,
         )  # fmt: skip
-        if places != BY_HAND and arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # not torch's DataParallel over all cards
+        if device_map != BY_HAND and arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # not torch's DataParallel over all GPUs
         trainer = Trainer(model=model, args=arguments, train_dataset=data)  # pyright: ignore[reportArgumentType]
         trainer.train()
         logged.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history[:2]])

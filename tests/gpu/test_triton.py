@@ -136,8 +136,8 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_training_on_the_kernels_is_training_on_the_naive_path(workers: WorkerPools, recompute: str) -> None:
     options: dict = dict(train__global_batch_size=8, train__micro_batch_size=2, train__recompute=recompute)
-    losses, norms = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(mosa__backend="naive", **options), 5)[0]
-    fused = workers(1).run(tasks.losses_under_zero, tasks.tiny_config(mosa__backend="triton", **options), 5)[0]
+    losses, norms = workers(1).run(tasks.engine_losses, tasks.tiny_config(mosa__backend="naive", **options), 5)[0]
+    fused = workers(1).run(tasks.engine_losses, tasks.tiny_config(mosa__backend="triton", **options), 5)[0]
     assert fused[0] == pytest.approx(losses, rel=2e-5)
     assert fused[1] == pytest.approx(norms, rel=1e-3)
 

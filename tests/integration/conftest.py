@@ -1,4 +1,4 @@
-"""Runs of pretrain_mosa.py in one folder, on a dataset that is built once."""
+"""Runs of pretrain_mosa.py in one directory, on a dataset that is built once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TINY = [
 
 
 class Runner:
-    """Starts the programs in one folder."""
+    """Runs programs in one directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -48,14 +48,14 @@ class Runner:
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def call(self, *arguments: str, python: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A Python program, to its end."""
+        """Run a Python program to its end."""
         return subprocess.run(
             [python or loaded_python(), *arguments], cwd=self.folder, env=self.environment | variables,
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 
     def mosa(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """A command."""
+        """Run a ``mosa`` command."""
         return self.call("-m", "megatron_mosa", *arguments)
 
     def launch(self, name: str, *overrides: str) -> str:
@@ -85,36 +85,36 @@ class Runner:
             ]  # fmt: skip
 
     def run(self, name: str, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """``start``, and wait for the end; the exit code is the largest of all ranks in absolute value."""
+        """``start`` a run and wait for its end; the exit code is the largest of all ranks in absolute value."""
         before = {stream: self.printed(name, stream) for stream in ("out", "err")}
         codes = wait_for_ranks(self.start(name, *overrides, **options))
         output, errors = (self.printed(name, stream)[len(before[stream]) :] for stream in before)
         return subprocess.CompletedProcess([name, *overrides], max(codes, key=abs), output, errors)
 
     def pretrain(self, name: str, *overrides: str, **options: Any) -> str:
-        """``run``, which has to succeed; what the ranks print on their standard output."""
+        """``run``, which must succeed; return the standard output of all ranks."""
         done = self.run(name, *overrides, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def printed(self, name: str, stream: str) -> str:
-        """So far by all starts of a run, "out" or "err"."""
+        """Return the output of all starts of a run so far; ``stream`` is "out" or "err"."""
         path = self.folder / f"{name}.{stream}"
         return path.read_text() if path.exists() else ""
 
     def lines(self, name: str) -> list[dict]:
-        """metrics.jsonl of a run."""
+        """Return the lines of a run's metrics.jsonl."""
         path = self.folder / "runs" / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def losses(self, name: str) -> list[float]:
-        """Training losses, step by step."""
+        """Return the training losses by step."""
         lines = [line for line in self.lines(name) if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return [line["loss"] for line in lines]
 
     def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        """Everything in a checkpoint's state."""
+        """Return all tensors of a checkpoint's state."""
         file = self.folder / f"{name}.pt"
         dcp_to_torch_save(self.folder / "runs" / name / "checkpoints" / f"step-{step:08d}" / "state", file)
         return torch.load(file, weights_only=False)

@@ -1,4 +1,4 @@
-"""A dataset that is damaged while a run trains on it, and is hashed beside the run because it is large."""
+"""A large dataset, hashed in the background, is damaged while a run trains on it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_mosa.data import hashing
 from tests.integration.conftest import Runner
 
-# Any dataset counts as large, and is hashed as soon as the test says so: by the interpreter, not the loaded Python,
-# which has no isolated mode.
+# Every dataset counts as large, and hashing starts when the test creates a file. It runs in a real interpreter, because
+# the loaded Python has no isolated mode.
 CUSTOMIZE = """
 from types import SimpleNamespace
 from megatron_mosa.data import integrity
@@ -34,7 +34,7 @@ runpy.run_path({program!r}, run_name="__main__")
 
 
 def wait_for_checkpoint(runner: Runner, name: str) -> None:
-    """Of step 2."""
+    """Wait for the checkpoint of step 2."""
     deadline = time.monotonic() + 120
     while not (runner.folder / "runs" / name / "checkpoints" / "step-00000002").is_dir():
         assert time.monotonic() < deadline, runner.printed(name, "err")
@@ -42,7 +42,7 @@ def wait_for_checkpoint(runner: Runner, name: str) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
-    """The lowest of a token in the middle, in place: the ranks have the file mapped."""
+    """Flip the lowest bit of a token in the middle of the file, in place because the ranks have mapped it."""
     with file.open("r+b") as content:
         place = file.stat().st_size // 4 * 2
         content.seek(place)
@@ -51,7 +51,7 @@ def flip_a_bit(file: Path) -> None:
         content.write(bytes([byte ^ 1]))
 
 
-def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path: Path) -> None:
+def test_a_run_stops_when_its_dataset_is_damaged(runner: Runner, tmp_path: Path) -> None:
     data, sign = tmp_path / "data", tmp_path / "look-now"
     shutil.copytree(runner.folder / "data", data, ignore=shutil.ignore_patterns("index_cache"))
     (tmp_path / "waiting.py").write_text(WAITING.format(sign=str(sign), program=hashing.__file__))
@@ -67,17 +67,17 @@ def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path
         wait_for_checkpoint(runner, "damaged_data")
         flip_a_bit(data / "train.bin")
         sign.touch()
-        codes = [rank.wait(180) for rank in ranks]  # nobody ends them
+        codes = [rank.wait(180) for rank in ranks]  # they end by themselves
     finally:
         for rank in ranks:
             rank.kill()
     output, errors = runner.printed("damaged_data", "out"), runner.printed("damaged_data", "err")
     assert codes == [2, 2], output + errors
-    assert "hashing 4 files of the dataset beside the run" in output and "the dataset is sound" not in output
-    assert len(errors.splitlines()) == 1, errors  # no traceback, and once for both ranks
+    assert "hashing 4 files of the dataset in the background" in output and "the dataset is intact" not in output
+    assert len(errors.splitlines()) == 1, errors  # no traceback, and one line for both ranks
     found = re.fullmatch(
-        rf"error: {data}/train.bin is damaged: its SHA-256 is \w+..., and \w+... is recorded; restore it .*; "
-        r"the run stopped at step (\d+), its last sound checkpoint is (.*)\n",
+        rf"error: {data}/train.bin is damaged: its SHA-256 is \w+... instead of the recorded \w+...; restore it .*; "
+        r"the run stopped at step (\d+), its last intact checkpoint is (.*)\n",
         errors,
     )
     assert found is not None, errors
@@ -86,7 +86,7 @@ def test_a_run_whose_dataset_is_damaged_meanwhile_stops(runner: Runner, tmp_path
     status = json.loads((checkpoint.parents[1] / "status.json").read_text())
     assert status["exit_code"] == 2 and "train.bin is damaged" in status["reason"]
 
-    flip_a_bit(data / "train.bin")  # it is as before
+    flip_a_bit(data / "train.bin")  # restore the file
     done = runner.run("damaged_data", *overrides, f"train.stop_after_step={step + 1}", PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed from {checkpoint.parent}/step-" in done.stdout

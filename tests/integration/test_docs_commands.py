@@ -1,7 +1,7 @@
-"""The commands in README.md and docs/, each run as documented except for sizes, or with a reason why not.
+"""Every command in README.md and docs/ is run as documented except for sizes, or listed with the reason why not.
 
-A document's commands run in order in a copy of a directory that looks like a clone of the repository, with a dataset,
-three small runs and a ``.venv`` whose Python is the loaded one.
+The commands of a document run in order in a copy of a directory that looks like a clone of the repository, with a
+dataset, three small runs and a ``.venv`` whose Python is the loaded one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
 
 @dataclass(frozen=True)
 class Way:
-    """How the test runs a command: with parts replaced and words appended."""
+    """A way to run a command: replaced parts and appended words."""
 
     replaced: tuple[tuple[str, str], ...] = ()
     added: str = ""
@@ -301,7 +301,7 @@ def is_name(span: str) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_in_the_table(document: str) -> None:
-    """Also, every block without commands is listed, and every command name in the prose exists."""
+    """Also, every block without commands is listed, and every command named in the prose exists."""
     blocks, prose = blocks_and_prose((ROOT / document).read_text())
     assert set(commands(document)) == set(TABLE.get(document, {}))
     others = [" ".join(block[0].split()) for block in blocks if commands_of_block(block) is None]

@@ -1,7 +1,7 @@
-"""What an earlier version of this project wrote still loads, resumes and converts.
+"""Files of an earlier version of this project still load, resume and convert.
 
 ``earlier/2026-11.tar.xz`` holds a configuration that names every key, a dataset, a run of 4 of 8 steps with its
-checkpoint, and an exported model, all written by the commit before the rooms of the package were rearranged.
+checkpoint, and an exported model, all written by the commit before the packages were rearranged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.conftest import Runner
 
-# Of the run's steps 5 to 8 and its last validation, as that version computed them.
+# Steps 5 to 8 of the run and its last validation, as computed by that version.
 LOSSES = [5.643556594848633, 5.625885963439941, 5.614419937133789, 5.617871284484863]
 VALIDATION_LOSS = 5.594973087310791
 GENERATED = "\ufffd\ufffd\ufffdH\ufffd\ufffdoutW\n"
@@ -22,7 +22,7 @@ GENERATED = "\ufffd\ufffd\ufffdH\ufffd\ufffdoutW\n"
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Runner:
-    """Commands in the unpacked archive, without the overrides of other tests."""
+    """The directory of the unpacked archive, without the overrides of other tests."""
     with tarfile.open(Path(__file__).parent / "earlier" / "2026-11.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     found = Runner(tmp_path)
@@ -30,7 +30,7 @@ def earlier(tmp_path: Path) -> Runner:
     return found
 
 
-def test_what_an_earlier_version_wrote_still_loads(earlier: Runner) -> None:
+def test_files_of_an_earlier_version_still_load(earlier: Runner) -> None:
     for command in (
         ["data", "verify", "data"],
         ["checkpoint", "inspect", "runs/run", "--full"],

@@ -1,4 +1,4 @@
-"""pretrain_mosa.py as a user runs it: real processes, a real dataset, stopping, resuming, changing the layout."""
+"""pretrain_mosa.py as a user runs it: real processes and data; stopping, resuming, changing the layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.integration.conftest import ROOT, Runner
 
 @pytest.fixture(scope="module")
 def whole_run(runner: Runner) -> str:
-    """Ten steps without a stop; the run's name."""
+    """The name of a run of ten uninterrupted steps."""
     runner.pretrain("whole")
     return "whole"
 
@@ -26,7 +26,7 @@ def test_torchrun_starts_the_same_run(runner: Runner, whole_run: str) -> None:
     assert runner.losses("torchrun") == runner.losses(whole_run)[:2]
 
 
-def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
+def test_contents_of_a_run_directory(runner: Runner, whole_run: str) -> None:
     directory = runner.folder / "runs" / whole_run
     assert (directory / "loss.png").stat().st_size > 1000
     assert list((directory / "tensorboard").glob("events*"))
@@ -48,13 +48,13 @@ def test_a_run_leaves_what_it_promises(runner: Runner, whole_run: str) -> None:
     assert runner.losses(whole_run)[-1] < runner.losses(whole_run)[0]
 
 
-def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
+def test_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
     file = runner.folder / "evaluation.json"
     done = runner.mosa("evaluate", f"runs/{whole_run}", "--samples", "6", "--lengths", "2,9999", "--output", str(file))
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     in_training = [line["validation_loss"] for line in runner.lines(whole_run) if "validation_loss" in line][-1]
-    assert found["full_sequence"]["loss"] == pytest.approx(in_training, abs=1e-5)  # another program, one process
+    assert found["full_sequence"]["loss"] == pytest.approx(in_training, abs=1e-5)  # another program, in one process
     assert found["full_sequence"]["label"].startswith("NON-CAUSAL") and "NON-CAUSAL" in done.stdout
     assert found["causal"]["label"].startswith("causal, by thresholds") and found["causal"]["loss"] > 0
     ranges = [(row["first"], row["last"]) for row in found["by_position"]]
@@ -65,7 +65,7 @@ def test_an_evaluation_of_a_checkpoint(runner: Runner, whole_run: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) -> None:
+def test_a_rank_without_others_fails_with_one_line(runner: Runner, rank: int) -> None:
     world = {"RANK": f"{rank}", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port := free_port())}
     script = [str(ROOT / "pretrain_mosa.py"), runner.config, *runner.overrides, "run.name=alone"]
@@ -78,18 +78,18 @@ def test_a_rank_that_meets_nobody_ends_with_one_line(runner: Runner, rank: int) 
     assert f"rank {rank} of 2 could not join the others at 127.0.0.1:{port} within 3 s" in errors[0]
 
 
-def test_a_spike_is_left_out_by_going_back(runner: Runner) -> None:
-    common = ["parallel.tensor_model_parallel_size=1", "optimizer.learning_rate=0.01"]  # learns fast enough to jump
+def test_a_spike_is_skipped_by_rewinding(runner: Runner) -> None:
+    common = ["parallel.tensor_model_parallel_size=1", "optimizer.learning_rate=0.01"]  # fast enough to cause a spike
     spike = ["fault_injection.fault=garbage", "fault_injection.rank=1", "fault_injection.step=8"]
     detector = ["resilience.spike_window=3", "resilience.spike_sigmas=3", "resilience.on_spike=rewind"]
     output = runner.pretrain("spike", *common, *spike, *detector)
-    assert "step 8: loss" in output and "step-00000004; step 8 will be left out" in output
+    assert "step 8: loss" in output and "step-00000004; step 8 will be skipped" in output
     runner.pretrain("told", *common, "train.skip_steps=[8]")
     assert runner.losses("spike") == runner.losses("told")
     assert json.loads((runner.folder / "runs" / "spike" / "skip_steps.json").read_text()) == [8]
 
 
-def test_stopping_and_resuming_is_bitwise_the_same_run(runner: Runner, whole_run: str) -> None:
+def test_stopping_and_resuming_is_bitwise_exact(runner: Runner, whole_run: str) -> None:
     runner.pretrain("halves", "train.stop_after_step=5")
     assert len(runner.losses("halves")) == 5
     output = runner.pretrain("halves")
@@ -112,23 +112,24 @@ def test_a_damaged_checkpoint_is_skipped_and_set_aside(runner: Runner, whole_run
     state.write_bytes(content)
     output = runner.pretrain("damaged", "checkpoint.keep_last=3")
     assert f"{newest} is damaged: state/{state.name} is corrupt" in output
-    assert "set aside as damaged-step-00000008" in output
+    assert "renamed to damaged-step-00000008" in output
     assert "resumed from" in output and "step-00000004" in output
     names = ["damaged-step-00000008", "step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in checkpoints.iterdir()) == names
     assert runner.losses("damaged") == runner.losses(whole_run)[:10]
 
 
-def test_a_file_system_that_takes_no_more(runner: Runner, whole_run: str) -> None:
+def test_a_full_disk(runner: Runner, whole_run: str) -> None:
     runner.pretrain("full", "train.stop_after_step=5")
     checkpoints = runner.folder / "runs" / "full" / "checkpoints"
     before = sorted(path.name for path in checkpoints.iterdir())
-    done = runner.run("full", largest_file=100_000)  # as a full disk, from some rank's state on
+    done = runner.run("full", largest_file=100_000)  # like a full disk: some rank's state does not fit
     assert done.returncode != 0
-    assert f"no checkpoint of step 8: '{checkpoints}' did not take it: rank " in done.stdout
-    assert "; the run goes on" in done.stdout
-    assert f"error: no checkpoint of step 10: '{checkpoints}' did not take it" in done.stderr
-    assert "make room and start the run again" in done.stderr and "Traceback" not in done.stderr.split("error: ")[0]
+    assert f"could not write the checkpoint of step 8 to '{checkpoints}': rank " in done.stdout
+    assert "; training continues" in done.stdout
+    assert f"error: could not write the checkpoint of step 10 to '{checkpoints}'" in done.stderr
+    assert "free some space and start the run again" in done.stderr
+    assert "Traceback" not in done.stderr.split("error: ")[0]
     assert sorted(path.name for path in checkpoints.iterdir()) == before
     assert "step-00000005" in runner.pretrain("full")
     assert runner.losses("full") == runner.losses(whole_run)[:10]
@@ -144,7 +145,7 @@ def test_a_checkpoint_of_format_1_still_loads(runner: Runner, whole_run: str) ->
     assert runner.losses("old") == runner.losses(whole_run)[:10]
 
 
-def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: str) -> None:
+def test_a_complete_run_is_reported_and_can_be_extended(runner: Runner, whole_run: str) -> None:
     before = runner.losses(whole_run)
     output = runner.pretrain(whole_run)
     assert "The run is complete: step 10 of 10" in output
@@ -157,7 +158,7 @@ def test_a_complete_run_says_so_and_can_be_extended(runner: Runner, whole_run: s
     assert config["data"]["index_samples"] == 80  # as the first start recorded it
 
 
-def test_a_run_can_go_on_at_another_layout_and_zero_stage(runner: Runner, whole_run: str) -> None:
+def test_a_run_resumes_at_another_layout_and_zero_stage(runner: Runner, whole_run: str) -> None:
     expected = runner.losses(whole_run)[:10]
     for name, stop, go_on in (
         ("split", ["parallel.zero_stage=1"], ["parallel.tensor_model_parallel_size=1", "parallel.zero_stage=3"]),
@@ -170,7 +171,7 @@ def test_a_run_can_go_on_at_another_layout_and_zero_stage(runner: Runner, whole_
 
 
 def test_attention_inside_documents(runner: Runner) -> None:
-    # Sequences of this length cross the end of a document now and then.
+    # Some sequences of this length contain the end of a document.
     options = ["data.sequence_length=512", "model.num_local_heads=2", "train.steps=4", "validation.num_samples=2"]
     runner.pretrain("packed", *options)
     runner.pretrain("documents", *options, "model.attend_within_documents=true", "mosa.selection_scope=document")
@@ -180,7 +181,7 @@ def test_attention_inside_documents(runner: Runner) -> None:
 
 
 def test_a_run_with_thresholds(runner: Runner, whole_run: str) -> None:
-    """As expert choice in the warm-up, another after it, and bitwise the same when it is stopped."""
+    """It equals expert choice only during the warm-up, and stopping and resuming it is bitwise exact."""
     options = ["mosa.selection=threshold", "mosa.threshold_warmup_steps=6"]
     runner.pretrain("thresholds", *options)
     assert runner.losses("thresholds")[:6] == runner.losses(whole_run)[:6]
@@ -192,11 +193,11 @@ def test_a_run_with_thresholds(runner: Runner, whole_run: str) -> None:
         assert all(0.3 < load < 3 for load in line["selection_load"])
         assert all(0 <= share < 0.5 for share in line["overflow_share"])
         assert all(0 <= count <= 6 for name in ("dead_heads", "overloaded_heads") for count in line[name])
-    assert not any("of_heads" in key for line in lines for key in line)  # of every head, in TensorBoard alone
+    assert not any("of_heads" in key for line in lines for key in line)  # values per head are only in TensorBoard
     events = EventAccumulator(str(runner.folder / "runs" / "thresholds" / "tensorboard"), {"histograms": 0}).Reload()
     for layer, load in enumerate(lines[-1 if "loss" in lines[-1] else -2]["selection_load"]):
         histogram = events.Histograms(f"train/load_of_heads/layer_{layer}")[-1].histogram_value
-        assert histogram.num == 6 and histogram.sum / 6 == pytest.approx(load, rel=1e-5)  # of both ranks
+        assert histogram.num == 6 and histogram.sum / 6 == pytest.approx(load, rel=1e-5)  # the heads of both ranks
     runner.pretrain("threshold_halves", *options, "train.stop_after_step=7", "checkpoint.interval=7")
     runner.pretrain("threshold_halves", *options)
     assert runner.losses("threshold_halves") == runner.losses("thresholds")
@@ -214,14 +215,14 @@ def test_bf16(runner: Runner, whole_run: str) -> None:
     state = runner.weights("bf16", 3)
     weight = state["model.decoder.layers.0.mlp.linear_fc1.weight"]
     assert weight.dtype == torch.float32
-    assert not torch.equal(weight, weight.bfloat16().float())  # the masters are fp32, and saved as such
+    assert not torch.equal(weight, weight.bfloat16().float())  # master weights are fp32, and saved as fp32
 
 
-def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(runner: Runner) -> None:
+def test_a_diverging_run_fails_and_keeps_its_last_good_checkpoint(runner: Runner) -> None:
     runner.pretrain("diverges", "train.stop_after_step=2")
     done = runner.run("diverges", "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0")
     assert done.returncode != 0
-    assert "not finite in 5 steps in a row" in done.stderr
+    assert "not finite in 5 consecutive steps" in done.stderr
     checkpoints = runner.folder / "runs" / "diverges" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir())[0] == "step-00000002"
     assert all(
@@ -229,7 +230,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(runner: 
     )
 
 
-def test_a_run_starts_from_weights_that_went_to_hugging_face_and_back(runner: Runner, whole_run: str) -> None:
+def test_a_run_starts_from_weights_exported_and_imported_again(runner: Runner, whole_run: str) -> None:
     source, folder = runner.folder / "runs" / whole_run / "checkpoints" / "step-00000010", runner.folder
     for words in (
         ["export", f"{source}", f"{folder}/hf", "--to", "hf"],
@@ -240,12 +241,12 @@ def test_a_run_starts_from_weights_that_went_to_hugging_face_and_back(runner: Ru
     options = [f"checkpoint.initialize_from={folder}/imported", "train.stop_after_step=5"]
     options += ["optimizer.learning_rate=1e-12", "optimizer.min_learning_rate=0", "optimizer.weight_decay=0"]
     output = runner.pretrain("warm", "parallel.tensor_model_parallel_size=1", "parallel.zero_stage=3", *options)
-    assert f"weights taken from {folder}/imported, optimizer state fresh" in output
+    assert f"initialized the weights from {folder}/imported; the optimizer state is new" in output
 
     def validation_loss(name: str, step: int) -> float:
         lines = (line for line in runner.lines(name) if line["step"] == step and "validation_loss" in line)
         return next(lines)["validation_loss"]
 
-    # Nothing was learned at that rate: it is the model that the first run ended with.
+    # At this learning rate nothing changes: the model is the final one of the first run.
     assert validation_loss("warm", 5) == pytest.approx(validation_loss(whole_run, 10), rel=1e-6)
     assert abs(validation_loss(whole_run, 5) - validation_loss(whole_run, 10)) > 1e-3

@@ -1,4 +1,4 @@
-"""``mosa sweep`` as a user runs it: three layouts on two processes, with a dying rank, a repeat and a wrong loss."""
+"""``mosa sweep`` as a user runs it: three layouts on two processes, a crashing rank, a repetition and a wrong loss."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
-    "_rotary_kernel", "_cross_entropy_kernel",
+    "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
+    "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
     for feedback, valid in ((0.1, torch.ones(4, 1, dtype=torch.bool)), (0.0, None)):
         rows = SelectedRows()
-        rows.begin(states, len(router))
+        rows.initialize(states, len(router))
         tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
         thresholds = torch.full((len(router),), 0.5)
         kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)
@@ -125,11 +126,17 @@ def layer(case: Case, capability: int) -> None:
     for documents in (starts, None):
         parts = fused.split_heads(tensors[0].view(512, 64, -1, 4, case.head_dim // 4), 0.5, 1e4, documents)
         torch.cat(parts, dim=1).sum().backward()
+    fused.swiglu(tensors[0]).sum().backward()
+    for replaces in (True, False):
+        fused.accumulate(torch.zeros(4096), tensors[0].detach().flatten()[:4096], replaces)
     vocabulary = torch.zeros(300, 256, dtype=case.dtype, requires_grad=True)
     targets = torch.zeros(8, dtype=torch.int64)
     loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8)).backward()
     with torch.no_grad():
         loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8))
+    with mock.patch.object(loss.distributed, "all_gather_into_tensor"):
+        ranks = mock.Mock(**{"size.return_value": 2, "rank.return_value": 1})
+        loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8), ranks).backward()
     indices = torch.arange(case.selected).expand(64, 9, case.selected)
     for deterministic in (True, False) if capability in case.atomic else (True,):
         output = fused.selected_attention(

@@ -1,9 +1,9 @@
-"""A Python that has everything loaded: a stand-in for ``python`` that forks, so that a start takes 0.1 s and not 10.
+"""A stand-in for ``python`` that has everything imported and forks, so that a start takes 0.1 s instead of 10 s.
 
-``server.py`` loads the package and its libraries once and forks a child for each start; ``client.py`` is the program
-``python`` that tests put in the place of the interpreter. Whoever starts it sees a process like any other: arguments,
-environment, folder, streams, exit code, signals in both directions, ``kill -9`` included. What a test is to prove of a
-real start (what is imported, how long it takes, what happens during imports) it proves with ``sys.executable``.
+``server.py`` imports the package and its libraries once and forks a child for each start; ``client.py`` is the program
+``python`` that tests use in place of the interpreter. To the caller it behaves like any process: arguments,
+environment, working directory, streams, exit code, and signals in both directions, including ``kill -9``. Tests that
+depend on a real start (what is imported, how long it takes, what happens during imports) use ``sys.executable``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SOCKET = "socket"
 
 
 class LoadedPython:
-    """The server, which ends with this process, however that ends, and takes all that it started with it."""
+    """The server, which ends with this process, however that ends, together with all processes it has forked."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mosa-python-"))  # a short path: a socket's has at most 107 bytes
+        self.folder = Path(tempfile.mkdtemp(prefix="mosa-python-"))  # a socket's path has at most 107 bytes
         address = self.folder / SOCKET
         # -I and -S: without site-packages the client starts in 10 ms
         code = f"#!{Path(sys.executable).resolve()} -IS\nADDRESS = {str(address)!r}\n"
@@ -38,33 +38,33 @@ class LoadedPython:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         environment["TRITON_INTERPRET"] = "1"  # as tests/conftest.py
-        environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is loaded; ``mosa doctor`` sets it before
+        environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is imported; ``mosa doctor`` sets it before that
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.loaded.server", str(address), str(self.program), "-" * 2000],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
 
     def close(self) -> None:
-        """End the server and all that it started."""
-        self.server.communicate(timeout=60)  # nothing, which ends it
+        """End the server and all its children."""
+        self.server.communicate(timeout=60)  # closes its standard input, which ends it
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def share() -> LoadedPython:
-    """Start the server for this process and all that it starts from now on: the workers of pytest-xdist."""
+    """Start the server for this process and all processes it starts from now on, such as pytest-xdist's workers."""
     python = LoadedPython()
     os.environ |= {SHARED: str(python.program), REAL: sys.executable}
     return python
 
 
-def be_a_worker() -> None:
+def restore_executable() -> None:
     """Restore ``sys.executable`` in a worker of pytest-xdist, which the server has forked."""
     sys.executable = os.environ[REAL]
 
 
 @cache
 def loaded_python() -> str:
-    """The path of a program to use in place of ``sys.executable``; waits until everything is loaded."""
+    """Return the path of a program to use in place of ``sys.executable``, once everything is loaded."""
     if not (path := os.environ.get(SHARED)):
         python = LoadedPython()
         atexit.register(python.close)
@@ -78,12 +78,12 @@ def loaded_python() -> str:
 
 
 def first_on_path(path: str | None = None) -> str:
-    """A value of PATH by which ``python`` is the loaded one."""
+    """Return a value of PATH for which ``python`` is the loaded one."""
     return f"{Path(loaded_python()).parent}:{path or os.environ['PATH']}"
 
 
 def wait_for_ranks(ranks: list[subprocess.Popen[bytes]], seconds: float = 240) -> list[int]:
-    """Exit codes of a run's ranks; where one fails the others are asked to stop, as torchrun does."""
+    """Return the exit codes of a run's ranks. If one fails, terminate the others, as torchrun does."""
     deadline, are_asked = time.monotonic() + seconds, False
     try:
         while running := [rank for rank in ranks if rank.poll() is None]:

@@ -1,5 +1,5 @@
-# ``python``: hands its arguments, environment and streams to the server, passes signals on, and ends as the child does.
-# LoadedPython writes the first lines, which say where the server listens.
+# ``python``: sends its arguments, environment and streams to the server, forwards signals, and exits as the child does.
+# LoadedPython writes the first lines, with the server's address.
 import array
 import json
 import os
@@ -13,7 +13,7 @@ PASSED_ON = {getattr(signal, f"SIG{name}") for name in ("HUP", "INT", "QUIT", "T
 
 
 def pass_on(child: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it has ended; how, is about to be read
+    with suppress(ProcessLookupError):  # it has ended, and its exit code is about to arrive
         os.kill(child, number)
 
 
@@ -35,7 +35,7 @@ def main() -> None:
         server.sendall(json.dumps(start).encode() + b"\n")
         answers = server.makefile()
         child = int(answers.readline() or 0)
-        if file := os.environ.get("LOADED_PYTHON_CHILD"):  # for who means the program itself, as by ``kill -9``
+        if file := os.environ.get("LOADED_PYTHON_CHILD"):  # for tests that kill the program itself
             with open(file, "w") as output:
                 print(child, file=output)
         if child:
@@ -43,7 +43,7 @@ def main() -> None:
                 signal.signal(number, lambda number, frame: pass_on(child, number))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         end = answers.readline()
-    if not end:  # the server has ended, and the child with it
+    if not end:  # the server has ended, and with it the child
         os.kill(os.getpid(), signal.SIGKILL)
     code = int(end)
     if code < 0:

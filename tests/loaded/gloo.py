@@ -1,8 +1,7 @@
-"""One thread that polls for all of a process's gloo groups.
+"""One polling thread for all gloo groups of a process.
 
-torch gives each group a device of its own, whose thread wakes up every 10 ms whether there is traffic or not.
-Megatron-core makes 50 groups and more for a tensor-parallel size, and a few ranks that only wait took a quarter of a
-machine with two cores. The groups stay as they are.
+torch gives each group its own device, whose thread wakes up every 10 ms, with or without traffic. Megatron-core creates
+50 groups or more per tensor-parallel size, so that a few waiting ranks used a quarter of a machine with two cores.
 """
 
 from __future__ import annotations
@@ -29,5 +28,5 @@ class _OfOneDevice(ProcessGroupGloo):
 
 
 def share_device() -> None:
-    """For all groups that this process and its children make from now on; each process has a device of its own."""
+    """Use one device for all groups that this process creates from now on, and one in each of its children."""
     distributed_c10d.ProcessGroupGloo = _OfOneDevice  # type: ignore[misc]

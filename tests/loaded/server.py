@@ -1,6 +1,6 @@
-"""``server.py SOCKET PROGRAM ROOM``: loads everything, then forks a child for each client that connects.
+"""``server.py SOCKET PROGRAM ROOM``: imports everything, then forks a child for each client that connects.
 
-A child whose client is gone is killed, as the client would have been; when standard input ends, so do all.
+A child whose client has died is killed, as the client would have been. When standard input ends, so do all children.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# Those below the package that it imports late, and what they import at first use.
+# Libraries that the package imports late, and modules that they import at first use.
 LIBRARIES = (
     "datasets",
     "deepspeed.module_inject.auto_ep_layer",
@@ -45,7 +45,7 @@ LIBRARIES = (
 
 
 def load() -> None:
-    """Import what any of the programs does. Threads would not survive a fork, so none may have been started."""
+    """Import all that any of the programs imports. No thread may be running, because threads do not survive a fork."""
     import megatron_mosa
     from tests.loaded.gloo import share_device
 
@@ -56,13 +56,13 @@ def load() -> None:
             importlib.import_module(module.name)
     share_device()
     gc.collect()
-    gc.freeze()  # children share these pages for good
-    assert threading.active_count() == 1  # those of libraries (memory, numbers) know what a fork is
+    gc.freeze()  # so that children keep sharing these pages
+    assert threading.active_count() == 1  # threads of native libraries handle forks themselves
 
 
 @dataclass
 class Client:
-    """A connection, and what came of it."""
+    """A connection with its received bytes and streams, and the child that was forked for it."""
 
     connection: socket.socket
     received: bytes = b""
@@ -71,12 +71,12 @@ class Client:
 
 
 class Server:
-    """Serves until ``stop`` can be read, which is when it is closed."""
+    """Serves until ``stop`` is readable, which means that it was closed."""
 
     def __init__(self, listener: socket.socket, program: str, stop: Any) -> None:
         self.listener = listener
         self.program = program
-        self.clients: dict[int, Client] = {}  # by the descriptor of the connection
+        self.clients: dict[int, Client] = {}  # by file descriptor of the connection
         self.selector = selectors.DefaultSelector()
         self.ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
@@ -88,7 +88,7 @@ class Server:
         self.process = os.getpid()
 
     def serve(self) -> None:
-        """Until standard input ends."""
+        """Serve until standard input ends."""
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj is self.stop:
@@ -100,22 +100,22 @@ class Server:
                 elif key.fileobj == self.ended:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self.ended, 4096)
-                    self.tell_ends()
+                    self.report_exits()
                 elif client := self.clients.get(key.fd):
                     try:
                         self.hear(client)
-                    except OSError:  # it was killed meanwhile
+                    except OSError:  # the client was killed
                         self.forget(client)
 
     def hear(self, client: Client) -> None:
-        """A part of what is to be started, or that the client is gone."""
+        """Receive a part of a request; at the end of it, fork. If the client is gone, forget it."""
         data, ancillary, _, _ = client.connection.recvmsg(1 << 16, socket.CMSG_SPACE(3 * 4))
         for _, _, content in ancillary:
             client.streams += array.array("i", content)
         if not data:
             return self.forget(client)
         client.received += data
-        if client.received.count(b"\n") == 2:  # the first came with the streams
+        if client.received.count(b"\n") == 2:  # the first one came with the streams
             job = json.loads(client.received)
             client.child = os.fork()
             if client.child == 0:
@@ -125,8 +125,8 @@ class Server:
             client.streams = []
             client.connection.sendall(f"{client.child}\n".encode())
 
-    def tell_ends(self) -> None:
-        """Of all children that have ended."""
+    def report_exits(self) -> None:
+        """Send the exit codes of all children that have ended."""
         by_child = {client.child: client for client in self.clients.values()}
         while True:
             try:
@@ -152,9 +152,9 @@ class Server:
             kill(client.child)
 
     def become(self, job: dict, streams: list[int]) -> NoReturn:
-        """In the child: what the program of that command line is. Does not return."""
+        """Run the program of the command line, in the child. Does not return."""
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.process:  # the server ended before that
+        if os.getppid() != self.process:  # the server ended before prctl
             os._exit(1)
         os.setsid()
         signal.set_wakeup_fd(-1)
@@ -168,15 +168,15 @@ class Server:
 
 
 def kill(child: int) -> None:
-    """With all that it started."""
+    """Kill a child and all processes it has started."""
     if child:
-        with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+        with contextlib.suppress(ProcessLookupError):  # it has not called setsid yet
             os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)
 
 
 def show_command(words: list[str]) -> None:
-    """Have ``ps`` show what this process is, in the place of the server's arguments; the last of those is long."""
+    """Make ``ps`` show the program's command line, in the memory of the server's last argument, which is long."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     first, last = int(fields[45]), int(fields[46])
     text = "\0".join(words).encode()[: last - first - 1]
@@ -184,7 +184,7 @@ def show_command(words: list[str]) -> None:
 
 
 def run(job: dict, program: str) -> int:
-    """Run the program to its end; its exit code."""
+    """Run the program to its end; return its exit code."""
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
@@ -200,7 +200,7 @@ def run(job: dict, program: str) -> int:
     code = 1
     try:
         code = exit_code(lambda: execute(job["arguments"], program))
-        # What the interpreter does at its end.
+        # As the interpreter does at its end.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -210,7 +210,7 @@ def run(job: dict, program: str) -> int:
 
 
 def execute(arguments: list[str], program: str) -> None:
-    """Python's command line: its options, then ``-c CODE``, ``-m MODULE`` or a file, and the program's arguments."""
+    """Interpret Python's command line: options, ``-c CODE``, ``-m MODULE`` or a file, and the program's arguments."""
     sys.executable = program
     sys.orig_argv = [program, *arguments]
     words = iter(["-u", *arguments] if os.environ.get("PYTHONUNBUFFERED") else arguments)
@@ -225,13 +225,13 @@ def execute(arguments: list[str], program: str) -> None:
         else:
             break
     else:
-        raise SystemExit("the loaded Python reads no program from its standard input")
+        raise SystemExit("the loaded Python cannot read a program from standard input")
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
     sys.path[1:1] = added
     sys.path[0] = os.getcwd() if word in ("-c", "-m") else str(Path(word).resolve().parent)
     if safe_path:
         del sys.path[0]
-    for path in added:  # as site does
+    for path in added:  # as site.py does
         if (file := Path(path, "sitecustomize.py")).is_file():
             runpy.run_path(str(file))
     if word == "-c":
@@ -248,7 +248,7 @@ def execute(arguments: list[str], program: str) -> None:
 
 
 def exit_code(program: Any) -> int:
-    """What a program's end means to who started it."""
+    """Run the program; return the exit code that the interpreter would have."""
     try:
         program()
     except SystemExit as end:
@@ -267,17 +267,17 @@ def exit_code(program: Any) -> int:
 
 
 def main() -> None:
-    """Serve."""
+    """Import everything, open the socket and serve."""
     address, program, _ = sys.argv[1:]
     try:
         load()
     except BaseException:
-        shutil.rmtree(Path(address).parent)  # so that nobody waits for it
+        shutil.rmtree(Path(address).parent)  # so that nobody keeps waiting for it
         raise
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
         listener.listen(128)
-        os.rename(f"{address}.new", address)  # who waits for it can connect
+        os.rename(f"{address}.new", address)  # clients wait for this name
         Server(listener, program, sys.stdin).serve()
 
 

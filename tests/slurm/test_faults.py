@@ -110,7 +110,7 @@ def test_a_signal_or_a_killed_rank(training: Jobs, undisturbed: list[float], nam
 
 
 def test_sigusr1_and_a_requeue(training: Jobs, undisturbed: list[float]) -> None:
-    """With the real preflight before each start, and a new Python for each program."""
+    """Runs the real preflight before each start, and starts every program in a new Python."""
     jobs = training
     variables = {"MOSA_MIN_SECONDS": NO_TIME, "MOSA_PREFLIGHT": "1", "MOSA_PYTHON": sys.executable}
     job = jobs.submit("SIGUSR1-step", "--nodes=2", overrides=(*TENSOR_PARALLEL, *fault("SIGUSR1")), **variables)

@@ -11,6 +11,6 @@ from megatron_mosa.parallel import Layout, destroy_parallel, initialize_parallel
 
 @pytest.fixture(scope="module")
 def layout() -> Iterator[Layout]:
-    """A world of one."""
+    """The layout of a world size of one."""
     yield initialize_parallel(1, seed=1)
     destroy_parallel()

@@ -22,10 +22,8 @@ def test_runs_on_the_cpu_stay_as_they_are(layout: Layout) -> None:
         ({"train__acceleration": "none"}, "train.acceleration=none"),
         ({"parallel__tensor_model_parallel_size": 2}, "parallel.tensor_model_parallel_size=2"),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage=3"),
-        ({"train__recompute": "attention"}, "train.recompute=attention"),
         ({"model__attend_within_documents": True}, "model.attend_within_documents=true"),
         ({"train__apex": "always"}, "train.apex=always asks for apex's norms"),
-        ({"model__num_local_heads": 2}, "model.num_local_heads=2"),
     ],
 )
 def test_what_hinders_is_named(layout: Layout, changes: dict, hindrance: str) -> None:

@@ -1,4 +1,4 @@
-"""Blends keep their shares and their order, and refuse what does not fit; indices can be built ahead."""
+"""Blends keep shares and order and refuse datasets that do not match; indices can be built in advance."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from megatron_mosa.config import Config, load_config
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import TrainingSamples, ValidationSamples, build_dataset, open_mixture, read_manifest
 from megatron_mosa.data.index import PassIndex
-from megatron_mosa.data.samples import _shares
+from megatron_mosa.data.samples import _apportion
 from megatron_mosa.errors import UserError
 from megatron_mosa.train import check_start
 from megatron_mosa.train.start import build_index, training_samples
@@ -30,7 +30,7 @@ LETTERS = {"a": "aeiou", "b": "bcdfg", "c": "12345"}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Datasets a, b and c of one tokenizer, each of letters of its own; x is b with another tokenizer."""
+    """Build datasets a, b and c with one tokenizer, each with its own letters; x is b with another tokenizer."""
     root = tmp_path_factory.mktemp("blend")
     for name, letters in LETTERS.items():
         (root / f"{name}-texts").mkdir()
@@ -61,7 +61,7 @@ def training(data: DataSection, seed: int = 1, index_samples: int = INDEX, **whe
 
 
 def owner(tokens: torch.Tensor, root: Path) -> str:
-    """Of which dataset a sample is: its most frequent token occurs in one of them alone."""
+    """Return the dataset of a sample, the only one that contains the sample's most frequent token."""
     token = Counter(tokens.tolist()).most_common(1)[0][0]
     (name,) = [name for name in LETTERS if token in np.fromfile(root / name / "train.bin", dtype=np.uint16)[:5000]]
     return name
@@ -73,7 +73,7 @@ def test_every_pass_keeps_the_shares(root: Path) -> None:
         owners = [owner(samples[number * INDEX + i]["tokens"], root) for i in range(INDEX)]
         counts = Counter(owners)
         assert all(abs(counts[n] - w * INDEX) <= 1 for n, w in (("a", 0.5), ("b", 0.3), ("c", 0.2)))
-        for end in range(1, INDEX):  # at any moment, not only at the end
+        for end in range(1, INDEX):  # at any point, not only at the end
             assert abs(owners[:end].count("a") - 0.5 * end) <= 1
 
 
@@ -94,7 +94,7 @@ def test_the_order_is_a_function_of_seed_weights_and_number(root: Path, tmp_path
     data = blend(root, "0.6 a", "0.4 b")
     first = order(data, "one")
     assert torch.equal(order(data, "two"), first)
-    assert torch.equal(order(data, "one"), first)  # out of the cache
+    assert torch.equal(order(data, "one"), first)  # from the cache
     assert not torch.equal(first[:INDEX], first[INDEX:])
     assert not torch.equal(order(data, "one", seed=2), first)
     assert not torch.equal(order(blend(root, "0.5 a", "0.5 b"), "one"), first)
@@ -102,7 +102,7 @@ def test_the_order_is_a_function_of_seed_weights_and_number(root: Path, tmp_path
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, 0.07, 0.03), (1 / 3, 1 / 3, 1 / 3), (0.001, 0.999)])
 @pytest.mark.parametrize("size", [1, 2, 7, 100, 1001])
-def test_no_pass_asks_a_dataset_for_more_than_it_has(
+def test_no_pass_requests_more_samples_than_a_dataset_has(
     weights: tuple[float, ...], size: int, root: Path, tmp_path: Path
 ) -> None:
     entries = [f"{weight:.6f} {name}" for weight, name in zip(weights, LETTERS, strict=False)]
@@ -133,17 +133,17 @@ def test_validation_has_the_shares_of_the_blend(root: Path) -> None:
             window = stored[i * (LENGTH + 1) : (i + 1) * (LENGTH + 1)].tolist()
             assert samples[first + i]["tokens"].tolist() == window[:-1]
     many = ValidationSamples(open_mixture(blend(root, "0.9 a", "0.1 c")), sequence_length=LENGTH, num_samples=10**6)
-    there = read_manifest(root / "a").splits["validation"]["tokens"] // (LENGTH + 1)
-    assert len(many) == math.floor(there / 0.9)  # all of a, and no more of c than its share
+    available = read_manifest(root / "a").splits["validation"]["tokens"] // (LENGTH + 1)
+    assert len(many) == math.floor(available / 0.9)  # all of a, and only c's share
 
 
 def test_shares_by_hand() -> None:
-    assert _shares([1.0], [9], 5) == [5]
-    assert _shares([1.0], [3], 5) == [3]
-    assert _shares([0.5, 0.5], [100, 100], 7) in ([4, 3], [3, 4])
-    assert _shares([0.7, 0.2, 0.1], [100, 100, 100], 10) == [7, 2, 1]
-    assert _shares([0.7, 0.2, 0.1], [100, 100, 2], 100) == [14, 4, 2]
-    assert _shares([0.999, 0.001], [100, 100], 10) == [10, 0]
+    assert _apportion([1.0], [9], 5) == [5]
+    assert _apportion([1.0], [3], 5) == [3]
+    assert _apportion([0.5, 0.5], [100, 100], 7) in ([4, 3], [3, 4])
+    assert _apportion([0.7, 0.2, 0.1], [100, 100, 100], 10) == [7, 2, 1]
+    assert _apportion([0.7, 0.2, 0.1], [100, 100, 2], 100) == [14, 4, 2]
+    assert _apportion([0.999, 0.001], [100, 100], 10) == [10, 0]
 
 
 @pytest.mark.parametrize(
@@ -159,19 +159,19 @@ def test_shares_by_hand() -> None:
         ("[]", r"data.path is missing"),
     ],
 )
-def test_blends_that_are_not_well_formed(entries: str, message: str) -> None:
+def test_malformed_blends_are_refused(entries: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(QUICKSTART, ["data.path=null", f"data.blend={entries}"])
     assert "\n" not in str(caught.value)
 
 
-def test_path_and_blend_together() -> None:
+def test_path_and_blend_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r"data.path=.* and data.blend=.* are both given"):
         load_config(QUICKSTART, ["data.blend=['1.0 A']"])
     assert load_config(QUICKSTART, ["data.path=null", "data.blend=['0.333 A', '0.333 B', '0.333 C']"]).data.blend
 
 
-def test_datasets_that_do_not_go_together(root: Path) -> None:
+def test_mismatched_datasets_are_refused(root: Path) -> None:
     with pytest.raises(UserError, match=rf"{root}/a and {root}/x were built with different tokenizers; .*--force"):
         open_mixture(blend(root, "0.6 a", "0.4 x"))
     shutil.copytree(root / "a", root / "copy", dirs_exist_ok=True)
@@ -179,7 +179,7 @@ def test_datasets_that_do_not_go_together(root: Path) -> None:
         open_mixture(blend(root, "0.6 a", "0.4 copy"))
     with pytest.raises(UserError, match="none does not exist"):
         open_mixture(blend(root, "0.6 a", "0.4 none"))
-    with pytest.raises(UserError, match=r"data.sequence_length=.* train split of .*/a has"):
+    with pytest.raises(UserError, match=r"data.sequence_length must be at most .* train split of .*/a, got"):
         TrainingSamples(open_mixture(blend(root, "0.5 a", "0.5 b")), sequence_length=10**6, index_samples=1, seed=1)
     with pytest.raises(UserError, match=r"data.path=null: a build writes one dataset"):
         build_dataset(blend(root, "0.5 a", "0.5 b"))
@@ -223,10 +223,10 @@ def test_training_writes_nothing_once_the_index_is_built(
     samples.prepare(0, 160)
     assert all(samples[i]["tokens"].shape == (LENGTH,) for i in range(161))
     assert tree(tmp_path / "indices") == indices and [tree(tmp_path / name) for name in "ab"] == datasets
-    assert build_index(config) == folders  # a second time there is nothing to do
+    assert build_index(config) == folders  # nothing to do the second time
 
 
-def test_the_index_goes_below_the_first_dataset_by_default(root: Path, tmp_path: Path) -> None:
+def test_the_index_is_stored_in_the_first_dataset_by_default(root: Path, tmp_path: Path) -> None:
     for name in "ab":
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("index_cache"))
     build_index(run_config(tmp_path))
@@ -240,7 +240,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(caught.value.code or 0)
 
 
-def test_the_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_data_commands_accept_blends(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     overrides = ["data.path=null", "train.steps=3", f"data.index_path={tmp_path}/i", f"run.directory={tmp_path}"]
     fits = f"data.blend=['0.6 {root}/a', '0.4 {root}/b']"
     assert command(monkeypatch, "data", "index", str(QUICKSTART), *overrides, fits) == 0
@@ -253,7 +253,7 @@ def test_the_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert error.startswith("error: ") and "\n" not in error
 
 
-def test_the_index_follows_the_number_that_a_checkpoint_recorded(root: Path, tmp_path: Path) -> None:
+def test_the_index_has_the_pass_size_recorded_in_a_checkpoint(root: Path, tmp_path: Path) -> None:
     config = run_config(root, "data.index_samples=null", f"data.index_path={tmp_path}/i", f"run.directory={tmp_path}")
     folder = Path(config.run.directory) / config.run.name / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True)

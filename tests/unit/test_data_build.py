@@ -1,4 +1,4 @@
-"""Building: equal input gives equal bytes, every token decodes to its text, and each user error says its fix."""
+"""Builds: equal input gives equal bytes, tokens decode to their text, and every user error names its fix."""
 
 import errno
 import hashlib
@@ -19,11 +19,11 @@ from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import (
     build_dataset,
     end_of_document_id,
-    iter_documents,
     load_tokenizer,
     read_manifest,
     train_tokenizer,
 )
+from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
 
 TEXTS = [f"Document {i}: " + " ".join(f"wörd{i * j % 23}\r\n" for j in range(40)) for i in range(60)]
@@ -109,11 +109,10 @@ def test_jsonl_and_parquet_give_the_dataset_of_the_text_files(tmp_path: Path) ->
 
 
 def test_stdlib_source_is_this_interpreter_without_tests() -> None:
-    texts = iter_documents(["stdlib"], "text")
-    assert any("class OrderedDict" in text for text in texts)
+    assert any("class OrderedDict" in text for text, _ in open_source("stdlib", "text").read())
     with open(json.__file__, encoding="utf-8") as file:
         module = file.read()
-    assert module in iter_documents(["stdlib"], "text")
+    assert any(module == text for text, _ in open_source("stdlib", "text").read())
 
 
 def test_second_build_is_skipped_and_another_request_needs_force(tmp_path: Path, capsys) -> None:
@@ -131,7 +130,7 @@ def test_second_build_is_skipped_and_another_request_needs_force(tmp_path: Path,
     assert build_dataset(section(tmp_path, source, vocab_size=300), force=True).vocab_size == 300
 
 
-def test_given_tokenizer_is_used_whole(tmp_path: Path) -> None:
+def test_a_given_tokenizer_keeps_its_vocabulary_and_end_token(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "texts")
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.add_special_tokens(["<stop>"])
@@ -153,7 +152,7 @@ def broken(tmp_path: Path, name: str, text: bytes) -> Path:
     return tmp_path / name
 
 
-def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
+def test_errors_of_sources_say_what_to_do(tmp_path: Path) -> None:
     lines = broken(tmp_path, "good.jsonl", b'{"text": "a", "title": "b"}\n')
     cases = [
         (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*hf:NAME"),
@@ -169,8 +168,8 @@ def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
             "text",
             "line 2 of .*cut.jsonl is not JSON",
         ),
-        (str(broken(tmp_path, "bad.parquet", b"PAR1 but not really")), "text", "cannot read .*bad.parquet"),
-        (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "holds int there, not text"),
+        (str(broken(tmp_path, "bad.parquet", b"PAR1 but not really")), "text", "could not read .*bad.parquet"),
+        (str(broken(tmp_path, "number.jsonl", b'{"text": 3}\n')), "text", "has type int in this column, not text"),
         (str(broken(tmp_path, "latin.txt", b"caf\xe9")), "text", "latin.txt is not UTF-8 text"),
     ]
     for source, text_field, message in cases:
@@ -182,11 +181,11 @@ def test_bad_sources_say_what_to_do(tmp_path: Path) -> None:
 def test_binary_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "texts")
     (source / "picture.png").write_bytes(b"\x89PNG\xff")
-    assert list(iter_documents([str(source)], "text")) == TEXTS
+    assert [text for text, _ in open_source(str(source), "text").read()] == TEXTS
 
 
-def test_empty_corpus_and_empty_split(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hold no text"):
+def test_an_empty_corpus_or_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contain no text"):
         build_dataset(section(tmp_path, broken(tmp_path, "empty.txt", b"")))
     with pytest.raises(UserError, match=r"split is empty.*validation_fraction"):
         build_dataset(section(tmp_path, broken(tmp_path, "one.txt", b"one")))
@@ -201,7 +200,7 @@ def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(IndexedDatasetBuilder, "add_document", full)
-    with pytest.raises(UserError, match=r"no space left while writing .*set; \d+ MB free; .*data.path"):
+    with pytest.raises(UserError, match=r"no space left while writing .*set \(\d+ MB free\); .*data.path"):
         build_dataset(section(tmp_path, source, vocab_size=300), force=True)
     assert contents(tmp_path / "set") == before
     assert not list(tmp_path.glob(".*"))
@@ -209,7 +208,7 @@ def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "texts")
-    with pytest.raises(UserError, match=r"is no dataset folder.*000.txt"):
+    with pytest.raises(UserError, match=r"is not a dataset: it contains other files \(000.txt"):
         build_dataset(section(tmp_path, source, "texts"), force=True)
     assert len(list(source.iterdir())) == len(TEXTS)
 
@@ -223,34 +222,34 @@ def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
     size = (folder / "train.bin").stat().st_size
     os.truncate(folder / "train.bin", size - 2)
     with pytest.raises(
-        UserError, match=f"train.bin has {size - 2} bytes, and {size} are expected; restore it from a copy, or rebuild"
+        UserError, match=f"train.bin has {size - 2} bytes instead of {size}; restore it from a copy, or rebuild"
     ):
-        build_dataset(data)  # the same request, but not a dataset that can be used
+        build_dataset(data)  # the same request, but the dataset is unusable
     build_dataset(data, force=True)
     (folder / "validation.idx").unlink()
     with pytest.raises(UserError, match=r"validation.idx is missing"):
         read_manifest(folder)
     build_dataset(data, force=True)
     train_tokenizer(TEXTS, 300).save(str(folder / "tokenizer.json"))
-    with pytest.raises(UserError, match="tokenizer.json is not the file that .* but damaged or replaced: .*restore it"):
+    with pytest.raises(UserError, match="tokenizer.json is damaged or was replaced since .*: .*restore it"):
         read_manifest(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
     with pytest.raises(UserError, match="format version 2"):
         read_manifest(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="could not read .*manifest.json"):
         read_manifest(folder)
 
 
-def test_bad_tokenizers_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected 257 or more"):
+def test_errors_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be at least 257 .*, got 256"):
         train_tokenizer(TEXTS, 256)
-    with pytest.raises(UserError, match="no file or folder"):
+    with pytest.raises(UserError, match="missing.json does not exist"):
         load_tokenizer(str(tmp_path / "missing.json"))
-    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(UserError, match=r"is not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"is not a valid tokenizer.json"):
         load_tokenizer(str(broken(tmp_path, "tokenizer.json", b"{}")))
-    with pytest.raises(UserError, match="no end-of-document token among"):
+    with pytest.raises(UserError, match="has none of the end-of-document tokens"):
         end_of_document_id(Tokenizer.from_str(train_tokenizer(TEXTS, 300).to_str().replace("<|endoftext|>", "<x>")))

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: streamed or not the same documents, and a stream that stops is no lost build."""
+"""Hugging Face datasets: streaming gives the same documents, and builds continue after a stream stops."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, hub, iter_documents
+from megatron_mosa.data import build, build_dataset, hub
 from megatron_mosa.errors import UserError
 
 
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A local Hugging Face dataset of two files, 17 rows and 16 documents."""
+    """Write a local Hugging Face dataset of two files, 17 rows and 16 documents."""
     folder = tmp_path_factory.mktemp("sources") / "hub"
     write_rows(folder / "train-0.jsonl", [*map(text, range(10)), ""])
     write_rows(folder / "train-1.jsonl", list(map(text, range(10, 16))))
@@ -47,12 +47,12 @@ def undisturbed(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return contents(folder)
 
 
-def documents(source: hub.HubSource, place: dict[str, Any] | None = None) -> list[str]:
-    return [document for document, _ in source.read(place)]
+def documents(source: hub.HubSource, start: dict[str, Any] | None = None) -> list[str]:
+    return [document for document, _ in source.read(start)]
 
 
 class Faulty:
-    """A streamed dataset that, after some rows, does what ``fault`` does."""
+    """A streamed dataset that calls ``fault`` after some rows, and ends if that returns."""
 
     def __init__(self, dataset: Any, rows: int, fault: Any) -> None:
         self._dataset, self._rows, self._fault = dataset, rows, fault
@@ -72,7 +72,7 @@ def raises() -> None:
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, fault: Any, rows: Iterator[int]) -> list[int]:
-    """Let every stream fail after so many rows; return the list that counts the streams."""
+    """Make every stream fail after the next number of rows; return a list with one entry per opened stream."""
     load, opened = datasets.load_dataset, []
 
     def faulty(*arguments: Any, **named: Any) -> Faulty:
@@ -88,13 +88,13 @@ def fail(monkeypatch: pytest.MonkeyPatch, fault: Any, rows: Iterator[int]) -> li
 @pytest.mark.parametrize(
     ("fault", "reason"), [(raises, "reset by peer"), (lambda: time.sleep(5), "no document for 0.3 s")]
 )
-def test_a_stream_that_stops_for_good(
+def test_a_build_continues_after_a_stream_has_stopped(
     fault: Any, reason: str, shard_bytes: int, source: str, undisturbed: dict[str, bytes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = section(tmp_path / "set", source, stream_timeout=0.3, shard_bytes=shard_bytes)
     with monkeypatch.context() as context:
-        fail(context, fault, iter([99, 7, 0, 0]))  # the tokenizer sees all, and then the stream stops for good
+        fail(context, fault, iter([99, 7, 0, 0]))  # the tokenizer reads everything, then three attempts fail
         with pytest.raises(UserError, match=f"{source} stopped after 7 documents: .*{reason}.*same command") as caught:
             build_dataset(data)
     assert "\n" not in str(caught.value)
@@ -103,7 +103,7 @@ def test_a_stream_that_stops_for_good(
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_a_stream_that_stops_now_and_then_is_opened_again(
+def test_a_stream_that_stops_repeatedly_is_reopened(
     source: str, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = fail(monkeypatch, raises, iter([3] * 99))
@@ -112,12 +112,16 @@ def test_a_stream_that_stops_now_and_then_is_opened_again(
     assert len(opened) == 12  # 17 rows, three at a time, twice
 
 
-def test_streamed_or_not_the_tokens_are_the_same(source: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_download_gives_the_same_tokens_as_a_stream(
+    source: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     build_dataset(section(tmp_path / "set", source, streaming=False))
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_a_dataset_that_changed_under_an_interrupted_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_changed_during_an_interrupted_build_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "hub" / "train.jsonl", list(map(text, range(16))))
     data = section(tmp_path / "set", f"hf:{tmp_path}/hub", shard_bytes=2000)
     with monkeypatch.context() as context:
@@ -125,53 +129,54 @@ def test_a_dataset_that_changed_under_an_interrupted_build(tmp_path: Path, monke
         with pytest.raises(UserError, match="stopped after 7"):
             build_dataset(data)
     write_rows(tmp_path / "hub" / "train.jsonl", list(map(text, range(17))))
-    with pytest.raises(UserError, match="shard 0 .* changed since; .*--force"):
+    with pytest.raises(UserError, match="shard 0 .* has changed since; .*--force"):
         build_dataset(data)
     assert sum(split["documents"] for split in build_dataset(data, force=True).splits.values()) == 17
 
 
-def test_a_stream_that_ends_before_its_description_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_ends_early_is_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_PAUSE", 0.0)
     folder = tmp_path / "hub"
     write_rows(folder / "train.jsonl", list(map(text, range(8))))
     card = "---\ndataset_info:\n  features:\n  - {name: id, dtype: int64}\n  - {name: text, dtype: string}\n"
     (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 9}\n---\n")
-    with pytest.raises(UserError, match="stopped after 8 documents: it ended, and its description promises 9"):
+    with pytest.raises(UserError, match="stopped after 8 documents: it ended, but its description says 9"):
         build_dataset(section(tmp_path / "set", f"hf:{folder}"))
     (folder / "README.md").write_text(card + "  splits:\n  - {name: train, num_bytes: 1, num_examples: 8}\n---\n")
     assert build_dataset(section(tmp_path / "set", f"hf:{folder}"), force=True).splits["train"]["documents"] > 0
 
 
-def test_names_of_hugging_face_datasets(source: str, tmp_path: Path) -> None:
-    whole = list(iter_documents([source], "text"))
+def test_names_of_datasets_configurations_and_splits(source: str, tmp_path: Path) -> None:
+    whole = documents(hub.HubSource(source, "text", streaming=True, timeout=10))
     assert whole == list(map(text, range(16)))
-    assert list(iter_documents([f"{source}:default@train"], "text")) == whole
+    named = hub.HubSource(f"{source}:default@train", "text", streaming=True, timeout=10)
+    assert documents(named) == whole
     part = hub.HubSource(f"{source}@train[:5]", "text", streaming=False, timeout=1)
     assert documents(part) == whole[:5]
     cases = [
         (f"{source}@tain", "has no split 'tain' \\(did you mean 'train'\\?\\); expected train"),
-        (f"{source}:other", "cannot open .*'other' not found"),
-        (f"hf:{tmp_path}/none", "cannot open .*none"),
-        ("hf:", "names no dataset; expected hf:NAME"),
+        (f"{source}:other", "could not open .*'other' not found"),
+        (f"hf:{tmp_path}/none", "could not open .*none"),
+        ("hf:", "does not name a dataset; expected hf:NAME"),
         (f"{source}@train[:5]", "data.streaming=false"),
     ]
-    for spelled, message in cases:
+    for name, message in cases:
         with pytest.raises(UserError, match=message) as caught:
-            build_dataset(section(tmp_path / "set", spelled))
+            build_dataset(section(tmp_path / "set", name))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="data.text_field='txt' is not a column of .* \\(did you mean 'text'"):
         build_dataset(section(tmp_path / "set", source, text_field="txt"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stream_finds_its_place_without_reading_up_to_it(source: str) -> None:
+def test_a_stream_resumes_at_a_position(source: str) -> None:
     streamed = hub.HubSource(source, "text", streaming=True, timeout=10)
-    stored = hub.HubSource(source, "text", streaming=False, timeout=10)
-    places = list(streamed.read())
-    for start in (3, 9, 10, 12, 15):
-        place = json.loads(json.dumps(places[start][1]))
-        expected = [document for document, _ in places[start + 1 :]]
-        assert "state" in place and documents(streamed, place) == expected
-        assert documents(stored, place) == expected
-        del place["state"]
-        assert documents(streamed, place) == expected
+    downloaded = hub.HubSource(source, "text", streaming=False, timeout=10)
+    rows = list(streamed.read())
+    for number in (3, 9, 10, 12, 15):
+        position = json.loads(json.dumps(rows[number][1]))
+        expected = [document for document, _ in rows[number + 1 :]]
+        assert "state" in position and documents(streamed, position) == expected
+        assert documents(downloaded, position) == expected
+        del position["state"]  # reads and skips the rows before it
+        assert documents(streamed, position) == expected

@@ -1,4 +1,4 @@
-"""A bit that changes anywhere in a dataset is found, by name of its file, before or beside a run."""
+"""A changed bit anywhere in a dataset is found before or during a run, and the error names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_mosa.data.manifest import load_manifest
 from megatron_mosa.data.tokenizer import END_OF_TEXT
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.train.callbacks.data_check import DataCheck
-from megatron_mosa.train.sample import BORDER, sample_text
+from megatron_mosa.train.sample import DOCUMENT_END, sample_text
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {number}: " + "some words of it, " * (number % 7 + 1) for number in range(60)]
@@ -48,27 +48,27 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(content)
 
 
-def places(file: Path) -> list[int]:
-    """Bits at the beginning, at the end, and spread over the file."""
+def sampled_bits(file: Path) -> list[int]:
+    """Return numbers of bits at the beginning, at the end, and spread over the file."""
     bits = 8 * file.stat().st_size
     return sorted({*range(0, min(bits, 8 * 40), 3), *range(0, bits, max(1, bits // 60) | 1), bits - 1})
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_one_line_that_names_the_file(
+def test_a_flipped_bit_is_reported_in_one_line_that_names_the_file(
     name: str, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashing, "CHUNK", 1000)  # several to a file
+    monkeypatch.setattr(hashing, "CHUNK", 1000)  # several per file
     section = DataSection(path=str(dataset))
     file = dataset / name
-    for bit in places(file):
+    for bit in sampled_bits(file):
         flip(file, bit)
-        for look, error in ((lambda: open_mixture(section), UserError), (lambda: verify(dataset), RunError)):
+        for read, error in ((lambda: open_mixture(section), UserError), (lambda: verify(dataset), RunError)):
             with pytest.raises((UserError, RunError)) as caught:
-                look()
+                read()
             assert name in str(caught.value) and "\n" not in str(caught.value), bit
-            is_newer = "has format version" in str(caught.value)  # as it seems
-            assert caught.type is UserError if is_newer else issubclass(caught.type, error), bit
+            looks_newer = "has format version" in str(caught.value)
+            assert caught.type is UserError if looks_newer else issubclass(caught.type, error), bit
         flip(file, bit)
     open_mixture(section)
     verify(dataset)
@@ -76,31 +76,31 @@ def test_a_flipped_bit_is_one_line_that_names_the_file(
 
 @pytest.mark.parametrize("name", FILES[1:])
 @pytest.mark.parametrize("size", [None, -1, 1])
-def test_a_file_that_is_gone_or_of_another_size_is_damage(name: str, size: int | None, dataset: Path) -> None:
+def test_a_missing_file_or_another_size_is_damage(name: str, size: int | None, dataset: Path) -> None:
     file = dataset / name
     content = file.read_bytes()
     file.unlink()
     if size is not None:
         file.write_bytes((content + b"\0")[: len(content) + size])
-    reason = "is not the file" if name == "tokenizer.json" else "has .* bytes, and .* are expected"
+    reason = "is damaged or was replaced" if name == "tokenizer.json" else "has .* bytes instead of"
     with pytest.raises(UserError, match=f"{name} {'is missing' if size is None else reason}") as refused:
         open_mixture(DataSection(path=str(dataset)))
-    with pytest.raises(RunError) as found:  # exit code 1, as of a flipped bit
+    with pytest.raises(RunError) as found:  # exit code 1, as for a flipped bit
         verify(dataset)
     assert str(found.value) == str(refused.value) and "\n" not in str(found.value)
     with pytest.raises(UserError, match="it has no manifest.json"):
         verify(dataset.parent)
 
 
-def test_an_index_that_cannot_be_opened_is_one_line(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Where hashes are not compared: large datasets, and other ranks than the main one."""
-    for bit in range(8 * 34):  # the head and the counts
+def test_a_damaged_index_header_is_reported_in_one_line(dataset: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """This also protects large datasets and ranks other than the main one, for which hashes are not compared."""
+    for bit in range(8 * 34):  # header and counts
         flip(dataset / "train.idx", bit)
         try:
             open_indexed(dataset / "train")
         except UserError as error:
             assert "train.idx is damaged" in str(error) and "\n" not in str(error)
-        else:  # another type of the same size
+        else:  # another dtype of the same size
             assert bit // 8 == 17
         flip(dataset / "train.idx", bit)
     assert capfd.readouterr().err == ""
@@ -111,22 +111,24 @@ def samples(dataset: Path) -> TrainingSamples:
     return TrainingSamples(mixture, sequence_length=16, index_samples=40, seed=1)
 
 
-def test_a_flipped_bit_in_the_sample_index(dataset: Path) -> None:
+def test_a_flipped_bit_in_a_sample_index_is_reported(dataset: Path) -> None:
     (folder,) = samples(dataset).prepare(0, 3)
     stored = [file for file in folder.iterdir() if file.suffix == ".npy"]
     assert stored
     for file in stored:
-        for bit in places(file)[::20]:
+        for bit in sampled_bits(file)[::20]:
             flip(file, bit)
-            with pytest.raises(UserError, match=f"{file.name} is damaged: .*remove the folder .*built again"):
+            with pytest.raises(UserError, match=f"{file.name} is damaged: .*remove the folder .*rebuilt"):
                 samples(dataset).prepare(0, 3)
             flip(file, bit)
     samples(dataset).prepare(0, 3)
-    (folder / "hashes.json").unlink()  # an index of before there were any
+    (folder / "hashes.json").unlink()  # as in an index of an earlier version
     samples(dataset).prepare(0, 3)
 
 
-def test_a_manifest_of_before_there_were_hashes_of_indices(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_manifest_without_hashes_of_indices_is_still_verified(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = json.loads((dataset / "manifest.json").read_text(encoding="utf-8"))
     for name in ("checksum", "encoding_hash", "special_tokens", "left_out"):
         del manifest[name]
@@ -134,11 +136,11 @@ def test_a_manifest_of_before_there_were_hashes_of_indices(dataset: Path, capsys
         del counts["idx_sha256"]
     old = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (dataset / "manifest.json").write_text(old, encoding="utf-8")
-    assert load_manifest(dataset).to_json() == old  # so that runs on it find their fingerprint again
+    assert load_manifest(dataset).to_json() == old  # so that its runs find the same fingerprint
     verify(dataset)
-    assert "their structure alone was checked" in capsys.readouterr().out
+    assert "only the structure of train.idx and validation.idx was checked" in capsys.readouterr().out
     file = dataset / "train.idx"
-    for bit in range(8 * 34, 8 * file.stat().st_size, 29):  # lengths, offsets, and the first sequences of documents
+    for bit in range(8 * 34, 8 * file.stat().st_size, 29):  # lengths, offsets and document starts
         flip(file, bit)
         with pytest.raises(RunError, match=r"train.idx is damaged"):
             verify(dataset)
@@ -152,8 +154,8 @@ def wait_for(process: HashingProcess) -> None:
         time.sleep(0.02)
 
 
-class Said(list[str]):
-    """Stands in for the writers of the main rank."""
+class Notes(list[str]):
+    """Replaces the writers of the main rank."""
 
     is_main = True
 
@@ -165,39 +167,39 @@ def trainer(step: int) -> Any:
     return SimpleNamespace(state=SimpleNamespace(step=step), any_rank=lambda flag: flag)
 
 
-def test_a_large_dataset_is_hashed_beside_the_run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_dataset_is_hashed_during_the_run(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrity, "FOREGROUND_BYTES", 0)
     files = recorded_hashes(dataset, load_manifest(dataset))
-    said = Said()
-    check = DataCheck(said, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    notes = Notes()
+    check = DataCheck(notes, files, lambda: "its last intact checkpoint is step-7")  # type: ignore[arg-type]
     assert check._process is not None
     wait_for(check._process)
     check.after_step(trainer(1), None)  # type: ignore[arg-type]
-    assert said[-1].startswith("the dataset is sound") and not check.is_going_on
+    assert notes[-1].startswith("the dataset is intact") and not check.is_running
 
     flip(dataset / "train.bin", 8 * 100)
-    open_mixture(DataSection(path=str(dataset)))  # too large to be looked at here
-    check = DataCheck(said, files, lambda: "its last sound checkpoint is step-7")  # type: ignore[arg-type]
+    open_mixture(DataSection(path=str(dataset)))  # too large to be hashed here
+    check = DataCheck(notes, files, lambda: "its last intact checkpoint is step-7")  # type: ignore[arg-type]
     assert check._process is not None
     wait_for(check._process)
     with pytest.raises(
-        UserError, match=r"train.bin is damaged: .*stopped at step 9, its last sound .* step-7"
+        UserError, match=r"train.bin is damaged: .*stopped at step 9, its last intact .* step-7"
     ) as caught:
         check.after_step(trainer(9), None)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     (dataset / "train.idx").unlink()
     process = HashingProcess(files)
     wait_for(process)
-    assert "damaged" in str(process.damage())  # the first in their order
+    assert "damaged" in str(process.damage())  # the first file in order
     process.close()
     flip(dataset / "train.bin", 8 * 100)
     process = HashingProcess(files)
     wait_for(process)
-    assert process.damage() == f"{dataset}/train.idx cannot be read: No such file or directory"
+    assert process.damage() == f"could not read {dataset}/train.idx: No such file or directory"
     process.close()
 
 
-def test_hashes_are_not_compared_where_that_is_switched_off(dataset: Path) -> None:
+def test_hashes_are_not_compared_if_switched_off(dataset: Path) -> None:
     flip(dataset / "train.bin", 8 * 100)
     open_mixture(DataSection(path=str(dataset), check_hashes=False))
 
@@ -218,20 +220,23 @@ def test_a_sample_is_the_text_that_training_sees(dataset: Path, tmp_path: Path) 
     found = [sample_text(config, number) for number in range(8)]
     for number, text in enumerate(found):
         decoded = tokenizer.decode(order[number]["tokens"].tolist(), skip_special_tokens=False)
-        assert text == decoded.replace(END_OF_TEXT, f"\n{BORDER}\n").removesuffix("\n")
-        for piece in filter(None, text.replace(BORDER, "").split("\n")):
+        assert text == decoded.replace(END_OF_TEXT, f"\n{DOCUMENT_END}\n").removesuffix("\n")
+        for piece in filter(None, text.replace(DOCUMENT_END, "").split("\n")):
             assert any(piece in original for original in TEXTS)
-    assert len(set(found)) == 8 and any(BORDER in text for text in found)
-    with pytest.raises(UserError, match="sample 8 does not exist: .* 0 to 7"):
+    assert len(set(found)) == 8 and any(DOCUMENT_END in text for text in found)
+    with pytest.raises(UserError, match="sample must be 0 to 7 .* got 8"):
         sample_text(config, 8)
 
 
-def test_inspect_tells_what_is_there(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_a_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dataset_folders(dataset, []) == [dataset]
     inspect(dataset)
     shown = capsys.readouterr().out
     tokens = sum(counts["tokens"] for counts in load_manifest(dataset).splits.values())
     assert f"60 documents, {tokens:,} tokens" in shown and "a.jsonl (file, 1 files" in shown
     assert "special tokens: none but the end-of-document token" in shown
-    with pytest.raises(UserError, match="values such as data.path=x go with a configuration file"):
+    with pytest.raises(UserError, match="overrides such as data.path=x require a configuration file"):
         dataset_folders(dataset, ["data.path=x"])
+    missing = r"^'.*/sett' does not exist \(did you mean 'set'\?\); pass a dataset, or a configuration file"
+    with pytest.raises(UserError, match=missing):
+        dataset_folders(dataset.with_name("sett"), [])

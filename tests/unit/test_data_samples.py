@@ -1,4 +1,4 @@
-"""Samples and batches: the order is a function of seed and number alone, whatever the layout and the length."""
+"""Samples and batches: the order depends on seed and sample number only, not on layout or length of the run."""
 
 import math
 import multiprocessing
@@ -33,7 +33,7 @@ from megatron_mosa.data.samples import document_starts
 from megatron_mosa.errors import UserError
 
 LENGTH = 16
-INDEX = 24  # samples a pass
+INDEX = 24  # samples per pass
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def training(path: Path, seed: int = 1, index_samples: int = INDEX) -> TrainingS
 
 
 def steps(samples: TrainingSamples, count: int, size: int, micro: int, consumed: int = 0, workers: int = 0):
-    """Tokens [count * 8, T] of ``count`` steps of 8 samples, gathered from all simulated ranks."""
+    """Return tokens [count * 8, T] of ``count`` steps of 8 samples, gathered from all simulated ranks."""
     ranks = [
         training_batches(
             samples, consumed_samples=consumed, global_batch_size=8, micro_batch_size=micro, data_parallel_rank=rank,
@@ -81,10 +81,10 @@ def test_samples_are_windows_of_the_text_with_shifted_labels(dataset: Path) -> N
         assert set(item) == {"tokens", "labels", "loss_mask"}
         assert item["tokens"].shape == item["labels"].shape == item["loss_mask"].shape == (LENGTH,)
         assert torch.equal(item["labels"][:-1], item["tokens"][1:])
-        assert (item["loss_mask"] == 1).all()  # nothing is padding: not token 0, not the end of a document
+        assert (item["loss_mask"] == 1).all()  # no padding, also not for token 0 and end-of-document tokens
 
 
-def test_documents_end_with_their_end_token(dataset: Path) -> None:
+def test_document_starts_follow_end_tokens(dataset: Path) -> None:
     assert document_starts(torch.tensor([5, 9, 9, 1, 2, 9]), 9).tolist() == [0, 0, 2, 3, 3, 3]
     assert document_starts(torch.tensor([9]), 9).tolist() == [0]
     data = mixture(dataset)
@@ -103,7 +103,7 @@ def test_documents_end_with_their_end_token(dataset: Path) -> None:
     assert sum(map(len, lengths)) == len(validation_set) + ends
 
 
-def test_no_token_is_taken_for_padding(dataset: Path) -> None:
+def test_no_token_counts_as_padding(dataset: Path) -> None:
     samples = training(dataset, index_samples=400)
     items = [samples[i] for i in range(400)]
     labels = torch.cat([item["labels"] for item in items])
@@ -153,28 +153,28 @@ def test_order_survives_a_lost_cache_and_depends_on_the_seed(dataset: Path, tmp_
     assert not all(torch.equal(other[i]["tokens"], before[i]) for i in range(INDEX))
 
 
-def test_prepare_builds_the_passes_touched(dataset: Path, tmp_path: Path) -> None:
+def test_prepare_builds_the_passes_of_the_samples(dataset: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy", ignore=shutil.ignore_patterns("index_cache")))
     training(copy).prepare(INDEX - 1, 2 * INDEX)
     assert sorted(folder.name[-3:] for folder in (copy / "index_cache").iterdir()) == ["-p0", "-p1", "-p2"]
 
 
-def test_index_cache_that_cannot_be_written(dataset: Path, tmp_path: Path) -> None:
+def test_an_unwritable_index_cache_is_refused(dataset: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy", ignore=shutil.ignore_patterns("index_cache")))
-    (copy / "index_cache").write_text("in the way, also of root")
-    with pytest.raises(UserError, match=r"cannot write the sample index.*must be writable"):
+    (copy / "index_cache").write_text("a file in place of the folder, which also stops root")
+    with pytest.raises(UserError, match=r"could not write the sample index.*must be writable"):
         training(copy).prepare(0, 1)
 
 
-def ranks_batches(path: Path, workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Rank 1's of two, four micro-batches a step."""
+def batches_of_a_rank(path: Path, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Load the batches of rank 1 of two, four micro-batches per step."""
     return training_batches(
         training(path), consumed_samples=0, global_batch_size=8, micro_batch_size=1, data_parallel_rank=1,
         data_parallel_size=2, num_workers=workers,
     )  # fmt: skip
 
 
-def test_loading_leaves_the_global_random_state_alone(dataset: Path) -> None:
+def test_loading_does_not_change_the_global_random_state(dataset: Path) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     steps(training(dataset), 1, 1, 4, workers=1)
@@ -182,25 +182,27 @@ def test_loading_leaves_the_global_random_state_alone(dataset: Path) -> None:
 
 
 def test_batches_of_loader_processes_hold_no_shared_memory(dataset: Path) -> None:
-    """Each tensor of it holds a file descriptor, and a step holds all its micro-batches."""
-    step, expected = (list(islice(ranks_batches(dataset, workers), 4)) for workers in (1, 0))
+    """Each tensor there would hold a file descriptor, and a step keeps all its micro-batches."""
+    step, expected = (list(islice(batches_of_a_rank(dataset, workers), 4)) for workers in (1, 0))
     assert not any(tensor.is_shared() for batch in step for tensor in batch.values())
     for batch, here in zip(step, expected, strict=True):
         assert all(torch.equal(batch[name], here[name]) for name in here)
 
 
-@pytest.mark.parametrize(("workers", "has_cuda", "ahead"), [(0, True, None), (3, True, 6), (9, True, 2), (3, False, 2)])
-def test_on_gpus_a_whole_step_is_read_ahead(
-    dataset: Path, monkeypatch: pytest.MonkeyPatch, workers: int, has_cuda: bool, ahead: int | None
+@pytest.mark.parametrize(
+    ("workers", "has_cuda", "prefetch"), [(0, True, None), (3, True, 6), (9, True, 2), (3, False, 2)]
+)
+def test_on_gpus_a_whole_step_is_prefetched(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, workers: int, has_cuda: bool, prefetch: int | None
 ) -> None:
-    asked: dict = {}
+    options: dict = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    monkeypatch.setattr(loader, "DataLoader", lambda samples, **options: asked.update(options) or [])
+    monkeypatch.setattr(loader, "DataLoader", lambda samples, **given: options.update(given) or [])
     training_batches(
         training(dataset), consumed_samples=0, global_batch_size=64, micro_batch_size=2, data_parallel_rank=0,
         data_parallel_size=2, num_workers=workers,
     )  # fmt: skip
-    assert (asked["prefetch_factor"], asked["pin_memory"]) == (ahead, has_cuda)
+    assert (options["prefetch_factor"], options["pin_memory"]) == (prefetch, has_cuda)
 
 
 def test_loading_ends_with_the_run(dataset: Path) -> None:
@@ -219,14 +221,14 @@ def test_loader_process_outlives_a_signal_to_the_job(dataset: Path) -> None:
     )  # fmt: skip
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - others
-    # Sent by another process, as a scheduler does.
+    # From another process, like a scheduler's signals.
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
     time.sleep(0.3)
     assert worker.is_alive()
     for _ in range(4):
         next(batches)
-    os.kill(worker.pid or 0, signal.SIGTERM)  # sent by the trainer
+    os.kill(worker.pid or 0, signal.SIGTERM)  # from the trainer
     worker.join(timeout=5)
     assert not worker.is_alive()
 
@@ -244,7 +246,9 @@ def test_process_with_a_live_loader_can_exit(dataset: Path) -> None:
     assert done.returncode == 0
 
 
-def test_validation_is_the_file_in_order_and_its_entropy(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_reads_the_file_in_order_and_computes_its_entropy(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = ValidationSamples(mixture(dataset), sequence_length=LENGTH, num_samples=7)
     stored = np.fromfile(dataset / "validation.bin", dtype=np.uint16).astype(int).tolist()
     labels: list[int] = []
@@ -282,9 +286,9 @@ def test_validation_batches_have_each_sample_once(dataset: Path, size: int, micr
     assert sum(batch["loss_mask"].sum() for batches in ranks for batch in batches) == 10 * LENGTH
 
 
-def test_sequence_longer_than_a_split(dataset: Path) -> None:
+def test_a_sequence_longer_than_a_split_is_refused(dataset: Path) -> None:
     tokens = training(dataset).mixture.manifest.splits["train"]["tokens"]
-    with pytest.raises(UserError, match=f"data.sequence_length={tokens} needs .* expected up to {tokens - 1}"):
+    with pytest.raises(UserError, match=f"data.sequence_length must be at most {tokens - 1}, .*, got {tokens};"):
         TrainingSamples(mixture(dataset), sequence_length=tokens, index_samples=1, seed=1)
     longest = TrainingSamples(mixture(dataset), sequence_length=tokens - 1, index_samples=1, seed=1)
     assert longest[0]["tokens"].shape == (tokens - 1,)

@@ -1,4 +1,4 @@
-"""Builds that are killed, stalled or cut short go on to the very bytes of a build that nothing disturbed."""
+"""Builds that were killed or interrupted continue to the same bytes as an uninterrupted build."""
 
 import json
 import os
@@ -12,14 +12,15 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, iter_documents, shards
+from megatron_mosa.data import build, build_dataset, shards
 from megatron_mosa.data.encoder import in_validation
+from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
 from tests.disk import Disk
 from tests.loaded import loaded_python
 
 FRACTION = 0.3
-SHARD = 2000  # bytes: some three documents
+SHARD = 2000  # bytes, about three documents
 FILES = ["manifest.json", "tokenizer.json", "train.bin", "train.idx", "validation.bin", "validation.idx"]
 
 
@@ -29,7 +30,7 @@ def text(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Text files, JSON lines with empty rows, and a local Hugging Face dataset of two files."""
+    """Write text files, JSON Lines with empty rows, and a local Hugging Face dataset of two files."""
     root = tmp_path_factory.mktemp("sources")
     (root / "texts").mkdir()
     for number in range(12):
@@ -51,6 +52,10 @@ def section(path: Path, sources: list[str], **changes: Any) -> DataSection:
     return DataSection(path=str(path), sources=sources, **settings)
 
 
+def documents(sources: list[str]) -> list[str]:
+    return [document for source in sources for document, _ in open_source(source, "text").read()]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
@@ -67,14 +72,14 @@ def undisturbed(sources: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return contents(folder)
 
 
-def test_the_join_is_what_one_builder_would_write(
+def test_joined_shards_equal_the_output_of_one_builder(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     tokenizer = Tokenizer.from_str(undisturbed["tokenizer.json"].decode())
     end = tokenizer.token_to_id("<|endoftext|>")
     for split in ("train", "validation"):
         builder = IndexedDatasetBuilder(str(tmp_path / f"{split}.bin"), dtype=np.uint16)
-        for document in iter_documents(sources, "text"):
+        for document in documents(sources):
             if in_validation(document.encode(), FRACTION) == (split == "validation"):
                 ids = [*tokenizer.encode(document).ids, end]
                 builder.add_document(np.array(ids), [len(ids)])  # pyright: ignore[reportArgumentType]
@@ -84,40 +89,40 @@ def test_the_join_is_what_one_builder_would_write(
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 7000, 10**9])
-def test_where_shards_are_cut_has_no_influence(
+def test_shard_boundaries_have_no_influence(
     shard_bytes: int, sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     build_dataset(section(tmp_path / "set", sources, shard_bytes=shard_bytes))
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_streamed_or_not_the_tokens_are_the_same(
+def test_downloaded_sources_give_the_same_tokens(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     build_dataset(section(tmp_path / "set", sources, streaming=False))
     assert contents(tmp_path / "set") == undisturbed
 
 
-# What is called, at which call the process dies, and whether before or after it.
+# The function, the number of the call at which the process dies, and whether before or after the call.
 MOMENTS = [
-    ("build.write_atomically", 2, "after"),  # the tokenizer is finished
+    ("build.write_atomically", 2, "after"),  # the tokenizer is written
     ("IndexedDatasetBuilder.add_document", 20, "before"),  # in the middle of a shard
     ("shards.write_atomically", 1, "before"),  # a shard without its record
     ("shards.write_atomically", 1, "after"),
     ("shards.write_atomically", 8, "after"),  # in the second source
     ("shards.write_atomically", 12, "after"),  # in the third
     ("shards._join_index", 1, "before"),
-    ("build.write_atomically", 3, "before"),  # everything but the manifest
+    ("build.write_atomically", 3, "before"),  # all files except the manifest
     ("build.write_atomically", 3, "after"),
     ("os.rename", 1, "before"),
     ("os.rename", 1, "after"),
 ]
 
-# One process has all that is needed, and forks before any thread runs: a child dies as told, another goes on.
+# One process imports everything and forks before starting threads: one child dies, the next one continues its build.
 KILLER = """
 import contextlib, os, signal, sys
 with contextlib.suppress(ImportError):
-    import scipy.io  # which datasets imports when it first reads
+    import scipy.io  # datasets imports it when it first reads
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build, shards
@@ -157,20 +162,20 @@ for number, (name, call, when) in enumerate(moments):
         holder, attribute = name.split(".")
         setattr(globals()[holder], attribute, deadly(getattr(globals()[holder], attribute), call, when))
         build.build_dataset(data)
-    def go_on():
+    def resume():
         build.train_tokenizer = forbidden
         build.build_dataset(data)
-    print(child(die), child(go_on), flush=True)
+    print(child(die), child(resume), flush=True)
 """
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(
+def test_a_killed_build_continues_to_the_same_bytes(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     settings = {"sources": sources, "vocab_size": 400, "validation_fraction": FRACTION, "shard_bytes": SHARD}
     code = KILLER.format(settings=settings, moments=MOMENTS, folder=tmp_path)
     done = subprocess.run([loaded_python(), "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    outcomes = [line for line in done.stdout.splitlines() if line]  # training the tokenizer prints empty ones
+    outcomes = [line for line in done.stdout.splitlines() if line]  # training the tokenizer prints empty lines
     assert outcomes == ["-9 0"] * len(MOMENTS), done.stderr[-2000:]
     for number in range(len(MOMENTS)):
         assert contents(tmp_path / str(number)) == undisturbed, MOMENTS[number]
@@ -178,7 +183,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Interrupt the build, as Ctrl-C does, when ``count`` shards are finished."""
+    """Interrupt the build, as Ctrl-C does, after ``count`` finished shards."""
     write_atomically = shards.write_atomically
     left = iter(range(count))
 
@@ -197,7 +202,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, data: DataSection, count: int) 
             build_dataset(data)
 
 
-def test_only_what_is_left_is_tokenized(
+def test_finished_shards_are_not_tokenized_again(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = section(tmp_path / "set", sources)
@@ -209,12 +214,12 @@ def test_only_what_is_left_is_tokenized(
     encode = shards.Encoder.encode
     monkeypatch.setattr(shards.Encoder, "encode", lambda self, texts: [seen.extend(texts), encode(self, texts)][1])
     build_dataset(data)
-    assert len(seen) == len(list(iter_documents(sources, "text"))) - finished
+    assert len(seen) == len(documents(sources)) - finished
     assert contents(tmp_path / "set") == undisturbed
 
 
 @pytest.mark.parametrize("change", ["size", "time", "first bytes", "last bytes"])
-def test_a_source_that_changed_under_a_finished_shard(
+def test_a_changed_source_of_a_finished_shard_is_refused(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "texts").mkdir()
@@ -224,11 +229,11 @@ def test_a_source_that_changed_under_a_finished_shard(
     interrupted(monkeypatch, data, 2)
     file = tmp_path / "texts" / "07.txt"
     stamp, content = file.stat().st_mtime_ns, file.read_bytes()
-    assert len(content) > 8192  # more than both ends
+    assert len(content) > 8192  # more than the hashed ends
     changed = {"size": content + b"!", "first bytes": b"!" + content[1:], "last bytes": content[:-1] + b"!"}
     file.write_bytes(changed.get(change, content))
     os.utime(file, ns=(stamp, stamp + (change == "time")))
-    with pytest.raises(UserError, match=r"shard 1 .* part of .*texts, changed since; .*--force") as caught:
+    with pytest.raises(UserError, match=r"part of .*texts in shard 1 .* has changed since; .*--force") as caught:
         build_dataset(data)
     assert "\n" not in str(caught.value) and len(list(partial(tmp_path / "set").glob("shard-*.json"))) == 2
     build_dataset(data, force=True)
@@ -236,7 +241,7 @@ def test_a_source_that_changed_under_a_finished_shard(
     assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
 
 
-def test_an_interrupted_build_with_other_settings(
+def test_an_interrupted_build_refuses_other_settings(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(monkeypatch, section(tmp_path / "set", sources, vocab_size=300), 3)
@@ -246,7 +251,7 @@ def test_an_interrupted_build_with_other_settings(
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_a_replacement_that_was_interrupted_goes_on(
+def test_an_interrupted_replacement_continues(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_dataset(section(tmp_path / "set", sources, vocab_size=300))
@@ -255,11 +260,11 @@ def test_a_replacement_that_was_interrupted_goes_on(
         with pytest.raises(KeyboardInterrupt):
             build_dataset(section(tmp_path / "set", sources), force=True)
     monkeypatch.setattr(build, "train_tokenizer", None)
-    build_dataset(section(tmp_path / "set", sources))  # it was asked for once
+    build_dataset(section(tmp_path / "set", sources))  # without force, which the first one had
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_a_damaged_shard_is_made_again(
+def test_a_damaged_shard_is_rebuilt(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = section(tmp_path / "set", sources)
@@ -270,7 +275,7 @@ def test_a_damaged_shard_is_made_again(
     assert contents(tmp_path / "set") == undisturbed
 
 
-def test_a_record_appears_whole_also_when_the_power_fails(tmp_path: Path) -> None:
+def test_a_record_is_complete_even_after_a_power_failure(tmp_path: Path) -> None:
     folder = tmp_path / "build"
     folder.mkdir()
     texts = ["one " * 50, "two " * 50]
@@ -281,14 +286,14 @@ def test_a_record_appears_whole_also_when_the_power_fails(tmp_path: Path) -> Non
     assert set(found) == set(texts) and found[-1] == texts[1]
 
 
-def test_the_tokenizer_is_trained_on_a_bounded_beginning_of_every_source(tmp_path: Path) -> None:
+def test_the_tokenizer_is_trained_on_a_limited_part_of_every_source(tmp_path: Path) -> None:
     names = []
     for number, size in enumerate((100, 5000, 5000)):
         (tmp_path / f"{number}.txt").write_text("abcde"[number] * size)
         names.append(str(tmp_path / f"{number}.txt"))
     opened = [build.open_source(name, "text") for name in names]
-    assert list(map(len, build._sample(opened, 3100))) == [100, 1500, 1500]
-    whole = build._sample(opened, 10**6)
+    assert list(map(len, build._tokenizer_sample(opened, 3100))) == [100, 1500, 1500]
+    whole = build._tokenizer_sample(opened, 10**6)
     assert list(map(len, whole)) == [100, 5000, 5000]
     (tmp_path / "0.txt").write_text("é" * 50)
-    assert list(build._sample(opened[:1], 33)) == ["é" * 16]  # 32 bytes
+    assert list(build._tokenizer_sample(opened[:1], 33)) == ["é" * 16]  # 32 bytes

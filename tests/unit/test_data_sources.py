@@ -1,4 +1,4 @@
-"""Only the text is read, and no document and no character is lost without a word."""
+"""Sources: only the text is read, and every document or character that is left out is counted."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
+from megatron_mosa.data import build_dataset, load_tokenizer, shards, train_tokenizer
 from megatron_mosa.data.encoder import LOST, UNKNOWN, Encoder
-from megatron_mosa.data.left_out import BROKEN_LINKS, EMPTY, HIDDEN, MENDED, NOT_UTF8, SEEN_AGAIN
+from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, SURROGATES
 from megatron_mosa.data.sources import open_source
 from megatron_mosa.data.tokenizer import knows_every_character
 from megatron_mosa.errors import UserError
 
 LONG = "lorem ipsum dolor sit amet " * 400
-# What rows hold beside the text, in the first 11 MB and behind them.
+# Fields of rows beside the text, in the first 11 MB and after them.
 FIELDS = {
     "a late key": ({}, {"lang": "en"}),
     "an integer, then a fraction": ({"s": 1}, {"s": 0.5}),
@@ -41,7 +41,7 @@ FIELDS = {
 
 
 def documents(source: Path | str, text_field: str = "text") -> list[str]:
-    return list(iter_documents([str(source)], text_field))
+    return [text for text, _ in open_source(str(source), text_field).read()]
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -51,7 +51,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("form", ["file", "hub"])
-def test_other_fields_may_hold_anything(form: str, tmp_path: Path) -> None:
+def test_other_fields_may_contain_anything(form: str, tmp_path: Path) -> None:
     first, later = ({key: value for fields in FIELDS.values() for key, value in fields[n].items()} for n in (0, 1))
     texts = [f"{number} {LONG}" for number in range(1105)]
     rows = [{"text": text, **(first if number < 1100 else later)} for number, text in enumerate(texts)]
@@ -100,14 +100,14 @@ def test_zstd(tmp_path: Path) -> None:
 def test_json_in_any_layout(
     layout: Callable[[list[Any]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 7)  # every value is cut in the middle
+    monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 7)  # cuts every value
     texts = ["a", "ünïcödé \U0001f600", 'quoted "]}, {[" text', "", "last\n"]
     (tmp_path / "a.json").write_text(
         layout([{"n": -1.5e3, "text": text, "deep": [{"text": [1]}]} for text in texts]), encoding="utf-8"
     )
     assert documents(tmp_path / "a.json") == [text for text in texts if text]
-    place = list(open_source(str(tmp_path / "a.json"), "text").read())[1][1]
-    assert [text for text, _ in open_source(str(tmp_path / "a.json"), "text").read(place)] == texts[2:3] + texts[4:]
+    position = list(open_source(str(tmp_path / "a.json"), "text").read())[1][1]
+    assert [text for text, _ in open_source(str(tmp_path / "a.json"), "text").read(position)] == texts[2:3] + texts[4:]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_json_in_any_layout(
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"line 3 of .*a.jsonl is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"line 2 of .*a.jsonl is \[1, 2\], not an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"line 2 of .*a.jsonl is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', r"line 2 of .*a.jsonl holds dict there, not text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', r"line 2 of .*a.jsonl has type dict in this column"),
         ("a.jsonl", b'{"txt": "a"}\n{"title": "b"}\n', r"'text' is not a column of .*did you mean 'txt'.*: txt, title"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"line 2 of .*a.jsonl is not JSON"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n{"text": "c"}]', r"line 3 of .*a.json is not JSON .*comma"),
@@ -125,7 +125,7 @@ def test_json_in_any_layout(
         ("a.json", b'{"text": "a"}\n\n nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
         ("a.json", b'{"text": "a"}\n{"text": "b",\n"n": nonsense' + b" " * 99, r"line 3 of .*a.json is not JSON"),
         ("a.json", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 of .*a.json is not UTF-8"),
-        ("a.jsonl.gz", b"not gzip at all", r"cannot read .*a.jsonl.gz"),
+        ("a.jsonl.gz", b"not gzip at all", r"could not read .*a.jsonl.gz"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_bad_line_is_named(name: str, content: bytes, message: str, tmp_path: 
 
 
 def test_a_number_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a number at every cut, unlike an object."""
+    """Unlike an object, a number that is cut off is also valid JSON."""
     monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 7)
     (tmp_path / "a.json").write_text('{"text": "a"}\n1234567890', encoding="utf-8")
     with pytest.raises(UserError, match=r"line 2 of .*a.json is 1234567890, not an object"):
@@ -171,10 +171,10 @@ def test_half_of_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Pa
     )
     source = open_source(str(tmp_path / "a.jsonl"), "text")
     assert [text for text, _ in source.read()] == ["cut \ufffd here", "whole \U0001f600"]
-    assert source.left_out == {MENDED: 1}
+    assert source.left_out == {SURROGATES: 1}
 
 
-def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
+def test_everything_in_a_folder_is_read_or_counted(tmp_path: Path) -> None:
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     for folder in (corpus / "books", corpus / ".cache", elsewhere / "web" / "deep"):
         folder.mkdir(parents=True)
@@ -191,28 +191,28 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
     (elsewhere / "web" / "deep" / "round").symlink_to(corpus)
     (corpus / "nowhere").symlink_to(tmp_path / "gone")
     (corpus / "linked.txt").symlink_to(elsewhere / "web" / "2.txt")
-    os.mkfifo(corpus / "pipe")  # nothing to be read, and nothing to wait for
+    os.mkfifo(corpus / "pipe")  # would block if it were opened
     source = open_source(str(corpus), "text")
     assert Counter(text for text, _ in source.read()) == {"text 0": 1, "text 1": 2, "text 2": 1, "with a mark": 1}
-    assert source.left_out == {EMPTY: 1, NOT_UTF8: 1, HIDDEN: 2, BROKEN_LINKS: 1, SEEN_AGAIN: 2}
+    assert source.left_out == {EMPTY: 1, NOT_UTF8: 1, HIDDEN: 2, BROKEN_LINKS: 1, ALREADY_READ: 2}
 
 
-def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "closed").mkdir()
     scan = os.scandir
 
-    def refuse(folder: Any) -> Any:  # root, who runs many a test, may read everything
+    def refuse(folder: Any) -> Any:  # instead of permissions, which do not stop root
         if str(folder).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
+    with pytest.raises(UserError, match=r"could not read .*closed: Permission denied"):
         documents(tmp_path)
 
 
 def of_characters(unknown: str | None) -> Tokenizer:
-    """A tokenizer of the characters a to z, and what it does with others."""
+    """Create a tokenizer that knows the characters a to z, and a token for all others if ``unknown`` names one."""
     names = ["</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
     vocabulary = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
@@ -221,7 +221,7 @@ def of_characters(unknown: str | None) -> Tokenizer:
 
 
 @pytest.mark.parametrize(("unknown", "expected"), [(None, {LOST: 5}), ("<unk>", {UNKNOWN: 5})])
-def test_what_a_tokenizer_does_not_know_is_counted(
+def test_characters_that_a_tokenizer_does_not_know_are_counted(
     unknown: str | None, expected: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of_characters(unknown).save(str(tmp_path / "tokenizer.json"))
@@ -238,8 +238,8 @@ def test_what_a_tokenizer_does_not_know_is_counted(
 
 
 @pytest.mark.parametrize("splitter", [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
-def test_what_is_lost_is_what_no_token_covers(splitter: Any) -> None:
-    """Counted character by character, white space of all scripts and the last code points included."""
+def test_lost_characters_are_those_that_no_token_covers(splitter: Any) -> None:
+    """Compare with a count character by character, including all white space and the highest code points."""
     tokenizer = of_characters(None)
     tokenizer.pre_tokenizer = splitter
     blanks = [chr(code) for code in range(0x110000) if chr(code).isspace()]
@@ -254,12 +254,12 @@ def test_what_is_lost_is_what_no_token_covers(splitter: Any) -> None:
     ]
     texts += ["".join(chr(97 + n * m % 31) + blanks[n * m % len(blanks)] for n in range(200)) for m in (1, 7)]
     for text, encoded in zip(texts, Encoder(tokenizer, 0, int, 0.0).encode(texts), strict=True):  # type: ignore[arg-type]
-        covered = {place for begin, end in tokenizer.encode(text).offsets for place in range(begin, end)}
-        lost = [character for place, character in enumerate(text) if place not in covered and not character.isspace()]
+        covered = {index for start, end in tokenizer.encode(text).offsets for index in range(start, end)}
+        lost = [character for index, character in enumerate(text) if index not in covered and not character.isspace()]
         assert encoded.lost == (Counter({LOST: len(lost)}) if lost else Counter()), text
 
 
-def test_tokenizers_on_bytes_lose_nothing() -> None:
+def test_byte_level_tokenizers_lose_nothing() -> None:
     plain = train_tokenizer(["some text"], 300)
     assert knows_every_character(plain)
     assert not knows_every_character(of_characters(None)) and not knows_every_character(of_characters("<unk>"))
@@ -270,17 +270,17 @@ def test_tokenizers_on_bytes_lose_nothing() -> None:
     assert not encoded.lost and len(encoded.ids) == 2 + 1 + 3 + 1
 
 
-def test_a_vocabulary_that_came_out_smaller_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_smaller_vocabulary_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": f"short {chr(97 + number)}"} for number in range(20)]
     source = str(write_rows(tmp_path / "a.jsonl", rows))
     manifest = build_dataset(
         DataSection(path=str(tmp_path / "set"), sources=[source], vocab_size=5000, validation_fraction=0.3)
     )
     assert manifest.vocab_size < 300
-    assert "the vocabulary is smaller than data.vocab_size=5000" in capsys.readouterr().err
+    assert "vocabulary below data.vocab_size=5000" in capsys.readouterr().err
 
 
-def test_counts_do_not_depend_on_where_a_build_was_interrupted(tmp_path: Path) -> None:
+def test_counts_do_not_depend_on_shard_boundaries(tmp_path: Path) -> None:
     rows = [{"text": "" if number % 3 == 0 else f"document {number} " * 20} for number in range(60)]
     source = str(write_rows(tmp_path / "corpus" / "a.jsonl", rows).parent)
     (tmp_path / "corpus" / ".hidden").touch()
@@ -301,9 +301,7 @@ def test_counts_do_not_depend_on_where_a_build_was_interrupted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("finished", [0, 1, 5])
-def test_counts_are_those_of_a_build_without_interruption(
-    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_do_not_depend_on_interruptions(finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "" if number % 3 == 0 else f"document {number} " * 20} for number in range(60)]
     source = str(write_rows(tmp_path / "corpus" / "a.jsonl", rows).parent)
     (tmp_path / "corpus" / ".hidden").touch()

@@ -1,11 +1,10 @@
-"""The layer that is compiled on GPUs, here as it is written, against Megatron's layer of the same parameters."""
+"""The layer that GPUs compile, here uncompiled, against Megatron's layer with the same parameters."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.thresholds import mosa_layers, update_thresholds
 from megatron_mosa.kernels import get_backend, naive
 from megatron_mosa.model import build_model, language_model_loss
@@ -18,6 +17,8 @@ KINDS: dict[str, dict] = {
     "dense": {"mosa__num_heads": 0, "model__num_query_groups": 2},
     "pure": {"model__num_dense_heads": 0},
     "llama": {"model__activation": "swiglu", "model__normalization": "RMSNorm", "model__rotary_percent": 1.0},
+    "attention": {"train__recompute": "attention"},
+    "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1},
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1, "model__tie_embeddings": True},
 }
 
@@ -37,18 +38,17 @@ def test_loss_and_every_gradient_are_those_of_megatrons_layers(layout: Layout, k
     model = build_model(config, VOCAB_SIZE)
     names = dict(model.named_parameters()).keys()
     batch = {name: tensor[-2:, :12] for name, tensor in global_batch(config, 0).items()}
-    if kind == "threshold":
+    if config.mosa.selection == "threshold":
         losses_and_gradients(model, batch)
         update_thresholds(model, None)
     wanted = losses_and_gradients(model, batch)
-    counted = [heads.histogram.clone() for heads in mosa_layers(model) if kind == "threshold"]
+    counted = [heads.histogram.clone() for heads in mosa_layers(model) if config.mosa.selection == "threshold"]
     for heads in mosa_layers(model):
-        if kind == "threshold":
+        if config.mosa.selection == "threshold":
             heads.histogram.zero_()
 
-    # Like compile_layers, but not compiled: heads on the naive backend, the loss interpreted.
-    model._compiled_layers = tuple(DecoderLayer(layer, naive) for layer in model.decoder.layers)  # type: ignore[arg-type]
-    model._kernels = get_backend("triton", torch.empty(0))
+    # Not compiled, and on the plain kernels; the loss is interpreted.
+    model.compile_layers(naive, get_backend("triton", torch.empty(0)).linear_cross_entropy, backend=None)
     assert dict(model.named_parameters()).keys() == names
     found = losses_and_gradients(model, batch)
     for name, value in wanted.items():

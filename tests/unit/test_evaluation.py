@@ -31,7 +31,7 @@ from megatron_mosa.evaluation.model import Evaluated
 from megatron_mosa.evaluation.report import tell
 from megatron_mosa.metrics.selection import recorded_selection
 from megatron_mosa.model import build_model, transformer_config
-from megatron_mosa.model.calibration import calibrate, calibrating
+from megatron_mosa.model.calibration import calibrate, calibration_config
 
 LENGTH, VOCABULARY, SPARSITY = 24, 64, 4.0
 
@@ -55,7 +55,7 @@ def config(selection: str) -> Config:
     model = {"num_layers": 2, "hidden_size": 16, "head_dim": 8, "num_dense_heads": 1, "vocab_size_multiple": 1}
     mosa = {"num_heads": 3, "sparsity": SPARSITY}
     made = model_config({"model": model, "mosa": mosa, "data": {"sequence_length": LENGTH}})
-    return calibrating(made) if selection == "threshold" else made
+    return calibration_config(made) if selection == "threshold" else made
 
 
 @pytest.fixture(params=["expert_choice", "threshold"])

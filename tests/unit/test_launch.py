@@ -60,7 +60,7 @@ def test_plain_python_in_a_batch_script_is_a_world_of_one(monkeypatch: pytest.Mo
     assert launch_environment() == (0, 1, 0)
 
 
-def test_a_launcher_that_says_half_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK is not"):
+    with pytest.raises(UserError, match="WORLD_SIZE and LOCAL_RANK not"):
         launch_environment()

@@ -1,4 +1,4 @@
-"""The loaded Python, which most tests start programs with, beside the interpreter itself."""
+"""The loaded Python, with which most tests start programs, behaves like the interpreter itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROGRAMS = {
 
 
 def outcome(python: str, form: str, name: str, folder: Path) -> tuple[int, str, str]:
-    """What who starts the program sees of it."""
+    """Return what the caller of the program sees: exit code, standard output, and standard error."""
     (folder / "module").mkdir(parents=True, exist_ok=True)
     (folder / "here.py").touch()
     (folder / "module" / "beside.py").touch()
@@ -47,13 +47,13 @@ def outcome(python: str, form: str, name: str, folder: Path) -> tuple[int, str, 
         ["bash", "-c", limit, "bash", python, *command, "a b", "--c"], cwd=folder, input="abc\n", text=True,
         env=os.environ | {"MARK": "ä\n", "PYTHONPATH": str(folder / "module")}, capture_output=True, check=False,
     )  # fmt: skip
-    # of a traceback its last line: it has more frames
+    # only the last line of a traceback, which has more frames
     last = re.sub(r"(?s)^Traceback.*\n(?=\S)", "", done.stderr)
     return done.returncode, done.stdout, last
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_ends_as_under_the_interpreter(name: str, tmp_path: Path) -> None:
+def test_programs_behave_as_under_the_interpreter(name: str, tmp_path: Path) -> None:
     for form in ("file", "-m", "-c") if name in ("arguments", "paths") else ("file",):
         expected = outcome(sys.executable, form, name, tmp_path)
         assert outcome(loaded_python(), form, name, tmp_path) == expected
@@ -71,7 +71,7 @@ def test_signals_are_passed_on(number: signal.Signals, setting: str) -> None:
 
 
 def test_a_killed_program_leaves_nothing_and_shows_its_command() -> None:
-    # In one write: both share the pipe.
+    # In one write, because both processes share the pipe.
     code = "import os, time; os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
     with subprocess.Popen([loaded_python(), "-c", code, "mark=1"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -84,7 +84,7 @@ def test_a_killed_program_leaves_nothing_and_shows_its_command() -> None:
         time.sleep(0.01)
 
 
-def test_ranks_are_asked_to_stop_once_where_one_fails() -> None:
+def test_ranks_are_terminated_once_if_one_fails() -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(1.5); exit(4)"
     ranks = [
         subprocess.Popen([loaded_python(), "-c", text]) for text in (code, "exit(2)", "import time; time.sleep(60)")

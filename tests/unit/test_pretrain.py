@@ -1,4 +1,4 @@
-"""How a run is put together: what its start has found reaches the loop. Engine and data only pretend."""
+"""The assembly of a run: what check_start has found reaches the loop. Engine and data are fakes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.unit.test_checkpoint import metadata, publish
 from tests.unit.test_trainer import (
     RATES,
     Clock,
-    PretendedEngine,
+    FakeEngine,
     Samples,
     SlowStore,
     batches,
     config,
-    survival_of,
+    make_survival,
 )
 
-pretrain = import_module("megatron_mosa.train.pretrain")  # the package has a function of that name
+pretrain = import_module("megatron_mosa.train.pretrain")  # megatron_mosa.train.pretrain is the function
 
 
-class Engine(PretendedEngine):
+class Engine(FakeEngine):
     def __init__(self, settings: Any, vocab_size: int, layout: Layout) -> None:
         super().__init__(Clock())
         assert vocab_size == 50
@@ -42,11 +42,11 @@ class Engine(PretendedEngine):
         self.destroyed = True
 
 
-NOTHING: dict[str, dict[str, str]] = {"train": {}, "validation": {}}  # no hashes are recorded
+NOTHING: dict[str, dict[str, str]] = {"train": {}, "validation": {}}  # without hashes
 
 
 class Run:
-    """Of rank 0 of two, each step with two samples of each."""
+    """Rank 0 of a run of two data-parallel ranks, each of which has two samples per step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.settings = config(folder, validation={"interval": 4, "num_samples": 60})
@@ -63,10 +63,10 @@ class Run:
         monkeypatch.setattr(pretrain, "training_batches", self._batches)
         monkeypatch.setattr(pretrain, "load_initial_weights", lambda engine, path: self.loaded.append(path))
 
-    def train(self, start: ResumePoint, last_measured: int = 0) -> str | None:
+    def train(self, start: ResumePoint, last_validated: int = 0) -> str | None:
         layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
-        survival = survival_of(self.directory, Clock(), self.settings)
-        return pretrain._train(self.settings, start, last_measured, layout, survival)
+        survival = make_survival(self.directory, Clock(), self.settings)
+        return pretrain._train(self.settings, start, last_validated, layout, survival)
 
     def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(
@@ -91,10 +91,10 @@ class Run:
         return batches(asked["consumed_samples"])
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, tmp_path)
     start = run.start(4)
-    (run.directory / "skip_steps.json").write_text(json.dumps([6]))  # of a spike that it went back from
+    (run.directory / "skip_steps.json").write_text(json.dumps([6]))  # recorded by an earlier rewind
     before = [{"step": step, "loss": step / 10} for step in range(1, 7)]  # two steps further than the checkpoint
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
     damaged = publish(run.store.folder, 8)
@@ -110,20 +110,20 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert [saved.step for saved in run.store.saved] == [8]
     assert run.store.saved[0].data == start.data_identity
     lines = read_journal(run.directory / "metrics.jsonl")
-    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]  # that of step 4 was missing
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]  # step 4 had no validation line
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert losses == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 2.0), (6, None), (7, 2.0), (8, 2.0)]
 
 
-def test_a_validation_is_not_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, tmp_path)
-    run.train(run.start(4), last_measured=4)
+    run.train(run.start(4), last_validated=4)
     lines = read_journal(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation_loss" in line] == [8]
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_initial_weights_are_loaded_where_there_is_no_checkpoint(
+def test_initial_weights_are_loaded_unless_there_is_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     run = Run(monkeypatch, tmp_path)

@@ -1,4 +1,4 @@
-"""Recompute gives the same gradients to the last bit, and never selects twice."""
+"""Recompute gives bitwise equal gradients, and never selects twice."""
 
 from __future__ import annotations
 

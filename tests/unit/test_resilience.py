@@ -1,4 +1,4 @@
-"""Signals, deadlines, watchdog, spikes, status and fault injection, each alone or in a process of its own."""
+"""Signals, deadlines, watchdog, spikes, status and fault injection, each alone or in its own process."""
 
 from __future__ import annotations
 
@@ -184,10 +184,10 @@ def test_time_during_which_a_process_is_stopped_is_not_a_hang(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("stopped", "fires_after"), [(0, 11), (100, 111), (4, 11)])
-def test_only_the_silence_of_a_running_process_counts(
+def test_time_during_suspension_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, fires_after: int
 ) -> None:
-    """The watchdog checks every second; in the fifth the process is stopped, or merely slow."""
+    """The watchdog checks every second; in its fifth second the process is suspended, or merely slow."""
     now, fired = 0, []
 
     class Seconds:

@@ -1,4 +1,4 @@
-"""The layer spec inside a GPTModel that somebody else builds by hand."""
+"""The layer spec in a GPTModel that the user builds without this project's trainer."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_model_of_packed_documents_is_a_model_of_documents_alone(layout: Layou
 
 
 def plain_dense_attention(heads: DenseHeads, states: torch.Tensor) -> torch.Tensor:
-    """Head by head, with the score matrix written out."""
+    """Compute attention head by head, with an explicit score matrix."""
     length, head_dim = states.shape[0], heads.config.kv_channels
     weights = heads.qkv_weight.view(-1, 3, head_dim, states.shape[-1])  # [H, 3, h', h]
     outputs = []
@@ -178,7 +178,7 @@ def test_any_sparsity_and_the_shortest_sequences(layout: Layout) -> None:
             assert layer(torch.randn(length, 2, 32))[0].isfinite().all()
 
 
-def test_what_the_layer_cannot_honour_is_refused(layout: Layout) -> None:
+def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
     layer = MosaSelfAttention(make_config())
     with pytest.raises(ValueError, match="position_embedding_type='none'"):
         layer(torch.randn(4, 1, 32), rotary_pos_emb=torch.zeros(4, 1, 1, 8))

@@ -1,4 +1,4 @@
-"""A chain of jobs, submitted to a fake sbatch."""
+"""Chains of jobs, submitted to a fake sbatch."""
 
 from __future__ import annotations
 

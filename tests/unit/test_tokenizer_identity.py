@@ -1,4 +1,4 @@
-"""Two tokenizers are the same if they give the same ids, whatever the bytes of their files."""
+"""Two tokenizers are the same if they produce the same ids, even if their files differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def template(content: dict[str, Any]) -> None:
-    """A token in front of every text, as Llama's <s>."""
+    """Add a template that puts a token before every text, like Llama's <s>."""
     pieces = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     tokens = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
     content["post_processor"] = {
@@ -36,7 +36,7 @@ def template(content: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
-def cut_and_pad(content: dict[str, Any]) -> None:
+def truncate_and_pad(content: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=50)
@@ -52,13 +52,13 @@ def add_a_token(content: dict[str, Any]) -> None:
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "<stop>"})
 
 
-def lose_a_merge(content: dict[str, Any]) -> None:
-    """The vocabulary stays, and its last token comes of no text any more."""
+def remove_a_merge(content: dict[str, Any]) -> None:
+    """Keep the vocabulary, but make its last token unreachable."""
     content["model"]["merges"].pop()
 
 
 def changed(file: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """A tokenizer.json in a folder, of other bytes."""
+    """Write a changed tokenizer.json to a folder; return its path."""
     content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
     path = folder / "tokenizer.json"
@@ -67,8 +67,8 @@ def changed(file: Path, folder: Path, change: Callable[[dict[str, Any]], object]
     return path
 
 
-@pytest.mark.parametrize("change", [lambda content: None, template, cut_and_pad])
-def test_saved_again_by_another_program(file: Path, tmp_path: Path, change: Any) -> None:
+@pytest.mark.parametrize("change", [lambda content: None, template, truncate_and_pad])
+def test_the_same_tokenizer_in_another_file(file: Path, tmp_path: Path, change: Any) -> None:
     ours, theirs = tokenizer_identity(file), tokenizer_identity(changed(file, tmp_path, change))
     assert ours.file_hash != theirs.file_hash
     assert ours.is_same(theirs) and theirs.is_same(ours)
@@ -79,18 +79,18 @@ def test_saved_again_by_another_program(file: Path, tmp_path: Path, change: Any)
     [
         swap_two_ids,
         add_a_token,
-        lose_a_merge,
+        remove_a_merge,
         lambda content: content.update(normalizer={"type": "Lowercase"}),
         lambda content: content.update(normalizer={"type": "NFC"}),
         lambda content: content["pre_tokenizer"].update(add_prefix_space=True),
     ],
 )
-def test_another_that_gives_other_ids(file: Path, tmp_path: Path, change: Any) -> None:
+def test_a_tokenizer_that_produces_other_ids(file: Path, tmp_path: Path, change: Any) -> None:
     ours, theirs = tokenizer_identity(file), tokenizer_identity(changed(file, tmp_path, change))
     assert not ours.is_same(theirs) and not theirs.is_same(ours)
 
 
-def test_where_ids_were_not_recorded_the_files_decide() -> None:
+def test_files_are_compared_if_ids_were_not_recorded() -> None:
     assert TokenizerIdentity("a", None).is_same(TokenizerIdentity("a", "ids"))
     assert not TokenizerIdentity("a", None).is_same(TokenizerIdentity("b", None))
     assert not TokenizerIdentity("a", "ids").is_same(TokenizerIdentity("b", None))
@@ -101,18 +101,18 @@ def metadata(identity: TokenizerIdentity) -> Metadata:
     return Metadata(step=0, consumed_samples=0, optimizer_step=0, config={}, data=data, versions={}, layout={})
 
 
-def test_an_export_takes_one_that_gives_the_same_ids(file: Path, tmp_path: Path) -> None:
+def test_an_export_accepts_a_tokenizer_that_produces_the_same_ids(file: Path, tmp_path: Path) -> None:
     trained = metadata(tokenizer_identity(file))
     assert find_tokenizer(trained, changed(file, tmp_path, template)).end_of_document_id == 0
     with pytest.raises(UserError, match=r"is not the model's tokenizer: .*, and it encodes text differently"):
         find_tokenizer(trained, changed(file, tmp_path, swap_two_ids))
 
 
-def test_datasets_of_one_blend(file: Path, tmp_path: Path) -> None:
-    """Also where an older build has recorded the hash of the file alone."""
+def test_a_blend_accepts_tokenizers_that_produce_the_same_ids(file: Path, tmp_path: Path) -> None:
+    """The manifest of an older build records only the hash of the file."""
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
-    changes: dict[str, Any] = {"same": lambda content: None, "other": lose_a_merge}
+    changes: dict[str, Any] = {"same": lambda content: None, "other": remove_a_merge}
     for name, change in {"first": None, **changes}.items():
         (tmp_path / "given" / name).mkdir(parents=True)
         tokenizer = file if change is None else changed(file, tmp_path / "given" / name, change)

@@ -1,4 +1,4 @@
-"""Schedule, journal and what is refused before a run starts."""
+"""Schedule, loss, journal and plot of a run, and detection of the wrong apex."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_other_schedules() -> None:
     assert wsd[78] == pytest.approx(1 - 0.9 / 26) and wsd[-1] == pytest.approx(0.1)
 
 
-def test_the_loss_is_of_tokens_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_covers_counted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(_: object, tokens: torch.Tensor, positions: torch.Tensor, documents: None, labels: torch.Tensor):
         assert positions.tolist() == [[0, 1, 2]] * 2 and documents is None
         return (10 * tokens + labels).bfloat16()  # [B, T]
@@ -77,14 +77,14 @@ def test_journal_drops_steps_that_will_run_again_and_a_torn_last_line(tmp_path: 
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 9.0)]
 
 
-def test_plot_is_drawn(tmp_path: Path) -> None:
+def test_plot(tmp_path: Path) -> None:
     lines = [{"tokens": n, "loss": 5 - n / 10} for n in range(10)]
     lines += [{"tokens": 9, "validation_loss": 4.2, "unigram_entropy": 6.0, "causal": False}]
     plot_losses(lines, tmp_path / "loss.png", "name")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_unrelated_apex_is_refused_and_nvidias_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unrelated_apex_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reject_wrong_apex()  # absent
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "apex").mkdir()

@@ -1,4 +1,4 @@
-"""The training loop and its callbacks around an engine that only pretends, on a clock that only it moves."""
+"""The training loop and its callbacks with a fake engine, on a clock that only the engine advances."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_mosa.train.trainer import Callback, Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 from tests.unit.test_checkpoint import publish
 
-SECONDS = 10.0  # that anything of the engine's takes
+SECONDS = 10.0  # of one operation of the engine
 VOCAB_SIZE = 50
 
 
@@ -47,8 +47,8 @@ class Clock:
         return self.now
 
 
-class PretendedEngine:
-    """Takes its time, and keeps what it was given."""
+class FakeEngine:
+    """A fake engine: advances the clock, and records its arguments."""
 
     accumulation_steps = 2
     module = torch.nn.Module()
@@ -57,7 +57,7 @@ class PretendedEngine:
         self.clock = clock
         self.rates: list[float] = []
         self.samples: list[list[int]] = []
-        self.results: dict[int, StepResult] = {}  # of some steps, by how many were taken before
+        self.results: dict[int, StepResult] = {}  # by the number of steps taken before
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
         self.clock.now += SECONDS * (1 + len(self.rates) % 2)
@@ -76,15 +76,15 @@ class PretendedEngine:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The engine's, and that by which progress is measured."""
+    """The clock of the engine and of the progress callback."""
     clock = Clock()
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=clock))
     return clock
 
 
 @pytest.fixture
-def engine(clock: Clock) -> PretendedEngine:
-    return PretendedEngine(clock)
+def engine(clock: Clock) -> FakeEngine:
+    return FakeEngine(clock)
 
 
 def config(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -102,7 +102,7 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def batches(first: int = 0) -> Iterator[Batch]:
-    """Rank 0's micro-batches of one sample each, of global batches of 4; their tokens are the samples' numbers."""
+    """Yield rank 0's micro-batches of one sample each, from global batches of 4; the token is the sample's number."""
     while True:
         for sample in (first, first + 1):
             yield {"tokens": torch.tensor([[sample]])}
@@ -113,7 +113,7 @@ def trainer(
     settings: Config, engine: Any, callbacks: list[Callback], survival: Survival | None = None, **state: Any
 ) -> Trainer:
     layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
-    survival = survival or survival_of(Path(settings.run.directory), Clock(), settings)
+    survival = survival or make_survival(Path(settings.run.directory), Clock(), settings)
     return Trainer(settings, engine, layout, TrainingState(**state), callbacks, survival)
 
 
@@ -121,11 +121,11 @@ def writers(settings: Config, folder: Path, resumed_step: int = 0) -> Writers:
     return Writers(settings, folder, is_main=True, resumed_step=resumed_step)
 
 
-RATES = [1 / 3, 2 / 3, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]  # three steps up, five down
+RATES = [1 / 3, 2 / 3, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]  # three steps of warm-up, five of decay
 
 
 @pytest.mark.parametrize("taken", [0, 5])
-def test_each_step_has_its_own_learning_rate_and_samples(tmp_path: Path, engine: PretendedEngine, taken: int) -> None:
+def test_each_step_has_its_own_learning_rate_and_samples(tmp_path: Path, engine: FakeEngine, taken: int) -> None:
     settings = config(tmp_path)
     lines = progress.Progress(writers(settings, tmp_path), VOCAB_SIZE)
     run = trainer(settings, engine, [lines], step=taken, consumed_samples=4 * taken)
@@ -139,7 +139,7 @@ def test_each_step_has_its_own_learning_rate_and_samples(tmp_path: Path, engine:
     assert run.state == TrainingState(step=8, consumed_samples=32)
 
 
-def test_a_step_that_is_left_out_takes_its_samples_with_it(tmp_path: Path, engine: PretendedEngine) -> None:
+def test_skipped_steps_consume_their_samples(tmp_path: Path, engine: FakeEngine) -> None:
     settings = config(tmp_path, train={"skip_steps": [2, 3], "stop_after_step": 5})
     run = trainer(settings, engine, [])
     run.run(batches())
@@ -148,7 +148,7 @@ def test_a_step_that_is_left_out_takes_its_samples_with_it(tmp_path: Path, engin
     assert run.state == TrainingState(step=5, consumed_samples=20)
 
 
-def test_speed_and_mfu_are_those_of_all_ranks(tmp_path: Path, engine: PretendedEngine) -> None:
+def test_speed_and_mfu_cover_all_ranks(tmp_path: Path, engine: FakeEngine) -> None:
     settings = config(tmp_path, logging={"interval": 3, "tensorboard": False, "peak_tflops": 2.0})
     trainer(settings, engine, [progress.Progress(writers(settings, tmp_path), VOCAB_SIZE)]).run(batches())
     flops = model_flops(settings, VOCAB_SIZE) * 4  # of a step
@@ -161,7 +161,7 @@ def test_speed_and_mfu_are_those_of_all_ranks(tmp_path: Path, engine: PretendedE
 
 
 class Samples:
-    """For validation: nothing is looked at."""
+    """Validation samples whose content does not matter."""
 
     def __len__(self) -> int:
         return 60
@@ -173,8 +173,8 @@ class Samples:
         return 4.0
 
 
-class RecordedWatchdog(Watchdog):
-    """Never goes off; keeps the longest silence and what it was told."""
+class RecordingWatchdog(Watchdog):
+    """Never fires; records the longest time between beats, and all activities."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
         super().__init__(folder, 0, 0, lambda: None)
@@ -188,26 +188,24 @@ class RecordedWatchdog(Watchdog):
         self.told.append(doing)
 
 
-def survival_of(folder: Path, clock: Clock, settings: Config) -> Survival:
+def make_survival(folder: Path, clock: Clock, settings: Config) -> Survival:
     faults = FaultInjection(settings.fault_injection, folder, 0)
     status = RunStatus(folder, is_main=True)
-    return Survival(Interruption(Signals(), None), RecordedWatchdog(folder, clock), status, faults)
+    return Survival(Interruption(Signals(), None), RecordingWatchdog(folder, clock), status, faults)
 
 
-def test_the_watchdog_hears_of_every_step_and_of_every_batch_of_a_validation(
-    tmp_path: Path, engine: PretendedEngine, clock: Clock
-) -> None:
-    """A validation takes 30 times as long as the longest silence: any hang_timeout may be shorter than it."""
+def test_every_step_and_validation_batch_sends_a_heartbeat(tmp_path: Path, engine: FakeEngine, clock: Clock) -> None:
+    """A whole validation takes 30 times as long as the longest time between beats."""
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
-    survival = survival_of(tmp_path, clock, settings)
+    survival = make_survival(tmp_path, clock, settings)
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
     trainer(settings, engine, [Heartbeat(survival), validation], survival).run(batches())
     watchdog = survival.watchdog
-    assert isinstance(watchdog, RecordedWatchdog)
-    assert watchdog.longest == 2 * SECONDS  # the longer steps
+    assert isinstance(watchdog, RecordingWatchdog)
+    assert watchdog.longest == 2 * SECONDS  # the longer of the steps
     assert clock.now == 8 * 1.5 * SECONDS + 2 * 30 * SECONDS
     for step in range(1, 9):
-        assert {f"taking step {step}", f"what follows step {step}"} <= set(watchdog.told)
+        assert {f"taking step {step}", f"callbacks after step {step}"} <= set(watchdog.told)
     for step in (4, 8):
         assert [told for told in watchdog.told if told.startswith(f"validating step {step}")] == [
             f"validating step {step}, batch {number}" for number in range(30)
@@ -215,7 +213,7 @@ def test_the_watchdog_hears_of_every_step_and_of_every_batch_of_a_validation(
 
 
 class Request(Callback):
-    """A signal in step 4, or at its end."""
+    """Sends a signal in step 4, or after it."""
 
     def __init__(self, signals: Signals, in_step: bool) -> None:
         self.signals = signals
@@ -232,22 +230,22 @@ class Request(Callback):
 
 
 @pytest.mark.parametrize("in_step", [True, False])
-def test_a_run_stops_after_the_step_in_which_it_is_asked_to(
-    tmp_path: Path, engine: PretendedEngine, clock: Clock, in_step: bool
+def test_a_run_stops_after_the_step_of_a_stop_request(
+    tmp_path: Path, engine: FakeEngine, clock: Clock, in_step: bool
 ) -> None:
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
-    survival = survival_of(tmp_path, clock, settings)
+    survival = make_survival(tmp_path, clock, settings)
     request = Request(survival.interruption.signals, in_step)
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
     run = trainer(settings, engine, [request, validation], survival)
     run.run(batches())
-    assert (run.state.step, run.stopping, run.last_step) == (4, "SIGTERM", 4)
-    assert read_journal(tmp_path / "metrics.jsonl") == []  # not validated, or not to the end
+    assert (run.state.step, run.stop_reason, run.last_step) == (4, "SIGTERM", 4)
+    assert read_journal(tmp_path / "metrics.jsonl") == []  # validation was skipped or interrupted
     assert clock.now == 4 * 1.5 * SECONDS
 
 
 class Store(CheckpointStore):
-    """Whose checkpoints have no state; keeps which were loaded."""
+    """A store of checkpoints without state, which records what is loaded."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, keep_last=9)
@@ -257,18 +255,18 @@ class Store(CheckpointStore):
         self.loaded.append(path.name)
 
 
-def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Path) -> None:
-    engine = PretendedEngine(Clock())
+def test_a_rewind_discards_the_spike_and_all_later_steps(tmp_path: Path) -> None:
+    engine = FakeEngine(Clock())
     resilience = {"spike_window": 3, "spike_sigmas": 6.0, "on_spike": "rewind", "max_rewinds": 1}
     settings = config(tmp_path, resilience=resilience)
     for step in (2, 4, 6, 7):
         publish(tmp_path / "checkpoints", step, consumed_samples=4 * step)
     lines = writers(settings, tmp_path)
     store = Store(tmp_path / "checkpoints")
-    rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), allowed=1)
+    rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), max_rewinds=1)
     run = trainer(settings, engine, [StepMonitor(lines, settings.resilience), progress.Progress(lines, VOCAB_SIZE)])
     run.rewind = rewinder.rewind
-    # steps 1 to 6, of which the last jumps; 5, 6 (left out), 7, which jumps too, and 8
+    # steps 1 to 6, with a spike in 6; then 5, 7 with another spike, and 8 (6 is skipped)
     losses = [2.0, 2.1, 2.0, 2.1, 2.0, 50.0, 2.2, 60.0, 2.3]
     engine.results = {number: StepResult(loss, 1.0) for number, loss in enumerate(losses)}
     run.run(batches())
@@ -285,24 +283,24 @@ def test_a_rewind_forgets_the_step_of_the_spike_and_what_came_after(tmp_path: Pa
     assert run.state == TrainingState(step=8, consumed_samples=32)
 
 
-def test_steps_that_go_wrong_are_told_and_too_many_in_a_row_end_the_run(
-    tmp_path: Path, engine: PretendedEngine, capsys: pytest.CaptureFixture[str]
+def test_non_finite_steps_are_reported_and_too_many_end_the_run(
+    tmp_path: Path, engine: FakeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = config(tmp_path, resilience={"max_skipped_steps": 2})
     lines = writers(settings, tmp_path)
     nan = StepResult(math.nan, math.nan)
     engine.results = {1: nan, 3: StepResult(math.nan, math.nan, is_empty=True), 4: StepResult(2.0, math.inf)}
     run = trainer(settings, engine, [StepMonitor(lines, settings.resilience)])
-    with pytest.raises(GaveUpError, match="not finite in 2 steps in a row, up to step 5"):
+    with pytest.raises(GaveUpError, match="not finite in 2 consecutive steps, up to step 5"):
         run.run(batches())
     told = capsys.readouterr().out
     assert "step 2 skipped: loss nan, gradient norm nan; samples 4 to 7 of the data order; 1 skipped" in told
-    assert "step 4 skipped: no token of its batch counts (loss_mask is zero); samples 12 to 15" in told
+    assert "step 4 skipped: its batch has no token that counts (loss_mask is zero); samples 12 to 15" in told
     assert "step 5 skipped: loss 2.0, gradient norm inf; samples 16 to 19 of the data order; 3 skipped" in told
 
 
 class Write(Future[Path]):
-    """Is under way until somebody waits for it."""
+    """A write that completes when its result is requested."""
 
     def __init__(self, outcome: Path | StorageError) -> None:
         super().__init__()
@@ -317,7 +315,7 @@ class Write(Future[Path]):
 
 
 class SlowStore(CheckpointStore):
-    """Takes checkpoints down, and fails at some steps."""
+    """Records saves instead of writing them, and fails at some steps."""
 
     def __init__(self, folder: Path, failing: tuple[int, ...] = (), permanent_interval: int | None = None) -> None:
         super().__init__(folder, 2, permanent_interval)
@@ -338,11 +336,11 @@ class SlowStore(CheckpointStore):
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_checkpoints_are_saved_when_they_are_due(
-    tmp_path: Path, engine: PretendedEngine, capsys: pytest.CaptureFixture[str], asynchronous: bool
+    tmp_path: Path, engine: FakeEngine, capsys: pytest.CaptureFixture[str], asynchronous: bool
 ) -> None:
     settings = config(tmp_path, checkpoint={"interval": 4, "asynchronous": asynchronous}, train={"skip_steps": [3]})
     nan = StepResult(math.nan, math.nan)
-    engine.results = {2: nan}  # step 4, as step 3 is left out
+    engine.results = {2: nan}  # step 4, because step 3 is skipped
     store = SlowStore(tmp_path / "checkpoints", failing=(6,), permanent_interval=3)
     lines = writers(settings, tmp_path)
 
@@ -358,23 +356,24 @@ def test_checkpoints_are_saved_when_they_are_due(
     assert store.saved[0].layout == {"tensor_parallel_size": 1, "data_parallel_size": 2}
     assert all(write.done() for write in store.writes)
     told = capsys.readouterr().out
-    assert "no checkpoint: the last step was not finite" in told
-    assert "no checkpoint of step 6: " in told and "disk full; the run goes on" in told
+    assert "no checkpoint saved: step 4 was not finite" in told
+    assert "could not write the checkpoint of step 6 to " in told and "disk full; training continues" in told
     assert f"checkpoint {store.folder / 'step-00000008'} (" in told
 
 
-def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path: Path, engine: PretendedEngine) -> None:
+def test_a_run_fails_if_its_last_checkpoint_fails(tmp_path: Path, engine: FakeEngine) -> None:
     settings = config(tmp_path, checkpoint={"interval": 4})
     store = SlowStore(tmp_path / "checkpoints", failing=(8,))
-    with pytest.raises(StorageError, match="no checkpoint of step 8: .* disk full; make room and start the run again"):
+    with pytest.raises(
+        StorageError,
+        match="could not write the checkpoint of step 8 .* disk full; free some space",
+    ):
         trainer(settings, engine, [Checkpointing(writers(settings, tmp_path), store, {})]).run(batches())
 
 
-def test_a_run_that_is_asked_to_stop_saves_even_after_a_step_that_went_wrong(
-    tmp_path: Path, engine: PretendedEngine, clock: Clock
-) -> None:
+def test_a_stop_request_saves_even_after_a_non_finite_step(tmp_path: Path, engine: FakeEngine, clock: Clock) -> None:
     settings = config(tmp_path, checkpoint={"interval": 100})
-    survival = survival_of(tmp_path, clock, settings)
+    survival = make_survival(tmp_path, clock, settings)
     engine.results = {3: StepResult(math.nan, math.nan)}
     store = SlowStore(tmp_path / "checkpoints")
     request = Request(survival.interruption.signals, in_step=True)
@@ -383,14 +382,14 @@ def test_a_run_that_is_asked_to_stop_saves_even_after_a_step_that_went_wrong(
 
 
 @pytest.mark.parametrize(
-    ("step", "last_measured", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
+    ("step", "last_validated", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
 )
-def test_a_validation_that_was_stopped_is_made_up_for(
-    tmp_path: Path, engine: PretendedEngine, step: int, last_measured: int, measured: list[int]
+def test_an_interrupted_validation_is_repeated(
+    tmp_path: Path, engine: FakeEngine, step: int, last_validated: int, measured: list[int]
 ) -> None:
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
     lines = writers(settings, tmp_path, step)
-    validation = Validation(lines, Samples(), last_measured)  # type: ignore[arg-type]
+    validation = Validation(lines, Samples(), last_validated)  # type: ignore[arg-type]
     trainer(settings, engine, [validation], step=step, consumed_samples=4 * step).run(batches(4 * step))
     found = read_journal(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in found] == measured

@@ -30,7 +30,7 @@ def leave_status(run: Path, **content: object) -> None:
     (run / "status.json").write_text(json.dumps(content))
 
 
-def leave_checkpoint(run: Path, step: int) -> None:
+def write_checkpoint(run: Path, step: int) -> None:
     (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
@@ -101,7 +101,7 @@ def test_the_program_prints_a_verdict_and_keeps_count(tmp_path: Path) -> None:
     lines = [call(run, code, **variables).stdout for code in (1, 137, 1)]
     last = "stop 3 failures in a row without a checkpoint after step 0; last: failed\n1\n"
     assert lines == ["again 3 failed\n1\n", "again 6 killed by signal 9\n137\n", last]
-    leave_checkpoint(run, 5)
+    write_checkpoint(run, 5)
     leave_status(run, attempt="1-0-1", state="stopped", exit_code=75, reason="time\nlimit")
     assert call(run, 143, **variables).stdout == "again 0 time limit\n75\n"
     assert json.loads((run / "slurm.json").read_text())["failures"] == 0
@@ -113,8 +113,8 @@ def test_the_program_does_not_import_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(QUICKSTART.parents[1])})
 
 
-def test_an_attempt_of_a_layout_that_does_not_fit_does_not_begin(tmp_path: Path) -> None:
-    """What is suggested fits all data-parallel ranks."""
+def test_an_attempt_with_an_invalid_layout_does_not_start(tmp_path: Path) -> None:
+    """The suggested batch sizes fit all data-parallel ranks."""
     values = [f"run.directory={tmp_path}", "run.name=run", "train.global_batch_size=24", "train.micro_batch_size=5"]
 
     def lines(processes: str, *values: str) -> list[str]:
@@ -183,7 +183,7 @@ def test_an_attempt_whose_end_nobody_saw_is_a_failure_unless_its_status_differs(
 def test_a_chain_ends_with_the_run_and_a_longer_run_continues(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.begin("1-0-1", chain="a") == "go"
-    leave_checkpoint(run.path, 100)
+    write_checkpoint(run.path, 100)
     assert run.end(0) == "done"
     assert run.begin("2-0-1", chain="a") == "done"
     run.config.train.steps = 101
@@ -194,7 +194,7 @@ def test_a_stop_ends_its_chain_and_a_new_submission_resets_the_count(tmp_path: P
     run = Run(tmp_path)
     assert run.begin("1-0-1", chain="a") == "go"
     assert run.end(3) == "stop why"
-    assert run.begin("2-0-1", chain="a").startswith("stop as the job before it in this chain (why)")
+    assert run.begin("2-0-1", chain="a").startswith("stop as the previous job of this chain (why)")
     record = Record.read(run.path)
     record.failures = 6
     record.write(run.path)

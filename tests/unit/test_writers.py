@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and W&B (its real package, offline) tell the same of steps that are run again."""
+"""metrics.jsonl, TensorBoard and W&B (the real package, offline) agree on steps that are repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_mosa.metrics import read_journal, scalars
 from megatron_mosa.train.writers import Writers
 from tests.unit.test_trainer import config
 
-OLD, NEW = 9.0, 1.0  # losses before, and of what is run again
+OLD, NEW = 9.0, 1.0  # losses before a step is repeated, and after
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def opened(settings: Config, resumed_step: int = 0) -> Writers:
 
 
 def closed(writers: Writers) -> None:
-    """Close them, and wait for the process that writes W&B's files, as the end of a program does."""
+    """Close the writers, and wait for the process that writes W&B's files, as at the end of a program."""
     import wandb
 
     writers.close()
@@ -45,7 +45,7 @@ def closed(writers: Writers) -> None:
 
 
 def write(writers: Writers, first: int, last: int, loss: float) -> None:
-    """Training lines with a list by layers and one by heads, and a validation line every five steps."""
+    """Write training lines with a list per layer and one per head, and a validation line every five steps."""
     for step in range(first, last + 1):
         line: dict[str, Any] = {"step": step, "loss": math.nan if step == 3 else loss + step, "causal": True}
         line |= dict(grad_norm=1.0, learning_rate=0.125, tokens_per_second=1.0, mfu=0.5, peak_memory_gib=1.0)  # exact
@@ -57,7 +57,7 @@ def write(writers: Writers, first: int, last: int, loss: float) -> None:
 
 
 def wandb_files(directory: Path) -> list[Path]:
-    """One of each start of a W&B run, in the order in which they were written to."""
+    """Return the file of each start of a W&B run, in the order of their last writes."""
     return sorted(directory.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
 
 
@@ -66,24 +66,24 @@ def identity(file: Path) -> str:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """Of W&B's file: LevelDB's log after seven bytes. A block has 32 KiB and fragments of 7 bytes and their content."""
+    """Yield the records of W&B's file: a LevelDB log after 7 bytes, with 32 KiB blocks and 7-byte fragment headers."""
     content, record = file.read_bytes(), b""
     assert content.startswith(b":W&B")
     place = 7
     while place + 7 <= len(content):
-        if (left := -place % 32768) < 7 and left:  # the rest of a block is filled with zeros
+        if (left := -place % 32768) < 7 and left:  # a block ends with zeros
             place += left
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a whole record, or its last fragment
             yield record
             record = b""
 
 
 def wandb_rows(file: Path) -> dict[int, dict[str, Any]]:
-    """What W&B has in its file, by step."""
+    """Return the rows in W&B's file, by step."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows: dict[int, dict[str, Any]] = {}
@@ -100,13 +100,13 @@ def wandb_rows(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """Those of ours, NaN as None so that it equals itself."""
+    """Return this project's scalars, with NaN as None so that equal rows compare equal."""
     kept = {name: value for name, value in found.items() if not name.startswith("_") and not isinstance(value, dict)}
     return {name: None if value == "NaN" or value != value else value for name, value in kept.items()}
 
 
 def check_agreement(directory: Path, file: Path, steps: int) -> None:
-    """Every number of the journal, at its step, is in TensorBoard and W&B, and nothing else is."""
+    """Check that TensorBoard and W&B have exactly the numbers of the journal."""
     expected: dict[int, dict[str, Any]] = {step: {} for step in range(1, steps + 1)}
     for line in read_journal(directory / "metrics.jsonl"):
         found = numbers(scalars(line))
@@ -132,7 +132,7 @@ def check_agreement(directory: Path, file: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["rewind", "crash"])
-def test_all_show_the_new_values_of_steps_that_are_run_again(
+def test_all_outputs_show_the_new_values_of_repeated_steps(
     settings: Config, how: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     writers = opened(settings)
@@ -140,19 +140,19 @@ def test_all_show_the_new_values_of_steps_that_are_run_again(
     if how == "rewind":
         writers.rewind(5)
     else:
-        writers = opened(settings, resumed_step=5)  # the first are not closed
+        writers = opened(settings, resumed_step=5)  # without closing the first
     write(writers, 6, 11, NEW)
     closed(writers)
     directory = Path(settings.run.directory) / settings.run.name
     before, after = wandb_files(directory)
     record = json.loads((directory / "wandb.json").read_text())
     assert identity(before) != identity(after) == record["id"] and record["title"] == "run (again from step 6)"
-    assert numbers(wandb_rows(before)[10])["train/loss"] == OLD + 10  # what was there stays there
+    assert numbers(wandb_rows(before)[10])["train/loss"] == OLD + 10  # the old run keeps its rows
     check_agreement(directory, after, 11)
     assert "ignored" not in "".join(capfd.readouterr())
 
 
-def test_a_resume_goes_on_with_its_wandb_run_and_another_directory_has_its_own(settings: Config) -> None:
+def test_resuming_continues_the_wandb_run_of_the_directory(settings: Config) -> None:
     writers = opened(settings)
     write(writers, 1, 5, OLD)
     closed(writers)
@@ -162,7 +162,7 @@ def test_a_resume_goes_on_with_its_wandb_run_and_another_directory_has_its_own(s
     directory = Path(settings.run.directory) / settings.run.name
     first, second = wandb_files(directory)
     assert identity(first) == identity(second)
-    check_agreement(directory, second, 7)  # of one id, the last has all
+    check_agreement(directory, second, 7)  # the last file of an id has all rows
     settings.run.directory += "/elsewhere"
     closed(opened(settings))
     (other,) = wandb_files(Path(settings.run.directory) / settings.run.name)
@@ -170,7 +170,7 @@ def test_a_resume_goes_on_with_its_wandb_run_and_another_directory_has_its_own(s
 
 
 class Server:
-    """Stands in for the package and W&B's server: keeps rows by id, and drops what W&B would."""
+    """A fake of the package and W&B's server: keeps rows by id, and drops rows as W&B does."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}
@@ -207,8 +207,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.mark.parametrize("had", [3, 5, 8])
-def test_a_server_that_has_fewer_steps_or_more_than_metrics_jsonl(settings: Config, server: Server, had: int) -> None:
-    """Rows that were not sent before a crash are sent; rows that the file has lost are run again in a new W&B run."""
+def test_a_server_with_fewer_or_more_steps_than_metrics_jsonl(settings: Config, server: Server, had: int) -> None:
+    """Rows that a crash kept from being sent are sent later; steps lost from the file are repeated in a new run."""
     write(opened(settings), 1, 5, OLD)
     (first,) = server.opened
     for step in range(had + 1, 6):
@@ -224,7 +224,7 @@ def test_a_server_that_has_fewer_steps_or_more_than_metrics_jsonl(settings: Conf
     assert losses == {step: (OLD if step < 6 else NEW) + step for step in (1, 2, 4, 5, 6, 7, 8, 9)}
 
 
-def test_a_validation_that_was_interrupted_is_not_dropped(settings: Config, server: Server) -> None:
+def test_a_repeated_validation_is_not_dropped(settings: Config, server: Server) -> None:
     write(opened(settings), 1, 4, OLD)
     writers = opened(settings, resumed_step=4)
     writers.validation({"step": 4, "validation_loss": 2.5, "validation_perplexity": 2.0, "causal": True})
@@ -233,8 +233,8 @@ def test_a_validation_that_was_interrupted_is_not_dropped(settings: Config, serv
     assert server.rows[server.opened[-1]][4]["validation/validation_loss"] == 2.5
 
 
-def test_runs_that_began_before_there_was_a_record_keep_their_id(settings: Config, server: Server) -> None:
-    """Which was the run's name; a run that began without W&B, or in another project, gets one of its own."""
+def test_runs_without_a_record_keep_their_id(settings: Config, server: Server) -> None:
+    """The id was the run's name. Runs that started without W&B or in another project get a new one."""
     directory = Path(settings.run.directory) / settings.run.name
     (directory / "wandb").mkdir(parents=True)
     write(opened(settings), 1, 2, OLD)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.triton.elementwise import accumulate, fused_swiglu
 from megatron_mosa.kernels.triton.loss import linear_cross_entropy
 from megatron_mosa.kernels.triton.ops import fused_attention
 from megatron_mosa.kernels.triton.rotary import fused_split_heads
@@ -19,10 +20,11 @@ from megatron_mosa.kernels.triton.selection import (
 
 NAME = "triton"
 __all__ = [
-    "NAME", "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above", "select_tokens",
-    "selected_attention", "split_heads",
+    "NAME", "accumulate", "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above",
+    "select_tokens", "selected_attention", "split_heads", "swiglu",
 ]  # fmt: skip
 select_above = fused_select_above
+swiglu = fused_swiglu
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from megatron_mosa.kernels.naive import rotary_dim
 from megatron_mosa.kernels.triton.attention import rotary_table
 from megatron_mosa.kernels.triton.common import optional_contiguous, power_of_2, with_contiguous_rows
 
-ROWS = 32  # tokens of one program
+ROWS = 4  # tokens of one program: 16 % faster than with 32 at 2048 x 8 tokens of 16 heads of 128 (H200)
 
 
 @triton.jit

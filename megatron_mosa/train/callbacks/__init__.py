@@ -1,1 +1,1 @@
-"""What happens around the steps, one concern a file."""
+"""Everything a run does besides taking steps, one concern per file."""

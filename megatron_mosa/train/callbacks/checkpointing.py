@@ -1,4 +1,4 @@
-"""Checkpoints, every ``checkpoint.interval`` and ``permanent_interval`` steps and at the end."""
+"""Saves a checkpoint every ``checkpoint.interval`` and ``permanent_interval`` steps, and at the end."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from megatron_mosa.utils.versions import versions
 
 @dataclass(frozen=True)
 class _Save:
-    """One that goes on beside training."""
+    """A checkpoint that is being written while training continues."""
 
     step: int
-    copied: float
-    """Seconds that training waited for the copy in host memory."""
-    outcome: Future[Path]
+    copy_seconds: float
+    """Time that training waited for the copy to host memory."""
+    path: Future[Path]
 
 
 class Checkpointing(Callback):
-    """Begins a checkpoint when it is due; by ``checkpoint.asynchronous`` training goes on while it is written."""
+    """Starts a save when it is due; with ``checkpoint.asynchronous``, training continues while it is written."""
 
     def __init__(self, writers: Writers, store: CheckpointStore, data: dict[str, Any]) -> None:
         self.writers = writers
@@ -37,55 +37,55 @@ class Checkpointing(Callback):
         self.saving: _Save | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Get ready, beside the first steps."""
+        """Prepare host memory for the copies, concurrently with the first steps."""
         if trainer.state.step < trainer.last_step:
             self.store.prepare(trainer.engine)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save if it is time; say what became of the save before."""
-        if self.saving is not None and self.saving.outcome.done():
+        """Report the previous save once it has finished, and start one if it is due."""
+        if self.saving is not None and self.saving.path.done():
             self._finish(trainer)
         step = trainer.state.step
         if not trainer.is_due(trainer.config.checkpoint.interval, step) and not self.store.is_permanent(step):
             return
-        if not (result.is_finite or result.skipped_by_config or trainer.stopping):
-            self.writers.note("no checkpoint: the last step was not finite")
+        if not (result.is_finite or result.skipped_by_config or trainer.stop_reason):
+            self.writers.note(f"no checkpoint saved: step {step} was not finite")
             return
-        self._finish(trainer)  # two at a time would be twice the state in host memory
-        begun = time.perf_counter()
-        outcome = self.store.begin_save(trainer.engine, self._metadata(trainer))
-        self.saving = _Save(step, time.perf_counter() - begun, outcome)
+        self._finish(trainer)  # two saves at a time would hold the state twice in host memory
+        started = time.perf_counter()
+        path = self.store.begin_save(trainer.engine, self._metadata(trainer))
+        self.saving = _Save(step, time.perf_counter() - started, path)
         for callback in trainer.callbacks:
             callback.on_save(trainer)
         if not trainer.config.checkpoint.asynchronous:
             self._finish(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Wait for the last."""
+        """Wait for the last save."""
         self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        """Wait for the save that is under way, if any, and say what became of it.
+        """Wait for the current save, if there is one, and report its outcome.
 
         Raises:
-            StorageError: it was the last step's, and failed.
+            StorageError: the save of the last step failed.
         """
         saving, self.saving = self.saving, None
         if saving is None:
             return
         trainer.survival.watchdog.beat(f"waiting for the checkpoint of step {saving.step}")
-        waiting = time.perf_counter()
+        started = time.perf_counter()
         try:
-            path = saving.outcome.result()
+            path = saving.path.result()
         except StorageError as error:
-            what = f"no checkpoint of step {saving.step}: '{self.store.folder}' did not take it: {error}"
+            problem = f"could not write the checkpoint of step {saving.step} to '{self.store.folder}': {error}"
             if saving.step >= trainer.last_step:
-                raise StorageError(f"{what}; make room and start the run again") from None
-            self.writers.note(f"{what}; the run goes on")
+                raise StorageError(f"{problem}; free some space and start the run again") from None
+            self.writers.note(f"{problem}; training continues")
         else:
-            written = time.perf_counter() - waiting
-            waited = f"{saving.copied:.2f} s for the copy in memory, {written:.2f} s for the disk"
-            self.writers.note(f"checkpoint {path} (training waited {waited})")
+            disk_seconds = time.perf_counter() - started
+            waited = f"{saving.copy_seconds:.2f} s for the copy to memory, {disk_seconds:.2f} s for the disk"
+            self.writers.note(f"saved checkpoint {path} (training waited {waited})")
             trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
 
     def _metadata(self, trainer: Trainer) -> Metadata:

@@ -1,4 +1,4 @@
-"""Large datasets are hashed beside the run."""
+"""Hashes large datasets while the run trains."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from megatron_mosa.train.writers import Writers
 
 
 class DataCheck(Callback):
-    """Has the main rank compare the dataset's hashes while the run trains, and ends the run if they differ.
+    """Compares the dataset's hashes on the main rank while the run trains, and ends the run if they differ.
 
     Args:
-        files: what to compare; every rank is given the same.
-        newest: says which checkpoint is the newest, for the message.
+        files: the files to hash; the same on every rank.
+        newest: describes the newest checkpoint, for the error message.
     """
 
     def __init__(self, writers: Writers, files: Sequence[FileHash], newest: Callable[[], str]) -> None:
         self.writers = writers
         self.newest = newest
-        self.is_going_on = bool(files)
+        self.is_running = bool(files)
         self._process = HashingProcess(files) if files and writers.is_main else None
         if files:
-            writers.note(f"hashing {len(files)} files of the dataset beside the run")
+            writers.note(f"hashing {len(files)} files of the dataset in the background")
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Look whether the comparison is over; a collective until it is.
+        """Check whether the comparison has finished. A collective until then.
 
         Raises:
-            UserError: on every rank: a file is damaged.
+            UserError: a file is damaged; raised on every rank.
         """
-        if not self.is_going_on or not trainer.any_rank(self._process is not None and self._process.is_over):
+        if not self.is_running or not trainer.any_rank(self._process is not None and self._process.is_over):
             return
-        self.is_going_on = False
-        damage = on_main_rank(self._end)
+        self.is_running = False
+        damage = on_main_rank(self._result)
         if damage is not None:
             raise UserError(f"{damage}; the run stopped at step {trainer.state.step}, {self.newest()}")
-        self.writers.note("the dataset is sound: all hashes are those of its manifest")
+        self.writers.note("the dataset is intact: all hashes match its manifest")
 
     def on_end(self, trainer: Trainer) -> None:
-        """Leave no process behind."""
+        """End the hashing process."""
         if self._process is not None:
             self._process.close()
 
-    def _end(self) -> str | None:
+    def _result(self) -> str | None:
         assert self._process is not None
-        found = self._process.damage()
+        damage = self._process.damage()
         self._process.close()
         self._process = None
-        return found
+        return damage

@@ -15,11 +15,11 @@ from megatron_mosa.train.writers import Writers
 
 
 class Progress(Callback):
-    """One training line every ``logging.interval`` steps.
+    """Writes one training line every ``logging.interval`` steps.
 
-    Time is taken inside steps only, so validation and checkpoints do not count. MFU is ``model_flops`` over the peak of
-    all ranks' devices; where attention stays inside documents, it is counted for documents of ``document_lengths``, of
-    some typical sequences each.
+    Only time inside steps counts, not validation and checkpoints. MFU is ``model_flops`` over the peak of all ranks'
+    devices. Where attention stays within documents, FLOPs are averaged over ``document_lengths``: the lengths of the
+    documents in each of some typical sequences.
     """
 
     def __init__(self, writers: Writers, vocab_size: int, document_lengths: Sequence[Sequence[int]] = ()) -> None:
@@ -31,24 +31,24 @@ class Progress(Callback):
         self.is_causal = False
 
     def on_start(self, trainer: Trainer) -> None:
-        """Find out what the hardware could do."""
+        """Determine the peak of the hardware and the FLOPs of a step."""
         config = trainer.config
         peak, origin = peak_flops(trainer.layout.device, config.train.precision, config.logging.peak_tflops)
         self.peak = peak
         self.flops_per_step = (
             model_flops(config, self.vocab_size, self.document_lengths) * config.train.global_batch_size
         )
-        self.writers.note(f"MFU is against {peak / 1e12:.3g} TFLOP/s a rank ({origin}, {config.train.precision})")
+        self.writers.note(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s per rank ({origin}, {config.train.precision})")
 
     def around_step(self, trainer: Trainer, step: int) -> AbstractContextManager[object]:
-        """Start the clock; on steps that will be reported, let MoSA layers keep what they select."""
+        """Start the clock; in a step that will be reported, make MoSA layers keep their selection."""
         reported = trainer.is_due(trainer.config.logging.interval, step)
         self.is_causal = is_causal(trainer.engine.module, training=True)
         self.started = time.perf_counter()
         return recorded_selection(trainer.engine.module) if reported else nullcontext()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Stop the clock and report."""
+        """Stop the clock, and write the line if it is due."""
         self.seconds += time.perf_counter() - self.started
         self.steps += 1
         if not trainer.is_due(trainer.config.logging.interval, trainer.state.step):

@@ -1,4 +1,4 @@
-"""Validation loss, every ``validation.interval`` steps and at the end."""
+"""Measures the validation loss every ``validation.interval`` steps, and at the end."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ class Validation(Callback):
     """Measures the loss on the same validation samples every time.
 
     Expert choice selects with the whole sequence in view, so the loss of a model with such MoSA heads is labelled
-    non-causal: no decoder could reach it. Heads with thresholds select by them here, in warm-up too.
+    non-causal: no decoder can reach it. Heads with thresholds select by threshold here, even during warm-up.
+
+    Args:
+        last_validated: the last step of this run that has a validation line.
     """
 
-    def __init__(self, writers: Writers, samples: ValidationSamples, last_measured: int = 0) -> None:
-        """
-        Args:
-            writers, samples: where lines go, and what is measured on.
-            last_measured: the last step of this run that has a validation line.
-        """
+    def __init__(self, writers: Writers, samples: ValidationSamples, last_validated: int = 0) -> None:
         self.writers = writers
         self.samples = samples
-        self.last_measured = last_measured
+        self.last_validated = last_validated
         self.unigram_entropy = samples.unigram_entropy()
 
     def on_start(self, trainer: Trainer) -> None:
-        """Make up for what the start before was stopped from."""
+        """Measure what the previous start was stopped before measuring."""
         step = trainer.state.step
-        if step and self.last_measured < step and trainer.is_due(trainer.config.validation.interval, step):
+        if step and self.last_validated < step and trainer.is_due(trainer.config.validation.interval, step):
             self._evaluate(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Evaluate if it is time, and there is time."""
-        if trainer.is_due(trainer.config.validation.interval, trainer.state.step) and not trainer.stopping:
+        """Validate if it is due, unless the run is stopping."""
+        if trainer.is_due(trainer.config.validation.interval, trainer.state.step) and not trainer.stop_reason:
             self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -49,14 +47,14 @@ class Validation(Callback):
             data_parallel_size=trainer.layout.data_parallel_size,
         )
         loss = trainer.engine.evaluate(_until_stopped(batches, trainer))
-        if trainer.stopping:
-            self.writers.note(f"validation of step {trainer.state.step} broken off")
+        if trainer.stop_reason:
+            self.writers.note(f"validation of step {trainer.state.step} interrupted")
             return
         line = {
             "step": trainer.state.step,
             "tokens": trainer.tokens,
             "validation_loss": loss,
-            "validation_perplexity": math.exp(min(loss, 700.0)),  # not beyond what a float holds
+            "validation_perplexity": math.exp(min(loss, 700.0)),  # exp overflows a float above 709
             "unigram_entropy": self.unigram_entropy,
             "causal": is_causal(trainer.engine.module),
         }
@@ -64,7 +62,7 @@ class Validation(Callback):
 
 
 def _until_stopped(batches: Iterator[Batch], trainer: Trainer) -> Iterator[Batch]:
-    """As many on every rank: all have the same number, and agree."""
+    """Yield batches until the run is to stop: equally many on every rank, because all ranks agree on it."""
     for number, batch in enumerate(batches):
         if trainer.should_stop(f"validating step {trainer.state.step}, batch {number}"):
             return

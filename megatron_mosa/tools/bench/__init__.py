@@ -1,0 +1,1 @@
+"""``mosa bench``: how fast a configuration trains on the devices at hand."""

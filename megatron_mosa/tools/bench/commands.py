@@ -1,0 +1,88 @@
+"""The command ``mosa bench``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_mosa.config import load_config
+from megatron_mosa.config.rules import check_world_size
+from megatron_mosa.errors import UserError
+from megatron_mosa.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from megatron_mosa.tools.bench.measure import Measurement
+
+
+def bench(
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/first_gpu_run.yaml; no dataset is read")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Measured steps.")] = 20,
+    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Steps before them, which compile.")] = 5,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.json", help="Write all numbers, and FILE.png on a GPU.")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option("--compare", metavar="FILE.json", help="Name what became slower by over 5 %; exit with 1 if so."),
+    ] = None,
+) -> None:
+    """Measure the training step of a configuration on this machine's devices; under torchrun, on several."""
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 1)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    settings = load_config(config, overrides or [])
+    before = None if compare is None else read(compare)
+    from megatron_mosa.parallel import destroy_parallel, initialize_parallel, launch_environment  # slow to import
+    from megatron_mosa.tools.bench import report
+    from megatron_mosa.tools.bench.measure import measure
+
+    check_world_size(settings, launch_environment()[1])
+    layout = initialize_parallel(settings.parallel.tensor_model_parallel_size, settings.run.seed)
+    try:
+        found = measure(settings, layout, steps, warmup)
+    finally:
+        destroy_parallel()
+    if not layout.is_main:
+        return
+    print(report.text(found))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, json.dumps(asdict(found), indent=1))
+        if found.profile is not None:
+            report.plot(found, output.with_suffix(".png"))
+    if before is not None:
+        _compare(found, before, compare)
+
+
+def read(path: Path) -> Measurement:
+    """Read what ``--output`` wrote.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    from megatron_mosa.tools.bench.measure import Measurement
+
+    try:
+        return Measurement(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a result of mosa bench --output"
+        raise UserError(f"cannot read {path}: {reason}; give a file that mosa bench --output wrote") from None
+
+
+def _compare(found: Measurement, before: Measurement, path: Path | None) -> None:
+    from megatron_mosa.tools.bench import report
+
+    if before.device != found.device:
+        raise UserError(f"{path} was measured on {before.device}, this is {found.device}; compare on the same device")
+    lines = report.slower(found, before)
+    print(f"\nagainst {path}: {before.median:.1f} ms then, {found.median:.1f} ms now")
+    print("\n".join(f"slower: {line}" for line in lines) or "nothing is slower by more than 5 % of a step")
+    if lines:
+        raise typer.Exit(1)
