@@ -31,7 +31,7 @@ class Roomy:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelBackend]:
-    """The kernels, in such blocks; torch fills new memory with NaN meanwhile."""
+    """The kernels with these blocks; torch fills new memory with NaN."""
 
     def block(length: int) -> dict[str, int]:
         return dict(BLOCK=BLOCK, num_warps=1)
@@ -45,7 +45,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[KernelBackend]:
 
 
 def scores_with_ties() -> torch.Tensor:
-    """Few values, so that those which a selection ends at lie in every block: [1, 2, 37]."""
+    """Return scores [1, 2, 37] with few values, so that every block has ties at the limit of a selection."""
     return torch.randint(1, 4, (1, 2, 37), generator=torch.Generator().manual_seed(0)) / 5
 
 

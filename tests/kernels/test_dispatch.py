@@ -1,4 +1,4 @@
-"""Which implementation of the MoSA heads runs."""
+"""The choice of the kernel backend."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.kernels.test_naive import make_inputs
 
 @pytest.fixture(scope="module")
 def fused() -> Iterator[KernelBackend]:
-    """The kernels; torch fills new memory with NaN meanwhile, so that nothing unwritten is read unseen."""
+    """The kernels; torch fills new memory with NaN, so that unwritten values are noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield get_backend("triton", torch.empty(0))
@@ -36,7 +36,7 @@ def errors(
     documents: Documents | None = None,
     **options: object,
 ) -> tuple[list[float], list[float]]:
-    """Relative errors of the output and of all gradients against fp64: of these kernels, and of the naive ones."""
+    """Return the relative errors of the output and all gradients against fp64: of the kernels, and of the naive path."""
     settings: dict = dict(rotary_percent=0.5, rotary_base=100.0) | options
     if documents is not None:
         settings["document_starts"] = documents.starts
@@ -96,7 +96,7 @@ def test_fp32(fused: KernelBackend, rotary_percent: float, shape: tuple) -> None
     [
         (1, 37, 2, 33, 12, 35),  # a block and a remainder of columns, of rows and of slots
         (1, 18, 1, 32, 32, 16),  # exactly a block of columns, of slots and of the head's width
-        (1, 3, 1, 8, 132, 2),  # queries, keys and values are too wide for one program
+        (1, 3, 1, 8, 132, 2),  # queries, keys and values need one program each
     ],
     ids=str,
 )
@@ -142,7 +142,7 @@ def test_documents_and_empty_slots(
 @pytest.mark.parametrize("include_first_token", [False, True])
 @pytest.mark.parametrize("name", ["ties", "all equal", "all different"])
 def test_selection_on_ties(fused: KernelBackend, name: str, include_first_token: bool) -> None:
-    """In one block; of several see test_blocks.py."""
+    """One block of scores; test_blocks.py has several."""
     generator = torch.Generator().manual_seed(0)
     scores = {
         "ties": torch.randint(0, 5, (2, 2, 37), generator=generator) / 5 + 0.1,
@@ -159,7 +159,7 @@ def test_selection_on_ties(fused: KernelBackend, name: str, include_first_token:
 
 @pytest.mark.parametrize("tiles", ["as they are chosen", "small"])
 def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
-    """Two words of the map, whose 32nd bit is a sign; with small tiles several blocks of everything, too."""
+    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything."""
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     batch, length, heads, selected = 3, 10, 34, 5
@@ -169,14 +169,17 @@ def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
     found = rows_of(slots, length)
     entries = [[[] for _ in range(length)] for _ in range(batch)]
     for e in range(heads):
-        places = []
+        token_indices = []
         for b in range(batch):
-            assert found.cu_seqlens[e, b] == len(places)
+            assert found.cu_seqlens[e, b] == len(token_indices)
             for slot, token in enumerate(slots[b, e].tolist()):
                 if token < length:
-                    places.append(b << 4 | token)
+                    token_indices.append(b << 4 | token)
                     entries[b][token].append(e * selected + slot)
-        assert found.cu_seqlens[e, batch] == len(places) and found.token_indices[e, : len(places)].tolist() == places
+        assert (
+            found.cu_seqlens[e, batch] == len(token_indices)
+            and found.token_indices[e, : len(token_indices)].tolist() == token_indices
+        )
     ends = torch.tensor([len(of_token) for of_sequence in entries for of_token in of_sequence]).cumsum(0)
     assert found.offsets.tolist() == [0, *ends.tolist()]
     assert found.entries[: ends[-1]].tolist() == [
@@ -190,7 +193,7 @@ def test_scores(fused: KernelBackend) -> None:
     torch.testing.assert_close(found.double(), naive.router_scores(states, weight), rtol=1e-5, atol=1e-7)
 
 
-def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: KernelBackend) -> None:
+def test_results_are_bitwise_reproducible_whatever_the_strides(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float() for tensor in make_inputs(2, 5, 2, 10, 6)]
 
     def run(states: torch.Tensor) -> list[torch.Tensor]:
@@ -242,7 +245,7 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, mon
 def test_sequences_and_columns_of_a_chunk(
     width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five sequences, with one byte in each column of a sequence's products."""
+    """Five sequences, whose products have one byte per column."""
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
@@ -264,14 +267,14 @@ def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_without_determinism_atomics_add_up(fused: KernelBackend) -> None:
+def test_atomics_give_the_same_sums(fused: KernelBackend) -> None:
     inputs = make_inputs(*REMAINDERS[:5])
     ours, _ = errors(fused, inputs, selection(inputs, REMAINDERS[5]), deterministic=False)
     assert max(ours) < 1e-5
 
 
-def test_backward_makes_no_gradients_of_what_forward_keeps(fused: KernelBackend) -> None:
-    """Autograd would fill zeros for them: as much memory again as is kept."""
+def test_no_gradients_are_allocated_for_saved_activations(fused: KernelBackend) -> None:
+    """Autograd would allocate zeros for these gradients, as much memory as is kept."""
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
     output = mosa_attention(*inputs, num_selected=5, backend="triton")
     made: list[tuple[int, ...]] = []
@@ -288,7 +291,7 @@ def test_backward_makes_no_gradients_of_what_forward_keeps(fused: KernelBackend)
     assert (3, 2 * 5, 3 * 8) not in made  # queries, keys and values
 
 
-def test_the_operators_are_good_citizens(fused: KernelBackend) -> None:
+def test_schemas_fake_kernels_and_autograd_of_the_operators(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 3, 2, 8, 4)]
     scores = fused.router_scores(inputs[0], inputs[1])
     operators = torch.ops.megatron_mosa
