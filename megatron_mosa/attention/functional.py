@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def select(
         quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
     else:
         quotas, slots = None, None
-    return kernels.select_tokens(scores, num_selected, include_first_token, starts, quotas), slots
+    return kernels.select_tokens(scores, cast(int, num_selected), include_first_token, starts, quotas), slots
 
 
 def _check_selection(

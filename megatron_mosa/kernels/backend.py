@@ -15,9 +15,10 @@ class KernelBackend(Protocol):
     ``naive`` is the reference: it documents arguments, shapes and results of each function.
     """
 
-    NAME: str
+    @property
+    def NAME(self) -> str: ...
 
-    def router_scores(self, hidden_states: Tensor, router_weight: Tensor) -> Tensor: ...
+    def router_scores(self, hidden_states: Tensor, /, router_weight: Tensor) -> Tensor: ...
 
     def select_tokens(
         self,
@@ -52,6 +53,7 @@ class KernelBackend(Protocol):
     def selected_attention(
         self,
         hidden_states: Tensor,
+        /,
         router_weight: Tensor,
         scores: Tensor,
         indices: Tensor,
@@ -74,5 +76,5 @@ class KernelBackend(Protocol):
     def accumulate(self, total: Tensor, gradient: Tensor, replaces: bool) -> None: ...
 
     def linear_cross_entropy(
-        self, hidden_states: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+        self, hidden_states: Tensor, /, weight: Tensor, targets: Tensor, token_weights: Tensor
     ) -> Tensor: ...

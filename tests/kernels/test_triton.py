@@ -36,7 +36,7 @@ def errors(
     documents: Documents | None = None,
     **options: object,
 ) -> tuple[list[float], list[float]]:
-    """Return the relative errors of the output and all gradients against fp64: of the kernels, and of the naive path."""
+    """Return the relative errors of output and gradients against fp64, for the kernels and for the naive path."""
     settings: dict = dict(rotary_percent=0.5, rotary_base=100.0) | options
     if documents is not None:
         settings["document_starts"] = documents.starts

@@ -159,7 +159,8 @@ def _(
     *_: object,
     **__: object,
 ) -> int:
-    return _flops(states[2], *indices, proj_weight[1])
+    batch, heads, selected = indices
+    return _flops(states[2], batch, heads, selected, proj_weight[1])
 
 
 @register_flop_formula(torch.ops.megatron_mosa.fused_attention_backward)
