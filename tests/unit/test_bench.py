@@ -60,7 +60,8 @@ def test_the_report_says_how_fast_and_where_the_time_goes() -> None:
     text = report.text(measurement())
     for part in (
         "100.0 ms (median of 3; 90.0 to 140.0)", "tokens/s 50,000", "MFU      40.0 % of 100 TFLOP/s",
-        "50.0 % by the usual rule", "1.5 M parameters", "4.0 reserved", "900 kernels, 40 calls from the host", "7.0, 0.2 s",
+        "50.0 % by the usual rule", "1.5 M parameters", "4.0 reserved", "900 kernels, 40 calls from the host",
+        "7.0, 0.2 s",
     ):  # fmt: skip
         assert part in text
     rows = [line.split() for line in text.splitlines()[-4:-1]]
