@@ -75,9 +75,8 @@ def test_the_report_says_how_fast_and_where_the_time_goes() -> None:
 def test_what_became_slower_by_over_5_percent_of_a_step_is_named() -> None:
     before = measurement()
     assert report.slower(measurement(milliseconds=[104.0]), before) == []
-    slower = measurement(
-        milliseconds=[110.0], profile=before.profile | {"kinds": {"matrix products": 64.0, "MoSA": 26.0}}
-    )  # type: ignore[operator]
+    kinds = {"matrix products": 64.0, "MoSA": 26.0}
+    slower = measurement(milliseconds=[110.0], profile={**(before.profile or {}), "kinds": kinds})
     assert report.slower(slower, before) == [
         "step: 100.0 -> 110.0 ms (+10.0%)",
         "MoSA: 20.0 -> 26.0 ms",

@@ -59,7 +59,7 @@ def _swiglu_backward_kernel(p_gate_up, p_dout, p_dgate_up, F, BLOCK: tl.constexp
 
 
 def _grid(width: int, rows: int) -> tuple[int, int]:
-    return rows, triton.cdiv(width, BLOCK)
+    return rows, -(-width // BLOCK)
 
 
 @torch.library.custom_op("megatron_mosa::fused_swiglu", mutates_args=())
