@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,14 +35,14 @@ class PartitionedHeads(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.partition_dims: dict[str, int] = {}
-        self.initialisers: dict[str, Callable[[Tensor], object]] = {}
+        self.initialisers: dict[str, Callable[..., object]] = {}
 
     def add_weight(
         self,
         name: str,
         global_shape: tuple[int, ...],
         partition_dim: int,
-        initialise: Callable[[Tensor], object],
+        initialise: Callable[..., object],
     ) -> None:
         """Register this rank's slice of a weight, initialised as a function of the global shape and the seed.
 
@@ -304,5 +305,5 @@ class MosaHeads(PartitionedHeads):
         return self
 
 
-def _uniform(bound: float) -> Callable[[Tensor], object]:
-    return lambda weight: torch.nn.init.uniform_(weight, -bound, bound)
+def _uniform(bound: float) -> Callable[..., object]:
+    return partial(torch.nn.init.uniform_, a=-bound, b=bound)

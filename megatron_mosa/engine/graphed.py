@@ -170,11 +170,11 @@ class GraphedSteps:
             weights = self.optimizer.fp32_groups_flat_partition[number]
             if weights not in adamw.state:
                 set_state(adamw, weights, {moment: torch.zeros_like(weights) for moment in MOMENTS}, 0)
-            state = adamw.state[weights]
+            state, (beta1, beta2) = adamw.state[weights], group["betas"]
             self._adamw_step(
                 weights.detach(), self.optimizer.bf16_partitioned_groups[number][rank], self.partitions[number],
-                *(state[moment] for moment in MOMENTS), state["step"], self.learning_rate, scale, is_finite,
-                *group["betas"], group["eps"], group["weight_decay"],
+                state["exp_avg"], state["exp_avg_sq"], state["step"], self.learning_rate, scale, is_finite,
+                beta1, beta2, group["eps"], group["weight_decay"],
             )  # fmt: skip
         if self.group.size() > 1:
             self.optimizer.update_lp_params()
