@@ -83,56 +83,54 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     k = shape.selected
     with torch.no_grad():
         states, router, qkv_weight, proj_weight = (t.detach() for t in layer_inputs(shape, shape.batch, device=device))
-        scores = selection.router_scores(states, router)
-        indices = selection.select(scores, k, True)
+        scores = selection.fused_router_scores(states, router)
+        indices = selection.fused_select_tokens(scores, k, True)
         thresholds = scores.gather(-1, scores.topk(k).indices[..., -1:]).mean(0).squeeze(-1)  # a load of about 1 / rho
         histogram = torch.zeros(shape.heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
         rows = rows_of(indices, shape.length)
         rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
-        saved = attention.attend(qkv, rows, scores, k, None)
+        saved = attention.attend(qkv, rows, scores, None)
         gated, log_sums, gates = saved
         gating = Gating(gated, gates, torch.empty_like(gates), gated.new_empty((*gates.shape, gathered.PAIR)))
-        upstreams = gathered.gathered_product(states, rows, proj_weight.mT, gating=gating)
-        back = (qkv, rows, upstreams, log_sums, gating.deltas, k, shape.length, None, rotation)
-        of_qkv = attention_backward.attend_backward(*back)
-    of_proj, of_qkv_weight, of_router = map(torch.empty_like, (proj_weight, qkv_weight, router))
+        dattended = gathered.gathered_product(states, rows, proj_weight.mT, gating=gating)
+        back = (qkv, rows, dattended, log_sums, gating.deltas, None, rotation)
+        dqkv = attention_backward.attend_backward(*back)
+    dw_o, dw_qkv, drouter = map(torch.empty_like, (proj_weight, qkv_weight, router))
 
-    def of_weights(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
+    def weight_gradient(values: Tensor, out: Tensor, result: Tensor, **options: Any) -> Tensor:
         weights.weight_gradient(states, rows, values, out, **options)
         return result
 
     def counted() -> Tensor:
-        selection.count_scores(scores, histogram.zero_())
+        selection.fused_count_scores(scores, histogram.zero_())
         return histogram
 
     def out(deterministic: bool = True) -> Tensor:
-        return scattered.scattered_product(saved[0], proj_weight, rows, states, k, deterministic=deterministic)
+        return scattered.scattered_product(saved[0], proj_weight, rows, states, deterministic=deterministic)
 
-    def of_states(deterministic: bool = True) -> Tensor:
+    def dx(deterministic: bool = True) -> Tensor:
         return scattered.scattered_product(
-            of_qkv, qkv_weight.mT, rows, states, k, 3, (gating.of_logits, router), deterministic=deterministic
+            dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), deterministic=deterministic
         )
 
     return {
-        "scores": lambda: selection.router_scores(states, router),
-        "selection": lambda: selection.select(scores, k, True),
+        "scores": lambda: selection.fused_router_scores(states, router),
+        "selection": lambda: selection.fused_select_tokens(scores, k, True),
         "rows": lambda: rows_of(indices, shape.length).entries,
         "qkv": lambda: gathered.gathered_product(states, rows, qkv_weight, rotation),
-        "attention": lambda: attention.attend(qkv, rows, scores, k, None)[0],
+        "attention": lambda: attention.attend(qkv, rows, scores, None)[0],
         "out": out,
         "dA": lambda: gathered.gathered_product(states, rows, proj_weight.mT, gating=gating),
-        "dW_O": lambda: of_weights(saved[0], of_proj.mT, of_proj),
+        "dW_O": lambda: weight_gradient(saved[0], dw_o.mT, dw_o),
         "attention backward": lambda: attention_backward.attend_backward(*back),
-        "dW_QKV": lambda: of_weights(
-            of_qkv, of_qkv_weight, of_qkv_weight, parts=3, pairs=gating.of_logits, pair_output=of_router
-        ),
-        "dX": of_states,
+        "dW_QKV": lambda: weight_gradient(dqkv, dw_qkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter),
+        "dX": dx,
         "sum over heads": out,
         "out, atomic": lambda: out(False),
-        "dX, atomic": lambda: of_states(False),
-        "above": lambda: selection.select_above(scores, thresholds, 2 * k, None),
-        "followed": lambda: selection.select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
+        "dX, atomic": lambda: dx(False),
+        "above": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None),
+        "followed": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
         "counted": counted,
     }
 

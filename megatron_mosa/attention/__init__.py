@@ -1,4 +1,4 @@
-"""The MoSA layer: a function of tensors, and a Megatron-core attention spec."""
+"""The MoSA layer, as a function of tensors and as a Megatron-core layer spec."""
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.decoder_layer import DecoderLayer

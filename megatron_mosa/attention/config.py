@@ -1,4 +1,4 @@
-"""Megatron-core's TransformerConfig with what MoSA adds."""
+"""Megatron-core's TransformerConfig with the options of MoSA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mosa.attention.functional import num_selected_tokens
 from megatron_mosa.config import ModelSection, MosaSection, TrainSection, keys_of
 
-# Fields "mosa_NAME" that mean what NAME means in a configuration file.
+# The fields "mosa_NAME" that have the same choices and bounds as NAME in a configuration file.
 _KEYS = {
     name: key
     for section, names in (
@@ -26,69 +26,69 @@ _KEYS = {
 
 @dataclass
 class MosaTransformerConfig(TransformerConfig):
-    """A TransformerConfig whose attention is dense heads beside MoSA heads.
+    """The configuration of a transformer with dense, local and MoSA heads in each layer.
 
-    ``num_attention_heads`` counts the dense heads alone (0: pure MoSA) and ``kv_channels`` is the width of every head,
-    so set it explicitly. Build GPTModel with ``position_embedding_type="none"``: the layer rotates by itself, because a
-    MoSA head needs the original positions of its selected tokens.
+    ``num_attention_heads`` counts only dense heads (0: none). ``kv_channels``, the width of every head, must be set.
+    Build GPTModel with ``position_embedding_type="none"``: the layer applies rotary embeddings itself, because MoSA
+    heads need the original positions of their selected tokens.
     """
 
     num_mosa_heads: int = 0
-    """E, over all tensor-parallel ranks."""
+    """E, the number of MoSA heads over all tensor-parallel ranks."""
 
     num_local_heads: int = 0
-    """Sliding-window heads, over all tensor-parallel ranks."""
+    """Number of sliding-window heads over all tensor-parallel ranks."""
 
     mosa_local_window: int = 0
-    """Tokens that a local head sees, the token itself included."""
+    """Number of tokens that a local head attends to, including the token itself."""
 
     mosa_sparsity: float = 16.0
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
 
     mosa_include_first_token: bool = False
-    """Token 0 is always among the selected; inside documents that of each (scope "sequence": of the first k)."""
+    """Always select token 0; within documents token 0 of each (with scope "sequence": of the first k documents)."""
 
     mosa_selection: str = "expert_choice"
-    """expert_choice: the k best of the sequence; threshold: every token whose score is above its head's threshold, and
-    the first token (of each document), whatever ``mosa_include_first_token`` says. The engine that steps the optimizer
-    calls ``update_thresholds`` after each step."""
+    """expert_choice: the k tokens with the largest scores; threshold: every token whose score is above its head's
+    threshold, and the first token (of each document), whatever ``mosa_include_first_token`` says. With thresholds, call
+    ``update_thresholds`` after each optimizer step."""
 
     mosa_capacity_factor: float = 2.0
-    """With thresholds, in training: a head takes at most this times k tokens of a sequence, the first that come."""
+    """With thresholds, in training: a head selects at most this times k tokens of a sequence, and drops later ones."""
 
     mosa_threshold_ema: float = 0.1
-    """Weight of the last batch in the moving average that a threshold is."""
+    """Weight of the last batch in the moving average of a threshold."""
 
     mosa_load_feedback: float = 0.0
-    """With thresholds: how much the threshold of a head rises, in logits, for each token that it has taken of the
-    sequence (the document) beyond 1 / rho of the tokens so far; it falls where it took fewer."""
+    """With thresholds: how much a head's threshold rises, in logits, for each token selected from the sequence (the
+    document) beyond 1 / rho of the tokens so far; it falls if fewer were selected."""
 
     mosa_threshold_warmup_steps: int = 250
-    """Updates of the thresholds before training selects by them; until then it is expert choice."""
+    """Number of threshold updates before training selects by thresholds; until then it uses expert choice."""
 
     mosa_attend_within_documents: bool = False
-    """Attention of all heads stays inside documents: give ``Documents`` as the model's ``attention_mask``."""
+    """All heads attend within documents; pass ``Documents`` as the model's ``attention_mask``."""
 
     mosa_selection_scope: str = "sequence"
-    """What k is counted of and chosen from: the packed sequence, or each of its documents."""
+    """sequence: select k tokens of each packed sequence; document: of each document, with the k of its length."""
 
     mosa_restart_rotary: bool = False
-    """Rotary positions are counted from the beginning of the document."""
+    """Count rotary positions from the beginning of the document instead of the sequence."""
 
     mosa_rotary_percent: float = 0.5
-    """Share of the head dimension that is rotated, in dense and MoSA heads alike."""
+    """Share of the head dimension that is rotated, in all heads."""
 
     mosa_rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
     mosa_backend: str = "auto"
-    """Implementation of the MoSA heads: auto, or the name of a kernel backend."""
+    """Implementation of the MoSA heads: auto, naive or triton."""
 
     mosa_apex_norms: bool = True
-    """NVIDIA apex's fused norms on GPUs, where apex is installed."""
+    """Use NVIDIA apex's fused norms on GPUs if apex is installed."""
 
     mosa_recompute: str = "none"
-    """What is computed again in backward instead of kept: none, attention, or full (whole layers)."""
+    """Recomputed in backward instead of kept in memory: none, attention, or full (whole layers)."""
 
     def __post_init__(self) -> None:
         if self.kv_channels is None:
@@ -121,13 +121,12 @@ class MosaTransformerConfig(TransformerConfig):
                 "mosa_selection_scope='document' and mosa_restart_rotary need mosa_attend_within_documents=True"
             )
         if self.recompute_granularity is not None:
-            raise ValueError("recompute_granularity would select tokens twice; use mosa_recompute instead")
+            raise ValueError("recompute_granularity would select tokens twice; set mosa_recompute instead")
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; expected 1")
 
     def _check_values(self) -> None:
-        """Choices and bounds, which are those of the configuration file."""
         for name, key in _KEYS.items():
             if message := key.error_message(f"mosa_{name}", getattr(self, f"mosa_{name}")):
                 raise ValueError(message)
@@ -135,21 +134,21 @@ class MosaTransformerConfig(TransformerConfig):
     def _check_selection(self) -> None:
         if self.mosa_selection == "threshold" and self.mosa_selection_scope == "document":
             raise ValueError(
-                "mosa_selection='threshold' has no use for mosa_selection_scope='document'; set 'sequence'"
+                "mosa_selection='threshold' does not support mosa_selection_scope='document'; set 'sequence'"
             )
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
-            raise ValueError("mosa_load_feedback moves thresholds; set it to 0 with mosa_selection='expert_choice'")
+            raise ValueError("mosa_load_feedback needs mosa_selection='threshold'; set it to 0 for expert choice")
 
     @property
     def head_dim(self) -> int:
-        """h', the width of every head."""
+        """The width h' of every head."""
         assert self.kv_channels is not None
         return self.kv_channels
 
     def num_selected(self, sequence_length: int) -> int:
-        """k for a sequence of ``sequence_length`` tokens."""
+        """Return k, the number of tokens to select from ``sequence_length`` tokens."""
         return num_selected_tokens(sequence_length, self.mosa_sparsity)
 
     def capacity(self, sequence_length: int) -> int:
-        """Tokens of a sequence that a head with a threshold takes at most, in training."""
+        """Return the maximum number of tokens that a head with a threshold selects in training."""
         return min(math.ceil(self.mosa_capacity_factor * self.num_selected(sequence_length)), sequence_length)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mosa.attention.recompute import MosaTransformerLayer
+from megatron_mosa.kernels import KernelBackend
 from megatron_mosa.parallel import TensorParallelRegion
 
 
@@ -32,7 +32,7 @@ class DecoderLayer(torch.nn.Module):
     def __init__(
         self,
         layer: MosaTransformerLayer,
-        kernels: ModuleType,
+        kernels: KernelBackend,
         region: TensorParallelRegion,
         backend: str | None = "inductor",
     ) -> None:
@@ -40,10 +40,11 @@ class DecoderLayer(torch.nn.Module):
         self.layer = layer
         self.kernels = kernels
         self.region = region
-        self._attention, self._mlp, self._whole = (
-            part if backend is None else torch.compile(part, dynamic=False, fullgraph=True, backend=backend)
-            for part in (self.attention, self.mlp, self.whole)
-        )
+
+        def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+            return part if backend is None else torch.compile(part, dynamic=False, fullgraph=True, backend=backend)
+
+        self._attention, self._mlp, self._whole = map(compiled, (self.attention, self.mlp, self.whole))
 
     def forward(self, hidden_states: Tensor, above: bool) -> Tensor:
         """Run the layer; backward repeats what ``mosa_recompute`` says.

@@ -1,21 +1,22 @@
-"""MoSA attention as one function of tensors."""
+"""MoSA attention as a function of tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron_mosa.config import ModelSection, keys_of
-from megatron_mosa.kernels import Documents, accumulation_dtype, autocast_operands, get_backend
+from megatron_mosa.kernels import Documents, KernelBackend, accumulation_dtype, autocast_operands, get_backend
 
-_ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here: torch.compile cannot
+_ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here, because torch.compile cannot trace it
 
 
 def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
-    """k = max(floor(T / rho), 2), never more than T (paper, section 3.1)."""
+    """k = max(floor(T / rho), 2), but at most T (paper, section 3.1)."""
     return min(max(int(sequence_length / sparsity), 2), sequence_length)
 
 
@@ -37,44 +38,47 @@ def mosa_attention(
     restart_rotary: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1), or with thresholds.
+    """Mixture of sparse attention with expert choice (arXiv 2505.00315, section 3.1) or with thresholds.
 
-    Each of E heads scores all T tokens, selects its own ``num_selected``, lets them attend to one another causally
-    with rotary positions of the original sequence, multiplies the result by the scores, and adds its projection
-    back at the selected places. Membership is NOT causal: it depends on the whole sequence.
+    Each of the E heads scores all T tokens and selects ``num_selected`` of them. The selected tokens attend to one
+    another causally, with rotary positions of the original sequence. The result is multiplied by the scores, projected,
+    and added to the output at the positions of the selected tokens. The selection is NOT causal: whether a token is
+    selected depends on the whole sequence.
 
-    With ``thresholds`` (not of the paper) a head selects the first token and every token whose score is above its own
-    threshold: causal, since neither depends on what comes after the token.
+    With ``thresholds`` (not in the paper), a head selects the first token and every token whose score is above the
+    head's threshold. This selection is causal.
 
-    With ``documents`` a selected token attends to the selected tokens of its own document only (not of the paper).
+    With ``documents`` (not in the paper), a selected token attends only to selected tokens of its own document.
 
     Args:
         hidden_states: [B, T, h], any floating type.
         router_weight: [E, h].
         qkv_weight: [E, h, 3h'], columns q, k, v in that order.
         proj_weight: [E, h', h].
-        num_selected: k of the sequence, 1 to T; or, with ``documents``, a rule that gives the k of each document from
-            its length L, 1 to L: then a head selects the best of every document instead of the best of the sequence.
-            None with ``thresholds``, and only then.
+        num_selected: k, the number of tokens to select from a sequence, 1 to T. With ``documents`` it may be a function
+            from the length L of a document to a number from 1 to L; each head then selects the best tokens of every
+            document. None if and only if ``thresholds`` are given.
         thresholds: [E], in the type of the scores: fp32 (fp64 for fp64 states).
-        capacity: with ``thresholds``: a head takes the first so many of its tokens, 1 to T; None: all, and the host
-            waits to learn how many.
-        feedback, share: with ``thresholds``: a head's threshold moves by ``feedback``, in logits, for every token that
-            it has taken beyond ``share`` of those before; 0 or more, 0: it stays. ``share``: 0 to 1.
-        include_first_token: token 0 is always among the selected, of each document where they are selected from one by
-            one, else of the first k documents; with ``thresholds`` they always are.
+        capacity: with ``thresholds``, the maximum number of tokens that a head selects, 1 to T; later ones are dropped.
+            None: no limit; the host then waits for the device to learn the number of selected tokens.
+        feedback: with ``thresholds``, how much a head's threshold rises, in logits, for every selected token beyond
+            ``share`` of the tokens so far; at least 0. 0: thresholds are constant.
+        share: with ``feedback``, the target share of selected tokens, 0 to 1.
+        include_first_token: always select token 0. With ``documents``: of every document if ``num_selected`` is a
+            function, else of the first k documents. With ``thresholds`` first tokens are always selected.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
-        documents: that the sequences are packed of, from ``Documents.from_starts``; None: one a sequence.
+        documents: the documents packed into the sequences; None: each sequence is one document.
         restart_rotary: count rotary positions from the beginning of the document instead of the sequence.
-        backend: "auto", "naive" or "triton" (a GPU, or TRITON_INTERPRET=1); "auto" is what MOSA_BACKEND says in the
-            environment, else Triton on GPUs of compute capability 8.0 and above, and naive elsewhere.
+        backend: "auto", "naive" or "triton" (on a GPU, or with TRITON_INTERPRET=1). "auto" is the value of the
+            environment variable MOSA_BACKEND, else Triton on GPUs of compute capability 8.0 and above, and naive
+            elsewhere.
 
     Returns:
-        [B, T, h], the sum over the heads, in the type of ``hidden_states``, or of torch.autocast where that is on.
+        [B, T, h], the sum over heads, in the type of ``hidden_states``, or of torch.autocast where it is enabled.
 
     Raises:
-        ValueError: an argument of the wrong rank, shape or range, or a backend that is not available.
+        ValueError: an argument has a wrong rank, shape or value, or the backend is not available.
     """
     scored_states = hidden_states
     hidden_states, qkv_weight, proj_weight = autocast_operands(hidden_states, qkv_weight, proj_weight)
@@ -83,15 +87,18 @@ def mosa_attention(
     _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
     _check_feedback(thresholds, feedback, share)
     kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
-    starts = None if documents is None else documents.starts
-    selection = documents.selection(num_selected) if documents is not None and callable(num_selected) else None
-    selected = num_selected if selection is None else selection.num_slots
     scores = kernels.router_scores(scored_states, router_weight)
-    if thresholds is not None:
-        indices = kernels.select_above(scores, thresholds, capacity, starts, feedback, share)
-    else:
-        quotas = None if selection is None else selection.quotas
-        indices = kernels.select_tokens(scores, selected, include_first_token, starts, quotas)
+    indices, slots = select(
+        kernels,
+        scores,
+        num_selected,
+        thresholds=thresholds,
+        capacity=capacity,
+        feedback=feedback,
+        share=share,
+        include_first_token=include_first_token,
+        documents=documents,
+    )
     return kernels.selected_attention(
         hidden_states,
         router_weight,
@@ -101,10 +108,46 @@ def mosa_attention(
         proj_weight,
         rotary_percent=rotary_percent,
         rotary_base=rotary_base,
-        document_starts=starts,
+        document_starts=None if documents is None else documents.starts,
         restart_rotary=restart_rotary,
-        slots=None if selection is None else selection.slots,
+        slots=slots,
     )
+
+
+def select(
+    kernels: KernelBackend,
+    scores: Tensor,
+    num_selected: int | Callable[[int], int] | None,
+    *,
+    thresholds: Tensor | None = None,
+    capacity: int | None = None,
+    feedback: float = 0.0,
+    share: float = 0.0,
+    include_first_token: bool = False,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Documents | None]:
+    """Select tokens for each head: those above ``thresholds`` if given, otherwise by expert choice.
+
+    The only place that decides how tokens are selected; arguments as in ``mosa_attention``, and not checked again.
+
+    Args:
+        scores: [B, E, T].
+
+    Returns:
+        The indices, int64 [B, E, k] in position order with T in empty slots, and the k slots as packed documents if
+        tokens were selected per document.
+    """
+    starts = None if documents is None else documents.starts
+    if thresholds is not None:
+        if capacity is None:
+            capacity = int(kernels.count_above(scores, thresholds, starts, feedback, share).max())
+        return kernels.select_above(scores, thresholds, capacity, starts, feedback, share), None
+    if documents is not None and callable(num_selected):
+        selection = documents.selection(num_selected)
+        quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
+    else:
+        quotas, slots = None, None
+    return kernels.select_tokens(scores, cast(int, num_selected), include_first_token, starts, quotas), slots
 
 
 def _check_selection(

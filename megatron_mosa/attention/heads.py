@@ -1,9 +1,9 @@
-"""Dense and MoSA heads of one tensor-parallel rank. No communication here: the hybrid layer does it once for both."""
+"""Dense, local and MoSA heads of one tensor-parallel rank, without communication, which the hybrid layer does once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
+from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
     Documents,
+    KernelBackend,
     autocast_operands,
     document_attention,
     get_backend,
@@ -30,7 +32,7 @@ THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
 
 
 class PartitionedHeads(MegatronModule):
-    """Heads whose every parameter is partitioned over the tensor-parallel group along one dimension."""
+    """Attention heads whose parameters are all partitioned over the tensor-parallel group, along one dimension each."""
 
     config: MosaTransformerConfig
 
@@ -38,19 +40,19 @@ class PartitionedHeads(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.partition_dims: dict[str, int] = {}
-        self.initialisers: dict[str, Callable[[Tensor], object]] = {}
+        self.initialisers: dict[str, Callable[..., object]] = {}
 
     def add_weight(
         self,
         name: str,
         global_shape: tuple[int, ...],
         partition_dim: int,
-        initialise: Callable[[Tensor], object],
+        initialise: Callable[..., object],
     ) -> None:
         """Register this rank's slice of a weight, initialised as a function of the global shape and the seed.
 
-        Every rank draws the global weight from the default generator of its device, which is seeded alike across the
-        tensor-parallel group, and keeps its slice: the model does not depend on the tensor-parallel size.
+        Every rank draws the global weight from the default generator of its device, which has the same seed on all
+        ranks of the tensor-parallel group, and keeps its slice: the model does not depend on the tensor-parallel size.
         """
         config, size = self.config, self.tp_group.size()
         shape = list(global_shape)
@@ -72,7 +74,7 @@ class PartitionedHeads(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """Megatron's distributed-checkpoint view: every weight sharded along its partitioned dimension."""
+        """Return the tensors for Megatron's distributed checkpoint, sharded along their partitioned dimensions."""
         groups = ensure_metadata_has_dp_cp_group(metadata)
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -85,10 +87,11 @@ class PartitionedHeads(MegatronModule):
 
 
 class CausalHeads(PartitionedHeads):
-    """Causal attention over all tokens before; weights laid out as Megatron's linear_qkv and linear_proj.
+    """Base class of causal heads, with weights in the layout of Megatron's linear_qkv and linear_proj.
 
     Args:
-        heads, groups: over all tensor-parallel ranks; each of the groups shares one key and one value head.
+        heads: number of query heads, over all tensor-parallel ranks.
+        groups: number of groups that share one key and one value head, over all tensor-parallel ranks.
     """
 
     qkv_weight: torch.nn.Parameter  # [G / tp * (H / G + 2) h', h]
@@ -105,11 +108,14 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
-    def forward(self, hidden_states: Tensor, documents: Documents | None = None, kernels: ModuleType = naive) -> Tensor:
-        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads.
+    def forward(
+        self, hidden_states: Tensor, documents: Documents | None = None, kernels: KernelBackend = naive
+    ) -> Tensor:
+        """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h].
 
         Args:
-            kernels: whose ``split_heads`` takes the projection apart.
+            documents: the documents of the batch; None: each sequence is one document.
+            kernels: the backend whose ``split_heads`` is used.
         """
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
@@ -120,18 +126,25 @@ class CausalHeads(PartitionedHeads):
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """[B, H, T, h'] from queries [B, H, T, h'] and keys and values [B, G, T, h']; no T x T matrix anywhere."""
+        """Compute causal attention without a T x T matrix in memory.
+
+        Args:
+            query: [B, H, T, h'].
+            key, value: [B, G, T, h'].
+
+        Returns:
+            [B, H, T, h'].
+        """
         raise NotImplementedError("abstract")
 
 
 class DenseHeads(CausalHeads):
-    """Every token before (in the document) is a key: torch's fused attention."""
+    """Heads that attend to all earlier tokens of the document, with torch's fused attention."""
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """As CausalHeads."""
         if documents is not None:
             return document_attention(query, key, value, documents)
         grouped = self.queries_per_group > 1
@@ -139,27 +152,26 @@ class DenseHeads(CausalHeads):
 
 
 class LocalHeads(CausalHeads):
-    """The last ``mosa_local_window`` tokens are keys, the token itself included."""
+    """Heads that attend to the last ``mosa_local_window`` tokens of the document, including the token itself."""
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """As CausalHeads."""
         return sliding_window_attention(query, key, value, self.config.mosa_local_window, documents)
 
 
 class MosaHeads(PartitionedHeads):
-    """MoSA heads with expert choice or with thresholds, initialised as the authors do.
+    """MoSA heads with expert choice or thresholds, initialised like the authors' code.
 
-    With thresholds every forward pass in training counts its scores in ``histogram``, for ``update_thresholds``.
+    With thresholds, every forward pass in training adds its scores to ``histogram``, for ``update_thresholds``.
     """
 
     router_weight: torch.nn.Parameter  # [E / tp, h]
     qkv_weight: torch.nn.Parameter  # [E / tp, h, 3h']
     proj_weight: torch.nn.Parameter  # [E / tp, h', h]
     thresholds: Tensor  # fp32 [E / tp]
-    threshold_updates: Tensor  # fp32 [E / tp]: how often they were updated
+    threshold_updates: Tensor  # fp32 [E / tp]: number of updates
     histogram: Tensor  # int32 [E / tp, bins]: scores since the last update
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
@@ -170,14 +182,14 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
         if config.mosa_selection == "threshold":
             self._add_thresholds(heads // tp_group.size())
-        self.load: Tensor | None = None  # fp32 [E / tp]: tokens above the threshold over T / rho, in the last batch
+        self.load: Tensor | None = None  # fp32 [E / tp]: share of tokens above the threshold, times rho, of last batch
         self.records_selection = False
-        # scores [B, E, T], indices [B, E, k] (T in empty places) of the last forward
+        # Of the last recorded forward pass: scores [B, E, T] and indices [B, E, k] (T in empty slots).
         self.selection: tuple[Tensor, Tensor] | None = None
-        self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity has left out there
+        self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity dropped there
 
     def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
-        """[T, B, h] to [T, B, h]: this rank's part of the sum over heads."""
+        """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h]."""
         kernels = get_backend(self.config.mosa_backend, hidden_states, self.config.head_dim)
         counts, above = self.training and not is_repetition(), self.selects_above(self.training)
         output, scores, indices = self.attend(hidden_states, documents, kernels, counts, above)
@@ -190,33 +202,45 @@ class MosaHeads(PartitionedHeads):
         self,
         hidden_states: Tensor,
         documents: Documents | None,
-        kernels: ModuleType,
+        kernels: KernelBackend,
         counts: bool,
         above: bool,
         indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The forward pass with what it depends on beside tensors; records nothing.
+        """Compute the forward pass as a function of its arguments; records nothing.
 
         Args:
             hidden_states: [T, B, h].
-            documents: of the batch, or None.
+            documents: the documents of the batch; None: each sequence is one document.
             kernels: the backend.
-            counts: whether scores are counted for the thresholds, if there are any.
-            above: as ``selects_above`` says.
-            indices: what an earlier call has selected of the same states, without documents; None: select.
+            counts: whether scores are added to the histogram, if the heads have thresholds.
+            above: whether tokens are selected by thresholds, see ``selects_above``.
+            indices: the selection of an earlier call with the same states, without documents; None: select.
 
         Returns:
-            The output, [T, B, h], the scores, [B, E / tp, T], and the indices, [B, E / tp, k].
+            The output [T, B, h], the scores [B, E / tp, T] and the indices [B, E / tp, k].
         """
-        config = self.config
+        config, length = self.config, hidden_states.shape[0]
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
+        has_thresholds = config.mosa_selection == "threshold"
         slots = None
         if indices is None:
-            if counts and config.mosa_selection == "threshold":
+            if counts and has_thresholds:
                 kernels.count_scores(scores, self.histogram)
-            indices, slots = self._select(kernels, scores, documents, above)
+            per_document = documents is not None and config.mosa_selection_scope == "document"
+            indices, slots = select(
+                kernels,
+                scores,
+                config.num_selected if per_document else config.num_selected(length),
+                thresholds=self.thresholds if above else None,
+                capacity=config.capacity(length) if self.training else None,
+                feedback=config.mosa_load_feedback,
+                share=1 / config.mosa_sparsity,
+                include_first_token=config.mosa_include_first_token or has_thresholds,
+                documents=documents,
+            )
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -232,43 +256,25 @@ class MosaHeads(PartitionedHeads):
         )
         return output.transpose(0, 1), scores, indices
 
-    def _select(
-        self, kernels: ModuleType, scores: Tensor, documents: Documents | None, above: bool
-    ) -> tuple[Tensor, Documents | None]:
-        """Indices [B, E / tp, k], and the slots as packed documents where a number of each document was selected."""
-        config, length = self.config, scores.shape[-1]
-        starts = None if documents is None else documents.starts
-        if above:
-            capacity = config.capacity(length) if self.training else None
-            return kernels.select_above(scores, self.thresholds, capacity, starts, *self._feedback), None
-        quotas, slots, num_selected = None, None, config.num_selected(length)
-        if documents is not None and config.mosa_selection_scope == "document":
-            selection = documents.selection(config.num_selected)
-            quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
-        includes_first = config.mosa_include_first_token or config.mosa_selection == "threshold"
-        return kernels.select_tokens(scores, num_selected, includes_first, starts, quotas), slots
-
-    def _dropped(self, kernels: ModuleType, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
+    def _dropped(self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
         if not self.selects_above(self.training):
             return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts
-        above = kernels.count_above(scores, self.thresholds, starts, *self._feedback)  # [B, E]
+        feedback, share = self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
+        above = kernels.count_above(scores, self.thresholds, starts, feedback, share)  # [B, E]
         return above.sum(0) - (indices < scores.shape[-1]).sum((0, 2))
 
-    @property
-    def _feedback(self) -> tuple[float, float]:
-        """Of a head's load to its threshold, and the load to be held."""
-        return self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
-
     def selects_above(self, training: bool) -> bool:
-        """Whether tokens above the thresholds are taken, not the k best: in training when the warm-up is over, else as
-        soon as the thresholds were updated once."""
+        """Return whether tokens are selected by thresholds rather than by expert choice.
+
+        In training this begins after the warm-up, in evaluation after the first update of the thresholds.
+        """
         if self.config.mosa_selection != "threshold":
             return False
         return self._num_updates() >= (self.config.mosa_threshold_warmup_steps if training else 1)
 
     def _num_updates(self) -> int:
-        """Known to the host until the buffer is changed by others: no forward pass waits for the device."""
+        """Return the number of updates, cached until the buffer changes, so that forward passes do not synchronize."""
         updates = self.threshold_updates
         if self._counted[:2] != (id(updates), updates._version):
             self._counted = id(updates), updates._version, int(updates.min())
@@ -277,15 +283,15 @@ class MosaHeads(PartitionedHeads):
     def _add_thresholds(self, heads: int) -> None:
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         for name in THRESHOLD_BUFFERS:
-            # Made of integers: in its construction of models ZeRO-3 makes bf16 of new tensors in fp32.
+            # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
             self.register_buffer(name, torch.zeros(heads, dtype=torch.int32, device=device).float())
             self.partition_dims[name] = 0
         counts = torch.zeros(heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
         self.register_buffer("histogram", counts, persistent=False)
-        self._counted = 0, 0, 0  # the buffer's identity and version, and its value then
+        self._counted = 0, 0, 0  # identity and version of threshold_updates, and its value at that version
 
     def update(self, thresholds: Tensor, load: Tensor) -> None:
-        """Take over new thresholds [E / tp], and count the update; ``load`` [E / tp] is what the old ones took."""
+        """Set new thresholds [E / tp] and count the update; ``load`` [E / tp] is the load under the old ones."""
         updates = self._num_updates() + 1
         self.thresholds.copy_(thresholds)
         self.threshold_updates += 1
@@ -294,7 +300,7 @@ class MosaHeads(PartitionedHeads):
         self.load = load
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MosaHeads:
-        """As Module, but the thresholds of a model that becomes bf16 stay fp32."""
+        """Keep the thresholds in fp32 when the model is converted to another type, such as bf16."""
         kept = {name: self._buffers[name] for name in THRESHOLD_BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -304,5 +310,5 @@ class MosaHeads(PartitionedHeads):
         return self
 
 
-def _uniform(bound: float) -> Callable[[Tensor], object]:
-    return lambda weight: torch.nn.init.uniform_(weight, -bound, bound)
+def _uniform(bound: float) -> Callable[..., object]:
+    return partial(torch.nn.init.uniform_, a=-bound, b=bound)

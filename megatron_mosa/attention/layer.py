@@ -1,4 +1,4 @@
-"""The hybrid attention layer: dense heads and MoSA heads between one gather and one reduction."""
+"""The hybrid attention layer: dense, local and MoSA heads between one gather and one reduction."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MosaSelfAttention(MegatronModule):
     """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense, local and MoSA heads.
 
     Heads are partitioned over the tensor-parallel group. With sequence parallelism the input is gathered once and the
-    output reduce-scattered once for all heads together; without it, one all-reduce each way. Causality is built in; in
-    the place of ``attention_mask`` come the ``Documents`` of the batch where attention stays inside them, and anything
-    else there is ignored, as a causal Megatron layer ignores it.
+    output reduce-scattered once for all heads together; without it, there is one all-reduce each in forward and
+    backward. Attention is always causal. ``attention_mask`` passes the ``Documents`` of the batch if attention stays
+    within documents; any other mask is ignored, as by Megatron's causal layers.
     """
 
     config: MosaTransformerConfig
@@ -52,19 +52,20 @@ class MosaSelfAttention(MegatronModule):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | Documents | None = None, **options: object
     ) -> tuple[Tensor, None]:
-        """Attend.
+        """Compute the layer.
 
         Args:
             hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
-            attention_mask: ``Documents`` if ``mosa_attend_within_documents``; else anything but these, and ignored.
-            options: what TransformerLayer passes along; all must be None.
+            attention_mask: the ``Documents`` of the batch if ``mosa_attend_within_documents`` is set; otherwise
+                ignored, but not ``Documents``.
+            options: further arguments of TransformerLayer; all must be None.
 
         Returns:
-            The output in the shape of the input, and no bias.
+            The output in the shape of the input, and None for the bias.
 
         Raises:
-            ValueError: rotary embeddings from outside, packed sequences or an inference context are given;
-                documents are missing, not asked for, or not those of these states.
+            ValueError: rotary embeddings, packed sequences or an inference context are given; documents are missing,
+                unexpected, or do not fit the shape or device of the states.
         """
         for name, value in options.items():
             if value is not None:
@@ -79,7 +80,7 @@ class MosaSelfAttention(MegatronModule):
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
 
     def _documents(self, hidden_states: Tensor, attention_mask: object) -> Documents | None:
-        """What stands in the place of the attention mask, if the layer is one for documents."""
+        """Check and return the documents passed as the attention mask, or None if the layer has no documents."""
         documents = attention_mask if isinstance(attention_mask, Documents) else None
         if (documents is not None) != self.config.mosa_attend_within_documents:
             allowed = "megatron_mosa.kernels.Documents" if documents is None else "None"
@@ -98,7 +99,7 @@ class MosaSelfAttention(MegatronModule):
         return documents
 
     def _heads(self, hidden_states: Tensor, documents: Documents | None) -> Tensor:
-        """Gather once, run this rank's heads: its part of the sum over heads, [T, B, h]."""
+        """Gather the input and compute this rank's part of the sum over heads: [T, B, h]."""
         if self.config.sequence_parallel:
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
@@ -106,7 +107,7 @@ class MosaSelfAttention(MegatronModule):
         # whole sequences, [T, B, h]
         kinds = (self.dense_heads, self.local_heads, self.mosa_heads)
         output = reduce(torch.add, [heads(states, documents) for heads in kinds if heads is not None])
-        return output.contiguous()  # Megatron-core 0.16 silently does not reduce any other
+        return output.contiguous()  # Megatron-core 0.16 silently does not reduce other tensors
 
 
 _HINTS = {"rotary_pos_emb": " (build GPTModel with position_embedding_type='none': the layer rotates by itself)"}

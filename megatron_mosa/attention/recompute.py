@@ -1,4 +1,4 @@
-"""Activation recompute that never selects twice."""
+"""Activation recompute that keeps the selected tokens."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from megatron_mosa.attention.config import MosaTransformerConfig
 _SELECTIONS = {f"megatron_mosa::{name}" for name in (
     "select_tokens", "fused_select_tokens", "select_above", "fused_select_above",
 )}  # fmt: skip
-_repeats: ContextVar[bool] = ContextVar("repeats", default=False)
+_is_repetition: ContextVar[bool] = ContextVar("is_repetition", default=False)
 
 
 def is_repetition() -> bool:
-    """Whether this forward pass is one that backward does again: what the first has counted is not to count twice."""
-    return _repeats.get()
+    """Return whether this forward pass is a repetition, whose scores the first pass has already counted."""
+    return _is_repetition.get()
 
 
 def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``function`` without keeping its activations; backward calls it again, collectives included.
+    """Call ``function`` without keeping its activations; backward calls it again, including its collectives.
 
-    The selected indices are kept from the first call: a second selection from scores that rounding has moved would
-    give the gradients of another function.
+    The selected indices are kept from the first call: selecting again, from scores with other rounding errors, would
+    give gradients of a different function.
     """
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts, **kwargs)
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Of the first forward pass, and of its repetition."""
+    """Return the contexts of the first forward pass and of its repetition."""
     first, again = create_selective_checkpoint_contexts(_keep_selection)
-    return first, _both(again)
+    return first, _repeated(again)
 
 
 @contextmanager
-def _both(again: AbstractContextManager[Any]) -> Iterator[None]:
+def _repeated(again: AbstractContextManager[Any]) -> Iterator[None]:
     with repetition(), again:
         yield
 
 
 @contextmanager
 def repetition() -> Iterator[None]:
-    """Forward passes in here are made a second time: they count no scores."""
-    token = _repeats.set(True)
+    """Context in which forward passes are repetitions and count no scores."""
+    token = _is_repetition.set(True)
     try:
         yield
     finally:
-        _repeats.reset(token)
+        _is_repetition.reset(token)
 
 
 def _keep_selection(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -64,14 +64,13 @@ def _keep_selection(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 class MosaTransformerLayer(TransformerLayer):
     """Megatron's layer, recomputed as a whole if ``mosa_recompute`` is "full".
 
-    Megatron's own recompute (``recompute_granularity``) runs its random-number tracker, which needs CUDA, and would
-    select again.
+    Megatron's own recompute (``recompute_granularity``) would select again, and needs CUDA for its random-number
+    tracker.
     """
 
     config: MosaTransformerConfig
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLayer."""
         if self.config.mosa_recompute == "full" and self.training:
             return recomputed(super().forward, *args, **kwargs)
         return super().forward(*args, **kwargs)

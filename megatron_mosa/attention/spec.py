@@ -19,25 +19,24 @@ from megatron_mosa.parallel import norm_class
 
 
 class MosaSpecProvider(LocalSpecProvider):
-    """Megatron's local modules, with a norm that is right under sequence parallelism whatever the engine."""
+    """Megatron's local modules, with norms whose gradients are correct under sequence parallelism with any engine."""
 
     def layer_norm(self, rms_norm: bool = False, *_: object, **__: object) -> type:
-        """Which module for a norm."""
         return norm_class("RMSNorm" if rms_norm else "LayerNorm")
 
 
 def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvider | None = None) -> ModuleSpec:
-    """The spec of one transformer layer with MoSA attention.
+    """Return the spec of one transformer layer with MoSA attention.
 
     Args:
         config: the model's configuration.
-        backend: who provides norms and MLP; None: ``MosaSpecProvider``. With Megatron's TESpecProvider the norms'
-            gradients under sequence parallelism are left to Megatron's ``finalize_model_grads``.
+        backend: provider of norms and MLP; None: ``MosaSpecProvider``. With Megatron's TESpecProvider, the gradients of
+            norms under sequence parallelism must be summed by Megatron's ``finalize_model_grads``.
     """
     backend = backend or MosaSpecProvider()
     fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    bias_dropout_add: Any = get_bias_dropout_add  # a function, where Megatron's annotation says module
+    bias_dropout_add: Any = get_bias_dropout_add  # a function, although Megatron's annotation says module
     return ModuleSpec(
         module=MosaTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -54,7 +53,7 @@ def get_mosa_layer_spec(config: MosaTransformerConfig, backend: BackendSpecProvi
 def get_mosa_block_spec(
     config: MosaTransformerConfig, backend: BackendSpecProvider | None = None
 ) -> TransformerBlockSubmodules:
-    """The spec of all layers and the final norm: what GPTModel takes as ``transformer_layer_spec``."""
+    """Return the spec of all layers and the final norm, for GPTModel's ``transformer_layer_spec``."""
     backend = backend or MosaSpecProvider()
     norm: Any = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
     return TransformerBlockSubmodules(

@@ -1,7 +1,7 @@
 """Thresholds of MoSA heads: each follows the quantile of its head's scores that keeps the head's load at 1 / rho.
 
-A token is taken if its score is above the threshold, so that membership depends on the token and on the past of the
-training run alone: causal. docs/causal.md says why, and what is measured.
+A token is selected if its score is above the threshold. The threshold depends only on past steps of the training run,
+so the selection is causal. docs/causal.md has the reasons and measurements.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from torch import distributed as dist
 from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads
 from megatron_mosa.kernels import HISTOGRAM_LOGITS
 
-DEAD, OVERLOADED = 0.5, 2.0  # loads below and above which a threshold does not wait for its average
+DEAD, OVERLOADED = 0.5, 2.0  # loads beyond which a threshold jumps to the quantile instead of moving towards it
 
 
 def mosa_layers(model: torch.nn.Module) -> list[MosaHeads]:
-    """The MoSA heads of each layer that has some, in depth order."""
+    """Return the MoSA heads of all layers that have some, in depth order."""
     return [module for module in model.modules() if isinstance(module, MosaHeads)]
 
 
 def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The buffers that checkpoints keep, by name: thresholds and numbers of updates, fp32 [E / tp] each."""
+    """Return the buffers that checkpoints contain, by name: thresholds and numbers of updates, fp32 [E / tp] each."""
     return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in THRESHOLD_BUFFERS}
 
 
 def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
-    """Whether no head looks ahead: there are no MoSA heads, or all select by thresholds.
+    """Return whether no output depends on later tokens: there are no MoSA heads, or all select by thresholds.
 
-    In evaluation they do so as soon as these were updated once, in ``training`` after the warm-up.
+    In evaluation heads do so after the first update of their thresholds, in ``training`` after the warm-up.
     """
     return all(heads.selects_above(training) for heads in mosa_layers(model))
 
 
 @torch.no_grad()
 def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Let the thresholds follow the scores that were counted since the last call; after each optimizer step.
+    """Update all thresholds from the scores counted since the last call; call it after each optimizer step.
 
-    The new threshold is a moving average: the old one moves to the quantile of the batch by a share of
-    ``mosa_threshold_ema``, or 1 / (n + 1) in update n = 0, 1, ... if that is more. Where the old one would load the
-    head below ``DEAD`` or above ``OVERLOADED`` times its target, the new one is the quantile itself. ``MosaHeads.load``
-    tells these loads. Collective over ``group``; counts are integers, so that nothing depends on its size.
+    A threshold is a moving average: it moves towards the quantile of the batch with weight ``mosa_threshold_ema``, or
+    1 / (n + 1) in update n = 0, 1, ... if that is larger. If the head's load under the old threshold is below ``DEAD``
+    or above ``OVERLOADED`` times its target, the new threshold is the quantile itself. ``MosaHeads.load`` holds these
+    loads. A collective over ``group``; counts are integers, so the result does not depend on the size of the group.
 
     Args:
-        model: any module with MoSA layers that were called in training mode since.
-        group: the ranks that have seen different parts of the batch; None: all of it was seen here.
+        model: a module with MoSA layers, which ran in training mode since the last call.
+        group: the ranks that processed different parts of the batch; None: this process processed all of it.
     """
     layers = [heads for heads in mosa_layers(model) if heads.config.mosa_selection == "threshold"]
     if not layers:
@@ -65,43 +65,43 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
 
 
 def forget_scores(model: torch.nn.Module) -> None:
-    """Drop what was counted since the last update: after a step that was skipped."""
+    """Discard the scores counted since the last update; call it after a skipped step."""
     for heads in mosa_layers(model):
         if heads.config.mosa_selection == "threshold":
             heads.histogram.zero_()
 
 
 def quantile_of(counts: Tensor, share: float) -> Tensor:
-    """The score that a share of the counted scores is above, linearly interpolated in its bin (of logits).
+    """Return the score above which a share of the counted scores lies, interpolated linearly in logits in its bin.
 
     Args:
-        counts: integers [..., bins], as ``kernels.naive.count_scores`` makes them, not all 0.
-        share: above 0, up to 1.
+        counts: integers [..., bins] from ``kernels.naive.count_scores``, not all 0.
+        share: greater than 0 and at most 1.
 
     Returns:
         fp64 [...].
     """
     bins = counts.shape[-1]
-    reached = _reached(counts)  # [..., bins]
-    wanted = share * reached[..., :1].double()
-    place = (reached >= wanted).sum(dim=-1, keepdim=True) - 1  # the last bin that as many reach
-    here = counts.gather(-1, place).double()
-    inside = (wanted - (reached.gather(-1, place) - here)) / here  # share of the bin that is above
-    logits = (place + 1 - inside) * (2 * HISTOGRAM_LOGITS / bins) - HISTOGRAM_LOGITS
+    at_or_above = _count_at_or_above(counts)  # [..., bins]
+    target = share * at_or_above[..., :1].double()
+    index = (at_or_above >= target).sum(dim=-1, keepdim=True) - 1  # the last bin with that many scores at or above it
+    count = counts.gather(-1, index).double()
+    fraction = (target - (at_or_above.gather(-1, index) - count)) / count  # of the bin, that lies above the quantile
+    logits = (index + 1 - fraction) * (2 * HISTOGRAM_LOGITS / bins) - HISTOGRAM_LOGITS
     return logits.squeeze(-1).sigmoid()
 
 
 def share_above(counts: Tensor, thresholds: Tensor) -> Tensor:
-    """The share of the counted scores [..., bins] that is above thresholds [...]: the inverse; fp64 [...]."""
+    """Return the share of the counted scores above thresholds [...], the inverse of ``quantile_of``: fp64 [...]."""
     bins = counts.shape[-1]
-    place = (torch.logit(thresholds.double()) + HISTOGRAM_LOGITS) * (bins / (2 * HISTOGRAM_LOGITS))
-    place = place.clamp(0, bins).unsqueeze(-1)  # [..., 1]
-    bin_ = place.long().clamp(max=bins - 1)
-    reached, here = _reached(counts), counts.gather(-1, bin_)
-    above = reached.gather(-1, bin_) - here + here * (bin_ + 1 - place)
-    return (above / reached[..., :1]).squeeze(-1)
+    position = (torch.logit(thresholds.double()) + HISTOGRAM_LOGITS) * (bins / (2 * HISTOGRAM_LOGITS))
+    position = position.clamp(0, bins).unsqueeze(-1)  # [..., 1], in bins
+    index = position.long().clamp(max=bins - 1)
+    at_or_above, count = _count_at_or_above(counts), counts.gather(-1, index)
+    above = at_or_above.gather(-1, index) - count + count * (index + 1 - position)
+    return (above / at_or_above[..., :1]).squeeze(-1)
 
 
-def _reached(counts: Tensor) -> Tensor:
-    """How many scores lie in each bin or above it."""
+def _count_at_or_above(counts: Tensor) -> Tensor:
+    """Return the number of scores in each bin and all bins above it."""
     return counts.flip(-1).cumsum(dim=-1, dtype=torch.int64).flip(-1)

@@ -44,6 +44,10 @@ def check_world_size(config: Config, world_size: int) -> int:
         )
     data_parallel = world_size // tensor_parallel
     _check_batches(config, data_parallel)
+    if others := [rank for rank in config.train.profile_ranks if not 0 <= rank < world_size]:
+        raise UserError(
+            f"train.profile_ranks must be from 0 to {world_size - 1} with {world_size} ranks, got {others[0]}"
+        )
     return data_parallel
 
 
@@ -95,6 +99,12 @@ def _values(config: Config) -> None:
             value = getattr(values, name)  # the type has rejected null where it is not allowed
             if value is not None and (message := key.error_message(f"{section.name}.{name}", value)):
                 raise UserError(message)
+
+
+def _profiled_steps(config: Config) -> None:
+    steps = config.train.steps
+    if others := [step for step in config.train.profile_steps if not 1 <= step <= steps]:
+        raise UserError(f"train.profile_steps must be from 1 to train.steps={steps}, got {others[0]}")
 
 
 def _parallelism_that_exists(config: Config) -> None:
@@ -231,6 +241,6 @@ def _run_name(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _parallelism_that_exists, _values, _zero_cells, _apex, _sequence, _heads,
+    _run_name, _parallelism_that_exists, _values, _profiled_steps, _zero_cells, _apex, _sequence, _heads,
     documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _dataset,
 )  # fmt: skip

@@ -165,6 +165,8 @@ class TrainSection:
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
         choices=("auto", "never", "always"),
     )
+    profile_steps: list[int] = key([], "steps of which a trace and a memory snapshot are written to profile/")
+    profile_ranks: list[int] = key([0], "ranks that write them")
     deterministic: bool = key(True, "use torch's deterministic algorithms, on CPUs and GPUs; slower on GPUs")
 
 

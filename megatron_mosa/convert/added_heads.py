@@ -31,7 +31,7 @@ class ModelWithAddedHeads:
     model: ModelReader
     config: Config
     weights: list[Weight]
-    initialisers: dict[str, Callable[[Tensor], object]]
+    initialisers: dict[str, Callable[..., object]]
     """Initializers, keyed by the last component of a weight's name."""
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import distributed as dist
 
 from megatron_mosa.engine.optimizer import MOMENTS, adamw_step, set_state
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.kernels import naive
+from megatron_mosa.kernels import KernelBackend, naive
 from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
 WARM_UPS = 2  # micro-batches that run as they are before one is captured: the first compiles
@@ -48,7 +47,7 @@ class GraphedSteps:
     """
 
     def __init__(
-        self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float, kernels: ModuleType = naive
+        self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float, kernels: KernelBackend = naive
     ) -> None:
         self.optimizer = optimizer
         self.loss = loss
@@ -171,11 +170,11 @@ class GraphedSteps:
             weights = self.optimizer.fp32_groups_flat_partition[number]
             if weights not in adamw.state:
                 set_state(adamw, weights, {moment: torch.zeros_like(weights) for moment in MOMENTS}, 0)
-            state = adamw.state[weights]
+            state, (beta1, beta2) = adamw.state[weights], group["betas"]
             self._adamw_step(
                 weights.detach(), self.optimizer.bf16_partitioned_groups[number][rank], self.partitions[number],
-                *(state[moment] for moment in MOMENTS), state["step"], self.learning_rate, scale, is_finite,
-                *group["betas"], group["eps"], group["weight_decay"],
+                state["exp_avg"], state["exp_avg_sq"], state["step"], self.learning_rate, scale, is_finite,
+                beta1, beta2, group["eps"], group["weight_decay"],
             )  # fmt: skip
         if self.group.size() > 1:
             self.optimizer.update_lp_params()

@@ -1,6 +1,7 @@
 """The arithmetic of MoSA heads on plain tensors; knows nothing of parallelism or modules."""
 
 from megatron_mosa.kernels.autocast import autocast_operands
+from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import BACKENDS, get_backend
 from megatron_mosa.kernels.documents import Documents, document_attention
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS, HISTOGRAM_LOGITS, accumulation_dtype
@@ -11,6 +12,7 @@ __all__ = [
     "HISTOGRAM_BINS",
     "HISTOGRAM_LOGITS",
     "Documents",
+    "KernelBackend",
     "accumulation_dtype",
     "autocast_operands",
     "document_attention",

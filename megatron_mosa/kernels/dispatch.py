@@ -1,4 +1,4 @@
-"""The one place that decides which implementation of the MoSA heads runs."""
+"""The one place that decides which backend runs."""
 
 from __future__ import annotations
 
@@ -6,71 +6,70 @@ import functools
 import logging
 import os
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_mosa.kernels import naive
+from megatron_mosa.kernels.backend import KernelBackend
 
 BACKENDS = ("naive", "triton")
-VARIABLE = "MOSA_BACKEND"  # what "auto" means, from the environment
-MOST_HEAD_DIM = 256
+VARIABLE = "MOSA_BACKEND"  # environment variable that decides what "auto" means
+MAX_HEAD_DIM = 256  # of the Triton kernels
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def get_backend(name: str, hidden_states: Tensor, head_dim: int = 64) -> ModuleType:
-    """The module that implements ``router_scores``, ``select_tokens``, ``select_above``, ``count_scores`` and
-    ``selected_attention``.
+def get_backend(name: str, hidden_states: Tensor, head_dim: int = 64) -> KernelBackend:
+    """Return a backend that runs on states of this device and type.
 
     Args:
-        name: "naive", "triton", or "auto": what the environment variable MOSA_BACKEND says, else "triton" where it
-            runs and "naive" elsewhere.
-        hidden_states: what it will be called with.
-        head_dim: h' of the heads.
+        name: "naive", "triton", or "auto": the value of the environment variable MOSA_BACKEND, else "triton" on GPUs
+            where it runs, and "naive" elsewhere.
+        hidden_states: any tensor with the device and type of the activations.
+        head_dim: h', the width of a head.
 
     Raises:
-        ValueError: an unknown backend, or one that does not run for these states.
+        ValueError: the backend is unknown, or does not run on such states.
     """
-    asked = f"backend={name!r}"
+    setting = f"backend={name!r}"
     if name == "auto":
-        name, asked = _automatic(hidden_states.device, hidden_states.dtype, head_dim)
+        name, setting = _resolve_auto(hidden_states.device, hidden_states.dtype, head_dim)
     if name not in BACKENDS:
-        raise ValueError(f"{asked} is not known; expected 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"{setting} is not known; expected 'auto', {', '.join(map(repr, BACKENDS))}")
     if name == "naive":
         return naive
-    if (hindrance := _without_triton(hidden_states.device, hidden_states.dtype, head_dim)) is not None:
-        raise ValueError(f"{asked} does not run here: {hindrance}; use 'naive'")
-    from megatron_mosa.kernels import triton  # only now: triton is optional
+    if (obstacle := _triton_obstacle(hidden_states.device, hidden_states.dtype, head_dim)) is not None:
+        raise ValueError(f"{setting} does not run here: {obstacle}; use 'naive'")
+    from megatron_mosa.kernels import triton  # imported here because triton is optional
 
     return triton
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """What "auto" means there, and whose words that are."""
+def _resolve_auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """Return the backend that "auto" stands for, and the setting that an error message should name."""
     if (name := os.environ.get(VARIABLE)) is not None:
         return name, f"backend=auto with {VARIABLE}={name} in the environment"
-    hindrance = "no GPU" if device.type != "cuda" else _without_triton(device, dtype, head_dim)
-    name = "triton" if hindrance is None else "naive"
-    _say_once(f"MoSA heads run on the {name} backend" + (f": {hindrance}" if hindrance else ""))
+    obstacle = "no GPU" if device.type != "cuda" else _triton_obstacle(device, dtype, head_dim)
+    name = "triton" if obstacle is None else "naive"
+    _log_once(f"MoSA heads run on the {name} backend" + (f": {obstacle}" if obstacle else ""))
     return name, "backend='auto'"
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logging.getLogger(__name__).info(message)
 
 
 @torch.compiler.assume_constant_result
-def _without_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why Triton's kernels cannot take states of that kind."""
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return the reason why the Triton kernels do not run on such states, or None if they do."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in _DTYPES:
         return f"hidden_states is {dtype}, not fp16, bf16 or fp32"
-    if head_dim > MOST_HEAD_DIM:
-        return f"the head dimension is {head_dim}, above {MOST_HEAD_DIM}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"the head dimension is {head_dim}, above {MAX_HEAD_DIM}"
     if device.type == "cuda":
         is_enough = torch.cuda.get_device_capability(device) >= (8, 0)
         return None if is_enough else "the GPU is older than compute capability 8.0"

@@ -1,4 +1,4 @@
-"""Documents packed into sequences: where they begin, and causal attention that stays inside them."""
+"""Documents packed into sequences, and causal attention within them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from megatron_mosa.kernels.flash import flash_attention, has_flash
 class Documents:
     """The documents of B packed sequences of T tokens.
 
-    A token belongs to the document that begins at its ``starts``; since documents are contiguous, an earlier token is
-    of the same document exactly if it does not lie before that.
+    Documents are contiguous, so an earlier token belongs to the same document as a token if and only if its position is
+    at least the token's ``starts``.
     """
 
     starts: Tensor
-    """int64 [B, T], on the device of the activations: position where the token's document begins."""
+    """int64 [B, T], on the device of the activations: the position where each token's document begins."""
 
     lengths: tuple[tuple[int, ...], ...]
-    """Tokens in each document of each sequence, in order; known to the host, so that no shape waits for a device."""
+    """Lengths of the documents of each sequence, in order; on the host, so that shapes need no synchronization."""
 
     _selections: dict[Callable[[int], int], DocumentSelection] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def from_starts(starts: Tensor, device: torch.device | None = None) -> Documents:
-        """From ``starts`` alone, best on the CPU: the lengths are read on the host.
+        """Build from ``starts``, preferably on the CPU, because the host reads the lengths from it.
 
         Args:
             starts: int64 [B, T].
-            device: where the activations are; None: where ``starts`` is.
+            device: device of the activations; None: that of ``starts``.
 
         Raises:
-            ValueError: not of that type and rank, or not the starts of contiguous documents.
+            ValueError: wrong type or rank, or not the starts of contiguous documents.
         """
         if starts.dim() != 2 or starts.dtype != torch.int64:
             raise ValueError(f"document starts are {starts.dtype} {tuple(starts.shape)}; expected torch.int64 [B, T]")
@@ -47,27 +47,30 @@ class Documents:
         positions = torch.arange(host.shape[1]).expand_as(host)
         begins = host == positions
         if not torch.equal(host, torch.where(begins, positions, 0).cummax(dim=1).values) or not begins[:, 0].all():
-            raise ValueError("document starts must be 0 at first, and then stay or jump to the token's own position")
+            raise ValueError(
+                "document starts must be 0 for the first token, and for every other token the previous start or "
+                "its own position"
+            )
         bounds = [[*row.nonzero().flatten().tolist(), len(row)] for row in begins]
         lengths = tuple(tuple(end - start for start, end in pairwise(row)) for row in bounds)
         return Documents(starts.to(device or starts.device, non_blocking=True), lengths)
 
     @staticmethod
     def from_lengths(lengths: Sequence[Sequence[int]], device: torch.device | None = None) -> Documents:
-        """From the lengths of each sequence's documents, whose sums are equal."""
+        """Build from the lengths of each sequence's documents, which have the same sum in every sequence."""
         rows = [torch.tensor([0, *row]) for row in lengths]
         starts = torch.stack([row.cumsum(0)[:-1].repeat_interleave(row[1:]) for row in rows])
         return Documents(starts.to(device), tuple(map(tuple, lengths)))
 
     @cached_property
-    def boundaries(self) -> Tensor:
-        """int32 [N + 1]: where the documents of the flattened batch, [B * T], begin; then B * T."""
+    def cu_seqlens(self) -> Tensor:
+        """int32 [N + 1]: cumulative lengths of all N documents of the batch, from 0 to B * T."""
         lengths = torch.tensor([0, *(length for row in self.lengths for length in row)], dtype=torch.int32)
         return lengths.cumsum(0, dtype=torch.int32).to(self.starts.device)
 
     @property
-    def longest(self) -> int:
-        """Tokens in the longest document."""
+    def max_seqlen(self) -> int:
+        """Length of the longest document."""
         return max(map(max, self.lengths))
 
     @cached_property
@@ -76,10 +79,10 @@ class Documents:
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
     def selection(self, rule: Callable[[int], int]) -> DocumentSelection:
-        """How many tokens to select of each document, by a rule of its length L that gives 1 to L.
+        """Apply a rule that says how many of a document's L tokens to select, from 1 to L; results are cached.
 
         Raises:
-            ValueError: the rule gives another number.
+            ValueError: the rule returned a number outside 1 to L.
         """
         if rule not in self._selections:
             lengths = list(chain.from_iterable(self.lengths))
@@ -91,8 +94,8 @@ class Documents:
                     )
             flat = torch.tensor(list(chain.from_iterable(counts)))
             quotas = flat.repeat_interleave(torch.tensor(lengths)).view(self.starts.shape)
-            most = max(map(sum, counts))
-            slots = [[*row, most - sum(row)] if sum(row) < most else row for row in counts]
+            num_slots = max(map(sum, counts))
+            slots = [[*row, num_slots - sum(row)] if sum(row) < num_slots else row for row in counts]
             device = self.starts.device
             self._selections[rule] = DocumentSelection(quotas.to(device), Documents.from_lengths(slots, device))
         return self._selections[rule]
@@ -100,24 +103,24 @@ class Documents:
 
 @dataclass(frozen=True)
 class DocumentSelection:
-    """What is selected of each document, the same number by every head."""
+    """How many tokens every head selects from each document."""
 
     quotas: Tensor
-    """int64 [B, T]: tokens to select of each token's document."""
+    """int64 [B, T]: number of tokens to select from each token's document."""
 
     slots: Documents
-    """The selected tokens, [B, k], as packed sequences themselves; empty slots at the end are one document more."""
+    """The k slots of each sequence as packed documents; empty slots at the end form one more document."""
 
     @property
     def num_slots(self) -> int:
-        """k, the largest sum of quotas over the documents of a sequence."""
+        """k: the largest number of selected tokens of any sequence."""
         return self.slots.starts.shape[1]
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """Causal attention of every token to its own document; the work and memory of short sequences.
+    """Causal attention within documents, whose cost is that of separate short sequences.
 
-    Flash attention of variable length where it is there, one call of SDPA a document elsewhere.
+    Uses variable-length flash attention where ``has_flash``, otherwise one call of SDPA per document.
 
     Args:
         query: [B, H, T, h'].
@@ -127,7 +130,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
         [B, H, T, h'].
     """
     if has_flash(query):
-        return flash_attention(query, key, value, documents.boundaries, documents.longest)
+        return flash_attention(query, key, value, documents.cu_seqlens, documents.max_seqlen)
     grouped = query.shape[1] != key.shape[1]
     rows = []
     for number, lengths in enumerate(documents.lengths):

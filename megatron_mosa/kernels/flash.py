@@ -1,4 +1,4 @@
-"""Torch's variable-length flash attention, where it is there: causal, within documents, within a window."""
+"""Variable-length flash attention from torch, where it is available: causal, within documents or a window."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def _varlen_attention() -> Any:
-    """Torch's function if it is the one whose causality is a window."""
+def _find_varlen_attn() -> Any:
+    """Return torch's function if this torch has it with the parameter ``window_size``, else None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -18,11 +18,11 @@ def _varlen_attention() -> Any:
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
-_varlen_attn = _varlen_attention()
+_varlen_attn = _find_varlen_attn()
 
 
 def has_flash(query: Tensor) -> bool:
-    """Whether ``flash_attention`` runs for such queries: on a GPU (Ampere or later), in half precision, torch 2.11."""
+    """Return whether ``flash_attention`` runs: half precision, a GPU of Ampere or later, and torch 2.11 or later."""
     return _has_flash(query.device, query.dtype, query.shape[-1])
 
 
@@ -34,16 +34,16 @@ def _has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, window: int | None = None
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None = None
 ) -> Tensor:
-    """Attention of each token to those before it between two boundaries, itself included.
+    """Causal attention within each of the sequences that are packed into the flattened batch.
 
     Args:
         query: [B, H, T, h'].
         key, value: [B, G, T, h'], G dividing H.
-        boundaries: int32 [N + 1], ascending, from 0 to B * T: places in the batch flattened to [B * T].
-        longest: largest distance of two boundaries.
-        window: how many tokens it sees at most; None: all.
+        cu_seqlens: int32 [N + 1], cumulative lengths of the N packed sequences, from 0 to B * T.
+        max_seqlen: length of the longest packed sequence.
+        window: maximum number of tokens that a token sees, including itself; None: no limit.
 
     Returns:
         [B, H, T, h'].
@@ -52,6 +52,6 @@ def flash_attention(
     if key.shape[1] != heads:
         key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
     packed = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, H, h']
-    before = -1 if window is None else window - 1
-    attended = _varlen_attn(*packed, boundaries, boundaries, longest, longest, window_size=(before, 0))
+    left = -1 if window is None else window - 1
+    attended = _varlen_attn(*packed, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(left, 0))
     return attended.unflatten(0, (batch, length)).transpose(1, 2)

@@ -1,27 +1,30 @@
-"""MoSA in plain PyTorch, written to be read: the truth that faster kernels are held against.
+"""MoSA in plain PyTorch: the reference implementation that faster kernels are tested against.
 
-Source: arXiv 2505.00315, section 3.1. Shapes: B sequences of T tokens of width h; E heads of width h' (``d``
-in subscripts), each selecting k tokens. Scores, softmax, gate and the sum over heads are fp32 (fp64 for fp64 inputs)
-whatever the type of the activations; matrix products return the type of their operands, under autocast, too.
+Source: arXiv 2505.00315, section 3.1. Shapes: B sequences of T tokens of width h; E heads of width h' (``d`` in
+subscripts), each selecting k tokens. Scores, softmax, gate and the sum over heads are fp32 (fp64 for fp64 inputs)
+whatever the type of the activations; matrix products return the type of their operands, also under autocast.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_mosa.kernels.autocast import without_autocast
 from megatron_mosa.kernels.documents import Documents, document_attention
 
+NAME = "naive"
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 inputs, fp32 for every other type."""
+    """Return fp64 for fp64, and fp32 for every other type."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @without_autocast
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
-    """Score every token for every head: sigmoid(X w).
+    """Compute sigmoid(X w), the score of every token for every head.
 
     Args:
         hidden_states: [B, T, h].
@@ -35,7 +38,7 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     return torch.sigmoid(logits)
 
 
-@torch.library.custom_op("megatron_mosa::select_tokens", mutates_args=())  # one op, so that recompute can keep it
+@torch.library.custom_op("megatron_mosa::select_tokens", mutates_args=())  # one op, for recompute to keep its result
 def select_tokens(
     scores: Tensor,
     num_selected: int,
@@ -43,79 +46,81 @@ def select_tokens(
     document_starts: Tensor | None = None,
     quotas: Tensor | None = None,
 ) -> Tensor:
-    """Expert choice: the positions of each head's largest scores, of the sequence or of each of its documents.
+    """Select the tokens with each head's largest scores (expert choice), per sequence or per document.
 
-    Ties go to the earlier token. With ``include_first_token``, token 0 of each document comes before all others,
-    whatever its score (where the documents are more than k, those of the first k).
+    Ties go to the earlier token.
 
     Args:
         scores: [B, E, T].
         num_selected: k, 1 to T; with ``quotas``, the largest sum of quotas over the documents of a sequence.
-        document_starts: int64 [B, T], as ``Documents.starts``; None: one document a sequence.
-        quotas: int64 [B, T], how many tokens to select of each token's document; None: k of the whole sequence.
+        include_first_token: rank token 0 of each document above all other tokens, whatever its score. If a sequence has
+            more than k documents, the first k of them contribute theirs.
+        document_starts: int64 [B, T], like ``Documents.starts``; None: each sequence is one document.
+        quotas: int64 [B, T], number of tokens to select from each token's document; None: k from the whole sequence.
 
     Returns:
-        int64 [B, E, k], contiguous, in position order; T in places that the quotas leave empty, at the end.
+        int64 [B, E, k], contiguous, in position order; slots that the quotas leave empty come last and hold T.
     """
-    scores = scores.contiguous()  # a sort keeps strides, which the fake kernel must not have to guess
+    scores = scores.contiguous()  # sort preserves strides, and the fake kernel returns contiguous tensors
     length = scores.shape[-1]
-    places = torch.arange(length, device=scores.device)
+    positions = torch.arange(length, device=scores.device)
     if document_starts is None:
         document_starts = torch.zeros_like(scores[:, 0], dtype=torch.int64)
     keys = scores
     if include_first_token:
-        keys = scores.masked_fill((document_starts == places).unsqueeze(1), torch.inf)
+        keys = scores.masked_fill((document_starts == positions).unsqueeze(1), torch.inf)
     # A stable sort keeps equal scores in position order; topk leaves their order open.
     ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices  # [B, E, T]
     if quotas is None:
         return ranked[..., :num_selected].sort(dim=-1).values.contiguous()  # [B, E, k]
-    # Sorted by document, the ranked tokens of a document fill the very places where it lies.
+    # Sorted by document, the ranked tokens of a document occupy the same positions as the document.
     documents = document_starts.unsqueeze(1).expand_as(ranked).gather(-1, ranked)
     ranked = ranked.gather(-1, documents.sort(dim=-1, stable=True).indices)
-    left_out = places - document_starts >= quotas  # [B, T]
-    ranked = ranked.masked_fill(left_out.unsqueeze(1), length).sort(dim=-1).values
+    is_beyond_quota = positions - document_starts >= quotas  # [B, T]
+    ranked = ranked.masked_fill(is_beyond_quota.unsqueeze(1), length).sort(dim=-1).values
     return ranked[..., :num_selected].contiguous()
 
 
 @select_tokens.register_fake
-def _(
-    scores: Tensor,
-    num_selected: int,
-    include_first_token: bool = False,
-    document_starts: Tensor | None = None,
-    quotas: Tensor | None = None,
-) -> Tensor:
+def _(scores: Tensor, num_selected: int, *_: object) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
 
 
+@torch.library.custom_op("megatron_mosa::select_above", mutates_args=())  # one op, for recompute to keep its result
 def select_above(
     scores: Tensor,
     thresholds: Tensor,
-    capacity: int | None,
+    capacity: int,
     document_starts: Tensor | None = None,
     feedback: float = 0.0,
     share: float = 0.0,
 ) -> Tensor:
-    """Every token whose score is above its head's threshold, and the first of each document; causal.
+    """Select the tokens with scores above their head's threshold, and the first token of each document; causal.
 
-    With ``feedback`` a head's threshold moves, in logits, by that much for every token that it has taken before, in the
-    document, beyond ``share`` of the tokens there: down where it took fewer. So each sequence gets about its share.
+    With ``feedback``, the threshold of a head depends on its load in the document so far: in logits, it rises by
+    ``feedback`` for each selected token beyond ``share`` of the tokens so far, and falls if fewer were selected.
 
     Args:
-        scores: [B, E, T]; one that is not a number is above nothing.
+        scores: [B, E, T]; NaN is above no threshold.
         thresholds: [E], in the type of the scores.
-        capacity: C, 1 to T: a head takes the first C such tokens of a sequence; None: all of them, C being the largest
-            number that a head takes, which the host waits for.
-        document_starts: int64 [B, T], as ``Documents.starts``; None: one document a sequence.
-        feedback: 0 or more.
-        share: 0 to 1; of no meaning without ``feedback``.
+        capacity: C, 1 to T: a head selects only the first C of these tokens in a sequence.
+        document_starts: int64 [B, T], like ``Documents.starts``; None: each sequence is one document.
+        feedback: at least 0.
+        share: 0 to 1; has no effect without ``feedback``.
 
     Returns:
-        int64 [B, E, C], contiguous, in position order; T in empty places, at the end.
+        int64 [B, E, C], contiguous, in position order; empty slots come last and hold T.
     """
-    if capacity is None:
-        capacity = int(count_above(scores, thresholds, document_starts, feedback, share).max())
-    return _select_above(scores, thresholds, capacity, document_starts, feedback, share)
+    length = scores.shape[-1]
+    positions = torch.arange(length, device=scores.device)
+    is_above = _is_above(scores, thresholds, document_starts, feedback, share)
+    selected = torch.where(is_above, positions, length)  # [B, E, T]
+    return selected.sort(dim=-1).values[..., :capacity].contiguous()
+
+
+@select_above.register_fake
+def _(scores: Tensor, thresholds: Tensor, capacity: int, *_: object) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
 
 
 def count_above(
@@ -125,94 +130,66 @@ def count_above(
     feedback: float = 0.0,
     share: float = 0.0,
 ) -> Tensor:
-    """How many tokens ``select_above`` takes without a capacity: integers [B, E]."""
+    """Return how many tokens ``select_above`` would select without a capacity: integers [B, E]."""
     return _is_above(scores, thresholds, document_starts, feedback, share).sum(dim=-1)
 
 
 def _is_above(
     scores: Tensor, thresholds: Tensor, document_starts: Tensor | None, feedback: float, share: float
 ) -> Tensor:
-    """bool [B, E, T]."""
-    places = torch.arange(scores.shape[-1], device=scores.device)
-    inside = (places if document_starts is None else places - document_starts).unsqueeze(-2)  # [1 or B, 1, T]
-    is_first = inside == 0
+    """Return which tokens ``select_above`` would select without a capacity: bool [B, E, T]."""
+    positions = torch.arange(scores.shape[-1], device=scores.device)
+    positions = (positions if document_starts is None else positions - document_starts).unsqueeze(-2)  # [1 or B, 1, T]
+    is_first = positions == 0
     if feedback == 0:
         return (scores > thresholds[:, None]) | is_first  # [B, E, T]
-    margins = torch.logit(scores) - torch.logit(thresholds)[:, None] + feedback * share * inside
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    before = torch.zeros_like(scores[..., 0])  # [B, E]: taken of this document
+    margins = torch.logit(scores) - torch.logit(thresholds)[:, None] + feedback * share * positions
+    is_above = torch.zeros_like(scores, dtype=torch.bool)
+    count = torch.zeros_like(scores[..., 0])  # [B, E]: selected so far in this document
     for token in range(scores.shape[-1]):
-        before = before.masked_fill(is_first[..., token], 0)
-        taken[..., token] = (margins[..., token] > feedback * before) | is_first[..., token]
-        before = before + taken[..., token]
-    return taken
-
-
-@torch.library.custom_op("megatron_mosa::select_above", mutates_args=())  # one op, so that recompute can keep it
-def _select_above(
-    scores: Tensor,
-    thresholds: Tensor,
-    capacity: int,
-    document_starts: Tensor | None = None,
-    feedback: float = 0.0,
-    share: float = 0.0,
-) -> Tensor:
-    length = scores.shape[-1]
-    places = torch.arange(length, device=scores.device)
-    is_above = _is_above(scores, thresholds, document_starts, feedback, share)
-    taken = torch.where(is_above, places, length)  # [B, E, T]
-    return taken.sort(dim=-1).values[..., :capacity].contiguous()
-
-
-@_select_above.register_fake
-def _(
-    scores: Tensor,
-    thresholds: Tensor,
-    capacity: int,
-    document_starts: Tensor | None = None,
-    feedback: float = 0.0,
-    share: float = 0.0,
-) -> Tensor:
-    return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
+        count = count.masked_fill(is_first[..., token], 0)
+        is_above[..., token] = (margins[..., token] > feedback * count) | is_first[..., token]
+        count = count + is_above[..., token]
+    return is_above
 
 
 HISTOGRAM_BINS = 1024
-HISTOGRAM_LOGITS = 16.0  # bins of equal width over -16 to 16: in fp32 a score beyond is 0 or 1, nearly
+HISTOGRAM_LOGITS = 16.0  # bins of equal width over -16 to 16; beyond, an fp32 score is almost exactly 0 or 1
 
 
 def count_scores(scores: Tensor, histogram: Tensor) -> None:
-    """Count the scores of each head, by their logits; those beyond the ends go into the last bins.
+    """Add the logits of each head's scores to a histogram; logits out of range go into the first or last bin.
 
     Args:
         scores: [B, E, T].
-        histogram: int32 [E, HISTOGRAM_BINS], contiguous; the counts are added to it.
+        histogram: int32 [E, HISTOGRAM_BINS], contiguous; updated in place.
     """
     heads, bins = histogram.shape
     logits = torch.logit(scores.detach())  # [B, E, T]
-    place = (logits + HISTOGRAM_LOGITS) * (bins / (2 * HISTOGRAM_LOGITS))
-    place = place.nan_to_num(0.0).clamp(0, bins - 1).long() + bins * torch.arange(heads, device=scores.device)[:, None]
-    histogram.view(-1).scatter_add_(0, place.flatten(), histogram.new_ones(()).expand(place.numel()))
+    index = (logits + HISTOGRAM_LOGITS) * (bins / (2 * HISTOGRAM_LOGITS))
+    index = index.nan_to_num(0.0).clamp(0, bins - 1).long() + bins * torch.arange(heads, device=scores.device)[:, None]
+    histogram.view(-1).scatter_add_(0, index.flatten(), histogram.new_ones(()).expand(index.numel()))
 
 
 def rotary_frequencies(rotary_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Angles per position of the rotated pairs: base^(-2i / rotary_dim), [rotary_dim / 2]."""
+    """Return the angle per position of each rotated pair, base^(-2i / rotary_dim): [rotary_dim / 2]."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=device) / rotary_dim
     return base**-exponents
 
 
 def rotary_dim(head_dim: int, rotary_percent: float) -> int:
-    """How many leading channels of a head are rotated: an even number."""
+    """Return the number of leading channels of a head that are rotated, which is even."""
     return 2 * int(head_dim * rotary_percent / 2)
 
 
 def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotary_base: float) -> Tensor:
-    """Rotate the leading ``rotary_percent`` of the channels by their token's position; leave the rest alone.
+    """Rotate the leading ``rotary_percent`` of the channels by the position of their token; keep the rest.
 
     Channel i is paired with channel i + rotary_dim / 2 (half-split rotation).
 
     Args:
         states: [..., n, h'], queries or keys.
-        positions: [..., n], positions in the original sequence; broadcasts against ``states``.
+        positions: [..., n], positions in the original sequence; broadcast against ``states``.
 
     Returns:
         [..., n, h'] in the type of ``states``.
@@ -230,23 +207,24 @@ def apply_rotary(states: Tensor, positions: Tensor, rotary_percent: float, rotar
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F], the gate and then what it gates, to [..., F]."""
+    """Compute silu(gate) * up, [..., F], from the gate and the values it gates, [..., 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return F.silu(gate) * up
 
 
 def split_heads(
     qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The packed projection of dense heads, taken apart, queries and keys rotated.
+    """Split the packed projection of dense heads, and rotate queries and keys.
 
     Args:
-        qkv: [T, B, G, H / G + 2, h']: of each group its queries, its key and its value.
-        rotary_percent, rotary_base: as ``apply_rotary``.
-        document_starts: int64 [B, T]: positions are counted from there; None: from the beginning of the sequence.
+        qkv: [T, B, G, H / G + 2, h']: the queries, the key and the value of each group.
+        rotary_percent: share of the head dimension that is rotated, 0 to 1.
+        rotary_base: base of the rotary frequencies.
+        document_starts: int64 [B, T], where positions are counted from; None: from the beginning of the sequence.
 
     Returns:
-        Queries [B, H, T, h'], keys and values [B, G, T, h'], of any strides.
+        Queries [B, H, T, h'], keys and values [B, G, T, h'], with any strides.
     """
     query, key, value = (
         part.flatten(2, 3).permute(1, 2, 0, 3) for part in qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
@@ -273,19 +251,22 @@ def selected_attention(
     restart_rotary: bool = False,
     slots: Documents | None = None,
 ) -> Tensor:
-    """Attention of each head among its selected tokens, gated by their scores and added back at their places.
+    """Causal attention of each head among its selected tokens, gated by their scores, summed over heads per token.
 
     Args:
         hidden_states: [B, T, h].
-        router_weight: [E, h]; not used here, where its gradient goes through ``scores``.
-        scores: [B, E, T], as ``router_scores`` returns them: the gate, and the router's only gradient.
-        indices: int64 [B, E, k] in position order; T for an empty place.
-        qkv_weight: [E, h, 3h'], the columns being q, k, v in that order.
+        router_weight: [E, h]; unused here, because its gradient flows through ``scores``.
+        scores: [B, E, T], from ``router_scores``: the gate, and the only path of the router's gradient.
+        indices: int64 [B, E, k] in position order; T in empty slots.
+        qkv_weight: [E, h, 3h'], columns q, k, v in that order.
         proj_weight: [E, h', h].
-        document_starts: int64 [B, T], as ``Documents.starts``: a token attends inside its document only.
+        rotary_percent: share of the head dimension that is rotated, 0 to 1.
+        rotary_base: base of the rotary frequencies.
+        document_starts: int64 [B, T], like ``Documents.starts``: tokens attend within their document; None: each
+            sequence is one document.
         restart_rotary: count rotary positions from the beginning of the document.
-        slots: the k slots as packed documents, where a number of each document was selected: k x k is not made then,
-            which many short documents would make as large as T x T.
+        slots: the k slots as packed documents, if tokens were selected per document. Avoids the k x k matrix of logits,
+            which with many short documents would be as large as T x T.
 
     Returns:
         [B, T, h], the sum over heads.
@@ -293,11 +274,11 @@ def selected_attention(
     batch, length, width = hidden_states.shape
     dtype = accumulation_dtype(hidden_states.dtype)
     sequence = torch.arange(batch, device=hidden_states.device)[:, None, None]
-    tokens = indices.clamp(max=length - 1)  # where an empty place reads and, gated by 0, adds
-    empty = indices == length  # [B, E, k]
+    tokens = indices.clamp(max=length - 1)  # an empty slot reads the last token; its gate is 0
+    is_empty = indices == length  # [B, E, k]
     positions, starts = indices, torch.zeros_like(indices)
     if document_starts is not None:
-        starts = document_starts[sequence, tokens].masked_fill(empty, length)  # [B, E, k]
+        starts = document_starts[sequence, tokens].masked_fill(is_empty, length)  # [B, E, k]
         positions = indices - starts if restart_rotary else indices
 
     selected = hidden_states[sequence, tokens]  # [B, E, k, h]
@@ -315,25 +296,43 @@ def selected_attention(
         weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(value.dtype)
         attended = torch.einsum("benm,bemd->bend", weights, value)  # [B, E, k, h']
 
-    gate = scores.gather(-1, tokens).masked_fill(empty, 0)  # [B, E, k]
+    gate = scores.gather(-1, tokens).masked_fill(is_empty, 0)  # [B, E, k]
     gated = (attended.to(dtype) * gate.unsqueeze(-1)).to(attended.dtype)
     projected = torch.einsum("bekd,edh->bekh", gated, proj_weight)  # [B, E, k, h]
 
     output = torch.zeros(batch, length, width, dtype=dtype, device=hidden_states.device)
-    places = (sequence * length + tokens).flatten()  # row of the token in [B * T, h]
-    output.view(-1, width).index_add_(0, places, projected.to(dtype).flatten(0, 2))
+    rows = (sequence * length + tokens).flatten()  # in [B * T, h]
+    output.view(-1, width).index_add_(0, rows, projected.to(dtype).flatten(0, 2))
     return output.to(hidden_states.dtype)
 
 
 def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
-    """``total += gradient``, or ``total.copy_(gradient)``.
+    """Add a gradient to an fp32 total in place, or replace the total by it.
 
     Args:
         total: fp32, contiguous.
-        gradient: of any floating-point type, in the same shape.
-        replaces: whether ``total`` is replaced.
+        gradient: any floating type, in the same shape.
+        replaces: whether the total is replaced.
     """
     if replaces:
         total.copy_(gradient)
     else:
         total.add_(gradient)
+
+
+@without_autocast
+def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor) -> Tensor:
+    """Compute the weighted sum of the cross entropies of an output layer.
+
+    Args:
+        hidden_states: [N, h], the input of the output layer.
+        weight: [V, h], the weight of the output layer for the whole vocabulary.
+        targets: int64 [N]; may be out of range where the token weight is 0.
+        token_weights: [N], the weight of each token's loss; no gradient flows to it.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 inputs).
+    """
+    logits = (hidden_states @ weight.t()).to(accumulation_dtype(hidden_states.dtype))  # [N, V]
+    losses = F.cross_entropy(logits, targets.masked_fill(token_weights == 0, 0), reduction="none")
+    return (losses * token_weights.detach()).sum()

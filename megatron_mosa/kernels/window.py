@@ -1,4 +1,4 @@
-"""Sliding-window attention: memory grows with T times the window at most, never with T squared."""
+"""Sliding-window attention, with memory proportional to T times the window, never to T squared."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_mosa.kernels.flash import flash_attention, has_flash
 def sliding_window_attention(
     query: Tensor, key: Tensor, value: Tensor, window: int, documents: Documents | None = None
 ) -> Tensor:
-    """Each token attends to the last ``window`` tokens, itself included, of its document.
+    """Causal attention of each token to the last ``window`` tokens of its document, including itself.
 
-    Flash attention with a window where it is there. Elsewhere the sequence is cut into blocks of ``window`` tokens; a
-    block's queries see keys of their own block and of the one before, under a mask of window x 2 window: one for all
-    blocks, or with documents one for each.
+    Uses flash attention with a window where ``has_flash``. Elsewhere the sequence is split into blocks of ``window``
+    tokens, and the queries of a block see the keys of their own and the previous block under a mask [window, 2 window]:
+    one mask for all blocks, or one per block with documents.
 
     Args:
         query, key, value: [B, H, T, h'].
         window: 1 or more.
-        documents: None: one a sequence.
+        documents: the documents of the batch; None: each sequence is one document.
 
     Returns:
         [B, H, T, h'].
@@ -30,9 +30,9 @@ def sliding_window_attention(
     length = query.shape[-2]
     if has_flash(query):
         if documents is not None:
-            return flash_attention(query, key, value, documents.boundaries, documents.longest, window)
-        ends = torch.arange(0, len(query) * length + 1, length, dtype=torch.int32, device=query.device)
-        return flash_attention(query, key, value, ends, length, window)
+            return flash_attention(query, key, value, documents.cu_seqlens, documents.max_seqlen, window)
+        cu_seqlens = torch.arange(0, len(query) * length + 1, length, dtype=torch.int32, device=query.device)
+        return flash_attention(query, key, value, cu_seqlens, length, window)
     if length <= window:
         if documents is not None:
             return document_attention(query, key, value, documents)
@@ -42,17 +42,17 @@ def sliding_window_attention(
     query = query.unflatten(-2, (-1, window))  # [B, H, blocks, window, h']
     key, value = _with_block_before(key, window), _with_block_before(value, window)  # [B, H, blocks, 2 window, h']
     row = torch.arange(window, device=query.device)[:, None]
-    column = torch.arange(2 * window, device=query.device)[None]  # column - window is the place in the own block
+    column = torch.arange(2 * window, device=query.device)[None]  # column - window is the position in the own block
     visible = (column > row) & (column <= row + window)  # [window, 2 window]
     if documents is not None:
-        # Padding is a document of its own, else its queries would see nothing.
+        # Padding is a document of its own; otherwise its queries would have no visible key, which gives NaN.
         starts = F.pad(documents.starts, (0, padding), value=length).unflatten(-1, (-1, window))  # [B, blocks, window]
-        begins = torch.arange(0, length + padding, window, device=query.device)[:, None]  # of the blocks
-        earliest = (starts - begins + window).unsqueeze(-1)  # column where the query's document begins
+        begins = torch.arange(0, length + padding, window, device=query.device)[:, None]  # first position of each block
+        earliest = (starts - begins + window).unsqueeze(-1)  # first column of the query's document
         visible = (visible & (column >= earliest)).unsqueeze(1)  # [B, 1, blocks, window, 2 window]
         attended = F.scaled_dot_product_attention(query, key, value, visible)
     else:
-        # The first block has none before it: its columns there are zeros and must not be seen.
+        # The first block has no previous block: the zeros in its place must be masked.
         first, rest = visible & (column >= window), visible
         attended = torch.cat(
             (

@@ -6,7 +6,10 @@ They do not depend on the tensor-parallel size or rank, the ZeRO stage, the devi
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -24,7 +27,8 @@ from torch import Tensor
 from megatron_mosa.attention import PartitionedHeads
 from megatron_mosa.parallel import partition_of
 
-Initialiser = Callable[[Tensor], object]
+Initialiser = Callable[..., object]
+"""Fills a tensor in place, with numbers of the ``generator`` it is given."""
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
@@ -46,32 +50,50 @@ def mark_partitioned(model: torch.nn.Module) -> None:
 
 
 def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Yield each matrix of the model with this rank's slice of its initial value, one at a time.
+    """Yield each matrix of the model with this rank's slice of its initial value, in the order of the model.
 
-    The global weight is drawn in fp32 on the CPU and sliced. Parameters of one dimension (norms) keep their values.
-    Parameters may be partitioned by ZeRO-3.
+    The global weights are drawn in fp32 on the CPU, a few at a time in threads, and sliced. Parameters of one dimension
+    (norms) keep their values. Parameters may be partitioned by ZeRO-3.
     """
+    threads = _threads()
+    drawn: deque[tuple[torch.nn.Parameter, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                # ds_shape: before ZeRO-3 partitioned it
+                if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+                    continue
+                initialise = _initialiser(module, name, model.config)
+                drawn.append((parameter, pool.submit(_part, parameter, seed, f"{module_name}.{name}", initialise)))
+                if len(drawn) > threads:  # so few are in memory
+                    parameter, part = drawn.popleft()
+                    yield parameter, part.result()
+        for parameter, part in drawn:
+            yield parameter, part.result()
+
+
+def _part(parameter: torch.nn.Parameter, seed: int, name: str, initialise: Initialiser) -> Tensor:
+    """Draw a weight, and return this tensor-parallel rank's slice."""
+    shape, partition = list(getattr(parameter, "ds_shape", parameter.shape)), partition_of(parameter)
+    if partition is None:
+        return draw(seed, name, tuple(shape), initialise)
     size = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: before ZeRO-3 partitioned it
-            if len(shape) < 2:
-                continue
-            partition = partition_of(parameter)
-            if partition is not None:
-                shape[partition.dim] *= size
-            weight = draw(seed, f"{module_name}.{name}", tuple(shape), _initialiser(module, name, model.config))
-            yield parameter, weight if partition is None else partition.part_of(weight, rank, size)
+    shape[partition.dim] *= size
+    whole = draw(seed, name, tuple(shape), initialise)
+    return partition.part_of(whole, parallel_state.get_tensor_model_parallel_rank(), size)
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], initialise: Initialiser) -> Tensor:
     """Return the fp32 initial value of the parameter with this name and global shape."""
     weight = torch.empty(shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_seed_of(seed, name))  # only the CPU's generator
-        initialise(weight)
+    initialise(weight, generator=torch.Generator().manual_seed(_seed_of(seed, name)))
     return weight
+
+
+def _threads() -> int:
+    """Return how many weights a rank draws at once: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_mosa.attention import DecoderLayer, mosa_layers
+from megatron_mosa.kernels import KernelBackend
 from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
 
@@ -26,7 +26,7 @@ class MosaGPTModel(GPTModel):
     _region: TensorParallelRegion
 
     def compile_layers(
-        self, kernels: ModuleType, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
+        self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
     ) -> None:
         """Take the fast way from now on; parameters must be where and of which type they will stay.
 

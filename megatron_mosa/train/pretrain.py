@@ -28,6 +28,7 @@ from megatron_mosa.resilience import ResilienceServices
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults
+from megatron_mosa.train.callbacks.profiling import Profiling
 from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
@@ -151,6 +152,7 @@ def _train(
         Validation(writers, validation, last_validated),
         Checkpointing(writers, store, start.data_identity),
         Faults(survival.faults),
+        Profiling(writers, start.directory),
         DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),
     ]
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)

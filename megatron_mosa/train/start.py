@@ -131,7 +131,7 @@ def mosa_backend(config: Config) -> str:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     states = torch.empty(0, dtype=dtype, device=device)
     try:
-        return get_backend(config.mosa.backend, states, config.model.head_dim).__name__.rpartition(".")[2]
+        return get_backend(config.mosa.backend, states, config.model.head_dim).NAME
     except ValueError as error:
         raise UserError(f"mosa.{error}") from None
 

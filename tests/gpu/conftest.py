@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from tests.distributed.pool import WorkerPools
+from tests.unit.conftest import layout
+
+__all__ = ["layout"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

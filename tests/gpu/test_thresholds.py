@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 
 from megatron_mosa.attention import mosa_attention
-from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
 from tests.kernels.test_documents import pack
 from tests.kernels.test_naive import make_inputs
+from tests.kernels.test_thresholds import select_above
 
 
 @pytest.fixture
-def fused() -> Iterator[ModuleType]:
+def fused() -> Iterator[KernelBackend]:
     """Triton's backend; torch fills new memory with NaN meanwhile."""
     torch.use_deterministic_algorithms(True)
     yield get_backend("triton", torch.empty(0, device="cuda"))
@@ -32,7 +32,7 @@ def make_scores(length: int, batch: int = 3, heads: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("feedback", [0.0, 0.1, 5.0])
 @pytest.mark.parametrize("length", [1, 33, 1024, 5000])
-def test_selection_equals_the_naive_one(fused: ModuleType, length: int, feedback: float) -> None:
+def test_selection_equals_the_naive_one(fused: KernelBackend, length: int, feedback: float) -> None:
     scores, thresholds = make_scores(length), torch.tensor([0.1, 0.5, 0.9, 0.97, 0.999], device="cuda")
     for starts in (
         None,
@@ -43,12 +43,12 @@ def test_selection_equals_the_naive_one(fused: ModuleType, length: int, feedback
         counts = naive.count_above(scores, thresholds, *options)
         assert torch.equal(fused.count_above(scores, thresholds, *options).long(), counts)
         for capacity in {1, max(1, length // 8), length, None}:
-            found = fused.select_above(scores, thresholds, capacity, *options)
-            assert torch.equal(found, naive.select_above(scores, thresholds, capacity, *options))
+            both = [select_above(kernels, scores, thresholds, capacity, *options) for kernels in (fused, naive)]
+            assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("length", [1, 100, 3000])
-def test_scores_are_counted_as_by_the_naive_path(fused: ModuleType, length: int) -> None:
+def test_scores_are_counted_as_by_the_naive_path(fused: KernelBackend, length: int) -> None:
     scores = make_scores(length)
     ours, theirs = (torch.zeros(5, naive.HISTOGRAM_BINS, dtype=torch.int32, device="cuda") for _ in range(2))
     fused.count_scores(scores, ours)
@@ -59,7 +59,7 @@ def test_scores_are_counted_as_by_the_naive_path(fused: ModuleType, length: int)
 
 @pytest.mark.parametrize("feedback", [0.0, 0.2])
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_layer_and_its_gradients(fused: ModuleType, feedback: float, documents: bool) -> None:
+def test_the_layer_and_its_gradients(fused: KernelBackend, feedback: float, documents: bool) -> None:
     """Capacity that binds and slots that stay empty, in fp32."""
     inputs = [tensor.detach().float().cuda().requires_grad_() for tensor in make_inputs(3, 300, 6, 64, 32)]
     thresholds = torch.tensor([0.2, 0.5, 0.6, 0.7, 0.9, 0.99], device="cuda")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
-from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
 from megatron_mosa.kernels.triton import scattered
 from tests.distributed import tasks
 from tests.distributed.pool import WorkerPools
@@ -21,7 +20,7 @@ LENGTHS = [[100, 1, 27, 128], [256], [3] * 85 + [1]]
 
 
 @pytest.fixture(scope="module")
-def fused() -> Iterator[ModuleType]:
+def fused() -> Iterator[KernelBackend]:
     """The kernels; torch fills new memory with NaN meanwhile."""
     torch.use_deterministic_algorithms(True)
     yield get_backend("triton", torch.empty(0, device="cuda"))
@@ -38,7 +37,7 @@ SIZES = [(t, k) for t in (2, 63, 100, 1000, 1024) for k in (2, 31, 64, 128, 257)
 @pytest.mark.parametrize("heads", [1, 3, 17, 128])
 @pytest.mark.parametrize(("length", "selected"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_output_and_gradients(fused: ModuleType, length: int, selected: int, heads: int, dtype: torch.dtype) -> None:
+def test_output_and_gradients(fused: KernelBackend, length: int, selected: int, heads: int, dtype: torch.dtype) -> None:
     batch = max(2, 128 // (heads * selected))  # of fewer rows than 128 errors are chance
     inputs = inputs_on_gpu(batch, length, heads, 96, 64)
     ours, naives = errors(fused, inputs, selection(inputs, selected), dtype)
@@ -50,7 +49,7 @@ def test_output_and_gradients(fused: ModuleType, length: int, selected: int, hea
 
 @pytest.mark.parametrize("head_dim", [32, 48, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_head_dims(fused: ModuleType, head_dim: int, dtype: torch.dtype) -> None:
+def test_head_dims(fused: KernelBackend, head_dim: int, dtype: torch.dtype) -> None:
     inputs = inputs_on_gpu(2, 200, 3, 129, head_dim)
     ours, naives = errors(fused, inputs, selection(inputs, 100), dtype, rotary_percent=1.0)
     assert max(ours) < 1e-5 if dtype == torch.float32 else all(a < 2 * b for a, b in zip(ours, naives, strict=True))
@@ -58,14 +57,14 @@ def test_head_dims(fused: ModuleType, head_dim: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("rotary_percent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_the_tiles_of_large_layers(fused: ModuleType, head_dim: int, rotary_percent: float) -> None:
+def test_the_tiles_of_large_layers(fused: KernelBackend, head_dim: int, rotary_percent: float) -> None:
     inputs = inputs_on_gpu(8, 1024, 80, 256, head_dim)
     ours, naives = errors(fused, inputs, selection(inputs, 64), torch.bfloat16, rotary_percent=rotary_percent)
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "document"])
-def test_documents_and_empty_slots(fused: ModuleType, scope: str) -> None:
+def test_documents_and_empty_slots(fused: KernelBackend, scope: str) -> None:
     inputs = inputs_on_gpu(3, 256, 3, 32, 16)
     documents = Documents.from_starts(pack(LENGTHS).starts, torch.device("cuda"))
     scores = naive.router_scores(inputs[0], inputs[1]).detach()
@@ -78,7 +77,7 @@ def test_documents_and_empty_slots(fused: ModuleType, scope: str) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 77, 1024, 8192, 65536])
-def test_selection_equals_the_naive_one(fused: ModuleType, length: int) -> None:
+def test_selection_equals_the_naive_one(fused: KernelBackend, length: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     ties = torch.randint(1, 50, (2, 3, length), device="cuda", generator=generator) / 50
     for scores in (
@@ -92,7 +91,7 @@ def test_selection_equals_the_naive_one(fused: ModuleType, length: int) -> None:
                 assert torch.equal(fused.select_tokens(scores, selected, first), expected)
 
 
-def test_twice_is_the_same_to_the_last_bit(fused: ModuleType) -> None:
+def test_twice_is_the_same_to_the_last_bit(fused: KernelBackend) -> None:
     inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(4, 512, 24, 128, 64)]
 
     def run() -> list[torch.Tensor]:
@@ -107,7 +106,7 @@ def test_auto_is_triton_here() -> None:
     assert get_backend("auto", torch.empty(0, device="cuda")) is get_backend("triton", torch.empty(0, device="cuda"))
 
 
-def test_atomics_add_up_to_the_same(fused: ModuleType) -> None:
+def test_atomics_add_up_to_the_same(fused: KernelBackend) -> None:
     inputs = inputs_on_gpu(2, 512, 24, 160, 64)
     ours, _ = errors(fused, inputs, selection(inputs, 32), deterministic=False)
     assert max(ours) < 1e-5
@@ -115,7 +114,7 @@ def test_atomics_add_up_to_the_same(fused: ModuleType) -> None:
 
 @pytest.mark.parametrize("width", [6, 72, 200, 1000])
 def test_chunks_of_the_sum_over_heads_do_not_change_it(
-    fused: ModuleType, width: int, monkeypatch: pytest.MonkeyPatch
+    fused: KernelBackend, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(7, 256, 40, width, 64)]
 
@@ -143,7 +142,7 @@ def test_training_on_the_kernels_is_training_on_the_naive_path(workers: WorkerPo
     assert fused[1] == pytest.approx(norms, rel=1e-3)
 
 
-def test_the_kernels_compile_into_a_graph(fused: ModuleType) -> None:
+def test_the_kernels_compile_into_a_graph(fused: KernelBackend) -> None:
     inputs = [tensor.bfloat16() for tensor in inputs_on_gpu(2, 256, 6, 64, 32)]
 
     def layer(*tensors: torch.Tensor) -> torch.Tensor:

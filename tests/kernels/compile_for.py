@@ -73,7 +73,7 @@ CASES = [
 
 
 class Driver:
-    """What Triton asks of a device when it compiles."""
+    """The part of Triton's driver that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -89,7 +89,7 @@ class Driver:
 
 
 def resources(cubin: bytes) -> str:
-    """Registers and stack, by the cuobjdump in Triton's package."""
+    """Return registers and stack, from the cuobjdump in Triton's package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -100,7 +100,7 @@ def resources(cubin: bytes) -> str:
 
 
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
-    """A step, with padding and load feedback, and without."""
+    """Run a decoding step with padding and load feedback, and one without."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
     for feedback, valid in ((0.1, torch.ones(4, 1, dtype=torch.bool)), (0.0, None)):
         rows = SelectedRows()
@@ -111,7 +111,7 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
 
 
 def layer(case: Case, capability: int) -> None:
-    """Forward and backward, of as many rows as make the tiles of a large layer."""
+    """Run forward and backward with as many rows as give the tiles of a large layer."""
     sizes = ((64, 512, 256), (9, 256), (9, 256, 3 * case.head_dim), (9, case.head_dim, 256))
     tensors = [torch.zeros(size, dtype=case.dtype, requires_grad=True) for size in sizes]
     starts = Documents.from_lengths([[200, 312]] * 64).starts
@@ -150,7 +150,7 @@ def layer(case: Case, capability: int) -> None:
 
 
 def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
-    """Shared memory of each kernel, the largest of its variants."""
+    """Return the most shared memory that any variant of each kernel uses."""
     shared: dict[str, int] = {}
     first: dict[str, Case] = {}
 

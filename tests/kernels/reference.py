@@ -67,7 +67,7 @@ def choose(scores: list[float], num_selected: int, included: list[int]) -> list[
 
 
 def rotate(vector: Tensor, position: int, rotary_percent: float, rotary_base: float) -> Tensor:
-    """Turn the pairs (i, i + r/2) of the first r channels by position * base^(-2i/r)."""
+    """Rotate the pairs (i, i + r/2) of the first r channels by position * base^(-2i/r)."""
     size = int(len(vector) * rotary_percent / 2) * 2
     result = list(vector)
     for i in range(size // 2):
@@ -79,7 +79,7 @@ def rotate(vector: Tensor, position: int, rotary_percent: float, rotary_base: fl
 
 
 def largest_saved(run: Callable[[], Tensor]) -> int:
-    """Elements of the largest tensor that is kept for the backward pass of what ``run`` returns."""
+    """Return the size of the largest tensor that is saved for the backward pass of ``run``."""
     largest = 0
 
     def measure(tensor: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
-from megatron_mosa.kernels import get_backend
-from megatron_mosa.kernels.naive import select_above, select_tokens
+from megatron_mosa.kernels import get_backend, naive
+from megatron_mosa.kernels.naive import select_tokens
 from megatron_mosa.model import build_empty_model
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY
 from tests.kernels.reference import mosa_reference
+from tests.kernels.test_thresholds import select_above
 
 BATCH, LENGTH, HEADS, WIDTH, SIZE, SELECTED = 2, 40, 3, 32, 16, 10
 BACKENDS = ("naive", "triton")
@@ -55,7 +56,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def between(scores: Tensor, rounded: Tensor) -> Tensor:
-    """Thresholds, fp32 [E], of a quarter of the tokens, about: each lies between a score and what bf16 makes of it."""
+    """Return thresholds, fp32 [E], above about a quarter of the scores, each between a score and its bf16 rounding."""
     ranked, order = scores.transpose(0, 1).flatten(1).sort(dim=-1)  # [E, B * T]
     moved = rounded.double().transpose(0, 1).flatten(1).gather(1, order) - ranked
     places = slice(ranked.shape[1] * 5 // 8, ranked.shape[1] * 7 // 8)
@@ -96,7 +97,7 @@ def test_scores_are_of_what_was_not_rounded(backend: str, part: str) -> None:
 
 @torch.no_grad()
 def test_gates_and_the_sum_over_heads_stay_fp32() -> None:
-    """Of sequences of one token, whose value passes through: to the last bit."""
+    """In sequences of one token, attention returns the value, so the gated result must be bitwise equal."""
     states = tensors()[0].flatten(0, 1)[:, None, :SIZE]  # [B * T, 1, h'], exact in bf16
     router = tensors()[1][:, :SIZE]
     identity = torch.eye(SIZE).expand(HEADS, -1, -1)
@@ -127,7 +128,7 @@ def test_the_naive_kernel_computes_in_the_types_of_its_operands() -> None:
 
 
 def test_softmax_denominators_stay_fp32() -> None:
-    """Of the fused kernel, which returns their logarithms to base 2, and the queries and keys in bf16."""
+    """The fused kernel returns their base-2 logarithms, and queries and keys in bf16."""
     states, router, qkv, proj = tensors()
     kernels = get_backend("triton", states, SIZE)
     scores = kernels.router_scores(states, router)
@@ -202,7 +203,7 @@ def test_the_heads_of_a_megatron_layer(backend: str, kind: str) -> None:
         assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
         found[enabled] = output, indices
         if kind == "threshold":
-            right = select_above(scores, thresholds, None)
+            right = select_above(naive, scores, thresholds, None)
         else:
             right = select_tokens(scores, indices.shape[2], True)
         assert torch.equal(indices, right)
@@ -234,7 +235,7 @@ def test_the_heads_of_an_exported_model(selection: str) -> None:
     assert scores.dtype == torch.float32 and (scores - expected).abs().max() < 1e-6
     chosen = heads.select(scores, tokens, None)
     if heads.thresholds is not None:
-        assert torch.equal(chosen, select_above(expected.float(), heads.thresholds, None))
+        assert torch.equal(chosen, select_above(naive, expected.float(), heads.thresholds, None))
     else:
         assert torch.equal(chosen, select_tokens(expected.float(), SELECTED, True))
     if selection == "expert_choice":

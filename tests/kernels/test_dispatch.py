@@ -1,4 +1,4 @@
-"""Which implementation of the MoSA heads runs."""
+"""The choice of the kernel backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATES = torch.empty(0)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOSA_BACKEND", raising=False)
-    dispatch._say_once.cache_clear()
+    dispatch._log_once.cache_clear()
 
 
 def test_auto_is_naive_without_a_gpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -28,10 +28,10 @@ def test_auto_is_naive_without_a_gpu_and_says_so_once(caplog: pytest.LogCaptureF
 def test_auto_is_triton_on_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capabilities = torch.device("cuda"), iter([(7, 5), (8, 0)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capabilities))
-    assert dispatch._automatic(gpu, torch.bfloat16, 64)[0] == "naive"
-    assert dispatch._automatic(gpu, torch.bfloat16, 64)[0] == "triton"
-    assert dispatch._automatic(gpu, torch.float64, 64)[0] == "naive"
-    assert dispatch._automatic(gpu, torch.bfloat16, 257)[0] == "naive"
+    assert dispatch._resolve_auto(gpu, torch.bfloat16, 64)[0] == "naive"
+    assert dispatch._resolve_auto(gpu, torch.bfloat16, 64)[0] == "triton"
+    assert dispatch._resolve_auto(gpu, torch.float64, 64)[0] == "naive"
+    assert dispatch._resolve_auto(gpu, torch.bfloat16, 257)[0] == "naive"
 
 
 def test_the_environment_decides_what_auto_is_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

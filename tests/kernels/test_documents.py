@@ -137,7 +137,7 @@ def test_restarting_rotary_positions_changes_rounding_alone() -> None:
     "starts", [[[1, 1, 2]], [[0, 0, 1]], [[0, 2, 2]], [[0, 1, 0]], [[0, -1, 2]]], ids=lambda rows: str(rows[0])
 )
 def test_starts_that_no_documents_have_are_refused(starts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="must be 0 at first"):
+    with pytest.raises(ValueError, match="must be 0 for the first token"):
         Documents.from_starts(torch.tensor(starts))
 
 

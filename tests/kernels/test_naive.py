@@ -88,7 +88,7 @@ def test_selection_equals_a_plain_ranking_on_many_ties(include_first_token: bool
 
 
 def test_the_selection_is_contiguous_as_its_fake_kernel_says() -> None:
-    """A compiled program relies on it."""
+    """Compiled programs rely on contiguous indices."""
     scores = torch.rand(2, 8, 3).transpose(1, 2)
     starts, quotas = torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), 4)
     for options in ((), (True, starts), (True, starts, quotas)):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_mosa.kernels import get_backend, naive
+from megatron_mosa.kernels import KernelBackend, get_backend, naive
 from megatron_mosa.kernels.triton import rotary
 from tests.kernels.test_documents import pack
 
@@ -40,7 +38,7 @@ def exact(qkv: Tensor, percent: float, base: float, starts: Tensor | None) -> li
     return [torch.stack(states, dim=1) for states in heads]
 
 
-def check_split_heads(kernels: ModuleType, shape: tuple, documents: bool, dtype: torch.dtype, device: str) -> None:
+def check_split_heads(kernels: KernelBackend, shape: tuple, documents: bool, dtype: torch.dtype, device: str) -> None:
     """Outputs and the gradient; upstream gradients come transposed, as attention's may."""
     length, batch, groups, queries, size, percent = shape
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,9 @@
-"""Selection by thresholds against plain loops, in both backends, and the histogram that thresholds come from."""
+"""Selection by thresholds in both backends, and the histogram of scores, against plain loops."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.attention.thresholds import quantile_of, share_above
-from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
 from megatron_mosa.kernels.triton import tiles
 from tests.kernels.reference import mosa_reference
 from tests.kernels.test_documents import pack
@@ -20,12 +19,21 @@ from tests.kernels.test_naive import make_inputs
 
 
 @pytest.fixture(params=["naive", "triton"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """A backend; torch fills new memory with NaN meanwhile. Small tiles: 16 scores of a head are a block."""
+def kernels(request: pytest.FixtureRequest) -> Iterator[KernelBackend]:
+    """A backend with blocks of 16 scores; torch fills new memory with NaN, so that unwritten values are noticed."""
     request.getfixturevalue("small_tiles")
     torch.use_deterministic_algorithms(True)
     yield get_backend(request.param, torch.empty(0))
     torch.use_deterministic_algorithms(False)
+
+
+def select_above(
+    kernels: KernelBackend, scores: torch.Tensor, thresholds: torch.Tensor, capacity: int | None, *options: Any
+) -> torch.Tensor:
+    """Select by thresholds; a capacity of None is the largest number of tokens that a head selects."""
+    if capacity is None:
+        capacity = int(kernels.count_above(scores, thresholds, *options).max())
+    return kernels.select_above(scores, thresholds, capacity, *options)
 
 
 def expected(
@@ -36,7 +44,7 @@ def expected(
     feedback: float = 0.0,
     share: float = 0.0,
 ) -> list[list[list[int]]]:
-    """Tokens in order, one by one."""
+    """Select tokens one by one, and fill empty slots with T."""
 
     def is_above(score: float, threshold: float, excess: float) -> bool:
         if not feedback:
@@ -68,34 +76,33 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "ties": (ties, torch.tensor([0.2, 0.4, 0.8])),
         "none": (torch.rand(2, 2, 17, generator=generator), torch.tensor([1.0, 0.999999])),
         "all": (torch.rand(1, 2, 32, generator=generator), torch.tensor([-1.0, 0.0])),
-        "not a number": (wrong, torch.tensor([0.3, 0.5, 0.7])),
+        "nan": (wrong, torch.tensor([0.3, 0.5, 0.7])),
         "one token": (torch.rand(3, 2, 1, generator=generator), torch.tensor([0.0, 1.0])),
         "many blocks": (torch.rand(1, 2, 150, generator=generator), torch.tensor([0.1, 0.97])),
     }
 
 
 @pytest.mark.parametrize("name", cases())
-def test_selection_equals_a_plain_loop(kernels: ModuleType, name: str) -> None:
+def test_selection_equals_a_plain_loop(kernels: KernelBackend, name: str) -> None:
     scores, thresholds = cases()[name]
     for capacity in {1, 2, 31, scores.shape[-1], None}:
         if capacity is None or capacity <= scores.shape[-1]:
-            indices = kernels.select_above(scores, thresholds, capacity)
+            indices = select_above(kernels, scores, thresholds, capacity)
             assert indices.dtype == torch.int64 and indices.is_contiguous()
             assert indices.tolist() == expected(scores, thresholds, capacity)
 
 
-def test_the_first_token_of_each_document_is_taken(kernels: ModuleType) -> None:
+def test_the_first_token_of_each_document_is_taken(kernels: KernelBackend) -> None:
     generator = torch.Generator().manual_seed(1)
     starts = pack([[1, 12, 1, 1, 2], [17], [5, 12]]).starts
     scores, thresholds = torch.rand(3, 4, 17, generator=generator), torch.tensor([0.1, 0.5, 0.9, 1.0])
     for capacity in (2, 5, 17, None):
-        assert kernels.select_above(scores, thresholds, capacity, starts).tolist() == expected(
-            scores, thresholds, capacity, starts
-        )
+        indices = select_above(kernels, scores, thresholds, capacity, starts)
+        assert indices.tolist() == expected(scores, thresholds, capacity, starts)
 
 
 @pytest.mark.parametrize(("length", "feedback"), [(1, 1.0), (33, 0.05), (33, 1.0), (33, 30.0)])
-def test_feedback_equals_a_plain_loop(kernels: ModuleType, feedback: float, length: int) -> None:
+def test_feedback_equals_a_plain_loop(kernels: KernelBackend, feedback: float, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     scores = (2 * torch.randn(2, 3, length, generator=generator)).sigmoid()
     scores[1, 1, ::5] = torch.nan
@@ -104,25 +111,25 @@ def test_feedback_equals_a_plain_loop(kernels: ModuleType, feedback: float, leng
     for starts in (None, Documents.from_lengths(lengths).starts):
         counts = kernels.count_above(scores, thresholds, starts, feedback, 0.1)
         for capacity in {1, max(1, length // 12), length, None}:
-            indices = kernels.select_above(scores, thresholds, capacity, starts, feedback, 0.1)
+            indices = select_above(kernels, scores, thresholds, capacity, starts, feedback, 0.1)
             assert indices.tolist() == expected(scores, thresholds, capacity, starts, feedback, 0.1)
         all_taken = expected(scores, thresholds, None, starts, feedback, 0.1)
         assert counts.tolist() == [[sum(t < length for t in taken) for taken in rows] for rows in all_taken]
 
 
 def test_feedback_holds_the_load_of_every_sequence() -> None:
-    """Sequences whose scores lie high or low as a whole: a head takes about its share of each, not all or nothing."""
+    """In sequences whose scores are all high or all low, a head selects about its share, not all or nothing."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 2, 2048, generator=generator) + torch.tensor([-2.0, 0.0, 1.0, 3.0])[:, None, None]
     thresholds = torch.tensor([0.8, 0.9])
     plain = naive.count_above(logits.sigmoid(), thresholds)
     followed = naive.count_above(logits.sigmoid(), thresholds, None, 0.1, 1 / 16)
     assert plain.min() < 64 and plain.max() > 1000  # the share is 128
-    # A head that is n tokens ahead has its threshold 0.1 n higher: never further than its scores reach.
+    # The threshold of a head that is n tokens ahead is 0.1 n higher, and soon above all its scores.
     assert (followed - 128).abs().max() <= 75
 
 
-def test_strides_do_not_matter(kernels: ModuleType) -> None:
+def test_strides_do_not_matter(kernels: KernelBackend) -> None:
     scores, thresholds = cases()["ties"]
     strided = scores.mT.contiguous().mT
     assert torch.equal(kernels.select_above(strided, thresholds, 7), kernels.select_above(scores, thresholds, 7))
@@ -130,7 +137,7 @@ def test_strides_do_not_matter(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("capacity", [4, None])
 def test_output_and_gradients_equal_the_independent_loop(capacity: int | None) -> None:
-    """What a head takes is a sequence of its own, all of it selected: the reference knows nothing of thresholds."""
+    """The selected tokens alone form a sequence that the reference selects completely: it has no thresholds."""
     inputs = make_inputs(1, 15, 1, 6, 4)
     scores = naive.router_scores(inputs[0], inputs[1]).detach()
     for share in (0.2, 0.6):
@@ -164,7 +171,7 @@ def test_both_backends_compute_the_same_layer() -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
-def test_nothing_after_a_token_matters_to_it(backend: str) -> None:
+def test_outputs_do_not_depend_on_later_tokens(backend: str) -> None:
     inputs = [tensor.detach().float() for tensor in make_inputs(2, 10, 2, 8, 4)]
     changed = [inputs[0].clone(), *inputs[1:]]
     changed[0][:, 5:] = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(5))
@@ -177,10 +184,10 @@ def test_nothing_after_a_token_matters_to_it(backend: str) -> None:
         torch.testing.assert_close(before[:, :5], after[:, :5], rtol=1e-5, atol=1e-6)
         assert not torch.allclose(before[:, 5:], after[:, 5:])
     before, after = outputs(num_selected=4)
-    assert not torch.allclose(before[:, :5], after[:, :5])  # expert choice looks ahead
+    assert not torch.allclose(before[:, :5], after[:, :5])  # expert choice depends on later tokens
 
 
-def test_scores_are_counted_by_their_logits(kernels: ModuleType) -> None:
+def test_scores_are_counted_by_their_logits(kernels: KernelBackend) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(5, 3, 70, generator=generator)
     logits[0, 0, :4] = torch.tensor([-40.0, 40.0, torch.inf, -torch.inf])
@@ -192,15 +199,15 @@ def test_scores_are_counted_by_their_logits(kernels: ModuleType) -> None:
     for b, e, t in torch.cartesian_prod(*map(torch.arange, scores.shape)).tolist():
         score = float(scores[b, e, t])
         logit = -math.inf if not score > 0 else math.inf if score == 1 else math.log(score) - math.log1p(-score)
-        place = (logit + naive.HISTOGRAM_LOGITS) * naive.HISTOGRAM_BINS / (2 * naive.HISTOGRAM_LOGITS)
-        counts[e, int(min(max(place, 0), naive.HISTOGRAM_BINS - 1))] += 1
+        position = (logit + naive.HISTOGRAM_LOGITS) * naive.HISTOGRAM_BINS / (2 * naive.HISTOGRAM_LOGITS)
+        counts[e, int(min(max(position, 0), naive.HISTOGRAM_BINS - 1))] += 1
     found = histogram - 1
     assert torch.equal(found.sum(-1), torch.full((3,), 350))
     assert (found.cumsum(-1) - counts.cumsum(-1)).abs().max() <= 1  # rounding at the bounds of bins
     assert (found - counts).abs().sum() <= 4
 
 
-def test_quantile_and_share_are_inverses_and_right_within_a_bin() -> None:
+def test_quantile_and_share_are_inverses_and_accurate_within_a_bin() -> None:
     scores = (2 * torch.randn(4, 6, 500, generator=torch.Generator().manual_seed(3))).sigmoid()
     histogram = torch.zeros(6, naive.HISTOGRAM_BINS, dtype=torch.int32)
     naive.count_scores(scores, histogram)
@@ -222,7 +229,7 @@ def test_all_scores_in_one_bin_are_split_by_interpolation() -> None:
     assert (low, high) == pytest.approx((0.25 * width, 0.75 * width), rel=1e-6)
 
 
-def test_the_operators_are_good_citizens() -> None:
+def test_schemas_and_fake_kernels_of_the_operators() -> None:
     scores, thresholds = cases()["ties"]
     starts = pack([[18, 19]] * 2).starts
     histogram = torch.zeros(3, naive.HISTOGRAM_BINS, dtype=torch.int32)
@@ -256,7 +263,7 @@ def test_tiles(length: int) -> None:
         (dict(thresholds=None, num_selected=3, capacity=4), "capacity=4 is for thresholds"),
     ],
 )
-def test_bad_arguments_are_named(change: dict, message: str) -> None:
+def test_errors_name_the_argument(change: dict, message: str) -> None:
     names = ("hidden_states", "router_weight", "qkv_weight", "proj_weight")
     arguments = dict(zip(names, make_inputs(1, 8, 2, 4, 4), strict=True))
     arguments |= dict(thresholds=torch.zeros(2, dtype=torch.float64)) | change

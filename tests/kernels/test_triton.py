@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
-from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
 from megatron_mosa.kernels.triton import scattered
 from megatron_mosa.kernels.triton.rows import rows_of
 from tests.kernels.reference import choose
@@ -21,8 +20,8 @@ from tests.kernels.test_naive import make_inputs
 
 
 @pytest.fixture(scope="module")
-def fused() -> Iterator[ModuleType]:
-    """The kernels; torch fills new memory with NaN meanwhile, so that nothing unwritten is read unseen."""
+def fused() -> Iterator[KernelBackend]:
+    """The kernels; torch fills new memory with NaN, so that unwritten values are noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield get_backend("triton", torch.empty(0))
@@ -30,20 +29,20 @@ def fused() -> Iterator[ModuleType]:
 
 
 def errors(
-    fused: ModuleType,
+    fused: KernelBackend,
     inputs: list[torch.Tensor],
     indices: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     documents: Documents | None = None,
     **options: object,
 ) -> tuple[list[float], list[float]]:
-    """Relative errors of the output and of all gradients against fp64: of these kernels, and of the naive ones."""
+    """Return the relative errors of output and gradients against fp64, for the kernels and for the naive path."""
     settings: dict = dict(rotary_percent=0.5, rotary_base=100.0) | options
     if documents is not None:
         settings["document_starts"] = documents.starts
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
 
-    def run(kernels: ModuleType, dtype: torch.dtype) -> list[torch.Tensor]:
+    def run(kernels: KernelBackend, dtype: torch.dtype) -> list[torch.Tensor]:
         tensors = [tensor.detach().to(rounded).to(dtype).requires_grad_() for tensor in inputs]  # the same values
         scores = kernels.router_scores(tensors[0], tensors[1])
         options = settings if kernels is fused else {k: v for k, v in settings.items() if k != "deterministic"}
@@ -54,7 +53,7 @@ def errors(
     exact = run(naive, torch.float64)
     assert all(tensor.norm() > 0 for tensor in exact)
 
-    def relative(kernels: ModuleType) -> list[float]:
+    def relative(kernels: KernelBackend) -> list[float]:
         found = run(kernels, dtype)
         return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
@@ -86,7 +85,7 @@ ONE_TOKEN = (3, 7, 2, 8, 8, 1)
     ],
     ids=str,
 )
-def test_fp32(fused: ModuleType, rotary_percent: float, shape: tuple) -> None:
+def test_fp32(fused: KernelBackend, rotary_percent: float, shape: tuple) -> None:
     inputs = make_inputs(*shape[:5])
     ours, _ = errors(fused, inputs, selection(inputs, shape[5]), rotary_percent=rotary_percent)
     assert max(ours) < 1e-5
@@ -97,11 +96,11 @@ def test_fp32(fused: ModuleType, rotary_percent: float, shape: tuple) -> None:
     [
         (1, 37, 2, 33, 12, 35),  # a block and a remainder of columns, of rows and of slots
         (1, 18, 1, 32, 32, 16),  # exactly a block of columns, of slots and of the head's width
-        (1, 3, 1, 8, 132, 2),  # queries, keys and values are too wide for one program
+        (1, 3, 1, 8, 132, 2),  # queries, keys and values need one program each
     ],
     ids=str,
 )
-def test_tiles_as_they_are_chosen(fused: ModuleType, shape: tuple) -> None:
+def test_tiles_as_they_are_chosen(fused: KernelBackend, shape: tuple) -> None:
     inputs = make_inputs(*shape[:5])
     ours, _ = errors(fused, inputs, selection(inputs, shape[5]), rotary_percent=1.0)
     assert max(ours) < 1e-5
@@ -109,7 +108,7 @@ def test_tiles_as_they_are_chosen(fused: ModuleType, shape: tuple) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("shape", [REMAINDERS, (2, 6, 2, 16, 16, 4)], ids=str)  # several tiles of slots; just one
-def test_fp16_loses_no_more_than_the_naive_path_does(fused: ModuleType, shape: tuple) -> None:
+def test_fp16_loses_no_more_than_the_naive_path_does(fused: KernelBackend, shape: tuple) -> None:
     inputs = make_inputs(*shape[:5])
     ours, naives = errors(fused, inputs, selection(inputs, shape[5]), torch.float16)
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
@@ -125,7 +124,7 @@ def test_fp16_loses_no_more_than_the_naive_path_does(fused: ModuleType, shape: t
     ],
 )
 def test_documents_and_empty_slots(
-    fused: ModuleType, scope: str, restart_rotary: bool, is_one_tile: bool, request: pytest.FixtureRequest
+    fused: KernelBackend, scope: str, restart_rotary: bool, is_one_tile: bool, request: pytest.FixtureRequest
 ) -> None:
     if not is_one_tile:  # of slots; a document's queries then meet tiles of keys none of which they see
         request.getfixturevalue("small_tiles")
@@ -142,8 +141,8 @@ def test_documents_and_empty_slots(
 
 @pytest.mark.parametrize("include_first_token", [False, True])
 @pytest.mark.parametrize("name", ["ties", "all equal", "all different"])
-def test_selection_on_ties(fused: ModuleType, name: str, include_first_token: bool) -> None:
-    """In one block; of several see test_blocks.py."""
+def test_selection_on_ties(fused: KernelBackend, name: str, include_first_token: bool) -> None:
+    """One block of scores; test_blocks.py has several."""
     generator = torch.Generator().manual_seed(0)
     scores = {
         "ties": torch.randint(0, 5, (2, 2, 37), generator=generator) / 5 + 0.1,
@@ -160,7 +159,7 @@ def test_selection_on_ties(fused: ModuleType, name: str, include_first_token: bo
 
 @pytest.mark.parametrize("tiles", ["as they are chosen", "small"])
 def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
-    """Two words of the map, whose 32nd bit is a sign; with small tiles several blocks of everything, too."""
+    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything."""
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     batch, length, heads, selected = 3, 10, 34, 5
@@ -170,14 +169,17 @@ def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
     found = rows_of(slots, length)
     entries = [[[] for _ in range(length)] for _ in range(batch)]
     for e in range(heads):
-        places = []
+        token_indices = []
         for b in range(batch):
-            assert found.starts[e, b] == len(places)
+            assert found.cu_seqlens[e, b] == len(token_indices)
             for slot, token in enumerate(slots[b, e].tolist()):
                 if token < length:
-                    places.append(b << 4 | token)
+                    token_indices.append(b << 4 | token)
                     entries[b][token].append(e * selected + slot)
-        assert found.starts[e, batch] == len(places) and found.places[e, : len(places)].tolist() == places
+        assert (
+            found.cu_seqlens[e, batch] == len(token_indices)
+            and found.token_indices[e, : len(token_indices)].tolist() == token_indices
+        )
     ends = torch.tensor([len(of_token) for of_sequence in entries for of_token in of_sequence]).cumsum(0)
     assert found.offsets.tolist() == [0, *ends.tolist()]
     assert found.entries[: ends[-1]].tolist() == [
@@ -185,13 +187,13 @@ def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
     ]
 
 
-def test_scores(fused: ModuleType) -> None:
+def test_scores(fused: KernelBackend) -> None:
     states, weight = make_inputs(2, 150, 70, 40, 8)[:2]
     found = fused.router_scores(states.float(), weight.float())
     torch.testing.assert_close(found.double(), naive.router_scores(states, weight), rtol=1e-5, atol=1e-7)
 
 
-def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: ModuleType) -> None:
+def test_results_are_bitwise_reproducible_whatever_the_strides(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float() for tensor in make_inputs(2, 5, 2, 10, 6)]
 
     def run(states: torch.Tensor) -> list[torch.Tensor]:
@@ -207,7 +209,7 @@ def test_twice_is_the_same_to_the_last_bit_and_strides_do_not_matter(fused: Modu
 
 
 @pytest.mark.usefixtures("small_tiles")  # 4 columns of a chunk are a block, and two of these a program
-def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(3, 3, 2, 18, 6)]
 
     def run(chunk: tuple[int, int]) -> list[torch.Tensor]:
@@ -243,7 +245,7 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: ModuleType, monkey
 def test_sequences_and_columns_of_a_chunk(
     width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five sequences, with one byte in each column of a sequence's products."""
+    """Five sequences, whose products have one byte per column."""
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
@@ -265,14 +267,14 @@ def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_without_determinism_atomics_add_up(fused: ModuleType) -> None:
+def test_atomics_give_the_same_sums(fused: KernelBackend) -> None:
     inputs = make_inputs(*REMAINDERS[:5])
     ours, _ = errors(fused, inputs, selection(inputs, REMAINDERS[5]), deterministic=False)
     assert max(ours) < 1e-5
 
 
-def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) -> None:
-    """Autograd would fill zeros for them: as much memory again as is kept."""
+def test_no_gradients_are_allocated_for_saved_activations(fused: KernelBackend) -> None:
+    """Autograd would allocate zeros for these gradients, as much memory as is kept."""
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
     output = mosa_attention(*inputs, num_selected=5, backend="triton")
     made: list[tuple[int, ...]] = []
@@ -289,7 +291,7 @@ def test_backward_makes_no_gradients_of_what_forward_keeps(fused: ModuleType) ->
     assert (3, 2 * 5, 3 * 8) not in made  # queries, keys and values
 
 
-def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
+def test_schemas_fake_kernels_and_autograd_of_the_operators(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 3, 2, 8, 4)]
     scores = fused.router_scores(inputs[0], inputs[1])
     operators = torch.ops.megatron_mosa
@@ -305,7 +307,7 @@ def test_the_operators_are_good_citizens(fused: ModuleType) -> None:
         assert found == dict.fromkeys(checks, "SUCCESS"), operator
 
 
-def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
+def test_a_compiled_program_is_one_graph(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 3, 2, 8, 4)]
 
     def layer(*tensors: torch.Tensor) -> torch.Tensor:
@@ -317,7 +319,7 @@ def test_a_compiled_program_is_one_graph(fused: ModuleType) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_flops_are_those_of_the_naive_path(fused: ModuleType) -> None:
+def test_flops_are_those_of_the_naive_path(fused: KernelBackend) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 3, 16, 8)]
 
     def count(backend: str) -> int:
@@ -331,7 +333,7 @@ def test_flops_are_those_of_the_naive_path(fused: ModuleType) -> None:
     assert count("triton") == count("naive") - dense_router
 
 
-def test_bad_states_are_refused(fused: ModuleType) -> None:
+def test_bad_states_are_refused(fused: KernelBackend) -> None:
     inputs = make_inputs(1, 8, 2, 4, 4)
     with pytest.raises(ValueError, match="backend='triton' does not run here: hidden_states is torch.float64"):
         mosa_attention(*inputs, num_selected=3, backend="triton")

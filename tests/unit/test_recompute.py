@@ -10,8 +10,7 @@ import torch
 from megatron_mosa.attention import get_mosa_block_spec
 from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers
 from megatron_mosa.kernels import naive
-from megatron_mosa.kernels.triton import scattered
-from megatron_mosa.kernels.triton import selection as fused_selection
+from megatron_mosa.kernels.triton import scattered, tiles
 from megatron_mosa.parallel import Layout
 from tests.unit.test_spec import build_gpt, make_config
 
@@ -19,20 +18,21 @@ from tests.unit.test_spec import build_gpt, make_config
 def gradients(
     recompute: str, monkeypatch: pytest.MonkeyPatch, backend: str = "naive", by_threshold: bool = False
 ) -> tuple[list[torch.Tensor], int, int]:
-    """Return a model's gradients, the number of selections, and the bytes kept between forward and backward."""
+    """Return the gradients of a model, the number of selections, and the bytes kept between forward and backward."""
     selections = 0
-    place, name = (naive.torch, "sort") if backend == "naive" else (fused_selection, "select")
+    # A function that each selection calls once.
+    module, name = (naive.torch, "sort") if backend == "naive" else (tiles, "selection")
     if by_threshold:
-        place, name = (naive, "_is_above") if backend == "naive" else (fused_selection, "select_above")
-    select = getattr(place, name)
+        module, name = (naive, "_is_above") if backend == "naive" else (tiles, "select_above")
+    function = getattr(module, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal selections
         selections += 1
-        return select(*args, **kwargs)
+        return function(*args, **kwargs)
 
     torch.manual_seed(0)
-    # Small, because an interpreted kernel takes a second.
+    # Interpreting a kernel takes about a second.
     batch, length, heads = (4, 32, 6) if backend == "naive" else (1, 8, 2)
     config = make_config(
         mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice",
@@ -50,13 +50,13 @@ def gradients(
         return tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, counting)
+        patch.setattr(module, name, counting)
         patch.setattr(scattered, "FEWEST_CHUNKS", 1)  # fewer programs to interpret
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).mean()
         loss.backward()
     for layer in mosa_layers(model) if by_threshold else ():
-        assert (layer.histogram.sum(dim=-1) == batch * length).all()  # every score counts once
+        assert (layer.histogram.sum(dim=-1) == batch * length).all()  # every score was counted once
     return [p.grad for p in model.parameters() if p.grad is not None], selections, sum(kept.values())
 
 

@@ -1,4 +1,4 @@
-"""MoSA in Triton: the functions of ``naive`` without the gathered input and the unscattered output in memory."""
+"""MoSA in Triton: the functions of ``naive`` without gathered inputs and unsummed outputs in memory."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
 from megatron_mosa.kernels.triton.elementwise import accumulate, fused_swiglu
 from megatron_mosa.kernels.triton.loss import linear_cross_entropy
-from megatron_mosa.kernels.triton.ops import (
-    fused_attention,
+from megatron_mosa.kernels.triton.ops import fused_attention
+from megatron_mosa.kernels.triton.rotary import fused_split_heads
+from megatron_mosa.kernels.triton.selection import (
+    count_with_feedback,
     fused_count_scores,
     fused_router_scores,
     fused_select_above,
     fused_select_tokens,
 )
-from megatron_mosa.kernels.triton.rotary import fused_split_heads
-from megatron_mosa.kernels.triton.selection import count_followed
 
+NAME = "triton"
 __all__ = [
-    "accumulate", "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above",
+    "NAME", "accumulate", "count_above", "count_scores", "linear_cross_entropy", "router_scores", "select_above",
     "select_tokens", "selected_attention", "split_heads", "swiglu",
 ]  # fmt: skip
+select_above = fused_select_above
+swiglu = fused_swiglu
 
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
-    """As ``naive.router_scores``, without a gradient: that goes from ``selected_attention`` to the router."""
+    """Compute ``naive.router_scores`` without gradients: ``selected_attention`` returns those of the router."""
     return fused_router_scores(hidden_states.detach(), router_weight.detach())
 
 
@@ -36,24 +39,10 @@ def select_tokens(
     document_starts: Tensor | None = None,
     quotas: Tensor | None = None,
 ) -> Tensor:
-    """As ``naive.select_tokens``."""
+    """Compute ``naive.select_tokens``, by itself if tokens or first tokens are selected per document."""
     if quotas is not None or (document_starts is not None and include_first_token):
         return naive.select_tokens(scores, num_selected, include_first_token, document_starts, quotas)
     return fused_select_tokens(scores, num_selected, include_first_token)
-
-
-def select_above(
-    scores: Tensor,
-    thresholds: Tensor,
-    capacity: int | None,
-    document_starts: Tensor | None = None,
-    feedback: float = 0.0,
-    share: float = 0.0,
-) -> Tensor:
-    """As ``naive.select_above``."""
-    if capacity is None:
-        capacity = int(count_above(scores, thresholds, document_starts, feedback, share).max())
-    return fused_select_above(scores, thresholds, capacity, document_starts, feedback, share)
 
 
 def count_above(
@@ -63,14 +52,14 @@ def count_above(
     feedback: float = 0.0,
     share: float = 0.0,
 ) -> Tensor:
-    """As ``naive.count_above``."""
+    """Compute ``naive.count_above``, by itself if there is no feedback."""
     if feedback == 0:
         return naive.count_above(scores, thresholds, document_starts)
-    return count_followed(scores, thresholds, document_starts, feedback, share)
+    return count_with_feedback(scores, thresholds, document_starts, feedback, share)
 
 
 def count_scores(scores: Tensor, histogram: Tensor) -> None:
-    """As ``naive.count_scores``."""
+    """Compute ``naive.count_scores``."""
     fused_count_scores(scores.detach(), histogram)
 
 
@@ -89,12 +78,13 @@ def selected_attention(
     slots: Documents | None = None,
     deterministic: bool = True,
 ) -> Tensor:
-    """As ``naive.selected_attention``; the gradient of the gates goes to ``router_weight`` and ``hidden_states``.
+    """Compute ``naive.selected_attention``; gradients of the gates flow to ``router_weight`` and ``hidden_states``.
 
     Args:
-        deterministic: sum over heads in a fixed order; otherwise by fp32 atomics, slower but in less memory.
+        deterministic: sum over heads in a fixed order; otherwise with fp32 atomics, which is slower but needs less
+            memory.
     """
-    del slots  # no k x k is made in any case
+    del slots  # no k x k matrix is stored in any case
     return fused_attention(
         hidden_states,
         router_weight,
@@ -113,11 +103,6 @@ def selected_attention(
 def split_heads(
     qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``naive.split_heads``."""
+    """Compute ``naive.split_heads``."""
     query, key, value = fused_split_heads(qkv, rotary_percent, rotary_base, document_starts)  # [T, B, H | G, h']
     return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """As ``naive.swiglu``."""
-    return fused_swiglu(gate_up)

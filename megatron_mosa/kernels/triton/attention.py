@@ -1,8 +1,7 @@
 """Causal attention among the selected tokens of each head, with rotary positions of the original sequence.
 
-Slots are in position order, so that causality is an order of slots: a key is visible if its slot is not behind the
-query's, and with documents if its token does not lie before the beginning of the query's document. Queries and keys
-come turned by their positions.
+Slots are in position order, so causality is an order of slots: a key is visible if its slot does not follow the query's
+and, with documents, if its token does not precede the query's document. Queries and keys arrive rotated.
 """
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
@@ -21,87 +20,90 @@ from torch import Tensor
 from megatron_mosa.kernels.naive import rotary_frequencies
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2
-from megatron_mosa.kernels.triton.rows import Rows, bits_of, sequence_and_token
+from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def segment(row_starts, head, batch, B, R):
-    """The first row of a head in a sequence, as int64 among the rows of all heads, and how many there are."""
-    begin = tl.load(row_starts + head * (B + 1) + batch)
-    count = tl.load(row_starts + head * (B + 1) + batch + 1) - begin
-    return head.to(tl.int64) * R + begin, count
+def row_range(p_cu_seqlens, i_head, i_batch, B, R):
+    """Return the first row of a head in a sequence, int64 among the rows of all heads, and the number of rows."""
+    begin = tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch)
+    count = tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch + 1) - begin
+    return i_head.to(tl.int64) * R + begin, count
 
 
 @triton.jit
-def beginning_of(documents, place, there, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
-    """The place at which a query's document begins."""
+def document_index(p_starts, b_index, m_row, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
+    """Return the packed index of the first token in each query's document."""
     if HAS_DOCUMENTS:
-        batch, token = sequence_and_token(place, SHIFT)
-        start = tl.load(documents + batch.to(tl.int64) * T + token, mask=there, other=0).to(tl.int32)
-        return (batch << SHIFT) + start
-    return tl.zeros_like(place)
+        i_batch, i_token = unpack_index(b_index, SHIFT)
+        b_start = tl.load(p_starts + i_batch.to(tl.int64) * T + i_token, mask=m_row, other=0).to(tl.int32)
+        return (i_batch << SHIFT) + b_start
+    return tl.zeros_like(b_index)
 
 
 @triton.jit
-def load_tile(rows, slot, count, column, STRIDE: tl.constexpr, D: tl.constexpr):
-    """A tile of some slots' rows, [BLOCK, WIDTH]."""
-    return tl.load(rows + slot[:, None] * STRIDE + column[None], (slot < count)[:, None] & (column < D)[None], 0.0)
+def load_tile(p_rows, i_slot, count, o_column, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Load the rows of some slots, [BLOCK, WIDTH]."""
+    mask = (i_slot < count)[:, None] & (o_column < D)[None]
+    return tl.load(p_rows + i_slot[:, None] * STRIDE + o_column[None], mask, 0.0)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _forward_kernel(
-    qkv, places, row_starts, scores, documents, gated, log_sums, gates, B, E, T, R, SCALE,
+    p_qkv, p_token_indices, p_cu_seqlens, p_scores, p_starts, p_gated, p_log_sums, p_gates, B, E, T, R, SCALE,
     D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1), tl.program_id(2)
-    row, count = segment(row_starts, head, batch, B, R)
+    i_head, i_batch = tl.program_id(1), tl.program_id(2)
+    o_row, count = row_range(p_cu_seqlens, i_head, i_batch, B, R)
     if tl.program_id(0) * BLOCK >= count:
         return
-    slot, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    here = slot < count
-    place = tl.load(places + row + slot, mask=here, other=0)
-    begins = beginning_of(documents, place, here, T, HAS_DOCUMENTS, SHIFT)
-    rows = qkv + row * (3 * D)
-    query = load_tile(rows, slot, count, column, 3 * D, D)
-    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    result = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    for first in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        key = load_tile(rows + D, other, count, column, 3 * D, D)
-        value = load_tile(rows + 2 * D, other, count, column, 3 * D, D)
-        logits = dot(query, tl.trans(key), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
-        visible = slot[:, None] >= other[None]
+    i_query, o_column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    m_query = i_query < count
+    b_index = tl.load(p_token_indices + o_row + i_query, mask=m_query, other=0)
+    b_document = document_index(p_starts, b_index, m_query, T, HAS_DOCUMENTS, SHIFT)
+    p_rows = p_qkv + o_row * (3 * D)
+    b_q = load_tile(p_rows, i_query, count, o_column, 3 * D, D)
+    b_max = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    b_out = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    for start in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
+        i_key = start + tl.arange(0, BLOCK)
+        b_k = load_tile(p_rows + D, i_key, count, o_column, 3 * D, D)
+        b_v = load_tile(p_rows + 2 * D, i_key, count, o_column, 3 * D, D)
+        b_logits = dot(b_q, tl.trans(b_k), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
+        m_visible = i_query[:, None] >= i_key[None]
         if HAS_DOCUMENTS:
-            key_place = tl.load(places + row + other, mask=other < count, other=0)
-            visible = visible & (key_place[None] >= begins[:, None])
-        logits = tl.where(visible, logits * (SCALE * LOG2_E), float("-inf"))
-        higher = tl.maximum(largest, tl.max(logits, axis=1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # of queries that have seen nothing yet
-        weights = tl.exp2(logits - safe[:, None])
-        shrink = tl.exp2(largest - safe)
-        total = total * shrink + tl.sum(weights, axis=1)
-        result = dot(weights.to(value.dtype), value, result * shrink[:, None], INTERPRETED)
-        largest = higher
-    gate = tl.load(scores + (batch.to(tl.int64) * E + head) * T + place - (batch << SHIFT), mask=here, other=0.0)
-    result *= (gate / total)[:, None]
-    out = gated + (row + slot)[:, None] * D + column[None]
-    tl.store(out, result.to(gated.dtype.element_ty), mask=here[:, None] & (column < D)[None])
-    tl.store(log_sums + row + slot, largest + tl.log2(total), mask=here)
-    tl.store(gates + row + slot, gate, mask=here)
+            b_key_index = tl.load(p_token_indices + o_row + i_key, mask=i_key < count, other=0)
+            m_visible = m_visible & (b_key_index[None] >= b_document[:, None])
+        b_logits = tl.where(m_visible, b_logits * (SCALE * LOG2_E), float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1))
+        b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # for queries without a visible key so far
+        b_weights = tl.exp2(b_logits - b_safe_max[:, None])
+        b_scale = tl.exp2(b_max - b_safe_max)
+        b_sum = b_sum * b_scale + tl.sum(b_weights, axis=1)
+        b_out = dot(b_weights.to(b_v.dtype), b_v, b_out * b_scale[:, None], INTERPRETED)
+        b_max = b_new_max
+    o_score = (i_batch.to(tl.int64) * E + i_head) * T
+    b_gate = tl.load(p_scores + o_score + b_index - (i_batch << SHIFT), mask=m_query, other=0.0)
+    b_out *= (b_gate / b_sum)[:, None]
+    p_out = p_gated + (o_row + i_query)[:, None] * D + o_column[None]
+    tl.store(p_out, b_out.to(p_gated.dtype.element_ty), mask=m_query[:, None] & (o_column < D)[None])
+    tl.store(p_log_sums + o_row + i_query, b_max + tl.log2(b_sum), mask=m_query)
+    tl.store(p_gates + o_row + i_query, b_gate, mask=m_query)
 
 
 def rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 to T - 1, fp32 [T, half] each; the last few are kept.
+    """Return cosines and sines of positions 0 to T - 1, fp32 [T, half] each, from a small cache.
 
-    Each stream has its own, or one could read what another has yet to write. What a CUDA graph records is its own, too.
+    The cache is separate for each stream; otherwise one stream could read what another has yet to write. Calls during
+    the capture of a CUDA graph are not cached, because the graph owns the memory.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return _rotary_table(length, half, base, device)
-    return _kept_rotary_table(length, half, base, device, torch.cuda.current_stream(device).cuda_stream)
+    return _cached_rotary_table(length, half, base, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -111,46 +113,39 @@ def _rotary_table(length: int, half: int, base: float, device: torch.device) -> 
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_rotary_table(length: int, half: int, base: float, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+def _cached_rotary_table(
+    length: int, half: int, base: float, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor]:
     return _rotary_table(length, half, base, device)
 
 
-def launch_options(
-    qkv: Tensor, selected: int, length: int, documents: Tensor | None, is_backward: bool = False
-) -> tuple[dict, int]:
-    """What either direction is compiled with, and how many slots a tile has."""
+def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, is_backward: bool = False) -> dict:
+    """Return constexprs and launch options that the forward and backward kernels share."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
-    chosen = tiles.attention(qkv.dtype, qkv.device, selected, width, is_backward)
-    options = dict(
-        D=size, WIDTH=width, HAS_DOCUMENTS=documents is not None, SHIFT=bits_of(length), INTERPRETED=INTERPRET
-    )
-    return options | chosen, chosen["BLOCK"]
+    options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET)
+    return options | tiles.attention(qkv.dtype, qkv.device, rows.shape[2], width, is_backward)
 
 
-def attend(
-    qkv: Tensor, rows: Rows, scores: Tensor, selected: int, documents: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of each head, times its gates.
+def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the attention of each head, times its gates.
 
     Args:
-        qkv: [E, B * k, 3d], queries and keys turned by their positions.
-        rows: of the selection.
+        qkv: [E, R, 3h'], queries and keys rotated by their positions.
+        rows: the rows of the selection.
         scores: fp32 [B, E, T].
-        selected: k.
-        documents: int64 [B, T], where each token's document begins; None: one document a sequence.
+        starts: int64 [B, T], like ``Documents.starts``; None: each sequence is one document.
 
     Returns:
-        [E, B * k, d]; base-2 logarithms of the softmax denominators and gates, fp32 [E, B * k]. What lies behind a
-        head's last row is undefined.
+        Gated attention [E, R, h'], base-2 logarithms of the softmax denominators, and gates, fp32 [E, R] each.
     """
-    batch, heads, length = scores.shape
+    batch, heads, selected, length = rows.shape
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     gated = qkv.new_empty((heads, capacity, size))
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
-    options, block = launch_options(qkv, selected, length, documents)
-    _forward_kernel[(triton.cdiv(selected, block), heads, batch)](
-        qkv, rows.places, rows.starts, scores, documents, gated, log_sums, gates, batch, heads, length, capacity,
-        size**-0.5, **options,
+    options = launch_options(qkv, rows, starts)
+    _forward_kernel[(triton.cdiv(selected, options["BLOCK"]), heads, batch)](
+        qkv, rows.token_indices, rows.cu_seqlens, scores, starts, gated, log_sums, gates, batch, heads, length,
+        capacity, size**-0.5, **options,
     )  # fmt: skip
     return gated, log_sums, gates

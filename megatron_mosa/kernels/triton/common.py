@@ -1,4 +1,8 @@
-"""What the kernels share: the product on tensor cores, rotation of rows, the order of programs."""
+"""Shared parts of the kernels: matrix products, rotation, the order of programs, repeated launches.
+
+Names in kernels: p_ pointers, o_ offsets, b_ blocks of values, i_ indices, m_ masks. Capitals are sizes: B sequences of
+T tokens of width H; E heads of width D with K slots each; R = B * K rows of a head.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +18,40 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def dot(a, b, accumulator, INTERPRETED: tl.constexpr):
-    """accumulator + a @ b in fp32: exact products of halves, IEEE products of fp32."""
+def dot(b_a, b_b, b_accumulator, INTERPRETED: tl.constexpr):
+    """Return accumulator + a @ b in fp32; products of fp32 are IEEE products, not TF32."""
     if INTERPRETED:  # the interpreter's product of bf16 is wrong
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_accumulator, input_precision="ieee")
 
 
 @triton.jit
-def grouped(program, tiles, heads, GROUP):
-    """Head and tile of a program, so that GROUP tiles of all heads run before the next tiles do.
+def grouped(i_program, tiles, heads, GROUP):
+    """Return head and tile of a program, ordered so that GROUP tiles of all heads run before the next tiles.
 
-    The tokens of these tiles, which all heads gather from, then stay in the L2 cache, and so do a head's weights for
-    its GROUP tiles.
+    The tokens of these tiles, which all heads gather from, then stay in the L2 cache, and so do the weights of a head
+    for its GROUP tiles.
     """
-    first = program // (GROUP * heads) * GROUP
-    size = tl.minimum(tiles - first, GROUP)
-    inside = program - first * heads
-    return inside // size, first + inside % size
+    i_first = i_program // (GROUP * heads) * GROUP
+    size = tl.minimum(tiles - i_first, GROUP)
+    i_inside = i_program - i_first * heads
+    return i_inside // size, i_first + i_inside % size
 
 
 @triton.jit
-def turned(a, b, position, column, there, cos, sin, BACK, HALF: tl.constexpr):
-    """Halves of queries or keys, fp32 [N, columns], turned by their positions; BACK = -1 turns gradients back."""
-    angle = position[:, None] * HALF + column[None]
-    c = tl.load(cos + angle, mask=there[None], other=0.0)
-    s = tl.load(sin + angle, mask=there[None], other=0.0) * BACK
-    return a * c - b * s, b * c + a * s
+def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRECTION, HALF: tl.constexpr):
+    """Rotate the two halves of queries or keys, fp32 [N, columns]; DIRECTION = -1 inverts it, for gradients."""
+    o_angle = b_position[:, None] * HALF + o_column[None]
+    b_cos = tl.load(p_cos + o_angle, mask=m_column[None], other=0.0)
+    b_sin = tl.load(p_sin + o_angle, mask=m_column[None], other=0.0) * DIRECTION
+    return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
-class Repeated:
-    """Launches of one kernel in a loop, whose arguments differ only in what the kernel does not specialise on.
+class RepeatedLaunch:
+    """Launches one kernel in a loop in which only arguments change that the kernel does not specialise on.
 
-    From the second on they skip Triton's look-up of the compiled kernel, and tensors go as addresses, which the driver
-    is not asked about: either takes longer than a small launch runs.
+    From the second launch on, Triton does not look up the compiled kernel, and tensors are passed as addresses, which
+    need no query of the driver. Either would take longer than a small kernel runs.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -55,7 +59,7 @@ class Repeated:
         self.compiled: Any = None
 
     def __call__(self, grid: tuple[int, int, int], *arguments: object, **options: object) -> None:
-        """Launch: all that is no constexpr by position, the others by name."""
+        """Launch the kernel; pass constexprs by name and all other arguments by position."""
         if self.compiled is None:
             self.compiled = self.kernel[grid](*arguments, **options)  # None from the interpreter
         else:
@@ -64,30 +68,35 @@ class Repeated:
             self.compiled[grid](*plain, *constants)
 
 
-def power_of_2(size: int, least: int = 16) -> int:
-    """The smallest power of 2 that holds ``size``; tensor cores want 16 at least."""
-    return max(least, 1 << max(0, size - 1).bit_length())
+def power_of_2(size: int) -> int:
+    """Return the smallest power of 2 that is at least ``size`` and at least 16, the minimum of tensor cores."""
+    return max(16, 1 << max(0, size - 1).bit_length())
 
 
 def strides(states: Tensor) -> tuple[int, int]:
-    """Of the sequence and of the token in [B, T, h] whose last dimension is contiguous."""
+    """Return the strides of sequences and tokens of [B, T, h]."""
     return states.stride(0), states.stride(1)
 
 
 def with_contiguous_rows(states: Tensor) -> Tensor:
-    """The tensor itself if the last dimension is contiguous, else a copy."""
+    """Return the tensor itself if its last dimension is contiguous, else a contiguous copy."""
     return states if states.stride(-1) == 1 else states.contiguous()
 
 
+def optional_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return a contiguous tensor, or None for None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have; Hopper's where there is no GPU (interpreter, compiling for another machine)."""
+    """Return the shared memory of one program in bytes; Hopper's without a GPU (interpreter, cross-compilation)."""
     if device.type != "cuda":
         return 232_448
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the card; few for the interpreter, which runs one program after the other."""
+    """Return the number of multiprocessors of the GPU; 1 for the interpreter, which runs programs one by one."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1 if INTERPRET else 132

@@ -1,4 +1,4 @@
-"""Elementwise work of a training step that torch's and Inductor's kernels do with more memory traffic than it needs."""
+"""Elementwise operations of a training step, with less memory traffic than torch's and Inductor's kernels."""
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -17,7 +17,7 @@ BLOCK = 2048
 
 @triton.jit
 def _accumulate_kernel(p_total, p_gradient, N, REPLACES: tl.constexpr, BLOCK: tl.constexpr):
-    """Add p_gradient to p_total, or replace it."""
+    """Add p_gradient to p_total, or replace p_total by it."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(p_gradient + i, mask=i < N).to(tl.float32)
     if not REPLACES:
@@ -26,7 +26,7 @@ def _accumulate_kernel(p_total, p_gradient, N, REPLACES: tl.constexpr, BLOCK: tl
 
 
 def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
-    """As ``naive.accumulate``; torch's kernels for two types are not vectorised: half of the memory's speed."""
+    """Compute ``naive.accumulate``; torch's kernels for mixed types are not vectorized and reach half the bandwidth."""
     number = total.numel()
     _accumulate_kernel[(triton.cdiv(number, BLOCK),)](
         total, gradient.contiguous(), number, REPLACES=replaces, BLOCK=BLOCK, num_warps=8
@@ -35,7 +35,7 @@ def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
 
 @triton.jit
 def _swiglu_kernel(p_gate_up, p_out, F, BLOCK: tl.constexpr):
-    """A block of one row of p_gate_up, [N, 2F], to p_out, [N, F]."""
+    """Compute a block of a row of p_out, [N, F], from p_gate_up, [N, 2F]."""
     i_row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     p_gate_up += i_row * 2 * F + i
     gate = tl.load(p_gate_up, mask=i < F).to(tl.float32)
@@ -45,7 +45,7 @@ def _swiglu_kernel(p_gate_up, p_out, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _swiglu_backward_kernel(p_gate_up, p_dout, p_dgate_up, F, BLOCK: tl.constexpr):
-    """Both halves of the gradient, each input read once."""
+    """Compute both halves of the gradient, reading each input once."""
     i_row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     o_gate = i_row * 2 * F + i
     gate = tl.load(p_gate_up + o_gate, mask=i < F).to(tl.float32)
@@ -59,12 +59,12 @@ def _swiglu_backward_kernel(p_gate_up, p_dout, p_dgate_up, F, BLOCK: tl.constexp
 
 
 def _grid(width: int, rows: int) -> tuple[int, int]:
-    return rows, triton.cdiv(width, BLOCK)
+    return rows, -(-width // BLOCK)
 
 
 @torch.library.custom_op("megatron_mosa::fused_swiglu", mutates_args=())
 def fused_swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F], the gate and then what it gates, to [..., F]."""
+    """Compute ``naive.swiglu``."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
@@ -79,7 +79,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatron_mosa::fused_swiglu_backward", mutates_args=())
 def fused_swiglu_backward(gate_up: Tensor, dout: Tensor) -> Tensor:
-    """The gradient of [..., 2F]."""
+    """Return the gradient of the input of ``fused_swiglu``."""
     gate_up, dout = gate_up.contiguous(), dout.contiguous()
     width = dout.shape[-1]
     dgate_up = torch.empty_like(gate_up)

@@ -1,4 +1,4 @@
-"""The output layer and its cross entropy, some tokens at a time: logits are never whole in memory, nor any in fp32."""
+"""The output layer and its cross entropy in chunks of tokens: neither all logits nor any fp32 logits are in memory."""
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,65 +14,65 @@ from torch import Tensor, distributed
 
 from megatron_mosa.kernels.triton.common import power_of_2
 
-CHUNK = 4096  # tokens whose logits are in memory at a time
-BLOCK = 4096  # of the vocabulary, at most
+CHUNK = 4096  # tokens whose logits are in memory at the same time
+BLOCK = 4096  # maximum number of logits that a program loads at once
 
 
 @triton.jit
 def _log_sum(p_logits, V, BLOCK: tl.constexpr):
-    """The logarithm of the sum of a token's exponentiated logits."""
-    lane = tl.arange(0, BLOCK)
-    highest, total = -float("inf"), 0.0
+    """Return the logarithm of the sum of a token's exponentiated logits."""
+    o_lane = tl.arange(0, BLOCK)
+    maximum, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
-        logits = tl.load(p_logits + start + lane, mask=start + lane < V, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(highest, tl.max(logits, axis=0))
-        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher), axis=0)
-        highest = higher
-    return highest + tl.log(total)
+        b_logits = tl.load(p_logits + start + o_lane, mask=start + o_lane < V, other=-float("inf")).to(tl.float32)
+        new_max = tl.maximum(maximum, tl.max(b_logits, axis=0))
+        total = total * tl.exp(maximum - new_max) + tl.sum(tl.exp(b_logits - new_max), axis=0)
+        maximum = new_max
+    return maximum + tl.log(total)
 
 
 @triton.jit
 def _to_gradient(p_logits, target, weight, log_sum, V, BLOCK: tl.constexpr):
-    """A token's logits become their own gradient."""
-    lane = tl.arange(0, BLOCK)
+    """Replace the logits of a token by their gradient."""
+    o_lane = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
-        column = start + lane
-        logits = tl.load(p_logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
-        gradient = tl.exp(logits - log_sum) - (column == target).to(tl.float32)
-        tl.store(p_logits + column, (gradient * weight).to(p_logits.dtype.element_ty), mask=column < V)
+        i_column = start + o_lane
+        b_logits = tl.load(p_logits + i_column, mask=i_column < V, other=-float("inf")).to(tl.float32)
+        b_gradient = tl.exp(b_logits - log_sum) - (i_column == target).to(tl.float32)
+        tl.store(p_logits + i_column, (b_gradient * weight).to(p_logits.dtype.element_ty), mask=i_column < V)
 
 
 @triton.jit
 def _cross_entropy_kernel(
     p_logits, p_targets, p_weights, p_losses, V, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The weighted loss of one token; its logits become their own gradient."""
+    """Compute the weighted loss of one token; its logits are replaced by their gradient."""
     i_token = tl.program_id(0).to(tl.int64)
     p_logits += i_token * V
     target = tl.load(p_targets + i_token)
     weight = tl.load(p_weights + i_token).to(tl.float32)
-    # A token that does not count may have a target outside of the vocabulary. Read before anything is overwritten.
-    of_target = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
+    # The target of a token with weight 0 may be out of range. Read before the logits are overwritten.
+    target_logit = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
     log_sum = _log_sum(p_logits, V, BLOCK)
-    tl.store(p_losses + i_token, (log_sum - of_target) * weight)
+    tl.store(p_losses + i_token, (log_sum - target_logit) * weight)
     if HAS_GRADIENT:
         _to_gradient(p_logits, target, weight, log_sum, V, BLOCK)
 
 
 @triton.jit
 def _partial_kernel(p_logits, p_targets, p_partial, N, V, V_BEGIN, BLOCK: tl.constexpr):
-    """One token, a part of the vocabulary: the logarithm of the sum, and the logit of the target or 0, to [2, N]."""
+    """Write the log sum of a token over a part of the vocabulary, and the target's logit or 0, to p_partial [2, N]."""
     i_token = tl.program_id(0).to(tl.int64)
     p_logits += i_token * V
     target = tl.load(p_targets + i_token) - V_BEGIN
-    of_target = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
+    target_logit = tl.load(p_logits + target, mask=(target >= 0) & (target < V), other=0.0).to(tl.float32)
     tl.store(p_partial + i_token, _log_sum(p_logits, V, BLOCK))
-    tl.store(p_partial + N + i_token, of_target)
+    tl.store(p_partial + N + i_token, target_logit)
 
 
 @triton.jit
 def _gradient_kernel(p_logits, p_targets, p_weights, p_log_sums, V, V_BEGIN, BLOCK: tl.constexpr):
-    """Logits of one token and a part of the vocabulary become their own gradient."""
+    """Replace the logits of a token and a part of the vocabulary by their gradient."""
     i_token = tl.program_id(0).to(tl.int64)
     target = tl.load(p_targets + i_token) - V_BEGIN
     weight = tl.load(p_weights + i_token).to(tl.float32)
@@ -86,18 +86,17 @@ def linear_cross_entropy(
     token_weights: Tensor,
     group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Weighted sum of the cross entropies of an output layer, fp32 scalar.
+    """Compute the weighted sum of the cross entropies of an output layer, an fp32 scalar.
 
-    Gradients are computed in the forward pass, that of the weight accumulated in fp32 over all tokens.
+    The forward pass also computes the gradients; that of the weight is accumulated in fp32 over all tokens.
 
     Args:
-        hidden_states: [N, h], before the output layer.
-        weight: [V / ranks, h], in their type: this rank's part of the output layer, in the order of ranks.
-        targets: int64 [N].
-        token_weights: [N], how much each token counts; without a gradient. Targets of tokens that count nothing may be
-            outside of the vocabulary.
-        group: the ranks that split the vocabulary; None: this rank has all of it. The loss is the same on all of them.
-            Each contributes a part of the gradient of hidden_states, to be summed by the caller.
+        hidden_states: [N, h], the input of the output layer.
+        weight: [V / ranks, h], in the type of the states: this rank's part of the output layer, in the order of ranks.
+        targets: int64 [N]; may be out of range where the token weight is 0.
+        token_weights: [N], the weight of each token's loss; no gradient flows to it.
+        group: the ranks that split the vocabulary; None: this rank has all of it. The loss is the same on all ranks;
+            the gradients of hidden_states are parts, which the caller must sum over the ranks.
     """
     return _LinearCrossEntropy.apply(hidden_states, weight, targets, token_weights, group)
 
@@ -123,12 +122,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in (slice(start, start + CHUNK) for start in range(0, number, CHUNK)):
             states = hidden_states[chunk]
             logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
-            of_tokens = targets[chunk], token_weights[chunk], losses[chunk]
+            token_data = targets[chunk], token_weights[chunk], losses[chunk]
             if is_split:
-                _split_cross_entropy(logits, *of_tokens, group, has_gradient)
+                _split_cross_entropy(logits, *token_data, group, has_gradient)
             else:
                 _cross_entropy_kernel[(len(states),)](
-                    logits, *of_tokens, len(weight), HAS_GRADIENT=has_gradient, **_block(len(weight))
+                    logits, *token_data, len(weight), HAS_GRADIENT=has_gradient, **_block(len(weight))
                 )
             if dx is not None and dw is not None:
                 torch.mm(logits, weight, out=dx[chunk])
@@ -140,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        upstream = upstreams[0].reshape(1)  # a scalar would be rounded to the type of what it multiplies
+        upstream = upstreams[0].reshape(1)  # a scalar would be rounded to the type of the other factor
         # Multiplied in fp32 and rounded, in one pass.
         dx = torch.mul(dx, upstream, out=torch.empty_like(dx))
         return dx, torch.mul(dw, upstream, out=torch.empty_like(dw, dtype=ctx.dtype)), None, None, None
@@ -154,7 +153,7 @@ def _split_cross_entropy(
     group: distributed.ProcessGroup,
     has_gradient: bool,
 ) -> None:
-    """Write the losses [n] of logits [n, V / ranks], which become their own gradient; one collective."""
+    """Write the losses [n] of logits [n, V / ranks], which are replaced by their gradient; one collective."""
     number, part = logits.shape
     begin = group.rank() * part
     partial = torch.empty((2, number), dtype=torch.float32, device=logits.device)

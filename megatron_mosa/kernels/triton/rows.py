@@ -1,4 +1,4 @@
-"""Where the rows of the heads lie: which tokens a head takes, and which rows a token has."""
+"""The rows of heads: which token each row of a head holds, and which rows each token has."""
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton.common import power_of_2
 
-HEADS = 32  # one bit each in a word of the map
-# What one program takes at a time:
+HEADS = 32  # heads per word of the bitmap
+# Block sizes of one program:
 SEQUENCES = 16
 SLOTS = 256  # at most
 TOKENS = 128
@@ -23,120 +23,142 @@ ROWS = 512
 
 
 class Rows(NamedTuple):
-    """The rows of a head are its filled slots, in the order of sequences and then of positions, without gaps."""
+    """The filled slots of each head, packed without gaps in the order of sequences and then of positions.
 
-    places: Tensor
-    """int32 [E, B * k]: the token of each row, as b << ``bits_of(T)`` | t; undefined behind a head's last row."""
+    Their number differs between heads; tensors of rows have R = B * k of them for each head, and what follows a head's
+    last row is undefined.
+    """
 
-    starts: Tensor
-    """int32 [E, B + 1]: the first row of each sequence; the last is the head's number of rows."""
+    token_indices: Tensor
+    """int32 [E, R]: the token of each row, as b << ``bits_of(T)`` | t."""
+
+    cu_seqlens: Tensor
+    """int32 [E, B + 1]: cumulative number of rows over the sequences of each head."""
 
     offsets: Tensor
-    """int32 [B * T + 1]: where each token's entries begin."""
+    """int32 [B * T + 1]: cumulative number of rows over the tokens of the batch, which delimits their entries."""
 
     entries: Tensor
-    """int32 [B * E * k]: the slots that hold each token, in the order of heads, as e * k + slot."""
+    """int32 [B * E * k]: for each token the slots that hold it, as e * k + slot, in the order of heads."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, E, k and T."""
+        heads, batch = self.cu_seqlens.shape[0], self.cu_seqlens.shape[1] - 1
+        return batch, heads, self.token_indices.shape[1] // batch, (len(self.offsets) - 1) // batch
+
+    @property
+    def shift(self) -> int:
+        """``bits_of(T)``."""
+        return bits_of(self.shape[3])
 
 
 def bits_of(length: int) -> int:
-    """How many bits a token takes in its place, so that kernels need no division to find its sequence."""
+    """Return the number of bits of a position in ``token_indices``; shifts then replace divisions in kernels."""
     return max(1, (length - 1).bit_length())
 
 
 @triton.jit
-def sequence_and_token(place, SHIFT: tl.constexpr):
-    """Of a place."""
-    batch = place >> SHIFT
-    return batch, place - (batch << SHIFT)
+def unpack_index(b_index, SHIFT: tl.constexpr):
+    """Return sequence and position of a packed token index."""
+    i_batch = b_index >> SHIFT
+    return i_batch, b_index - (i_batch << SHIFT)
 
 
 @triton.jit(do_not_specialize=["B"])
-def _starts_kernel(indices, starts, B, E, K, T, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
-    """Count the filled slots of one head, and add them up over the sequences."""
-    head = tl.program_id(0)
-    row = starts + head * (B + 1)
+def _starts_kernel(p_indices, p_cu_seqlens, B, E, K, T, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the filled slots of one head in each sequence, and accumulate over the sequences."""
+    i_head = tl.program_id(0)
+    p_row = p_cu_seqlens + i_head * (B + 1)
     total = 0
-    tl.store(row, total)
+    tl.store(p_row, total)
     for first in range(0, B, SEQUENCES):
-        batch = first + tl.arange(0, SEQUENCES)
-        count = tl.zeros((SEQUENCES,), dtype=tl.int32)
-        for slot in range(0, K, BLOCK):
-            slots = slot + tl.arange(0, BLOCK)
-            there = (batch < B)[:, None] & (slots < K)[None]
-            offsets = ((batch.to(tl.int64) * E + head) * K)[:, None] + slots[None]
-            count += tl.sum((tl.load(indices + offsets, mask=there, other=T) < T).to(tl.int32), axis=1)
-        tl.store(row + 1 + batch, total + tl.cumsum(count), mask=batch < B)
-        total += tl.sum(count)
+        i_batch = first + tl.arange(0, SEQUENCES)
+        b_count = tl.zeros((SEQUENCES,), dtype=tl.int32)
+        for start in range(0, K, BLOCK):
+            i_slot = start + tl.arange(0, BLOCK)
+            mask = (i_batch < B)[:, None] & (i_slot < K)[None]
+            o_slot = ((i_batch.to(tl.int64) * E + i_head) * K)[:, None] + i_slot[None]
+            b_count += tl.sum((tl.load(p_indices + o_slot, mask=mask, other=T) < T).to(tl.int32), axis=1)
+        tl.store(p_row + 1 + i_batch, total + tl.cumsum(b_count), mask=i_batch < B)
+        total += tl.sum(b_count)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _pack_kernel(
-    indices, starts, places, taken_by, B, E, R, K, T, GROUPS,
+    p_indices, p_cu_seqlens, p_token_indices, p_bitmap, B, E, R, K, T, GROUPS,
     SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the places of one head in one sequence, and its bit in the words of its tokens."""
-    head, batch = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(starts + head * (B + 1) + batch)
-    count = tl.load(starts + head * (B + 1) + batch + 1) - begin
-    slots = indices + (batch.to(tl.int64) * E + head) * K
-    words = taken_by + (batch.to(tl.int64) * GROUPS + head // HEADS) * T
+    """Write the token indices of one head in one sequence, and set the head's bit in the words of its tokens."""
+    i_head, i_batch = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch)
+    count = tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch + 1) - begin
+    p_slots = p_indices + (i_batch.to(tl.int64) * E + i_head) * K
+    p_words = p_bitmap + (i_batch.to(tl.int64) * GROUPS + i_head // HEADS) * T
     for first in range(0, count, BLOCK):
-        slot = first + tl.arange(0, BLOCK)
-        token = tl.load(slots + slot, mask=slot < count, other=0).to(tl.int32)
-        tl.store(places + head.to(tl.int64) * R + begin + slot, (batch << SHIFT) + token, mask=slot < count)
-        bit = tl.full((BLOCK,), 1, tl.int32) << (head % HEADS)
-        tl.atomic_or(words + token, bit, mask=slot < count, sem="relaxed")  # bits in any order are the same word
+        i_slot = first + tl.arange(0, BLOCK)
+        mask = i_slot < count
+        i_token = tl.load(p_slots + i_slot, mask=mask, other=0).to(tl.int32)
+        tl.store(p_token_indices + i_head.to(tl.int64) * R + begin + i_slot, (i_batch << SHIFT) + i_token, mask=mask)
+        b_bit = tl.full((BLOCK,), 1, tl.int32) << (i_head % HEADS)
+        tl.atomic_or(p_words + i_token, b_bit, mask=mask, sem="relaxed")  # deterministic in any order
 
 
 @triton.jit
-def _bits(word):
-    """How many bits of an int32 are set."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
+def _popcount(b_word):
+    """Count the set bits of an int32."""
+    b_word = b_word.to(tl.uint32, bitcast=True)
+    b_word = b_word - ((b_word >> 1) & 0x55555555)
+    b_word = (b_word & 0x33333333) + ((b_word >> 2) & 0x33333333)
+    b_word = (b_word + (b_word >> 4)) & 0x0F0F0F0F
+    return ((b_word * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def _count_kernel(taken_by, before, offsets, T, GROUPS, TOKENS: tl.constexpr):
-    """How many rows a token has: in the groups of heads before each, and in all."""
-    batch = tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    count = tl.zeros((TOKENS,), dtype=tl.int32)
-    for group in range(GROUPS):
-        word = (batch.to(tl.int64) * GROUPS + group) * T + token
-        tl.store(before + word, count, mask=token < T)
-        count += _bits(tl.load(taken_by + word, mask=token < T, other=0))
-    tl.store(offsets + 1 + batch.to(tl.int64) * T + token, count, mask=token < T)
+def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr):
+    """Count the rows of each token: those of all heads, and those before each group of heads."""
+    i_batch = tl.program_id(1)
+    i_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    b_count = tl.zeros((TOKENS,), dtype=tl.int32)
+    for i_group in range(GROUPS):
+        o_word = (i_batch.to(tl.int64) * GROUPS + i_group) * T + i_token
+        tl.store(p_before + o_word, b_count, mask=i_token < T)
+        b_count += _popcount(tl.load(p_bitmap + o_word, mask=i_token < T, other=0))
+    tl.store(p_counts + 1 + i_batch.to(tl.int64) * T + i_token, b_count, mask=i_token < T)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _entries_kernel(
-    places, starts, taken_by, before, offsets, entries, B, R, K, T, GROUPS,
+    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, B, R, K, T, GROUPS,
     SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = row < tl.load(starts + head * (B + 1) + B)
-    place = tl.load(places + head.to(tl.int64) * R + row, mask=there, other=0)
-    batch, token = sequence_and_token(place, SHIFT)
-    word = (batch.to(tl.int64) * GROUPS + head // HEADS) * T + token
-    lower = tl.load(taken_by + word, mask=there, other=0) & ((tl.full((BLOCK,), 1, tl.int32) << (head % HEADS)) - 1)
-    entry = (
-        tl.load(offsets + batch.to(tl.int64) * T + token, mask=there, other=0)
-        + tl.load(before + word, mask=there, other=0)
-        + _bits(lower)
+    """Write each row of one head to the entries of its token, behind those of the heads before it."""
+    i_head = tl.program_id(1)
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = i_row < tl.load(p_cu_seqlens + i_head * (B + 1) + B)
+    b_index = tl.load(p_token_indices + i_head.to(tl.int64) * R + i_row, mask=m_row, other=0)
+    i_batch, i_token = unpack_index(b_index, SHIFT)
+    o_word = (i_batch.to(tl.int64) * GROUPS + i_head // HEADS) * T + i_token
+    b_lower_heads = (tl.full((BLOCK,), 1, tl.int32) << (i_head % HEADS)) - 1
+    b_lower = tl.load(p_bitmap + o_word, mask=m_row, other=0) & b_lower_heads
+    o_entry = (
+        tl.load(p_offsets + i_batch.to(tl.int64) * T + i_token, mask=m_row, other=0)
+        + tl.load(p_before + o_word, mask=m_row, other=0)
+        + _popcount(b_lower)
     )
-    slot = row - tl.load(starts + head * (B + 1) + batch, mask=there, other=0)
-    tl.store(entries + entry, head * K + slot, mask=there)
+    i_slot = i_row - tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch, mask=m_row, other=0)
+    tl.store(p_entries + o_entry, i_head * K + i_slot, mask=m_row)
 
 
 def rows_of(indices: Tensor, length: int) -> Rows:
-    """The rows of a selection, int64 [B, E, k] with T in empty slots, which are a head's last in a sequence.
+    """Build the rows of a selection.
+
+    Args:
+        indices: int64 [B, E, k]; empty slots come last and hold T.
+        length: T.
 
     Raises:
-        ValueError: B * E * k, or B times T rounded up to a power of 2, is beyond int32.
+        ValueError: B * E * k, or B times T rounded up to a power of 2, exceeds int32.
     """
     batch, heads, selected = indices.shape
     rows, device = batch * selected, indices.device
@@ -146,24 +168,24 @@ def rows_of(indices: Tensor, length: int) -> Rows:
             f"B * E * k = {indices.numel()} selected tokens, B = {batch} sequences of T = {length}; "
             f"expected B * E * k and B * {1 << shift} below {2**31}"
         )
-    starts = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
+    cu_seqlens = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), SLOTS)
-    _starts_kernel[(heads,)](indices, starts, batch, heads, selected, length, SEQUENCES=SEQUENCES, BLOCK=block)
+    _starts_kernel[(heads,)](indices, cu_seqlens, batch, heads, selected, length, SEQUENCES=SEQUENCES, BLOCK=block)
     groups = triton.cdiv(heads, HEADS)
-    places = torch.empty((heads, rows), dtype=torch.int32, device=device)
-    taken_by = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
+    token_indices = torch.empty((heads, rows), dtype=torch.int32, device=device)
+    bitmap = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
     _pack_kernel[(heads, batch)](
-        indices, starts, places, taken_by, batch, heads, rows, selected, length, groups,
+        indices, cu_seqlens, token_indices, bitmap, batch, heads, rows, selected, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),
     )  # fmt: skip
-    before = torch.empty_like(taken_by)
+    before = torch.empty_like(bitmap)
     counts = torch.zeros(batch * length + 1, dtype=torch.int32, device=device)
-    _count_kernel[(triton.cdiv(length, TOKENS), batch)](taken_by, before, counts, length, groups, TOKENS=TOKENS)
+    _count_kernel[(triton.cdiv(length, TOKENS), batch)](bitmap, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
     _entries_kernel[(triton.cdiv(rows, ROWS), heads)](
-        places, starts, taken_by, before, offsets, entries, batch, rows, selected, length, groups,
+        token_indices, cu_seqlens, bitmap, before, offsets, entries, batch, rows, selected, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
-    return Rows(places, starts, offsets, entries)
+    return Rows(token_indices, cu_seqlens, offsets, entries)

@@ -9,43 +9,51 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_mosa.kernels.naive import HISTOGRAM_LOGITS
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, multiprocessors, strides, with_contiguous_rows
+from megatron_mosa.kernels.triton.common import (
+    INTERPRET,
+    dot,
+    multiprocessors,
+    optional_contiguous,
+    strides,
+    with_contiguous_rows,
+)
 
 
 @triton.jit
 def _scores_kernel(
-    states, weight, scores, T, E, H, stride_b, stride_t,
+    p_x, p_weight, p_scores, T, E, H, stride_b, stride_t,
     FP32: tl.constexpr, INTERPRETED: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    batch = tl.program_id(2)
-    column = tl.arange(0, COLUMNS)
-    rows = states + batch.to(tl.int64) * stride_b + token.to(tl.int64)[:, None] * stride_t
-    logits = tl.zeros((TOKENS, HEADS), dtype=tl.float32)
+    i_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    i_head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i_batch = tl.program_id(2)
+    o_column = tl.arange(0, COLUMNS)
+    p_x_rows = p_x + i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64)[:, None] * stride_t
+    b_logits = tl.zeros((TOKENS, HEADS), dtype=tl.float32)
     for start in range(0, H, COLUMNS):
-        inside = start + column < H
-        x = tl.load(rows + start + column[None], mask=(token < T)[:, None] & inside[None], other=0.0)
-        w = tl.load(
-            weight + head.to(tl.int64)[None] * H + (start + column)[:, None],
-            mask=(head < E)[None] & inside[:, None],
+        m_column = start + o_column < H
+        b_x = tl.load(p_x_rows + start + o_column[None], mask=(i_token < T)[:, None] & m_column[None], other=0.0)
+        b_w = tl.load(
+            p_weight + i_head.to(tl.int64)[None] * H + (start + o_column)[:, None],
+            mask=(i_head < E)[None] & m_column[:, None],
             other=0.0,
         )
         if FP32:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        logits = dot(x, w, logits, INTERPRETED)
-    offsets = (batch.to(tl.int64) * E + head[None]) * T + token[:, None]
-    tl.store(scores + offsets, 1.0 / (1.0 + tl.exp(-logits)), mask=(token < T)[:, None] & (head < E)[None])
+            b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
+        b_logits = dot(b_x, b_w, b_logits, INTERPRETED)
+    o_scores = (i_batch.to(tl.int64) * E + i_head[None]) * T + i_token[:, None]
+    tl.store(p_scores + o_scores, 1.0 / (1.0 + tl.exp(-b_logits)), mask=(i_token < T)[:, None] & (i_head < E)[None])
 
 
-def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
-    """sigmoid(X w), fp32 [B, E, T], from [B, T, h] and [E, h]; without a gradient of its own."""
-    states = with_contiguous_rows(hidden_states.detach())
-    weight = router_weight.detach().contiguous()
+@torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())
+def fused_router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    """Compute sigmoid(X w), fp32 [B, E, T], from [B, T, h] and [E, h]; ``fused_attention`` returns the gradient."""
+    states, weight = with_contiguous_rows(hidden_states), router_weight.contiguous()
     batch, length, width = states.shape
     heads = weight.shape[0]
     scores = states.new_empty((batch, heads, length), dtype=torch.float32)
@@ -59,77 +67,89 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     return scores
 
 
-@triton.jit
-def _keys(scores, row, token, T, EXCLUDES_FIRST: tl.constexpr):
-    """Scores as integers of the same order, -1 for what is not compared; NaN is largest."""
-    score = tl.load(scores + row.to(tl.int64) * T + token, mask=token < T, other=0.0)
-    key = tl.maximum(tl.where(score == score, score.to(tl.int32, bitcast=True), 0x7F800001), 0)
-    return tl.where((token < T) & ((token > 0) | (not EXCLUDES_FIRST)), key, -1)
+@fused_router_scores.register_fake
+def _(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+    shape = (hidden_states.shape[0], router_weight.shape[0], hidden_states.shape[1])
+    return hidden_states.new_empty(shape, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.megatron_mosa.fused_router_scores)
+def _(states: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: object) -> int:
+    return 2 * states[0] * states[1] * states[2] * weight[0]
 
 
 @triton.jit
-def _running_count(chosen, BLOCK: tl.constexpr):
-    """How many of a block are chosen up to each place; in rows that few threads share, since shuffles cost most."""
-    rows = tl.reshape(chosen.to(tl.int32), (BLOCK // 16, 16))
-    each = tl.sum(rows, axis=1)
-    before = tl.cumsum(each, axis=0) - each
-    return tl.reshape(tl.cumsum(rows, axis=1) + before[:, None], (BLOCK,))
+def _load_keys(p_scores, i_row, i_token, T, EXCLUDES_FIRST: tl.constexpr):
+    """Load scores as integers in the same order; NaN is the largest, and -1 marks tokens that are not compared."""
+    b_score = tl.load(p_scores + i_row.to(tl.int64) * T + i_token, mask=i_token < T, other=0.0)
+    b_key = tl.maximum(tl.where(b_score == b_score, b_score.to(tl.int32, bitcast=True), 0x7F800001), 0)
+    return tl.where((i_token < T) & ((i_token > 0) | (not EXCLUDES_FIRST)), b_key, -1)
+
+
+@triton.jit
+def _inclusive_count(m_selected, BLOCK: tl.constexpr):
+    """Count the selected tokens of a block up to each one, in rows of 16, because shuffles between threads are slow."""
+    b_rows = tl.reshape(m_selected.to(tl.int32), (BLOCK // 16, 16))
+    b_sums = tl.sum(b_rows, axis=1)
+    b_before = tl.cumsum(b_sums, axis=0) - b_sums
+    return tl.reshape(tl.cumsum(b_rows, axis=1) + b_before[:, None], (BLOCK,))
 
 
 @triton.jit
 def _select_kernel(
-    scores, indices, T, K, INCLUDES_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+    p_scores, p_indices, T, K, INCLUDES_FIRST: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    key = _keys(scores, row, lane, T, INCLUDES_FIRST)  # held in registers if it is all
+    i_row = tl.program_id(0)
+    o_token = tl.arange(0, BLOCK)
+    b_key = _load_keys(p_scores, i_row, o_token, T, INCLUDES_FIRST)  # stays in registers if there is one block
     low, high = 0x7FFFFFFF, -1
     for start in range(0, T, BLOCK):
         if not IS_ONE_BLOCK:
-            key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
-        low = tl.minimum(low, tl.min(tl.where(key >= 0, key, 0x7FFFFFFF)))
-        high = tl.maximum(high, tl.max(key))
-    # Bisect for the largest key that enough others reach. low is reached by enough of them, high by too few, until
-    # just enough reach low or nothing lies between: then some of the keys that equal low are left out.
-    enough, reached = K - INCLUDES_FIRST, T - INCLUDES_FIRST
+            b_key = _load_keys(p_scores, i_row, start + o_token, T, INCLUDES_FIRST)
+        low = tl.minimum(low, tl.min(tl.where(b_key >= 0, b_key, 0x7FFFFFFF)))
+        high = tl.maximum(high, tl.max(b_key))
+    # Bisect for the largest key that at least ``target`` keys reach. Enough keys reach low, and too few reach high. It
+    # ends when exactly ``target`` keys reach low, or no integer lies between: then ties at low must be broken.
+    target, reached = K - INCLUDES_FIRST, T - INCLUDES_FIRST
     high = high + 1
-    if enough == 0:
+    if target == 0:
         low, reached = high, 0
-    while (reached != enough) & (high - low > 1):
+    while (reached != target) & (high - low > 1):
         middle = low + (high - low) // 2
         count = 0
         for start in range(0, T, BLOCK):
             if not IS_ONE_BLOCK:
-                key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
-            count += tl.sum((key >= middle).to(tl.int32))
-        if count >= enough:
+                b_key = _load_keys(p_scores, i_row, start + o_token, T, INCLUDES_FIRST)
+            count += tl.sum((b_key >= middle).to(tl.int32))
+        if count >= target:
             low, reached = middle, count
         else:
             high = middle
-    ties_left = enough
-    if reached != enough:
+    ties_left = target
+    if reached != target:
         for start in range(0, T, BLOCK):
             if not IS_ONE_BLOCK:
-                key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
-            ties_left -= tl.sum((key > low).to(tl.int32))
-    taken = 0
+                b_key = _load_keys(p_scores, i_row, start + o_token, T, INCLUDES_FIRST)
+            ties_left -= tl.sum((b_key > low).to(tl.int32))
+    num_selected = 0
     for start in range(0, T, BLOCK):
         if not IS_ONE_BLOCK:
-            key = _keys(scores, row, start + lane, T, INCLUDES_FIRST)
-        chosen = key >= low
-        if reached != enough:  # ties: the earlier ones
-            ties = key == low
-            chosen = (key > low) | (ties & (_running_count(ties, BLOCK) <= ties_left))
-            ties_left -= tl.sum(ties.to(tl.int32))
+            b_key = _load_keys(p_scores, i_row, start + o_token, T, INCLUDES_FIRST)
+        m_selected = b_key >= low
+        if reached != target:  # of equal keys, select the earlier ones
+            m_tie = b_key == low
+            m_selected = (b_key > low) | (m_tie & (_inclusive_count(m_tie, BLOCK) <= ties_left))
+            ties_left -= tl.sum(m_tie.to(tl.int32))
         if INCLUDES_FIRST:
-            chosen = chosen | (start + lane == 0)
-        slot = taken + _running_count(chosen, BLOCK) - 1
-        tl.store(indices + row.to(tl.int64) * K + slot, (start + lane).to(tl.int64), mask=chosen)
-        taken += tl.sum(chosen.to(tl.int32))
+            m_selected = m_selected | (start + o_token == 0)
+        i_slot = num_selected + _inclusive_count(m_selected, BLOCK) - 1
+        tl.store(p_indices + i_row.to(tl.int64) * K + i_slot, (start + o_token).to(tl.int64), mask=m_selected)
+        num_selected += tl.sum(m_selected.to(tl.int32))
 
 
-def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
-    """int64 [B, E, k] in position order, of fp32 scores [B, E, T] from 0 on; ties go to the earlier token."""
+@torch.library.custom_op("megatron_mosa::fused_select_tokens", mutates_args=())
+def fused_select_tokens(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
+    """Compute ``naive.select_tokens`` of whole sequences, from fp32 scores that are not negative."""
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
     chosen = tiles.selection(length)
@@ -140,81 +160,94 @@ def select(scores: Tensor, num_selected: int, include_first_token: bool) -> Tens
     return indices
 
 
+@fused_select_tokens.register_fake
+def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], num_selected), dtype=torch.int64)
+
+
+@triton.jit
+def _fill_empty_slots(p_indices, num_selected, T, C, BLOCK: tl.constexpr):
+    """Store T in the slots of one head and sequence from ``num_selected`` on."""
+    for start in range(0, C, BLOCK):
+        i_slot = start + tl.arange(0, BLOCK)
+        tl.store(p_indices + i_slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(i_slot >= num_selected) & (i_slot < C))
+
+
 @triton.jit
 def _select_above_kernel(
-    scores, thresholds, starts, indices, T, E, C, HAS_STARTS: tl.constexpr, BLOCK: tl.constexpr
+    p_scores, p_thresholds, p_starts, p_indices, T, E, C, HAS_STARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # b * E + e
-    threshold = tl.load(thresholds + row % E)
-    taken = 0
+    i_row = tl.program_id(0).to(tl.int64)  # b * E + e
+    threshold = tl.load(p_thresholds + i_row % E)
+    num_selected = 0
     for start in range(0, T, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        score = tl.load(scores + row * T + token, mask=token < T, other=0.0)
-        first = token == 0
+        i_token = start + tl.arange(0, BLOCK)
+        b_score = tl.load(p_scores + i_row * T + i_token, mask=i_token < T, other=0.0)
+        m_first = i_token == 0
         if HAS_STARTS:
-            first = tl.load(starts + row // E * T + token, mask=token < T, other=-1) == token
-        chosen = ((score > threshold) | first) & (token < T)
-        slot = taken + _running_count(chosen, BLOCK) - 1
-        tl.store(indices + row * C + slot, token.to(tl.int64), mask=chosen & (slot < C))
-        taken += tl.sum(chosen.to(tl.int32))
-    for start in range(0, C, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        tl.store(indices + row * C + slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(slot >= taken) & (slot < C))
+            m_first = tl.load(p_starts + i_row // E * T + i_token, mask=i_token < T, other=-1) == i_token
+        m_selected = ((b_score > threshold) | m_first) & (i_token < T)
+        i_slot = num_selected + _inclusive_count(m_selected, BLOCK) - 1
+        tl.store(p_indices + i_row * C + i_slot, i_token.to(tl.int64), mask=m_selected & (i_slot < C))
+        num_selected += tl.sum(m_selected.to(tl.int32))
+    _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
 
 
 @triton.jit
 def _follow_kernel(
-    scores, thresholds, starts, indices, counts, T, E, C, FEEDBACK, SHARE,
+    p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C, FEEDBACK, SHARE,
     HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Selection with feedback of one head in one sequence: from one taken token to the next, not token by token."""
-    row = tl.program_id(0).to(tl.int64)  # b * E + e
-    threshold = tl.load(thresholds + row % E)
-    base = tl.log(threshold) - tl.log(1.0 - threshold)
-    taken, before = 0, 0  # of the sequence; of the document
+    """Select with feedback for one head in one sequence, stepping from one selected token to the next.
+
+    STORES: write indices, up to C of them; otherwise write the number of selected tokens.
+    """
+    i_row = tl.program_id(0).to(tl.int64)  # b * E + e
+    threshold = tl.load(p_thresholds + i_row % E)
+    threshold_logit = tl.log(threshold) - tl.log(1.0 - threshold)
+    num_selected, in_document = 0, 0  # selected so far in the sequence, and in the current document
     for start in range(0, T, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        score = tl.load(scores + row * T + token, mask=token < T, other=0.0)
-        begin = tl.zeros((BLOCK,), tl.int32)
+        i_token = start + tl.arange(0, BLOCK)
+        b_score = tl.load(p_scores + i_row * T + i_token, mask=i_token < T, other=0.0)
+        b_start = tl.zeros((BLOCK,), tl.int32)
         if HAS_STARTS:
-            begin = tl.load(starts + row // E * T + token, mask=token < T, other=-1).to(tl.int32)
-        margin = tl.log(score) - tl.log(1.0 - score) - base + FEEDBACK * SHARE * (token - begin).to(tl.float32)
-        margin = tl.where((score == score) & (token < T), margin, float("-inf"))
-        first = (token == begin) & (token < T)
-        last = start - 1
+            b_start = tl.load(p_starts + i_row // E * T + i_token, mask=i_token < T, other=-1).to(tl.int32)
+        b_margin = tl.log(b_score) - tl.log(1.0 - b_score) - threshold_logit
+        b_margin = b_margin + FEEDBACK * SHARE * (i_token - b_start).to(tl.float32)
+        b_margin = tl.where((b_score == b_score) & (i_token < T), b_margin, float("-inf"))
+        m_first = (i_token == b_start) & (i_token < T)
+        last = start - 1  # the last token that was selected
         while last < start + BLOCK:
-            later = token > last
-            beginning = tl.min(tl.where(later & first, token, start + BLOCK))
-            chosen = later & (margin > FEEDBACK * before)
-            last = tl.minimum(tl.min(tl.where(chosen, token, start + BLOCK)), beginning)
+            m_later = i_token > last
+            next_first = tl.min(tl.where(m_later & m_first, i_token, start + BLOCK))
+            m_above = m_later & (b_margin > FEEDBACK * in_document)
+            last = tl.minimum(tl.min(tl.where(m_above, i_token, start + BLOCK)), next_first)
             if last < start + BLOCK:
-                before = tl.where(last == beginning, 1, before + 1)
+                in_document = tl.where(last == next_first, 1, in_document + 1)
                 if STORES:
-                    tl.store(indices + row * C + taken, last.to(tl.int64), mask=taken < C)
-                taken += 1
+                    tl.store(p_indices + i_row * C + num_selected, last.to(tl.int64), mask=num_selected < C)
+                num_selected += 1
                 if STORES:
-                    last = tl.where(taken < C, last, start + BLOCK)
+                    last = tl.where(num_selected < C, last, start + BLOCK)
     if STORES:
-        for start in range(0, C, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
-            tl.store(indices + row * C + slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(slot >= taken) & (slot < C))
+        _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
     else:
-        tl.store(counts + row, taken)
+        tl.store(p_counts + i_row, num_selected)
 
 
-def select_above(
+@torch.library.custom_op("megatron_mosa::fused_select_above", mutates_args=())
+def fused_select_above(
     scores: Tensor,
     thresholds: Tensor,
     capacity: int,
-    document_starts: Tensor | None,
+    document_starts: Tensor | None = None,
     feedback: float = 0.0,
     share: float = 0.0,
 ) -> Tensor:
-    """As ``naive.select_above`` with a capacity, of fp32 scores and thresholds."""
+    """Compute ``naive.select_above`` from fp32 scores and thresholds."""
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, capacity), dtype=torch.int64, device=scores.device)
-    scores, thresholds = scores.contiguous(), thresholds.contiguous()
-    starts = None if document_starts is None else document_starts.contiguous()
+    scores, thresholds, starts = scores.contiguous(), thresholds.contiguous(), optional_contiguous(document_starts)
     if feedback == 0:
         _select_above_kernel[(batch * heads,)](
             scores, thresholds, starts, indices, length, heads, capacity,
@@ -228,13 +261,18 @@ def select_above(
     return indices
 
 
-def count_followed(
+@fused_select_above.register_fake
+def _(scores: Tensor, thresholds: Tensor, capacity: int, *_: object) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], capacity), dtype=torch.int64)
+
+
+def count_with_feedback(
     scores: Tensor, thresholds: Tensor, document_starts: Tensor | None, feedback: float, share: float
 ) -> Tensor:
-    """As ``naive.count_above`` with feedback, int32 [B, E], of fp32 scores and thresholds."""
+    """Compute ``naive.count_above`` with feedback, int32 [B, E], from fp32 scores and thresholds."""
     batch, heads, length = scores.shape
     counts = torch.empty((batch, heads), dtype=torch.int32, device=scores.device)
-    starts = None if document_starts is None else document_starts.contiguous()
+    starts = optional_contiguous(document_starts)
     _follow_kernel[(batch * heads,)](
         scores.contiguous(), thresholds.contiguous(), starts, None, counts, length, heads, 0, feedback, share,
         HAS_STARTS=starts is not None, STORES=False, **tiles.follow(length),
@@ -244,27 +282,28 @@ def count_followed(
 
 @triton.jit(do_not_specialize=["B"])
 def _count_scores_kernel(
-    scores, histogram, B, E, T, stride, LOGITS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    p_scores, p_histogram, B, E, T, stride, LOGITS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Count the scores of one head in some of the sequences: number p, p + P, ... of them for program p of P."""
-    head = tl.program_id(0)
-    counts = tl.zeros((BINS,), dtype=tl.int32)
-    row = scores + (tl.program_id(1).to(tl.int64) * E + head) * T
+    """Count the scores of one head; of P programs, program p counts sequences p, p + P, and so on."""
+    i_head = tl.program_id(0)
+    b_counts = tl.zeros((BINS,), dtype=tl.int32)
+    p_row = p_scores + (tl.program_id(1).to(tl.int64) * E + i_head) * T
     for _ in range(tl.program_id(1), B, tl.num_programs(1)):
         for start in range(0, T, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            score = tl.load(row + token, mask=token < T, other=0.5)
-            score = tl.where(score == score, score, 0.0)
-            place = (tl.log(score) - tl.log(1.0 - score) + LOGITS) * (BINS / (2 * LOGITS))
-            place = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(tl.int32)
-            counts += tl.histogram(place, BINS, mask=token < T)
-        row += stride
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(histogram + head.to(tl.int64) * BINS + bins, counts, mask=counts > 0, sem="relaxed")
+            i_token = start + tl.arange(0, BLOCK)
+            b_score = tl.load(p_row + i_token, mask=i_token < T, other=0.5)
+            b_score = tl.where(b_score == b_score, b_score, 0.0)
+            i_bin = (tl.log(b_score) - tl.log(1.0 - b_score) + LOGITS) * (BINS / (2 * LOGITS))
+            i_bin = tl.minimum(tl.maximum(i_bin, 0.0), BINS - 1.0).to(tl.int32)
+            b_counts += tl.histogram(i_bin, BINS, mask=i_token < T)
+        p_row += stride
+    o_bin = tl.arange(0, BINS)
+    tl.atomic_add(p_histogram + i_head.to(tl.int64) * BINS + o_bin, b_counts, mask=b_counts > 0, sem="relaxed")
 
 
-def count_scores(scores: Tensor, histogram: Tensor) -> None:
-    """As ``naive.count_scores``, of fp32 scores; integers add up to the same in any order."""
+@torch.library.custom_op("megatron_mosa::fused_count_scores", mutates_args=("histogram",))
+def fused_count_scores(scores: Tensor, histogram: Tensor) -> None:
+    """Compute ``naive.count_scores`` from fp32 scores; adding integers, atomics are deterministic in any order."""
     batch, heads, length = scores.shape
     programs = max(1, min(batch, 8 * multiprocessors(scores.device) // heads))
     _count_scores_kernel[(heads, programs)](

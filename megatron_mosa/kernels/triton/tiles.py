@@ -1,6 +1,6 @@
-"""Tile sizes, warps and pipeline stages of each kernel: what ``benchmarks/tune.py`` varies.
+"""Tile sizes, warps and pipeline stages of each kernel, which ``benchmarks/tune.py`` varies.
 
-Chosen by measurement on an H200 (docs/kernels.md); on cards with less shared memory stages and tiles shrink.
+Chosen by measurement on an H200 (docs/kernels.md); GPUs with less shared memory use fewer stages and smaller tiles.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import torch
 from megatron_mosa.kernels.triton.common import power_of_2, shared_memory
 
 Tiles = dict[str, int]
-L2_BYTES = 24 << 20  # of the states that all heads gather from at a time: half of Hopper's cache
+L2_BYTES = 24 << 20  # of states that all heads gather from at the same time: half of Hopper's L2 cache
 
 
 def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
-    """How many tiles of rows all heads take before the next: what lets device memory be read least.
+    """Return how many tiles of every head run before the next tiles, so that device memory is read least.
 
     Args:
-        tiles: of one head.
-        tile_bytes: of the states among which the tokens of a tile lie.
-        weight_bytes: of the matrices of all heads, read once for each group.
+        tiles: number of tiles of one head.
+        tile_bytes: size of the states that contain the tokens of one tile.
+        weight_bytes: size of the matrices of all heads, which are read once per group.
     """
     if weight_bytes <= L2_BYTES:
         return 1
     return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
 
 
-def _fitted(chosen: Tiles, most: float, taken: Callable[[Tiles], int], shrinks: str, least: int) -> Tiles:
-    """With fewer stages, then smaller tiles, until the bytes of shared memory that are taken are ``most``."""
-    while taken(chosen) > most and (chosen["num_stages"] > 2 or chosen[shrinks] > least):
+def _fitted(chosen: Tiles, limit: float, shared_bytes: Callable[[Tiles], int], shrinks: str, minimum: int) -> Tiles:
+    """Reduce the number of stages, then the tile size ``shrinks``, until the tiles fit into ``limit`` bytes."""
+    while shared_bytes(chosen) > limit and (chosen["num_stages"] > 2 or chosen[shrinks] > minimum):
         if chosen["num_stages"] > 2:
             chosen["num_stages"] -= 1
         else:
@@ -39,62 +39,64 @@ def _fitted(chosen: Tiles, most: float, taken: Callable[[Tiles], int], shrinks: 
 
 
 def scores(heads: int, in_fp32: bool) -> Tiles:
-    """TOKENS by HEADS; COLUMNS is along the width of the states."""
+    """Tiles of TOKENS by HEADS; COLUMNS is along the width of the states."""
     if in_fp32:
         return dict(TOKENS=128, HEADS=64, COLUMNS=32, num_warps=8)
-    # Few tiles of heads, since each reads all states.
+    # Few tiles of heads, because each reads all states.
     return dict(TOKENS=128, HEADS=64 if heads <= 64 else 128, COLUMNS=64, num_warps=4 if heads <= 64 else 8)
 
 
 def selection(length: int) -> Tiles:
-    """Scores of a head that one program holds at once; all of them up to the largest block."""
+    """BLOCK: scores of a head that a program holds at once, all of them if possible."""
     block = min(power_of_2(length), 16_384)
-    # As few registers as hold the scores, so that as many programs as may hide each other's latency.
+    # Just enough registers to hold the scores, so that many programs hide each other's latency.
     return dict(BLOCK=block, num_warps=max(1, min(16, block // 1024)), maxnreg=96 if block < 8192 else 128)
 
 
 def select_above(length: int) -> Tiles:
-    """Scores of a head that one program compares at a time."""
+    """BLOCK: scores of a head that a program compares at once."""
     block = min(power_of_2(length), 2048)
     return dict(BLOCK=block, num_warps=max(1, block // 512))
 
 
 def follow(length: int) -> Tiles:
-    """Scores of a head among which one program seeks the next token that it takes."""
+    """BLOCK: scores of a head among which a program searches for the next selected token."""
     block = min(power_of_2(length), 1024)
     return dict(BLOCK=block, num_warps=max(1, block // 512))
 
 
 def count_scores(length: int) -> Tiles:
-    """Scores of a head that one program counts at a time."""
+    """BLOCK: scores of a head that a program counts at once."""
     block = min(power_of_2(length), 1024)
     return dict(BLOCK=block, num_warps=max(1, block // 256))
 
 
 def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: int, gates: bool) -> Tiles:
-    """Rows of a head by all columns of its matrix; INNER is along the width of the states.
+    """Tiles of ROWS of a head by all columns of its matrix; INNER is along the width of the states.
 
-    ``rows_each`` is how many rows there are for each multiprocessor; with ``gates`` the products meet as many numbers
-    again.
+    Args:
+        columns: number of columns of a tile.
+        rows_each: number of rows per multiprocessor.
+        gates: whether the products are multiplied by gates, which needs as many registers again.
     """
     chosen = dict(ROWS=256, INNER=64, num_warps=8, num_stages=4 if columns <= 64 else 3)
     if dtype == torch.float32:
         chosen = dict(ROWS=32, INNER=32, num_warps=4, num_stages=2)
-    elif columns > 192:  # as many as the registers hold the products of
+    elif columns > 192:  # the maximum whose products fit into registers
         chosen |= dict(ROWS=128) | (dict(INNER=32, num_stages=4) if columns > 256 else {})
     elif gates and columns <= 64:
         chosen |= dict(ROWS=128)
     while chosen["ROWS"] > max(64, rows_each):
         chosen["ROWS"] //= 2
 
-    def taken(tiles: Tiles) -> int:
+    def shared_bytes(tiles: Tiles) -> int:
         return tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + columns) * dtype.itemsize
 
-    return _fitted(chosen, 0.9 * shared_memory(device), taken, "ROWS", 32)
+    return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 32)
 
 
 def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, rows: int) -> Tiles:
-    """Rows of a head by columns of the output, SWEEP tiles of them on the same rows, of which a chunk has ``rows``."""
+    """Tiles of ROWS of a head by COLUMNS of the output, SWEEP of them per program; a chunk has ``rows`` of a head."""
     inner = parts * power_of_2(size)
     chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=3 if inner <= 128 else 2)
     if dtype == torch.float32:
@@ -102,25 +104,25 @@ def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, r
     elif rows <= 64 or inner <= 64:
         chosen |= dict(ROWS=64, num_warps=4, num_stages=3)
 
-    def taken(tiles: Tiles) -> int:
+    def shared_bytes(tiles: Tiles) -> int:
         weights = tiles["num_stages"] * tiles["COLUMNS"]
         return dtype.itemsize * inner * (tiles["ROWS"] + weights) + 4 * tiles["ROWS"] * tiles["COLUMNS"]
 
-    most = shared_memory(device)
-    if taken(chosen) > most:
+    limit = shared_memory(device)
+    if shared_bytes(chosen) > limit:
         chosen |= dict(ROWS=min(64, chosen["ROWS"]), num_warps=4)
-    return _fitted(chosen, most, taken, "COLUMNS", 16)
+    return _fitted(chosen, limit, shared_bytes, "COLUMNS", 16)
 
 
 def combine(width: int, each: int) -> Tiles:
-    """UNROLL partial products of one token, which has about ``each``, at a time by columns of the output."""
+    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output."""
     columns = min(power_of_2(width), 1024)
     unroll = 32 if each >= 16 else 16 if each >= 10 else 8
     return dict(UNROLL=unroll, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
-    """COLUMNS of the states by WIDTH of the values; ROWS is along the rows of a head."""
+    """Tiles of COLUMNS of the states by WIDTH of the values; ROWS is along the rows of a head."""
     width = power_of_2(size)
     columns = 128 if parts * width <= 384 else 64
     warps = 4 if parts * width <= 192 else 8
@@ -130,21 +132,21 @@ def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: 
     elif parts == 3 and warps == 4:
         chosen |= dict(ROWS=32, num_stages=4)
 
-    def taken(tiles: Tiles) -> int:
+    def shared_bytes(tiles: Tiles) -> int:
         return tiles["num_stages"] * tiles["ROWS"] * (tiles["COLUMNS"] + parts * width + 16) * dtype.itemsize
 
-    return _fitted(chosen, 0.9 * shared_memory(device), taken, "ROWS", 16)
+    return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 16)
 
 
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int, is_backward: bool) -> Tiles:
-    """Queries by as many keys; ``width`` is the head's, rounded up to a power of 2."""
+    """Tiles of BLOCK queries by BLOCK keys; ``width`` is that of a head, rounded up to a power of 2."""
     block = min(power_of_2(selected), 64 if dtype.itemsize < 4 else 32)
-    while block > 16 and 13.1 * block * width * dtype.itemsize > shared_memory(device):  # what the backward pass takes
+    while block > 16 and 13.1 * block * width * dtype.itemsize > shared_memory(device):  # the need of the backward pass
         block //= 2
     warps = 2 if block <= 32 and width <= 64 else 4 if block * width <= 64 * 128 else 8
     chosen = dict(BLOCK=block, num_warps=warps, num_stages=1)
     if not is_backward and dtype.itemsize < 4 and block == 64 and width <= 64:
-        chosen |= dict(maxnreg=128)  # for more programs at a time
+        chosen |= dict(maxnreg=128)  # so that more programs run at the same time
     if is_backward and dtype.itemsize < 4 and selected > block:
         chosen |= dict(num_stages=2)
     return chosen

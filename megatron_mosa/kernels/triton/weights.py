@@ -12,60 +12,62 @@ from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import INTERPRET, dot, multiprocessors, strides
-from megatron_mosa.kernels.triton.gathered import PAIR, masked_tile, rows_at
-from megatron_mosa.kernels.triton.rows import Rows, bits_of
+from megatron_mosa.kernels.triton.gathered import PAIR, masked_tile, token_pointers
+from megatron_mosa.kernels.triton.rows import Rows
 
 
 @triton.jit(do_not_specialize=["B"])
 def _weight_gradient_kernel(
-    states, places, row_starts, values, pairs, output, pair_output, B, R, H, stride_b, stride_t,
+    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, H, stride_b, stride_t,
     stride_s, stride_e, stride_h, stride_d, pair_stride_s,
     D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, split, part = tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # of the states
-    first = tl.arange(0, WIDTH if PARTS == 1 else 2 * WIDTH)  # of the values: one part, or two in one tile
-    in_first, first = first % WIDTH < D, (part + first // WIDTH) * D + first % WIDTH
-    of_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
+    i_head, i_split, i_part = tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
+    o_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # of the states
+    o_first = tl.arange(0, WIDTH if PARTS == 1 else 2 * WIDTH)  # of the values: one part, or two in one tile
+    m_first, o_first = o_first % WIDTH < D, (i_part + o_first // WIDTH) * D + o_first % WIDTH
+    b_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
     if PARTS == 3:
-        last = tl.arange(0, WIDTH)
-        in_last, last = last < D, 2 * D + last
-        of_last = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
+        o_last = tl.arange(0, WIDTH)
+        m_last, o_last = o_last < D, 2 * D + o_last
+        b_last = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
     if HAS_PAIRS:
-        along = tl.zeros((COLUMNS, PAIR), dtype=tl.float32)
-    count = tl.load(row_starts + head * (B + 1) + B)
-    share = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
-    lane, pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
-    its_places = places + head.to(tl.int64) * R + lane
-    # Places come an iteration ahead: the gather then has all stages of the pipeline to itself.
-    following = tl.load(its_places + split * share, mask=split * share + lane < count, other=0)
-    for start in range(split * share, tl.minimum(count, (split + 1) * share), ROWS):
-        source, here = head.to(tl.int64) * R + start, start + lane < count  # offsets beyond source stay the same
-        place = following
-        following = tl.load(its_places + start + ROWS, mask=start + ROWS + lane < count, other=0)
-        x_rows = rows_at(states, place, stride_b, stride_t, SHIFT)
+        b_pairs = tl.zeros((COLUMNS, PAIR), dtype=tl.float32)
+    count = tl.load(p_cu_seqlens + i_head * (B + 1) + B)
+    rows_per_split = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
+    begin = i_split * rows_per_split
+    i_lane, o_pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
+    p_indices = p_token_indices + i_head.to(tl.int64) * R + i_lane
+    # Indices are loaded one iteration ahead, so that the gather has all stages of the pipeline to itself.
+    b_next_index = tl.load(p_indices + begin, mask=begin + i_lane < count, other=0)
+    for start in range(begin, tl.minimum(count, (i_split + 1) * rows_per_split), ROWS):
+        o_row, m_row = i_head.to(tl.int64) * R + start, start + i_lane < count  # offsets from o_row stay constant
+        b_index = b_next_index
+        b_next_index = tl.load(p_indices + start + ROWS, mask=start + ROWS + i_lane < count, other=0)
+        p_x_rows = token_pointers(p_x, b_index, stride_b, stride_t, SHIFT)
         if IS_WHOLE:
-            x = tl.load(x_rows + column[None])
+            b_x = tl.load(p_x_rows + o_column[None])
         else:
-            x = tl.load(x_rows + column[None], mask=(column < H)[None], other=0.0)  # [ROWS, COLUMNS]
-        v_rows = values + source * (ALL_PARTS * D) + lane[:, None] * (ALL_PARTS * D)
-        of_first = dot(tl.trans(x), masked_tile(v_rows, first, here, in_first, False), of_first, INTERPRETED)
+            b_x = tl.load(p_x_rows + o_column[None], mask=(o_column < H)[None], other=0.0)  # [ROWS, COLUMNS]
+        p_v_rows = p_values + o_row * (ALL_PARTS * D) + i_lane[:, None] * (ALL_PARTS * D)
+        b_first = dot(tl.trans(b_x), masked_tile(p_v_rows, o_first, m_row, m_first, False), b_first, INTERPRETED)
         if PARTS == 3:
-            of_last = dot(tl.trans(x), masked_tile(v_rows, last, here, in_last, False), of_last, INTERPRETED)
+            b_last = dot(tl.trans(b_x), masked_tile(p_v_rows, o_last, m_row, m_last, False), b_last, INTERPRETED)
         if HAS_PAIRS:
-            p_rows = pairs + source * PAIR + lane[:, None] * PAIR + pair[None]
-            along = dot(tl.trans(x), tl.load(p_rows, mask=here[:, None], other=0.0), along, INTERPRETED)
-    out = output + split * stride_s + head.to(tl.int64) * stride_e + column.to(tl.int64)[:, None] * stride_h
-    TYPE: tl.constexpr = output.dtype.element_ty
-    inside = (column < H)[:, None]
-    tl.store(out + first[None] * stride_d, of_first.to(TYPE), mask=inside & in_first[None])
+            p_pair_rows = p_pairs + o_row * PAIR + i_lane[:, None] * PAIR + o_pair[None]
+            b_pair = tl.load(p_pair_rows, mask=m_row[:, None], other=0.0)
+            b_pairs = dot(tl.trans(b_x), b_pair, b_pairs, INTERPRETED)
+    p_out_rows = p_out + i_split * stride_s + i_head.to(tl.int64) * stride_e + o_column.to(tl.int64)[:, None] * stride_h
+    TYPE: tl.constexpr = p_out.dtype.element_ty
+    m_column = (o_column < H)[:, None]
+    tl.store(p_out_rows + o_first[None] * stride_d, b_first.to(TYPE), mask=m_column & m_first[None])
     if PARTS == 3:
-        tl.store(out + last[None] * stride_d, of_last.to(TYPE), mask=inside & in_last[None])
-    if HAS_PAIRS and part == 0:
-        offsets = split * pair_stride_s + head.to(tl.int64) * H + column
-        tl.store(pair_output + offsets, tl.sum(along, axis=1).to(pair_output.dtype.element_ty), mask=column < H)
+        tl.store(p_out_rows + o_last[None] * stride_d, b_last.to(TYPE), mask=m_column & m_last[None])
+    if HAS_PAIRS and i_part == 0:
+        p_sums = p_pair_out + (i_split * pair_stride_s + i_head.to(tl.int64) * H + o_column)
+        tl.store(p_sums, tl.sum(b_pairs, axis=1).to(p_pair_out.dtype.element_ty), mask=o_column < H)
 
 
 def weight_gradient(
@@ -77,22 +79,22 @@ def weight_gradient(
     pairs: Tensor | None = None,
     pair_output: Tensor | None = None,
 ) -> None:
-    """Write, for each head, the selected tokens transposed times the values of its rows.
+    """Compute, for each head, the selected tokens transposed times the values of its rows.
 
-    Few heads give few programs: their rows are then split, and the parts added up in fp32.
+    If there are few heads, and so few programs, the rows of each are split, and the partial results added in fp32.
 
     Args:
         states: [B, T, h], contiguous in the last dimension.
-        rows: of the selection.
-        values: [E, B * k, parts * d].
-        output: [E, h, parts * d] with any strides.
-        pairs, pair_output: one more column of values, [E, B * k, PAIR] whose columns are added up, and its result,
-            [E, h].
+        rows: the rows of the selection.
+        values: [E, R, parts * d].
+        output: [E, h, parts * d] with any strides; written.
+        pairs: [E, R, PAIR], an additional column of values, given as the sum of these columns.
+        pair_output: [E, h], the result for ``pairs``; written.
     """
-    batch, length, width = states.shape
-    heads, capacity = rows.places.shape
+    batch, heads, _, _ = rows.shape
+    width, capacity = states.shape[2], rows.token_indices.shape[1]
     size = values.shape[2] // parts
-    at_once = parts if size <= 128 else 1  # all of them, if the registers hold them
+    at_once = parts if size <= 128 else 1  # all parts, if the registers hold their results
     chosen = tiles.weight_gradient(states.dtype, states.device, at_once, size)
     number = triton.cdiv(width, chosen["COLUMNS"])
     programs = number * heads * parts // at_once
@@ -102,9 +104,9 @@ def weight_gradient(
         outputs = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
         pair_outputs = None if pair_output is None else outputs.new_empty((splits, *pair_output.shape))
     _weight_gradient_kernel[(number, heads, splits * parts // at_once)](
-        states, rows.places, rows.starts, values, pairs, outputs, pair_outputs, batch, capacity, width,
+        states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, width,
         *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
-        D=size, SHIFT=bits_of(length), IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
+        D=size, SHIFT=rows.shift, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
         HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
     )  # fmt: skip
     if splits > 1:

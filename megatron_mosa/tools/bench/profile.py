@@ -93,7 +93,11 @@ def kind_of(name: str) -> str:
     """Tell a kernel's kind from its name."""
     if name.startswith("triton_") and "lerp" not in name:
         return OTHER  # Inductor's names list everything that they fuse
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), OTHER)
+    return next((kind for kind, words in KINDS.items() if any(_has(name, word) for word in words)), OTHER)
+
+
+def _has(name: str, word: str) -> bool:
+    return name.startswith(word) if word.startswith("_") else word in name  # kernels of this project begin with it
 
 
 def _intervals(kernels: list[Kernel]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,97 @@
+"""``mosa bench``: what it makes of kernels, what it prints and compares, and the command on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.model import model_flops, usual_flops
+from megatron_mosa.tools.bench import report
+from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.profile import Kernel, kind_of, summarize
+from tests.distributed.tasks import tiny_config
+
+MS = 1_000_000  # nanoseconds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
+        ("_scattered_kernel", "MoSA"),
+        ("_swiglu_backward_kernel", "elementwise"),
+        ("_accumulate_kernel", "elementwise"),
+        ("triton_poi_fused__unsafe_view_gelu_gelu_backward_view_0", "elementwise"),
+        ("triton_poi_fused_add_copy_copy__div_lerp_mul_pow_rsub_sqrt_sub_where_0", "optimizer"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ],
+)
+def test_a_kernels_name_tells_its_kind(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_overlapping_kernels_are_busy_once() -> None:
+    kernels = [
+        Kernel(0, 4 * MS, "gemm"), Kernel(2 * MS, 5 * MS, "ncclDevKernel_AllReduce"), Kernel(8 * MS, 9 * MS, "gemm"),
+        Kernel(8 * MS, 8 * MS + 1, "gemm"),
+    ]  # fmt: skip
+    found = summarize(kernels, steps=2)
+    assert found.busy == pytest.approx(3.0) and found.span == pytest.approx(4.5) and found.kernels == 2
+    assert found.kinds["matrix products"] == pytest.approx(2.5) and found.kinds["collectives"] == pytest.approx(1.5)
+    assert found.longest[0] == ("gemm", pytest.approx(2.5), 1.5)
+
+
+def measurement(**changes: object) -> Measurement:
+    profile = {"busy": 80.0, "kinds": {"matrix products": 60.0, "MoSA": 20.0}, "kernels": 900, "host_calls": 40}
+    found = Measurement(
+        name="model", layout="TP 1 x DP 1", device="GPU", versions={}, acceleration="acceleration: none",
+        milliseconds=[90.0, 100.0, 140.0], tokens_per_step=5000, flops_per_step={"executed": 4e12, "usual": 5e12},
+        peak_flops=1e14, parameters=1_500_000, allocated_gib=3.0, reserved_gib=4.0, seconds_to_build=1.0,
+        seconds_of_first_steps=[7.0, 0.2], losses=[4.1], profile=profile,
+    )  # fmt: skip
+    return replace(found, **changes)  # type: ignore[arg-type]
+
+
+def test_the_report_says_how_fast_and_where_the_time_goes() -> None:
+    text = report.text(measurement())
+    for part in (
+        "100.0 ms (median of 3; 90.0 to 140.0)", "tokens/s 50,000", "MFU      40.0 % of 100 TFLOP/s",
+        "50.0 % by the usual rule", "1.5 M parameters", "4.0 reserved", "900 kernels, 40 calls from the host",
+        "7.0, 0.2 s",
+    ):  # fmt: skip
+        assert part in text
+    rows = [line.split() for line in text.splitlines()[-4:-1]]
+    assert rows == [
+        ["matrix", "products", "60.0", "60.0", "%"],
+        ["MoSA", "20.0", "20.0", "%"],
+        ["idle", "20.0", "20.0", "%"],
+    ]
+
+
+def test_what_became_slower_by_over_5_percent_of_a_step_is_named() -> None:
+    before = measurement()
+    assert report.slower(measurement(milliseconds=[104.0]), before) == []
+    kinds = {"matrix products": 64.0, "MoSA": 26.0}
+    slower = measurement(milliseconds=[110.0], profile={**(before.profile or {}), "kinds": kinds})
+    assert report.slower(slower, before) == [
+        "step: 100.0 -> 110.0 ms (+10.0%)",
+        "MoSA: 20.0 -> 26.0 ms",
+        "idle: 20.0 -> 30.0 ms",
+    ]
+
+
+def test_a_picture_is_written(tmp_path: Path) -> None:
+    report.plot(measurement(), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_usual_rule_counts_what_others_count() -> None:
+    config = tiny_config(mosa__num_heads=0)
+    length, head_dim, layers, heads = 24, 8, 2, 4
+    attention = 3 * 4 * head_dim * heads * layers * (length**2 - length * (length + 1) / 2)  # keys after a query
+    embedding = 3 * 2 * 24 * 100 * length
+    assert usual_flops(config, 100) - model_flops(config, 100) == attention + embedding
