@@ -52,7 +52,7 @@ def load() -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
     for module in pkgutil.walk_packages(megatron_mosa.__path__, "megatron_mosa."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "hybrid_model")):  # the latter needs Megatron-core 0.19
             importlib.import_module(module.name)
     share_device()
     gc.collect()
