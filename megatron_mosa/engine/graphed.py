@@ -7,7 +7,7 @@ graphs possible. Its engine calls nothing here: its hooks would wait for the dev
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +24,12 @@ WARM_UPS = 2  # micro-batches that run as they are before one is captured: the f
 
 @dataclass
 class _Captured:
-    """The inputs of a micro-batch, [B, T] each at fixed addresses, and its graphs, once there are any."""
+    """The inputs of a micro-batch, [B, T] each at fixed addresses, and its graph, once there is one."""
 
     key: Hashable
     inputs: Batch
     runs: int = 0
-    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    """Of a step's first micro-batch (True), whose gradients replace the last step's, and of the others."""
+    graph: torch.cuda.CUDAGraph | None = None
 
 
 class GraphedSteps:
@@ -66,7 +65,8 @@ class GraphedSteps:
                 self._totals[parameter] = gradient.view_as(parameter)
                 parameter.register_post_accumulate_grad_hook(self._move_gradient)
         self._left: dict[torch.nn.Parameter, Tensor] = {}  # whose gradients this backward pass has not reached
-        self._is_first = False
+        # Of a step's first micro-batch: its gradients replace those of the last step, which nothing has to clear then.
+        self._is_first = torch.zeros((), dtype=torch.bool, device=device)
 
     def take(
         self, micro_batches: list[Batch], counted: Tensor, learning_rate: float, phase: Hashable
@@ -85,7 +85,8 @@ class GraphedSteps:
         self.scale.copy_(counted.reciprocal())
         self.total.zero_()
         for number, batch in enumerate(micro_batches):
-            self._add(batch, phase, is_first=number == 0)
+            self._is_first.fill_(number == 0)
+            self._add(batch, phase)
         self.learning_rate.fill_(learning_rate)
         total = self.total.clone()
         if self.group.size() > 1:
@@ -94,50 +95,45 @@ class GraphedSteps:
         self._update(norm)
         return total, norm
 
-    def _add(self, batch: Batch, phase: Hashable, is_first: bool) -> None:
+    def _add(self, batch: Batch, phase: Hashable) -> None:
         """Add a micro-batch's loss and gradients."""
         key = phase, *((name, tensor.shape) for name, tensor in batch.items())
         if self._captured is None or self._captured.key != key:
             if self._captured is not None:
-                self._captured = None  # and its graphs
-                torch.cuda.empty_cache()  # what they held would lie beside the memory of the next
+                self._captured = None  # and its graph
+                torch.cuda.empty_cache()  # what the graph held would lie beside the memory of the next
             inputs = {name: torch.empty_like(tensor, device=self.scale.device) for name, tensor in batch.items()}
             self._captured = _Captured(key, inputs)
         captured = self._captured
         for name, tensor in captured.inputs.items():
             tensor.copy_(batch[name], non_blocking=True)
         if captured.runs < WARM_UPS:
-            self._run(captured.inputs, is_first)
+            self._run(captured.inputs)
             captured.runs += 1
             return
-        if is_first not in captured.graphs:
+        if captured.graph is None:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            # Both graphs in the same memory: they never run at once, and leave nothing there for each other.
-            pool = next((other.pool() for other in captured.graphs.values()), None)
             # Other threads, of checkpoints for instance, may call what no capture allows.
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                self._run(captured.inputs, is_first)
-            captured.graphs[is_first] = graph
-        captured.graphs[is_first].replay()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._run(captured.inputs)
+            captured.graph = graph
+        captured.graph.replay()
 
-    def _run(self, inputs: Batch, is_first: bool) -> None:
-        self._is_first, self._left = is_first, dict(self._totals)
+    def _run(self, inputs: Batch) -> None:
+        self._left = dict(self._totals)
         loss = self.loss(inputs) * self.scale
         loss.backward()
         self.total += loss.detach()
-        if is_first:
-            for total in self._left.values():
-                total.zero_()
+        for total in self._left.values():
+            total.masked_fill_(self._is_first, 0.0)
 
     @torch.no_grad()
     def _move_gradient(self, parameter: torch.nn.Parameter) -> None:
-        """Move a micro-batch's gradient into the step's, which no pass over memory has to clear before."""
         total, gradient = self._left.pop(parameter), parameter.grad
         assert gradient is not None
-        self.kernels.accumulate(total, gradient, replaces=self._is_first)
-        parameter.grad = (
-            None  # else autograd would add the next one to it, in a graph to memory that others use by then
-        )
+        self.kernels.accumulate(total, gradient, self._is_first)
+        # Else autograd would add the next gradient to this one: in a graph, to memory that others use by then.
+        parameter.grad = None
 
     def _reduce(self) -> Tensor:
         """Sum the gradients over the data-parallel ranks, each rank its partition; the norm of the whole."""

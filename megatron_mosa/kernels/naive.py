@@ -306,18 +306,15 @@ def selected_attention(
     return output.to(hidden_states.dtype)
 
 
-def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
+def accumulate(total: Tensor, gradient: Tensor, replaces: Tensor) -> None:
     """Add a gradient to an fp32 total in place, or replace the total by it.
 
     Args:
         total: fp32, contiguous.
         gradient: any floating type, in the same shape.
-        replaces: whether the total is replaced.
+        replaces: a bool scalar on their device: whether the total is replaced, whatever it holds.
     """
-    if replaces:
-        total.copy_(gradient)
-    else:
-        total.add_(gradient)
+    total.masked_fill_(replaces, 0.0).add_(gradient)
 
 
 @without_autocast

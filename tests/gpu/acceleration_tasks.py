@@ -53,7 +53,7 @@ def gradients(config: Config, precision: str) -> dict[str, Any]:
 
 def _is_graphed(engine: DeepSpeedEngine) -> bool:
     graphed = engine._graphed
-    return graphed is not None and graphed._captured is not None and bool(graphed._captured.graphs)
+    return graphed is not None and graphed._captured is not None and graphed._captured.graph is not None
 
 
 def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:

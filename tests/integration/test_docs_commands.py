@@ -212,6 +212,18 @@ TABLE: dict[str, dict[str, Way]] = {
         ),
         ".venv/bin/mosa status runs/first_gpu_run --watch": Way((("first_gpu_run --watch", "quickstart"),)),
     },
+    "docs/profiling.md": {
+        "mosa bench configs/first_gpu_run.yaml": Way(added=f"{SMALL} --steps 1 --warmup 1"),
+        "torchrun --nproc-per-node 4 -m megatron_mosa bench configs/scale/1b_mosa.yaml "
+        "parallel.tensor_model_parallel_size=2": Way(
+            (("torchrun --nproc-per-node 4 ", "python "), ("_size=2", "_size=1")),
+            f"{SMALL} model.ffn_hidden_size=64 --steps 1 --warmup 1",
+            reason="needs four GPUs; here one process",
+        ),
+        "mosa pretrain CONFIG train.profile_steps=[20,21] train.profile_ranks=[0,1]": Way(
+            (("[20,21]", "[1]"), ("[0,1]", "[0]")), f"{SMALL} {ONE} run.name=profiled"
+        ),
+    },
     "docs/scaling.md": {
         # Heads that do not divide, and bf16: ZeRO 1 to 3 without tensor parallelism, and not six layouts.
         "mosa sweep configs/quickstart.yaml": Way(

@@ -30,9 +30,10 @@ def check_accumulate(number: int, dtype: torch.dtype, device: str) -> None:
     gradient = torch.randn(number, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     for kernels in (naive, elementwise):
         found = total.clone()
-        kernels.accumulate(found, gradient, replaces=False)
+        kernels.accumulate(found, gradient, torch.tensor(False, device=device))
         assert torch.equal(found, total + gradient.float())
-        kernels.accumulate(found, gradient, replaces=True)
+        found[0] = torch.nan
+        kernels.accumulate(found, gradient, torch.tensor(True, device=device))
         assert torch.equal(found, gradient.float())
 
 

@@ -16,20 +16,20 @@ BLOCK = 2048
 
 
 @triton.jit
-def _accumulate_kernel(p_total, p_gradient, N, REPLACES: tl.constexpr, BLOCK: tl.constexpr):
-    """Add p_gradient to p_total, or replace p_total by it."""
+def _accumulate_kernel(p_total, p_gradient, p_replaces, N, BLOCK: tl.constexpr):
+    """Add p_gradient to p_total, or replace p_total by it, without reading it then."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(p_gradient + i, mask=i < N).to(tl.float32)
-    if not REPLACES:
+    if tl.load(p_replaces) == 0:
         gradient += tl.load(p_total + i, mask=i < N)
     tl.store(p_total + i, gradient, mask=i < N)
 
 
-def accumulate(total: Tensor, gradient: Tensor, replaces: bool) -> None:
+def accumulate(total: Tensor, gradient: Tensor, replaces: Tensor) -> None:
     """Compute ``naive.accumulate``; torch's kernels for mixed types are not vectorized and reach half the bandwidth."""
     number = total.numel()
     _accumulate_kernel[(triton.cdiv(number, BLOCK),)](
-        total, gradient.contiguous(), number, REPLACES=replaces, BLOCK=BLOCK, num_warps=8
+        total, gradient.contiguous(), replaces, number, BLOCK=BLOCK, num_warps=8
     )
 
 
