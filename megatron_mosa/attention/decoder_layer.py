@@ -17,7 +17,7 @@ from megatron_mosa.parallel import TensorParallelRegion
 
 
 class DecoderLayer(torch.nn.Module):
-    """What a ``MosaTransformerLayer`` computes in training, with its parameters: heads of all kinds, and the MLP.
+    """Computes what a ``MosaTransformerLayer`` does in training, with the parameters of that layer.
 
     Megatron's own layer does not compile in one piece. This one is for sequences without documents. A class, and not
     functions made for each layer, because all its instances share what is compiled.
@@ -47,7 +47,7 @@ class DecoderLayer(torch.nn.Module):
         self._attention, self._mlp, self._whole = map(compiled, (self.attention, self.mlp, self.whole))
 
     def forward(self, hidden_states: Tensor, above: bool) -> Tensor:
-        """Run the layer; backward repeats what ``mosa_recompute`` says.
+        """Run the layer; backward recomputes the part that ``mosa_recompute`` names.
 
         Args:
             hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
@@ -64,7 +64,7 @@ class DecoderLayer(torch.nn.Module):
         return self._whole(hidden_states, above, None)[0]
 
     def whole(self, hidden_states: Tensor, above: bool, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The whole layer, and what its MoSA heads have selected."""
+        """Return the output of the whole layer, and the tokens that its MoSA heads selected."""
         hidden_states, indices = self.attention(hidden_states, above, indices)
         return self.mlp(hidden_states), indices
 

@@ -1,4 +1,4 @@
-"""The fastest way to take a step that is safe for a configuration on the device at hand."""
+"""Chooses the fastest training step that is safe for a configuration and device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_mosa.config import Config, ParallelSection
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import Layout, apex_fused_adam
 
-OLDEST_TORCH = (2, 11)  # that this was measured with
+OLDEST_TORCH = (2, 11)  # the oldest release that this was measured with
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What ``train.acceleration`` chose; ``str`` gives the line for the log."""
+    """The choice that ``train.acceleration`` led to; ``str`` returns the line for the log."""
 
     compiles_layers: bool = False
     """Training uses compiled layers, and the loss is computed in chunks of the logits."""
@@ -35,7 +35,7 @@ class Acceleration:
 
 
 def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
-    """Decide, before the model is built: a capture that fails could not be recovered from."""
+    """Choose before the model is built: a process cannot recover from a failed capture."""
     if hindrance := next(_against_compiled_layers(config, layout), None):
         return Acceleration(hindrance=hindrance)
     hindrance = next(_against_graphs(config), "")
@@ -43,7 +43,7 @@ def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
 
 
 def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
-    """What compiled layers do not go with."""
+    """Yield each reason why layers cannot be compiled."""
     model, parallel, train = config.model, config.parallel, config.train
     if train.acceleration == "none":
         yield "train.acceleration=none"
@@ -70,13 +70,13 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def _unproven(parallel: ParallelSection) -> Iterator[str]:
-    """What is built and tested on CPUs, and has not run on several GPUs yet."""
+    """Yield what is implemented and tested on CPUs, but has not run on several GPUs yet."""
     if parallel.tensor_model_parallel_size > 1:
         yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
 
 
 def _against_graphs(config: Config) -> Iterator[str]:
-    """What graphs of a micro-batch do not go with, where layers are compiled."""
+    """Yield each reason why a micro-batch of compiled layers cannot be a CUDA graph."""
     parallel = config.parallel
     if parallel.zero_stage != 1:
         yield f"parallel.zero_stage={parallel.zero_stage}"
@@ -85,4 +85,4 @@ def _against_graphs(config: Config) -> Iterator[str]:
     if parallel.offload_optimizer:
         yield "parallel.offload_optimizer=true"
     if config.train.apex != "never" and apex_fused_adam() is not None:
-        yield "apex's FusedAdam steps (train.apex=never leaves it out)"
+        yield "apex's FusedAdam is in use (train.apex=never turns it off)"

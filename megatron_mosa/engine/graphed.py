@@ -24,7 +24,7 @@ WARM_UPS = 2  # micro-batches that run as they are before one is captured: the f
 
 @dataclass
 class _Captured:
-    """The inputs of a micro-batch, [B, T] each at fixed addresses, and its graph, once there is one."""
+    """Input buffers of a micro-batch, [B, T] each, and the graph that reads them, once captured."""
 
     key: Hashable
     inputs: Batch
@@ -33,15 +33,15 @@ class _Captured:
 
 
 class GraphedSteps:
-    """Takes optimizer steps of any number of micro-batches, without a decision on the host.
+    """Takes optimizer steps over any number of micro-batches without waiting for the device.
 
     The current stream must not be the default one, and must have been current since before the model was built:
     autograd's nodes that accumulate gradients belong to the stream they were made on, and a capture refuses any other.
 
     Args:
         optimizer: DeepSpeed's BF16_Optimizer around torch's AdamW.
-        loss: of a micro-batch, summed over its tokens; a function of its inputs that never waits for the device.
-        max_norm: of the gradients; 0: they are not clipped.
+        loss: returns the loss of a micro-batch, summed over its tokens; must not wait for the device.
+        max_norm: limit for the norm of the gradients; 0: no clipping.
         kernels: the backend that accumulates gradients.
     """
 
@@ -74,10 +74,10 @@ class GraphedSteps:
         """Take one step on the mean loss; weights stay as they are where the gradients' norm is not finite.
 
         Args:
-            micro_batches: of this rank.
-            counted: how many tokens count in the global batch.
-            learning_rate: of all parameters.
-            phase: whatever else the loss depends on but tensors; a graph is captured anew where it changes.
+            micro_batches: this rank's micro-batches.
+            counted: number of tokens of the global batch that count.
+            learning_rate: the learning rate of all parameters.
+            phase: everything besides tensors that the loss depends on; a change captures a new graph.
 
         Returns:
             The mean loss over the global batch and the norm of the gradients, on the device.
@@ -152,7 +152,7 @@ class GraphedSteps:
         return squares.sqrt()
 
     def _is_counted(self, parameters: list[torch.nn.Parameter]) -> bool:
-        """Whether a group counts in the norm here: replicated parameters do on one tensor-parallel rank."""
+        """Return whether the norm counts a group on this rank: replicated parameters count on one rank only."""
         is_split = {partition_of(parameter) is not None for parameter in parameters}
         assert len(is_split) == 1, "an optimizer group has parameters of both kinds"
         return is_split.pop() or tensor_parallel_group().rank() == 0

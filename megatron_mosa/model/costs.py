@@ -76,7 +76,7 @@ def model_flops(config: Config, vocab_size: int, documents: Sequence[Sequence[in
 
 
 def usual_flops(config: Config, vocab_size: int) -> int:
-    """What others count for the same step: ``model_flops`` with attention in full and the embedding as a product.
+    """Return what others count for a step: ``model_flops`` with full attention and the embedding as a matrix product.
 
     Keys after a query count too, and reading a row of the embedding counts as multiplying by all of it.
     """

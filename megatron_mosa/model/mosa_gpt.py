@@ -1,4 +1,4 @@
-"""Megatron-core's GPTModel with a loss that counts some tokens, and a fast way to it."""
+"""Megatron-core's GPTModel with a masked loss, which it can also compute with compiled layers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
 
 class MosaGPTModel(GPTModel):
-    """A GPTModel that, given labels and a loss mask, returns the sum of the token losses that count.
+    """A GPTModel that, given labels and a loss mask, returns the masked sum of the token losses.
 
-    After ``compile_layers`` this loss is computed without whole logits, and in training by compiled layers. Parameters,
-    their names, and everything else stay as they are.
+    After ``compile_layers`` the loss is computed in chunks of the logits, and training uses compiled layers. Parameters
+    and their names stay the same.
     """
 
-    _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, so that they are no submodules
+    _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, because a list would register submodules
     _linear_cross_entropy: Callable[..., Tensor]
     _region: TensorParallelRegion
 
     def compile_layers(
         self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
     ) -> None:
-        """Take the fast way from now on; parameters must be where and of which type they will stay.
+        """Compile the layers, for training; parameters must be on their final device and of their final type.
 
         Args:
-            kernels: the backend of the heads, Triton's.
-            loss: ``linear_cross_entropy``; that of ``kernels`` by default.
-            backend: of torch.compile; None: layers run as they are written.
+            kernels: the backend of the heads.
+            loss: a function like ``linear_cross_entropy``; default: that of ``kernels``.
+            backend: the backend of torch.compile; None: layers run uncompiled.
         """
-        torch.compiler.reset()  # what an earlier model in this process has compiled counts towards the same limit
+        torch.compiler.reset()  # variants compiled for an earlier model in this process count towards the same limit
         self._linear_cross_entropy = loss or kernels.linear_cross_entropy
         group = tensor_parallel_group()
         self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
@@ -53,14 +53,14 @@ class MosaGPTModel(GPTModel):
         loss_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """As GPTModel; with ``labels`` and ``loss_mask``, [B, T] both, the masked sum of losses, an fp32 scalar."""
+        """Return GPTModel's result, or with ``labels`` and ``loss_mask``, [B, T], the masked sum of losses in fp32."""
         if labels is None or loss_mask is None:
             return super().forward(input_ids, position_ids, attention_mask, *args, labels=cast(Any, labels), **options)
         if not self._compiled_layers:
             losses = super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **options)
             return (losses.float() * loss_mask).sum()
         hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)
-        # [T, B, h], under sequence parallelism [T / tensor-parallel size, B, h]
+        # [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism
         if self.training and torch.is_grad_enabled():
             above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
             for layer in self._compiled_layers:

@@ -39,7 +39,7 @@ def steps(config: Config, number: int, is_graphed: bool) -> dict[str, list[float
 
 
 def around_a_poisoned_step(config: Config) -> dict[str, Any]:
-    """Of a step with a NaN on the last rank alone, after two that are sound."""
+    """Report on a step with a NaN on the last rank only, after two good steps."""
     with parallel(config) as layout, _engine(config, layout) as engine:
         for step in range(2):
             engine.train_step(micro_batches(config, layout, step), 1e-3)

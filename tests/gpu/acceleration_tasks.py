@@ -57,7 +57,7 @@ def _is_graphed(engine: DeepSpeedEngine) -> bool:
 
 
 def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Which tokens each head has taken, bool [B, E, T]."""
+    """Return which tokens each head selected, bool [B, E, T]."""
     assert selection is not None
     scores, indices = selection
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).cpu()

@@ -25,7 +25,7 @@ POOL = 4  # steps' worth of batches, used in turn
 
 @dataclass
 class Measurement:
-    """What ``mosa bench`` measures, on one rank of a collective; written as JSON."""
+    """The result of ``mosa bench``, written as JSON."""
 
     name: str
     """``run.name``."""
@@ -61,12 +61,12 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        """Milliseconds of a step."""
+        """Median step time in milliseconds."""
         return statistics.median(self.milliseconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """Tokens per second over all ranks."""
         return 1000 * self.tokens_per_step / self.median
 
     def mfu(self, rule: str = "executed") -> float:

@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
 
 @dataclass
 class StepProfile:
-    """An average step; milliseconds."""
+    """Averages over the profiled steps, in milliseconds."""
 
     busy: float
     """In which anything ran on the GPU."""
