@@ -37,6 +37,8 @@ class DecoderLayer(torch.nn.Module):
         backend: str | None = "inductor",
     ) -> None:
         super().__init__()
+        kinds = {name for name, _ in layer.self_attention.named_children()}
+        assert kinds <= {"dense_heads", "local_heads", "mosa_heads"}, f"heads that this layer leaves out: {kinds}"
         self.layer = layer
         self.kernels = kernels
         self.region = region
@@ -72,11 +74,7 @@ class DecoderLayer(torch.nn.Module):
         """Add what the heads of all kinds contribute; ``indices`` is what MoSA heads have selected before."""
         attention = self.layer.self_attention
         states = self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
-        parts = [
-            heads(states, None, self.kernels)
-            for heads in (attention.dense_heads, attention.local_heads)
-            if heads is not None
-        ]
+        parts = [heads(states, None, self.kernels) for heads in attention.causal_heads]
         if attention.mosa_heads is not None:
             part, _, indices = attention.mosa_heads.attend(states, None, self.kernels, True, above, indices)
             parts.append(part)

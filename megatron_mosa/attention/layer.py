@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_mosa.attention.config import MosaTransformerConfig
-from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
+from megatron_mosa.attention.heads import CausalHeads, DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.recompute import recomputed
 from megatron_mosa.kernels import Documents
 from megatron_mosa.parallel import sum_gradients
@@ -98,6 +98,11 @@ class MosaSelfAttention(MegatronModule):
                 )
         return documents
 
+    @property
+    def causal_heads(self) -> list[CausalHeads]:
+        """The layer's heads that attend to the tokens before, of each kind that it has."""
+        return [heads for heads in (self.dense_heads, self.local_heads) if heads is not None]
+
     def _heads(self, hidden_states: Tensor, documents: Documents | None) -> Tensor:
         """Gather the input and compute this rank's part of the sum over heads: [T, B, h]."""
         if self.config.sequence_parallel:
@@ -105,8 +110,10 @@ class MosaSelfAttention(MegatronModule):
         else:
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
-        kinds = (self.dense_heads, self.local_heads, self.mosa_heads)
-        output = reduce(torch.add, [heads(states, documents) for heads in kinds if heads is not None])
+        outputs = [heads(states, documents) for heads in self.causal_heads]
+        if self.mosa_heads is not None:
+            outputs.append(self.mosa_heads(states, documents))
+        output = reduce(torch.add, outputs)
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce other tensors
 
 

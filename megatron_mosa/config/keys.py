@@ -42,16 +42,24 @@ class Key:
         return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
 
     def interval(self) -> str:
-        """Return the bounds as an interval such as "(0, 1]", or ">= 1" without an upper bound, or "" without any."""
+        """Return the bounds as an interval such as "(0, 1]", as ">= 1" if there is only one, or "" without any."""
         low, high = (self.above, ">") if self.at_least is None else (self.at_least, ">="), (self.below, self.at_most)
         if low[0] is None:
-            return ""
+            return (
+                f"< {self.below}"
+                if self.below is not None
+                else f"<= {self.at_most}"
+                if self.at_most is not None
+                else ""
+            )
         if high == (None, None):
             return f"{low[1]} {low[0]}"
         return f"{'(' if low[1] == '>' else '['}{low[0]}, " + (f"{high[1]}]" if high[0] is None else f"{high[0]})")
 
     def allows(self, value: Any) -> bool:
-        """Return whether a value of the right type is one of the choices or a finite number within the bounds."""
+        """Return whether a value of the right type, or each in a list, is a choice or a finite number in the bounds."""
+        if isinstance(value, list):
+            return all(map(self.allows, value))
         if self.choices:
             return value in self.choices
         if isinstance(value, bool) or not isinstance(value, int | float):

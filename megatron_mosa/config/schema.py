@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_mosa.config.keys import key, required
 
@@ -17,6 +18,11 @@ class RunSection:
     name: str = required("the run directory is {directory}/{name}")
     directory: str = key("runs", "where run directories are created")
     seed: int = key(1234, "initial weights and data order", at_least=0, at_most=2**32 - 1)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.directory) / self.name
 
 
 @dataclass

@@ -14,6 +14,7 @@ from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import UserError
 
 _KEY = "checkpoint.initialize_from"
+_IMPORTS = {Kind.HUGGING_FACE: "hf", Kind.TORCH_DIST: "torch-dist"}
 
 
 def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, reads_all: bool) -> Path:
@@ -36,9 +37,10 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
     except UserError as error:
         raise UserError(f"{_KEY}: {error}") from None
     if kind is not Kind.MOSA:
-        raise UserError(
-            f"{_KEY}={path} is a {kind.value}; import it first: mosa checkpoint import {path} OUT --from hf"
-        )
+        fix = "give a run or an imported model"
+        if kind in _IMPORTS:
+            fix = f"import it first: mosa checkpoint import {path} OUT --from {_IMPORTS[kind]}"
+        raise UserError(f"{_KEY}={path} is a {kind.value}; {fix}")
     metadata = read_metadata(folder)
     if metadata.has_manifest and (damage := find_damage(folder, reads_all=reads_all)):
         raise UserError(f"{_KEY}: checkpoint '{folder}' is damaged: {damage}; restore it, or choose another one")

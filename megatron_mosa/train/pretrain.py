@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
@@ -58,7 +57,7 @@ def pretrain(config: Config) -> int:
     if config.train.deterministic:
         use_deterministic_algorithms()
     rank, world_size, _ = launch_environment()
-    survival = ResilienceServices.begin(config, Path(config.run.directory) / config.run.name, rank)
+    survival = ResilienceServices.begin(config, config.run.path, rank)
     try:
         stopped = _pretrain(config, rank, world_size, survival)
     except Exception as error:

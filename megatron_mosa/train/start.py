@@ -175,9 +175,8 @@ def build_index(config: Config) -> list[Path]:
 
 def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Metadata | None]:
     """Return the run directory, its newest checkpoint and that checkpoint's metadata."""
-    directory = Path(config.run.directory) / config.run.name
-    newest = CheckpointStore.of(directory, config.checkpoint).newest(reads_all=reads_all)
-    return directory, newest, read_metadata(newest.path) if newest.path else None
+    newest = CheckpointStore.of(config.run.path, config.checkpoint).newest(reads_all=reads_all)
+    return config.run.path, newest, read_metadata(newest.path) if newest.path else None
 
 
 def _check_tokenizer(config: Config, manifest: Manifest) -> None:

@@ -212,6 +212,17 @@ TABLE: dict[str, dict[str, Way]] = {
         ),
         ".venv/bin/mosa status runs/first_gpu_run --watch": Way((("first_gpu_run --watch", "quickstart"),)),
     },
+    "docs/howto/layouts.md": {
+        ".venv/bin/mosa bench configs/quickstart.yaml parallel.tensor_model_parallel_size=1": Way(
+            added=f"{SMALL} --steps 1 --warmup 1"
+        ),
+        ".venv/bin/mosa sweep configs/quickstart.yaml --processes 2 --layout tp=1,zero=1,micro=4 "
+        "--layout tp=1,zero=3,micro=4 --layout tp=2,sp=true,zero=1,micro=4 --steps 10": Way(
+            (("micro=4", "micro=2"), ("--steps 10", "--steps 1 --warmup 0")), f"{SMALL} --force"
+        ),
+        ".venv/bin/mosa sweep configs/quickstart.yaml --processes 2 --layout tp=2,sp=false,zero=1,micro=4 --steps 10":
+            instead("is the command before with another layout"),
+    },
     "docs/profiling.md": {
         "mosa bench configs/first_gpu_run.yaml": Way(added=f"{SMALL} --steps 1 --warmup 1"),
         "torchrun --nproc-per-node 4 -m megatron_mosa bench configs/scale/1b_mosa.yaml "

@@ -19,7 +19,7 @@ from megatron_mosa.config import (
     padded_vocab_size,
     save_config,
 )
-from megatron_mosa.config.keys import default_of
+from megatron_mosa.config.keys import Key, default_of
 from megatron_mosa.config.render import difference, reference, resolved
 from megatron_mosa.errors import UserError
 
@@ -302,3 +302,9 @@ def test_a_duplicate_key_in_a_file_is_rejected(tmp_path: Path) -> None:
 def test_the_home_directory_is_expanded() -> None:
     config = load_config(QUICKSTART, ["data.path=~/text", "run.directory=~/runs"])
     assert config.data.path == str(Path.home() / "text") and config.run.directory == str(Path.home() / "runs")
+
+
+def test_bounds_without_a_lower_one_and_of_lists() -> None:
+    assert Key("meaning", at_most=5).interval() == "<= 5" and Key("meaning", below=5).interval() == "< 5"
+    assert Key("meaning", at_least=1).error_message("a.b", [3, 0]) == "a.b must be at least 1, got [3, 0]"
+    assert Key("meaning", at_least=1).error_message("a.b", [3, 1]) is None

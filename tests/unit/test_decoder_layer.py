@@ -17,6 +17,7 @@ KINDS: dict[str, dict] = {
     "dense": {"mosa__num_heads": 0, "model__num_query_groups": 2},
     "pure": {"model__num_dense_heads": 0},
     "llama": {"model__activation": "swiglu", "model__normalization": "RMSNorm", "model__rotary_percent": 1.0},
+    "local": {"model__num_local_heads": 2},
     "attention": {"train__recompute": "attention"},
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1},
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1, "model__tie_embeddings": True},

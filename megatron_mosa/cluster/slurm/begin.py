@@ -20,7 +20,7 @@ from megatron_mosa.errors import UserError
 
 def begin(config: Config) -> tuple[Path, str]:
     """Return the run directory, and ``go``, ``done`` or ``stop REASON``."""
-    run = Path(config.run.directory) / config.run.name
+    run = config.run.path
     record = Record.read(run)
     chain = os.environ.get("MOSA_CHAIN")
     if record.attempt is not None:

@@ -148,7 +148,7 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     from megatron_mosa.train import check_start
 
     check_start(config, world_size, checks_devices=False)
-    run = (Path(config.run.directory) / config.run.name).absolute()
+    run = config.run.path.absolute()
     for name, path in (("run directory", run), ("current directory", Path.cwd())):
         if any(character.isspace() for character in str(path)):
             raise UserError(

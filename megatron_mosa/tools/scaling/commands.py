@@ -86,7 +86,7 @@ def sweep(
     parts = ["mosa", "sweep", str(config), *(overrides or [])]
     parts += [part for text in layout or [] for part in ("--layout", text)]
     parts += ["--processes", str(processes), "--steps", str(steps), "--warmup", str(warmup)]
-    output = output or Path(settings.run.directory) / f"{settings.run.name}-sweep"
+    output = output or settings.run.path.with_name(f"{settings.run.name}-sweep")
     run_sweep(Request(settings, layouts, processes, warmup, steps, output, shlex.join(parts), device), force=force)
 
 
