@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mosa.attention.recompute import MosaTransformerLayer
-from megatron_mosa.kernels import KernelBackend
+from megatron_mosa.kernels import KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion
 
 
 class DecoderLayer(torch.nn.Module):
     """Computes what a ``MosaTransformerLayer`` does in training, with the parameters of that layer.
 
-    Megatron's own layer does not compile in one piece. This one is for sequences without documents. A class, and not
+    Megatron's own layer does not compile in one piece. It takes documents as ``PackedDocuments``. A class, and not
     functions made for each layer, because all its instances share what is compiled.
 
     Args:
@@ -48,35 +48,40 @@ class DecoderLayer(torch.nn.Module):
 
         self._attention, self._mlp, self._whole = map(compiled, (self.attention, self.mlp, self.whole))
 
-    def forward(self, hidden_states: Tensor, above: bool) -> Tensor:
+    def forward(self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None = None) -> Tensor:
         """Run the layer; backward recomputes the part that ``mosa_recompute`` names.
 
         Args:
             hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism.
             above: MoSA heads select by their thresholds, not by expert choice.
+            documents: of the batch, if attention stays within them.
 
         Returns:
             Hidden states in the same shape.
         """
         recompute = self.layer.config.mosa_recompute
         if recompute == "attention":
-            return self._mlp(_recomputed(self._attention, hidden_states, above))
+            return self._mlp(_recomputed(self._attention, hidden_states, above, documents))
         if recompute == "full":
-            return _recomputed(self._whole, hidden_states, above)
-        return self._whole(hidden_states, above, None)[0]
+            return _recomputed(self._whole, hidden_states, above, documents)
+        return self._whole(hidden_states, above, documents, None)[0]
 
-    def whole(self, hidden_states: Tensor, above: bool, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def whole(
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the output of the whole layer, and the tokens that its MoSA heads selected."""
-        hidden_states, indices = self.attention(hidden_states, above, indices)
+        hidden_states, indices = self.attention(hidden_states, above, documents, indices)
         return self.mlp(hidden_states), indices
 
-    def attention(self, hidden_states: Tensor, above: bool, indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def attention(
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Add what the heads of all kinds contribute; ``indices`` is what MoSA heads have selected before."""
         attention = self.layer.self_attention
         states = self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
-        parts = [heads(states, None, self.kernels) for heads in attention.causal_heads]
+        parts = [heads(states, documents, self.kernels) for heads in attention.causal_heads]
         if attention.mosa_heads is not None:
-            part, _, indices = attention.mosa_heads.attend(states, None, self.kernels, True, above, indices)
+            part, _, indices = attention.mosa_heads.attend(states, documents, self.kernels, True, above, indices)
             parts.append(part)
         return hidden_states + self.region.leave(reduce(torch.add, parts)), indices
 
@@ -96,7 +101,12 @@ class DecoderLayer(torch.nn.Module):
         return F.rms_norm(states, norm.normalized_shape, self.region.outside(norm.weight), norm.eps)
 
 
-def _recomputed(part: Callable[..., tuple[Tensor, Tensor | None]], hidden_states: Tensor, above: bool) -> Tensor:
+def _recomputed(
+    part: Callable[..., tuple[Tensor, Tensor | None]],
+    hidden_states: Tensor,
+    above: bool,
+    documents: PackedDocuments | None,
+) -> Tensor:
     """Run part of a layer without keeping its activations; backward repeats it with what was selected before.
 
     Reentrant, unlike ``recompute.recomputed``: what is compiled keeps other tensors when it is given a selection, which
@@ -105,7 +115,7 @@ def _recomputed(part: Callable[..., tuple[Tensor, Tensor | None]], hidden_states
     selected: list[Tensor | None] = []
 
     def run(hidden_states: Tensor) -> Tensor:
-        output, indices = part(hidden_states, above, selected[0] if selected else None)
+        output, indices = part(hidden_states, above, documents, selected[0] if selected else None)
         selected.append(indices)
         return output
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.config import ModelSection, keys_of
-from megatron_mosa.kernels import Documents, KernelBackend, accumulation_dtype, autocast_operands, get_backend
+from megatron_mosa.kernels import (
+    AnyDocuments,
+    Documents,
+    KernelBackend,
+    accumulation_dtype,
+    autocast_operands,
+    get_backend,
+)
 
 _ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here, because torch.compile cannot trace it
 
@@ -124,7 +131,7 @@ def select(
     feedback: float = 0.0,
     share: float = 0.0,
     include_first_token: bool = False,
-    documents: Documents | None = None,
+    documents: AnyDocuments | None = None,
 ) -> tuple[Tensor, Documents | None]:
     """Select tokens for each head: those above ``thresholds`` if given, otherwise by expert choice.
 
@@ -142,7 +149,7 @@ def select(
         if capacity is None:
             capacity = int(kernels.count_above(scores, thresholds, starts, feedback, share).max())
         return kernels.select_above(scores, thresholds, capacity, starts, feedback, share), None
-    if documents is not None and callable(num_selected):
+    if isinstance(documents, Documents) and callable(num_selected):
         selection = documents.selection(num_selected)
         quotas, slots, num_selected = selection.quotas, selection.slots, selection.num_slots
     else:

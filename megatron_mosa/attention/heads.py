@@ -19,7 +19,7 @@ from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
-    Documents,
+    AnyDocuments,
     KernelBackend,
     autocast_operands,
     document_attention,
@@ -109,7 +109,10 @@ class CausalHeads(PartitionedHeads):
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
 
     def forward(
-        self, hidden_states: Tensor, documents: Documents | None = None, kernels: KernelBackend = naive
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None = None,
+        kernels: KernelBackend = naive,
     ) -> Tensor:
         """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h].
 
@@ -125,7 +128,7 @@ class CausalHeads(PartitionedHeads):
         attended = self.attend(query, key, value, documents)  # [B, H, T, h']
         return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         """Compute causal attention without a T x T matrix in memory.
 
         Args:
@@ -144,7 +147,7 @@ class DenseHeads(CausalHeads):
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         if documents is not None:
             return document_attention(query, key, value, documents)
         grouped = self.queries_per_group > 1
@@ -157,7 +160,7 @@ class LocalHeads(CausalHeads):
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         return sliding_window_attention(query, key, value, self.config.mosa_local_window, documents)
 
 
@@ -188,7 +191,7 @@ class MosaHeads(PartitionedHeads):
         self.selection: tuple[Tensor, Tensor] | None = None
         self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity dropped there
 
-    def forward(self, hidden_states: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, documents: AnyDocuments | None = None) -> Tensor:
         """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h]."""
         kernels = get_backend(self.config.mosa_backend, hidden_states, self.config.head_dim)
         counts, above = self.training and not is_repetition(), self.selects_above(self.training)
@@ -201,7 +204,7 @@ class MosaHeads(PartitionedHeads):
     def attend(
         self,
         hidden_states: Tensor,
-        documents: Documents | None,
+        documents: AnyDocuments | None,
         kernels: KernelBackend,
         counts: bool,
         above: bool,
@@ -256,7 +259,9 @@ class MosaHeads(PartitionedHeads):
         )
         return output.transpose(0, 1), scores, indices
 
-    def _dropped(self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: Documents | None) -> Tensor:
+    def _dropped(
+        self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: AnyDocuments | None
+    ) -> Tensor:
         if not self.selects_above(self.training):
             return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import CausalHeads, DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.recompute import recomputed
-from megatron_mosa.kernels import Documents
+from megatron_mosa.kernels import AnyDocuments
 from megatron_mosa.parallel import sum_gradients
 
 
@@ -50,7 +50,10 @@ class MosaSelfAttention(MegatronModule):
         self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | Documents | None = None, **options: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | AnyDocuments | None = None,
+        **options: object,
     ) -> tuple[Tensor, None]:
         """Compute the layer.
 
@@ -79,9 +82,9 @@ class MosaSelfAttention(MegatronModule):
             return reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group), None
 
-    def _documents(self, hidden_states: Tensor, attention_mask: object) -> Documents | None:
+    def _documents(self, hidden_states: Tensor, attention_mask: object) -> AnyDocuments | None:
         """Check and return the documents passed as the attention mask, or None if the layer has no documents."""
-        documents = attention_mask if isinstance(attention_mask, Documents) else None
+        documents = attention_mask if isinstance(attention_mask, AnyDocuments) else None
         if (documents is not None) != self.config.mosa_attend_within_documents:
             allowed = "megatron_mosa.kernels.Documents" if documents is None else "None"
             raise ValueError(
@@ -103,7 +106,7 @@ class MosaSelfAttention(MegatronModule):
         """The layer's heads that attend to the tokens before, of each kind that it has."""
         return [heads for heads in (self.dense_heads, self.local_heads) if heads is not None]
 
-    def _heads(self, hidden_states: Tensor, documents: Documents | None) -> Tensor:
+    def _heads(self, hidden_states: Tensor, documents: AnyDocuments | None) -> Tensor:
         """Gather the input and compute this rank's part of the sum over heads: [T, B, h]."""
         if self.config.sequence_parallel:
             states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)

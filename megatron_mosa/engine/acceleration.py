@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mosa.config import Config, ParallelSection
+from megatron_mosa.config import Config
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import Layout, apex_fused_adam
 
@@ -52,13 +52,15 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         return
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    yield from _unproven(parallel)
+    yield from _unproven(config)
     if parallel.zero_stage == 3:
         yield "parallel.zero_stage=3"
     if train.apex == "always":
         yield "train.apex=always asks for apex's norms"
-    if model.attend_within_documents:
-        yield "model.attend_within_documents=true"
+    if model.attend_within_documents and train.precision == "fp32":
+        yield "model.attend_within_documents=true in fp32, which flash attention does not support"
+    if config.mosa.selection_scope == "document":
+        yield "mosa.selection_scope=document, which selects another number of tokens in each batch"
     states = torch.empty(0, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32, device=layout.device)
     try:
         triton = get_backend("triton", states, model.head_dim)
@@ -69,8 +71,11 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
             yield "MoSA heads do not run on Triton's kernels"
 
 
-def _unproven(parallel: ParallelSection) -> Iterator[str]:
-    """Yield what is implemented and tested on CPUs, but has not run on several GPUs yet."""
+def _unproven(config: Config) -> Iterator[str]:
+    """Yield what is implemented and tested on CPUs, but has not run on GPUs yet."""
+    parallel = config.parallel
+    if config.model.attend_within_documents:
+        yield "model.attend_within_documents=true"
     if parallel.tensor_model_parallel_size > 1:
         yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
 

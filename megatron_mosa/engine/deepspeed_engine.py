@@ -21,7 +21,7 @@ from megatron_mosa.engine.graphed import GraphedSteps
 from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import fill, zero_state
-from megatron_mosa.kernels import get_backend
+from megatron_mosa.kernels import Documents, PackedDocuments, get_backend
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
@@ -110,7 +110,8 @@ class DeepSpeedEngine:
         counted = self._counted_tokens(micro_batches)
         if self._graphed is not None:
             selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
-            total, norm = self._graphed.take(micro_batches, counted, learning_rate, selects_above)
+            fixed = [self._in_fixed_shapes(batch) for batch in micro_batches]
+            total, norm = self._graphed.take(fixed, counted, learning_rate, selects_above)
         else:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -146,8 +147,20 @@ class DeepSpeedEngine:
             with repetition():
                 self._loss(self.module, batch)
 
+    def _in_fixed_shapes(self, batch: Batch) -> Batch:
+        """Return a batch whose tensors have the same shapes in most batches, for a graph."""
+        if "document_starts" not in batch:
+            return batch
+        packed = self._engine.module.pack(Documents.from_starts(batch["document_starts"]))
+        return batch | {"cu_seqlens": packed.cu_seqlens}
+
     def _loss_in_graph(self, batch: Batch) -> Tensor:
-        return language_model_loss(self.module.forward, **batch)[0]
+        documents = None
+        if "cu_seqlens" in batch:
+            starts = batch["document_starts"]
+            documents = PackedDocuments(starts, batch["cu_seqlens"], starts.shape[1])
+        inputs = {name: batch[name] for name in ("tokens", "labels", "loss_mask")}
+        return language_model_loss(self.module.forward, **inputs, documents=documents)[0]
 
     def _counted_tokens(self, micro_batches: list[Batch]) -> Tensor:
         """Return the number of tokens of the global batch that count, fp64 on the device."""

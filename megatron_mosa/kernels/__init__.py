@@ -3,7 +3,7 @@
 from megatron_mosa.kernels.autocast import autocast_operands
 from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import BACKENDS, get_backend
-from megatron_mosa.kernels.documents import Documents, document_attention
+from megatron_mosa.kernels.documents import AnyDocuments, Documents, PackedDocuments, document_attention
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS, HISTOGRAM_LOGITS, accumulation_dtype
 from megatron_mosa.kernels.window import sliding_window_attention
 
@@ -11,8 +11,10 @@ __all__ = [
     "BACKENDS",
     "HISTOGRAM_BINS",
     "HISTOGRAM_LOGITS",
+    "AnyDocuments",
     "Documents",
     "KernelBackend",
+    "PackedDocuments",
     "accumulation_dtype",
     "autocast_operands",
     "document_attention",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ class Documents:
         """int64 [B, T]: each token's position in its document."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
+    def packed(self, capacity: int) -> PackedDocuments:
+        """Return the same as tensors whose shapes depend only on B, T and a number of documents of at least N."""
+        number = self.starts.numel()
+        cu_seqlens = F.pad(self.cu_seqlens, (0, capacity + 1 - len(self.cu_seqlens)), value=number)
+        return PackedDocuments(self.starts, cu_seqlens, self.starts.shape[1])
+
     def selection(self, rule: Callable[[int], int]) -> DocumentSelection:
         """Apply a rule that says how many of a document's L tokens to select, from 1 to L; results are cached.
 
@@ -117,10 +124,27 @@ class DocumentSelection:
         return self.slots.starts.shape[1]
 
 
-def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+class PackedDocuments(NamedTuple):
+    """``Documents`` for compiled layers and CUDA graphs, in which nothing is known to the host but shapes."""
+
+    starts: Tensor
+    """int64 [B, T]: as in ``Documents``."""
+
+    cu_seqlens: Tensor
+    """int32 [capacity + 1]: as in ``Documents``, then B * T: the remaining documents are empty."""
+
+    max_seqlen: int
+    """T, which no document exceeds."""
+
+
+AnyDocuments = Documents | PackedDocuments
+
+
+def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments) -> Tensor:
     """Causal attention within documents, whose cost is that of separate short sequences.
 
-    Uses variable-length flash attention where ``has_flash``, otherwise one call of SDPA per document.
+    Uses variable-length flash attention where ``has_flash``, otherwise one call of SDPA per document, or for
+    ``PackedDocuments`` one call with a T x T mask.
 
     Args:
         query: [B, H, T, h'].
@@ -132,6 +156,10 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, documents: Doc
     if has_flash(query):
         return flash_attention(query, key, value, documents.cu_seqlens, documents.max_seqlen)
     grouped = query.shape[1] != key.shape[1]
+    if isinstance(documents, PackedDocuments):
+        positions = torch.arange(query.shape[2], device=query.device)
+        visible = (positions <= positions[:, None]) & (positions >= documents.starts[:, :, None])  # [B, T, T]
+        return F.scaled_dot_product_attention(query, key, value, visible[:, None], enable_gqa=grouped)
     rows = []
     for number, lengths in enumerate(documents.lengths):
         parts = zip(*(states[number].split(list(lengths), dim=-2) for states in (query, key, value)), strict=True)

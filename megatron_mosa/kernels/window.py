@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.kernels.documents import Documents, document_attention
+from megatron_mosa.kernels.documents import AnyDocuments, document_attention
 from megatron_mosa.kernels.flash import flash_attention, has_flash
 
 
 def sliding_window_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int, documents: Documents | None = None
+    query: Tensor, key: Tensor, value: Tensor, window: int, documents: AnyDocuments | None = None
 ) -> Tensor:
     """Causal attention of each token to the last ``window`` tokens of its document, including itself.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
 from megatron_mosa.config import Config, padded_vocab_size
-from megatron_mosa.kernels import Documents
+from megatron_mosa.kernels import AnyDocuments, Documents
 from megatron_mosa.model.costs import local_window
 from megatron_mosa.model.initialization import initial_weights, mark_partitioned
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
@@ -102,6 +102,7 @@ def language_model_loss(
     labels: Tensor,
     loss_mask: Tensor,
     document_starts: Tensor | None = None,
+    documents: AnyDocuments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the sum of the token losses and the number of tokens that count.
 
@@ -111,10 +112,12 @@ def language_model_loss(
         loss_mask: [B, T], 1 where the label counts.
         document_starts: int64 [B, T], preferably on the CPU: the position where each token's document begins, for a
             model whose attention stays within documents.
+        documents: the same, instead.
 
     Returns:
         Two fp32 scalars: the sum of the cross entropies in nats, and the number of tokens that count.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    documents = None if document_starts is None else Documents.from_starts(document_starts, tokens.device)
+    if document_starts is not None:
+        documents = Documents.from_starts(document_starts, tokens.device)
     return model(tokens, positions, documents, labels=labels, loss_mask=loss_mask), loss_mask.sum()

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_mosa.attention import DecoderLayer, mosa_layers
-from megatron_mosa.kernels import KernelBackend
+from megatron_mosa.kernels import Documents, KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
 
@@ -24,6 +24,7 @@ class MosaGPTModel(GPTModel):
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, because a list would register submodules
     _linear_cross_entropy: Callable[..., Tensor]
     _region: TensorParallelRegion
+    _document_capacity = 0
 
     def compile_layers(
         self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
@@ -42,6 +43,13 @@ class MosaGPTModel(GPTModel):
         self._compiled_layers = tuple(
             DecoderLayer(cast(Any, layer), kernels, self._region, backend) for layer in self.decoder.layers
         )
+
+    def pack(self, documents: Documents) -> PackedDocuments:
+        """Return documents in shapes that change only when a batch has more of them than any before."""
+        number = len(documents.cu_seqlens) - 1
+        if number > self._document_capacity:
+            self._document_capacity = 1 << (2 * number).bit_length()  # with room, since each change compiles again
+        return documents.packed(self._document_capacity)
 
     def forward(
         self,
@@ -63,8 +71,9 @@ class MosaGPTModel(GPTModel):
         # [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism
         if self.training and torch.is_grad_enabled():
             above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
+            documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
             for layer in self._compiled_layers:
-                hidden_states = layer(hidden_states, above)
+                hidden_states = layer(hidden_states, above, documents)
             hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
         else:
             hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=attention_mask)

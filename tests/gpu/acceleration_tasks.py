@@ -65,7 +65,7 @@ def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def steps(config: Config, number: int) -> dict[str, Any]:
     """Losses, norms, a validation in between, and what the first step has selected and counted."""
-    with parallel(config) as layout, mock.patch.object(acceleration, "_unproven", lambda parallel: iter(())):
+    with parallel(config) as layout, mock.patch.object(acceleration, "_unproven", lambda config: iter(())):
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         results, validation, selected, thresholds = [], 0.0, [], []
         for step in range(number):

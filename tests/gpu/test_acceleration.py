@@ -27,6 +27,8 @@ KINDS: dict[str, dict] = {
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
 
+DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_heads": 2}  # in bf16 alone
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 3, 2, 2, 64, 0.5), (129, 2, 4, 1, 128, 1.0)], ids=str)
@@ -71,10 +73,10 @@ def test_loss_and_every_gradient_are_those_of_the_plain_path(workers: WorkerPool
         assert fast < (1e-4 if precision == "fp32" else 1.5 * plain + 1e-3), (name, fast, plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "documents"])
 def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
     """Six steps in bf16 of both paths: losses, norms and validation; what the first selects is recorded in both."""
-    config = larger_config(train__precision="bf16", **KINDS[kind])
+    config = larger_config(train__precision="bf16", **KINDS.get(kind, DOCUMENTS))
     fast = workers(1).run(acceleration_tasks.steps, config, 6)[0]
     config.train.acceleration = "none"
     plain = workers(1).run(acceleration_tasks.steps, config, 6)[0]

@@ -18,6 +18,7 @@ KINDS: dict[str, dict] = {
     "pure": {"model__num_dense_heads": 0},
     "llama": {"model__activation": "swiglu", "model__normalization": "RMSNorm", "model__rotary_percent": 1.0},
     "local": {"model__num_local_heads": 2},
+    "documents": {"model__attend_within_documents": True, "model__restart_rotary": True, "model__num_query_groups": 2},
     "attention": {"train__recompute": "attention"},
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1},
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1, "model__tie_embeddings": True},
