@@ -183,10 +183,10 @@ class DeepSpeedEngine:
         return (totals[0] / totals[1]).item()
 
     def _loss(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        # document_starts stays on the host, where it is read first
-        starts = batch.get("document_starts")
-        moved = {n: t.to(self.layout.device, non_blocking=True) for n, t in batch.items() if t is not starts}
-        return language_model_loss(model, **moved, document_starts=starts)
+        names = ("tokens", "labels", "loss_mask")
+        tokens, labels, loss_mask = (batch[name].to(self.layout.device, non_blocking=True) for name in names)
+        # The host reads document starts, so they stay where they are.
+        return language_model_loss(model, tokens, labels, loss_mask, batch.get("document_starts"))
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor:
         """Return this tensor-parallel rank's gradient, averaged over data-parallel ranks; between backward and step."""
