@@ -92,6 +92,7 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa checkpoint verify A B": Way((("A B", "runs/quickstart imported"),)),
         "mosa status runs/NAME [--watch]": Way(),
         "mosa evaluate runs/NAME": Way(added="--samples 2 --calibration-samples 2"),
+        "mosa bench CONFIG": Way(added=f"{SMALL} {ONE} --steps 1 --warmup 1"),
     },
     "docs/causal.md": {
         "mosa checkpoint causalize runs/NAME OUT --samples 256": Way((("256", "2"),)),
