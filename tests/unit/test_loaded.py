@@ -84,9 +84,14 @@ def test_a_killed_program_leaves_nothing_and_shows_its_command() -> None:
         time.sleep(0.01)
 
 
-def test_ranks_are_terminated_once_if_one_fails() -> None:
-    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(1.5); exit(4)"
+def test_ranks_are_terminated_once_if_one_fails(tmp_path: Path) -> None:
+    ready = f"{str(tmp_path / 'ready')!r}"  # the first rank ignores the signal from then on, and the second fails
+    stubborn = (
+        "import pathlib, signal, time; signal.signal(signal.SIGTERM, lambda *_: None); "
+        f"pathlib.Path({ready}).touch(); time.sleep(1.5); exit(4)"
+    )
+    fails = f"import os, time\nwhile not os.path.exists({ready}): time.sleep(0.01)\nexit(2)"
     ranks = [
-        subprocess.Popen([loaded_python(), "-c", text]) for text in (code, "exit(2)", "import time; time.sleep(60)")
+        subprocess.Popen([loaded_python(), "-c", text]) for text in (stubborn, fails, "import time; time.sleep(60)")
     ]
     assert wait_for_ranks(ranks) == [4, 2, -signal.SIGTERM]
