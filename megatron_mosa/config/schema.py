@@ -171,8 +171,10 @@ class TrainSection:
         "NVIDIA apex's FusedAdam and fused norms: auto (where installed and supported) | never | always",
         choices=("auto", "never", "always"),
     )
-    profile_steps: list[int] = key([], "steps of which a trace and a memory snapshot are written to profile/")
-    profile_ranks: list[int] = key([0], "ranks that write them")
+    profile_steps: list[int] = key(
+        [], "steps of which a trace and a memory snapshot are written to profile/", at_least=1
+    )
+    profile_ranks: list[int] = key([0], "ranks that write them", at_least=0)
     deterministic: bool = key(True, "use torch's deterministic algorithms, on CPUs and GPUs; slower on GPUs")
 
 

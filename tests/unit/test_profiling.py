@@ -35,7 +35,9 @@ def test_chosen_steps_of_chosen_ranks_are_written(tmp_path: Path, rank: int, wri
 
 
 def test_steps_and_ranks_that_never_come_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^train.profile_steps must be from 1 to train.steps=100, got 101$"):
+    with pytest.raises(UserError, match=r"^train.profile_steps must be at most train.steps=100, got 101$"):
         tiny_config(train__profile_steps=[5, 101])
-    with pytest.raises(UserError, match=r"^train.profile_ranks must be from 0 to 1 with 2 ranks, got 2$"):
+    with pytest.raises(UserError, match=r"^train.profile_steps must be at least 1, got \[0\]$"):
+        tiny_config(train__profile_steps=[0])
+    with pytest.raises(UserError, match=r"^train.profile_ranks must be less than the number of ranks, 2, got 2$"):
         check_world_size(tiny_config(train__profile_ranks=[0, 2], train__micro_batch_size=2), 2)
