@@ -6,6 +6,7 @@ from megatron_mosa.data.loader import training_batches, validation_batches
 from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
 from megatron_mosa.data.mixture import Mixture, open_mixture
 from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
+from megatron_mosa.data.sources import iter_documents
 from megatron_mosa.data.tokenizer import (
     PROBE,
     TOKENIZER_FILE,
@@ -35,6 +36,7 @@ __all__ = [
     "document_starts",
     "end_of_document_id",
     "is_large",
+    "iter_documents",
     "load_manifest",
     "load_tokenizer",
     "open_mixture",

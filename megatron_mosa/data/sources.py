@@ -72,6 +72,17 @@ def open_source(source: str, text_field: str, *, streaming: bool = True, timeout
     return FileSource(source, text_field)
 
 
+def iter_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
+    """Yield the non-empty documents of every source, in a fixed order.
+
+    Raises:
+        UserError: a source does not exist, or cannot be read.
+    """
+    for source in sources:
+        for text, _ in open_source(source, text_field).read():
+            yield text
+
+
 def total_text_bytes(sources: Sequence[Source]) -> int | None:
     """Return the bytes of text of all sources, or None if one does not know its own."""
     sizes = [source.text_bytes() for source in sources]

@@ -19,7 +19,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build_dataset, load_tokenizer, shards, train_tokenizer
+from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
 from megatron_mosa.data.encoder import LOST, UNKNOWN, Encoder
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, SURROGATES
 from megatron_mosa.data.sources import open_source
@@ -41,7 +41,7 @@ FIELDS = {
 
 
 def documents(source: Path | str, text_field: str = "text") -> list[str]:
-    return [text for text, _ in open_source(str(source), text_field).read()]
+    return list(iter_documents([str(source)], text_field))
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
