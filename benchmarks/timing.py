@@ -61,7 +61,7 @@ def _milliseconds(function: Callable[[], object], repetitions: int, wait_cycles:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
     for start, end in events:
         if wait_cycles:
-            torch.cuda._sleep(wait_cycles)  # there is no public function for this
+            torch.cuda._sleep(wait_cycles)  # torch has no public function for this
         start.record()
         function()
         end.record()

@@ -94,7 +94,7 @@ class StateReader:
         """Read a whole tensor, or one row of its first dimension, assembled from the shards that the ranks wrote.
 
         Raises:
-            KeyError: there is no tensor of that name.
+            KeyError: unknown name.
             DamagedError: the tensor cannot be read; names the files that hold it.
         """
         info = self.tensors[key]
@@ -102,7 +102,7 @@ class StateReader:
         planner = None if row is None else _RowPlanner(tensor, row)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns that there is no process group
+                warnings.simplefilter("ignore")  # torch warns if no process group exists
                 dcp.load({key: tensor}, storage_reader=self._reader, planner=planner, no_dist=True)
         except (CheckpointException, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             stored = self._metadata.storage_data.items()
@@ -111,7 +111,7 @@ class StateReader:
         return tensor
 
     def read_bytes(self, key: str) -> bytes | None:
-        """Read the value of a key that does not hold a tensor; None if there is no such key.
+        """Read the value of a key that does not hold a tensor; None for an unknown key.
 
         Raises:
             DamagedError: the value cannot be read.

@@ -64,7 +64,7 @@ def write_state_offline(
             closing(_ReadingPlanner(read, cuts or {}, read_part)) as planner,
             closing(_SyncedFiles()) as files,
         ):
-            warnings.simplefilter("ignore")  # torch warns that there is no process group
+            warnings.simplefilter("ignore")  # torch warns if no process group exists
             writer.fs = files
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
             records = files.records()

@@ -139,7 +139,7 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 def _healthy(has_manifest: bool, full: bool) -> str:
     if not has_manifest:
-        return "unknown: there is no manifest to compare with"
+        return "not checked: the checkpoint has no manifest"
     return "all file hashes match" if full else "all file sizes match (--full also compares hashes)"
 
 

@@ -28,7 +28,7 @@ class Header:
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors spells it, such as "BF16"."""
+    """The name in safetensors files, such as "BF16"."""
 
     @property
     def elements(self) -> int:

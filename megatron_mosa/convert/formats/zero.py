@@ -86,7 +86,7 @@ class ZeroReader:
         """Read a whole tensor, in fp32 if it has a floating-point dtype.
 
         Raises:
-            KeyError: there is no tensor of that name.
+            KeyError: unknown name.
             DamagedError: a file has changed since the checksums were verified.
         """
         info = self.tensors[name]
