@@ -52,7 +52,6 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         return
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    yield from _unproven(config)
     if parallel.zero_stage == 3:
         yield "parallel.zero_stage=3"
     if train.apex == "always":
@@ -69,15 +68,6 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
     else:
         if config.mosa.num_heads and get_backend(config.mosa.backend, states, model.head_dim) is not triton:
             yield "MoSA heads do not run on Triton's kernels"
-
-
-def _unproven(config: Config) -> Iterator[str]:
-    """Yield what is implemented and tested on CPUs, but has not run on GPUs yet."""
-    parallel = config.parallel
-    if config.model.attend_within_documents:
-        yield "model.attend_within_documents=true"
-    if parallel.tensor_model_parallel_size > 1:
-        yield f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
 
 
 def _against_graphs(config: Config) -> Iterator[str]:

@@ -240,7 +240,9 @@ class DeepSpeedEngine:
         self._zero.link()
 
     def destroy(self) -> None:
-        """Remove DeepSpeed's hooks from the model."""
+        """Free CUDA graphs and remove DeepSpeed's hooks from the model; call it before groups are destroyed."""
+        if self._graphed is not None:
+            self._graphed.release()
         self._engine.destroy()
 
 

@@ -99,9 +99,7 @@ class GraphedSteps:
         """Add a micro-batch's loss and gradients."""
         key = phase, *((name, tensor.shape) for name, tensor in batch.items())
         if self._captured is None or self._captured.key != key:
-            if self._captured is not None:
-                self._captured = None  # and its graph
-                torch.cuda.empty_cache()  # what the graph held would lie beside the memory of the next
+            self.release()
             inputs = {name: torch.empty_like(tensor, device=self.scale.device) for name, tensor in batch.items()}
             self._captured = _Captured(key, inputs)
         captured = self._captured
@@ -118,6 +116,15 @@ class GraphedSteps:
                 self._run(captured.inputs)
             captured.graph = graph
         captured.graph.replay()
+
+    def release(self) -> None:
+        """Free the graph, if there is one, and its memory.
+
+        NCCL would wait forever for a communicator to be destroyed that a graph still refers to.
+        """
+        if self._captured is not None:
+            self._captured = None  # and its graph
+            torch.cuda.empty_cache()  # what the graph held would lie beside the memory of the next
 
     def _run(self, inputs: Batch) -> None:
         self._left = dict(self._totals)

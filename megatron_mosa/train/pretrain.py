@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
@@ -158,14 +159,13 @@ def _train(
     trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} has already reached train.stop_after_step={trainer.last_step}")
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(engine.destroy)
+        cleanup.callback(store.close)
         trainer.run(batches)
-    finally:
-        store.close()
     if trainer.stop_reason:
         writers.note(f"stopped at step {state.step}: {trainer.stop_reason}; start the run again to resume it")
     writers.close()
-    engine.destroy()
     return trainer.stop_reason
 
 

@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 240
 class WorkerPool:
     """``world_size`` processes in one gloo group; ``run`` calls a module-level function on each of them.
 
-    On a GPU, a single process uses NCCL. Several processes share the GPU, which NCCL does not support, and use gloo.
+    On GPUs they use NCCL, or gloo where several share a GPU, which NCCL does not support.
     """
 
     def __init__(self, world_size: int, on_gpu: bool = False) -> None:
