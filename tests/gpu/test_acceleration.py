@@ -132,10 +132,7 @@ def test_another_batch_shape_and_back(workers: WorkerPools) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        (
-            {"model__attend_within_documents": True, "mosa__selection_scope": "document"},
-            "acceleration: none: mosa.selection_scope=document, which selects another number of tokens in each batch",
-        ),
+        ({"model__attend_within_documents": True}, "acceleration: none: model.attend_within_documents=true"),
         ({"parallel__zero_stage": 3}, "acceleration: none: parallel.zero_stage=3"),
         ({"parallel__zero_stage": 2}, "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"),
         ({"train__precision": "fp32"}, "acceleration: compiled layers, no CUDA graphs: train.precision=fp32"),
