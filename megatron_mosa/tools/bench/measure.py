@@ -6,18 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
-from megatron_mosa.engine import Batch, DeepSpeedEngine
+from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.metrics import peak_flops
 from megatron_mosa.model import model_flops, parameter_count, usual_flops
 from megatron_mosa.parallel import Layout
+from megatron_mosa.tools.bench.loop import time_loop
 from megatron_mosa.tools.bench.profile import profile_steps
+from megatron_mosa.tools.bench.samples import random_batches
 from megatron_mosa.utils import versions
 
 POOL = 4  # steps' worth of batches, used in turn
@@ -59,6 +61,9 @@ class Measurement:
     profile: dict[str, Any] | None = field(default=None)
     """``StepProfile`` on a GPU."""
 
+    loop: dict[str, float] | None = field(default=None)
+    """``LoopTime``: what a run adds to its steps."""
+
     @property
     def median(self) -> float:
         """Median step time in milliseconds."""
@@ -86,7 +91,8 @@ def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurem
     begin = time.perf_counter()
     engine = DeepSpeedEngine(config, config.data.vocab_size, layout)
     built = time.perf_counter() - begin
-    pool = _random_batches(config, layout, engine.accumulation_steps)
+    batches = random_batches(config, layout)
+    pool = [list(islice(batches, engine.accumulation_steps)) for _ in range(POOL)]
     wait = torch.cuda.synchronize if layout.device.type == "cuda" else _nothing
     losses: list[float] = []
 
@@ -103,6 +109,7 @@ def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurem
     is_gpu = layout.device.type == "cuda"
     allocated, reserved = (f() / 2**30 if is_gpu else 0.0 for f in (_max_allocated, _max_reserved))
     profile = asdict(profile_steps(step)) if is_gpu else None
+    loop = asdict(time_loop(config, engine, layout, steps))
     global_batch, vocab_size = config.train.global_batch_size, config.data.vocab_size
     flops = {"executed": model_flops(config, vocab_size), "usual": usual_flops(config, vocab_size)}
     engine.destroy()
@@ -123,6 +130,7 @@ def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurem
         seconds_of_first_steps=first,
         losses=losses[:warmup],
         profile=profile,
+        loop=loop,
     )
 
 
@@ -137,27 +145,6 @@ def describe(config: Config, layout: Layout) -> str:
         f"{tensor} x DP {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}, {count} micro-batch"
         f"{'es' * (count > 1)} of {train.micro_batch_size} x {config.data.sequence_length}"
     )
-
-
-def _random_batches(config: Config, layout: Layout, count: int) -> list[list[Batch]]:
-    """Random tokens, in pinned memory where there is a GPU; ranks of a tensor-parallel group have the same."""
-    generator = torch.Generator().manual_seed(layout.data_parallel_rank)
-    return [[_random_batch(config, layout, generator) for _ in range(count)] for _ in range(POOL)]
-
-
-def _random_batch(config: Config, layout: Layout, generator: torch.Generator) -> Batch:
-    size, length = config.train.micro_batch_size, config.data.sequence_length
-    tokens = torch.randint(0, config.data.vocab_size, (size, length + 1), generator=generator)
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(size, length)}
-    if config.model.attend_within_documents:
-        begins = torch.rand(size, length, generator=generator) < 4 / length  # about four documents a sequence
-        begins[:, 0] = True
-        batch["document_starts"] = torch.where(begins, torch.arange(length), 0).cummax(dim=1).values
-    return {name: _pinned(tensor.contiguous(), layout) for name, tensor in batch.items()}
-
-
-def _pinned(tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.pin_memory() if layout.device.type == "cuda" else tensor
 
 
 def _max_allocated() -> int:
