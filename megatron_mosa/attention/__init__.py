@@ -5,7 +5,7 @@ from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.functional import mosa_attention, num_selected_tokens
 from megatron_mosa.attention.heads import PartitionedHeads
 from megatron_mosa.attention.layer import MosaSelfAttention
-from megatron_mosa.attention.recompute import repetition
+from megatron_mosa.attention.recompute import MosaTransformerLayer, repetition
 from megatron_mosa.attention.spec import MosaSpecProvider, get_mosa_block_spec, get_mosa_layer_spec
 from megatron_mosa.attention.thresholds import (
     DEAD,
@@ -24,6 +24,7 @@ __all__ = [
     "MosaSelfAttention",
     "MosaSpecProvider",
     "MosaTransformerConfig",
+    "MosaTransformerLayer",
     "PartitionedHeads",
     "forget_scores",
     "get_mosa_block_spec",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_mosa.attention.config import MosaTransformerConfig
@@ -70,7 +71,21 @@ class MosaTransformerLayer(TransformerLayer):
 
     config: MosaTransformerConfig
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Positional, unlike in Megatron's calls: else ZeRO-3, to which a layer is one module, does not see when the
+        # backward pass of the layer ends, and reduces gradients before they are there.
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def forward(self, *args: Any, compiled: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """Run the layer.
+
+        Args:
+            args, kwargs: as Megatron's layer takes them, or as ``compiled`` does.
+            compiled: a ``DecoderLayer`` of this layer, to run in place of Megatron's code. It runs within this call
+                because ZeRO-3 gathers the layer's weights around it.
+        """
+        if compiled is not None:
+            return compiled(*args, **kwargs)
         if self.config.mosa_recompute == "full" and self.training:
             return recomputed(super().forward, *args, **kwargs)
         return super().forward(*args, **kwargs)

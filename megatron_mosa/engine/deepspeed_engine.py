@@ -11,10 +11,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention import forget_scores, mosa_layers, repetition, threshold_buffers, update_thresholds
+from megatron_mosa.attention import (
+    MosaTransformerLayer,
+    forget_scores,
+    mosa_layers,
+    repetition,
+    threshold_buffers,
+    update_thresholds,
+)
 from megatron_mosa.config import Config
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.engine.graphed import GraphedSteps
@@ -23,6 +31,7 @@ from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import fill, zero_state
 from megatron_mosa.kernels import Documents, PackedDocuments, get_backend
 from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
+from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
 _KEYS: dict[str, str | None] = {"model": None} | {moment: moment for moment in MOMENTS}
@@ -50,9 +59,11 @@ class DeepSpeedEngine:
         for parameter, weight in initial_weights(model, config.run.seed):
             fill(parameter, weight)
         _reject_unsummed_gradients(model)
-        # DeepSpeed allocates whole buckets in every step, by default 2 GB each: make them no larger than the model.
-        bucket = min(500_000_000, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
-        settings["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
+        if config.parallel.zero_stage == 3:
+            # Weights of a layer are gathered as a whole, in one collective. Within a layer, recompute could not do it,
+            # nor a compiled layer, which does not call its modules.
+            set_z3_leaf_modules(model, [MosaTransformerLayer])
         self._optimizer = adamw(model, config)
         with redirect_stdout(io.StringIO()):  # DeepSpeed's bf16 optimizer prints memory reports
             self._engine: Any = deepspeed.initialize(
@@ -64,6 +75,8 @@ class DeepSpeedEngine:
         if self.acceleration.compiles_layers:
             kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
             model.compile_layers(kernels)
+            if config.parallel.zero_stage == 3:
+                deepspeed.zero.register_external_parameter(model.output_loss, model.vocabulary_layer.weight)
             if self.acceleration.uses_graphs:
                 clipping = config.optimizer.gradient_clipping
                 self._graphed = GraphedSteps(self._engine.optimizer, self._loss_in_graph, clipping, kernels)
@@ -261,6 +274,33 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
         mem_efficient_linear=False,  # True would replace torch's linear for the whole process
         mpu=ModelParallelUnit(),
     )
+
+
+def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
+    """Return how many elements DeepSpeed communicates at once; its defaults fit neither small nor large models."""
+
+    def numel(parameters: Iterable[torch.nn.Parameter]) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+    if stage < 3:
+        # Whole buckets are allocated in every step, by default 2 GB each.
+        bucket = min(500_000_000, numel(model.parameters()))
+        return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    layers = [list(layer.parameters()) for layer in model.decoder.layers]
+    partitioned = max(numel(p for p in layer if not p.ds_persist) for layer in layers)
+    vocabulary = numel([model.vocabulary_layer.weight])
+    return {
+        # The gradients of a layer are reduced while the layer before computes its own.
+        "reduce_bucket_size": max(map(numel, layers)),
+        # The weights of a layer are gathered while the one before computes. Each module that is called gathers so many
+        # ahead, the embedding and norms, too, so that the second number is what limits them: the embedding, which stays
+        # gathered, and two layers.
+        "stage3_prefetch_bucket_size": partitioned,
+        "stage3_max_live_parameters": vocabulary + 2 * partitioned,
+        # The last layer stays gathered from its forward to its backward pass, between which the final norm and the
+        # output layer are called twice.
+        "stage3_max_reuse_distance": 2 * (vocabulary + numel(model.decoder.final_layernorm.parameters())) + 1,
+    }
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

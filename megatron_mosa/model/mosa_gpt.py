@@ -14,6 +14,19 @@ from megatron_mosa.kernels import Documents, KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
 
+class OutputLoss(torch.nn.Module):
+    """The output layer and its loss in one function, which never has all logits in memory.
+
+    Has no parameters. It is a module because ZeRO-3 gathers weights around the calls of modules.
+    """
+
+    function: Callable[..., Tensor]
+
+    def forward(self, states: Tensor, *args: Any, layer: torch.nn.Module) -> Tensor:
+        """Call ``function`` with the states, the weight of ``layer``, and ``args``."""
+        return self.function(states, layer.weight, *args)
+
+
 class MosaGPTModel(GPTModel):
     """A GPTModel that, given labels and a loss mask, returns the masked sum of the token losses.
 
@@ -22,9 +35,17 @@ class MosaGPTModel(GPTModel):
     """
 
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, because a list would register submodules
-    _linear_cross_entropy: Callable[..., Tensor]
     _region: TensorParallelRegion
     _document_capacity = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.output_loss = OutputLoss()  # used after compile_layers
+
+    @property
+    def vocabulary_layer(self) -> torch.nn.Module:
+        """The module whose weight makes logits of hidden states."""
+        return self.embedding.word_embeddings if self.share_embeddings_and_output_weights else self.output_layer
 
     def compile_layers(
         self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
@@ -37,7 +58,7 @@ class MosaGPTModel(GPTModel):
             backend: the backend of torch.compile; None: layers run uncompiled.
         """
         torch.compiler.reset()  # variants compiled for an earlier model in this process count towards the same limit
-        self._linear_cross_entropy = loss or kernels.linear_cross_entropy
+        self.output_loss.function = loss or kernels.linear_cross_entropy
         group = tensor_parallel_group()
         self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
         self._compiled_layers = tuple(
@@ -69,16 +90,16 @@ class MosaGPTModel(GPTModel):
             return (losses.float() * loss_mask).sum()
         hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)
         # [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism
+        # Training and evaluation call the same modules in the same order, which ZeRO-3 fetches weights ahead by.
         if self.training and torch.is_grad_enabled():
             above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
             documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
-            for layer in self._compiled_layers:
-                hidden_states = layer(hidden_states, above, documents)
-            hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
+            for layer, compiled in zip(self.decoder.layers, self._compiled_layers, strict=True):
+                hidden_states = layer(hidden_states, compiled=compiled, above=above, documents=documents)
         else:
-            hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=attention_mask)
-        shared = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+            for layer in self.decoder.layers:
+                hidden_states, _ = layer(hidden_states, attention_mask=attention_mask)
+        hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
         states = self._region.enter(hidden_states).flatten(0, 1)
         targets, token_weights = labels.t().flatten(), loss_mask.t().flatten()
-        return self._linear_cross_entropy(states, weight, targets, token_weights, tensor_parallel_group())
+        return self.output_loss(states, targets, token_weights, tensor_parallel_group(), layer=self.vocabulary_layer)

@@ -1,0 +1,97 @@
+"""Training with compiled layers on the CPU, where ``choose_acceleration`` would not choose them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.runtime.zero import partition_parameters
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from megatron_mosa.config import Config
+from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine
+from megatron_mosa.engine.acceleration import Acceleration
+from megatron_mosa.kernels import KernelBackend, naive
+from megatron_mosa.model.mosa_gpt import MosaGPTModel
+from megatron_mosa.parallel import Layout
+from tests.distributed.tasks import (
+    RATES,
+    VOCAB_SIZE,
+    master_weights,
+    micro_batches,
+    parallel,
+    recorded_gradients,
+    whole,
+)
+
+
+@contextlib.contextmanager
+def _engine(config: Config, layout: Layout, is_compiled: bool, backend: str = "aot_eager") -> Iterator[DeepSpeedEngine]:
+    """Yield an engine whose layers are traced as on a GPU, but on the plain kernels; the loss is interpreted."""
+    compile_layers = MosaGPTModel.compile_layers
+
+    def compile_plain(model: MosaGPTModel, kernels: KernelBackend) -> None:
+        compile_layers(model, naive, kernels.linear_cross_entropy, backend)
+
+    choice = Acceleration(compiles_layers=is_compiled, hindrance="on cpu")
+    with (
+        mock.patch.object(deepspeed_engine, "choose_acceleration", lambda *_: choice),
+        mock.patch.object(MosaGPTModel, "compile_layers", compile_plain),
+    ):
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+    yield engine
+    engine.destroy()
+
+
+def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
+    """Everything that steps lead to, with an evaluation and a state that is written and read between them.
+
+    Besides losses, norms, gradients of every step and weights: the number of graphs that were compiled after each step.
+    """
+    facts: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "validation": [], "graphs": []}
+    with parallel(config) as layout, _engine(config, layout, is_compiled) as engine:
+        torch._dynamo.utils.counters.clear()
+        for step in range(number):
+            with recorded_gradients(engine) as gradients:
+                result = engine.train_step(micro_batches(config, layout, step), RATES[step % 2])
+            facts["losses"].append(result.loss)
+            facts["norms"].append(result.grad_norm)
+            facts["gradients"].append(gradients)
+            facts["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            facts["validation"].append(engine.evaluate(micro_batches(config, layout, 99)))
+            if step == 0:
+                engine.load_state({key: tensor.clone() for key, tensor in engine.state().items()}, 1)
+        facts["weights"] = whole(engine.module, master_weights(engine))
+    return facts
+
+
+def gathered(config: Config) -> dict[str, Any]:
+    """How often each weight is gathered in a micro-batch, and whose memory is kept after it was released."""
+    with parallel(config) as layout, _engine(config, layout, True) as engine:
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        free_param, released, kept = partition_parameters.free_param, Counter[str](), list[str]()
+        storages: list[tuple[str, StorageWeakRef]] = []
+
+        def free(parameter: torch.nn.Parameter) -> None:
+            released[names[id(parameter)]] += 1
+            storages.append((names[id(parameter)], StorageWeakRef(parameter.data.untyped_storage())))
+            free_param(parameter)
+
+        backward = engine._engine.backward
+
+        def look_and_go_backward(loss: torch.Tensor) -> None:
+            kept.extend(name for name, storage in storages if not storage.expired())
+            backward(loss)
+
+        engine.train_step(micro_batches(config, layout, 0), 1e-3)  # DeepSpeed records the order of modules
+        engine.evaluate(micro_batches(config, layout, 99))
+        with (
+            mock.patch.object(partition_parameters, "free_param", free),
+            mock.patch.object(engine._engine, "backward", look_and_go_backward),
+        ):
+            engine.train_step(micro_batches(config, layout, 1), 1e-3)
+    return {"released": released, "kept": kept}
