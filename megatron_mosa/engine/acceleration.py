@@ -26,7 +26,7 @@ class Acceleration:
     """Each micro-batch is one CUDA graph, which accumulates its gradients in fp32."""
 
     hindrance: str = ""
-    """What prevents a faster step, such as "parallel.zero_stage=3"; empty if nothing does."""
+    """What prevents a faster step, such as "train.precision=fp32"; empty if nothing does."""
 
     def __str__(self) -> str:
         if self.uses_graphs:
@@ -45,7 +45,7 @@ def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
 
 def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
     """Yield each reason why layers cannot be compiled."""
-    model, parallel, train = config.model, config.parallel, config.train
+    model, train = config.model, config.train
     if train.acceleration == "none":
         yield "train.acceleration=none"
     if layout.device.type != "cuda":
@@ -55,8 +55,6 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     if _DOCUMENTS_ARE_UNPROVEN and model.attend_within_documents:
         yield "model.attend_within_documents=true"
-    if parallel.zero_stage == 3:
-        yield "parallel.zero_stage=3"
     if train.apex == "always":
         yield "train.apex=always asks for apex's norms"
     if model.attend_within_documents and train.precision == "fp32":

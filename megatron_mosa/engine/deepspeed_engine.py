@@ -85,6 +85,8 @@ class DeepSpeedEngine:
         zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
         if config.parallel.zero_stage == 3:
             zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # only norms stay whole
+            # True would copy gradients to a buffer, from which a reduction of several parameters copies them once more.
+            zero["contiguous_gradients"] = False
         if config.parallel.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {

@@ -16,6 +16,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine
 from megatron_mosa.engine.acceleration import Acceleration
 from megatron_mosa.kernels import KernelBackend, naive
+from megatron_mosa.metrics import recorded_selection
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel import Layout
 from tests.distributed.tasks import (
@@ -48,7 +49,9 @@ def _engine(config: Config, layout: Layout, is_compiled: bool, backend: str = "a
 
 
 def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
-    """Everything that steps lead to, with an evaluation and a state that is written and read between them.
+    """Everything that steps lead to, with evaluations and a state that is written and read between them.
+
+    The last step records what MoSA heads select.
 
     Besides losses, norms, gradients of every step and weights: the number of graphs that were compiled after each step.
     """
@@ -56,7 +59,8 @@ def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
     with parallel(config) as layout, _engine(config, layout, is_compiled) as engine:
         torch._dynamo.utils.counters.clear()
         for step in range(number):
-            with recorded_gradients(engine) as gradients:
+            recorded = recorded_selection(engine.module) if step == number - 1 else contextlib.nullcontext()
+            with recorded, recorded_gradients(engine) as gradients:
                 result = engine.train_step(micro_batches(config, layout, step), RATES[step % 2])
             facts["losses"].append(result.loss)
             facts["norms"].append(result.grad_norm)
@@ -88,10 +92,11 @@ def gathered(config: Config) -> dict[str, Any]:
             backward(loss)
 
         engine.train_step(micro_batches(config, layout, 0), 1e-3)  # DeepSpeed records the order of modules
-        engine.evaluate(micro_batches(config, layout, 99))
+        engine.evaluate(micro_batches(config, layout, 99))  # and this does not change it
+        engine.train_step(micro_batches(config, layout, 1), 1e-3)  # begins with what evaluation left gathered
         with (
             mock.patch.object(partition_parameters, "free_param", free),
             mock.patch.object(engine._engine, "backward", look_and_go_backward),
         ):
-            engine.train_step(micro_batches(config, layout, 1), 1e-3)
+            engine.train_step(micro_batches(config, layout, 2), 1e-3)
     return {"released": released, "kept": kept}

@@ -20,7 +20,6 @@ def test_runs_on_the_cpu_stay_as_they_are(layout: Layout) -> None:
     ("changes", "hindrance"),
     [
         ({"train__acceleration": "none"}, "train.acceleration=none"),
-        ({"parallel__zero_stage": 3}, "parallel.zero_stage=3"),
         ({"model__attend_within_documents": True}, "model.attend_within_documents=true"),
         ({"train__apex": "always"}, "train.apex=always asks for apex's norms"),
     ],
