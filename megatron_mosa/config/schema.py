@@ -104,7 +104,7 @@ class ParallelSection:
     sequence_parallel: bool = key(False, "split activations between layers over the sequence; for sizes above 1")
     tensor_parallel_overlap: str = key(
         "none",
-        "auto: halves of a micro-batch take turns, one computes while the other communicates; none: one after the other",
+        "auto: two halves of a micro-batch take turns, one computes while the other communicates; none",
         choices=("auto", "none"),
     )
     pipeline_model_parallel_size: int = key(1, "not implemented: must be 1")
