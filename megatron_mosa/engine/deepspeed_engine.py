@@ -74,7 +74,7 @@ class DeepSpeedEngine:
         self._graphed: GraphedSteps | None = None
         if self.acceleration.compiles_layers:
             kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
-            model.compile_layers(kernels)
+            model.compile_layers(kernels, overlaps=self.acceleration.overlaps)
             if config.parallel.zero_stage == 3:
                 deepspeed.zero.register_external_parameter(model.output_loss, model.vocabulary_layer.weight)
             if self.acceleration.uses_graphs:

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_mosa.attention import DecoderLayer, mosa_layers
+from megatron_mosa.attention import DecoderLayer, mosa_layers, run_overlapped
 from megatron_mosa.kernels import Documents, KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
@@ -35,6 +35,7 @@ class MosaGPTModel(GPTModel):
     """
 
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, because a list would register submodules
+    _overlaps = False
     _region: TensorParallelRegion
     _document_capacity = 0
 
@@ -48,7 +49,11 @@ class MosaGPTModel(GPTModel):
         return self.embedding.word_embeddings if self.share_embeddings_and_output_weights else self.output_layer
 
     def compile_layers(
-        self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
+        self,
+        kernels: KernelBackend,
+        loss: Callable[..., Tensor] | None = None,
+        backend: str | None = "inductor",
+        overlaps: bool = False,
     ) -> None:
         """Compile the layers, for training; parameters must be on their final device and of their final type.
 
@@ -56,13 +61,19 @@ class MosaGPTModel(GPTModel):
             kernels: the backend of the heads.
             loss: a function like ``linear_cross_entropy``; default: that of ``kernels``.
             backend: the backend of torch.compile; None: layers run uncompiled.
+            overlaps: whether halves of a micro-batch take turns, so that tensor-parallel collectives run beside
+                computation; without documents and recompute, and for an even number of sequences.
         """
         torch.compiler.reset()  # variants compiled for an earlier model in this process count towards the same limit
         self.output_loss.function = loss or kernels.linear_cross_entropy
         group = tensor_parallel_group()
         self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
+        self._overlaps = overlaps
+        layers = cast(Any, self.decoder.layers)
+        following = [*(layer.input_layernorm for layer in layers[1:]), cast(Any, self.decoder.final_layernorm)]
         self._compiled_layers = tuple(
-            DecoderLayer(cast(Any, layer), kernels, self._region, backend) for layer in self.decoder.layers
+            DecoderLayer(layer, norm, kernels, self._region, backend)
+            for layer, norm in zip(layers, following, strict=True)
         )
 
     def pack(self, documents: Documents) -> PackedDocuments:
@@ -92,14 +103,24 @@ class MosaGPTModel(GPTModel):
         # [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism
         # Training and evaluation call the same modules in the same order, which ZeRO-3 fetches weights ahead by.
         if self.training and torch.is_grad_enabled():
-            above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
-            documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
-            for layer, compiled in zip(self.decoder.layers, self._compiled_layers, strict=True):
-                hidden_states = layer(hidden_states, compiled=compiled, above=above, documents=documents)
+            states = self._run_compiled_layers(hidden_states, attention_mask)
         else:
             for layer in self.decoder.layers:
                 hidden_states, _ = layer(hidden_states, attention_mask=attention_mask)
-        hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
-        states = self._region.enter(hidden_states).flatten(0, 1)
+            states = self._leave_layers(hidden_states)
         targets, token_weights = labels.t().flatten(), loss_mask.t().flatten()
-        return self.output_loss(states, targets, token_weights, tensor_parallel_group(), layer=self.vocabulary_layer)
+        group = tensor_parallel_group()
+        return self.output_loss(states.flatten(0, 1), targets, token_weights, group, layer=self.vocabulary_layer)
+
+    def _run_compiled_layers(self, hidden_states: Tensor, attention_mask: Any) -> Tensor:
+        """Return the states that the output layer multiplies, [T, B, h]."""
+        above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
+        if self._overlaps:
+            return run_overlapped(self._compiled_layers, hidden_states, above)
+        documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
+        for layer, compiled in zip(self.decoder.layers, self._compiled_layers, strict=True):
+            hidden_states = layer(hidden_states, compiled=compiled, above=above, documents=documents)
+        return self._leave_layers(hidden_states)
+
+    def _leave_layers(self, hidden_states: Tensor) -> Tensor:
+        return self._region.enter(cast(Any, self.decoder.final_layernorm)(hidden_states))

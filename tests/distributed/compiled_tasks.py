@@ -35,8 +35,8 @@ def _engine(config: Config, layout: Layout, is_compiled: bool, backend: str = "a
     """Yield an engine whose layers are traced as on a GPU, but on the plain kernels; the loss is interpreted."""
     compile_layers = MosaGPTModel.compile_layers
 
-    def compile_plain(model: MosaGPTModel, kernels: KernelBackend) -> None:
-        compile_layers(model, naive, kernels.linear_cross_entropy, backend)
+    def compile_plain(model: MosaGPTModel, kernels: KernelBackend, overlaps: bool) -> None:
+        compile_layers(model, naive, kernels.linear_cross_entropy, backend, overlaps)
 
     choice = Acceleration(compiles_layers=is_compiled, hindrance="on cpu")
     with (
@@ -53,9 +53,9 @@ def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
 
     The last step records what MoSA heads select.
 
-    Besides losses, norms, gradients of every step and weights: the number of graphs that were compiled after each step.
+    "tensors" are the gradients of every step and the final weights; "graphs" counts what was compiled after each step.
     """
-    facts: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "validation": [], "graphs": []}
+    facts: dict[str, Any] = {"losses": [], "norms": [], "tensors": [], "validation": [], "graphs": []}
     with parallel(config) as layout, _engine(config, layout, is_compiled) as engine:
         torch._dynamo.utils.counters.clear()
         for step in range(number):
@@ -64,12 +64,12 @@ def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
                 result = engine.train_step(micro_batches(config, layout, step), RATES[step % 2])
             facts["losses"].append(result.loss)
             facts["norms"].append(result.grad_norm)
-            facts["gradients"].append(gradients)
+            facts["tensors"].append(gradients)
             facts["graphs"].append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             facts["validation"].append(engine.evaluate(micro_batches(config, layout, 99)))
             if step == 0:
                 engine.load_state({key: tensor.clone() for key, tensor in engine.state().items()}, 1)
-        facts["weights"] = whole(engine.module, master_weights(engine))
+        facts["tensors"].append(whole(engine.module, master_weights(engine)))
     return facts
 
 
