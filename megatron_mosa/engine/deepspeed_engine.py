@@ -6,7 +6,7 @@ import io
 import logging
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -281,27 +281,26 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
 def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
     """Return how many elements DeepSpeed communicates at once; its defaults fit neither small nor large models."""
 
-    def numel(parameters: Iterable[torch.nn.Parameter]) -> int:
+    def numel(parameters: Iterable[Any]) -> int:
         return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
     if stage < 3:
         # Whole buckets are allocated in every step, by default 2 GB each.
         bucket = min(500_000_000, numel(model.parameters()))
         return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    layers = [list(layer.parameters()) for layer in model.decoder.layers]
-    partitioned = max(numel(p for p in layer if not p.ds_persist) for layer in layers)
-    vocabulary = numel([model.vocabulary_layer.weight])
+    layers: list[list[Any]] = [list(layer.parameters()) for layer in model.decoder.layers]
+    gathered = max(numel(p for p in layer if not p.ds_persist) for layer in layers)
+    vocabulary, norm = numel([model.vocabulary_layer.weight]), cast(Any, model.decoder.final_layernorm).parameters()
     return {
-        # The gradients of a layer are reduced while the layer before computes its own.
+        # The gradients of a layer are reduced while the one below computes its own.
         "reduce_bucket_size": max(map(numel, layers)),
-        # The weights of a layer are gathered while the one before computes. Each module that is called gathers so many
-        # ahead, the embedding and norms, too, so that the second number is what limits them: the embedding, which stays
-        # gathered, and two layers.
-        "stage3_prefetch_bucket_size": partitioned,
-        "stage3_max_live_parameters": vocabulary + 2 * partitioned,
-        # The last layer stays gathered from its forward to its backward pass, between which the final norm and the
-        # output layer are called twice.
-        "stage3_max_reuse_distance": 2 * (vocabulary + numel(model.decoder.final_layernorm.parameters())) + 1,
+        # The weights of a layer are gathered while another computes. Every module that is called gathers so many ahead,
+        # the embedding, too, until as many are there as the second number says: the embedding, which is kept for its
+        # backward pass, and two layers.
+        "stage3_prefetch_bucket_size": gathered,
+        "stage3_max_live_parameters": vocabulary + 2 * gathered,
+        # The last layer is kept for its backward pass. Before it, the final norm and the output layer come twice.
+        "stage3_max_reuse_distance": 2 * (vocabulary + numel(norm)) + 1,
     }
 
 
