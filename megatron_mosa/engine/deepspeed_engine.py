@@ -289,18 +289,18 @@ def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
         bucket = min(500_000_000, numel(model.parameters()))
         return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     layers: list[list[Any]] = [list(layer.parameters()) for layer in model.decoder.layers]
-    gathered = max(numel(p for p in layer if not p.ds_persist) for layer in layers)
+    layer, gathered = max(map(numel, layers)), max(numel(p for p in layer if not p.ds_persist) for layer in layers)
     vocabulary, norm = numel([model.vocabulary_layer.weight]), cast(Any, model.decoder.final_layernorm).parameters()
     return {
         # The gradients of a layer are reduced while the one below computes its own.
-        "reduce_bucket_size": max(map(numel, layers)),
+        "reduce_bucket_size": layer,
         # The weights of a layer are gathered while another computes. Every module that is called gathers so many ahead,
-        # the embedding, too, until as many are there as the second number says: the embedding, which is kept for its
-        # backward pass, and two layers.
+        # the embedding, too, until as many are there as the second number says: the embedding and two layers.
         "stage3_prefetch_bucket_size": gathered,
         "stage3_max_live_parameters": vocabulary + 2 * gathered,
-        # The last layer is kept for its backward pass. Before it, the final norm and the output layer come twice.
-        "stage3_max_reuse_distance": 2 * (vocabulary + numel(norm)) + 1,
+        # The last two layers are kept for their backward pass: before it come a layer, the final norm and the output
+        # layer. With fewer, what is gathered for backward would displace them; with more, they displace the next layer.
+        "stage3_max_reuse_distance": layer + numel(norm) + vocabulary + 1,
     }
 
 
