@@ -30,8 +30,7 @@ from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import fill, zero_state
 from megatron_mosa.kernels import Documents, PackedDocuments, get_backend
-from megatron_mosa.model import build_empty_model, initial_weights, language_model_loss
-from megatron_mosa.model.mosa_gpt import MosaGPTModel
+from megatron_mosa.model import MosaGPTModel, build_empty_model, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
 _KEYS: dict[str, str | None] = {"model": None} | {moment: moment for moment in MOMENTS}

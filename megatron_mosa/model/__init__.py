@@ -13,9 +13,11 @@ from megatron_mosa.model.costs import (
 )
 from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
 from megatron_mosa.model.initialization import draw, initial_weights
+from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.model.state import StoredTensor, stored_tensors
 
 __all__ = [
+    "MosaGPTModel",
     "StoredTensor",
     "build_empty_model",
     "build_model",
