@@ -146,18 +146,17 @@ def _backward_keys_kernel(
             i_key, b_document, b_key_index, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
         )  # fmt: skip
         b_dv = dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, INTERPRETED)
-        # Transposed before the cast: two products of one transposed tile crash Triton 3.6's pipeliner on Blackwell.
+        # Transposed before the cast, not after: Triton 3.6 could not pipeline its several products for Blackwell.
+        b_ds, b_ds_t = b_ds.to(b_do.dtype), tl.trans(b_ds).to(b_do.dtype)
         b_dk_first, b_dk_second, b_dk_rest = _add_product(
-            tl.trans(b_ds).to(b_do.dtype), b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF,
-            INTERPRETED,
-        )  # fmt: skip
+            b_ds_t, b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
+        )
         if IS_ONE_TILE:
             b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, RESTARTS, SHIFT)
             b_dq_first, b_dq_second, b_dq_rest = _zero_parts(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
             b_dq_first, b_dq_second, b_dq_rest = _add_product(
-                b_ds.to(b_do.dtype), b_k_first, b_k_second, b_k_rest, b_dq_first, b_dq_second, b_dq_rest, D, HALF,
-                INTERPRETED,
-            )  # fmt: skip
+                b_ds, b_k_first, b_k_second, b_k_rest, b_dq_first, b_dq_second, b_dq_rest, D, HALF, INTERPRETED
+            )
             _store_parts(
                 p_out, b_dq_first, b_dq_second, b_dq_rest, i_query, count, b_position, p_cos, p_sin, D, HALF,
                 HALF_WIDTH, REST_WIDTH,
