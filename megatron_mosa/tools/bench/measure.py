@@ -1,4 +1,4 @@
-"""Times whole training steps of a configuration, on random tokens."""
+"""Times whole training steps of a configuration."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, DeepSpeedEngine
-from megatron_mosa.metrics import peak_flops
+from megatron_mosa.metrics import peak_flops, peak_memory_gib
 from megatron_mosa.model import model_flops, parameter_count, usual_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.tools.bench.profile import profile_steps
 from megatron_mosa.utils import versions
 
 POOL = 4  # steps' worth of batches, used in turn
+
+Batches = Callable[[int], list[Batch]]
+"""A step, counted from 0 -> this rank's micro-batches of it."""
+
+Watch = Callable[[str, int, int], None]
+"""Told what is about to happen: a phase, and which of how many steps of it (0 of 0 for a phase without steps)."""
 
 
 @dataclass
@@ -50,14 +55,24 @@ class Measurement:
     """Of the whole model."""
 
     allocated_gib: float
+    """Peak over all ranks, as ``peak_memory_gib`` counts it."""
+
     reserved_gib: float
+    """Peak over all ranks; 0 on a CPU."""
+
     seconds_to_build: float
     seconds_of_first_steps: list[float]
     losses: list[float]
-    """Of the first steps."""
+    """Of all steps that were not profiled, those before the measured ones included."""
 
     profile: dict[str, Any] | None = field(default=None)
-    """``StepProfile`` on a GPU."""
+    """``StepProfile`` of rank 0, if steps were profiled."""
+
+    grad_norms: list[float] = field(default_factory=list)
+    """Of the same steps as ``losses``, before clipping."""
+
+    communication_share: float | None = None
+    """``StepProfile.communication_share``, mean over ranks."""
 
     @property
     def median(self) -> float:
@@ -74,38 +89,84 @@ class Measurement:
         return 1000 * self.flops_per_step[rule] / self.median / self.peak_flops
 
 
-def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurement:
-    """Build the engine and take steps; a collective.
+@dataclass(frozen=True)
+class Profiling:
+    """Which steps ``measure`` profiles after the measured ones."""
+
+    steps: int = 3
+    warmup: int = 2
+    on_cpu: bool = False
+    """Also without a GPU, where only collectives are told apart."""
+
+
+def measure(
+    config: Config,
+    layout: Layout,
+    steps: int,
+    warmup: int,
+    *,
+    vocab_size: int | None = None,
+    batches: Batches | None = None,
+    learning_rate: Callable[[int], float] | None = None,
+    profiling: Profiling | None = None,
+    watch: Watch = lambda phase, step, of: None,
+) -> Measurement:
+    """Build the engine, take steps and destroy it, also if a step fails; a collective.
 
     Args:
-        config: its dataset is not read; the vocabulary has ``data.vocab_size`` tokens.
+        config: its dataset is not read.
         layout: of this process.
         steps: to time, 1 or more.
         warmup: steps before them, 1 or more; graphs need three, or the third micro-batch.
+        vocab_size: of the tokens; None: ``data.vocab_size``.
+        batches: None: ``RandomTokens``. They are fetched before the clock starts.
+        learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
     """
-    begin = time.perf_counter()
-    engine = DeepSpeedEngine(config, config.data.vocab_size, layout)
-    built = time.perf_counter() - begin
-    pool = _random_batches(config, layout, engine.accumulation_steps)
-    wait = torch.cuda.synchronize if layout.device.type == "cuda" else _nothing
+    is_gpu = layout.device.type == "cuda"
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(layout.device)  # this process may have measured another configuration
+    profiling = profiling or Profiling()
+    vocab_size = vocab_size or config.data.vocab_size
+    batches = batches or RandomTokens(config, layout, vocab_size)
+    wait = torch.cuda.synchronize if is_gpu else _nothing
     losses: list[float] = []
+    grad_norms: list[float] = []
+    watch("building", 0, 0)
+    begin = time.perf_counter()
+    engine = DeepSpeedEngine(config, vocab_size, layout)
+    built = time.perf_counter() - begin
 
-    def step() -> float:
-        batches = pool[len(losses) % POOL]
+    def step(phase: str, number: int, of: int) -> float:
+        watch(phase, number, of)
+        micro_batches = batches(len(losses))
+        rate = learning_rate(len(losses) + 1) if learning_rate else config.optimizer.min_learning_rate
         wait()
         start = time.perf_counter()
-        losses.append(engine.train_step(batches, config.optimizer.min_learning_rate).loss)
+        result = engine.train_step(micro_batches, rate)
         wait()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
+        return seconds
 
-    first = [step() for _ in range(warmup)]
-    times = [1000 * step() for _ in range(steps)]
-    is_gpu = layout.device.type == "cuda"
-    allocated, reserved = (f() / 2**30 if is_gpu else 0.0 for f in (_max_allocated, _max_reserved))
-    profile = asdict(profile_steps(step)) if is_gpu else None
-    global_batch, vocab_size = config.train.global_batch_size, config.data.vocab_size
+    try:
+        name = "compiling and warming up" if engine.acceleration.compiles_layers else "warming up"
+        first = [step(name, number, warmup) for number in range(1, warmup + 1)]
+        times = [1000 * step("measuring", number, steps) for number in range(1, steps + 1)]
+        allocated = _over_ranks(peak_memory_gib(layout.device), dist.ReduceOp.MAX, layout)
+        reserved = _over_ranks(torch.cuda.max_memory_reserved() / 2**30 if is_gpu else 0.0, dist.ReduceOp.MAX, layout)
+        kept = len(losses)
+        profile = None
+        if is_gpu or profiling.on_cpu:
+            profile = profile_steps(lambda: step("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
+    finally:
+        # Graphs before groups: NCCL would wait forever for a communicator that a graph still refers to.
+        engine.destroy()
+    global_batch = config.train.global_batch_size
     flops = {"executed": model_flops(config, vocab_size), "usual": usual_flops(config, vocab_size)}
-    engine.destroy()
+    share = None
+    if profile is not None:
+        share = _over_ranks(profile.communication_share, dist.ReduceOp.SUM, layout) / layout.world_size
     return Measurement(
         name=config.run.name,
         layout=describe(config, layout),
@@ -121,8 +182,10 @@ def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurem
         reserved_gib=reserved,
         seconds_to_build=built,
         seconds_of_first_steps=first,
-        losses=losses[:warmup],
-        profile=profile,
+        losses=losses[:kept],
+        profile=None if profile is None else asdict(profile),
+        grad_norms=grad_norms[:kept],
+        communication_share=share,
     )
 
 
@@ -139,40 +202,54 @@ def describe(config: Config, layout: Layout) -> str:
     )
 
 
-def _random_batches(config: Config, layout: Layout, count: int) -> list[list[Batch]]:
-    """Random tokens, in pinned memory where there is a GPU; ranks of a tensor-parallel group have the same."""
-    generator = torch.Generator().manual_seed(layout.data_parallel_rank)
-    return [[_random_batch(config, layout, generator) for _ in range(count)] for _ in range(POOL)]
+class RandomTokens:
+    """Batches of random tokens, in pinned memory where there is a GPU.
+
+    The global batch of a step is the same in every layout; after ``POOL`` steps the batches repeat.
+    """
+
+    def __init__(self, config: Config, layout: Layout, vocab_size: int) -> None:
+        self.config, self.layout, self.vocab_size = config, layout, vocab_size
+        self._pool: dict[int, list[Batch]] = {}
+
+    def __call__(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of a step."""
+        number = step % POOL
+        if number not in self._pool:
+            self._pool[number] = self._batches(number)
+        return self._pool[number]
+
+    def _batches(self, number: int) -> list[Batch]:
+        train = self.config.train
+        share = train.global_batch_size // self.layout.data_parallel_size
+        first = number * train.global_batch_size + self.layout.data_parallel_rank * share
+        starts = range(first, first + share, train.micro_batch_size)
+        return [self._batch(range(start, start + train.micro_batch_size)) for start in starts]
+
+    def _batch(self, numbers: range) -> Batch:
+        samples = [self._sample(number) for number in numbers]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pins else batch
+
+    def _sample(self, number: int) -> Batch:
+        length, generator = self.config.data.sequence_length, torch.Generator().manual_seed(number)
+        tokens = torch.randint(0, self.vocab_size, (length + 1,), generator=generator)
+        sample = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
+        if self.config.model.attend_within_documents:
+            begins = torch.rand(length, generator=generator) < 4 / length  # about four documents a sequence
+            begins[0] = True
+            sample["document_starts"] = torch.where(begins, torch.arange(length), 0).cummax(dim=0).values
+        return sample
+
+    @property
+    def _pins(self) -> bool:
+        return self.layout.device.type == "cuda"
 
 
-def _random_batch(config: Config, layout: Layout, generator: torch.Generator) -> Batch:
-    size, length = config.train.micro_batch_size, config.data.sequence_length
-    tokens = torch.randint(0, config.data.vocab_size, (size, length + 1), generator=generator)
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(size, length)}
-    if config.model.attend_within_documents:
-        begins = torch.rand(size, length, generator=generator) < 4 / length  # about four documents a sequence
-        begins[:, 0] = True
-        batch["document_starts"] = torch.where(begins, torch.arange(length), 0).cummax(dim=1).values
-    return {name: _pinned(tensor.contiguous(), layout) for name, tensor in batch.items()}
-
-
-def _pinned(tensor: Tensor, layout: Layout) -> Tensor:
-    return tensor.pin_memory() if layout.device.type == "cuda" else tensor
-
-
-def _max_allocated() -> int:
-    return _over_ranks(torch.cuda.max_memory_allocated())
-
-
-def _max_reserved() -> int:
-    return _over_ranks(torch.cuda.max_memory_reserved())
-
-
-def _over_ranks(number: int) -> int:
-    """Return the largest of all ranks' numbers."""
-    largest = torch.tensor(number, device="cuda")
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+def _over_ranks(number: float, operation: Any, layout: Layout) -> float:
+    reduced = torch.tensor(number, dtype=torch.float64, device=layout.device)
+    dist.all_reduce(reduced, operation)
+    return reduced.item()
 
 
 _nothing: Callable[[], None] = lambda: None  # noqa: E731
