@@ -15,6 +15,7 @@ from megatron_mosa.errors import UserError, nearest
 
 _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"
 _KEYS = ("tp", "sp", "zero", "micro")
+_OPTIONAL = "processes"
 _NEIGHBOURS = 3
 
 
@@ -26,6 +27,8 @@ class SweepLayout:
     sp: bool
     zero: int
     micro: int
+    processes: int | None = None
+    """The number of processes to run it on, if it was given for one alone."""
 
     def __str__(self) -> str:
         return f"tp={self.tp},sp={str(self.sp).lower()},zero={self.zero},micro={self.micro}"
@@ -68,11 +71,11 @@ def parse_layout(text: str, config: Config) -> SweepLayout:
     values: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in _KEYS:
-            hint = nearest(key, _KEYS) if equals else ""
+        if not equals or key not in (*_KEYS, _OPTIONAL):
+            hint = nearest(key, (*_KEYS, _OPTIONAL)) if equals else ""
             raise UserError(
                 f"--layout {text}: '{part.strip()}' is not KEY=VALUE with a known key{hint}; the keys are "
-                f"{', '.join(_KEYS)}, as in {_EXAMPLE}"
+                f"{', '.join(_KEYS)} and {_OPTIONAL}, as in {_EXAMPLE}"
             )
         if key in values:
             raise UserError(f"--layout {text}: {key} is given twice; give it once")
@@ -89,7 +92,7 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
     """
     seen: set[SweepLayout] = set()
     for layout in layouts:
-        objection = _objection(config, layout, processes)
+        objection = objection_to(config, layout, processes)
         if objection is not None:
             near = nearest_valid_layouts(config, layout, processes)
             fix = "nearest valid layouts: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
@@ -110,7 +113,7 @@ def valid_layouts(config: Config, processes: int) -> list[SweepLayout]:
         for zero in range(4)
         for micro in micros
     ]
-    return [layout for layout in candidates if _objection(config, layout, processes) is None]
+    return [layout for layout in candidates if objection_to(config, layout, processes) is None]
 
 
 def nearest_valid_layouts(config: Config, layout: SweepLayout, processes: int) -> list[SweepLayout]:
@@ -158,7 +161,7 @@ def _what_fits(config: Config, processes: int) -> str:
     return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {processes} processes"
 
 
-def _objection(config: Config, layout: SweepLayout, processes: int) -> str | None:
+def objection_to(config: Config, layout: SweepLayout, processes: int) -> str | None:
     """Return why ``processes`` processes cannot run a layout, or None if they can."""
     try:
         check_world_size(layout.apply(config), processes)
