@@ -110,6 +110,7 @@ def measure(
     learning_rate: Callable[[int], float] | None = None,
     profiling: Profiling | None = None,
     watch: Watch = lambda phase, step, of: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> Measurement:
     """Build the engine, take steps and destroy it, also if a step fails; a collective.
 
@@ -121,6 +122,7 @@ def measure(
         vocab_size: of the tokens; None: ``data.vocab_size``.
         batches: None: ``RandomTokens``. They are fetched before the clock starts.
         learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
+        on_failure: called with a step's error before the engine is destroyed, which may wait for other ranks.
     """
     is_gpu = layout.device.type == "cuda"
     if is_gpu:
@@ -159,6 +161,9 @@ def measure(
         profile = None
         if is_gpu or profiling.on_cpu:
             profile = profile_steps(lambda: step("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
+    except BaseException as error:
+        on_failure(error)
+        raise
     finally:
         # Graphs before groups: NCCL would wait forever for a communicator that a graph still refers to.
         engine.destroy()

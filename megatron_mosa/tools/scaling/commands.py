@@ -164,12 +164,9 @@ def sweep(
     if not slurm:
         run_sweep(request, force=force)
         return
-    from megatron_mosa.cluster.slurm.submit import require_sbatch
     from megatron_mosa.tools.scaling.sweep_slurm import SlurmRun, check_partition
 
-    require_sbatch()
-    if gpus_per_node:
-        check_partition(partition, gpus_per_node)
+    check_partition(partition, gpus_per_node or 0)
     if time_limit is not None:
         options.append(f"--time={max(1, round(time_limit))}")
     run_sweep(request, SlurmRun(output.absolute(), gpus_per_node or 0, tuple(options)), force=force)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.bench.report import time_by_kind
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.layouts import SweepLayout
@@ -166,8 +167,16 @@ def _row(cell: Cell, result: dict[str, Any]) -> Row:
         wall_seconds=result.get("wall_seconds"),
         acceleration=found.acceleration,
         device=found.device,
-        kinds=time_by_kind(found),
+        kinds=_kinds(found),
     )
+
+
+def _kinds(found: Measurement) -> dict[str, float]:
+    if found.device != "cpu" or found.profile is None:
+        return time_by_kind(found)
+    # The profiler slows computation down: what it tells are shares.
+    share = found.profile["communicating"] / found.profile["wall"]
+    return {"computation": (1 - share) * found.median, COLLECTIVES: share * found.median}
 
 
 def measurement(result: dict[str, Any]) -> Measurement:

@@ -38,6 +38,7 @@ from megatron_mosa.utils import write_atomically
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
 NO_MEMORY = "begins in new processes, as memory was left allocated"
+_LOST_CONNECTION = re.compile(r"[Cc]onnection|Read error|remote process|remote worker")
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 60.0  # between the last moment for a result and the end of a Slurm job
 
@@ -160,7 +161,7 @@ def supervise(session: Session, launch: Launch, watch: Watch) -> None:
     left = [Cell.from_dict(tree) for tree in session.cells]
     session.progress.unlink(missing_ok=True)
     tail = Tail(session.progress)
-    number = 0
+    number = len(list(session.log(1).parent.glob(f"{session.name}-*.log")))  # earlier logs stay
     while left:  # each start settles one cell or more
         number += 1
         for path in session.errors.parent.glob(f"{session.errors.name}.rank*"):
@@ -224,13 +225,16 @@ def failure(errors: Path, log: Path, code: int) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
     name = killed[1] if killed else "SIGKILL" if re.search(r"^srun: error: .*: Killed$", text, re.MULTILINE) else ""
-    # A killed rank leaves no error, and the others only report a closed connection. SIGTERM comes from the launcher and
-    # SIGABRT from NCCL's watchdog, both after another rank has failed.
+    # A killed rank leaves no error, and the others only report a closed connection, which torchrun may take for the
+    # cause. SIGTERM comes from the launcher and SIGABRT from NCCL's watchdog, both after another rank has failed.
+    texts = [path.read_text(encoding="utf-8") for path in reasons]
+    if "Signal 9 (SIGKILL)" in text and texts and all(_LOST_CONNECTION.search(reason) for reason in texts):
+        name = "SIGKILL"
     if name and not (reasons and name in ("SIGTERM", "SIGABRT")):
         hint = ", often for lack of memory" if name == "SIGKILL" else ""
         return f"a rank was killed by {name}{hint}"
-    if reasons:
-        return reasons[0].read_text(encoding="utf-8")[:500]
+    if texts:
+        return texts[0][:500]
     return f"exit code {code}; see {log.name}"
 
 

@@ -56,33 +56,43 @@ def _plot_lines(axes: plt.Axes, sweep: Sweep, attribute: str, suffix: str, style
 
 
 def plot_breakdown(sweep: Sweep, path: Path) -> None:
-    """Plot a bar per cell: milliseconds of a step by kind, of collectives only what nothing else ran beside."""
+    """Plot a bar per cell: the ranks' time for 1,000 tokens by kind, of collectives only what nothing else ran beside.
+
+    Time of all ranks for a number of tokens compares cells of other batches and numbers of ranks: perfect scaling would
+    leave a bar as long as that of one rank.
+    """
     rows = [row for row in sweep.rows if row.is_measured][::-1]  # barh draws upwards
     bars = [_parts(row) for row in rows]
     kinds = sorted({kind for bar in bars for kind in bar}, key=lambda kind: (kind == _IDLE, kind == COLLECTIVES, kind))
-    names = [f"{row.cell.layout}\n{row.processes} ranks, batch {row.global_batch}" for row in rows]
-    positions = range(len(rows))
+    names = [
+        f"{row.cell.layout}{', fp32' if row.fp32 else ''}\n{row.processes} rank(s), batch {row.global_batch}"
+        for row in rows
+    ]
     figure, axes = plt.subplots(figsize=(10, 1.8 + 0.5 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
     for number, kind in enumerate(kinds):
         widths = [bar.get(kind, 0.0) for bar in bars]
+        if not any(widths):
+            continue
         color = "lightgrey" if kind == _IDLE else "black" if kind == COLLECTIVES else f"C{number % 10}"
         label = "exposed collectives" if kind == COLLECTIVES and sweep.device != "cpu" else kind
-        axes.barh(positions, widths, left=left, color=color, label=label)
+        axes.barh(range(len(rows)), widths, left=left, color=color, label=label)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(list(positions), names, fontsize=7)
-    axes.set_xlabel("milliseconds of a step, on rank 0")
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15 - 0.3 / (1 + len(rows))))
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_xlabel("milliseconds x ranks for 1,000 tokens, as on rank 0")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     figure.suptitle(_title(sweep), fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _parts(row: Row) -> dict[str, float]:
-    parts = dict(row.kinds)
+    parts, seconds = dict(row.kinds), row.step_seconds or 0.0
     if row.exposed_communication_share is not None:
-        parts[COLLECTIVES] = 1000 * row.exposed_communication_share * (row.step_seconds or 0.0)
-    return parts
+        parts[COLLECTIVES] = 1000 * row.exposed_communication_share * seconds
+    thousands = (row.tokens_per_second_per_rank or 0.0) * seconds / 1000  # of a rank in a step
+    return {kind: milliseconds / thousands for kind, milliseconds in parts.items()}
 
 
 def _title(sweep: Sweep) -> str:

@@ -125,8 +125,8 @@ def _kinds_table(sweep: Sweep) -> list[str]:
         return []
     kinds.sort(key=lambda kind: (kind == "idle", -_largest(rows, kind)))
     lines = [
-        "Milliseconds of a step by kind of work, on rank 0. Collectives include waiting for other ranks; some run beside "
-        "other work.",
+        "Milliseconds of a step by kind of work, on rank 0. Collectives include waiting for other ranks; they may run "
+        "beside other work.",
         "",
         _line(["layout", "ranks", "batch", *kinds, "step"]),
         _line(["---", *["---:"] * (len(kinds) + 3)]),

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_mosa.cluster.slurm.submit import ROOT
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import Session, Tail, Watch, read_result
 
+ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
 _OPTIONS_GO_HERE = "# -- mosa sweep puts its options here\n"
 _POLL_SECONDS = 2.0
@@ -47,12 +47,11 @@ class SlurmRun:
         taken = {name for session in jobs.values() for name in _names(session)}
         for job, session in jobs.items():
             print(f"job {job} of an earlier call measures {len(session.cells)} layout(s) on {session.processes} ranks")
-        for session in sessions:
-            cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
-            if cells:
-                session = self._unused_name(replace(session, cells=cells, deadline=None))
-                jobs[self._submit(session)] = session
         try:
+            for session in sessions:
+                cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
+                if cells:
+                    self._submit(self._unused_name(replace(session, cells=cells, deadline=None)), jobs)
             self._wait(jobs, watch)
         except KeyboardInterrupt:
             raise RunError(
@@ -109,7 +108,8 @@ class SlurmRun:
         lines += [f"export MOSA_ROOT={shlex.quote(str(ROOT))}", f"set -- {shlex.quote(str(session.file))}"]
         return head + "\n".join(lines) + "\n" + rest
 
-    def _submit(self, session: Session) -> str:
+    def _submit(self, session: Session, jobs: dict[str, Session]) -> None:
+        """Submit a session, and add its job to ``jobs``."""
         script = session.file.with_suffix(".sbatch")
         text = self.script(session)
         session.write()
@@ -120,8 +120,8 @@ class SlurmRun:
             raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
         job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
         session.file.with_suffix(".job").write_text(f"{job}\n", encoding="utf-8")
+        jobs[job] = session
         print(f"job {job}: {len(session.cells)} layout(s) on {session.processes} ranks", flush=True)
-        return job
 
     def _wait(self, jobs: dict[str, Session], watch: Watch) -> None:
         tails = {job: Tail(session.progress) for job, session in jobs.items()}
@@ -182,4 +182,7 @@ def _gpus_in(resources: str) -> int:
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    except FileNotFoundError:
+        raise RunError(f"{command[0]} is not on PATH; give --slurm on a login node of a Slurm cluster") from None

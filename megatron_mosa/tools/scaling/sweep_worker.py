@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
+import deepspeed
 import torch
 from torch import distributed as dist
 
@@ -61,6 +62,8 @@ class Worker:
         self.store = join_store(_JOIN_SECONDS)
         self.cells = cells
         self.longest = 0.0
+        self.phases: dict[str, float] = {}
+        """Unix time at which each phase of the present cell began."""
 
     def run(self) -> None:
         """Measure the cells; end early before the deadline, or if memory stays allocated."""
@@ -68,13 +71,15 @@ class Worker:
             if not self._goes_on(number):
                 break
             begin = time.time()
+            self.phases = {} if number else {"starting processes": self.session.file.stat().st_mtime}
             self._tell(cell, "starting")
             _reset_peak_of_host()
             measurement = self._measure(cell, number)
             seconds = time.time() - begin
             self.longest = max(self.longest, seconds)
             if self.rank == 0:
-                write_result(self.session.folder, cell, {**asdict(measurement), "wall_seconds": seconds})
+                times = {"wall_seconds": seconds, "phase_seconds": self._phase_seconds()}
+                write_result(self.session.folder, cell, {**asdict(measurement), **times})
             self._tell(cell, "done")
             self.store.set(f"left-{number}-{self.rank}", str(_release_memory()))
         self.store.set(f"leaves-{self.rank}", "")
@@ -102,7 +107,8 @@ class Worker:
             watch=lambda phase, step, of: self._tell(cell, phase, step, of),
             on_failure=lambda error: end_at_once(session, error),
         )
-        destroy_parallel()  # after the engine and its graphs
+        deepspeed.comm.destroy_process_group()  # after the engine and its graphs; also drops what DeepSpeed caches
+        destroy_parallel()
         for step, values in enumerate(zip(measurement.losses, measurement.grad_norms, strict=True), start=1):
             if not all(map(math.isfinite, values)):
                 raise RunError(f"step {step}: loss {values[0]}, gradient norm {values[1]} are not finite")
@@ -135,7 +141,14 @@ class Worker:
                 if theirs != name:
                     raise UserError(other_card(self.session.folder, theirs, name))
 
+    def _phase_seconds(self) -> dict[str, float]:
+        begins = [*self.phases.values(), time.time()]
+        return {
+            phase: end - begins[number] for number, (phase, end) in enumerate(zip(self.phases, begins[1:], strict=True))
+        }
+
     def _tell(self, cell: Cell, phase: str, step: int = 0, of: int = 0) -> None:
+        self.phases.setdefault(phase, time.time())
         if self.rank == 0:
             with self.session.progress.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(Event(cell.name, phase, step, of))) + "\n")
@@ -183,7 +196,7 @@ def _release_memory() -> int:
 def _reset_peak_of_host() -> None:
     """Make the peak of this process's resident memory start anew, where Linux lets it."""
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def end_at_once(session: Session, error: BaseException) -> NoReturn:
