@@ -55,8 +55,10 @@ class Worker:
         self.config = config_from_dict(session.config)
         if session.deterministic:
             use_deterministic_algorithms()
-        self.rank, self.world_size, _ = launch_environment()
-        self._check_card()
+        self.rank, self.world_size, local_rank = launch_environment()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())  # or each rank would use memory of the first
+            self._check_card()
         cells = [Cell.from_dict(tree) for tree in session.cells]
         self.start = None if session.random_tokens else check_start(cells[0].apply(self.config), self.world_size)
         self.store = join_store(_JOIN_SECONDS)
@@ -132,8 +134,6 @@ class Worker:
         return self.store.get(key) == b"yes"
 
     def _check_card(self) -> None:
-        if not torch.cuda.is_available():
-            return
         name = torch.cuda.get_device_name()
         for path in Path(self.session.folder, "layouts").glob("*.json"):
             with suppress(OSError, ValueError):
