@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.killer import write_killer
 from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
@@ -30,24 +31,6 @@ TINY = [
 ]
 GOOD = ["tp=1,zero=2,micro=4", "tp=2,sp=true,zero=1,micro=2"]
 DOOMED = "tp=2,sp=false,zero=1,micro=8"
-# Imported at the start of every Python: kills one rank of the doomed layout, as the kernel does when out of memory.
-KILLER = """
-import os, sys, threading, time
-
-def has_begun(progress):
-    event = '"tp2-zero1-micro8-processes2-batch8", "phase": "building"'
-    return os.path.exists(progress) and event in open(progress).read()
-
-def kill(progress):
-    while not has_begun(progress):
-        time.sleep(0.01)
-    os.kill(os.getpid(), 9)
-
-session = sys.orig_argv[-1]
-progress = session.replace(".json", ".progress")
-if os.environ.get("RANK") == "1" and session.endswith("processes2.json") and not has_begun(progress):
-    threading.Thread(target=kill, args=[progress], daemon=True).start()
-"""
 
 
 class Sweeper:
@@ -57,13 +40,12 @@ class Sweeper:
         self.folder = folder
         self.output = folder / "out"
         self.config = [str(ROOT / "configs" / "quickstart.yaml"), *TINY, f"data.path={folder}/data"]
-        (folder / "killer").mkdir()
-        (folder / "killer" / "sitecustomize.py").write_text(KILLER)
+        self.killer = write_killer(folder / "killer", "tp2-zero1-micro8-processes2-batch8")
 
     def call(self, *arguments: str, kill: bool = False) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if kill:
-            environment["PYTHONPATH"] = str(self.folder / "killer")
+            environment["PYTHONPATH"] = str(self.killer)
         return subprocess.run(
             [loaded_python(), "-m", "megatron_mosa", *arguments],
             cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,

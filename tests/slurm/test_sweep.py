@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.killer import write_killer
 from tests.loaded import loaded_python
-from tests.slurm.conftest import CONFIG, Jobs
+from tests.slurm.conftest import CONFIG, ROOT, Jobs
 
 LAYOUTS = ("tp=1,zero=1,micro=2", "tp=2,sp=true,zero=1,micro=2")
 
 
-def start(jobs: Jobs, output: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(jobs: Jobs, output: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     command = [loaded_python(), "-m", "megatron_mosa", "sweep", CONFIG, *jobs.overrides, "--slurm", *arguments]
     command += ["--steps", "2", "--warmup", "1", "--output", str(output)]
     command += [word for layout in LAYOUTS for word in ("--layout", layout)]
-    environment = {**jobs.cluster.environment, **jobs.environment()}
+    environment = {**jobs.cluster.environment, **jobs.environment(**variables)}
     return subprocess.Popen(
         command, cwd=jobs.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -62,6 +63,22 @@ def test_jobs_are_submitted_waited_for_and_collected(training: Jobs) -> None:
     assert more.returncode == 0, printed + errors + explain(output)
     assert printed.count("1 layout(s) on") == 3
     assert rows(output) == {("1", "1"): "reference", ("2", "1"): "ok", ("2", "2"): "ok"}
+
+
+def test_a_killed_task_costs_only_its_own_layout(training: Jobs) -> None:
+    jobs, output = training, training.folder / "sweep-killed"
+    killer = write_killer(jobs.folder / "killer", "tp2-sp-zero1-micro2-processes2-batch4")
+    options = ["--gpus-per-node", "0", "--processes", "2", "--layout", "tp=2,sp=false,zero=1,micro=2"]
+    done = start(jobs, output, *options, PYTHONPATH=f"{killer}:{ROOT}")
+    printed, errors = done.communicate(timeout=400)
+    assert done.returncode == 0, printed + errors + explain(output)
+    with (output / "results.csv").open() as file:
+        found = {(row["tp"], row["sp"], row["processes"]): row for row in csv.DictReader(file)}
+    assert found["2", "True", "2"]["reason"] == "a rank was killed by SIGKILL, often for lack of memory", explain(
+        output
+    )
+    assert [row["status"] for row in found.values()] == ["reference", "ok", "ok", "failed"]
+    assert printed.count("starting") > 3
 
 
 @pytest.mark.parametrize(

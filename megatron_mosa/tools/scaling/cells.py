@@ -57,7 +57,7 @@ class Cell:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Cell:
         """Return the cell that ``to_dict`` was called on."""
-        return cls(**(tree | {"layout": SweepLayout(**tree["layout"])}))
+        return cls(SweepLayout(**tree["layout"]), **{key: value for key, value in tree.items() if key != "layout"})
 
 
 def plan_cells(
