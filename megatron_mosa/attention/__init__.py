@@ -5,6 +5,7 @@ from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.functional import mosa_attention, num_selected_tokens
 from megatron_mosa.attention.heads import PartitionedHeads
 from megatron_mosa.attention.layer import MosaSelfAttention
+from megatron_mosa.attention.overlap import run_overlapped
 from megatron_mosa.attention.recompute import repetition
 from megatron_mosa.attention.spec import MosaSpecProvider, get_mosa_block_spec, get_mosa_layer_spec
 from megatron_mosa.attention.thresholds import (
@@ -33,6 +34,7 @@ __all__ = [
     "mosa_layers",
     "num_selected_tokens",
     "repetition",
+    "run_overlapped",
     "threshold_buffers",
     "update_thresholds",
 ]

@@ -24,6 +24,7 @@ class DecoderLayer(torch.nn.Module):
 
     Args:
         layer: provides the parameters. Do not register this module in the model: the parameters would appear twice.
+        following_norm: of the next layer, or the one after the last layer.
         kernels: the backend of the heads.
         region: the tensor-parallel region, whose collectives become part of the graph.
         backend: of torch.compile; None: nothing is compiled.
@@ -32,6 +33,7 @@ class DecoderLayer(torch.nn.Module):
     def __init__(
         self,
         layer: MosaTransformerLayer,
+        following_norm: torch.nn.Module,
         kernels: KernelBackend,
         region: TensorParallelRegion,
         backend: str | None = "inductor",
@@ -40,6 +42,7 @@ class DecoderLayer(torch.nn.Module):
         kinds = {name for name, _ in layer.self_attention.named_children()}
         assert kinds <= {"dense_heads", "local_heads", "mosa_heads"}, f"heads that this layer leaves out: {kinds}"
         self.layer = layer
+        self.following_norm = following_norm
         self.kernels = kernels
         self.region = region
 
@@ -47,6 +50,9 @@ class DecoderLayer(torch.nn.Module):
             return part if backend is None else torch.compile(part, dynamic=False, fullgraph=True, backend=backend)
 
         self._attention, self._mlp, self._whole = map(compiled, (self.attention, self.mlp, self.whole))
+        self.enter_heads, self.heads_then_enter_mlp, self.mlp_then_enter_next = map(
+            compiled, (self._enter_heads, self._heads_then_enter_mlp, self._mlp_then_enter_next)
+        )
 
     def forward(self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None = None) -> Tensor:
         """Run the layer; backward recomputes the part that ``mosa_recompute`` names.
@@ -77,21 +83,45 @@ class DecoderLayer(torch.nn.Module):
         self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Add what the heads of all kinds contribute; ``indices`` is what MoSA heads have selected before."""
+        part, indices = self._heads(self._enter_heads(hidden_states), above, documents, indices)
+        return hidden_states + self.region.leave(part), indices
+
+    def mlp(self, hidden_states: Tensor) -> Tensor:
+        """Add what the MLP contributes."""
+        return hidden_states + self.region.leave(self._feed_forward(self._enter_mlp(hidden_states)))
+
+    # The same layer in pieces that begin where a collective has ended and end with two of them, for ``overlap``. Each
+    # is given hidden states as they are outside of the region, and what enters it, [T, B, h].
+
+    def _heads_then_enter_mlp(self, hidden_states: Tensor, entered: Tensor, above: bool) -> tuple[Tensor, Tensor]:
+        hidden_states = hidden_states + self.region.leave(self._heads(entered, above, None, None)[0])
+        return hidden_states, self._enter_mlp(hidden_states)
+
+    def _mlp_then_enter_next(self, hidden_states: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_states = hidden_states + self.region.leave(self._feed_forward(entered))
+        return hidden_states, self.region.enter(self._normalized(self.following_norm, hidden_states))
+
+    def _enter_heads(self, hidden_states: Tensor) -> Tensor:
+        return self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
+
+    def _enter_mlp(self, hidden_states: Tensor) -> Tensor:
+        return self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
+
+    def _heads(
+        self, states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         attention = self.layer.self_attention
-        states = self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
         parts = [heads(states, documents, self.kernels) for heads in attention.causal_heads]
         if attention.mosa_heads is not None:
             part, _, indices = attention.mosa_heads.attend(states, documents, self.kernels, True, above, indices)
             parts.append(part)
-        return hidden_states + self.region.leave(reduce(torch.add, parts)), indices
+        return reduce(torch.add, parts), indices
 
-    def mlp(self, hidden_states: Tensor) -> Tensor:
-        """Add what the MLP contributes."""
+    def _feed_forward(self, states: Tensor) -> Tensor:
         config, mlp = self.layer.config, self.layer.mlp
-        states = self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
         states = F.linear(states, mlp.linear_fc1.weight)
         states = self.kernels.swiglu(states) if config.gated_linear_unit else config.activation_func(states)
-        return hidden_states + self.region.leave(F.linear(states, mlp.linear_fc2.weight))
+        return F.linear(states, mlp.linear_fc2.weight)
 
     def _normalized(self, norm: object, states: Tensor) -> Tensor:
         if isinstance(norm, torch.nn.LayerNorm):

@@ -102,6 +102,11 @@ class ParallelSection:
 
     tensor_model_parallel_size: int = key(1, "must divide the number of heads of each kind", at_least=1)
     sequence_parallel: bool = key(False, "split activations between layers over the sequence; for sizes above 1")
+    tensor_parallel_overlap: str = key(
+        "none",
+        "auto: two halves of a micro-batch take turns, one computes while the other communicates; none",
+        choices=("auto", "none"),
+    )
     pipeline_model_parallel_size: int = key(1, "not implemented: must be 1")
     context_parallel_size: int = key(1, "not implemented: must be 1")
     zero_stage: int = key(

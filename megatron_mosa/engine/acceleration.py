@@ -12,6 +12,7 @@ from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import Layout, apex_fused_adam
 
 OLDEST_TORCH = (2, 11)  # the oldest release that this was measured with
+_DOCUMENTS_ARE_UNPROVEN = True  # tested on CPUs, but they have not run in compiled layers on a GPU yet
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,19 @@ class Acceleration:
     hindrance: str = ""
     """What prevents a faster step, such as "parallel.zero_stage=3"; empty if nothing does."""
 
+    overlaps: bool = False
+    """Tensor-parallel collectives of one half of a micro-batch run beside the computation of the other."""
+
+    no_overlap: str = ""
+    """What prevents that; empty if nothing does or it was not asked for."""
+
     def __str__(self) -> str:
-        if self.uses_graphs:
-            return "acceleration: compiled layers, each micro-batch one CUDA graph"
-        found = "compiled layers, no CUDA graphs" if self.compiles_layers else "none"
-        return f"acceleration: {found}: {self.hindrance}"
+        if not self.compiles_layers:
+            return f"acceleration: none: {self.hindrance}"
+        overlap = ", collectives beside computation" if self.overlaps else ""
+        overlap = f", collectives not beside computation: {self.no_overlap}" if self.no_overlap else overlap
+        graphs = "each micro-batch one CUDA graph" if self.uses_graphs else f"no CUDA graphs: {self.hindrance}"
+        return f"acceleration: compiled layers, {graphs}{overlap}"
 
 
 def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
@@ -39,7 +48,9 @@ def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
     if hindrance := next(_against_compiled_layers(config, layout), None):
         return Acceleration(hindrance=hindrance)
     hindrance = next(_against_graphs(config), "")
-    return Acceleration(compiles_layers=True, uses_graphs=not hindrance, hindrance=hindrance)
+    is_asked = config.parallel.tensor_model_parallel_size > 1 and config.parallel.tensor_parallel_overlap == "auto"
+    no_overlap = next(_against_overlap(config), "") if is_asked else ""
+    return Acceleration(True, not hindrance, hindrance, is_asked and not no_overlap, no_overlap)
 
 
 def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
@@ -52,6 +63,8 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         return
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if _DOCUMENTS_ARE_UNPROVEN and model.attend_within_documents:
+        yield "model.attend_within_documents=true"
     if parallel.zero_stage == 3:
         yield "parallel.zero_stage=3"
     if train.apex == "always":
@@ -81,3 +94,13 @@ def _against_graphs(config: Config) -> Iterator[str]:
         yield "parallel.offload_optimizer=true"
     if config.train.apex != "never" and apex_fused_adam() is not None:
         yield "apex's FusedAdam is in use (train.apex=never turns it off)"
+
+
+def _against_overlap(config: Config) -> Iterator[str]:
+    """Yield each reason why compiled layers cannot run on halves of a micro-batch in turn."""
+    if config.train.micro_batch_size % 2:
+        yield f"train.micro_batch_size={config.train.micro_batch_size} is odd"
+    if config.train.recompute != "none":
+        yield f"train.recompute={config.train.recompute}"
+    if config.model.attend_within_documents:
+        yield "model.attend_within_documents=true"

@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         self._graphed: GraphedSteps | None = None
         if self.acceleration.compiles_layers:
             kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
-            model.compile_layers(kernels)
+            model.compile_layers(kernels, overlaps=self.acceleration.overlaps)
             if self.acceleration.uses_graphs:
                 clipping = config.optimizer.gradient_clipping
                 self._graphed = GraphedSteps(self._engine.optimizer, self._loss_in_graph, clipping, kernels)

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_mosa.attention import DecoderLayer, mosa_layers
+from megatron_mosa.attention import DecoderLayer, mosa_layers, run_overlapped
 from megatron_mosa.kernels import Documents, KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion, tensor_parallel_group
 
@@ -22,12 +22,17 @@ class MosaGPTModel(GPTModel):
     """
 
     _compiled_layers: tuple[DecoderLayer, ...] = ()  # a tuple, because a list would register submodules
+    _overlaps = False
     _linear_cross_entropy: Callable[..., Tensor]
     _region: TensorParallelRegion
     _document_capacity = 0
 
     def compile_layers(
-        self, kernels: KernelBackend, loss: Callable[..., Tensor] | None = None, backend: str | None = "inductor"
+        self,
+        kernels: KernelBackend,
+        loss: Callable[..., Tensor] | None = None,
+        backend: str | None = "inductor",
+        overlaps: bool = False,
     ) -> None:
         """Compile the layers, for training; parameters must be on their final device and of their final type.
 
@@ -35,13 +40,19 @@ class MosaGPTModel(GPTModel):
             kernels: the backend of the heads.
             loss: a function like ``linear_cross_entropy``; default: that of ``kernels``.
             backend: the backend of torch.compile; None: layers run uncompiled.
+            overlaps: whether halves of a micro-batch take turns, so that tensor-parallel collectives run beside
+                computation; without documents and recompute, and for an even number of sequences.
         """
         torch.compiler.reset()  # variants compiled for an earlier model in this process count towards the same limit
         self._linear_cross_entropy = loss or kernels.linear_cross_entropy
         group = tensor_parallel_group()
         self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
+        self._overlaps = overlaps
+        layers = cast(Any, self.decoder.layers)
+        following = [*(layer.input_layernorm for layer in layers[1:]), cast(Any, self.decoder.final_layernorm)]
         self._compiled_layers = tuple(
-            DecoderLayer(cast(Any, layer), kernels, self._region, backend) for layer in self.decoder.layers
+            DecoderLayer(layer, norm, kernels, self._region, backend)
+            for layer, norm in zip(layers, following, strict=True)
         )
 
     def pack(self, documents: Documents) -> PackedDocuments:
@@ -70,15 +81,20 @@ class MosaGPTModel(GPTModel):
         hidden_states = cast(Any, self.embedding)(input_ids=input_ids, position_ids=position_ids)
         # [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism
         if self.training and torch.is_grad_enabled():
-            above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
-            documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
-            for layer in self._compiled_layers:
-                hidden_states = layer(hidden_states, above, documents)
-            hidden_states = cast(Any, self.decoder.final_layernorm)(hidden_states)
+            states = self._run_compiled_layers(hidden_states, attention_mask)
         else:
-            hidden_states = self.decoder(hidden_states=hidden_states, attention_mask=attention_mask)
+            states = self._region.enter(self.decoder(hidden_states=hidden_states, attention_mask=attention_mask))
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
-        states = self._region.enter(hidden_states).flatten(0, 1)
         targets, token_weights = labels.t().flatten(), loss_mask.t().flatten()
-        return self._linear_cross_entropy(states, weight, targets, token_weights, tensor_parallel_group())
+        return self._linear_cross_entropy(states.flatten(0, 1), weight, targets, token_weights, tensor_parallel_group())
+
+    def _run_compiled_layers(self, hidden_states: Tensor, attention_mask: Any) -> Tensor:
+        """Return the states that the output layer multiplies, [T, B, h]."""
+        above = any(heads.selects_above(training=True) for heads in mosa_layers(self))
+        if self._overlaps:
+            return run_overlapped(self._compiled_layers, hidden_states, above)
+        documents = self.pack(attention_mask) if isinstance(attention_mask, Documents) else attention_mask
+        for layer in self._compiled_layers:
+            hidden_states = layer(hidden_states, above, documents)
+        return self._region.enter(cast(Any, self.decoder.final_layernorm)(hidden_states))

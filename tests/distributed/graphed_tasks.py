@@ -61,13 +61,14 @@ def _copied(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in engine.state().items()}
 
 
-def fast_layers(config: Config) -> dict[str, float]:
+def fast_layers(config: Config, overlaps: bool = False) -> dict[str, float]:
     """Relative errors of loss and every gradient of the plainly written layers, traced, against Megatron's."""
     with parallel(config) as layout:
         batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, 0).items()}
         plain, fast = (build_model(config, VOCAB_SIZE).to(layout.device) for _ in range(2))
         # Traced as on a GPU, by dynamo and for autograd, but on the plain kernels; the loss is interpreted.
-        fast.compile_layers(naive, get_backend("triton", torch.empty(0)).linear_cross_entropy, "aot_eager")
+        loss = get_backend("triton", torch.empty(0)).linear_cross_entropy
+        fast.compile_layers(naive, loss, "aot_eager", overlaps)
         found = []
         for model in (plain, fast):
             loss, count = language_model_loss(model, **batch)

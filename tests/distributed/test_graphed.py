@@ -33,16 +33,22 @@ def test_a_non_finite_step_on_one_rank_is_skipped_on_all(workers: WorkerPools) -
 
 
 @pytest.mark.parametrize(
-    ("normalization", "sequence_parallel", "recompute"),
-    [("LayerNorm", True, "none"), ("RMSNorm", False, "attention"), ("RMSNorm", True, "full")],
+    ("normalization", "sequence_parallel", "recompute", "overlaps"),
+    [
+        ("LayerNorm", True, "none", False),
+        ("RMSNorm", False, "attention", False),
+        ("RMSNorm", True, "full", False),
+        ("LayerNorm", False, "none", True),
+        ("RMSNorm", True, "none", True),
+    ],
 )
 def test_the_plain_layers_and_the_split_loss_give_every_gradient_of_megatrons(
-    workers: WorkerPools, normalization: str, sequence_parallel: bool, recompute: str
+    workers: WorkerPools, normalization: str, sequence_parallel: bool, recompute: str, overlaps: bool
 ) -> None:
     config = tasks.tiny_config(
         parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=sequence_parallel,
         model__normalization=normalization, model__num_local_heads=2, model__activation="swiglu",
         train__recompute=recompute,
     )  # fmt: skip
-    for errors in workers(2).run(graphed_tasks.fast_layers, config):
+    for errors in workers(2).run(graphed_tasks.fast_layers, config, overlaps):
         assert all(error < 1e-4 for error in errors.values()), errors

@@ -27,6 +27,7 @@ KINDS: dict[str, dict] = {
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
 
+OVERLAP: dict = {"parallel__tensor_parallel_overlap": "auto", "model__activation": "swiglu"}
 DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_heads": 2}  # in bf16 alone
 
 
@@ -96,7 +97,15 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("tensor_parallel", "sequence_parallel", "kind"),
-    [(1, False, "hybrid"), (2, True, "llama"), (2, True, "threshold"), (2, False, "local"), (2, True, "attention")],
+    [
+        (1, False, "hybrid"),
+        (2, True, "llama"),
+        (2, True, "threshold"),
+        (2, False, "local"),
+        (2, True, "attention"),
+        (2, True, "overlap"),
+        (2, False, "overlap"),
+    ],
 )
 def test_steps_on_two_cards(
     workers: WorkerPools, tensor_parallel: int, sequence_parallel: bool, kind: str, precision: str
@@ -104,12 +113,13 @@ def test_steps_on_two_cards(
     """Over NCCL, collectives inside the graphs; fp32 takes compiled layers alone."""
     config = larger_config(
         train__precision=precision, parallel__tensor_model_parallel_size=tensor_parallel,
-        parallel__sequence_parallel=sequence_parallel, **KINDS[kind],
+        parallel__sequence_parallel=sequence_parallel, **KINDS.get(kind, OVERLAP),
     )  # fmt: skip
     fast = workers(2).run(acceleration_tasks.steps, config, 6)
     config.train.acceleration = "none"
     plain = workers(2).run(acceleration_tasks.steps, config, 6)[0]
     assert all(facts["is graphed"] == (precision == "bf16") for facts in fast)
+    assert ("collectives beside computation" in fast[0]["chose"]) == (kind == "overlap")
     for facts in fast:
         assert facts["losses"] == pytest.approx(plain["losses"], rel=1e-4 if precision == "fp32" else 5e-3)
         assert facts["norms"] == pytest.approx(plain["norms"], rel=1e-2 if precision == "fp32" else 0.2)
@@ -132,10 +142,7 @@ def test_another_batch_shape_and_back(workers: WorkerPools) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        (
-            {"model__attend_within_documents": True, "mosa__selection_scope": "document"},
-            "acceleration: none: mosa.selection_scope=document, which selects another number of tokens in each batch",
-        ),
+        ({"model__attend_within_documents": True}, "acceleration: none: model.attend_within_documents=true"),
         ({"parallel__zero_stage": 3}, "acceleration: none: parallel.zero_stage=3"),
         ({"parallel__zero_stage": 2}, "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"),
         ({"train__precision": "fp32"}, "acceleration: compiled layers, no CUDA graphs: train.precision=fp32"),

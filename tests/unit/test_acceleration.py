@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_mosa.engine import acceleration
 from megatron_mosa.engine.acceleration import Acceleration, choose_acceleration
 from megatron_mosa.parallel import Layout
 from tests.distributed.tasks import tiny_config
@@ -21,10 +22,7 @@ def test_runs_on_the_cpu_stay_as_they_are(layout: Layout) -> None:
     [
         ({"train__acceleration": "none"}, "train.acceleration=none"),
         ({"parallel__zero_stage": 3}, "parallel.zero_stage=3"),
-        (
-            {"model__attend_within_documents": True},
-            "model.attend_within_documents=true in fp32, which flash attention does not support",
-        ),
+        ({"model__attend_within_documents": True}, "model.attend_within_documents=true"),
         ({"train__apex": "always"}, "train.apex=always asks for apex's norms"),
     ],
 )
@@ -33,7 +31,28 @@ def test_what_hinders_is_named(layout: Layout, changes: dict, hindrance: str) ->
     assert choose_acceleration(tiny_config(**changes), on_gpu) == Acceleration(hindrance=hindrance)
 
 
+@pytest.mark.parametrize(
+    ("changes", "hindrance"),
+    [
+        ({}, ""),
+        ({"train__micro_batch_size": 1}, "train.micro_batch_size=1 is odd"),
+        ({"train__recompute": "attention"}, "train.recompute=attention"),
+        ({"parallel__tensor_parallel_overlap": "none"}, None),
+    ],
+)
+def test_collectives_run_beside_computation_if_that_is_asked_for(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, changes: dict, hindrance: str | None
+) -> None:
+    settings = dict(parallel__tensor_model_parallel_size=2, parallel__tensor_parallel_overlap="auto")
+    monkeypatch.setattr(acceleration, "_against_compiled_layers", lambda config, layout: iter(()))
+    found = choose_acceleration(tiny_config(**settings | changes), replace(layout, device=torch.device("cuda")))
+    assert found.overlaps == (hindrance == "") and found.no_overlap == (hindrance or "")
+
+
 def test_the_line_says_how_far_it_goes() -> None:
     assert str(Acceleration(True, True)) == "acceleration: compiled layers, each micro-batch one CUDA graph"
     some = Acceleration(compiles_layers=True, hindrance="parallel.zero_stage=2")
     assert str(some) == "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"
+    assert str(Acceleration(True, True, overlaps=True)).endswith("one CUDA graph, collectives beside computation")
+    line = str(Acceleration(True, True, no_overlap="train.recompute=full"))
+    assert line.endswith("one CUDA graph, collectives not beside computation: train.recompute=full")

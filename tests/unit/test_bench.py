@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
+from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.model import model_flops, usual_flops
-from megatron_mosa.tools.bench import report
+from megatron_mosa.parallel import Layout
+from megatron_mosa.tools.bench import loop, report
 from megatron_mosa.tools.bench.measure import Measurement
 from megatron_mosa.tools.bench.profile import Kernel, kind_of, summarize
+from megatron_mosa.tools.bench.samples import random_batches
+from megatron_mosa.train import StepMonitor, Writers
 from tests.distributed.tasks import tiny_config
 
 MS = 1_000_000  # nanoseconds
@@ -95,3 +103,36 @@ def test_the_usual_rule_counts_what_others_count() -> None:
     attention = 3 * 4 * head_dim * heads * layers * (length**2 - length * (length + 1) / 2)  # keys after a query
     embedding = 3 * 2 * 24 * 100 * length
     assert usual_flops(config, 100) - model_flops(config, 100) == attention + embedding
+
+
+def test_what_is_not_training_is_told_apart(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock moves by 40 ms in a step, 3 ms for each of two batches, 5 in a callback and 70 when a line is written."""
+    now = [0.0]
+
+    def passes(milliseconds: float) -> None:
+        now[0] += milliseconds / 1000
+
+    class Engine:
+        accumulation_steps = 2
+        module = torch.nn.Module()
+
+        def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
+            assert [tuple(batch["tokens"].shape) for batch in batches] == [(4, 24)] * 2
+            passes(40)
+            return StepResult(loss=2.0, grad_norm=1.0)
+
+    def slow(*args: object) -> Iterator[Batch]:
+        for batch in random_batches(config, layout):
+            passes(3)
+            yield batch
+
+    config = tiny_config(train__global_batch_size=8)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "random_batches", slow)
+    monkeypatch.setattr(StepMonitor, "after_step", lambda *args: passes(5))
+    monkeypatch.setattr(Writers, "training", lambda *args: passes(70))
+    found = loop.time_loop(config, cast(TrainingEngine, Engine()), layout, steps=3)
+    assert (found.loading, found.between, found.logging, found.step) == pytest.approx((6, 5, 70, 51))
+    assert found.share == pytest.approx(11 / 51)
+    line = report.text(measurement(loop=asdict(found))).splitlines()
+    assert any(part.startswith("in a run 21.6 % of a step is not training: 6.0 ms") for part in line)

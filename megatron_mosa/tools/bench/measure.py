@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.metrics import peak_flops, peak_memory_gib
 from megatron_mosa.model import model_flops, parameter_count, usual_flops
 from megatron_mosa.parallel import Layout
+from megatron_mosa.tools.bench.loop import time_loop
 from megatron_mosa.tools.bench.profile import profile_steps
+from megatron_mosa.tools.bench.samples import random_batches
 from megatron_mosa.utils import versions
 
 POOL = 4  # steps' worth of batches, used in turn
@@ -68,6 +71,9 @@ class Measurement:
     profile: dict[str, Any] | None = field(default=None)
     """``StepProfile`` of rank 0, if steps were profiled."""
 
+    loop: dict[str, float] | None = field(default=None)
+    """``LoopTime``: what a run adds to its steps."""
+
     grad_norms: list[float] = field(default_factory=list)
     """Of the same steps as ``losses``, before clipping."""
 
@@ -109,6 +115,7 @@ def measure(
     batches: Batches | None = None,
     learning_rate: Callable[[int], float] | None = None,
     profiling: Profiling | None = None,
+    times_loop: bool = True,
     watch: Watch = lambda phase, step, of: None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
 ) -> Measurement:
@@ -120,8 +127,9 @@ def measure(
         steps: to time, 1 or more.
         warmup: steps before them, 1 or more; graphs need three, or the third micro-batch.
         vocab_size: of the tokens; None: ``data.vocab_size``.
-        batches: None: ``RandomTokens``. They are fetched before the clock starts.
+        batches: fetched before the clock starts; None: random tokens, which repeat after ``POOL`` steps.
         learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
+        times_loop: also take steps as a run does, for ``Measurement.loop``.
         on_failure: called with a step's error before the engine is destroyed, which may wait for other ranks.
     """
     is_gpu = layout.device.type == "cuda"
@@ -129,7 +137,6 @@ def measure(
         torch.cuda.reset_peak_memory_stats(layout.device)  # this process may have measured another configuration
     profiling = profiling or Profiling()
     vocab_size = vocab_size or config.data.vocab_size
-    batches = batches or RandomTokens(config, layout, vocab_size)
     wait = torch.cuda.synchronize if is_gpu else _nothing
     losses: list[float] = []
     grad_norms: list[float] = []
@@ -137,6 +144,7 @@ def measure(
     begin = time.perf_counter()
     engine = DeepSpeedEngine(config, vocab_size, layout)
     built = time.perf_counter() - begin
+    batches = batches or _pool(config, layout, engine.accumulation_steps)
 
     def step(phase: str, number: int, of: int) -> float:
         watch(phase, number, of)
@@ -161,6 +169,7 @@ def measure(
         profile = None
         if is_gpu or profiling.on_cpu:
             profile = profile_steps(lambda: step("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
+        loop = asdict(time_loop(config, engine, layout, steps)) if times_loop else None
     except BaseException as error:
         on_failure(error)
         raise
@@ -189,6 +198,7 @@ def measure(
         seconds_of_first_steps=first,
         losses=losses[:kept],
         profile=None if profile is None else asdict(profile),
+        loop=loop,
         grad_norms=grad_norms[:kept],
         communication_share=share,
     )
@@ -207,48 +217,11 @@ def describe(config: Config, layout: Layout) -> str:
     )
 
 
-class RandomTokens:
-    """Batches of random tokens, in pinned memory where there is a GPU.
-
-    The global batch of a step is the same in every layout; after ``POOL`` steps the batches repeat.
-    """
-
-    def __init__(self, config: Config, layout: Layout, vocab_size: int) -> None:
-        self.config, self.layout, self.vocab_size = config, layout, vocab_size
-        self._pool: dict[int, list[Batch]] = {}
-
-    def __call__(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step."""
-        number = step % POOL
-        if number not in self._pool:
-            self._pool[number] = self._batches(number)
-        return self._pool[number]
-
-    def _batches(self, number: int) -> list[Batch]:
-        train = self.config.train
-        share = train.global_batch_size // self.layout.data_parallel_size
-        first = number * train.global_batch_size + self.layout.data_parallel_rank * share
-        starts = range(first, first + share, train.micro_batch_size)
-        return [self._batch(range(start, start + train.micro_batch_size)) for start in starts]
-
-    def _batch(self, numbers: range) -> Batch:
-        samples = [self._sample(number) for number in numbers]
-        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pins else batch
-
-    def _sample(self, number: int) -> Batch:
-        length, generator = self.config.data.sequence_length, torch.Generator().manual_seed(number)
-        tokens = torch.randint(0, self.vocab_size, (length + 1,), generator=generator)
-        sample = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": torch.ones(length)}
-        if self.config.model.attend_within_documents:
-            begins = torch.rand(length, generator=generator) < 4 / length  # about four documents a sequence
-            begins[0] = True
-            sample["document_starts"] = torch.where(begins, torch.arange(length), 0).cummax(dim=0).values
-        return sample
-
-    @property
-    def _pins(self) -> bool:
-        return self.layout.device.type == "cuda"
+def _pool(config: Config, layout: Layout, count: int) -> Batches:
+    """Return random tokens of ``POOL`` steps, of ``count`` micro-batches each, in turn."""
+    found = random_batches(config, layout)
+    pool = [list(islice(found, count)) for _ in range(POOL)]
+    return lambda step: pool[step % POOL]
 
 
 def _over_ranks(number: float, operation: Any, layout: Layout) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mosa.tools.bench.loop import LoopTime
 from megatron_mosa.tools.bench.measure import Measurement
 
 SLOWER = 0.05  # of a step, from where on it is reported
@@ -24,6 +25,12 @@ def text(found: Measurement) -> str:
         lines.append(f"memory   {found.allocated_gib:.1f} GiB allocated at the peak, {found.reserved_gib:.1f} reserved")
     seconds = ", ".join(f"{value:.1f}" for value in found.seconds_of_first_steps)
     lines.append(f"start    {found.seconds_to_build:.1f} s to build the engine; the first steps took {seconds} s")
+    if found.loop is not None:
+        loop = LoopTime(**found.loop)
+        lines.append(
+            f"in a run {100 * loop.share:.1f} % of a step is not training: {loop.loading:.1f} ms of waiting for data, "
+            f"{loop.between:.1f} between steps; a step that logs takes {loop.logging:.1f} ms longer"
+        )
     if found.profile is not None:
         lines += ["", *_table(found)]
     return "\n".join(lines)

@@ -106,6 +106,7 @@ class Worker:
             batches=_batches(session, config, self.start, layout) if self.start else None,
             learning_rate=lambda step: learning_rate(step, config.train.steps, config.optimizer),
             profiling=PROFILING,
+            times_loop=False,
             watch=lambda phase, step, of: self._tell(cell, phase, step, of),
             on_failure=lambda error: end_at_once(session, error),
         )

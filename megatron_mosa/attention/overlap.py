@@ -1,0 +1,66 @@
+"""Tensor-parallel collectives beside computation: two halves of a micro-batch, half a layer apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from megatron_mosa.attention.decoder_layer import DecoderLayer
+
+HALVES = 2
+
+
+def run_overlapped(layers: Sequence[DecoderLayer], hidden_states: Tensor, above: bool) -> Tensor:
+    """Run all layers on each half of the sequences, each on a stream of its own.
+
+    Collectives of one process group run one after the other, in the order of their calls. A piece of a layer ends with
+    the two that lead to the next piece, so while they run for one half, the other half's piece is what the device
+    computes; in backward, too, which goes through the pieces in the opposite order, on the same streams.
+
+    Args:
+        layers: all layers of the model.
+        hidden_states: [T, B, h], or [T / tensor-parallel size, B, h] under sequence parallelism; B is even.
+        above: MoSA heads select by their thresholds, not by expert choice.
+
+    Returns:
+        [T, B, h], after the norm that follows the last layer, inside of the tensor-parallel region.
+    """
+    streams = _streams(hidden_states)
+    halves = []
+    for stream, half in zip(streams, hidden_states.chunk(HALVES, dim=1), strict=True):
+        with _on(stream):
+            halves.append((half, layers[0].enter_heads(half)))
+    for layer in layers:
+        for number, stream in enumerate(streams):
+            with _on(stream):
+                halves[number] = layer.heads_then_enter_mlp(*halves[number], above)
+        for number, stream in enumerate(streams):
+            with _on(stream):
+                halves[number] = layer.mlp_then_enter_next(*halves[number])
+    entered = [states for _, states in halves]
+    if streams[0] is not None and streams[1] is not None:
+        streams[0].wait_stream(streams[1])
+        entered[1].record_stream(streams[0])
+    return torch.cat(entered, dim=1)
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _streams(hidden_states: Tensor) -> list[torch.cuda.Stream | None]:
+    """Return the current stream and one that waits for what it has computed; None on a CPU."""
+    device = hidden_states.device
+    if device.type != "cuda":
+        return [None] * HALVES
+    current = torch.cuda.current_stream(device)
+    side = _side_streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[arg-type]
+    side.wait_stream(current)
+    hidden_states.record_stream(side)
+    return [current, side]
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
