@@ -67,7 +67,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (" tp = 1 , sp = False ", SweepLayout(1, False, 1, 4)),
         ("tp=1,sp=true", SweepLayout(1, False, 1, 4)),  # sp has no effect at tp=1
         ("zero=3,micro=2", SweepLayout(2, True, 3, 2)),
-        ("tp=1,processes=2", SweepLayout(1, False, 1, 4, processes=2)),
+        ("tp=1,processes=2,overlap=true", SweepLayout(1, False, 1, 4, processes=2)),
+        ("overlap=true", SweepLayout(2, True, 1, 4, overlap=True)),
     ],
 )
 def test_layouts_are_parsed_and_completed(config: Config, text: str, expected: SweepLayout) -> None:
@@ -77,13 +78,14 @@ def test_layouts_are_parsed_and_completed(config: Config, text: str, expected: S
     applied = layout.apply(config)
     assert (applied.parallel.tensor_model_parallel_size, applied.parallel.zero_stage) == (layout.tp, layout.zero)
     assert (applied.parallel.sequence_parallel, applied.train.micro_batch_size) == (layout.sp, layout.micro)
+    assert (applied.parallel.tensor_parallel_overlap == "auto") == layout.overlap
     assert config.train.micro_batch_size == 4  # a copy
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("tp2", ["'tp2' is not KEY=VALUE", "the keys are tp, sp, zero, micro and processes"]),
+        ("tp2", ["'tp2' is not KEY=VALUE", "the keys are tp, sp, zero, micro, overlap and processes"]),
         ("zer=1", ["'zer=1'", "did you mean 'zero'"]),
         ("tp=two", ["tp must be an integer, got two"]),
         ("sp=1", ["sp must be true or false, got 1"]),

@@ -47,6 +47,9 @@ class Row:
 
     loss_deviation: float | None = None
     grad_norm_deviation: float | None = None
+    overlap: bool = False
+    """See ``SweepLayout``."""
+
     wall_seconds: float | None = None
     """Of the whole cell, from building to the profile."""
 
@@ -62,7 +65,8 @@ class Row:
     @property
     def cell(self) -> Cell:
         """The cell of this row."""
-        return Cell(SweepLayout(self.tp, self.sp, self.zero, self.micro), self.processes, self.global_batch, self.fp32)
+        layout = SweepLayout(self.tp, self.sp, self.zero, self.micro, self.overlap)
+        return Cell(layout, self.processes, self.global_batch, self.fp32)
 
     @property
     def is_measured(self) -> bool:
@@ -149,7 +153,7 @@ def _smallest(measured: dict[Cell, dict[str, Any]], batch: int) -> Cell | None:
 
 def _row(cell: Cell, result: dict[str, Any]) -> Row:
     known: dict[str, Any] = {"label": str(cell.layout), "processes": cell.processes, "global_batch": cell.global_batch}
-    known |= {key: getattr(cell.layout, key) for key in ("tp", "sp", "zero", "micro")} | {"fp32": cell.fp32}
+    known |= {key: getattr(cell.layout, key) for key in ("tp", "sp", "zero", "micro", "overlap")} | {"fp32": cell.fp32}
     if "reason" in result:
         return Row(**known, status=result.get("status", "failed"), reason=result["reason"])
     found = measurement(result)

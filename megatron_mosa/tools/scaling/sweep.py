@@ -88,7 +88,7 @@ class Request:
         config["parallel"] = {
             key: value
             for key, value in config["parallel"].items()
-            if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage")
+            if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage", "tensor_parallel_overlap")
         }
         numbers = {"warmup": self.warmup, "steps": self.steps, "device": self.device}
         numbers["random-tokens"] = self.random_tokens
