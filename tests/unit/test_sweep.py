@@ -38,6 +38,7 @@ from megatron_mosa.tools.scaling.session import (
 )
 from megatron_mosa.tools.scaling.sweep import (
     Request,
+    _alone_in,
     _refuse_deviations,
     _refuse_unfinished,
     _Work,
@@ -398,6 +399,22 @@ def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> N
         UserError, match="holds results of NVIDIA A100, this is NVIDIA H100; give another --output, and"
     ):
         work.refuse_other_cards(Card("NVIDIA H100", 80.0))
+    # Jobs that began at the same time may have found different cards.
+    write_result(tmp_path, ALONE, RESULT | {"device": "NVIDIA H100", "milliseconds": [1000.0]})
+    rows = _Work(settings, config, 2048, None).rows()
+    assert [row.strong_efficiency for row in rows] == [1.0, 1.0]
+    text = markdown(replace(hand_made(config, "cuda"), rows=rows))
+    assert "Measured on cards of several kinds" in text and "micro=4 (NVIDIA A100) | 2 |" in text
+
+
+def test_a_second_sweep_in_the_same_directory_is_rejected(tmp_path: Path) -> None:
+    with _alone_in(tmp_path / "out"):
+        with pytest.raises(UserError, match="another mosa sweep is running in --output="), _alone_in(tmp_path / "out"):
+            pass
+        with _alone_in(tmp_path / "other"):
+            pass
+    with _alone_in(tmp_path / "out"):
+        pass
 
 
 def test_the_output_directory(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,11 @@ class Sweep:
         """The names of the devices."""
         return ", ".join(sorted({row.device for row in self.rows if row.device})) or self.device
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether jobs ran on cards of several kinds, whose numbers cannot be compared."""
+        return len({row.device for row in self.rows if row.device}) > 1
+
 
 def make_rows(
     results: Sequence[tuple[Cell, dict[str, Any]]], global_batch: int, weak: int | None, reference: Cell | None
@@ -188,13 +193,19 @@ def measurement(result: dict[str, Any]) -> Measurement:
     return Measurement(**{entry.name: result[entry.name] for entry in fields(Measurement) if entry.name in result})
 
 
-def _efficiency(rows: Sequence[Row], belongs: Any) -> dict[Cell, float]:
-    """Return tokens/s per rank as a share of the best of those with the fewest processes."""
-    speeds = {row.cell: row.tokens_per_second_per_rank for row in rows if belongs(row) and not row.fp32}
-    known = {cell: speed for cell, speed in speeds.items() if speed is not None}
-    fewest = min((cell.processes for cell in known), default=0)
-    base = max((speed for cell, speed in known.items() if cell.processes == fewest), default=1.0)
-    return {cell: speed / base for cell, speed in known.items()}
+def _efficiency(rows: Sequence[Row], belongs: Callable[[Row], bool]) -> dict[Cell, float]:
+    """Return tokens/s per rank as a share of the best of those with the fewest processes, on the same card."""
+    shares = {}
+    for device in {row.device for row in rows}:
+        speeds = {
+            row.cell: row.tokens_per_second_per_rank
+            for row in rows
+            if row.device == device and row.tokens_per_second_per_rank and belongs(row) and not row.fp32
+        }
+        fewest = min((cell.processes for cell in speeds), default=0)
+        base = max((speed for cell, speed in speeds.items() if cell.processes == fewest), default=1.0)
+        shares |= {cell: speed / base for cell, speed in speeds.items()}
+    return shares
 
 
 def deviation(values: Sequence[float], expected: Sequence[float]) -> float:

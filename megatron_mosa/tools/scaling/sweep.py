@@ -6,13 +6,14 @@ module decides what is missing in the output directory, has sessions measure it 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,20 +115,21 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
     identity = request.identity(dataset)
     here = card() if request.device == "cuda" and run is None else None
     others = tuple((path, read_sweep(path, request, identity)) for path in request.beside)
-    prepare_output(request.output, identity, force)
-    work = _Work(request, base, vocab_size, here)
-    if here is not None:
-        work.refuse_other_cards(here)
-    work.print_known()
-    error: BaseException | None = None
-    with _sigterm_as_interrupt():
+    with _alone_in(request.output):
+        prepare_output(request.output, identity, force)
+        work = _Work(request, base, vocab_size, here)
+        if here is not None:
+            work.refuse_other_cards(here)
+        work.print_known()
+        error: BaseException | None = None
         try:
-            if sessions := work.sessions():
-                (run or _run_here(sessions))(sessions, work.watch)
+            with _sigterm_as_interrupt():
+                if sessions := work.sessions():
+                    (run or _run_here(sessions))(sessions, work.watch)
         except (KeyboardInterrupt, RunError) as caught:
             error = caught
-    sweep = replace(work.sweep(), beside=others)
-    files = write_report(sweep, request.output)
+        sweep = replace(work.sweep(), beside=others)
+        files = write_report(sweep, request.output)
     print(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {request.output}")
     if isinstance(error, KeyboardInterrupt):
         raise RunError("stopped; run the same command again to measure what is missing") from None
@@ -313,6 +315,27 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a second sweep in the same directory, as far as its file system has locks.
+
+    Raises:
+        UserError: another one is running there.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # prepare_output says what is wrong with the directory
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another mosa sweep is running in --output={folder}; wait for it, or give another directory"
+                ) from None
+        yield
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:

@@ -85,9 +85,11 @@ def _results_table(sweep: Sweep) -> list[str]:
     titles += ["MFU", "s/step", "peak memory, GiB", "communication", "loss dev.", "norm dev."]
     lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
     for row in sweep.rows:
-        name = str(row.cell.layout)
+        name = f"{row.cell.layout}{', fp32' if row.fp32 else ''}"
         if row.status == "reference":
-            name = f"reference: {name}{', fp32' if row.fp32 else ''}"
+            name = f"reference: {name}"
+        if sweep.is_mixed and row.device:
+            name += f" ({row.device})"
         start = [name, str(row.processes), str(row.global_batch)]
         if not row.is_measured:
             reason = row.reason.replace("|", "\\|")
@@ -112,6 +114,10 @@ def _legend(sweep: Sweep) -> list[str]:
     ]
     if sweep.device == "cpu":
         lines.insert(2, "Memory: peak resident size of a process.")
+    if sweep.is_mixed:
+        lines.insert(
+            0, "**Measured on cards of several kinds**: compare only rows of the same one, as efficiency does."
+        )
     if any(row.status == "missing" for row in sweep.rows):
         lines.append("Run the command again to measure what is missing.")
     return lines
