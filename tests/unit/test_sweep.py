@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.tools.scaling import sweep_slurm
+from megatron_mosa.tools.scaling import session, sweep_slurm
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
 from megatron_mosa.tools.scaling.commands import parse_counts
 from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
@@ -466,6 +466,10 @@ for cell in session["cells"]:
         sys.exit(1)
     if what == 3:
         time.sleep(600)
+    if what == 9:
+        open(f"layouts/{name}.json", "w").write("{}")
+        tell("done")
+        sys.exit(1)
     open(f"layouts/{name}.json", "w").write(json.dumps({"micro": what, "pid": os.getpid()}))
     tell("done")
 """
@@ -477,7 +481,7 @@ def stand_in(folder: Path, micros: list[int], deadline: float | None = None) -> 
         (folder / name).mkdir(exist_ok=True)
     (folder / "left").touch()
     trees = [Cell(replace(LAYOUT, micro=micro), 2, 16).to_dict() for micro in micros]
-    session = Session("two", str(folder), {}, trees, 2, 1, 3, False, False, deadline)
+    two = Session("two", str(folder), {}, trees, 2, 1, 3, False, False, deadline)
     events: list[Event] = []
 
     def launch(file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
@@ -488,8 +492,8 @@ def stand_in(folder: Path, micros: list[int], deadline: float | None = None) -> 
         code = WORKER.replace("NO_MEMORY", repr(NO_MEMORY)).replace("NO_TIME", repr(NO_TIME))
         return subprocess.Popen([sys.executable, "-IS", "-c", code, str(file)], cwd=folder)
 
-    supervise(session, launch, events.append)
-    return session, events
+    supervise(two, launch, events.append)
+    return two, events
 
 
 def outcome(folder: Path, micro: int) -> dict[str, Any] | None:
@@ -514,6 +518,18 @@ def test_processes_that_leave_memory_allocated_are_replaced(tmp_path: Path) -> N
     assert first["pid"] != second["pid"] == third["pid"]
 
 
+def test_processes_that_fail_after_a_result_are_not_the_failure_of_the_next_cell(tmp_path: Path) -> None:
+    stand_in(tmp_path, [1, 9, 4])
+    assert outcome(tmp_path, 9) == {} and "pid" in (outcome(tmp_path, 4) or {})
+
+
+def test_processes_that_hang_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "STALL_SECONDS", 6.0)
+    stand_in(tmp_path, [1, 3, 4])
+    assert (outcome(tmp_path, 3) or {})["reason"] == "no progress for 0 minutes; see two-1.log"
+    assert "pid" in (outcome(tmp_path, 4) or {})
+
+
 def test_a_session_without_time_ends_and_keeps_what_it_has(tmp_path: Path) -> None:
     stand_in(tmp_path, [1, 8, 4])
     assert outcome(tmp_path, 1) and outcome(tmp_path, 8) is None and outcome(tmp_path, 4) is None
@@ -527,14 +543,14 @@ def test_a_session_that_cannot_start_is_the_failure_of_all_its_cells(tmp_path: P
     for name in ("jobs", "layouts", "logs"):
         (tmp_path / name).mkdir()
     cells = [ALONE, OTHER]
-    session = Session("x", str(tmp_path), {}, [cell.to_dict() for cell in cells], 2, 1, 3, False, False)
+    broken = Session("x", str(tmp_path), {}, [cell.to_dict() for cell in cells], 2, 1, 3, False, False)
     starts = []
 
     def launch(file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
         starts.append(number)
         return subprocess.Popen([sys.executable, "-IS", "-c", "raise SystemExit(7)"])
 
-    supervise(session, launch, lambda event: None)
+    supervise(broken, launch, lambda event: None)
     assert starts == [1]
     assert {(read_result(tmp_path, cell.name) or {})["reason"] for cell in cells} == {"exit code 7; see x-1.log"}
 

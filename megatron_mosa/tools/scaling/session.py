@@ -38,6 +38,10 @@ from megatron_mosa.utils import write_atomically
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
 NO_MEMORY = "begins in new processes, as memory was left allocated"
+STALL_SECONDS = 900.0
+"""Time without an event, such as a step, after which a session counts as hung; the first step compiles."""
+
+STALLED = 124  # timeout's exit code
 _LOST_CONNECTION = re.compile(r"[Cc]onnection|Read error|remote process|remote worker")
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 60.0  # between the last moment for a result and the end of a Slurm job
@@ -178,7 +182,10 @@ def supervise(session: Session, launch: Launch, watch: Watch) -> None:
         if not left or (last is not None and last.phase == NO_MEMORY):
             continue
         reason = failure(session.errors, session.log(number), code)
-        at_fault = [cell for cell in left if last is not None and cell.name == last.cell] or left  # all, if none began
+        at_fault = [cell for cell in left if last is not None and cell.name == last.cell]
+        if last is None:
+            at_fault = left  # the processes could not even begin
+        # Otherwise they failed after a result, as they left its groups: the next cell is not to blame.
         for cell in at_fault:
             write_result(session.folder, cell, {"reason": reason})
             watch(Event(cell.name, "failed"))
@@ -192,16 +199,22 @@ def _is_over(session: Session) -> bool:
 def _run_once(
     session: Session, launch: Launch, number: int, tail: Tail, watch: Watch
 ) -> tuple[int | None, Event | None]:
-    """Start the workers and wait; return the exit code, None at the deadline, and the last event."""
+    """Start the workers and wait; return the exit code and the last event.
+
+    The code is None at the deadline, and STALLED if there was no event for too long.
+    """
     process = launch(session.file, session.processes, session.log(number), number)
-    last = None
+    last, heard = None, time.monotonic()
     try:
         while True:
             code = process.poll()
             for last in tail.events():
+                heard = time.monotonic()
                 watch(last)
             if code is not None or _is_over(session):
                 return code, last
+            if time.monotonic() - heard > STALL_SECONDS:
+                return STALLED, last
             time.sleep(_POLL_SECONDS)
     finally:
         end(process)
@@ -221,6 +234,8 @@ def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
 
 def failure(errors: Path, log: Path, code: int) -> str:
     """Return why a session failed, in one line: a rank's first error, a signal in its log, or the exit code."""
+    if code == STALLED:
+        return f"no progress for {STALL_SECONDS / 60:.0f} minutes; see {log.name}"
     reasons = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])

@@ -28,6 +28,7 @@ def plot_scaling(sweep: Sweep, path: Path) -> None:
         counts = sorted({row.processes for row in sweep.rows})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, list(map(str, counts)))
+        axes.set_xlim(0.9 * counts[0], 1.1 * counts[-1])
         axes.minorticks_off()
         axes.axhline(100, color="grey", linewidth=0.8)
         axes.set_ylim(bottom=0)
@@ -64,10 +65,7 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
     rows = [row for row in sweep.rows if row.is_measured][::-1]  # barh draws upwards
     bars = [_parts(row) for row in rows]
     kinds = sorted({kind for bar in bars for kind in bar}, key=lambda kind: (kind == _IDLE, kind == COLLECTIVES, kind))
-    names = [
-        f"{row.cell.layout}{', fp32' if row.fp32 else ''}\n{row.processes} rank(s), batch {row.global_batch}"
-        for row in rows
-    ]
+    names = [_bar_name(row) for row in rows]
     figure, axes = plt.subplots(figsize=(10, 1.8 + 0.5 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
     for number, kind in enumerate(kinds):
@@ -85,6 +83,11 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
     figure.suptitle(_title(sweep), fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _bar_name(row: Row) -> str:
+    ranks = f"{row.processes} rank{'s' * (row.processes > 1)}"
+    return f"{row.cell.layout}{', fp32' if row.fp32 else ''}\n{ranks}, batch {row.global_batch}"
 
 
 def _parts(row: Row) -> dict[str, float]:
