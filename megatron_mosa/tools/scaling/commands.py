@@ -140,6 +140,7 @@ def sweep(
     cells = plan_cells(settings, given, counts, weak)
     from megatron_mosa.tools.scaling.sweep import Request, plan, run_sweep  # slow to import, so mistakes come first
 
+    flags = ["--reference", "fp32"] * (reference == "fp32") + ["--random-tokens"] * random_tokens
     output = output or settings.run.path.with_name(f"{settings.run.name}-sweep")
     request = Request(
         settings,
@@ -147,7 +148,7 @@ def sweep(
         warmup,
         steps,
         output,
-        _command(config, overrides, layout, counts, {"steps": steps, "warmup": warmup, "weak": weak}, random_tokens),
+        _command(config, overrides, layout, counts, {"steps": steps, "warmup": warmup, "weak": weak}, flags),
         device,
         weak=weak,
         fp32_reference=reference == "fp32",
@@ -191,7 +192,7 @@ def _command(
     layouts: list[str] | None,
     counts: list[int],
     numbers: dict[str, int | None],
-    random_tokens: bool,
+    flags: list[str],
 ) -> str:
     """Return the command that measures the same, for the report."""
     parts = ["mosa", "sweep", str(config), *(overrides or [])]
@@ -199,7 +200,7 @@ def _command(
     if counts:
         parts += ["--processes", ",".join(map(str, counts))]
     parts += [part for name, value in numbers.items() if value is not None for part in (f"--{name}", str(value))]
-    return shlex.join([*parts, *(["--random-tokens"] if random_tokens else [])])
+    return shlex.join([*parts, *flags])
 
 
 def parse_counts(text: str) -> list[int]:

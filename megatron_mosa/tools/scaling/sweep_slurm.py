@@ -46,7 +46,7 @@ class SlurmRun:
         jobs = {job: session for job, session in self._earlier().items() if _names(session) & wanted}
         taken = {name for session in jobs.values() for name in _names(session)}
         for job, session in jobs.items():
-            print(f"job {job} of an earlier call measures {len(session.cells)} layout(s) on {session.processes} ranks")
+            print(f"job {job}, of an earlier call: {_size(session)}")
         try:
             for session in sessions:
                 cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
@@ -121,7 +121,7 @@ class SlurmRun:
         job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
         session.file.with_suffix(".job").write_text(f"{job}\n", encoding="utf-8")
         jobs[job] = session
-        print(f"job {job}: {len(session.cells)} layout(s) on {session.processes} ranks", flush=True)
+        print(f"job {job}: {_size(session)}", flush=True)
 
     def _wait(self, jobs: dict[str, Session], watch: Watch) -> None:
         tails = {job: Tail(session.progress) for job, session in jobs.items()}
@@ -133,6 +133,11 @@ class SlurmRun:
                 for event in tails[job].events():
                     watch(event)
             running -= ended
+
+
+def _size(session: Session) -> str:
+    layouts, ranks = len(session.cells), session.processes
+    return f"{layouts} layout{'s' * (layouts > 1)} on {ranks} rank{'s' * (ranks > 1)}"
 
 
 def _names(session: Session) -> set[str]:
