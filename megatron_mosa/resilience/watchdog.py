@@ -35,7 +35,7 @@ class Watchdog:
         self.file = directory / f"rank-{rank:05d}.txt"
         self.timeout = timeout
         self._on_hang = on_hang
-        self._doing = "starting"
+        self.doing = "starting"  # what the run does until the next beat
         self._last = time.monotonic()
         self._ended = threading.Event()
 
@@ -46,7 +46,7 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """Report progress, and what the run will be doing until the next call."""
-        self._doing, self._last = doing, time.monotonic()
+        self.doing, self._last = doing, time.monotonic()
 
     def close(self) -> None:
         """Stop watching; also cancels an exit during its grace period."""
@@ -61,18 +61,26 @@ class Watchdog:
                 self._last += now - checked
             checked = now
             if now - self._last > self.timeout:
-                self._fire()
+                reason = f"no progress for {self.timeout:.0f} s while {self.doing}"
+                self.end_process(reason, HUNG, GRACE_SECONDS, self._on_hang)
 
-    def _fire(self) -> None:
-        message = f"no progress for {self.timeout:.0f} s while {self._doing}"
+    def end_process(self, reason: str, code: int, grace: float, last_words: Callable[[], object]) -> None:
+        """Dump the stacks, and end the process unless ``close`` is called in time; from any thread.
+
+        Args:
+            reason: what is reported with the stacks.
+            code: the exit code.
+            grace: seconds from the dump to the exit.
+            last_words: called before the exit.
+        """
         with suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
-                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {message}", file=file, flush=True)
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {reason}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        print(f"watchdog: {message}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
-        if self._ended.wait(GRACE_SECONDS):
+        print(f"watchdog: {reason}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
+        if self._ended.wait(grace):
             return
         with suppress(Exception):
-            self._on_hang()
-        os._exit(HUNG)
+            last_words()
+        os._exit(code)

@@ -12,6 +12,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of
+from megatron_mosa.errors import RunError, UnrecoverableError, UserError
 from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
@@ -61,8 +62,11 @@ def pretrain(config: Config) -> int:
     survival = ResilienceServices.begin(config, config.run.path, rank)
     try:
         stopped = _pretrain(config, rank, world_size, survival)
+        survival.peers.leave()
     except Exception as error:
         survival.status.end(exit_code_of(error), f"rank {rank}: {error or type(error).__name__}")
+        if isinstance(error, (RunError, UserError, UnrecoverableError)):  # the other ranks have it, too
+            survival.peers.leave()
         raise
     finally:
         destroy_parallel()
@@ -79,7 +83,7 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceSe
         config.run.seed,
         rendezvous_seconds=config.resilience.rendezvous_timeout,
     )
-    survival.interruption.hosts = HostGroup()
+    survival.join(layout, HostGroup())
     # On a shared file system, nodes may temporarily see different files: all ranks use what rank 0 has found.
     start, last_validated = on_main_rank(lambda: (start, _last_validated(start)))
     config = replace(config, data=replace(config.data, index_samples=start.index_samples))

@@ -14,6 +14,7 @@ from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.parallel import HostGroup, Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.peers import PeerMonitor
 from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.watchdog import Watchdog
@@ -67,6 +68,7 @@ def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interrupti
         Watchdog(folder, layout.rank, 0, lambda: None),
         RunStatus(folder, is_main=False),
         FaultInjection(config.fault_injection, folder, layout.rank),
+        PeerMonitor(lambda rank: None),
     )
     engine: Any = _Engine(interruption, reason)
     return Trainer(config, engine, layout, TrainingState(), [], survival)

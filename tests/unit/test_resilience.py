@@ -199,7 +199,7 @@ def test_time_during_suspension_does_not_count(
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now))
     dog = watchdog.Watchdog(tmp_path, 0, 10, lambda: None)
     monkeypatch.setattr(dog, "_ended", Seconds())
-    monkeypatch.setattr(dog, "_fire", lambda: fired.append(now))
+    monkeypatch.setattr(dog, "end_process", lambda *args: fired.append(now))
     dog._watch()
     assert fired == [fires_after]
 

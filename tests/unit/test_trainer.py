@@ -23,6 +23,7 @@ from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.peers import PeerMonitor
 from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.watchdog import Watchdog
@@ -191,7 +192,8 @@ class RecordingWatchdog(Watchdog):
 def make_survival(folder: Path, clock: Clock, settings: Config) -> ResilienceServices:
     faults = FaultInjection(settings.fault_injection, folder, 0)
     status = RunStatus(folder, is_main=True)
-    return ResilienceServices(Interruption(Signals(), None), RecordingWatchdog(folder, clock), status, faults)
+    peers = PeerMonitor(lambda rank: None)
+    return ResilienceServices(Interruption(Signals(), None), RecordingWatchdog(folder, clock), status, faults, peers)
 
 
 def test_every_step_and_validation_batch_sends_a_heartbeat(tmp_path: Path, engine: FakeEngine, clock: Clock) -> None:

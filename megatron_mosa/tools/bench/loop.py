@@ -96,7 +96,7 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         survival = ResilienceServices.begin(config, Path(folder), layout.rank)
-        survival.interruption.hosts = HostGroup()
+        survival.join(layout, HostGroup())
         try:
             writers = Writers(config, Path(folder), is_main=layout.is_main, resumed_step=0)
             callbacks = [
@@ -108,6 +108,7 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
             trainer = Trainer(config, engine, layout, TrainingState(), callbacks, survival)
             trainer.run(clock.timed(random_batches(config, layout, config.data.num_workers)))
             writers.close()
+            survival.peers.leave()
         finally:
             survival.end()
     return clock.result()
