@@ -9,7 +9,13 @@ from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
 from megatron_mosa.parallel.partition import Partition, partition_of
 from megatron_mosa.parallel.regions import TensorParallelRegion, sum_gradients
-from megatron_mosa.parallel.state import Layout, destroy_parallel, initialize_parallel, use_deterministic_algorithms
+from megatron_mosa.parallel.state import (
+    Layout,
+    destroy_parallel,
+    initialize_parallel,
+    join_store,
+    use_deterministic_algorithms,
+)
 
 __all__ = [
     "HostGroup",
@@ -24,6 +30,7 @@ __all__ = [
     "data_parallel_group",
     "destroy_parallel",
     "initialize_parallel",
+    "join_store",
     "launch_environment",
     "norm_class",
     "on_every_rank",

@@ -37,7 +37,11 @@ class Layout:
 
 
 def initialize_parallel(
-    tensor_model_parallel_size: int, seed: int, timeout_minutes: float = 10.0, rendezvous_seconds: float | None = None
+    tensor_model_parallel_size: int,
+    seed: int,
+    timeout_minutes: float = 10.0,
+    rendezvous_seconds: float | None = None,
+    store: dist.Store | None = None,
 ) -> Layout:
     """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
 
@@ -48,6 +52,7 @@ def initialize_parallel(
         seed: seed of torch's generators.
         timeout_minutes: timeout of a collective.
         rendezvous_seconds: timeout for all ranks to join; None: that of a collective.
+        store: from ``join_store``, under a prefix of its own if this process has had other groups; None: join one.
 
     Raises:
         RunError: not all ranks joined in time.
@@ -64,7 +69,7 @@ def initialize_parallel(
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         timeout = timedelta(minutes=timeout_minutes)
-        store = _rendezvous(rank, world_size, rendezvous_seconds or timeout.total_seconds())
+        store = store or join_store(rendezvous_seconds or timeout.total_seconds())
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size)
@@ -83,8 +88,13 @@ def initialize_parallel(
     )
 
 
-def _rendezvous(rank: int, world_size: int, seconds: float) -> dist.Store:
-    """Return the store once all ranks have joined."""
+def join_store(seconds: float) -> dist.Store:
+    """Return the store that all ranks share, once they have joined.
+
+    Raises:
+        RunError: not all ranks joined within ``seconds``.
+    """
+    rank, world_size, _ = launch_environment()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
     except (dist.DistError, RuntimeError) as error:  # some store errors of torch are plain RuntimeErrors

@@ -245,6 +245,12 @@ TABLE: dict[str, dict[str, Way]] = {
         "--layout tp=2,sp=true,zero=1": Way(
             added=f"{SMALL} train.global_batch_size=16 --steps 1 --warmup 0 --force"
         ),
+        "mosa sweep configs/scale/1b_mosa.yaml train.global_batch_size=64 --random-tokens --processes 1,4 "
+        "--layout tp=1,zero=1 --layout tp=1,zero=2 --layout tp=1,zero=3 --layout tp=2,sp=true,zero=1 "
+        "--layout tp=2,sp=false,zero=1 --layout tp=4,sp=true,zero=1 --layout tp=4,sp=false,zero=1 "
+        "--layout tp=2,sp=true,zero=3 --time-limit 9": Way(added="--memory 80 --dry-run", reason=GPU),
+        "mosa sweep configs/scale/1b_mosa.yaml train.global_batch_size=64 --processes 1,2,4,8 --slurm "
+        "--gpus-per-node 8 --partition gpu --time-limit 30": Way(added="--memory 80 --dry-run", reason=CLUSTER),
     },
     "docs/slurm.md": {
         f"mosa submit configs/first_gpu_run.yaml {FIRST} --cpus-per-task 12 --time 24:00:00": Way(

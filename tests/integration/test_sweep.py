@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.killer import write_killer
 from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +31,6 @@ TINY = [
 ]
 GOOD = ["tp=1,zero=2,micro=4", "tp=2,sp=true,zero=1,micro=2"]
 DOOMED = "tp=2,sp=false,zero=1,micro=8"
-# Imported at the start of every Python: kills one rank of the doomed layout, as the kernel does when out of memory.
-KILLER = """
-import os, sys
-if os.environ.get("RANK") == "1" and any("tp2-zero1-micro8" in word for word in sys.orig_argv):
-    os.kill(os.getpid(), 9)
-"""
 
 
 class Sweeper:
@@ -45,22 +40,23 @@ class Sweeper:
         self.folder = folder
         self.output = folder / "out"
         self.config = [str(ROOT / "configs" / "quickstart.yaml"), *TINY, f"data.path={folder}/data"]
-        (folder / "killer").mkdir()
-        (folder / "killer" / "sitecustomize.py").write_text(KILLER)
+        self.killer = write_killer(folder / "killer", "tp2-zero1-micro8-processes2-batch8")
 
     def call(self, *arguments: str, kill: bool = False) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if kill:
-            environment["PYTHONPATH"] = str(self.folder / "killer")
+            environment["PYTHONPATH"] = str(self.killer)
         return subprocess.run(
             [loaded_python(), "-m", "megatron_mosa", *arguments],
             cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 
-    def sweep(self, *layouts: str, kill: bool = False, steps: int = 3) -> subprocess.CompletedProcess[str]:
+    def sweep(
+        self, *layouts: str, kill: bool = False, steps: int = 3, processes: str = "2", more: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
         options = [word for layout in layouts for word in ("--layout", layout)]
-        options += ["--processes", "2", "--steps", str(steps), "--warmup", "1", "--output", str(self.output)]
-        return self.call("sweep", *self.config, *options, kill=kill)
+        options += ["--processes", processes, "--steps", str(steps), "--warmup", "1", "--output", str(self.output)]
+        return self.call("sweep", *self.config, *options, *more, kill=kill)
 
     def rows(self) -> list[dict[str, str]]:
         with (self.output / "results.csv").open() as file:
@@ -82,44 +78,63 @@ def sweeper(tmp_path_factory: pytest.TempPathFactory) -> Sweeper:
 
 
 def test_a_sweep_from_start_to_report_and_its_repeat(sweeper: Sweeper) -> None:
-    done = sweeper.sweep(*GOOD, DOOMED, kill=True)
+    done = sweeper.sweep(GOOD[0], DOOMED, GOOD[1], kill=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    reference, first, second, doomed = sweeper.rows()
+    reference, first, doomed, second = sweeper.rows()
     assert (reference["status"], float(reference["loss_deviation"])) == ("reference", 0.0)
     for row in (first, second):
         assert row["status"] == "ok"
-        # If the seed's layer weights were off by 5 %, the loss would deviate by 2e-4.
+        # If the layers' weights were off by 5 %, the loss would deviate by 2e-4.
         assert float(row["loss_deviation"]) < 1e-5 and float(row["grad_norm_deviation"]) < 1e-4
         assert float(row["tokens_per_second_per_rank"]) > 0 and float(row["peak_memory_gib"]) > 0
-        assert 0 < float(row["communication_share"]) < 1
+        assert 0 < float(row["communication_share"]) < 1 and float(row["strong_efficiency"]) > 0
+        assert float(row["ms_collectives"]) > 0 and float(row["ms_computation"]) > 0
         assert row["note"] == "functional, not performance"
     assert doomed["status"] == "failed" and "SIGKILL" in doomed["reason"]
-    assert f"{DOOMED}: failed" in done.stdout
+    assert f"{DOOMED} on 2 processes: failed" in done.stdout
+    assert f"[2/4] {GOOD[0].replace('zero', 'sp=false,zero')} on 2 processes: measuring, step 1/3" in done.stdout
+    assert done.stdout.count("starting 2 processes") == 2  # once more after the failure
     text = (sweeper.output / "results.md").read_text()
     assert "functional, not performance" in text and "failed: a rank was killed by SIGKILL" in text
-    assert (sweeper.output / "scaling.png").stat().st_size > 1000
-    seed = sweeper.output / "seed" / "step-00000000"
-    assert json.loads((seed / "metadata.json").read_text())["step"] == 0
+    for name in ("scaling.png", "breakdown.png"):
+        assert (sweeper.output / name).stat().st_size > 1000
 
-    result = sweeper.output / "layouts" / "tp1-zero2-micro4.json"
+    result = sweeper.output / "layouts" / "tp1-zero2-micro4-processes2-batch8.json"
     losses = json.loads(result.read_text())["losses"]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    kept = {path: path.stat().st_mtime_ns for path in (result, seed / "metadata.json")}
+    kept = result.stat().st_mtime_ns
     again = sweeper.sweep(*GOOD, DOOMED)  # nothing is killed this time
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("(kept)") == 2
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert again.stdout.count("(kept)") == 3
+    assert result.stat().st_mtime_ns == kept
     assert [row["status"] for row in sweeper.rows()] == ["reference", "ok", "ok", "ok"]
     assert float(sweeper.rows()[3]["loss_deviation"]) < 1e-5
+
+
+def test_counts_are_added_later_and_measured_as_far_as_time_permits(sweeper: Sweeper) -> None:
+    options = ("--weak", "4", "--reference", "fp32")
+    late = sweeper.sweep("tp=1,zero=1,micro=2", processes="1,2", more=(*options, "--time-limit", "0.001"))
+    assert late.returncode == 1, late.stdout + late.stderr
+    assert "not measured: " in late.stderr and "run the same command again" in late.stderr
+    assert [row["status"] for row in sweeper.rows()].count("missing") == 4
+    done = sweeper.sweep("tp=1,zero=1,micro=2", processes="1,2", more=options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["label"], row["processes"], row["global_batch"]): row for row in sweeper.rows()}
+    label = "tp=1,sp=false,zero=1,micro=2"
+    weak, both = rows[label, "1", "4"], rows[label, "2", "8"]
+    assert (weak["strong_efficiency"], float(weak["weak_efficiency"])) == ("", 1.0)
+    assert float(both["strong_efficiency"]) > 0 and float(both["weak_efficiency"]) > 0
+    assert sweeper.rows()[0]["status"] == "reference" and sweeper.rows()[0]["fp32"] == "True"
+    assert all(float(row["loss_deviation"]) < 1e-5 for row in rows.values() if row["loss_deviation"])
 
 
 def test_a_different_request_is_rejected_and_a_wrong_loss_is_an_error(sweeper: Sweeper) -> None:
     other = sweeper.sweep(*GOOD, steps=4)
     assert other.returncode == 2 and "--steps=3, now 4" in other.stderr
-    result = sweeper.output / "layouts" / "tp1-zero2-micro4.json"
+    result = sweeper.output / "layouts" / "tp1-zero2-micro4-processes2-batch8.json"
     content = json.loads(result.read_text())
     content["losses"][1] *= 1.002
     result.write_text(json.dumps(content))
     wrong = sweeper.sweep(*GOOD)
     assert wrong.returncode == 1, wrong.stdout + wrong.stderr
-    assert "more than 0.001 (fp32): tp=1,sp=false,zero=2,micro=4 (2.0e-03)" in wrong.stderr
+    assert "more than 0.001 (fp32): tp=1,sp=false,zero=2,micro=4 on 2 processes (2.0e-03)" in wrong.stderr

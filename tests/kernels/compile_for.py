@@ -1,9 +1,10 @@
 """Compiles all kernels for GPUs that need not be there: ``compile_for.py CAPABILITY[,CAPABILITY...] [resources]``;
 90 is Hopper.
 
-Runs the operators, forward and backward, on the CPU with every launch replaced by a compilation, and prints a line of
-JSON: for each capability the kernels, and the most shared memory that one takes; with ``resources`` before it registers
-and stack of each variant (a stack is where registers are spilt to). TRITON_INTERPRET must not be set.
+Runs the operators, forward and backward, on the CPU with every launch replaced by a compilation, and prints Triton's
+version and a line of JSON: for each capability the kernels, and the most shared memory that one takes; with
+``resources`` before it registers and stack of each variant (a stack is where registers are spilt to). TRITON_INTERPRET
+must not be set. Another version of Triton, unpacked into a directory that PYTHONPATH begins with, takes precedence.
 
 What is not compiled is the same program as something that is:
 
@@ -184,6 +185,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    print("Triton", triton.__version__)
     capabilities = [int(word) for word in sys.argv[1].split(",")]
     found = {capability: compile_all(capability, sys.argv[2:] == ["resources"]) for capability in capabilities}
     print(json.dumps(found))

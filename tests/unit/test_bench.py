@@ -14,9 +14,9 @@ import torch
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.model import model_flops, usual_flops
 from megatron_mosa.parallel import Layout
-from megatron_mosa.tools.bench import loop, report
+from megatron_mosa.tools.bench import loop, measure, report
 from megatron_mosa.tools.bench.measure import Measurement
-from megatron_mosa.tools.bench.profile import Kernel, kind_of, summarize
+from megatron_mosa.tools.bench.profile import Kernel, kind_of, profile_steps, summarize
 from megatron_mosa.tools.bench.samples import random_batches
 from megatron_mosa.train import StepMonitor, Writers
 from tests.distributed.tasks import tiny_config
@@ -51,6 +51,50 @@ def test_overlapping_kernels_are_busy_once() -> None:
     assert found.busy == pytest.approx(3.0) and found.span == pytest.approx(4.5) and found.kernels == 2
     assert found.kinds["matrix products"] == pytest.approx(2.5) and found.kinds["collectives"] == pytest.approx(1.5)
     assert found.longest[0] == ("gemm", pytest.approx(2.5), 1.5)
+
+
+def test_communication_is_counted_once_and_told_apart_from_what_hides_it() -> None:
+    kernels = [
+        Kernel(0, 4 * MS, "gemm"), Kernel(3 * MS, 6 * MS, "ncclDevKernel_AllReduce"),
+        Kernel(5 * MS, 7 * MS, "ncclDevKernel_AllGather"),
+    ]  # fmt: skip
+    found = summarize(kernels, steps=1)
+    assert (found.communicating, found.exposed, found.busy) == pytest.approx((4.0, 3.0, 7.0))
+    assert found.kinds["collectives"] == pytest.approx(5.0)
+    assert replace(found, wall=8.0).communication_share == 0.5 and found.communication_share == 0.0
+
+
+def test_on_a_cpu_only_collectives_are_told_apart(layout: Layout) -> None:
+    found = profile_steps(lambda: torch.distributed.all_reduce(torch.ones(100_000)), steps=2, warmup=0, on_gpu=False)
+    assert set(found.kinds) == {"computation", "collectives"} and 0 < found.communicating < found.wall == found.busy
+    assert sum(found.kinds.values()) == pytest.approx(found.wall)
+
+
+def test_a_failed_step_is_reported_before_the_engine_is_destroyed(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Destroying may wait for other ranks, but without it NCCL would wait for ever for the engine's graphs."""
+    order: list[str] = []
+
+    class Engine:
+        accumulation_steps = 2
+        acceleration = SimpleNamespace(compiles_layers=False)
+
+        def train_step(self, batches: list[Batch], learning_rate: float) -> StepResult:
+            order.append(f"step of {len(batches)}")
+            raise RuntimeError("out of memory")
+
+        def destroy(self) -> None:
+            order.append("destroyed")
+
+    monkeypatch.setattr(measure, "DeepSpeedEngine", lambda *arguments: Engine())
+    config = tiny_config(train__global_batch_size=8)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure.measure(
+            config, layout, 1, 1, watch=lambda phase, step, of: order.append(phase),
+            on_failure=lambda error: order.append(f"told: {error}"),
+        )  # fmt: skip
+    assert order == ["building", "warming up", "step of 2", "told: out of memory", "destroyed"]
 
 
 def measurement(**changes: object) -> Measurement:

@@ -1,10 +1,16 @@
-"""Layouts of a sweep, its output directory, and its report from hand-made results."""
+"""Layouts, cells and predicted memory of a sweep, its directory and sessions, and reports of made-up results."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,10 +18,35 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.scaling import session, sweep_slurm
+from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
+from megatron_mosa.tools.scaling.commands import parse_counts
 from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
-from megatron_mosa.tools.scaling.sweep import _refuse_deviations, failure, prepare_output
-from megatron_mosa.tools.scaling.sweep_report import Row, Sweep, deviation, markdown, write_report
-from megatron_mosa.tools.scaling.sweep_worker import communication_seconds
+from megatron_mosa.tools.scaling.memory import Card, card, least_gib
+from megatron_mosa.tools.scaling.rows import Sweep, deviation, make_rows
+from megatron_mosa.tools.scaling.session import (
+    NO_MEMORY,
+    NO_TIME,
+    Event,
+    Session,
+    Tail,
+    failure,
+    is_measured,
+    read_result,
+    supervise,
+    write_result,
+)
+from megatron_mosa.tools.scaling.sweep import (
+    Request,
+    _alone_in,
+    _refuse_deviations,
+    _refuse_unfinished,
+    _Work,
+    prepare_output,
+    read_sweep,
+)
+from megatron_mosa.tools.scaling.sweep_report import markdown, write_report
+from tests.unit.test_bench import measurement
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # tp 2, sp, zero 1, micro 4, global batch 16
 
@@ -37,22 +68,25 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (" tp = 1 , sp = False ", SweepLayout(1, False, 1, 4)),
         ("tp=1,sp=true", SweepLayout(1, False, 1, 4)),  # sp has no effect at tp=1
         ("zero=3,micro=2", SweepLayout(2, True, 3, 2)),
+        ("tp=1,processes=2,overlap=true", SweepLayout(1, False, 1, 4, processes=2)),
+        ("overlap=true", SweepLayout(2, True, 1, 4, overlap=True)),
     ],
 )
 def test_layouts_are_parsed_and_completed(config: Config, text: str, expected: SweepLayout) -> None:
     layout = parse_layout(text, config)
     assert layout == expected
-    assert parse_layout(str(layout), config) == layout
+    assert parse_layout(str(layout), config) == replace(layout, processes=None)
     applied = layout.apply(config)
     assert (applied.parallel.tensor_model_parallel_size, applied.parallel.zero_stage) == (layout.tp, layout.zero)
     assert (applied.parallel.sequence_parallel, applied.train.micro_batch_size) == (layout.sp, layout.micro)
+    assert (applied.parallel.tensor_parallel_overlap == "auto") == layout.overlap
     assert config.train.micro_batch_size == 4  # a copy
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("tp2", ["'tp2' is not KEY=VALUE", "the keys are tp, sp, zero, micro"]),
+        ("tp2", ["'tp2' is not KEY=VALUE", "the keys are tp, sp, zero, micro, overlap and processes"]),
         ("zer=1", ["'zer=1'", "did you mean 'zero'"]),
         ("tp=two", ["tp must be an integer, got two"]),
         ("sp=1", ["sp must be true or false, got 1"]),
@@ -119,37 +153,146 @@ def test_default_layouts(config: Config) -> None:
     check_layouts(fitting, default_layouts(fitting, 3), 3)
 
 
-RESULT = {
-    "tokens_per_step": 4096,
-    "losses": [8.0, 6.0, 4.0],
-    "grad_norms": [1.0, 2.0, 4.0],
-    "step_seconds": [2.0, 9.0, 4.0],
-    "peak_memory_gib": 0.5,
-    "communication_share": 0.25,
-    "device": "CPU",
-    "layout": {"tp": 1, "sp": False, "zero": 0, "micro": 4},
-}
+LAYOUT = SweepLayout(1, False, 1, 4)
+
+
+def names(cells: list[Cell]) -> list[str]:
+    return [f"{cell.layout.name} {cell.processes} {cell.global_batch}" for cell in cells]
+
+
+def test_layouts_are_measured_on_the_processes_that_they_fit(config: Config) -> None:
+    layouts = [parse_layout(text, config) for text in ("tp=1,zero=1", "tp=1,zero=3", "tp=2,sp=true,zero=1")]
+    assert names(plan_cells(config, layouts, [1, 2, 4])) == [
+        "tp1-zero1-micro4 1 16",  # ZeRO-3 has nothing to partition
+        "tp1-zero1-micro4 2 16", "tp1-zero3-micro4 2 16", "tp2-sp-zero1-micro4 2 16",
+        "tp1-zero1-micro4 4 16", "tp1-zero3-micro4 4 16", "tp2-sp-zero1-micro4 4 16",
+    ]  # fmt: skip
+    assert names(plan_cells(config, layouts[:1], [1, 2], weak=8)) == [
+        "tp1-zero1-micro4 1 16", "tp1-zero1-micro4 1 8", "tp1-zero1-micro4 2 16",
+    ]  # fmt: skip
+    pinned = [parse_layout(text, config) for text in ("tp=1,zero=3,processes=1", "tp=2,zero=2,processes=4")]
+    assert names(plan_cells(config, pinned, [])) == ["tp1-zero3-micro4 1 16", "tp2-sp-zero2-micro4 4 16"]
+    assert names(plan_cells(config, [*layouts[:1], pinned[0]], [2])) == [
+        "tp1-zero3-micro4 1 16",
+        "tp1-zero1-micro4 2 16",
+    ]
+    assert {cell.processes for cell in plan_cells(config, [], [1, 2])} == {1, 2}
+    for cell in plan_cells(config, layouts, [1, 2, 4], weak=4):
+        assert Cell.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+        applied = cell.apply(config)
+        assert applied.train.global_batch_size == cell.global_batch and applied.train.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("layouts", "counts", "weak", "message"),
+    [
+        (["tp=7"], [1, 2], None, "--layout tp=7,sp=true,zero=1,micro=4 on 2 processes"),
+        (["tp=2"], [1, 2], None, "no --layout fits --processes=1; leave that count out, or give a layout for it"),
+        (["tp=1", "tp=1,sp=true"], [1, 2], None, "is given twice"),
+        (["tp=1"], [1, 2], 3, "--weak=3: no layout fits 3 samples on each of 1 processes: .* must be divisible by"),
+        (["tp=2,processes=3"], [2], None, "on 3 processes: world size 3 is not divisible"),
+    ],
+)
+def test_layouts_that_fit_no_processes_are_rejected(
+    config: Config, layouts: list[str], counts: list[int], weak: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_cells(config, [parse_layout(text, config) for text in layouts], counts, weak)
+
+
+def test_the_reference_is_one_process_in_the_precision_of_training(config: Config) -> None:
+    bf16 = replace(config, train=replace(config.train, precision="bf16"))
+    four = Cell(SweepLayout(4, False, 1, 2), 4, 16)
+    alone = Cell(SweepLayout(1, False, 1, 2), 1, 16)
+    assert reference_cell(bf16, [four]) == Cell(SweepLayout(1, False, 1, 4), 1, 16)
+    assert reference_cell(bf16, [four, alone]) == alone
+    assert reference_cell(bf16, [four, replace(alone, global_batch=8)]).global_batch == 16
+    assert reference_cell(config, [four]).layout.zero == 0
+    reference = fp32_reference(bf16, [four, alone])
+    train = reference.apply(bf16).train
+    assert (train.precision, train.deterministic, train.micro_batch_size) == ("fp32", True, 2)
+    assert alone.apply(bf16).train.precision == "bf16"
+
+
+def test_the_memory_that_a_layout_needs_at_least() -> None:
+    config = load_config(QUICKSTART.with_name("scale") / "1b_mosa.yaml")
+    vocab_size = config.data.vocab_size
+
+    def gib(layout: str, processes: int) -> float:
+        cell = Cell(parse_layout(layout, config), processes, 256)
+        return least_gib(cell.apply(config), vocab_size, processes)
+
+    # 1.29 B parameters: 18 bytes each, of which ZeRO-1 divides 12, ZeRO-2 16 and ZeRO-3 all among 4 ranks.
+    parameters = 1.29e9 / 2**30
+    one = gib("tp=1,zero=1", 1)
+    activations = one - 18 * parameters
+    assert 36.5 > one > 25 and 4 < activations < 15  # 36.5 GiB were reserved in a run of this
+    assert one - gib("tp=1,zero=1", 4) == pytest.approx(9 * parameters, rel=0.01)
+    assert one - gib("tp=1,zero=2", 4) == pytest.approx(12 * parameters, rel=0.01)
+    assert one - gib("tp=1,zero=3", 4) == pytest.approx(13.5 * parameters, rel=0.01)
+    assert gib("tp=4,sp=true,zero=1", 4) == pytest.approx(one / 4, rel=0.01)
+    assert one > gib("tp=1,zero=1,micro=1", 1) > 18 * parameters
+
+
+def request(config: Config, cells: list[Cell], output: Path, **changes: Any) -> Request:
+    return replace(Request(config, cells, 1, 3, output, "mosa sweep x.yaml", "cpu"), **changes)
+
+
+def test_what_cannot_fit_is_not_run(config: Config, tmp_path: Path) -> None:
+    big = replace(config, model=replace(config.model, num_layers=32, hidden_size=4096, ffn_hidden_size=16384))
+    cells = [Cell(SweepLayout(2, True, 1, 4), count, 16) for count in (2, 4)] + [
+        Cell(SweepLayout(1, False, 3, 4), 4, 16)
+    ]
+    here = Card("NVIDIA H100", 30.0)
+    work = _Work(request(big, cells, tmp_path, device="cuda"), big, 2048, here)
+    assert work.cells == cells  # one process is not among them, as it would not fit
+    assert list(work.too_large) == cells[:1] and work.missing == cells[1:]
+    row = next(row for row in work.rows() if row.cell == cells[0])
+    assert row.status == "too large" and row.reason.startswith("needs at least ") and "which has 30" in row.reason
+    with pytest.raises(
+        UserError, match="no layout fits the memory: .* needs at least .* GiB on each rank, which has 4"
+    ):
+        _Work(request(big, cells, tmp_path, device="cuda", memory_gib=4.0), big, 2048, here)
+    assert not _Work(request(big, cells, tmp_path, device="cuda"), big, 2048, None).too_large  # an unknown card
+
+
+def result(losses: list[float], norms: list[float], milliseconds: list[float], **changes: Any) -> dict[str, Any]:
+    profile = {"busy": 1.0, "wall": 8.0, "communicating": 2.0, "exposed": 1.0, "kinds": {}}
+    found = measurement(
+        losses=losses, grad_norms=norms, milliseconds=milliseconds, tokens_per_step=4096, device="cpu",
+        communication_share=0.25, profile=profile, allocated_gib=0.5, **changes,
+    )  # fmt: skip
+    return json.loads(json.dumps(asdict(found))) | {"wall_seconds": 20.0}
+
+
+RESULT = result([8.0, 6.0, 4.0], [1.0, 2.0, 4.0], [2000.0, 9000.0, 4000.0])
+ALONE = Cell(SweepLayout(1, False, 0, 4), 1, 16)
+OTHER, BROKEN = Cell(SweepLayout(2, True, 1, 4), 2, 16), Cell(SweepLayout(1, False, 3, 8), 2, 16)
 
 
 def hand_made(config: Config, device: str = "cpu") -> Sweep:
     """The reference, a layout that deviates by 0.5 in a loss of 4 and by 0.1 in a norm of 2, and one that failed."""
-    other = RESULT | {"losses": [8.0, 6.0, 4.5], "grad_norms": [1.0, 1.9, 4.0], "step_seconds": [1.0, 2.0, 100.0]}
-    rows = [
-        Row.of_reference(RESULT),
-        Row.of_layout(SweepLayout(2, True, 1, 4), 2, other, RESULT),
-        Row.of_layout(SweepLayout(1, False, 3, 8), 2, {"reason": "OutOfMemoryError: 3|4"}, RESULT),
-    ]
-    return Sweep(config, rows, 2, "mosa sweep x.yaml", device, {"torch": "9.9"})
+    other = result([8.0, 6.0, 4.5], [1.0, 1.9, 4.0], [1000.0, 2000.0, 100000.0])
+    results = [(OTHER, other), (BROKEN, {"reason": "OutOfMemoryError: 3|4"}), (ALONE, RESULT)]
+    rows = make_rows(results, 16, None, ALONE)
+    return Sweep("quickstart", 256, 16, None, "fp32", rows, device, "mosa sweep x.yaml", {"torch": "9.9"})
 
 
 def test_the_tables(config: Config, tmp_path: Path) -> None:
-    write_report(hand_made(config), tmp_path)
+    files = write_report(hand_made(config), tmp_path)
+    assert files == ["results.md", "results.csv", "scaling.png", "breakdown.png"]
     text = (tmp_path / "results.md").read_text()
-    table = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert table == [
-        "| reference: tp=1,sp=false,zero=0,micro=4, fp32 | 1 | 1,024 | 4 | 0.50 | 25 % | 0.0e+00 | 0.0e+00 |",
-        "| tp=2,sp=true,zero=1,micro=4 | 2 | 1,024 | 2 | 0.50 | 25 % | 1.2e-01 | 5.0e-02 |",
-        "| tp=1,sp=false,zero=3,micro=8 | 2 | failed: OutOfMemoryError: 3\\|4 | | | | | |",
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[2:5] == [
+        "| reference: tp=1,sp=false,zero=0,micro=4 | 1 | 16 | 1,024 | 100 % |  | 4 | 0.50 | 25 % | 0.0e+00 | 0.0e+00 |",
+        "| tp=2,sp=true,zero=1,micro=4 | 2 | 16 | 1,024 | 100 % |  | 2 | 0.50 | 25 % | 1.2e-01 | 5.0e-02 |",
+        "| tp=1,sp=false,zero=3,micro=8 | 2 | 16 | failed: OutOfMemoryError: 3\\|4 |  |  |  |  |  |  |  |",
+    ]
+    assert table[5:] == [
+        "| layout | ranks | batch | computation | collectives | step |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| tp=1,sp=false,zero=0,micro=4 | 1 | 16 | 3,000.0 | 1,000.0 | 4,000.0 |",
+        "| tp=2,sp=true,zero=1,micro=4 | 2 | 16 | 1,500.0 | 500.0 | 2,000.0 |",
     ]
     assert "functional, not performance: ranks share" in text
     assert "torch 9.9" in text and "    mosa sweep x.yaml" in text
@@ -157,43 +300,121 @@ def test_the_tables(config: Config, tmp_path: Path) -> None:
         reference, other, failed = csv.DictReader(file)
     assert (reference["status"], other["status"], failed["status"]) == ("reference", "ok", "failed")
     assert float(other["tokens_per_second_per_rank"]) == 4096 / 2 / 2  # median 2 s, two ranks
-    assert float(other["loss_deviation"]) == 0.125
+    assert (float(other["loss_deviation"]), float(other["ms_collectives"])) == (0.125, 500.0)
     assert failed["reason"] == "OutOfMemoryError: 3|4" and failed["loss_deviation"] == ""
     assert all(row["note"] == "functional, not performance" for row in (reference, other, failed))
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("scaling.png", "breakdown.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_gpu_numbers_have_no_note(config: Config) -> None:
     sweep = hand_made(config, "cuda")
-    text = markdown(replace(sweep, rows=[replace(row, device="H100") for row in sweep.rows]))
-    assert "functional" not in text and "2 x H100 (nccl)" in text
+    text = markdown(replace(sweep, rows=[replace(row, device="H100", mfu=0.38) for row in sweep.rows]))
+    assert "functional" not in text and "1 and 2 x H100 (nccl)" in text and "| 38 % |" in text
+
+
+def test_efficiency_is_against_the_fastest_layout_on_the_fewest_processes() -> None:
+    def cell(tp: int, processes: int, batch: int) -> Cell:
+        return Cell(SweepLayout(tp, False, 1, 4), processes, batch)
+
+    def speed(tokens_per_rank: float, cell: Cell) -> tuple[Cell, dict[str, Any]]:
+        return cell, RESULT | {"milliseconds": [4096e3 / tokens_per_rank / cell.processes]}
+
+    cells = [cell(1, 2, 32), cell(2, 2, 32), cell(1, 4, 32), cell(1, 2, 16), cell(1, 1, 8)]
+    results = [speed(tokens, cell) for tokens, cell in zip([400.0, 500.0, 300.0, 350.0, 700.0], cells, strict=True)]
+    fp32 = replace(cells[0], processes=1, fp32=True)  # is no baseline
+    rows = {row.cell: row for row in make_rows([*results, speed(9000.0, fp32)], 32, 8, None)}
+    strong = [rows[one].strong_efficiency for one in cells]
+    assert strong == [pytest.approx(0.8), 1.0, pytest.approx(0.6), None, None]
+    weak = [rows[one].weak_efficiency for one in cells]
+    assert weak == [None, None, pytest.approx(3 / 7), pytest.approx(0.5), 1.0]
+    assert rows[fp32].strong_efficiency is None
+    assert [rows[one].status for one in cells] == ["reference", "ok", "ok", "ok", "ok"]
+    assert rows[cells[3]].loss_deviation is None  # nothing else was measured on its data
+
+
+def test_another_cell_takes_the_place_of_a_reference_that_failed() -> None:
+    two, four = replace(OTHER, processes=2), replace(OTHER, processes=4)
+    rows = make_rows([(ALONE, {"reason": "OutOfMemoryError"}), (four, RESULT), (two, RESULT)], 16, None, ALONE)
+    assert [(row.processes, row.status) for row in rows] == [(2, "reference"), (1, "failed"), (4, "ok")]
+    assert rows[2].loss_deviation == 0.0
 
 
 def test_deviations_beyond_the_tolerance_are_errors(config: Config) -> None:
     assert deviation([1.0, -2.2], [1.0, -2.0]) == pytest.approx(0.1)
     sweep = hand_made(config)
-    with pytest.raises(RunError, match=r"more than 0.001 \(fp32\): tp=2,sp=true,zero=1,micro=4 \(1.2e-01\)$"):
-        _refuse_deviations(sweep, "fp32")
+    message = r"more than 0.001 \(fp32\): tp=2,sp=true,zero=1,micro=4 on 2 processes \(1.2e-01\)$"
+    with pytest.raises(RunError, match=message):
+        _refuse_deviations(sweep)
     close = replace(sweep, rows=[replace(row, loss_deviation=0.01) for row in sweep.rows])
-    _refuse_deviations(close, "bf16")
+    _refuse_deviations(replace(close, precision="bf16"))
     with pytest.raises(RunError):
-        _refuse_deviations(close, "fp32")
+        _refuse_deviations(close)
     steep = replace(sweep, rows=[replace(row, loss_deviation=1e-4, grad_norm_deviation=0.067) for row in sweep.rows])
     with pytest.raises(RunError, match="gradient norms deviate from the reference by more than 0.01"):
-        _refuse_deviations(steep, "fp32")
+        _refuse_deviations(steep)
 
 
-def test_communication_counts_only_collectives_and_overlaps_once() -> None:
-    intervals = [
-        ("gloo:all_reduce", 3.0, 4.0),
-        ("gloo:all_gather", 0.0, 1.0),
-        ("ncclDevKernel_AllReduce_Sum_f32", 0.5, 1.5),
-        ("gloo:reduce", 0.6, 0.7),
-        ("c10d::allreduce_", 1.5, 3.0),  # only enqueues the operation
-        ("aten::mm", 0.0, 9.0),
-    ]
-    assert communication_seconds(intervals) == pytest.approx(2.5)
-    assert communication_seconds([]) == 0.0
+def test_what_was_not_measured_is_an_error(config: Config) -> None:
+    sweep = hand_made(config)
+    _refuse_unfinished(sweep)  # a failure is a result
+    missing = make_rows(
+        [(ALONE, RESULT), (OTHER, {"status": "missing", "reason": "not measured yet"})], 16, None, ALONE
+    )
+    with pytest.raises(
+        RunError, match="not measured: tp=2,sp=true,zero=1,micro=4 on 2 processes; run the same command"
+    ):
+        _refuse_unfinished(replace(sweep, rows=missing))
+    with pytest.raises(RunError, match="no layout could be measured; .* failed: OutOfMemoryError"):
+        _refuse_unfinished(replace(sweep, rows=[row for row in sweep.rows if row.status == "failed"]))
+
+
+def test_another_cards_sweep_is_put_beside(config: Config, tmp_path: Path) -> None:
+    settings = request(config, [ALONE, OTHER], tmp_path / "ours", device="cuda")
+    identity = settings.identity({"fingerprint": "x"})
+    prepare_output(tmp_path / "theirs", identity | {"versions": {"torch": "1.2"}}, force=False)
+    theirs = result([8.0], [1.0], [8000.0], layout="") | {"device": "NVIDIA A100"}
+    write_result(tmp_path / "theirs", OTHER, theirs)
+    other = read_sweep(tmp_path / "theirs", settings, identity)
+    sweep = hand_made(config, "cuda")
+    sweep = replace(sweep, rows=[replace(row, device="NVIDIA H100") for row in sweep.rows])
+    beside = replace(sweep, beside=((Path("theirs"), other),))
+    text = markdown(beside)
+    assert "Beside NVIDIA A100 (theirs; torch 1.2):" in text
+    assert text.splitlines()[-1] == "| tp=2,sp=true,zero=1,micro=4 | 2 | 16 | 1,024 | 256 | 4.00 | 100 % | 100 % |"
+    write_report(beside, tmp_path)
+    with pytest.raises(UserError, match="--beside=.* measured something else: --steps=3, now 4"):
+        read_sweep(tmp_path / "theirs", settings, replace(settings, steps=4).identity({"fingerprint": "x"}))
+    with pytest.raises(UserError, match="--beside=.*none does not hold a sweep"):
+        read_sweep(tmp_path / "none", settings, identity)
+
+
+def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> None:
+    settings = request(config, [ALONE, OTHER], tmp_path, device="cuda")
+    prepare_output(tmp_path, settings.identity({}), force=False)
+    write_result(tmp_path, OTHER, RESULT | {"device": "NVIDIA A100"})
+    work = _Work(settings, config, 2048, None)
+    work.refuse_other_cards(Card("NVIDIA A100", 80.0))
+    with pytest.raises(
+        UserError, match="holds results of NVIDIA A100, this is NVIDIA H100; give another --output, and"
+    ):
+        work.refuse_other_cards(Card("NVIDIA H100", 80.0))
+    # Jobs that began at the same time may have found different cards.
+    write_result(tmp_path, ALONE, RESULT | {"device": "NVIDIA H100", "milliseconds": [1000.0]})
+    rows = _Work(settings, config, 2048, None).rows()
+    assert [row.strong_efficiency for row in rows] == [1.0, 1.0]
+    text = markdown(replace(hand_made(config, "cuda"), rows=rows))
+    assert "Measured on cards of several kinds" in text and "micro=4 (NVIDIA A100) | 2 |" in text
+
+
+def test_a_second_sweep_in_the_same_directory_is_rejected(tmp_path: Path) -> None:
+    with _alone_in(tmp_path / "out"):
+        with pytest.raises(UserError, match="another mosa sweep is running in --output="), _alone_in(tmp_path / "out"):
+            pass
+        with _alone_in(tmp_path / "other"):
+            pass
+    with _alone_in(tmp_path / "out"):
+        pass
 
 
 def test_the_output_directory(tmp_path: Path) -> None:
@@ -218,6 +439,135 @@ def test_the_output_directory(tmp_path: Path) -> None:
         prepare_output(other / "mine.txt", identity, force=False)
 
 
+@pytest.mark.parametrize("nvidia_smi", ["NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559", None])
+def test_the_card_of_this_machine(nvidia_smi: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if nvidia_smi is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{nvidia_smi}\\n'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert card() == (Card("NVIDIA H100 80GB HBM3", 81559 / 1024) if nvidia_smi else None)
+
+
+# A stand-in for the worker processes: for each cell it does what the cell's micro-batch says.
+WORKER = """
+import json, os, sys, time
+session = json.load(open(sys.argv[1]))
+progress = open(sys.argv[1].replace(".json", ".progress"), "a", buffering=1)
+for cell in session["cells"]:
+    name, what = cell["name"], cell["micro"]
+    tell = lambda phase: progress.write(json.dumps({"cell": name, "phase": phase, "step": 0, "of": 0}) + "\\n")
+    if what in (7, 8) and os.path.exists("left"):
+        tell(NO_MEMORY if what == 7 else NO_TIME)
+        os.remove("left")
+        sys.exit(0)
+    tell("building")
+    if what == 2:
+        open(sys.argv[1].replace(".json", ".error.rank0"), "w").write("OutOfMemoryError: no room")
+        sys.exit(1)
+    if what == 3:
+        time.sleep(600)
+    if what == 9:
+        open(f"layouts/{name}.json", "w").write("{}")
+        tell("done")
+        sys.exit(1)
+    open(f"layouts/{name}.json", "w").write(json.dumps({"micro": what, "pid": os.getpid()}))
+    tell("done")
+"""
+
+
+def stand_in(folder: Path, micros: list[int], deadline: float | None = None) -> tuple[Session, list[Event]]:
+    """Supervise a session of one cell for each micro-batch size; return it and its events."""
+    for name in ("jobs", "layouts", "logs"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "left").touch()
+    trees = [Cell(replace(LAYOUT, micro=micro), 2, 16).to_dict() for micro in micros]
+    two = Session("two", str(folder), {}, trees, 2, 1, 3, False, False, deadline)
+    events: list[Event] = []
+
+    def launch(file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+        content = json.loads(file.read_text())
+        for tree in content["cells"]:
+            tree |= {"name": Cell.from_dict(tree).name, "micro": tree["layout"]["micro"]}
+        file.write_text(json.dumps(content))
+        code = WORKER.replace("NO_MEMORY", repr(NO_MEMORY)).replace("NO_TIME", repr(NO_TIME))
+        return subprocess.Popen([sys.executable, "-IS", "-c", code, str(file)], cwd=folder)
+
+    supervise(two, launch, events.append)
+    return two, events
+
+
+def outcome(folder: Path, micro: int) -> dict[str, Any] | None:
+    return read_result(folder, Cell(replace(LAYOUT, micro=micro), 2, 16).name)
+
+
+def test_processes_are_reused_and_a_failure_costs_only_its_own_cell(tmp_path: Path) -> None:
+    events = stand_in(tmp_path, [1, 4, 2, 5, 6])[1]
+    found = {micro: outcome(tmp_path, micro) or {} for micro in (1, 2, 4, 5, 6)}
+    assert found[2]["reason"] == "OutOfMemoryError: no room"
+    assert found[1]["pid"] == found[4]["pid"] != found[5]["pid"] == found[6]["pid"]
+    phases = [event.phase for event in events]
+    assert phases.count("starting 2 processes") == 2 and phases.count("done") == 4 and phases.count("failed") == 1
+    # What failed is measured again by the next call, and what was measured is never removed by one.
+    write_result(tmp_path, Cell(replace(LAYOUT, micro=2), 2, 16), RESULT)
+    assert is_measured(tmp_path, Cell(replace(LAYOUT, micro=2), 2, 16).name)
+
+
+def test_processes_that_leave_memory_allocated_are_replaced(tmp_path: Path) -> None:
+    stand_in(tmp_path, [1, 7, 4])
+    first, second, third = (outcome(tmp_path, micro) or {} for micro in (1, 7, 4))
+    assert first["pid"] != second["pid"] == third["pid"]
+
+
+def test_processes_that_fail_after_a_result_are_not_the_failure_of_the_next_cell(tmp_path: Path) -> None:
+    stand_in(tmp_path, [1, 9, 4])
+    assert outcome(tmp_path, 9) == {} and "pid" in (outcome(tmp_path, 4) or {})
+
+
+def test_processes_that_hang_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "STALL_SECONDS", 6.0)
+    stand_in(tmp_path, [1, 3, 4])
+    assert (outcome(tmp_path, 3) or {})["reason"] == "no progress for 0 minutes; see two-1.log"
+    assert "pid" in (outcome(tmp_path, 4) or {})
+
+
+def test_a_session_without_time_ends_and_keeps_what_it_has(tmp_path: Path) -> None:
+    stand_in(tmp_path, [1, 8, 4])
+    assert outcome(tmp_path, 1) and outcome(tmp_path, 8) is None and outcome(tmp_path, 4) is None
+    started = time.time()
+    stand_in(tmp_path, [5, 3, 6], deadline=started + 6.0)
+    assert outcome(tmp_path, 5) and outcome(tmp_path, 3) is None and outcome(tmp_path, 6) is None
+    assert time.time() - started < 30
+
+
+def test_a_session_that_cannot_start_is_the_failure_of_all_its_cells(tmp_path: Path) -> None:
+    for name in ("jobs", "layouts", "logs"):
+        (tmp_path / name).mkdir()
+    cells = [ALONE, OTHER]
+    broken = Session("x", str(tmp_path), {}, [cell.to_dict() for cell in cells], 2, 1, 3, False, False)
+    starts = []
+
+    def launch(file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+        starts.append(number)
+        return subprocess.Popen([sys.executable, "-IS", "-c", "raise SystemExit(7)"])
+
+    supervise(broken, launch, lambda event: None)
+    assert starts == [1]
+    assert {(read_result(tmp_path, cell.name) or {})["reason"] for cell in cells} == {"exit code 7; see x-1.log"}
+
+
+def test_events_are_read_once_and_whole(tmp_path: Path) -> None:
+    file = tmp_path / "x.progress"
+    tail = Tail(file)
+    assert tail.events() == []
+    line = json.dumps(asdict(Event("a", "measuring", 1, 3))) + "\n"
+    file.write_text(line + line[:9])
+    assert tail.events() == [Event("a", "measuring", 1, 3)]
+    assert tail.events() == []
+    with file.open("a") as more:
+        more.write(line[9:])
+    assert tail.events() == [Event("a", "measuring", 1, 3)]
+
+
 def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     log, errors = tmp_path / "x.log", tmp_path / "x.error"
     assert failure(errors, log, 7) == "exit code 7; see x.log"
@@ -227,6 +577,47 @@ def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     assert failure(errors, log, 1) == "OutOfMemoryError: no room"
     log.write_text("Root Cause (first observed failure):\n traceback : Signal 9 (SIGKILL) received by PID 3")
     assert "SIGKILL, often for lack of memory" in failure(errors, log, 1)
+    (tmp_path / "x.error.rank1").write_text("RuntimeError: Read error [127.0.0.1]:21921: Connection reset by peer")
+    log.write_text(
+        "exitcode: -9\n Signal 9 (SIGKILL) received by PID 3\nRoot Cause (first observed failure): exitcode 1"
+    )
+    assert "SIGKILL, often for lack of memory" in failure(errors, log, 1)
+    log.write_text("srun: error: n1: task 1: Killed\nsrun: Terminating StepId=7.0\n")
+    assert "SIGKILL, often for lack of memory" in failure(errors, log, 137)
+
+
+SINFO = "main*|(null)\ngpu|gpu:h100:4(S:0-1)\nbig|gpu:8,shard:2\nmixed|(null)\nmixed|gpu:2\n"
+
+
+@pytest.mark.parametrize(
+    ("partition", "gpus", "message"),
+    [
+        ("gpu", 4, None),
+        ("mixed", 2, None),
+        (
+            None,
+            4,
+            "partition main has no GPUs, but --gpus-per-node=4; give --partition=big or gpu, or --gpus-per-node 0",
+        ),
+        ("gpu", 8, "partition gpu has at most 4 GPUs per node, but --gpus-per-node=8; give --partition=big, or"),
+        ("none", 1, "--partition=none does not exist; this cluster has big, gpu, main, mixed"),
+    ],
+)
+def test_a_partition_without_gpus_is_rejected(
+    partition: str | None, gpus: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, SINFO, "")  # noqa: E731
+    monkeypatch.setattr(sweep_slurm, "_call", answer)
+    if message is None:
+        sweep_slurm.check_partition(partition, gpus)
+        return
+    with pytest.raises(UserError) as caught:
+        sweep_slurm.check_partition(partition, gpus)
+    assert one_line(caught).startswith(message)
+
+
+def test_counts_are_parsed() -> None:
+    assert parse_counts("4, 1,2") == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +625,15 @@ def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--processes", "1,x"], "--processes=1,x: 'x' is not an integer; give such as 4, or 1,2,4"),
+        (["--processes", "2,2"], "--processes=2,2: 2 is given twice"),
+        (["--weak", "0"], "--weak must be at least 1, got 0"),
+        (["--memory", "0"], "--memory must be above 0, got 0"),
+        (["--reference", "bf16"], "--reference must be training or fp32, got bf16"),
+        (["--slurm"], "--slurm needs --gpus-per-node"),
+        (["--partition", "gpu"], "need --slurm; give it, or leave them out"),
+        (["--slurm", "--gpus-per-node", "0", "--sbatch-argument", "x"], "--sbatch-argument='x' is not an option"),
+        (["--processes", "2", "--random-tokens", "--beside", "none"], "--beside=none does not hold a sweep"),
         (["--warmup", "-1"], "--warmup must be at least 0, got -1"),
         (["--processes", "2", "--layout", "tp=4"], "--layout tp=4,sp=true,zero=1,micro=4 on 2 processes"),
     ],

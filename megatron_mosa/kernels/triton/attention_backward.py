@@ -146,9 +146,10 @@ def _backward_keys_kernel(
             i_key, b_document, b_key_index, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
         )  # fmt: skip
         b_dv = dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, INTERPRETED)
-        b_ds = b_ds.to(b_do.dtype)
+        # Transposed before the cast, not after: Triton 3.6 could not pipeline its several products for Blackwell.
+        b_ds, b_ds_t = b_ds.to(b_do.dtype), tl.trans(b_ds).to(b_do.dtype)
         b_dk_first, b_dk_second, b_dk_rest = _add_product(
-            tl.trans(b_ds), b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
+            b_ds_t, b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
         )
         if IS_ONE_TILE:
             b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, RESTARTS, SHIFT)

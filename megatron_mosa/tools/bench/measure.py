@@ -1,4 +1,4 @@
-"""Times whole training steps of a configuration, on random tokens."""
+"""Times whole training steps of a configuration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine
-from megatron_mosa.metrics import peak_flops
+from megatron_mosa.engine import Batch, DeepSpeedEngine
+from megatron_mosa.metrics import peak_flops, peak_memory_gib
 from megatron_mosa.model import model_flops, parameter_count, usual_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.tools.bench.loop import time_loop
@@ -23,6 +23,12 @@ from megatron_mosa.tools.bench.samples import random_batches
 from megatron_mosa.utils import versions
 
 POOL = 4  # steps' worth of batches, used in turn
+
+Batches = Callable[[int], list[Batch]]
+"""A step, counted from 0 -> this rank's micro-batches of it."""
+
+Watch = Callable[[str, int, int], None]
+"""Told what is about to happen: a phase, and which of how many steps of it (0 of 0 for a phase without steps)."""
 
 
 @dataclass
@@ -52,17 +58,27 @@ class Measurement:
     """Of the whole model."""
 
     allocated_gib: float
+    """Peak over all ranks, as ``peak_memory_gib`` counts it."""
+
     reserved_gib: float
+    """Peak over all ranks; 0 on a CPU."""
+
     seconds_to_build: float
     seconds_of_first_steps: list[float]
     losses: list[float]
-    """Of the first steps."""
+    """Of all steps that were not profiled, those before the measured ones included."""
 
     profile: dict[str, Any] | None = field(default=None)
-    """``StepProfile`` on a GPU."""
+    """``StepProfile`` of rank 0, if steps were profiled."""
 
     loop: dict[str, float] | None = field(default=None)
     """``LoopTime``: what a run adds to its steps."""
+
+    grad_norms: list[float] = field(default_factory=list)
+    """Of the same steps as ``losses``, before clipping."""
+
+    communication_share: float | None = None
+    """``StepProfile.communication_share``, mean over ranks."""
 
     @property
     def median(self) -> float:
@@ -79,40 +95,92 @@ class Measurement:
         return 1000 * self.flops_per_step[rule] / self.median / self.peak_flops
 
 
-def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurement:
-    """Build the engine and take steps; a collective.
+@dataclass(frozen=True)
+class Profiling:
+    """Which steps ``measure`` profiles after the measured ones."""
+
+    steps: int = 3
+    warmup: int = 2
+    on_cpu: bool = False
+    """Also without a GPU, where only collectives are told apart."""
+
+
+def measure(
+    config: Config,
+    layout: Layout,
+    steps: int,
+    warmup: int,
+    *,
+    vocab_size: int | None = None,
+    batches: Batches | None = None,
+    learning_rate: Callable[[int], float] | None = None,
+    profiling: Profiling | None = None,
+    times_loop: bool = True,
+    watch: Watch = lambda phase, step, of: None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
+) -> Measurement:
+    """Build the engine, take steps and destroy it, also if a step fails; a collective.
 
     Args:
-        config: its dataset is not read; the vocabulary has ``data.vocab_size`` tokens.
+        config: its dataset is not read.
         layout: of this process.
         steps: to time, 1 or more.
         warmup: steps before them, 1 or more; graphs need three, or the third micro-batch.
+        vocab_size: of the tokens; None: ``data.vocab_size``.
+        batches: fetched before the clock starts; None: random tokens, which repeat after ``POOL`` steps.
+        learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
+        times_loop: also take steps as a run does, for ``Measurement.loop``.
+        on_failure: called with a step's error before the engine is destroyed, which may wait for other ranks.
     """
-    begin = time.perf_counter()
-    engine = DeepSpeedEngine(config, config.data.vocab_size, layout)
-    built = time.perf_counter() - begin
-    batches = random_batches(config, layout)
-    pool = [list(islice(batches, engine.accumulation_steps)) for _ in range(POOL)]
-    wait = torch.cuda.synchronize if layout.device.type == "cuda" else _nothing
+    is_gpu = layout.device.type == "cuda"
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(layout.device)  # this process may have measured another configuration
+    profiling = profiling or Profiling()
+    vocab_size = vocab_size or config.data.vocab_size
+    wait = torch.cuda.synchronize if is_gpu else _nothing
     losses: list[float] = []
+    grad_norms: list[float] = []
+    watch("building", 0, 0)
+    begin = time.perf_counter()
+    engine = DeepSpeedEngine(config, vocab_size, layout)
+    built = time.perf_counter() - begin
+    batches = batches or _pool(config, layout, engine.accumulation_steps)
 
-    def step() -> float:
-        batches = pool[len(losses) % POOL]
+    def step(phase: str, number: int, of: int) -> float:
+        watch(phase, number, of)
+        micro_batches = batches(len(losses))
+        rate = learning_rate(len(losses) + 1) if learning_rate else config.optimizer.min_learning_rate
         wait()
         start = time.perf_counter()
-        losses.append(engine.train_step(batches, config.optimizer.min_learning_rate).loss)
+        result = engine.train_step(micro_batches, rate)
         wait()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        losses.append(result.loss)
+        grad_norms.append(result.grad_norm)
+        return seconds
 
-    first = [step() for _ in range(warmup)]
-    times = [1000 * step() for _ in range(steps)]
-    is_gpu = layout.device.type == "cuda"
-    allocated, reserved = (f() / 2**30 if is_gpu else 0.0 for f in (_max_allocated, _max_reserved))
-    profile = asdict(profile_steps(step)) if is_gpu else None
-    loop = asdict(time_loop(config, engine, layout, steps))
-    global_batch, vocab_size = config.train.global_batch_size, config.data.vocab_size
+    try:
+        name = "compiling and warming up" if engine.acceleration.compiles_layers else "warming up"
+        first = [step(name, number, warmup) for number in range(1, warmup + 1)]
+        times = [1000 * step("measuring", number, steps) for number in range(1, steps + 1)]
+        allocated = _over_ranks(peak_memory_gib(layout.device), dist.ReduceOp.MAX, layout)
+        reserved = _over_ranks(torch.cuda.max_memory_reserved() / 2**30 if is_gpu else 0.0, dist.ReduceOp.MAX, layout)
+        kept = len(losses)
+        profile = None
+        if is_gpu or profiling.on_cpu:
+            profile = profile_steps(lambda: step("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
+        loop = asdict(time_loop(config, engine, layout, steps)) if times_loop else None
+    except BaseException as error:
+        on_failure(error)
+        raise
+    finally:
+        # Graphs before groups: NCCL would wait forever for a communicator that a graph still refers to.
+        engine.destroy()
+    global_batch = config.train.global_batch_size
     flops = {"executed": model_flops(config, vocab_size), "usual": usual_flops(config, vocab_size)}
-    engine.destroy()
+    share = None
+    if profile is not None:
+        share = _over_ranks(profile.communication_share, dist.ReduceOp.SUM, layout) / layout.world_size
     return Measurement(
         name=config.run.name,
         layout=describe(config, layout),
@@ -128,9 +196,11 @@ def measure(config: Config, layout: Layout, steps: int, warmup: int) -> Measurem
         reserved_gib=reserved,
         seconds_to_build=built,
         seconds_of_first_steps=first,
-        losses=losses[:warmup],
-        profile=profile,
+        losses=losses[:kept],
+        profile=None if profile is None else asdict(profile),
         loop=loop,
+        grad_norms=grad_norms[:kept],
+        communication_share=share,
     )
 
 
@@ -147,19 +217,17 @@ def describe(config: Config, layout: Layout) -> str:
     )
 
 
-def _max_allocated() -> int:
-    return _over_ranks(torch.cuda.max_memory_allocated())
+def _pool(config: Config, layout: Layout, count: int) -> Batches:
+    """Return random tokens of ``POOL`` steps, of ``count`` micro-batches each, in turn."""
+    found = random_batches(config, layout)
+    pool = [list(islice(found, count)) for _ in range(POOL)]
+    return lambda step: pool[step % POOL]
 
 
-def _max_reserved() -> int:
-    return _over_ranks(torch.cuda.max_memory_reserved())
-
-
-def _over_ranks(number: int) -> int:
-    """Return the largest of all ranks' numbers."""
-    largest = torch.tensor(number, device="cuda")
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+def _over_ranks(number: float, operation: Any, layout: Layout) -> float:
+    reduced = torch.tensor(number, dtype=torch.float64, device=layout.device)
+    dist.all_reduce(reduced, operation)
+    return reduced.item()
 
 
 _nothing: Callable[[], None] = lambda: None  # noqa: E731

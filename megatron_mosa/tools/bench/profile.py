@@ -1,7 +1,8 @@
-"""Where the GPU's time in a training step goes, from the kernels that torch's profiler records."""
+"""Where the time of a training step goes, from what torch's profiler records: kernels, or on a CPU collectives."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 OTHER = "elementwise"
+COLLECTIVES = "collectives"
 KINDS = {
     "optimizer": ("FusedAdam", "fused_adam", "lerp"),  # Inductor names a kernel by what it fuses
     "attention": ("flash", "fmha", "cudnn_generated"),
@@ -21,7 +23,7 @@ KINDS = {
     "cross entropy": ("_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel"),
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_xmma", "splitK"),
     "copies": ("Memcpy", "Memset", "copy", "fill", "FillFunctor"),
-    "collectives": ("nccl",),
+    COLLECTIVES: ("nccl", "gloo:"),
 }  # fmt: skip
 """Parts of kernels' names by kind, in this order; all others are elementwise work, norms and reductions."""
 
@@ -39,7 +41,7 @@ class StepProfile:
     """Averages over the profiled steps, in milliseconds."""
 
     busy: float
-    """In which anything ran on the GPU."""
+    """In which anything ran on the GPU; on a CPU the whole step."""
 
     span: float
     """From the first kernel to the last of all profiled steps, by their number."""
@@ -54,21 +56,52 @@ class StepProfile:
     longest: list[tuple[str, float, float]] = field(default_factory=list)
     """Names of the kernels that took longest in all, with milliseconds and number."""
 
+    communicating: float = 0.0
+    """In which at least one collective ran, from when this rank joined it; includes waiting for other ranks."""
 
-def profile_steps(step: Callable[[], object], steps: int = 3) -> StepProfile:
-    """Run a function that takes a step and waits for the device, and profile it; needs a GPU."""
-    for _ in range(2):
+    exposed: float = 0.0
+    """In which collectives ran and nothing else."""
+
+    wall: float = 0.0
+    """Of a profiled step by the clock, longer than one without the profiler."""
+
+    @property
+    def communication_share(self) -> float:
+        """Share of the profiled steps in which at least one collective ran."""
+        return self.communicating / self.wall if self.wall else 0.0
+
+
+def profile_steps(step: Callable[[], object], steps: int = 3, warmup: int = 2, on_gpu: bool = True) -> StepProfile:
+    """Run a function that takes a step and waits for the device, and profile it.
+
+    Args:
+        step: the function; every rank must profile, so that none waits for one that the profiler slows down.
+        steps: to profile.
+        warmup: steps before them.
+        on_gpu: False: tell only gloo's collectives from all the rest, "computation".
+    """
+    for _ in range(warmup):
         step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        begin = time.perf_counter()
         for _ in range(steps):
             step()
+        wall = 1000 * (time.perf_counter() - begin) / steps
     events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    if not on_gpu:
+        collectives = (event for event in events if event.name().startswith("gloo:"))
+        found = summarize([Kernel(e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in collectives], steps)
+        found.kinds = {"computation": wall - found.communicating, COLLECTIVES: found.communicating}
+        found.busy = found.wall = wall
+        return found
     on_device = (event for event in events if "CUDA" in str(event.device_type()))
     kernels = [Kernel(e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in on_device]
     issued = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
     calls = [e for e in events if e.name().startswith("cu") and any(word in e.name() for word in issued)]
     found = summarize([k for k in kernels if not k.name.startswith(("ProfilerStep", "Optimizer."))], steps)
     found.host_calls = len(calls) // steps
+    found.wall = wall
     return found
 
 
@@ -80,12 +113,17 @@ def summarize(kernels: list[Kernel], steps: int) -> StepProfile:
         kinds[kind_of(kernel.name)] += milliseconds / steps
         each[kernel.name].append(milliseconds)
     longest = sorted(each.items(), key=lambda item: -sum(item[1]))[:25]
+    collectives = [kernel for kernel in kernels if kind_of(kernel.name) == COLLECTIVES]
+    others = [kernel for kernel in kernels if kind_of(kernel.name) != COLLECTIVES]
+    busy = _milliseconds(kernels) / steps
     return StepProfile(
-        busy=sum(end - start for start, end in _intervals(kernels)) / 1e6 / steps,
+        busy=busy,
         span=(max(k.end for k in kernels) - min(k.start for k in kernels)) / 1e6 / steps if kernels else 0.0,
         kinds=kinds,
         kernels=len(kernels) // steps,
         longest=[(name, sum(times) / steps, len(times) / steps) for name, times in longest],
+        communicating=_milliseconds(collectives) / steps,
+        exposed=busy - _milliseconds(others) / steps,
     )
 
 
@@ -98,6 +136,11 @@ def kind_of(name: str) -> str:
 
 def _has(name: str, word: str) -> bool:
     return name.startswith(word) if word.startswith("_") else word in name  # kernels of this project begin with it
+
+
+def _milliseconds(kernels: list[Kernel]) -> float:
+    """Return how long at least one of them ran."""
+    return sum(end - start for start, end in _intervals(kernels)) / 1e6
 
 
 def _intervals(kernels: list[Kernel]) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,46 +56,184 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--layout",
-            metavar="tp=N,sp=BOOL,zero=N,micro=N",
+            metavar="tp=N,sp=BOOL,zero=N,micro=N[,processes=N]",
             help="A layout to measure; repeatable. Omitted keys are the file's. Default: every useful one.",
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", metavar="N", help="Default: one per visible GPU, or 2 on a CPU.")
+        str | None,
+        typer.Option("--processes", metavar="N,N,...", help="Default: one per visible GPU, or 2 on a CPU."),
+    ] = None,
+    weak: Annotated[
+        int | None,
+        typer.Option("--weak", metavar="N", help="Also measure weak scaling, at N samples a step and process."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Measured steps.")] = 6,
     warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Warm-up steps before them.")] = 2,
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="training|fp32", help="Precision of what losses are compared with.")
+    ] = "training",
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Measure on random tokens; no dataset is needed.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GIB", help="Memory of a device, to predict what fits. Default: this one's."),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", metavar="MINUTES", help="Stop by then; the same command goes on later."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{run.name}-sweep.")
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--beside", metavar="DIR", help="Another card's sweep to compare with; repeatable."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another sweep's results in DIR.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured, and stop.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="A Slurm job per number of processes; waits, and collects the results.")
+    ] = False,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="G", help="With --slurm; 0: measure on CPUs.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="With --slurm.")] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="A", help="With --slurm.")] = None,
+    sbatch_argument: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch-argument", metavar="--X=Y", help="Any other option of sbatch; repeatable."),
+    ] = None,
+    job_per_layout: Annotated[
+        bool, typer.Option("--job-per-layout", help="With --slurm: a job per layout, all at once.")
+    ] = False,
 ) -> None:
-    """Measure layouts (TP, SP, ZeRO, micro-batch) at one global batch from one seed checkpoint, on this machine."""
-    settings = load_config(config, overrides or [], checks_batches=False)  # check_layouts does
-    for name, value, least in (("processes", processes, 1), ("steps", steps, 1), ("warmup", warmup, 0)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    from megatron_mosa.tools.scaling.layouts import check_layouts, default_layouts, parse_layout
+    """Measure layouts (TP, SP, ZeRO, micro-batch) and process counts from the same weights, on the same data."""
+    settings = load_config(config, overrides or [], checks_batches=False)  # plan_cells does
+    least = {"steps": (steps, 1), "warmup": (warmup, 0), "weak": (weak, 1), "gpus-per-node": (gpus_per_node, 0)}
+    for name, (value, minimum) in least.items():
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} must be at least {minimum}, got {value}")
+    for name, number in (("memory", memory), ("time-limit", time_limit)):
+        if number is not None and number <= 0:
+            raise UserError(f"--{name} must be above 0, got {number:g}")
+    if reference not in ("training", "fp32"):
+        raise UserError(f"--reference must be training or fp32, got {reference}")
+    deadline = None if time_limit is None else time.time() + 60 * time_limit
+    counts = parse_counts(processes) if processes else []
+    options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
+    options += sbatch_argument or []
+    _check_slurm_options(slurm, gpus_per_node, job_per_layout, options)
+    from megatron_mosa.tools.scaling.cells import plan_cells
+    from megatron_mosa.tools.scaling.layouts import parse_layout
 
     given = [parse_layout(text, settings) for text in layout or []]
-    device, default_processes = _device_and_processes()
-    processes = processes or default_processes
-    layouts = given or default_layouts(settings, processes)
-    check_layouts(settings, layouts, processes)
-    from megatron_mosa.tools.scaling.sweep import Request, run_sweep  # slow to import, so mistakes are reported first
+    own = sorted({one.processes for one in given if one.processes})
+    if slurm:
+        device, default = "cuda" if gpus_per_node else "cpu", gpus_per_node or 2
+    else:
+        device, default = _device_and_processes()
+    counts = counts or ([] if own and all(one.processes for one in given) else [default])
+    if device == "cuda" and not slurm and (most := max([*counts, *own])) > _gpus():
+        raise UserError(f"{most} processes need {most} GPUs, but {_gpus()} are visible; use fewer, or --slurm")
+    cells = plan_cells(settings, given, counts, weak)
+    from megatron_mosa.tools.scaling.sweep import Request, plan, run_sweep  # slow to import, so mistakes come first
 
-    parts = ["mosa", "sweep", str(config), *(overrides or [])]
-    parts += [part for text in layout or [] for part in ("--layout", text)]
-    parts += ["--processes", str(processes), "--steps", str(steps), "--warmup", str(warmup)]
+    flags = ["--reference", "fp32"] * (reference == "fp32") + ["--random-tokens"] * random_tokens
     output = output or settings.run.path.with_name(f"{settings.run.name}-sweep")
-    run_sweep(Request(settings, layouts, processes, warmup, steps, output, shlex.join(parts), device), force=force)
+    request = Request(
+        settings,
+        cells,
+        warmup,
+        steps,
+        output,
+        _command(config, overrides, layout, counts, {"steps": steps, "warmup": warmup, "weak": weak}, flags),
+        device,
+        weak=weak,
+        fp32_reference=reference == "fp32",
+        random_tokens=random_tokens,
+        memory_gib=memory,
+        deadline=deadline,
+        session_per_cell=job_per_layout,
+        beside=tuple(beside or []),
+    )
+    if dry_run:
+        for cell, needed, objection in plan(request):
+            print(f"{cell}, batch {cell.global_batch}: {objection or f'at least {needed:.1f} GiB on each rank'}")
+        return
+    if not slurm:
+        run_sweep(request, force=force)
+        return
+    from megatron_mosa.tools.scaling.sweep_slurm import SlurmRun, check_partition
+
+    check_partition(partition, gpus_per_node or 0)
+    if time_limit is not None:
+        options.append(f"--time={max(1, round(time_limit))}")
+    run_sweep(request, SlurmRun(output.absolute(), gpus_per_node or 0, tuple(options)), force=force)
+
+
+def _check_slurm_options(slurm: bool, gpus_per_node: int | None, job_per_layout: bool, options: list[str]) -> None:
+    if slurm and gpus_per_node is None:
+        raise UserError("--slurm needs --gpus-per-node: the GPUs of a node, or 0 to measure on CPUs")
+    if not slurm and (gpus_per_node is not None or job_per_layout or options):
+        raise UserError(
+            "--gpus-per-node, --partition, --account, --sbatch-argument and --job-per-layout need --slurm; give it, or "
+            "leave them out to measure on this machine"
+        )
+    for option in options:
+        if not option.startswith("-") or len(option.splitlines()) != 1:
+            raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
+
+
+def _command(
+    config: Path,
+    overrides: list[str] | None,
+    layouts: list[str] | None,
+    counts: list[int],
+    numbers: dict[str, int | None],
+    flags: list[str],
+) -> str:
+    """Return the command that measures the same, for the report."""
+    parts = ["mosa", "sweep", str(config), *(overrides or [])]
+    parts += [part for text in layouts or [] for part in ("--layout", text)]
+    if counts:
+        parts += ["--processes", ",".join(map(str, counts))]
+    parts += [part for name, value in numbers.items() if value is not None for part in (f"--{name}", str(value))]
+    return shlex.join([*parts, *flags])
+
+
+def parse_counts(text: str) -> list[int]:
+    """Parse numbers of processes such as ``1,2,4``.
+
+    Raises:
+        UserError: a part that is not an integer of at least 1, or is given twice.
+    """
+    counts = []
+    for part in text.split(","):
+        try:
+            count = int(part)
+        except ValueError:
+            raise UserError(
+                f"--processes={text}: '{part.strip()}' is not an integer; give such as 4, or 1,2,4"
+            ) from None
+        if count < 1:
+            raise UserError(f"--processes must be at least 1, got {count}")
+        if count in counts:
+            raise UserError(f"--processes={text}: {count} is given twice; give it once")
+        counts.append(count)
+    return sorted(counts)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _device_and_processes() -> tuple[str, int]:
-    """Return the device type and the number of ranks, a power of two so that batch sizes divide by it."""
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """Return the device type and the default number of ranks, a power of two so that batch sizes divide by it."""
+    gpus = _gpus()
     return ("cuda", 2 ** (gpus.bit_length() - 1)) if gpus else ("cpu", 2)
 
 

@@ -15,6 +15,7 @@ from megatron_mosa.errors import UserError, nearest
 
 _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"
 _KEYS = ("tp", "sp", "zero", "micro")
+_OPTIONAL = ("overlap", "processes")
 _NEIGHBOURS = 3
 
 
@@ -26,14 +27,21 @@ class SweepLayout:
     sp: bool
     zero: int
     micro: int
+    overlap: bool = False
+    """``parallel.tensor_parallel_overlap`` is "auto"."""
+
+    processes: int | None = None
+    """The number of processes to run it on, if it was given for one alone."""
 
     def __str__(self) -> str:
-        return f"tp={self.tp},sp={str(self.sp).lower()},zero={self.zero},micro={self.micro}"
+        text = f"tp={self.tp},sp={str(self.sp).lower()},zero={self.zero},micro={self.micro}"
+        return f"{text},overlap=true" if self.overlap else text
 
     @property
     def name(self) -> str:
         """The layout as part of a file name, such as ``tp2-sp-zero1-micro4``."""
-        return f"tp{self.tp}-{'sp-' if self.sp else ''}zero{self.zero}-micro{self.micro}"
+        name = f"tp{self.tp}-{'sp-' if self.sp else ''}zero{self.zero}-micro{self.micro}"
+        return f"{name}-overlap" if self.overlap else name
 
     def apply(self, config: Config) -> Config:
         """Return the configuration with this layout.
@@ -42,7 +50,11 @@ class SweepLayout:
             UserError: the layout breaks a rule of the configuration.
         """
         parallel = replace(
-            config.parallel, tensor_model_parallel_size=self.tp, sequence_parallel=self.sp, zero_stage=self.zero
+            config.parallel,
+            tensor_model_parallel_size=self.tp,
+            sequence_parallel=self.sp,
+            zero_stage=self.zero,
+            tensor_parallel_overlap="auto" if self.overlap else "none",
         )
         applied = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=self.micro))
         check(applied)
@@ -53,9 +65,13 @@ def layout_of(config: Config) -> SweepLayout:
     """Return the configuration's own layout."""
     parallel = config.parallel
     size = parallel.tensor_model_parallel_size
-    # At size 1 sequence parallelism has no effect: give that layout one name.
+    # At size 1 sequence parallelism and overlap have no effect: give that layout one name.
     return SweepLayout(
-        size, parallel.sequence_parallel and size > 1, parallel.zero_stage, config.train.micro_batch_size
+        size,
+        parallel.sequence_parallel and size > 1,
+        parallel.zero_stage,
+        config.train.micro_batch_size,
+        overlap=parallel.tensor_parallel_overlap == "auto" and size > 1,
     )
 
 
@@ -68,17 +84,17 @@ def parse_layout(text: str, config: Config) -> SweepLayout:
     values: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in _KEYS:
-            hint = nearest(key, _KEYS) if equals else ""
+        if not equals or key not in (*_KEYS, *_OPTIONAL):
+            hint = nearest(key, (*_KEYS, *_OPTIONAL)) if equals else ""
             raise UserError(
                 f"--layout {text}: '{part.strip()}' is not KEY=VALUE with a known key{hint}; the keys are "
-                f"{', '.join(_KEYS)}, as in {_EXAMPLE}"
+                f"{', '.join(_KEYS)}, {' and '.join(_OPTIONAL)}, as in {_EXAMPLE}"
             )
         if key in values:
             raise UserError(f"--layout {text}: {key} is given twice; give it once")
-        values[key] = _boolean(text, value) if key == "sp" else _number(text, key, value)
+        values[key] = _boolean(text, key, value) if key in ("sp", "overlap") else _number(text, key, value)
     layout = replace(layout_of(config), **values)
-    return replace(layout, sp=layout.sp and layout.tp > 1)
+    return replace(layout, sp=layout.sp and layout.tp > 1, overlap=layout.overlap and layout.tp > 1)
 
 
 def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int) -> None:
@@ -89,7 +105,7 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
     """
     seen: set[SweepLayout] = set()
     for layout in layouts:
-        objection = _objection(config, layout, processes)
+        objection = objection_to(config, layout, processes)
         if objection is not None:
             near = nearest_valid_layouts(config, layout, processes)
             fix = "nearest valid layouts: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
@@ -110,7 +126,7 @@ def valid_layouts(config: Config, processes: int) -> list[SweepLayout]:
         for zero in range(4)
         for micro in micros
     ]
-    return [layout for layout in candidates if _objection(config, layout, processes) is None]
+    return [layout for layout in candidates if objection_to(config, layout, processes) is None]
 
 
 def nearest_valid_layouts(config: Config, layout: SweepLayout, processes: int) -> list[SweepLayout]:
@@ -158,7 +174,7 @@ def _what_fits(config: Config, processes: int) -> str:
     return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {processes} processes"
 
 
-def _objection(config: Config, layout: SweepLayout, processes: int) -> str | None:
+def objection_to(config: Config, layout: SweepLayout, processes: int) -> str | None:
     """Return why ``processes`` processes cannot run a layout, or None if they can."""
     try:
         check_world_size(layout.apply(config), processes)
@@ -174,9 +190,9 @@ def _number(text: str, key: str, value: str) -> int:
         raise UserError(f"--layout {text}: {key} must be an integer, got {value}") from None
 
 
-def _boolean(text: str, value: str) -> bool:
+def _boolean(text: str, key: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
-        raise UserError(f"--layout {text}: sp must be true or false, got {value}")
+        raise UserError(f"--layout {text}: {key} must be true or false, got {value}")
     return value.lower() == "true"
 
 

@@ -1,35 +1,49 @@
-"""``mosa sweep``: one run per layout, all from one seed checkpoint, on the same data in the same order.
+"""``mosa sweep``: layouts and numbers of processes compared on one model, from the same weights on the same data.
 
-This module starts the runs and stores their results; ``sweep_worker`` takes the steps, and ``sweep_report`` writes the
-report. The layouts and the launcher are arguments: a planner can pass other layouts, and a cluster another ``Launch``.
+The weights are a function of ``run.seed`` alone (``model.initial_weights``), so every cell draws the same ones. This
+module decides what is missing in the output directory, has sessions measure it (``session``), and writes the report.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.tools.scaling.layouts import SweepLayout
-from megatron_mosa.tools.scaling.sweep_report import NORM_TOLERANCE, TOLERANCE, Row, Sweep, write_report
-from megatron_mosa.tools.scaling.sweep_worker import PACKAGES, Job
+from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, reference_cell
+from megatron_mosa.tools.scaling.memory import Card, card, host_gib, least_gib
+from megatron_mosa.tools.scaling.rows import Row, Sweep, make_rows
+from megatron_mosa.tools.scaling.session import (
+    Event,
+    LocalLaunch,
+    Session,
+    Watch,
+    is_measured,
+    read_result,
+    supervise,
+)
+from megatron_mosa.tools.scaling.sweep_report import NORM_TOLERANCE, TOLERANCE, write_report
+from megatron_mosa.tools.scaling.sweep_worker import other_card
 from megatron_mosa.utils import versions, write_atomically
 
-REFERENCE = "reference"
-_OWN = ("request.json", "results.csv", "results.md", "scaling.png", "jobs", "layouts", "logs", "seed")
+PACKAGES = ("torch", "megatron-core", "deepspeed")  # that, with this project, determine a result
+_OWN = (
+    "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs", "seed",
+)  # fmt: skip
+_LINE_SECONDS = 10.0  # between two lines of progress within a phase
 
-Launch = Callable[[Path, int, Path], int]
-"""(job file, processes, log file) -> exit code: runs ``sweep_worker JOB`` on that many ranks and waits."""
+Run = Callable[[list[Session], Watch], None]
+"""Has the sessions measured, one after the other or at once, and reports their events."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,7 @@ class Request:
     """Settings of a sweep."""
 
     config: Config
-    layouts: Sequence[SweepLayout]
-    processes: int
+    cells: Sequence[Cell]
     warmup: int
     steps: int
     output: Path
@@ -48,8 +61,25 @@ class Request:
     device: str
     """"cpu" or "cuda"."""
 
+    weak: int | None = None
+    """Samples per process of weak scaling."""
+
+    fp32_reference: bool = False
+    """Compare with one process in fp32, computed deterministically, instead of the configuration's precision."""
+
+    random_tokens: bool = False
+    memory_gib: float | None = None
+    """Memory of a device; None: this machine's."""
+
+    deadline: float | None = None
+    """Unix time at which the sweep stops."""
+
+    session_per_cell: bool = False
+    beside: tuple[Path, ...] = ()
+    """Directories of other sweeps to compare with."""
+
     def identity(self, dataset: dict[str, Any]) -> dict[str, Any]:
-        """Return what all results in one directory must share; without the layouts, as more may be added."""
+        """Return what all results in one directory must share; without the cells, as more may be added."""
         config = config_to_dict(self.config)
         for key in ("checkpoint", "logging", "validation"):  # no step depends on them
             del config[key]
@@ -59,44 +89,253 @@ class Request:
         config["parallel"] = {
             key: value
             for key, value in config["parallel"].items()
-            if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage")
+            if key not in ("tensor_model_parallel_size", "sequence_parallel", "zero_stage", "tensor_parallel_overlap")
         }
-        numbers = {"processes": self.processes, "warmup": self.warmup, "steps": self.steps, "device": self.device}
+        numbers = {"warmup": self.warmup, "steps": self.steps, "device": self.device}
+        numbers["random-tokens"] = self.random_tokens
         return {"request": numbers, **config, "dataset": dataset, "versions": versions(*PACKAGES)}
 
 
-def run_sweep(request: Request, launch: Launch | None = None, force: bool = False) -> Sweep:
-    """Run the layouts that have no result yet, write the report, and return it.
+def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> Sweep:
+    """Measure the cells that have no result yet, write the report, and return it.
+
+    However it ends, finished cells stay and are in the report.
+
+    Args:
+        run: by default one session after the other, on this machine.
 
     Raises:
         UserError: a problem with the dataset, or an output directory that holds something else.
-        RunError: the reference fails, or a layout's losses or gradient norms deviate from the reference's.
+        RunError: no cell could be measured, time ran out, or losses or gradient norms deviate from the reference's.
     """
+    base = replace(
+        request.config, run=replace(request.config.run, directory=str(request.output.absolute()), name="sweep")
+    )
+    dataset, vocab_size = _dataset(request, base)
+    identity = request.identity(dataset)
+    here = card() if request.device == "cuda" and run is None else None
+    others = tuple((path, read_sweep(path, request, identity)) for path in request.beside)
+    with _alone_in(request.output):
+        prepare_output(request.output, identity, force)
+        work = _Work(request, base, vocab_size, here)
+        if here is not None:
+            work.refuse_other_cards(here)
+        work.print_known()
+        error: BaseException | None = None
+        try:
+            with _sigterm_as_interrupt():
+                if sessions := work.sessions():
+                    (run or _run_here(sessions))(sessions, work.watch)
+        except (KeyboardInterrupt, RunError) as caught:
+            error = caught
+        sweep = replace(work.sweep(), beside=others)
+        files = write_report(sweep, request.output)
+    print(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {request.output}")
+    if isinstance(error, KeyboardInterrupt):
+        raise RunError("stopped; run the same command again to measure what is missing") from None
+    if error is not None:
+        raise error
+    _refuse_unfinished(sweep)
+    _refuse_deviations(sweep)
+    return sweep
+
+
+def plan(request: Request) -> list[tuple[Cell, float, str]]:
+    """Return every cell of a sweep with the GiB that a rank needs at least, and why it will not be run, if so."""
+    here = card() if request.device == "cuda" else None
+    work = _Work(request, request.config, request.config.data.vocab_size, here)
+    return [(cell, work.least(cell), work.too_large.get(cell, "")) for cell in work.cells]
+
+
+def _dataset(request: Request, base: Config) -> tuple[dict[str, Any], int]:
+    """Check the dataset; return its identity and its vocabulary."""
+    if request.random_tokens:
+        return {}, base.data.vocab_size
     from megatron_mosa.train import check_start
 
-    # The reference uses as few threads as the others: with one per core, a busy machine slows it down twenty-fold.
-    launch = launch or LocalLaunch(max(1, (os.cpu_count() or 1) // request.processes))
-    base = replace(request.config, run=replace(request.config.run, directory=str(request.output), name="sweep"))
-    starts = [check_start(layout.apply(base), request.processes) for layout in request.layouts]
-    prepare_output(request.output, request.identity(starts[0].data_identity), force)
-    runs = _Runs(request, base, launch)
-    reference = runs.reference()
-    rows = [Row.of_reference(reference)]
-    started, done = time.monotonic(), 0
-    layouts = runs.with_earlier(request.layouts)
-    missing = sum(runs.finished(layout) is None for layout in layouts)
-    for number, layout in enumerate(layouts, start=1):
-        kept = runs.finished(layout)
-        result = kept or runs.run(layout)
-        rows.append(Row.of_layout(layout, request.processes, result, reference))
-        done += kept is None
-        left = (time.monotonic() - started) / done * (missing - done) if done else 0.0
-        print(f"[{number}/{len(layouts)}] {rows[-1].line}{' (kept)' if kept else ''}; {left:.0f} s left", flush=True)
-    sweep = Sweep(request.config, rows, request.processes, request.command, request.device, versions(*PACKAGES))
-    write_report(sweep, request.output)
-    print(f"Wrote results.md, results.csv and scaling.png to {request.output}")
-    _refuse_deviations(sweep, request.config.train.precision)
-    return sweep
+    cell = request.cells[0]
+    # On a GPU the workers check it: here it would take some of the memory that they measure.
+    start = check_start(cell.apply(base), cell.processes, checks_devices=request.device == "cpu")
+    return start.data_identity, start.manifest.vocab_size
+
+
+class _Work:
+    """The cells of one sweep, what is known of them, and their progress on the terminal."""
+
+    def __init__(self, request: Request, base: Config, vocab_size: int, here: Card | None) -> None:
+        self.request, self.base, self.vocab_size = request, base, vocab_size
+        self.folder = request.output
+        self.memory_gib = request.memory_gib or (here.gib if here else None)
+        self.too_large: dict[Cell, str] = {}
+        cells = list(request.cells)
+        self.reference = fp32_reference(base, cells) if request.fp32_reference else reference_cell(base, cells)
+        wanted = list(dict.fromkeys([self.reference, *cells]))
+        for cell in wanted:
+            if not is_measured(self.folder, cell.name) and (objection := self._no_room(cell)):
+                self.too_large[cell] = objection
+        if self.reference in self.too_large and self.reference not in cells:
+            wanted.remove(self.reference)  # the smallest cell that fits takes its place
+            del self.too_large[self.reference]
+        self.cells = [*wanted, *(cell for cell in self._earlier() if cell not in wanted)]
+        if all(cell in self.too_large for cell in wanted):
+            raise UserError(f"no layout fits the memory: {wanted[0]}: {self.too_large[wanted[0]]}; use more processes")
+        self.missing = [
+            cell for cell in wanted if cell not in self.too_large and not is_measured(self.folder, cell.name)
+        ]
+        self._started = time.monotonic()
+        self._shown: tuple[str, str] = ("", "")
+        self._shown_at = 0.0
+        self._done = 0
+
+    def least(self, cell: Cell) -> float:
+        return least_gib(cell.apply(self.base), self.vocab_size, cell.processes)
+
+    def _no_room(self, cell: Cell) -> str:
+        room = self.memory_gib
+        if room is None and self.request.device == "cpu":
+            room = host_gib() / cell.processes
+        needed = self.least(cell)
+        if room is None or needed <= room:
+            return ""
+        return f"needs at least {needed:.0f} GiB on each rank, which has {room:.0f}"
+
+    def _earlier(self) -> list[Cell]:
+        """Return the cells measured by earlier calls, in their order."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("layouts/*.json")]
+        found.sort(key=lambda result: result["finished"])
+        return [Cell.from_dict(result["cell"]) for result in found if "reason" not in result]
+
+    def refuse_other_cards(self, here: Card) -> None:
+        """Raise a UserError if the directory holds results of another card."""
+        for cell in self.cells:
+            result = read_result(self.folder, cell.name)
+            if result is not None and result.get("device", here.name) != here.name:
+                raise UserError(other_card(self.folder, result["device"], here.name))
+
+    def sessions(self) -> list[Session]:
+        """Return what must be started: a session per number of processes, or per cell."""
+        groups: dict[Any, list[Cell]] = {}
+        # DeepSpeed's ZeRO-3 keeps its memory, so that the cell after it needs new processes.
+        for cell in sorted(self.missing, key=lambda cell: (cell.processes, cell.layout.zero == 3)):
+            key = cell if self.request.session_per_cell else (cell.processes, cell.fp32)
+            groups.setdefault(key, []).append(cell)
+        return [self._session(cells) for cells in groups.values()]
+
+    def _session(self, cells: list[Cell]) -> Session:
+        name = f"processes{cells[0].processes}{'-fp32' * cells[0].fp32}"
+        return Session(
+            name=cells[0].name if self.request.session_per_cell else name,
+            folder=str(self.folder.absolute()),
+            config=config_to_dict(self.base),
+            cells=[cell.to_dict() for cell in cells],
+            processes=cells[0].processes,
+            warmup=self.request.warmup,
+            steps=self.request.steps,
+            random_tokens=self.request.random_tokens,
+            deterministic=cells[0].fp32 or self.base.train.deterministic,
+            deadline=self.request.deadline,
+        )
+
+    def print_known(self) -> None:
+        """Print the cells that need not be run, and how many are left."""
+        for row in self.rows():
+            if row.is_measured or row.cell in self.too_large:
+                print(f"{row.line}{' (kept)' if row.is_measured else ''}")
+        print(f"{len(self.missing)} to measure", flush=True)
+
+    def watch(self, event: Event) -> None:
+        """Print what a session is doing: each phase, and within a phase at most one line in ten seconds."""
+        cell = next((cell for cell in self.missing if cell.name == event.cell), None)
+        if cell is None:
+            return
+        counter = f"[{min(self._done + 1, len(self.missing))}/{len(self.missing)}]"
+        if event.phase in ("done", "failed"):
+            self._done += 1
+            row = next(row for row in self.rows() if row.cell == cell)
+            left = (time.monotonic() - self._started) / self._done * (len(self.missing) - self._done)
+            print(f"{counter} {row.line}; {left:.0f} s left", flush=True)
+            return
+        key, now = (event.cell, event.phase), time.monotonic()
+        if key == self._shown and now - self._shown_at < _LINE_SECONDS:
+            return
+        self._shown, self._shown_at = key, now
+        step = f", step {event.step}/{event.of}" if event.of else ""
+        print(f"{counter} {cell}: {event.phase}{step}", flush=True)
+
+    def rows(self) -> list[Row]:
+        """Return the rows of all cells, measured or not."""
+        results = []
+        for cell in self.cells:
+            result = read_result(self.folder, cell.name)
+            if result is None:
+                result = {"status": "missing", "reason": "not measured yet"}
+            if cell in self.too_large:
+                result = {"status": "too large", "reason": self.too_large[cell]}
+            results.append((cell, result))
+        return make_rows(results, self.base.train.global_batch_size, self.request.weak, self.reference)
+
+    def sweep(self) -> Sweep:
+        """Return what the report says."""
+        request = self.request
+        return Sweep(
+            name=request.config.run.name,
+            sequence_length=request.config.data.sequence_length,
+            global_batch=request.config.train.global_batch_size,
+            weak=request.weak,
+            precision=request.config.train.precision,
+            rows=self.rows(),
+            device=request.device,
+            command=request.command,
+            versions=versions(*PACKAGES),
+            random_tokens=request.random_tokens,
+        )
+
+
+def _run_here(sessions: Sequence[Session]) -> Run:
+    # A session of one process uses as few threads per rank as the largest: with one per core, a busy machine slows it
+    # down twenty-fold.
+    launch = LocalLaunch(max(1, (os.cpu_count() or 1) // max(session.processes for session in sessions)))
+
+    def run(sessions: list[Session], watch: Watch) -> None:
+        for session in sessions:
+            supervise(session, launch, watch)
+
+    return run
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that the workers are ended and the report is written."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a second sweep in the same directory, as far as its file system has locks.
+
+    Raises:
+        UserError: another one is running there.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # prepare_output says what is wrong with the directory
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another mosa sweep is running in --output={folder}; wait for it, or give another directory"
+                ) from None
+        yield
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
@@ -137,138 +376,66 @@ def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
         earlier = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"--output={folder}: its request.json is damaged; {fix}") from None
-    for section, values in identity.items():
+    if difference := _difference(earlier, identity):
+        raise UserError(f"--output={folder} holds another sweep: {difference}; {fix}")
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Name the first key in which two identities differ, with both values."""
+    for section, values in ours.items():
         for key, value in values.items():
-            theirs = earlier.get(section, {}).get(key)
-            if theirs != value:
+            other = theirs.get(section, {}).get(key)
+            if other != value:
                 name = f"--{key}" if section == "request" else f"{section}.{key}"
-                raise UserError(f"--output={folder} holds another sweep: {name}={theirs}, now {value}; {fix}")
+                return f"{name}={other}, now {value}"
+    return ""
 
 
-class _Runs:
-    """Starts the runs of one sweep and stores their results."""
+def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Sweep:
+    """Read a finished sweep to compare with: of the same model and data, on another card or with other versions.
 
-    def __init__(self, request: Request, base: Config, launch: Launch) -> None:
-        self.request = request
-        self.base = base
-        self.launch = launch
-        self.folder = request.output
-
-    def reference(self) -> dict[str, Any]:
-        """Run one process at TP 1 in fp32, deterministically; it writes the seed checkpoint.
-
-        Raises:
-            RunError: it failed.
-        """
-        kept = self._read(REFERENCE)
-        if kept is not None and (self.folder / "seed").is_dir():
-            return kept
-        shutil.rmtree(self.folder / "seed", ignore_errors=True)
-        micro = min(layout.micro for layout in self.request.layouts)
-        layout = SweepLayout(tp=1, sp=False, zero=0, micro=micro)
-        if self.base.parallel.offload_optimizer:
-            layout = replace(layout, zero=1)
-        train = replace(self.base.train, precision="fp32", deterministic=True)
-        print("reference: 1 process, fp32; writes the seed checkpoint", flush=True)
-        result = self._start(REFERENCE, layout.apply(replace(self.base, train=train)), 1)
-        if "reason" in result:
-            raise RunError(
-                f"the reference (1 process, {layout}, fp32) failed: {result['reason']}; without it there is no seed "
-                f"checkpoint; see {self._log(REFERENCE)}"
-            )
-        return self._keep(REFERENCE, layout, result)
-
-    def run(self, layout: SweepLayout) -> dict[str, Any]:
-        """Run one layout; the result of a failure holds a ``reason``."""
-        result = self._start(layout.name, layout.apply(self.base), self.request.processes)
-        return self._keep(layout.name, layout, result)
-
-    def finished(self, layout: SweepLayout) -> dict[str, Any] | None:
-        """Return the result of a layout measured earlier, or None; layouts that failed are run again."""
-        result = self._read(layout.name)
-        return None if result is None or "reason" in result else result
-
-    def with_earlier(self, layouts: Sequence[SweepLayout]) -> list[SweepLayout]:
-        """Return the layouts measured by earlier calls, then the requested ones."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / "layouts").glob("tp*.json")]
-        found.sort(key=lambda result: result["finished"])
-        earlier = [SweepLayout(**result["layout"]) for result in found if "reason" not in result]
-        return list(dict.fromkeys([*(layout for layout in earlier if layout not in layouts), *layouts]))
-
-    def _start(self, name: str, config: Config, processes: int) -> dict[str, Any]:
-        file, result = self.folder / "jobs" / f"{name}.json", self.folder / "jobs" / f"{name}.result"
-        for path in self.folder.glob(f"jobs/{name}.*"):
-            path.unlink()
-        job = Job(
-            config=config_to_dict(config),
-            seed=str(self.folder / "seed"),
-            writes_seed=name == REFERENCE,
-            warmup=self.request.warmup,
-            steps=self.request.steps,
-            result=str(result),
-            errors=str(self.folder / "jobs" / f"{name}.error"),
-        )
-        write_atomically(file, json.dumps(asdict(job), indent=1, allow_nan=False) + "\n")
-        started = time.monotonic()
-        code = self.launch(file, processes, self._log(name))
-        wall = {"wall_seconds": time.monotonic() - started}
-        if result.is_file():  # ranks may still fail while they exit; the measurement is complete
-            return json.loads(result.read_text(encoding="utf-8")) | wall
-        return {"reason": failure(Path(job.errors), self._log(name), code)} | wall
-
-    def _keep(self, name: str, layout: SweepLayout, result: dict[str, Any]) -> dict[str, Any]:
-        result = {"layout": asdict(layout), "finished": time.time(), **result}
-        write_atomically(self.folder / "layouts" / f"{name}.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-        return result
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / "layouts" / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def _log(self, name: str) -> Path:
-        return self.folder / "logs" / f"{name}.log"
+    Raises:
+        UserError: there is none, or it measured something else.
+    """
+    try:
+        theirs = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("layouts/*.json"))]
+        results = [(Cell.from_dict(result["cell"]), result) for result in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--beside={folder} does not hold a sweep; give the --output of another one") from None
+    ours = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
+    if difference := _difference(theirs, ours):
+        raise UserError(f"--beside={folder} measured something else: {difference}")
+    batch = request.config.train.global_batch_size
+    return Sweep(
+        name=folder.name,
+        sequence_length=request.config.data.sequence_length,
+        global_batch=batch,
+        weak=request.weak,
+        precision=request.config.train.precision,
+        rows=make_rows(results, batch, request.weak, None),
+        device=request.device,
+        command="",
+        versions=theirs["versions"],
+    )
 
 
-def failure(errors: Path, log: Path, code: int) -> str:
-    """Return why a run failed, in one line: a rank's first error, a signal in the launcher's log, or the exit code."""
-    reasons = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
-    # A killed rank leaves no error, and the others only report a closed connection. SIGTERM comes from the launcher and
-    # SIGABRT from NCCL's watchdog, both after another rank has failed.
-    if killed and not (reasons and killed[1] in ("SIGTERM", "SIGABRT")):
-        hint = ", often for lack of memory" if killed[1] == "SIGKILL" else ""
-        return f"a rank was killed by {killed[1]}{hint}"
-    if reasons:
-        return reasons[0].read_text(encoding="utf-8")[:500]
-    return f"exit code {code}; see {log.name}"
+def _refuse_unfinished(sweep: Sweep) -> None:
+    if not any(row.is_measured for row in sweep.rows):
+        row = next((row for row in sweep.rows if row.status == "failed"), sweep.rows[0])
+        raise RunError(f"no layout could be measured; {row.line}")
+    if missing := [str(row.cell) for row in sweep.rows if row.status == "missing"]:
+        raise RunError(f"not measured: {', '.join(missing)}; run the same command again to measure what is missing")
 
 
-@dataclass(frozen=True)
-class LocalLaunch:
-    """A ``Launch`` on this machine, under torchrun."""
-
-    threads: int
-    """Threads per rank, unless OMP_NUM_THREADS is set."""
-
-    def __call__(self, job: Path, processes: int, log: Path) -> int:
-        """Run the job to its end; return the exit code of torchrun."""
-        environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*launcher, "-m", "megatron_mosa.tools.scaling.sweep_worker", str(job)]
-        with log.open("w", encoding="utf-8") as file:
-            done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-        return done.returncode
-
-
-def _refuse_deviations(sweep: Sweep, precision: str) -> None:
+def _refuse_deviations(sweep: Sweep) -> None:
     for what, name, tolerance in (
-        ("losses", "loss_deviation", TOLERANCE[precision]),
-        ("gradient norms", "grad_norm_deviation", NORM_TOLERANCE[precision]),
+        ("losses", "loss_deviation", TOLERANCE[sweep.precision]),
+        ("gradient norms", "grad_norm_deviation", NORM_TOLERANCE[sweep.precision]),
     ):
-        found = {row.label: getattr(row, name) for row in sweep.rows}
-        wrong = [f"{label} ({value:.1e})" for label, value in found.items() if value is not None and value > tolerance]
+        found = {row.cell: getattr(row, name) for row in sweep.rows}
+        wrong = [f"{cell} ({value:.1e})" for cell, value in found.items() if value is not None and value > tolerance]
         if wrong:
             raise RunError(
-                f"{what} deviate from the reference by more than {tolerance:g} ({precision}): {', '.join(wrong)}"
+                f"{what} deviate from the reference by more than {tolerance:g} ({sweep.precision}): {', '.join(wrong)}"
             )

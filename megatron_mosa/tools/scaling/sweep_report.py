@@ -1,192 +1,180 @@
-"""The report of a sweep: results.csv, results.md and scaling.png."""
+"""The report of a sweep: results.csv, results.md, scaling.png and breakdown.png."""
 
 from __future__ import annotations
 
 import csv
 import os
 import platform
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from megatron_mosa.config import Config
-from megatron_mosa.tools.scaling.layouts import SweepLayout
+from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
+from megatron_mosa.tools.scaling.sweep_plots import plot_breakdown, plot_scaling
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
-"""Largest relative deviation of a loss from the fp32 reference's, by the precision of the layouts."""
+"""Largest relative deviation of a loss from the reference's, by the precision of the layouts."""
 
 NORM_TOLERANCE = {"fp32": 1e-2, "bf16": 2e-1}
 """The same for the gradient norm, which reveals wrong weights or gradients long before the loss does."""
 
-NOT_PERFORMANCE = "functional, not performance"
+
+def write_report(sweep: Sweep, folder: Path) -> list[str]:
+    """Write the report into ``folder``; return the names of its files."""
+    _write_csv(sweep, folder / "results.csv")
+    (folder / "results.md").write_text(markdown(sweep), encoding="utf-8")
+    written = ["results.md", "results.csv"]
+    if any(row.is_measured for row in sweep.rows):
+        plot_scaling(sweep, folder / "scaling.png")
+        plot_breakdown(sweep, folder / "breakdown.png")
+        written += ["scaling.png", "breakdown.png"]
+    return written
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the tables; values that a failed layout lacks are None."""
-
-    label: str
-    processes: int
-    tp: int
-    sp: bool
-    zero: int
-    micro: int
-    status: str
-    """"ok", "failed" or "reference"."""
-
-    tokens_per_second_per_rank: float | None = None
-    step_seconds: float | None = None
-    peak_memory_gib: float | None = None
-    communication_share: float | None = None
-    loss_deviation: float | None = None
-    grad_norm_deviation: float | None = None
-    reason: str = ""
-    device: str = ""
-
-    @classmethod
-    def of_reference(cls, result: dict[str, Any]) -> Row:
-        """Return the row of the reference, whose deviations are 0 by definition."""
-        row = cls.of_layout(SweepLayout(**result["layout"]), 1, result, result)
-        return replace(row, label="reference", status="reference")
-
-    @classmethod
-    def of_layout(cls, layout: SweepLayout, processes: int, result: dict[str, Any], reference: dict[str, Any]) -> Row:
-        """Return the row of a layout, compared with the reference.
-
-        Args:
-            result: fields of ``Measurement``, or a ``reason`` if the layout failed.
-            reference: the same for the reference.
-        """
-        known: dict[str, Any] = {"label": str(layout), "processes": processes, **asdict(layout)}
-        if "reason" in result:
-            return cls(**known, status="failed", reason=result["reason"])
-        seconds = median(result["step_seconds"])
-        return cls(
-            **known,
-            status="ok",
-            tokens_per_second_per_rank=result["tokens_per_step"] / seconds / processes,
-            step_seconds=seconds,
-            peak_memory_gib=result["peak_memory_gib"],
-            communication_share=result["communication_share"],
-            loss_deviation=deviation(result["losses"], reference["losses"]),
-            grad_norm_deviation=deviation(result["grad_norms"], reference["grad_norms"]),
-            device=result["device"],
-        )
-
-    @property
-    def layout(self) -> SweepLayout:
-        """The layout of this row."""
-        return SweepLayout(self.tp, self.sp, self.zero, self.micro)
-
-    @property
-    def line(self) -> str:
-        """The row as one line for the terminal."""
-        if self.status == "failed":
-            return f"{self.label}: failed: {self.reason}"
-        return (
-            f"{self.label}: {self.tokens_per_second_per_rank:,.0f} tokens/s per rank, "
-            f"{100 * (self.communication_share or 0):.0f} % communication, loss deviation {self.loss_deviation:.1e}"
-        )
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A finished sweep: its settings and one row per layout."""
-
-    config: Config
-    rows: list[Row]
-    processes: int
-    command: str
-    device: str
-    versions: dict[str, str]
-
-
-def deviation(values: list[float], expected: list[float]) -> float:
-    """Return the largest relative difference over all steps."""
-    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, expected, strict=True))
-
-
-def write_report(sweep: Sweep, folder: Path) -> None:
-    """Write results.csv, results.md and scaling.png into ``folder``."""
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        names = [field.name for field in fields(Row)]
+def _write_csv(sweep: Sweep, path: Path) -> None:
+    names = [entry.name for entry in fields(Row) if entry.name != "kinds"]
+    kinds = list(dict.fromkeys(kind for row in sweep.rows for kind in row.kinds))
+    columns = {kind: f"ms_{kind.replace(' ', '_').lower()}" for kind in kinds}
+    with path.open("w", newline="", encoding="utf-8") as file:
         # The note is in every line, because tables get cut up and pasted elsewhere.
-        writer = csv.DictWriter(file, [*names, "note"])
+        writer = csv.DictWriter(file, [*names, *columns.values(), "note"])
         writer.writeheader()
         for row in sweep.rows:
-            writer.writerow(asdict(row) | {"note": NOT_PERFORMANCE if sweep.device == "cpu" else ""})
-    (folder / "results.md").write_text(markdown(sweep), encoding="utf-8")
-    plot(sweep, folder / "scaling.png")
+            values = asdict(row)
+            times = {columns[kind]: value for kind, value in values.pop("kinds").items()}
+            writer.writerow(values | times | {"note": NOT_PERFORMANCE if sweep.device == "cpu" else ""})
 
 
 def setting(sweep: Sweep) -> str:
     """Return the devices and backend; on CPUs with a note that the numbers do not measure performance."""
+    counts = sorted({row.processes for row in sweep.rows})
+    count = ", ".join(map(str, counts[:-1])) + (" and " if counts[1:] else "") + str(counts[-1])
     if sweep.device == "cpu":
-        cores = os.cpu_count()
-        return f"{sweep.processes} x CPU (gloo); **{NOT_PERFORMANCE}: ranks share {cores} cores**"
-    names = {row.device for row in sweep.rows if row.device}
-    return f"{sweep.processes} x {', '.join(sorted(names))} (nccl)"
+        return f"{count} x CPU (gloo); **{NOT_PERFORMANCE}: ranks share {os.cpu_count()} cores**"
+    return f"{count} x {sweep.cards} (nccl)"
 
 
 def markdown(sweep: Sweep) -> str:
-    """Return the table with everything needed to read it and to reproduce it."""
-    train, length = sweep.config.train, sweep.config.data.sequence_length
+    """Return the tables with everything needed to read them and to reproduce them."""
     versions = ", ".join(f"{name} {version}" for name, version in sweep.versions.items())
+    batch = f"Global batch {sweep.global_batch} x {sweep.sequence_length} tokens"
+    if sweep.weak:
+        batch += f", and {sweep.weak} x {sweep.sequence_length} per process (weak scaling)"
     lines = [
-        f"# Layouts of {sweep.config.run.name}",
+        f"# Layouts of {sweep.name}",
         "",
         f"{setting(sweep)}. Python {platform.python_version()}, {versions}.",
-        f"Global batch {train.global_batch_size} x {length} tokens, {train.precision}. Measured by:",
+        f"{batch}, {sweep.precision}{', random tokens' if sweep.random_tokens else ''}. Measured by:",
         "",
         f"    {sweep.command}",
         "",
-        "| layout | ranks | tokens/s per rank | s/step | peak memory, GiB | communication | loss dev. | norm dev. |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        *map(_cells, sweep.rows),
+        *_results_table(sweep),
         "",
-        "Communication: share of the step during which a collective was running, including waiting for other ranks.",
-        *(["Memory: peak resident size of the process since its start."] if sweep.device == "cpu" else []),
-        "Deviations of loss and gradient norm: largest relative difference over all steps from one process at TP 1 in "
-        f"fp32 (tolerances: loss {TOLERANCE[train.precision]:g}, norm {NORM_TOLERANCE[train.precision]:g}).",
+        *_legend(sweep),
         "",
+        *_kinds_table(sweep),
     ]
-    return "\n".join(lines)
+    for path, other in sweep.beside:
+        lines += ["", *_beside_table(sweep, path, other)]
+    return "\n".join(lines) + "\n"
 
 
-def _cells(row: Row) -> str:
-    name = f"reference: {row.layout}, fp32" if row.status == "reference" else row.label
-    if row.status == "failed":
-        reason = row.reason.replace("|", "\\|")
-        return f"| {name} | {row.processes} | failed: {reason} | | | | | |"
-    cells = (
-        f"{row.tokens_per_second_per_rank:,.0f}",
-        f"{row.step_seconds:.3g}",
-        f"{row.peak_memory_gib:.2f}",
-        f"{100 * (row.communication_share or 0):.0f} %",
-        f"{row.loss_deviation:.1e}",
-        f"{row.grad_norm_deviation:.1e}",
-    )
-    return f"| {name} | {row.processes} | {' | '.join(cells)} |"
+def _results_table(sweep: Sweep) -> list[str]:
+    titles = ["layout", "ranks", "batch", "tokens/s per rank", "efficiency"]
+    titles += ["weak eff."] * bool(sweep.weak)
+    titles += ["MFU", "s/step", "peak memory, GiB", "communication", "loss dev.", "norm dev."]
+    lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
+    for row in sweep.rows:
+        name = f"{row.cell.layout}{', fp32' if row.fp32 else ''}"
+        if row.status == "reference":
+            name = f"reference: {name}"
+        if sweep.is_mixed and row.device:
+            name += f" ({row.device})"
+        start = [name, str(row.processes), str(row.global_batch)]
+        if not row.is_measured:
+            reason = row.reason.replace("|", "\\|")
+            lines.append(_line([*start, f"{row.status}: {reason}", *[""] * (len(titles) - 4)]))
+            continue
+        cells = [f"{row.tokens_per_second_per_rank:,.0f}", _percent(row.strong_efficiency)]
+        cells += [_percent(row.weak_efficiency)] * bool(sweep.weak)
+        cells += [_percent(row.mfu), f"{row.step_seconds:.3g}", f"{row.peak_memory_gib:.2f}"]
+        cells += [_percent(row.communication_share)]
+        cells += ["" if value is None else f"{value:.1e}" for value in (row.loss_deviation, row.grad_norm_deviation)]
+        lines.append(_line([*start, *cells]))
+    return lines
 
 
-def plot(sweep: Sweep, path: Path) -> None:
-    """Plot tokens/s per rank and share of communication, one bar per layout; failed layouts have no bar."""
-    import matplotlib
+def _legend(sweep: Sweep) -> list[str]:
+    loss, norm = TOLERANCE[sweep.precision], NORM_TOLERANCE[sweep.precision]
+    lines = [
+        "Efficiency: tokens/s per rank as a share of the fastest layout's on the fewest processes.",
+        "Communication: share of the step during which a collective was running, including waiting for other ranks.",
+        "Deviations of loss and gradient norm: largest relative difference over all steps from the reference "
+        f"(tolerances: loss {loss:g}, norm {norm:g}).",
+    ]
+    if sweep.device == "cpu":
+        lines.insert(2, "Memory: peak resident size of a process.")
+    if sweep.is_mixed:
+        lines.insert(
+            0, "**Measured on cards of several kinds**: compare only rows of the same one, as efficiency does."
+        )
+    if any(row.status == "missing" for row in sweep.rows):
+        lines.append("Run the command again to measure what is missing.")
+    return lines
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    rows = sweep.rows[::-1]  # barh draws upwards
-    names = [row.label + (" (failed)" if row.status == "failed" else "") for row in rows]
-    figure, (speed, share) = plt.subplots(1, 2, sharey=True, figsize=(10, 1.6 + 0.4 * len(rows)), layout="constrained")
-    speed.barh(names, [row.tokens_per_second_per_rank or 0.0 for row in rows])
-    speed.set_xlabel("tokens/s per rank")
-    share.barh(names, [100 * (row.communication_share or 0.0) for row in rows], color="tab:orange")
-    share.set_xlabel("communication, % of the step")
-    share.set_xlim(0, 100)
-    for axes in (speed, share):
-        axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"{sweep.config.run.name}: {setting(sweep).replace('*', '')}", fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _kinds_table(sweep: Sweep) -> list[str]:
+    """Milliseconds of a step by kind, as ``mosa bench`` prints them."""
+    rows = [row for row in sweep.rows if row.kinds]
+    kinds = [kind for kind in dict.fromkeys(kind for row in rows for kind in row.kinds) if _largest(rows, kind) >= 0.05]
+    if not rows:
+        return []
+    kinds.sort(key=lambda kind: (kind == "idle", -_largest(rows, kind)))
+    lines = [
+        "Milliseconds of a step by kind of work, on rank 0. Collectives include waiting for other ranks; they may run "
+        "beside other work.",
+        "",
+        _line(["layout", "ranks", "batch", *kinds, "step"]),
+        _line(["---", *["---:"] * (len(kinds) + 3)]),
+    ]
+    for row in rows:
+        values = [f"{row.kinds.get(kind, 0.0):,.1f}" for kind in kinds]
+        step = f"{1000 * (row.step_seconds or 0):,.1f}"
+        lines.append(_line([str(row.cell.layout), str(row.processes), str(row.global_batch), *values, step]))
+    return lines
+
+
+def _largest(rows: Sequence[Row], kind: str) -> float:
+    return max(row.kinds.get(kind, 0.0) for row in rows)
+
+
+def _beside_table(sweep: Sweep, path: Path, other: Sweep) -> list[str]:
+    """Compare tokens/s and efficiency with another card's, for the cells of both."""
+    theirs = {row.cell: row for row in other.rows if row.is_measured}
+    lines = [
+        f"Beside {other.cards} ({path}; {', '.join(f'{name} {text}' for name, text in other.versions.items())}):",
+        "",
+        _line(["layout", "ranks", "batch", f"tokens/s per rank, {sweep.cards}", other.cards, "ratio"])
+        + f" efficiency | on {other.cards} |",
+        _line(["---", *["---:"] * 7]),
+    ]
+    for row in sweep.rows:
+        if row.is_measured and row.cell in theirs:
+            their = theirs[row.cell]
+            ours, others = row.tokens_per_second_per_rank or 0.0, their.tokens_per_second_per_rank or 1.0
+            cells = [str(row.cell.layout), str(row.processes), str(row.global_batch), f"{ours:,.0f}", f"{others:,.0f}"]
+            cells += [f"{ours / others:.2f}", *(_percent(_best_efficiency(one)) for one in (row, their))]
+            lines.append(_line(cells))
+    return lines
+
+
+def _best_efficiency(row: Row) -> float | None:
+    return row.strong_efficiency if row.strong_efficiency is not None else row.weak_efficiency
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.{1 if share < 0.1 else 0}f} %"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,144 +1,174 @@
-"""One rank of one layout of a sweep, started by ``sweep.py`` under torchrun: ``sweep_worker JOB.json``.
+"""One rank of a session of a sweep: ``sweep_worker SESSION.json``, under torchrun or srun.
 
-It takes and measures the steps of a job, and rank 0 writes the result next to it. The reference's job writes the seed
-checkpoint from which all other jobs start.
+It measures the session's cells one after the other, each with groups and an engine of its own, and rank 0 writes each
+result as soon as it is known.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+import deepspeed
 import torch
 from torch import distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
-from megatron_mosa.checkpoint import CheckpointStore, Metadata
-from megatron_mosa.config import Config, config_from_dict, config_to_dict
+from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.data import training_batches
-from megatron_mosa.engine import Batch, DeepSpeedEngine, StepResult
-from megatron_mosa.errors import RunError
-from megatron_mosa.metrics import peak_memory_gib
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.parallel import (
     Layout,
     destroy_parallel,
     initialize_parallel,
+    join_store,
     launch_environment,
     use_deterministic_algorithms,
 )
+from megatron_mosa.tools.bench.measure import Batches, Measurement, Profiling, measure
+from megatron_mosa.tools.scaling.cells import Cell
+from megatron_mosa.tools.scaling.session import NO_MEMORY, NO_TIME, Event, Session, write_result
 from megatron_mosa.train import ResumePoint, check_start, learning_rate, training_samples
-from megatron_mosa.utils import versions, write_atomically
 
-PACKAGES = ("torch", "megatron-core", "deepspeed")  # that, with this project, determine a result
-PROFILED_STEPS = 2
+PROFILING = Profiling(steps=2, warmup=0, on_cpu=True)
+MAX_LEFT_BYTES = 2**29
+"""GPU memory that a cell may leave allocated, such as workspaces of cuBLAS, before the processes are started again."""
 
-
-@dataclass(frozen=True)
-class Job:
-    """The work of one launch of this module; plain JSON on disk."""
-
-    config: dict[str, Any]
-    """The resolved configuration with the layout to measure."""
-
-    seed: str
-    """Directory of the seed checkpoint."""
-
-    writes_seed: bool
-    """Whether this job writes the seed checkpoint; all others read it."""
-
-    warmup: int
-    """Steps before the measured ones."""
-
-    steps: int
-    """Measured steps."""
-
-    result: str
-    """JSON file that rank 0 writes at the end; it exists only if the job succeeded."""
-
-    errors: str
-    """Prefix of the files in which ranks record why they failed."""
+_JOIN_SECONDS = 300.0
+_COLLECTIVE_MINUTES = 5.0
 
 
-@dataclass
-class Measurement:
-    """The result of a job."""
+class Worker:
+    """This rank, which keeps what all cells share."""
 
-    tokens_per_step: int
-    """Tokens over all ranks."""
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config = config_from_dict(session.config)
+        if session.deterministic:
+            use_deterministic_algorithms()
+        self.rank, self.world_size, local_rank = launch_environment()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())  # or each rank would use memory of the first
+            self._check_card()
+        cells = [Cell.from_dict(tree) for tree in session.cells]
+        self.start = None if session.random_tokens else check_start(cells[0].apply(self.config), self.world_size)
+        self.store = join_store(_JOIN_SECONDS)
+        self.cells = cells
+        self.longest = 0.0
+        self.phases: dict[str, float] = {}
+        """Unix time at which each phase of the present cell began."""
 
-    losses: list[float]
-    """Loss of every step, warm-up included."""
+    def run(self) -> None:
+        """Measure the cells; end early before the deadline, or if memory stays allocated."""
+        for number, cell in enumerate(self.cells):
+            if not self._goes_on(number):
+                break
+            begin = time.time()
+            self.phases = {} if number else {"starting processes": self.session.file.stat().st_mtime}
+            self._tell(cell, "starting")
+            _reset_peak_of_host()
+            measurement = self._measure(cell, number)
+            seconds = time.time() - begin
+            self.longest = max(self.longest, seconds)
+            if self.rank == 0:
+                times = {"wall_seconds": seconds, "phase_seconds": self._phase_seconds()}
+                write_result(self.session.folder, cell, {**asdict(measurement), **times})
+            self._tell(cell, "done")
+            self.store.set(f"left-{number}-{self.rank}", str(_release_memory()))
+        self.store.set(f"leaves-{self.rank}", "")
+        if self.rank == 0:  # under srun it holds the store, and leaves last
+            for rank in range(self.world_size):
+                self.store.get(f"leaves-{rank}")
 
-    grad_norms: list[float]
-    """Gradient norm of every step, before clipping."""
+    def _measure(self, cell: Cell, number: int) -> Measurement:
+        config, session = cell.apply(self.config), self.session
+        layout = initialize_parallel(
+            config.parallel.tensor_model_parallel_size,
+            config.run.seed,
+            timeout_minutes=_COLLECTIVE_MINUTES,
+            store=dist.PrefixStore(f"cell-{number}", self.store),  # the groups before have left their keys
+        )
+        measurement = measure(
+            config,
+            layout,
+            session.steps,
+            session.warmup,
+            vocab_size=self.start.manifest.vocab_size if self.start else None,
+            batches=_batches(session, config, self.start, layout) if self.start else None,
+            learning_rate=lambda step: learning_rate(step, config.train.steps, config.optimizer),
+            profiling=PROFILING,
+            times_loop=False,
+            watch=lambda phase, step, of: self._tell(cell, phase, step, of),
+            on_failure=lambda error: end_at_once(session, error),
+        )
+        deepspeed.comm.destroy_process_group()  # after the engine and its graphs; also drops what DeepSpeed caches
+        destroy_parallel()
+        for step, values in enumerate(zip(measurement.losses, measurement.grad_norms, strict=True), start=1):
+            if not all(map(math.isfinite, values)):
+                raise RunError(f"step {step}: loss {values[0]}, gradient norm {values[1]} are not finite")
+        return measurement
 
-    step_seconds: list[float]
-    """Durations of the measured steps on rank 0."""
+    def _goes_on(self, number: int) -> bool:
+        """Whether to begin a cell; rank 0 decides for all, and tells why not."""
+        key = f"goes-on-{number}"
+        if self.rank == 0:
+            left = [
+                int(self.store.get(f"left-{number - 1}-{rank}")) for rank in range(self.world_size if number else 0)
+            ]
+            deadline, obstacle = self.session.deadline, ""
+            if max(left, default=0) > MAX_LEFT_BYTES:
+                obstacle = NO_MEMORY
+            if deadline is not None and time.time() + self.longest > deadline:
+                obstacle = NO_TIME
+            if obstacle:
+                self._tell(self.cells[number], obstacle)
+            self.store.set(key, "no" if obstacle else "yes")
+        return self.store.get(key) == b"yes"
 
-    peak_memory_gib: float
-    """Maximum over ranks."""
+    def _check_card(self) -> None:
+        name = torch.cuda.get_device_name()
+        for path in Path(self.session.folder, "layouts").glob("*.json"):
+            with suppress(OSError, ValueError):
+                theirs = json.loads(path.read_text(encoding="utf-8")).get("device", name)
+                if theirs != name:
+                    raise UserError(other_card(self.session.folder, theirs, name))
 
-    communication_share: float
-    """Mean over ranks; see ``communication_seconds``."""
+    def _phase_seconds(self) -> dict[str, float]:
+        begins = [*self.phases.values(), time.time()]
+        return {
+            phase: end - begins[number] for number, (phase, end) in enumerate(zip(self.phases, begins[1:], strict=True))
+        }
 
-    device: str
-    """Name of rank 0's device."""
-
-
-def measure(job: Job) -> None:
-    """Take the steps of a job; rank 0 writes the result. A collective."""
-    config = config_from_dict(job.config)
-    if config.train.deterministic:
-        use_deterministic_algorithms()
-    _, world_size, _ = launch_environment()
-    start = check_start(config, world_size)
-    layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed)
-    engine = DeepSpeedEngine(config, start.manifest.vocab_size, layout)
-    _share_seed(job, config, start, engine, layout)
-    measurement = _steps(job, config, engine, layout, _batches(job, config, start, layout))
-    if layout.is_main:
-        write_atomically(Path(job.result), json.dumps(asdict(measurement), indent=1, allow_nan=False) + "\n")
-    engine.destroy()
-    destroy_parallel()
+    def _tell(self, cell: Cell, phase: str, step: int = 0, of: int = 0) -> None:
+        self.phases.setdefault(phase, time.time())
+        if self.rank == 0:
+            with self.session.progress.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(Event(cell.name, phase, step, of))) + "\n")
 
 
-def _share_seed(job: Job, config: Config, start: ResumePoint, engine: DeepSpeedEngine, layout: Layout) -> None:
-    """Write the seed checkpoint (a complete one, at step 0), or load it."""
-    store = CheckpointStore(Path(job.seed), keep_last=1)
-    if not job.writes_seed:
-        seed = store.newest().path
-        if seed is None:
-            raise RunError(f"the seed checkpoint in '{job.seed}' is missing; run the sweep again with --force")
-        store.load(engine, seed)
-        return
-    metadata = Metadata(
-        step=0,
-        consumed_samples=0,
-        optimizer_step=0,
-        config=config_to_dict(config),
-        data=start.data_identity,
-        versions=versions(*PACKAGES),
-        layout={
-            "tensor_parallel_size": layout.tensor_parallel_size,
-            "data_parallel_size": layout.data_parallel_size,
-        },
+def other_card(folder: str | Path, theirs: str, ours: str) -> str:
+    """Return the message for a folder with results of another card."""
+    return (
+        f"--output={folder} holds results of {theirs}, this is {ours}; give another --output, and "
+        f"--beside {folder} to compare"
     )
-    store.save(engine, metadata)
 
 
-def _batches(job: Job, config: Config, start: ResumePoint, layout: Layout) -> Iterator[Batch]:
+def _batches(session: Session, config: Config, start: ResumePoint, layout: Layout) -> Batches:
     """Return this rank's micro-batches of the run's own data, from the first sample."""
     samples = training_samples(config, start.data, start.index_samples)
-    samples.prepare(0, (job.warmup + job.steps + PROFILED_STEPS) * config.train.global_batch_size)
-    return training_batches(
+    end = (session.warmup + session.steps + PROFILING.steps) * config.train.global_batch_size
+    samples.prepare(0, end)
+    found = training_batches(
         samples,
         consumed_samples=0,
         global_batch_size=config.train.global_batch_size,
@@ -146,92 +176,46 @@ def _batches(job: Job, config: Config, start: ResumePoint, layout: Layout) -> It
         data_parallel_rank=layout.data_parallel_rank,
         data_parallel_size=layout.data_parallel_size,
         num_workers=config.data.num_workers,
+        end=end,
     )
+    count = config.train.global_batch_size // (config.train.micro_batch_size * layout.data_parallel_size)
+    return lambda step: list(islice(found, count))
 
 
-def _steps(job: Job, config: Config, engine: DeepSpeedEngine, layout: Layout, batches: Iterator[Batch]) -> Measurement:
-    """Take the warm-up, measured and profiled steps."""
-    device = layout.device
-    results: list[StepResult] = []
-
-    def step() -> float:
-        rate = learning_rate(len(results) + 1, config.train.steps, config.optimizer)
-        started = time.perf_counter()
-        result = engine.train_step(islice(batches, engine.accumulation_steps), rate)
-        _synchronize(device)
-        seconds = time.perf_counter() - started
-        results.append(result)
-        if not result.is_finite:
-            raise RunError(f"step {len(results)}: loss {result.loss}, gradient norm {result.grad_norm} are not finite")
-        return seconds
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # the whole seed was on the device for a moment
-    seconds = [step() for _ in range(job.warmup + job.steps)][job.warmup :]
-    memory = peak_memory_gib(device)  # before the profiler uses any
-    kept = list(results)
-    # Every rank profiles, so that none waits for one that the profiler slows down.
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        wall = sum(step() for _ in range(PROFILED_STEPS))
-    share = communication_seconds(_intervals(profiler)) / wall
-    return Measurement(
-        tokens_per_step=config.train.global_batch_size * config.data.sequence_length,
-        losses=[result.loss for result in kept],
-        grad_norms=[result.grad_norm for result in kept],
-        step_seconds=seconds,
-        peak_memory_gib=_over_ranks(memory, dist.ReduceOp.MAX, layout),
-        communication_share=_over_ranks(share, dist.ReduceOp.SUM, layout) / layout.world_size,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-    )
+def _release_memory() -> int:
+    """Free what the engine held; return the bytes that are still allocated on the GPU."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return 0
+    torch.compiler.reset()  # or the next cells' layers would exhaust the limit of recompilations
+    torch.cuda.set_stream(torch.cuda.default_stream())  # graphs have taken another
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
-def _intervals(profiler: profile) -> list[tuple[str, float, float]]:
-    """Return name, begin and end (seconds) of every profiled event."""
-    return [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in profiler.events() or ()]
+def _reset_peak_of_host() -> None:
+    """Make the peak of this process's resident memory start anew, where Linux lets it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def communication_seconds(intervals: list[tuple[str, float, float]]) -> float:
-    """Return how long at least one collective was running on this rank.
-
-    Gloo's operations appear as ``gloo:NAME`` on its own threads, NCCL's as kernels on the GPU. Both last from the
-    moment this rank joins until all ranks have joined, so they include waiting for a slower rank. Overlapping
-    operations count once.
-    """
-    spans = sorted((begin, end) for name, begin, end in intervals if _communicates(name))
-    total, until = 0.0, float("-inf")
-    for begin, end in spans:
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
-
-
-def _communicates(name: str) -> bool:
-    return name.startswith(("gloo:", "ncclDevKernel", "ncclKernel"))
-
-
-def _over_ranks(value: float, operation: Any, layout: Layout) -> float:
-    tensor = torch.tensor(value, dtype=torch.float64, device=layout.device)
-    dist.all_reduce(tensor, op=operation)
-    return tensor.item()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def end_at_once(session: Session, error: BaseException) -> NoReturn:
+    """Record why this rank failed and end the process: a normal exit would wait for ranks that wait for this one."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    Path(f"{session.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason, encoding="utf-8")
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def main() -> None:
-    """Run the job in the file named on the command line; on failure, record the reason and exit with 1."""
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    """Run the session in the file named on the command line."""
+    session = Session.read(Path(sys.argv[1]))
     try:
-        measure(job)
+        Worker(session).run()
     except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        Path(f"{job.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason, encoding="utf-8")
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # a normal exit would wait for ranks that wait for this one
+        end_at_once(session, error)
 
 
 if __name__ == "__main__":

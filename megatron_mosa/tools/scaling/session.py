@@ -1,0 +1,305 @@
+"""A session: cells of one number of processes, measured one after the other by the same worker processes.
+
+The processes import once and build one engine after another. If one of them fails, or cannot free its memory, they are
+started again for the cells that are left, so that a cell without room does not take the others with it. Everything goes
+through the sweep's folder, so that a session may run anywhere that sees it:
+
+    jobs/SESSION.json        the cells that are left
+    jobs/SESSION.progress    what rank 0 is doing, one JSON object a line
+    jobs/SESSION.error.rankN why a rank failed
+    layouts/CELL.json        the result of a cell, as soon as it has one
+    logs/SESSION-N.log       output of the Nth start
+
+``python -m megatron_mosa.tools.scaling.session SESSION.json`` runs a session in a Slurm job, with srun in place of
+torchrun. It does not import torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.entry import run as run_program
+from megatron_mosa.tools.scaling.cells import Cell
+from megatron_mosa.utils import write_atomically
+
+WORKER = "megatron_mosa.tools.scaling.sweep_worker"
+NO_TIME = "not begun, for lack of time"
+NO_MEMORY = "begins in new processes, as memory was left allocated"
+STALL_SECONDS = 900.0
+"""Time without an event, such as a step, after which a session counts as hung; the first step compiles."""
+
+STALLED = 124  # timeout's exit code
+_LOST_CONNECTION = re.compile(r"[Cc]onnection|Read error|remote process|remote worker")
+_POLL_SECONDS = 0.2
+_SECONDS_TO_END = 60.0  # between the last moment for a result and the end of a Slurm job
+
+Launch = Callable[[Path, int, Path, int], "subprocess.Popen[bytes]"]
+"""(session file, processes, log file, number of this start) -> the launcher of the worker processes."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the progress file."""
+
+    cell: str
+    phase: str
+    """What rank 0 is about to do, such as "building"; "done" after the result; NO_TIME or NO_MEMORY at the end."""
+
+    step: int = 0
+    of: int = 0
+    """0: the phase has no steps."""
+
+
+Watch = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """The work of one start of the worker processes; plain JSON on disk."""
+
+    name: str
+    folder: str
+    """The sweep's."""
+
+    config: dict[str, Any]
+    """The resolved configuration, to which the cells are applied."""
+
+    cells: list[dict[str, Any]]
+    processes: int
+    warmup: int
+    steps: int
+    random_tokens: bool
+    """Measure on random tokens; no dataset is read."""
+
+    deterministic: bool
+    deadline: float | None = None
+    """Unix time after which no cell begins; one that would not be done by then begins neither."""
+
+    @classmethod
+    def read(cls, path: Path) -> Session:
+        """Read what ``write`` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self) -> None:
+        """Write the session's file."""
+        write_atomically(self.file, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+    @property
+    def file(self) -> Path:
+        return Path(self.folder, "jobs", f"{self.name}.json")
+
+    @property
+    def progress(self) -> Path:
+        return Path(self.folder, "jobs", f"{self.name}.progress")
+
+    @property
+    def errors(self) -> Path:
+        """Prefix of the files in which ranks record why they failed."""
+        return Path(self.folder, "jobs", f"{self.name}.error")
+
+    def log(self, number: int) -> Path:
+        """Return the log of the start with this number."""
+        return Path(self.folder, "logs", f"{self.name}-{number}.log")
+
+
+def result_path(folder: str | Path, cell: str) -> Path:
+    """Return the file of a cell's result, by the cell's name."""
+    return Path(folder, "layouts", f"{cell}.json")
+
+
+def read_result(folder: str | Path, cell: str) -> dict[str, Any] | None:
+    """Return a cell's result, or None; the result of a failure holds a ``reason``."""
+    path = result_path(folder, cell)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def is_measured(folder: str | Path, cell: str) -> bool:
+    """Whether there is a result that is not a failure."""
+    result = read_result(folder, cell)
+    return result is not None and "reason" not in result
+
+
+def write_result(folder: str | Path, cell: Cell, result: dict[str, Any]) -> None:
+    """Write a cell's result, or its failure."""
+    content = {"cell": cell.to_dict(), "finished": time.time(), **result}
+    write_atomically(result_path(folder, cell.name), json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+class Tail:
+    """Reads the events that a session has added to its progress file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+
+    def events(self) -> list[Event]:
+        """Return the new events."""
+        with suppress(FileNotFoundError):
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]  # a line may be half written
+            self._read += len(whole)
+            return [Event(**json.loads(line)) for line in whole.splitlines()]
+        return []
+
+
+def supervise(session: Session, launch: Launch, watch: Watch) -> None:
+    """Run a session until each of its cells has a result or a failure, or there is no time left.
+
+    The worker processes are ended, if they still run, however this function ends.
+    """
+    left = [Cell.from_dict(tree) for tree in session.cells]
+    session.progress.unlink(missing_ok=True)
+    tail = Tail(session.progress)
+    number = len(list(session.log(1).parent.glob(f"{session.name}-*.log")))  # earlier logs stay
+    while left:  # each start settles one cell or more
+        number += 1
+        for path in session.errors.parent.glob(f"{session.errors.name}.rank*"):
+            path.unlink()
+        for cell in left:
+            result_path(session.folder, cell.name).unlink(missing_ok=True)  # an earlier failure
+        session = replace(session, cells=[cell.to_dict() for cell in left])
+        session.write()
+        watch(Event(left[0].name, f"starting {session.processes} process{'es' * (session.processes > 1)}"))
+        code, last = _run_once(session, launch, number, tail, watch)
+        left = [cell for cell in left if not is_measured(session.folder, cell.name)]
+        if code is None or (last is not None and last.phase == NO_TIME):
+            return
+        if not left or (last is not None and last.phase == NO_MEMORY):
+            continue
+        reason = failure(session.errors, session.log(number), code)
+        at_fault = [cell for cell in left if last is not None and cell.name == last.cell]
+        if last is None:
+            at_fault = left  # the processes could not even begin
+        # Otherwise they failed after a result, as they left its groups: the next cell is not to blame.
+        for cell in at_fault:
+            write_result(session.folder, cell, {"reason": reason})
+            watch(Event(cell.name, "failed"))
+        left = [cell for cell in left if cell not in at_fault]
+
+
+def _is_over(session: Session) -> bool:
+    return session.deadline is not None and time.time() > session.deadline
+
+
+def _run_once(
+    session: Session, launch: Launch, number: int, tail: Tail, watch: Watch
+) -> tuple[int | None, Event | None]:
+    """Start the workers and wait; return the exit code and the last event.
+
+    The code is None at the deadline, and STALLED if there was no event for too long.
+    """
+    process = launch(session.file, session.processes, session.log(number), number)
+    last, heard = None, time.monotonic()
+    try:
+        while True:
+            code = process.poll()
+            for last in tail.events():
+                heard = time.monotonic()
+                watch(last)
+            if code is not None or _is_over(session):
+                return code, last
+            if time.monotonic() - heard > STALL_SECONDS:
+                return STALLED, last
+            time.sleep(_POLL_SECONDS)
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
+    """End a launcher, and with it its ranks; torchrun needs up to 30 s for that."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def failure(errors: Path, log: Path, code: int) -> str:
+    """Return why a session failed, in one line: a rank's first error, a signal in its log, or the exit code."""
+    if code == STALLED:
+        return f"no progress for {STALL_SECONDS / 60:.0f} minutes; see {log.name}"
+    reasons = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
+    name = killed[1] if killed else "SIGKILL" if re.search(r"^srun: error: .*: Killed$", text, re.MULTILINE) else ""
+    # A killed rank leaves no error, and the others only report a closed connection, which torchrun may take for the
+    # cause. SIGTERM comes from the launcher and SIGABRT from NCCL's watchdog, both after another rank has failed.
+    texts = [path.read_text(encoding="utf-8") for path in reasons]
+    if "Signal 9 (SIGKILL)" in text and texts and all(_LOST_CONNECTION.search(reason) for reason in texts):
+        name = "SIGKILL"
+    if name and not (reasons and name in ("SIGTERM", "SIGABRT")):
+        hint = ", often for lack of memory" if name == "SIGKILL" else ""
+        return f"a rank was killed by {name}{hint}"
+    if texts:
+        return texts[0][:500]
+    return f"exit code {code}; see {log.name}"
+
+
+@dataclass(frozen=True)
+class LocalLaunch:
+    """A ``Launch`` on this machine, under torchrun."""
+
+    threads: int
+    """Threads per rank, unless OMP_NUM_THREADS is set."""
+
+    def __call__(self, file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+        """Start torchrun; if this process dies, so does torchrun, and it ends the ranks."""
+        environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return _start([*launcher, "-m", WORKER, str(file)], environment, log)
+
+
+@dataclass(frozen=True)
+class SrunLaunch:
+    """A ``Launch`` in a Slurm job whose tasks are the ranks."""
+
+    def __call__(self, file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+        """Start srun; each start has a port of its own, since the one before may still be in use."""
+        port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 100 * number) % 10000
+        environment = os.environ | {"MASTER_PORT": str(port)}
+        python = shlex.split(os.environ.get("MOSA_PYTHON", "python"))
+        more = shlex.split(os.environ.get("MOSA_SRUN_ARGUMENTS", ""))
+        command = ["srun", f"--ntasks={processes}", "--kill-on-bad-exit=1", *more, *python, "-m", WORKER, str(file)]
+        return _start(command, environment, log)
+
+
+def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError, AttributeError):  # Linux alone
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Run the session named on the command line in this Slurm job."""
+    session = Session.read(Path(sys.argv[1]))
+    if end := os.environ.get("SLURM_JOB_END_TIME"):
+        session = replace(session, deadline=float(end) - _SECONDS_TO_END)
+    supervise(session, SrunLaunch(), lambda event: print(event, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

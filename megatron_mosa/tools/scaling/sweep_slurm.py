@@ -1,0 +1,193 @@
+"""Sessions of a sweep as Slurm jobs: submission, and waiting for what they write into the sweep's folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.scaling.cells import Cell
+from megatron_mosa.tools.scaling.session import Session, Tail, Watch, read_result
+
+ROOT = Path(__file__).resolve().parents[3]
+TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
+_OPTIONS_GO_HERE = "# -- mosa sweep puts its options here\n"
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class SlurmRun:
+    """Runs each session as a job; all at once, as far as the cluster lets them. A ``sweep.Run``.
+
+    Jobs of an earlier call that are still queued or running are waited for instead of submitted again.
+    """
+
+    folder: Path
+    """The sweep's; all nodes must see it under this path."""
+
+    gpus_per_node: int
+    """0: measure on CPUs, all ranks of a job on one node."""
+
+    options: tuple[str, ...] = ()
+    """Additional options of sbatch, such as ``--partition=gpu``."""
+
+    def __call__(self, sessions: list[Session], watch: Watch) -> None:
+        """Submit what no job of an earlier call measures, and wait for all jobs.
+
+        Raises:
+            RunError: sbatch refused a job, a job left cells unmeasured, or the wait was interrupted (jobs go on).
+        """
+        wanted = set().union(*map(_names, sessions))
+        jobs = {job: session for job, session in self._earlier().items() if _names(session) & wanted}
+        taken = {name for session in jobs.values() for name in _names(session)}
+        for job, session in jobs.items():
+            print(f"job {job}, of an earlier call: {_size(session)}")
+        try:
+            for session in sessions:
+                cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
+                if cells:
+                    self._submit(self._unused_name(replace(session, cells=cells, deadline=None)), jobs)
+            self._wait(jobs, watch)
+        except KeyboardInterrupt:
+            raise RunError(
+                f"stopped waiting; the jobs go on ({', '.join(jobs)}): run the same command again to collect their "
+                f"results, or end them with scancel {' '.join(jobs)}"
+            ) from None
+        unfinished = [
+            f"job {job} (logs/slurm-{job}.out)"
+            for job, session in jobs.items()
+            if any(read_result(self.folder, name) is None for name in _names(session) & wanted)
+        ]
+        if unfinished:
+            raise RunError(
+                f"{', '.join(unfinished)} ended before all its layouts were measured, perhaps at its time limit; run "
+                "the same command again to measure what is missing"
+            )
+
+    def _earlier(self) -> dict[str, Session]:
+        """Return the jobs of earlier calls that have not ended, with their sessions."""
+        found = {}
+        for path in self.folder.glob("jobs/*.job"):
+            found[path.read_text(encoding="utf-8").strip()] = Session.read(path.with_suffix(".json"))
+        running = running_jobs(list(found))
+        return {job: session for job, session in found.items() if job in running}
+
+    def _unused_name(self, session: Session) -> Session:
+        """Return the session under a name that no earlier job has, since that job may still write its files."""
+        number, name = 1, session.name
+        while session.file.exists():
+            number += 1
+            session = replace(session, name=f"{name}-{number}")
+        return session
+
+    def script(self, session: Session) -> str:
+        """Return the batch script of a session."""
+        per_node = min(session.processes, self.gpus_per_node or session.processes)
+        if session.processes % per_node:
+            raise UserError(
+                f"{session.processes} processes do not divide among nodes of --gpus-per-node={self.gpus_per_node}; use "
+                "a multiple of it"
+            )
+        head, mark, rest = (ROOT / TEMPLATE).read_text(encoding="utf-8").partition(_OPTIONS_GO_HERE)
+        assert mark, f"{TEMPLATE} lacks the line {_OPTIONS_GO_HERE!r}"
+        options = [
+            f"--job-name=sweep-{session.name}",
+            f"--nodes={session.processes // per_node}",
+            f"--ntasks-per-node={per_node}",
+            *([f"--gpus-per-node={per_node}"] if self.gpus_per_node else []),
+            f"--chdir={Path.cwd()}",  # paths in the configuration may be relative
+            f"--output={Path(session.folder, 'logs', 'slurm-%j.out')}",
+            *self.options,
+        ]
+        lines = [f"#SBATCH {option}" for option in options]
+        lines += [f"export MOSA_ROOT={shlex.quote(str(ROOT))}", f"set -- {shlex.quote(str(session.file))}"]
+        return head + "\n".join(lines) + "\n" + rest
+
+    def _submit(self, session: Session, jobs: dict[str, Session]) -> None:
+        """Submit a session, and add its job to ``jobs``."""
+        script = session.file.with_suffix(".sbatch")
+        text = self.script(session)
+        session.write()
+        script.write_text(text, encoding="utf-8")
+        done = _call("sbatch", "--parsable", str(script))
+        if done.returncode:
+            session.file.unlink()
+            raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+        job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
+        session.file.with_suffix(".job").write_text(f"{job}\n", encoding="utf-8")
+        jobs[job] = session
+        print(f"job {job}: {_size(session)}", flush=True)
+
+    def _wait(self, jobs: dict[str, Session], watch: Watch) -> None:
+        tails = {job: Tail(session.progress) for job, session in jobs.items()}
+        running = set(jobs)
+        while running:
+            time.sleep(_POLL_SECONDS)
+            ended = running - running_jobs(sorted(running))
+            for job in sorted(running):  # once more after its end
+                for event in tails[job].events():
+                    watch(event)
+            running -= ended
+
+
+def _size(session: Session) -> str:
+    layouts, ranks = len(session.cells), session.processes
+    return f"{layouts} layout{'s' * (layouts > 1)} on {ranks} rank{'s' * (ranks > 1)}"
+
+
+def _names(session: Session) -> set[str]:
+    return {Cell.from_dict(tree).name for tree in session.cells}
+
+
+def running_jobs(jobs: Sequence[str]) -> set[str]:
+    """Return those that are queued or running; all of them if Slurm does not answer."""
+    if not jobs:
+        return set()
+    done = _call("squeue", "-h", "-o", "%i", "-j", ",".join(jobs))
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return set(jobs)
+    return set(done.stdout.split()) & set(jobs)
+
+
+def check_partition(partition: str | None, gpus_per_node: int) -> None:
+    """Check that a partition, or the default one, has nodes with that many GPUs.
+
+    Raises:
+        UserError: it has not, or does not exist.
+        RunError: Slurm does not answer.
+    """
+    done = _call("sinfo", "-h", "-o", "%P|%G")
+    if done.returncode:
+        raise RunError(f"sinfo failed: {' '.join(done.stderr.split())}; run this on a login node of the cluster")
+    gpus: dict[str, int] = {}
+    default = ""
+    for line in done.stdout.splitlines():
+        name, _, resources = line.partition("|")
+        default = name.rstrip("*") if name.endswith("*") else default
+        gpus[name.rstrip("*")] = max(gpus.get(name.rstrip("*"), 0), _gpus_in(resources))
+    name = partition or default
+    if name not in gpus:
+        raise UserError(f"--partition={name} does not exist; this cluster has {', '.join(sorted(gpus))}")
+    if gpus[name] >= gpus_per_node:
+        return
+    has = f"at most {gpus[name]} GPUs per node" if gpus[name] else "no GPUs"
+    fitting = [other for other, count in sorted(gpus.items()) if count >= gpus_per_node]
+    fixes = ([f"--partition={' or '.join(fitting)}"] if fitting else []) + ["--gpus-per-node 0 to measure on CPUs"]
+    raise UserError(f"partition {name} has {has}, but --gpus-per-node={gpus_per_node}; give {', or '.join(fixes)}")
+
+
+def _gpus_in(resources: str) -> int:
+    """Return the number of GPUs in Slurm's notation of generic resources, such as ``gpu:h100:4(S:0-1)``."""
+    return sum(int(count or 1) for count in re.findall(r"gpu(?::[A-Za-z][^:,()]*)?(?::(\d+))?", resources))
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    except FileNotFoundError:
+        raise RunError(f"{command[0]} is not on PATH; give --slurm on a login node of a Slurm cluster") from None
