@@ -23,10 +23,18 @@ _KEYS = {
     if name in names.split()
 }
 
+# The fields that count the heads of each kind.
+HEAD_FIELDS = {
+    "dense": "num_attention_heads",
+    "local": "num_local_heads",
+    "fixed": "num_fixed_heads",
+    "mosa": "num_mosa_heads",
+}
+
 
 @dataclass
 class MosaTransformerConfig(TransformerConfig):
-    """The configuration of a transformer with dense, local and MoSA heads in each layer.
+    """The configuration of a transformer with dense, local, fixed and MoSA heads in each layer.
 
     ``num_attention_heads`` counts only dense heads (0: none). ``kv_channels``, the width of every head, must be set.
     Build GPTModel with ``position_embedding_type="none"``: the layer applies rotary embeddings itself, because MoSA
@@ -41,6 +49,15 @@ class MosaTransformerConfig(TransformerConfig):
 
     mosa_local_window: int = 0
     """Number of tokens that a local head attends to, including the token itself."""
+
+    num_fixed_heads: int = 0
+    """Number of heads on every ``mosa_fixed_stride``-th token, over all tensor-parallel ranks."""
+
+    mosa_fixed_stride: int = 0
+    """Fixed heads attend among tokens 0, this, twice this, ... of the sequence."""
+
+    mosa_attention_gate: bool = False
+    """Multiply the output of each dense and local head by a sigmoid of a linear function of the token's state."""
 
     mosa_sparsity: float = 16.0
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
@@ -95,7 +112,7 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
         super().__post_init__()
         size = self.tensor_model_parallel_size
-        counts = {name: getattr(self, name) for name in ("num_attention_heads", "num_local_heads", "num_mosa_heads")}
+        counts = {field: getattr(self, field) for field in HEAD_FIELDS.values()}
         if sum(counts.values()) < 1:
             raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; expected at least one of them above 0")
         for name, heads in (counts | {"num_query_groups": self.num_query_groups or 0}).items():
@@ -108,6 +125,12 @@ class MosaTransformerConfig(TransformerConfig):
             )
         if self.num_local_heads and self.mosa_local_window < 1:
             raise ValueError(f"mosa_local_window must be at least 1 with local heads, got {self.mosa_local_window}")
+        if self.num_fixed_heads and self.mosa_fixed_stride < 1:
+            raise ValueError(f"mosa_fixed_stride must be at least 1 with fixed heads, got {self.mosa_fixed_stride}")
+        if self.mosa_attention_gate and not self.num_attention_heads + self.num_local_heads:
+            raise ValueError(
+                "mosa_attention_gate=True gates dense and local heads, but there are none; set it to False"
+            )
         if self.add_bias_linear or self.add_qkv_bias:
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:

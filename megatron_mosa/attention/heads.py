@@ -1,4 +1,4 @@
-"""Dense, local and MoSA heads of one tensor-parallel rank, without communication, which the hybrid layer does once."""
+"""Heads of one tensor-parallel rank, without communication, which the hybrid layer does once; dense, local and MoSA."""
 
 from __future__ import annotations
 
@@ -68,6 +68,33 @@ class PartitionedHeads(MegatronModule):
         self.partition_dims[name] = partition_dim
         self.initialisers[name] = initialise
 
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the forward pass of training as a function of its arguments, for compiled layers.
+
+        Args:
+            hidden_states: [T, B, h].
+            documents: the documents of the batch; None: each sequence is one document.
+            kernels: the backend.
+            above: MoSA heads select by their thresholds, not by expert choice.
+            selected: what an earlier call with the same states returned, in a repetition for backward; else None.
+
+        Returns:
+            This rank's part of the sum over heads, [T, B, h], and what a repetition must not decide anew; None if the
+            heads decide nothing.
+        """
+        raise NotImplementedError("abstract")
+
+    def is_causal(self, training: bool) -> bool:
+        """Return whether no output depends on later tokens, in training or in evaluation."""
+        return True
+
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -92,13 +119,21 @@ class CausalHeads(PartitionedHeads):
     Args:
         heads: number of query heads, over all tensor-parallel ranks.
         groups: number of groups that share one key and one value head, over all tensor-parallel ranks.
+        is_gated: whether each head's output is multiplied by a sigmoid of a linear function of the token's state.
     """
 
+    stride = 1  # distance of the tokens that ``attend`` is called with, for their rotary positions
     qkv_weight: torch.nn.Parameter  # [G / tp * (H / G + 2) h', h]
     proj_weight: torch.nn.Parameter  # [h, H / tp * h']
+    gate_weight: torch.nn.Parameter  # [H / tp, h], if the heads are gated
 
     def __init__(
-        self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup, heads: int, groups: int
+        self,
+        config: MosaTransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        heads: int,
+        groups: int,
+        is_gated: bool,
     ) -> None:
         super().__init__(config, tp_group)
         head_dim, width = config.head_dim, config.hidden_size
@@ -107,6 +142,9 @@ class CausalHeads(PartitionedHeads):
         # rows: the queries, the key and the value of group 0, then of group 1, ...
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
+        self.is_gated = is_gated
+        if is_gated:
+            self.add_weight("gate_weight", (heads, width), 0, init)
 
     def forward(
         self,
@@ -123,13 +161,30 @@ class CausalHeads(PartitionedHeads):
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
         qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
-        starts = documents.starts if documents is not None and config.mosa_restart_rotary else None
-        query, key, value = kernels.split_heads(qkv, config.mosa_rotary_percent, config.mosa_rotary_base, starts)
-        attended = self.attend(query, key, value, documents)  # [B, H, T, h']
-        return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
+        starts = None
+        if documents is not None and config.mosa_restart_rotary:
+            starts = documents.starts if self.stride == 1 else documents.starts * self.stride
+        rotation = config.mosa_rotary_percent, config.mosa_rotary_base
+        query, key, value = kernels.split_heads(qkv, *rotation, starts, self.stride)
+        attended = self.attend(query, key, value, documents).permute(2, 0, 1, 3)  # [T, B, H, h']
+        if self.is_gated:
+            logits = F.linear(hidden_states, self.gate_weight)  # [T, B, H]
+            gate = torch.sigmoid(logits.to(naive.accumulation_dtype(logits.dtype))).unsqueeze(-1)
+            attended = (attended.to(gate.dtype) * gate).to(attended.dtype)
+        return F.linear(attended.flatten(2), self.proj_weight)
+
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self(hidden_states, documents, kernels), None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
-        """Compute causal attention without a T x T matrix in memory.
+        """Compute causal attention to all earlier tokens of the document, without a T x T matrix in memory.
 
         Args:
             query: [B, H, T, h'].
@@ -138,27 +193,26 @@ class CausalHeads(PartitionedHeads):
         Returns:
             [B, H, T, h'].
         """
-        raise NotImplementedError("abstract")
-
-
-class DenseHeads(CausalHeads):
-    """Heads that attend to all earlier tokens of the document, with torch's fused attention."""
-
-    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         if documents is not None:
             return document_attention(query, key, value, documents)
         grouped = self.queries_per_group > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
+class DenseHeads(CausalHeads):
+    """Heads that attend to all earlier tokens of the document."""
+
+    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        heads, groups = config.num_attention_heads, cast(int, config.num_query_groups)
+        super().__init__(config, tp_group, heads, groups, config.mosa_attention_gate)
+
+
 class LocalHeads(CausalHeads):
     """Heads that attend to the last ``mosa_local_window`` tokens of the document, including the token itself."""
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
+        heads = config.num_local_heads
+        super().__init__(config, tp_group, heads, heads, config.mosa_attention_gate)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         return sliding_window_attention(query, key, value, self.config.mosa_local_window, documents)
@@ -259,6 +313,17 @@ class MosaHeads(PartitionedHeads):
         )
         return output.transpose(0, 1), scores, indices
 
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        output, _, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
+        return output, indices
+
     def _dropped(
         self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: AnyDocuments | None
     ) -> Tensor:
@@ -277,6 +342,9 @@ class MosaHeads(PartitionedHeads):
         if self.config.mosa_selection != "threshold":
             return False
         return self._num_updates() >= (self.config.mosa_threshold_warmup_steps if training else 1)
+
+    def is_causal(self, training: bool) -> bool:
+        return self.selects_above(training)
 
     def _num_updates(self) -> int:
         """Return the number of updates, cached until the buffer changes, so that forward passes do not synchronize."""

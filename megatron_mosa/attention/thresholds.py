@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads
+from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads, PartitionedHeads
 from megatron_mosa.kernels import HISTOGRAM_LOGITS
 
 DEAD, OVERLOADED = 0.5, 2.0  # loads beyond which a threshold jumps to the quantile instead of moving towards it
@@ -27,11 +27,11 @@ def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
-    """Return whether no output depends on later tokens: there are no MoSA heads, or all select by thresholds.
+    """Return whether no output depends on later tokens: no heads look ahead, as MoSA heads do by expert choice.
 
-    In evaluation heads do so after the first update of their thresholds, in ``training`` after the warm-up.
+    With thresholds they are causal in evaluation after the first update, in ``training`` after the warm-up.
     """
-    return all(heads.selects_above(training) for heads in mosa_layers(model))
+    return all(heads.is_causal(training) for heads in model.modules() if isinstance(heads, PartitionedHeads))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""The attention heads of a MoSA language model: dense, local and MoSA heads, with or without a cache."""
+"""The attention of a MoSA language model: its dense, local and MoSA heads, with or without a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
+from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels
-from .rows_mosa import DenseRows, SelectedRows, WindowRows
+from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
 from .tokens_mosa import Tokens, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
@@ -35,6 +37,7 @@ class MosaCausalHeads(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, heads, bias=False) if config.attention_gate else None
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]. The tokens attend to those in ``rows``, too, and are added to them."""
@@ -52,7 +55,11 @@ class MosaCausalHeads(nn.Module):
         else:
             assert rows is None or isinstance(rows, WindowRows)
             attended = self.attend_in_window(query, key, value, tokens, rows)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2)  # [B, T, heads, h']
+        if self.g_proj is not None:
+            gate = torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
+            attended = (attended.float() * gate).to(attended.dtype)
+        return self.o_proj(attended.flatten(2))
 
     def attend_in_window(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, rows: WindowRows | None
@@ -84,12 +91,6 @@ class MosaCausalHeads(nn.Module):
             if rows is not None:
                 rows.write(key[:, :, chunk], value[:, :, chunk], query_positions, valid)
         return torch.cat(outputs, dim=2)
-
-
-def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Convert cached keys and values to the queries' dtype, which torch.autocast may have changed in between."""
-    keys, values = keys_and_values
-    return keys.to(dtype), values.to(dtype)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
@@ -318,22 +319,31 @@ class MosaHeads(nn.Module):
         return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
 
 
+# The module of all heads of a kind in a layer.
+HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
+    "dense": lambda config: MosaCausalHeads(config, config.num_dense_heads, config.num_key_value_heads),
+    "local": lambda config: MosaCausalHeads(
+        config, config.num_local_heads, config.num_local_heads, config.local_window
+    ),
+    "fixed": MosaFixedHeads,
+    "mosa": MosaHeads,
+}
+
+
 class MosaAttention(nn.Module):
-    """The sum of a layer's dense, local and MoSA heads."""
+    """The sum of a layer's heads of all kinds: ``dense_heads``, ``local_heads``, ...; None: there are none."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
-        dense, local = config.num_dense_heads, config.num_local_heads
-        self.dense_heads = MosaCausalHeads(config, dense, config.num_key_value_heads) if dense else None
-        self.local_heads = MosaCausalHeads(config, local, local, config.local_window) if local else None
-        self.mosa_heads = MosaHeads(config) if config.num_mosa_heads else None
+        for kind, create in HEADS.items():
+            setattr(self, f"{kind}_heads", create(config) if getattr(config, f"num_{kind}_heads") else None)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]."""
         parts = [
             heads(hidden_states, tokens, None if cache is None else getattr(cache, kind))
-            for heads, kind in ((self.dense_heads, "dense"), (self.local_heads, "local"), (self.mosa_heads, "mosa"))
-            if heads is not None
+            for kind in HEADS
+            if (heads := getattr(self, f"{kind}_heads")) is not None
         ]
         if cache is not None:
             cache.length += hidden_states.shape[1]
