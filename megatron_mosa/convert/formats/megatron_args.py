@@ -75,8 +75,8 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
             )
     if config.model.attention_gate:
         raise UserError(
-            "model.attention_gate=true has no counterpart in Megatron-LM, whose gate has one value per channel; it must be "
-            "false for --to torch-dist; export this model with --to hf"
+            "model.attention_gate=true has no counterpart in Megatron-LM, whose gate has a value for each channel, and "
+            "must be false for --to torch-dist; export this model with --to hf"
         )
     ours: Mapping[str, Any] = {"model": config.model, "data": config.data}
     values = {key: getattr(ours[section], name) for key, (section, name) in _SAME.items()}
