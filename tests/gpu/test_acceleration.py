@@ -23,11 +23,15 @@ KINDS: dict[str, dict] = {
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2, "mosa__load_feedback": 0.05},
     "tied": {"model__tie_embeddings": True},
     "local": {"model__num_local_heads": 2},
+    "fixed": {"model__num_fixed_heads": 4, "model__fixed_stride": 5},
+    "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "model__num_local_heads": 2},
     "attention": {"train__recompute": "attention"},
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
 
-DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_heads": 2}  # in bf16 alone
+DOCUMENTS: dict = {  # in bf16 alone
+    "model__attend_within_documents": True, "model__num_local_heads": 2, "model__num_fixed_heads": 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -35,6 +39,7 @@ DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_hea
 @pytest.mark.parametrize("documents", [False, True])
 def test_split_heads(documents: bool, shape: tuple, dtype: torch.dtype) -> None:
     check_split_heads(get_backend("triton", torch.empty(0, device="cuda")), shape, documents, dtype, "cuda")
+    check_split_heads(get_backend("triton", torch.empty(0, device="cuda")), shape, documents, dtype, "cuda", stride=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,7 +101,15 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("tensor_parallel", "sequence_parallel", "kind"),
-    [(1, False, "hybrid"), (2, True, "llama"), (2, True, "threshold"), (2, False, "local"), (2, True, "attention")],
+    [
+        (1, False, "hybrid"),
+        (2, True, "llama"),
+        (2, True, "threshold"),
+        (2, False, "local"),
+        (2, True, "attention"),
+        (2, True, "fixed"),
+        (2, True, "gated"),
+    ],
 )
 def test_steps_on_two_cards(
     workers: WorkerPools, tensor_parallel: int, sequence_parallel: bool, kind: str, precision: str
