@@ -12,6 +12,11 @@ OPTIONS: dict[str, dict[str, object]] = {
     "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "mosa__num_heads": 0},
     "gated_local": ONLY | {"model__attention_gate": True, "model__num_local_heads": 4, "model__local_window": 5},
     "mosa": {"model__num_dense_heads": 0},
+    "token_choice": {
+        "model__num_dense_heads": 0,
+        "mosa__selection": "token_choice",
+        "mosa__capacity_factor": 4.0,
+    },
     "fixed_hybrid": {
         "model__num_fixed_heads": 4,
         "model__fixed_stride": 5,

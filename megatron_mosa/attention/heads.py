@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.recompute import is_repetition
+from megatron_mosa.attention.token_choice import choose_heads
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
     AnyDocuments,
@@ -27,8 +28,9 @@ from megatron_mosa.kernels import (
     naive,
     sliding_window_attention,
 )
+from megatron_mosa.parallel import gather_first_dim
 
-THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
+THRESHOLD_BUFFERS = ("thresholds", "threshold_updates", "head_bias")
 
 
 class PartitionedHeads(MegatronModule):
@@ -219,9 +221,10 @@ class LocalHeads(CausalHeads):
 
 
 class MosaHeads(PartitionedHeads):
-    """MoSA heads with expert choice or thresholds, initialised like the authors' code.
+    """MoSA heads with expert choice, thresholds or token choice, initialised like the authors' code.
 
-    With thresholds, every forward pass in training adds its scores to ``histogram``, for ``update_thresholds``.
+    For ``update_thresholds``, every forward pass in training adds its scores to ``histogram`` with thresholds, and its
+    choices to ``choices`` with token choice.
     """
 
     router_weight: torch.nn.Parameter  # [E / tp, h]
@@ -230,6 +233,8 @@ class MosaHeads(PartitionedHeads):
     thresholds: Tensor  # fp32 [E / tp]
     threshold_updates: Tensor  # fp32 [E / tp]: number of updates
     histogram: Tensor  # int32 [E / tp, bins]: scores since the last update
+    head_bias: Tensor  # fp32 [E / tp]: added to the scores for token choice
+    choices: Tensor  # int32 [E / tp + 1]: tokens that took each head, and all tokens, since the last update
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group)
@@ -239,11 +244,14 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
         if config.mosa_selection == "threshold":
             self._add_thresholds(heads // tp_group.size())
-        self.load: Tensor | None = None  # fp32 [E / tp]: share of tokens above the threshold, times rho, of last batch
+        elif config.mosa_selection == "token_choice":
+            self._add_biases(heads // tp_group.size())
+        # fp32 [E / tp]: share of the last batch's tokens above the threshold, or that took the head, over its target
+        self.load: Tensor | None = None
         self.records_selection = False
         # Of the last recorded forward pass: scores [B, E, T] and indices [B, E, k] (T in empty slots).
         self.selection: tuple[Tensor, Tensor] | None = None
-        self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity dropped there
+        self.dropped: Tensor | None = None  # [E / tp]: tokens that the capacity dropped there
 
     def forward(self, hidden_states: Tensor, documents: AnyDocuments | None = None) -> Tensor:
         """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h]."""
@@ -281,21 +289,23 @@ class MosaHeads(PartitionedHeads):
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
-        has_thresholds = config.mosa_selection == "threshold"
         slots = None
         if indices is None:
-            if counts and has_thresholds:
+            keys, thresholds = self._keys(scores, above)
+            if counts and config.mosa_selection == "threshold":
                 kernels.count_scores(scores, self.histogram)
+            if counts and config.mosa_selection == "token_choice":
+                self.choices.add_(F.pad(keys.sum((0, 2), dtype=torch.int32), (0, 1), value=keys[:, 0].numel()))
             per_document = documents is not None and config.mosa_selection_scope == "document"
             indices, slots = select(
                 kernels,
-                scores,
+                keys,
                 config.num_selected if per_document else config.num_selected(length),
-                thresholds=self.thresholds if above else None,
+                thresholds=thresholds,
                 capacity=config.capacity(length) if self.training else None,
                 feedback=config.mosa_load_feedback,
                 share=1 / config.mosa_sparsity,
-                include_first_token=config.mosa_include_first_token or has_thresholds,
+                include_first_token=config.mosa_include_first_token or config.mosa_selection != "expert_choice",
                 documents=documents,
             )
         output = kernels.selected_attention(
@@ -327,11 +337,12 @@ class MosaHeads(PartitionedHeads):
     def _dropped(
         self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: AnyDocuments | None
     ) -> Tensor:
-        if not self.selects_above(self.training):
+        keys, thresholds = self._keys(scores, self.selects_above(self.training))
+        if thresholds is None:
             return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts
         feedback, share = self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
-        above = kernels.count_above(scores, self.thresholds, starts, feedback, share)  # [B, E]
+        above = kernels.count_above(keys, thresholds, starts, feedback, share)  # [B, E]
         return above.sum(0) - (indices < scores.shape[-1]).sum((0, 2))
 
     def selects_above(self, training: bool) -> bool:
@@ -343,8 +354,22 @@ class MosaHeads(PartitionedHeads):
             return False
         return self._num_updates() >= (self.config.mosa_threshold_warmup_steps if training else 1)
 
+    def _keys(self, scores: Tensor, above: bool) -> tuple[Tensor, Tensor | None]:
+        """Return what decides the selection, [B, E / tp, T], and the thresholds [E / tp] that it must exceed.
+
+        Without thresholds, each head selects its largest keys. The keys of token choice are 1 where the token takes the
+        head, else 0; a collective over the tensor-parallel group.
+        """
+        if self.config.mosa_selection != "token_choice":
+            return scores, self.thresholds if above else None
+        size, rank = self.tp_group.size(), self.tp_group.rank()
+        whole = gather_first_dim(scores.transpose(0, 1), self.tp_group).transpose(0, 1)  # [B, E, T]
+        chosen = choose_heads(whole, gather_first_dim(self.head_bias, self.tp_group), self.config.heads_per_token)
+        keys = chosen.chunk(size, dim=1)[rank].to(scores.dtype).contiguous()
+        return keys, keys.new_full(keys.shape[1:2], 0.5)
+
     def is_causal(self, training: bool) -> bool:
-        return self.selects_above(training)
+        return self.config.mosa_selection == "token_choice" or self.selects_above(training)
 
     def _num_updates(self) -> int:
         """Return the number of updates, cached until the buffer changes, so that forward passes do not synchronize."""
@@ -363,6 +388,13 @@ class MosaHeads(PartitionedHeads):
         self.register_buffer("histogram", counts, persistent=False)
         self._counted = 0, 0, 0  # identity and version of threshold_updates, and its value at that version
 
+    def _add_biases(self, heads: int) -> None:
+        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
+        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.int32, device=device).float())  # see above
+        self.partition_dims["head_bias"] = 0
+        counts = torch.zeros(heads + 1, dtype=torch.int32, device=device)
+        self.register_buffer("choices", counts, persistent=False)
+
     def update(self, thresholds: Tensor, load: Tensor) -> None:
         """Set new thresholds [E / tp] and count the update; ``load`` [E / tp] is the load under the old ones."""
         updates = self._num_updates() + 1
@@ -373,7 +405,7 @@ class MosaHeads(PartitionedHeads):
         self.load = load
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MosaHeads:
-        """Keep the thresholds in fp32 when the model is converted to another type, such as bf16."""
+        """Keep thresholds and biases in fp32 when the model is converted to another type, such as bf16."""
         kept = {name: self._buffers[name] for name in THRESHOLD_BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():

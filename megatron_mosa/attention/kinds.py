@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_mosa.attention.fixed_heads import FixedKind
 from megatron_mosa.attention.functional import num_selected_tokens
@@ -11,13 +11,15 @@ from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.kind import CausalKind, HeadKind
 from megatron_mosa.config import Config
 
+Number = TypeVar("Number", int, float)
+
 
 def dense_head_flops(hidden_size: int, head_dim: int, sequence_length: int) -> int:
     """Return the forward FLOPs of one dense head on one sequence: 8 h h' T + 4 h' T^2."""
     return 8 * hidden_size * head_dim * sequence_length + 4 * head_dim * sequence_length**2
 
 
-def mosa_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_selected: int) -> int:
+def mosa_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_selected: Number) -> Number:
     """Return the forward FLOPs of one MoSA head on one sequence: 8 h h' k + 4 h' k^2 + 2 h T + h' k."""
     return (
         8 * hidden_size * head_dim * num_selected
@@ -102,8 +104,8 @@ class MosaKind(HeadKind):
 
     def paper_flops(self, config: Config) -> int:
         model, length = config.model, config.data.sequence_length
-        selected = num_selected_tokens(length, config.mosa.sparsity)
-        return self.count(config) * mosa_head_flops(model.hidden_size, model.head_dim, length, selected)
+        (selected,) = self._selected(config, [length])
+        return round(self.count(config) * mosa_head_flops(model.hidden_size, model.head_dim, length, selected))
 
     def step_flops(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
         hidden, head_dim, length = config.model.hidden_size, config.model.head_dim, config.data.sequence_length
@@ -115,6 +117,8 @@ class MosaKind(HeadKind):
     def _selected(self, config: Config, lengths: Sequence[int]) -> list[float]:
         """Return how many tokens of each document a head selects, in proportion to its length if per sequence."""
         length, sparsity = config.data.sequence_length, config.mosa.sparsity
+        if config.mosa.selection == "token_choice":  # equal loads
+            return [document * config.heads_per_token / max(self.count(config), 1) for document in lengths]
         if config.mosa.selection_scope == "document":
             return [num_selected_tokens(document, sparsity) for document in lengths]
         return [num_selected_tokens(length, sparsity) * document / length for document in lengths]
@@ -123,7 +127,8 @@ class MosaKind(HeadKind):
         return config.mosa.selection == "expert_choice"
 
     def describe(self, config: Config) -> str:
-        return f"{self.count(config)} MoSA (sparsity {config.mosa.sparsity:g})"
+        how = ", token choice" if config.mosa.selection == "token_choice" else ""
+        return f"{self.count(config)} MoSA (sparsity {config.mosa.sparsity:g}{how})"
 
 
 # In the order in which a layer adds them up.

@@ -87,8 +87,8 @@ class MosaSection:
     include_first_token: bool = key(True, "always select token 0 (within documents: the first token of each)")
     selection: str = key(
         "expert_choice",
-        "expert_choice (the paper's; not causal) | threshold (causal: tokens above a threshold)",
-        choices=("expert_choice", "threshold"),
+        "expert_choice (the paper's; not causal) | threshold (tokens above a threshold) | token_choice (by each token)",
+        choices=("expert_choice", "threshold", "token_choice"),
     )
     selection_scope: str = key(
         "sequence",
@@ -97,7 +97,7 @@ class MosaSection:
     )
     capacity_factor: float = key(
         2.0,
-        "threshold: in training a head takes at most this many times k tokens, the earliest first",
+        "threshold, token_choice: in training a head takes at most this many times k tokens, the earliest first",
         at_least=1,
         reason="below 1, a head that takes exactly its share would drop tokens",
     )
@@ -106,6 +106,9 @@ class MosaSection:
         250, "threshold: steps of expert choice at the start, while thresholds are tracked", at_least=1
     )
     load_feedback: float = key(0.0, "threshold: rise in logits per token taken beyond the head's share", at_least=0)
+    balance_rate: float = key(
+        1e-3, "token_choice: change per step of a head's bias towards equal loads of the heads", at_least=0
+    )
     backend: str = key(
         "auto", "auto (Triton on GPUs, else naive) | naive | triton", choices=("auto", "naive", "triton")
     )
@@ -311,6 +314,11 @@ class Config:
     resilience: ResilienceSection = field(default_factory=ResilienceSection)
     fault_injection: FaultInjectionSection = field(default_factory=FaultInjectionSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+
+    @property
+    def heads_per_token(self) -> int:
+        """How many MoSA heads a token takes with token choice: round(E / rho)."""
+        return round(self.mosa.num_heads / self.mosa.sparsity)
 
     @property
     def fixed_stride(self) -> int:

@@ -30,7 +30,8 @@ class MosaConfig(PretrainedConfig):
         sparsity: each MoSA head selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or about as many
             by its threshold.
         selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": the first
-            token and every token whose score is above the head's own threshold.
+            token and every token whose score is above the head's own threshold. "token_choice": the first token, and
+            every token that has the head among its round(num_mosa_heads / sparsity) heads of the largest scores.
         load_feedback: with "threshold", how far a head's threshold rises, in logits, for each token that it has
             selected in excess of 1 / sparsity of the tokens so far (and falls for each missing one).
         include_first_token: whether expert choice always selects token 0.
@@ -116,7 +117,7 @@ class MosaConfig(PretrainedConfig):
         for name, allowed in (
             ("hidden_act", ("gelu", "silu")),
             ("norm_type", ("LayerNorm", "RMSNorm")),
-            ("selection", ("expert_choice", "threshold")),
+            ("selection", ("expert_choice", "threshold", "token_choice")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
@@ -139,7 +140,12 @@ class MosaConfig(PretrainedConfig):
     @property
     def can_decode(self) -> bool:
         """Whether the model is causal: its output at a token depends only on the token and those before it."""
-        return not self.num_mosa_heads or self.selection == "threshold"
+        return not self.num_mosa_heads or self.selection != "expert_choice"
+
+    @property
+    def heads_per_token(self) -> int:
+        """How many heads a token takes with token choice."""
+        return round(self.num_mosa_heads / self.sparsity)
 
     def num_selected(self, length: int) -> int:
         """Return k, the number of ``length`` tokens that expert choice selects, and a threshold on average."""

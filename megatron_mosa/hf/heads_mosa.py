@@ -148,6 +148,18 @@ def select_with_feedback(margins: Tensor, before: Tensor, feedback: float, first
         chosen = update
 
 
+def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
+    """Return which ``number`` of the E heads each token takes, bool [B, E, T], by the sums of scores and biases [E].
+
+    Ties go to the earlier head.
+    """
+    keys = scores + bias[:, None]
+    least = keys.topk(number, dim=1).values[:, -1:]  # [B, 1, T]
+    is_above, is_tied = keys > least, keys == least
+    room = number - is_above.sum(dim=1, keepdim=True)
+    return is_above | (is_tied & (is_tied.cumsum(dim=1) <= room))
+
+
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
 
@@ -161,12 +173,17 @@ class MosaHeads(nn.Module):
         self.was_offloaded = False  # accelerate loads the weights from memory or disk for each call
         is_causal = config.selection == "threshold"  # thresholds are NaN until calibrated
         self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if is_causal else None)
+        is_balanced = config.selection == "token_choice"
+        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.float32) if is_balanced else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        thresholds = self.thresholds
+        kept = {name: buffer for name in ("thresholds", "head_bias") if (buffer := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
-        if thresholds is not None:  # moved as integers, so that a change of the model's dtype does not round them
-            self.thresholds = fn(thresholds.view(torch.int32)).view(torch.float32)
+        for (
+            name,
+            buffer,
+        ) in kept.items():  # moved as integers, so that a change of the model's dtype does not round them
+            setattr(self, name, fn(buffer.view(torch.int32)).view(torch.float32))
         return self
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
@@ -208,15 +225,14 @@ class MosaHeads(nn.Module):
     def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
         """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything."""
         rows.initialize(hidden_states, len(self.router_weight))
-        assert self.thresholds is not None
-        if can_run_kernels(hidden_states):
+        if self.thresholds is not None and can_run_kernels(hidden_states):
             weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
             states, share = hidden_states[:, 0], 1 / config.sparsity
             output = step_in_kernels(states, weights, self.thresholds, tokens, rows, config.load_feedback, share)
             return output[:, None]
         batch, _, width = hidden_states.shape
         scores = self.scores(hidden_states)
-        chosen = self.above_threshold(scores, tokens, rows.counts)[..., 0]  # [B, E]
+        chosen = self.chosen(scores, tokens, rows.counts)[..., 0]  # [B, E]
         sequence, head = chosen.nonzero(as_tuple=True)  # [n] each
         states = self.project_in(hidden_states[:, 0], sequence, head).unflatten(-1, (3, -1))  # [n, 3, h']
         table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
@@ -263,17 +279,19 @@ class MosaHeads(nn.Module):
         output = torch.zeros(batch, width, dtype=torch.float32, device=gated.device)
         return output.index_add_(0, sequence, projected.float())
 
-    def above_threshold(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """Return which tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence.
+    def chosen(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
+        """Return which tokens [B, E, T] each head selects, by its threshold or by their choice, with the first ones.
 
         Args:
             scores: [B, E, T].
             tokens: positions and padding.
             before: [B, E], number of tokens that each head selected before these; None: none.
         """
-        assert self.thresholds is not None
         first = (tokens.positions == 0)[:, None]  # [B or 1, 1, T]
         valid = torch.ones_like(first) if tokens.valid is None else tokens.valid[:, None]
+        if self.head_bias is not None:
+            return (choose_heads(scores, self.head_bias, self.config.heads_per_token) | first) & valid
+        assert self.thresholds is not None
         feedback = self.config.load_feedback
         if feedback == 0:
             return ((scores > self.thresholds[:, None]) | first) & valid
@@ -292,7 +310,7 @@ class MosaHeads(nn.Module):
         if self.config.selection == "expert_choice":
             return self.top_k(scores, tokens)
         length = scores.shape[-1]
-        chosen = self.above_threshold(scores, tokens, before)
+        chosen = self.chosen(scores, tokens, before)
         slots = chosen.cumsum(-1)  # from 1; slot 0 is for tokens that are not selected
         count = int(slots[..., -1].max())
         indices = slots.new_full((*slots.shape[:2], count + 1), length)  # [B, E, 1 + k]

@@ -40,6 +40,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         mosa_capacity_factor=mosa.capacity_factor,
         mosa_threshold_ema=mosa.threshold_ema,
         mosa_load_feedback=mosa.load_feedback,
+        mosa_balance_rate=mosa.balance_rate,
         mosa_threshold_warmup_steps=mosa.threshold_warmup_steps,
         mosa_selection_scope=mosa.selection_scope,
         mosa_attend_within_documents=model.attend_within_documents,

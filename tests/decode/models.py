@@ -26,6 +26,7 @@ KINDS = {
         "num_dense_heads": 2, "num_local_heads": 2, "local_window": 5, "num_fixed_heads": 2, "fixed_stride": 3,
         "num_mosa_heads": 6,
     },
+    "chosen": {"num_dense_heads": 2, "num_mosa_heads": 8},
     "followed": {"num_dense_heads": 2, "num_mosa_heads": 6, "load_feedback": 0.5},
 }  # fmt: skip
 
@@ -37,6 +38,8 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
         "sparsity": 4, "max_position_embeddings": 64,
     }  # fmt: skip
     gate = {"attention_gate": kind in GATED}
+    if kind == "chosen" and selection == "threshold":
+        selection = "token_choice"
     config = MosaConfig(**(sizes | gate | NO_HEADS | KINDS[kind] | changes), selection=selection)
     model = MosaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -45,6 +48,8 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
             center = float("norm" in name and "weight" in name)
             parameter.copy_(center + 0.3 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
+            if name.endswith("head_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
             if name.endswith("thresholds"):
                 buffer.copy_(torch.empty_like(buffer).uniform_(0.5, 0.9, generator=generator))
     return model

@@ -205,7 +205,7 @@ VARIANTS = {
 # Variants that share weights or add tensors to a batch run at both stages, the others at one.
 CELLS = [("swiglu", 1), ("rmsnorm", 3), ("tied", 1), ("tied", 3), ("grouped", 1), ("documents", 1), ("documents", 3)]
 CELLS += [("documents_by_sequence", 3), ("local", 1), ("fixed_documents", 1)]
-CELLS += [("fixed", 1), ("gated", 3), ("gated_local", 1), ("fixed_hybrid", 3)]
+CELLS += [("fixed", 1), ("gated", 3), ("gated_local", 1), ("fixed_hybrid", 3), ("token_choice", 3)]
 
 
 @pytest.fixture(scope="module")

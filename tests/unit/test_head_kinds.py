@@ -16,7 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import KINDS, MosaSelfAttention, looks_ahead
 from megatron_mosa.attention.config import HEAD_FIELDS
-from megatron_mosa.attention.thresholds import is_causal
+from megatron_mosa.attention.thresholds import (
+    forget_scores,
+    is_causal,
+    mosa_layers,
+    threshold_buffers,
+    update_thresholds,
+)
+from megatron_mosa.attention.token_choice import choose_heads
 from megatron_mosa.config import Config, head_counts
 from megatron_mosa.convert.model_config import from_transformers, to_transformers
 from megatron_mosa.convert.weights import model_weights
@@ -31,6 +38,7 @@ from megatron_mosa.model import (
     model_flops,
     paper_flops,
     parameter_count,
+    stored_tensors,
     transformer_config,
 )
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
@@ -60,6 +68,12 @@ def random_model(config: Config) -> MosaGPTModel:
             center = 0.0 if parameter.dim() > 1 else 1.0
             parameter.copy_(center + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def set_biases(model: MosaGPTModel) -> None:
+    for name, buffer in threshold_buffers(model).items():
+        if name.endswith("head_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(5)))
 
 
 def random_tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
@@ -92,6 +106,10 @@ class HeadKindTests:
     def uncounted_flops(self, config: Config) -> int:
         """Return the forward FLOPs of a layer that the paper's formulas count and torch's counter does not."""
         return 0
+
+    def counted_config(self) -> Config:
+        """Return the configuration whose FLOPs torch's counter counts in training."""
+        return self.config
 
     @property
     def config(self) -> Config:
@@ -129,7 +147,7 @@ class HeadKindTests:
         assert looks_ahead(self.config) == (not self.causal) == (not is_causal(model))
 
     def test_flops_of_the_paper_are_the_counted_ones(self, layout: Layout) -> None:
-        config = self.config
+        config = self.counted_config()
         tokens = random_tokens(1)
         model = build_model(config, VOCAB_SIZE)
         # The counter does not count the CPU's fused attention; the plain one consists of two matrix products.
@@ -142,8 +160,11 @@ class HeadKindTests:
     def test_parameter_count_and_names_are_those_of_the_model(self, layout: Layout) -> None:
         model = build_model(self.config, VOCAB_SIZE)
         assert parameter_count(self.config, VOCAB_SIZE) == sum(p.numel() for p in model.parameters())
-        wanted = {weight.name: weight.module_shape for weight in model_weights(self.config, 64) if weight.is_trained}
-        assert wanted == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        wanted = {weight.name: (weight.module_shape, weight.is_trained) for weight in model_weights(self.config, 64)}
+        found = {
+            name: (tuple(tensor.shape), is_trained) for name, (tensor, _, is_trained) in stored_tensors(model).items()
+        }
+        assert wanted == found
 
     @pytest.mark.parametrize("within", [False, True])
     @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
@@ -168,14 +189,15 @@ class HeadKindTests:
     def test_exported_model_is_the_same_with_and_without_a_cache(self, layout: Layout) -> None:
         config, tokens = self.config, random_tokens(3)
         model = random_model(config)
+        set_biases(model)
         theirs = to_transformers(config, 64)
         assert to_transformers(from_transformers(theirs | {"model_type": "mosa"})[0], 64) == theirs
         exported = MosaForCausalLM(MosaConfig(**theirs)).eval()
         assert exported.config.can_decode == self.causal
-        ours = dict(model.named_parameters())
+        ours = {name: stored.tensor for name, stored in stored_tensors(model).items()}
         state = {
             part: tensor
-            for weight in model_weights(config, 64) if weight.is_trained
+            for weight in model_weights(config, 64)
             for part, tensor in zip(
                 weight.parts, weight.fusion.split(weight.from_module(ours[weight.name])), strict=True
             )
@@ -299,3 +321,69 @@ class TestMosaByExpertChoice(HeadKindTests):
 
     def uncounted_flops(self, config: Config) -> int:
         return 8 * 8 * 6  # h' k a head: elementwise
+
+
+class TestMosaByTokenChoice(HeadKindTests):
+    option = "token_choice"  # each token takes 2 of 8 heads
+
+    def truth(self, heads: Any, states: Tensor, visible: Tensor, lengths: list[list[int]]) -> Tensor:
+        scores = torch.sigmoid(states @ heads.router_weight.T)  # [B, T, E]
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        for sequence, rows in enumerate(scores.tolist()):
+            for token, row in enumerate(rows):
+                for head in sorted(range(8), key=lambda head: -row[head])[:2]:
+                    chosen[sequence, token, head] = True
+            first = 0
+            for length in lengths[sequence]:
+                chosen[sequence, first] = True
+                first += length
+        output = torch.zeros_like(states)
+        positions, own = torch.arange(LENGTH), torch.eye(LENGTH, dtype=torch.bool)
+        for head in range(8):
+            query, key, value = (states @ heads.qkv_weight[head]).chunk(3, dim=-1)
+            query, key = (naive.apply_rotary(part, positions, 0.5, 10000.0) for part in (query, key))
+            seen = visible & chosen[:, None, :, head] | own
+            attended = masked_attention(query[:, None], key[:, None], value[:, None], seen)[:, 0]
+            gate = (scores[:, :, head] * chosen[:, :, head]).unsqueeze(-1)
+            output = output + (gate * attended) @ heads.proj_weight[head]
+        return output
+
+    def uncounted_flops(self, config: Config) -> int:
+        return 8 * 8 * 6  # h' k a head: elementwise
+
+    def counted_config(self) -> Config:
+        """With as many slots as a head of equal load needs: the formula assumes equal loads."""
+        return replace(self.config, mosa=replace(self.config.mosa, capacity_factor=1.0))
+
+    def test_ties_go_to_the_earlier_head(self) -> None:
+        scores = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.9]]).unsqueeze(-1)  # [1, E, 1]
+        for number, wanted in ((1, [1]), (2, [1, 4]), (3, [0, 1, 4]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 3, 4])):
+            assert choose_heads(scores, torch.zeros(5), number)[0, :, 0].nonzero().flatten().tolist() == wanted
+        bias = torch.tensor([0.0, 0.0, 0.3, 0.5, 0.0])
+        assert choose_heads(scores, bias, 2)[0, :, 0].nonzero().flatten().tolist() == [1, 3]  # ties again
+
+    def test_biases_make_loads_alike_and_leave_the_gate(self, layout: Layout) -> None:
+        config = replace(self.config, mosa=replace(self.config.mosa, balance_rate=0.02))
+        model, tokens = random_model(config).train(), random_tokens(8)
+        loads = []
+        for step in range(150):
+            if step == 1:
+                for heads in mosa_layers(model):  # a head with just its share keeps its bias
+                    moved = torch.sign(1 - cast(Tensor, heads.load))
+                    torch.testing.assert_close(heads.head_bias, 0.02 * moved)
+            logits_of(model, tokens)
+            for heads in mosa_layers(model):
+                assert heads.choices[-1] == tokens.numel() and heads.choices[:-1].sum() == 2 * tokens.numel()
+            update_thresholds(model, None)
+            loads.append(torch.stack([cast(Tensor, heads.load) for heads in mosa_layers(model)]))
+        assert loads[0].max() > 1.5 and loads[0].min() < 0.5
+        last = torch.stack(loads[-20:]).mean(0)  # biases swing around their best values
+        assert last.max() < 1.2 and last.min() > 0.8
+        heads = mosa_layers(model)[0]
+        assert not heads.choices.any()
+        states = torch.randn(LENGTH, 1, 24)
+        _, scores, _ = heads.attend(states, None, naive, False, False)
+        torch.testing.assert_close(scores[0, :, :], torch.sigmoid(states[:, 0] @ heads.router_weight.T).T)
+        logits_of(model, tokens)
+        forget_scores(model)
+        assert not heads.choices.any()

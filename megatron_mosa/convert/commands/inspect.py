@@ -62,7 +62,7 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     facts["model"] = (
         f"{model['num_layers']} layers of width {model['hidden_size']}; heads: {model['num_dense_heads']} dense, "
         f"{model.get('num_local_heads', 0)} local, {fixed}{mosa['num_heads']} MoSA"
-        + (" with thresholds" if mosa.get("selection") == "threshold" else "")
+        + {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
         + gated
     )
     facts["step"] = (

@@ -84,6 +84,9 @@ not what the model was trained for.""",
     "threshold": """All heads are causal: a MoSA head selects a token if its score is above the head's threshold.
 `generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
+    "token_choice": """All heads are causal: each token chooses the MoSA heads that select it, by its own scores.
+`generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
+(`tokenizer.padding_side = "left"`).""",
     "none": """All heads are causal. `generate` caches keys and values. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
 }
