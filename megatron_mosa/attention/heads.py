@@ -30,7 +30,8 @@ from megatron_mosa.kernels import (
 )
 from megatron_mosa.parallel import gather_first_dim
 
-THRESHOLD_BUFFERS = ("thresholds", "threshold_updates", "head_bias")
+_THRESHOLDS = ("thresholds", "threshold_updates")
+THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias")  # that checkpoints contain
 
 
 class PartitionedHeads(MegatronModule):
@@ -380,7 +381,7 @@ class MosaHeads(PartitionedHeads):
 
     def _add_thresholds(self, heads: int) -> None:
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        for name in THRESHOLD_BUFFERS:
+        for name in _THRESHOLDS:
             # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
             self.register_buffer(name, torch.zeros(heads, dtype=torch.int32, device=device).float())
             self.partition_dims[name] = 0

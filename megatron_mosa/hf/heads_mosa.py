@@ -157,7 +157,7 @@ def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
     least = keys.topk(number, dim=1).values[:, -1:]  # [B, 1, T]
     is_above, is_tied = keys > least, keys == least
     room = number - is_above.sum(dim=1, keepdim=True)
-    return is_above | (is_tied & (is_tied.cumsum(dim=1) <= room))
+    return is_above | (is_tied & (is_tied.cumsum(dim=1, dtype=torch.int32) <= room))
 
 
 class MosaHeads(nn.Module):

@@ -25,6 +25,7 @@ KINDS: dict[str, dict] = {
     "local": {"model__num_local_heads": 2},
     "fixed": {"model__num_fixed_heads": 4, "model__fixed_stride": 5},
     "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "model__num_local_heads": 2},
+    "token_choice": {"mosa__selection": "token_choice"},
     "attention": {"train__recompute": "attention"},
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
@@ -109,6 +110,7 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
         (2, True, "attention"),
         (2, True, "fixed"),
         (2, True, "gated"),
+        (2, True, "token_choice"),
     ],
 )
 def test_steps_on_two_cards(

@@ -218,6 +218,24 @@ def test_options_that_threshold_selection_does_not_support() -> None:
             load_config(QUICKSTART, [*by_threshold, override])
 
 
+def test_token_choice_leaves_each_token_a_head() -> None:
+    by_token = ["mosa.selection=token_choice", "mosa.num_heads=8"]
+    assert load_config(QUICKSTART, [*by_token, "mosa.sparsity=3"]).heads_per_token == 3
+    assert load_config(QUICKSTART, [*by_token, "mosa.sparsity=15"]).heads_per_token == 1
+    with pytest.raises(
+        UserError, match=r"^mosa.sparsity=16 leaves each token .* = 0 of mosa.num_heads=8 heads to choo"
+    ):
+        load_config(QUICKSTART, [*by_token, "mosa.sparsity=16"])
+    for override in ("mosa.include_first_token=false", "mosa.selection_scope=document"):
+        within = "model.attend_within_documents=true"
+        with pytest.raises(UserError, match=rf"^{override} is not supported with mosa.selection=token_choice"):
+            load_config(QUICKSTART, [*by_token, within, "mosa.sparsity=4", override])
+    with pytest.raises(
+        UserError, match="mosa.load_feedback=0.1 moves thresholds, but mosa.selection=token_choice has no"
+    ):
+        load_config(QUICKSTART, [*by_token, "mosa.sparsity=4", "mosa.load_feedback=0.1"])
+
+
 def test_mistakes_in_files(tmp_path: Path) -> None:
     cases = {
         "missing.yaml": (None, "does not exist"),

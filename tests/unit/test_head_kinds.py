@@ -257,6 +257,8 @@ class TestFixed(HeadKindTests):
 
     def test_only_multiples_of_the_stride_matter(self, layout: Layout) -> None:
         layer = MosaSelfAttention(transformer_config(self.config))
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
         states = torch.randn(LENGTH, 1, 24)
         changed = states.clone()
         changed[10] += 1  # no multiple of 3
@@ -323,6 +325,14 @@ class TestMosaByExpertChoice(HeadKindTests):
         return 8 * 8 * 6  # h' k a head: elementwise
 
 
+@pytest.mark.parametrize("selection", ["expert_choice", "threshold", "token_choice"])
+def test_conversions_know_the_state_of_each_selection(layout: Layout, selection: str) -> None:
+    config = tiny_config(mosa__selection=selection)
+    weights = {weight.name: weight.shape for weight in model_weights(config, 64)}
+    stored = stored_tensors(build_model(config, VOCAB_SIZE))
+    assert weights == {name: tuple(tensor.shape) for name, (tensor, _, _) in stored.items()}
+
+
 class TestMosaByTokenChoice(HeadKindTests):
     option = "token_choice"  # each token takes 2 of 8 heads
 
@@ -378,7 +388,7 @@ class TestMosaByTokenChoice(HeadKindTests):
             loads.append(torch.stack([cast(Tensor, heads.load) for heads in mosa_layers(model)]))
         assert loads[0].max() > 1.5 and loads[0].min() < 0.5
         last = torch.stack(loads[-20:]).mean(0)  # biases swing around their best values
-        assert last.max() < 1.2 and last.min() > 0.8
+        assert last.max() < 1.35 and last.min() > 0.65
         heads = mosa_layers(model)[0]
         assert not heads.choices.any()
         states = torch.randn(LENGTH, 1, 24)
