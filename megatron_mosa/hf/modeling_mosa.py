@@ -1,8 +1,8 @@
 """A MoSA language model (Mixture of Sparse Attention, arXiv 2505.00315) for transformers, in plain PyTorch.
 
-With ``selection="threshold"``, or without MoSA heads, the model is causal and decodes token by token with a cache.
-With ``selection="expert_choice"`` a MoSA head selects the tokens with the largest scores in the sequence, so its output
-at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
+Without MoSA heads, or with their ``selection`` "threshold" or "token_choice", the model is causal and decodes token by
+token with a cache. With "expert_choice" a MoSA head selects the tokens with the largest scores in the sequence, so its
+output at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
 """
 
 from __future__ import annotations

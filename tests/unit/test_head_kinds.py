@@ -32,6 +32,7 @@ from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import HEADS
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.kernels import Documents, get_backend, naive
+from megatron_mosa.metrics import recorded_selection, selection_statistics
 from megatron_mosa.model import (
     build_model,
     language_model_loss,
@@ -371,6 +372,24 @@ class TestMosaByTokenChoice(HeadKindTests):
             assert choose_heads(scores, torch.zeros(5), number)[0, :, 0].nonzero().flatten().tolist() == wanted
         bias = torch.tensor([0.0, 0.0, 0.3, 0.5, 0.0])
         assert choose_heads(scores, bias, 2)[0, :, 0].nonzero().flatten().tolist() == [1, 3]  # ties again
+
+    def test_statistics_are_of_the_choices(self, layout: Layout) -> None:
+        config = replace(self.config, mosa=replace(self.config.mosa, capacity_factor=1.0))
+        model, tokens = random_model(config).train(), random_tokens(1)
+        with recorded_selection(model):
+            logits_of(model, tokens)
+        taken = [heads.choices[:-1].tolist() for heads in mosa_layers(model)]
+        firsts = [  # token 0 goes to all heads, and counts only where it chose them
+            choose_heads(cast(Any, heads.selection)[0], heads.head_bias, 2)[0, :, 0] for heads in mosa_layers(model)
+        ]
+        update_thresholds(model, None)
+        found = selection_statistics(model)
+        for layer, (counts, first) in enumerate(zip(taken, firsts, strict=True)):
+            wanted = [count + (not chose) for count, chose in zip(counts, first.tolist(), strict=True)]
+            dropped = [max(0, count - 6) for count in wanted]
+            assert found["load_of_heads"][layer] == pytest.approx([count / 6 for count in counts])
+            assert found["overflow_share"][layer] == pytest.approx(sum(dropped) / sum(wanted)) and sum(dropped) > 0
+        assert "unselected_share" in found
 
     def test_biases_make_loads_alike_and_leave_the_gate(self, layout: Layout) -> None:
         config = replace(self.config, mosa=replace(self.config.mosa, balance_rate=0.02))

@@ -206,7 +206,10 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
         (dict(add_bias_linear=True), "no biases"),
         (dict(attention_dropout=0.1), "attention_dropout=0.1"),
         (dict(mosa_selection_scope="both"), "mosa_selection_scope must be one of sequence, document, got both"),
-        (dict(mosa_selection="router"), "mosa_selection must be one of expert_choice, threshold, got router"),
+        (
+            dict(mosa_selection="router"),
+            "mosa_selection must be one of expert_choice, threshold, token_choice, got router",
+        ),
         (dict(mosa_selection="threshold", mosa_selection_scope="document"), "does not support mosa_selection_scope"),
         (dict(mosa_capacity_factor=0.5), "mosa_capacity_factor must be at least 1, got 0.5"),
         (dict(mosa_selection="threshold", mosa_load_feedback=-0.1), "mosa_load_feedback must be at least 0, got -0.1"),
