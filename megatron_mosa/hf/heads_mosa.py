@@ -163,6 +163,9 @@ def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
 
+    thresholds: Tensor | None
+    head_bias: Tensor | None
+
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
         self.config = config
