@@ -60,7 +60,7 @@ class FixedKind(CausalKind):
         return sum(pairs(share * length) for length in lengths)
 
     def describe(self, config: Config) -> str:
-        return f"{self.count(config)} fixed (every {config.fixed_stride}th token)"
+        return f"{self.count(config)} fixed (stride {config.fixed_stride})"
 
     def exported(self, config: Config) -> dict[str, Any]:
         return super().exported(config) | {"fixed_stride": config.fixed_stride if self.count(config) else 0}
