@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_mosa.attention import num_selected_tokens
-from megatron_mosa.model.costs import dense_head_flops, mosa_head_flops
+from megatron_mosa.model import dense_head_flops, mosa_head_flops
 
 
 @dataclass(frozen=True)

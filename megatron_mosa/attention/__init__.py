@@ -4,6 +4,16 @@ from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.decoder_layer import DecoderLayer
 from megatron_mosa.attention.functional import mosa_attention, num_selected_tokens
 from megatron_mosa.attention.heads import PartitionedHeads
+from megatron_mosa.attention.kind import HeadKind
+from megatron_mosa.attention.kinds import (
+    KINDS,
+    causal_pairs,
+    dense_head_flops,
+    local_head_flops,
+    local_window,
+    looks_ahead,
+    mosa_head_flops,
+)
 from megatron_mosa.attention.layer import MosaSelfAttention
 from megatron_mosa.attention.overlap import run_overlapped
 from megatron_mosa.attention.recompute import MosaTransformerLayer, repetition
@@ -20,18 +30,26 @@ from megatron_mosa.attention.thresholds import (
 
 __all__ = [
     "DEAD",
+    "KINDS",
     "OVERLOADED",
     "DecoderLayer",
+    "HeadKind",
     "MosaSelfAttention",
     "MosaSpecProvider",
     "MosaTransformerConfig",
     "MosaTransformerLayer",
     "PartitionedHeads",
+    "causal_pairs",
+    "dense_head_flops",
     "forget_scores",
     "get_mosa_block_spec",
     "get_mosa_layer_spec",
     "is_causal",
+    "local_head_flops",
+    "local_window",
+    "looks_ahead",
     "mosa_attention",
+    "mosa_head_flops",
     "mosa_layers",
     "num_selected_tokens",
     "repetition",

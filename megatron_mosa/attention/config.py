@@ -15,7 +15,7 @@ _KEYS = {
     name: key
     for section, names in (
         (MosaSection, "sparsity selection selection_scope capacity_factor load_feedback"),
-        (MosaSection, "threshold_ema threshold_warmup_steps"),
+        (MosaSection, "threshold_ema threshold_warmup_steps balance_rate"),
         (ModelSection, "rotary_percent rotary_base"),
         (TrainSection, "recompute"),
     )
@@ -23,10 +23,18 @@ _KEYS = {
     if name in names.split()
 }
 
+# The fields that count the heads of each kind.
+HEAD_FIELDS = {
+    "dense": "num_attention_heads",
+    "local": "num_local_heads",
+    "fixed": "num_fixed_heads",
+    "mosa": "num_mosa_heads",
+}
+
 
 @dataclass
 class MosaTransformerConfig(TransformerConfig):
-    """The configuration of a transformer with dense, local and MoSA heads in each layer.
+    """The configuration of a transformer with dense, local, fixed and MoSA heads in each layer.
 
     ``num_attention_heads`` counts only dense heads (0: none). ``kv_channels``, the width of every head, must be set.
     Build GPTModel with ``position_embedding_type="none"``: the layer applies rotary embeddings itself, because MoSA
@@ -42,6 +50,15 @@ class MosaTransformerConfig(TransformerConfig):
     mosa_local_window: int = 0
     """Number of tokens that a local head attends to, including the token itself."""
 
+    num_fixed_heads: int = 0
+    """Number of heads on every ``mosa_fixed_stride``-th token, over all tensor-parallel ranks."""
+
+    mosa_fixed_stride: int = 0
+    """Fixed heads attend among tokens 0, this, twice this, ... of the sequence."""
+
+    mosa_attention_gate: bool = False
+    """Multiply the output of each dense and local head by a sigmoid of a linear function of the token's state."""
+
     mosa_sparsity: float = 16.0
     """rho: a head selects k = max(floor(T / rho), 2) of T tokens."""
 
@@ -50,11 +67,13 @@ class MosaTransformerConfig(TransformerConfig):
 
     mosa_selection: str = "expert_choice"
     """expert_choice: the k tokens with the largest scores; threshold: every token whose score is above its head's
-    threshold, and the first token (of each document), whatever ``mosa_include_first_token`` says. With thresholds, call
-    ``update_thresholds`` after each optimizer step."""
+    threshold; token_choice: each token goes to the round(E / rho) heads of its largest scores. Both select the first
+    token (of each document), too, whatever ``mosa_include_first_token`` says; with both, call ``update_thresholds``
+    after each optimizer step."""
 
     mosa_capacity_factor: float = 2.0
-    """With thresholds, in training: a head selects at most this times k tokens of a sequence, and drops later ones."""
+    """With thresholds or token choice, in training: a head selects at most this times k tokens of a sequence, and drops
+    later ones."""
 
     mosa_threshold_ema: float = 0.1
     """Weight of the last batch in the moving average of a threshold."""
@@ -62,6 +81,9 @@ class MosaTransformerConfig(TransformerConfig):
     mosa_load_feedback: float = 0.0
     """With thresholds: how much a head's threshold rises, in logits, for each token selected from the sequence (the
     document) beyond 1 / rho of the tokens so far; it falls if fewer were selected."""
+
+    mosa_balance_rate: float = 1e-3
+    """With token choice: how much a head's bias changes in a step, towards equal loads of all heads."""
 
     mosa_threshold_warmup_steps: int = 250
     """Number of threshold updates before training selects by thresholds; until then it uses expert choice."""
@@ -95,7 +117,7 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
         super().__post_init__()
         size = self.tensor_model_parallel_size
-        counts = {name: getattr(self, name) for name in ("num_attention_heads", "num_local_heads", "num_mosa_heads")}
+        counts = {field: getattr(self, field) for field in HEAD_FIELDS.values()}
         if sum(counts.values()) < 1:
             raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; expected at least one of them above 0")
         for name, heads in (counts | {"num_query_groups": self.num_query_groups or 0}).items():
@@ -108,6 +130,12 @@ class MosaTransformerConfig(TransformerConfig):
             )
         if self.num_local_heads and self.mosa_local_window < 1:
             raise ValueError(f"mosa_local_window must be at least 1 with local heads, got {self.mosa_local_window}")
+        if self.num_fixed_heads and self.mosa_fixed_stride < 1:
+            raise ValueError(f"mosa_fixed_stride must be at least 1 with fixed heads, got {self.mosa_fixed_stride}")
+        if self.mosa_attention_gate and not self.num_attention_heads + self.num_local_heads:
+            raise ValueError(
+                "mosa_attention_gate=True gates dense and local heads, but there are none; set it to False"
+            )
         if self.add_bias_linear or self.add_qkv_bias:
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:
@@ -132,9 +160,15 @@ class MosaTransformerConfig(TransformerConfig):
                 raise ValueError(message)
 
     def _check_selection(self) -> None:
-        if self.mosa_selection == "threshold" and self.mosa_selection_scope == "document":
+        if self.mosa_selection != "expert_choice" and self.mosa_selection_scope == "document":
             raise ValueError(
-                "mosa_selection='threshold' does not support mosa_selection_scope='document'; set 'sequence'"
+                f"mosa_selection={self.mosa_selection!r} does not support mosa_selection_scope='document'; set "
+                "'sequence'"
+            )
+        if self.mosa_selection == "token_choice" and self.num_mosa_heads and self.heads_per_token < 1:
+            raise ValueError(
+                f"mosa_sparsity={self.mosa_sparsity} leaves each token 0 of num_mosa_heads={self.num_mosa_heads} heads "
+                f"to choose; set it below {2 * self.num_mosa_heads}"
             )
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
             raise ValueError("mosa_load_feedback needs mosa_selection='threshold'; set it to 0 for expert choice")
@@ -150,5 +184,13 @@ class MosaTransformerConfig(TransformerConfig):
         return num_selected_tokens(sequence_length, self.mosa_sparsity)
 
     def capacity(self, sequence_length: int) -> int:
-        """Return the maximum number of tokens that a head with a threshold selects in training."""
-        return min(math.ceil(self.mosa_capacity_factor * self.num_selected(sequence_length)), sequence_length)
+        """Return the maximum number of tokens that a head selects in training, by threshold or token choice."""
+        share: float = self.num_selected(sequence_length)
+        if self.mosa_selection == "token_choice":
+            share = sequence_length * self.heads_per_token / self.num_mosa_heads
+        return min(math.ceil(self.mosa_capacity_factor * share), sequence_length)
+
+    @property
+    def heads_per_token(self) -> int:
+        """The number of MoSA heads that a token takes with token choice."""
+        return round(self.num_mosa_heads / self.mosa_sparsity)

@@ -15,6 +15,9 @@ from megatron_mosa.attention.recompute import MosaTransformerLayer
 from megatron_mosa.kernels import KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion
 
+Selected = tuple[Tensor | None, ...]
+"""What the heads of each kind in a layer have selected; None: they do not select."""
+
 
 class DecoderLayer(torch.nn.Module):
     """Computes what a ``MosaTransformerLayer`` does in training, with the parameters of that layer.
@@ -39,8 +42,6 @@ class DecoderLayer(torch.nn.Module):
         backend: str | None = "inductor",
     ) -> None:
         super().__init__()
-        kinds = {name for name, _ in layer.self_attention.named_children()}
-        assert kinds <= {"dense_heads", "local_heads", "mosa_heads"}, f"heads that this layer leaves out: {kinds}"
         self.layer = layer
         self.following_norm = following_norm
         self.kernels = kernels
@@ -73,18 +74,18 @@ class DecoderLayer(torch.nn.Module):
         return self._whole(hidden_states, above, documents, None)[0]
 
     def whole(
-        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of the whole layer, and the tokens that its MoSA heads selected."""
-        hidden_states, indices = self.attention(hidden_states, above, documents, indices)
-        return self.mlp(hidden_states), indices
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
+    ) -> tuple[Tensor, Selected]:
+        """Return the output of the whole layer, and what its heads selected."""
+        hidden_states, selected = self.attention(hidden_states, above, documents, selected)
+        return self.mlp(hidden_states), selected
 
     def attention(
-        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Add what the heads of all kinds contribute; ``indices`` is what MoSA heads have selected before."""
-        part, indices = self._heads(self._enter_heads(hidden_states), above, documents, indices)
-        return hidden_states + self.region.leave(part), indices
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
+    ) -> tuple[Tensor, Selected]:
+        """Add what the heads of all kinds contribute; ``selected`` is what they have selected before."""
+        part, selected = self._heads(self._enter_heads(hidden_states), above, documents, selected)
+        return hidden_states + self.region.leave(part), selected
 
     def mlp(self, hidden_states: Tensor) -> Tensor:
         """Add what the MLP contributes."""
@@ -108,14 +109,16 @@ class DecoderLayer(torch.nn.Module):
         return self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
 
     def _heads(
-        self, states: Tensor, above: bool, documents: PackedDocuments | None, indices: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        attention = self.layer.self_attention
-        parts = [heads(states, documents, self.kernels) for heads in attention.causal_heads]
-        if attention.mosa_heads is not None:
-            part, _, indices = attention.mosa_heads.attend(states, documents, self.kernels, True, above, indices)
+        self, states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
+    ) -> tuple[Tensor, Selected]:
+        parts: list[Tensor] = []
+        found: Selected = ()
+        for number, heads in enumerate(self.layer.self_attention.heads):
+            before = None if selected is None else selected[number]
+            part, own = heads.contribute(states, documents, self.kernels, above, before)
             parts.append(part)
-        return reduce(torch.add, parts), indices
+            found = (*found, own)
+        return reduce(torch.add, parts), found
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         config, mlp = self.layer.config, self.layer.mlp
@@ -132,7 +135,7 @@ class DecoderLayer(torch.nn.Module):
 
 
 def _recomputed(
-    part: Callable[..., tuple[Tensor, Tensor | None]],
+    part: Callable[..., tuple[Tensor, Selected]],
     hidden_states: Tensor,
     above: bool,
     documents: PackedDocuments | None,
@@ -142,11 +145,12 @@ def _recomputed(
     Reentrant, unlike ``recompute.recomputed``: what is compiled keeps other tensors when it is given a selection, which
     torch's other way of checkpointing does not allow, and its first pass need not keep any.
     """
-    selected: list[Tensor | None] = []
+    selected: list[Selected] = []
 
     def run(hidden_states: Tensor) -> Tensor:
-        output, indices = part(hidden_states, above, documents, selected[0] if selected else None)
-        selected.append(indices)
+        output, found = part(hidden_states, above, documents, selected[0] if selected else None)
+        if any(indices is not None for indices in found):  # otherwise nothing is compiled for the repetition
+            selected.append(found)
         return output
 
     return cast(Tensor, checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False))

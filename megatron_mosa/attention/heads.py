@@ -1,4 +1,4 @@
-"""Dense, local and MoSA heads of one tensor-parallel rank, without communication, which the hybrid layer does once."""
+"""Heads of one tensor-parallel rank, without communication, which the hybrid layer does once; dense, local and MoSA."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.recompute import is_repetition
+from megatron_mosa.attention.token_choice import choose_heads
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
     AnyDocuments,
@@ -27,8 +28,10 @@ from megatron_mosa.kernels import (
     naive,
     sliding_window_attention,
 )
+from megatron_mosa.parallel import gather_first_dim
 
-THRESHOLD_BUFFERS = ("thresholds", "threshold_updates")
+_THRESHOLDS = ("thresholds", "threshold_updates")
+THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias")  # that checkpoints contain
 
 
 class PartitionedHeads(MegatronModule):
@@ -68,6 +71,33 @@ class PartitionedHeads(MegatronModule):
         self.partition_dims[name] = partition_dim
         self.initialisers[name] = initialise
 
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the forward pass of training as a function of its arguments, for compiled layers.
+
+        Args:
+            hidden_states: [T, B, h].
+            documents: the documents of the batch; None: each sequence is one document.
+            kernels: the backend.
+            above: MoSA heads select by their thresholds, not by expert choice.
+            selected: what an earlier call with the same states returned, in a repetition for backward; else None.
+
+        Returns:
+            This rank's part of the sum over heads, [T, B, h], and what a repetition must not decide anew; None if the
+            heads decide nothing.
+        """
+        raise NotImplementedError("abstract")
+
+    def is_causal(self, training: bool) -> bool:
+        """Return whether no output depends on later tokens, in training or in evaluation."""
+        return True
+
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -92,13 +122,21 @@ class CausalHeads(PartitionedHeads):
     Args:
         heads: number of query heads, over all tensor-parallel ranks.
         groups: number of groups that share one key and one value head, over all tensor-parallel ranks.
+        is_gated: whether each head's output is multiplied by a sigmoid of a linear function of the token's state.
     """
 
+    stride = 1  # distance of the tokens that ``attend`` is called with, for their rotary positions
     qkv_weight: torch.nn.Parameter  # [G / tp * (H / G + 2) h', h]
     proj_weight: torch.nn.Parameter  # [h, H / tp * h']
+    gate_weight: torch.nn.Parameter  # [H / tp, h], if the heads are gated
 
     def __init__(
-        self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup, heads: int, groups: int
+        self,
+        config: MosaTransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        heads: int,
+        groups: int,
+        is_gated: bool,
     ) -> None:
         super().__init__(config, tp_group)
         head_dim, width = config.head_dim, config.hidden_size
@@ -107,6 +145,9 @@ class CausalHeads(PartitionedHeads):
         # rows: the queries, the key and the value of group 0, then of group 1, ...
         self.add_weight("qkv_weight", (groups * (self.queries_per_group + 2) * head_dim, width), 0, init)
         self.add_weight("proj_weight", (width, heads * head_dim), 1, output_init)
+        self.is_gated = is_gated
+        if is_gated:
+            self.add_weight("gate_weight", (heads, width), 0, init)
 
     def forward(
         self,
@@ -123,13 +164,30 @@ class CausalHeads(PartitionedHeads):
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
         qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
-        starts = documents.starts if documents is not None and config.mosa_restart_rotary else None
-        query, key, value = kernels.split_heads(qkv, config.mosa_rotary_percent, config.mosa_rotary_base, starts)
-        attended = self.attend(query, key, value, documents)  # [B, H, T, h']
-        return F.linear(attended.permute(2, 0, 1, 3).flatten(2), self.proj_weight)
+        starts = None
+        if documents is not None and config.mosa_restart_rotary:
+            starts = documents.starts if self.stride == 1 else documents.starts * self.stride
+        rotation = config.mosa_rotary_percent, config.mosa_rotary_base
+        query, key, value = kernels.split_heads(qkv, *rotation, starts, self.stride)
+        attended = self.attend(query, key, value, documents).permute(2, 0, 1, 3)  # [T, B, H, h']
+        if self.is_gated:
+            logits = F.linear(hidden_states, self.gate_weight)  # [T, B, H]
+            gate = torch.sigmoid(logits.to(naive.accumulation_dtype(logits.dtype))).unsqueeze(-1)
+            attended = (attended.to(gate.dtype) * gate).to(attended.dtype)
+        return F.linear(attended.flatten(2), self.proj_weight)
+
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self(hidden_states, documents, kernels), None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
-        """Compute causal attention without a T x T matrix in memory.
+        """Compute causal attention to all earlier tokens of the document, without a T x T matrix in memory.
 
         Args:
             query: [B, H, T, h'].
@@ -138,36 +196,36 @@ class CausalHeads(PartitionedHeads):
         Returns:
             [B, H, T, h'].
         """
-        raise NotImplementedError("abstract")
-
-
-class DenseHeads(CausalHeads):
-    """Heads that attend to all earlier tokens of the document, with torch's fused attention."""
-
-    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(config, tp_group, config.num_attention_heads, cast(int, config.num_query_groups))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         if documents is not None:
             return document_attention(query, key, value, documents)
         grouped = self.queries_per_group > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
 
+class DenseHeads(CausalHeads):
+    """Heads that attend to all earlier tokens of the document."""
+
+    def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        heads, groups = config.num_attention_heads, cast(int, config.num_query_groups)
+        super().__init__(config, tp_group, heads, groups, config.mosa_attention_gate)
+
+
 class LocalHeads(CausalHeads):
     """Heads that attend to the last ``mosa_local_window`` tokens of the document, including the token itself."""
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(config, tp_group, config.num_local_heads, config.num_local_heads)
+        heads = config.num_local_heads
+        super().__init__(config, tp_group, heads, heads, config.mosa_attention_gate)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         return sliding_window_attention(query, key, value, self.config.mosa_local_window, documents)
 
 
 class MosaHeads(PartitionedHeads):
-    """MoSA heads with expert choice or thresholds, initialised like the authors' code.
+    """MoSA heads with expert choice, thresholds or token choice, initialised like the authors' code.
 
-    With thresholds, every forward pass in training adds its scores to ``histogram``, for ``update_thresholds``.
+    For ``update_thresholds``, every forward pass in training adds its scores to ``histogram`` with thresholds, and its
+    choices to ``choices`` with token choice.
     """
 
     router_weight: torch.nn.Parameter  # [E / tp, h]
@@ -176,6 +234,8 @@ class MosaHeads(PartitionedHeads):
     thresholds: Tensor  # fp32 [E / tp]
     threshold_updates: Tensor  # fp32 [E / tp]: number of updates
     histogram: Tensor  # int32 [E / tp, bins]: scores since the last update
+    head_bias: Tensor  # fp32 [E / tp]: added to the scores for token choice
+    choices: Tensor  # int32 [E / tp + 1]: tokens that took each head, and all tokens, since the last update
 
     def __init__(self, config: MosaTransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, tp_group)
@@ -185,11 +245,14 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
         if config.mosa_selection == "threshold":
             self._add_thresholds(heads // tp_group.size())
-        self.load: Tensor | None = None  # fp32 [E / tp]: share of tokens above the threshold, times rho, of last batch
+        elif config.mosa_selection == "token_choice":
+            self._add_biases(heads // tp_group.size())
+        # fp32 [E / tp]: share of the last batch's tokens above the threshold, or that took the head, over its target
+        self.load: Tensor | None = None
         self.records_selection = False
         # Of the last recorded forward pass: scores [B, E, T] and indices [B, E, k] (T in empty slots).
         self.selection: tuple[Tensor, Tensor] | None = None
-        self.dropped: Tensor | None = None  # [E / tp]: tokens above the thresholds that the capacity dropped there
+        self.dropped: Tensor | None = None  # [E / tp]: tokens that the capacity dropped there
 
     def forward(self, hidden_states: Tensor, documents: AnyDocuments | None = None) -> Tensor:
         """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h]."""
@@ -227,21 +290,23 @@ class MosaHeads(PartitionedHeads):
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
-        has_thresholds = config.mosa_selection == "threshold"
         slots = None
         if indices is None:
-            if counts and has_thresholds:
+            keys, thresholds = self._keys(scores, above)
+            if counts and config.mosa_selection == "threshold":
                 kernels.count_scores(scores, self.histogram)
+            if counts and config.mosa_selection == "token_choice":
+                self.choices.add_(F.pad(keys.sum((0, 2), dtype=torch.int32), (0, 1), value=keys[:, 0].numel()))
             per_document = documents is not None and config.mosa_selection_scope == "document"
             indices, slots = select(
                 kernels,
-                scores,
+                keys,
                 config.num_selected if per_document else config.num_selected(length),
-                thresholds=self.thresholds if above else None,
+                thresholds=thresholds,
                 capacity=config.capacity(length) if self.training else None,
                 feedback=config.mosa_load_feedback,
                 share=1 / config.mosa_sparsity,
-                include_first_token=config.mosa_include_first_token or has_thresholds,
+                include_first_token=config.mosa_include_first_token or config.mosa_selection != "expert_choice",
                 documents=documents,
             )
         output = kernels.selected_attention(
@@ -259,14 +324,26 @@ class MosaHeads(PartitionedHeads):
         )
         return output.transpose(0, 1), scores, indices
 
+    def contribute(
+        self,
+        hidden_states: Tensor,
+        documents: AnyDocuments | None,
+        kernels: KernelBackend,
+        above: bool,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        output, _, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
+        return output, indices
+
     def _dropped(
         self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: AnyDocuments | None
     ) -> Tensor:
-        if not self.selects_above(self.training):
+        keys, thresholds = self._keys(scores, self.selects_above(self.training))
+        if thresholds is None:
             return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts
         feedback, share = self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
-        above = kernels.count_above(scores, self.thresholds, starts, feedback, share)  # [B, E]
+        above = kernels.count_above(keys, thresholds, starts, feedback, share)  # [B, E]
         return above.sum(0) - (indices < scores.shape[-1]).sum((0, 2))
 
     def selects_above(self, training: bool) -> bool:
@@ -278,6 +355,23 @@ class MosaHeads(PartitionedHeads):
             return False
         return self._num_updates() >= (self.config.mosa_threshold_warmup_steps if training else 1)
 
+    def _keys(self, scores: Tensor, above: bool) -> tuple[Tensor, Tensor | None]:
+        """Return what decides the selection, [B, E / tp, T], and the thresholds [E / tp] that it must exceed.
+
+        Without thresholds, each head selects its largest keys. The keys of token choice are 1 where the token takes the
+        head, else 0; a collective over the tensor-parallel group.
+        """
+        if self.config.mosa_selection != "token_choice":
+            return scores, self.thresholds if above else None
+        size, rank = self.tp_group.size(), self.tp_group.rank()
+        whole = gather_first_dim(scores.transpose(0, 1), self.tp_group).transpose(0, 1)  # [B, E, T]
+        chosen = choose_heads(whole, gather_first_dim(self.head_bias, self.tp_group), self.config.heads_per_token)
+        keys = chosen.chunk(size, dim=1)[rank].to(scores.dtype).contiguous()
+        return keys, keys.new_full(keys.shape[1:2], 0.5)
+
+    def is_causal(self, training: bool) -> bool:
+        return self.config.mosa_selection == "token_choice" or self.selects_above(training)
+
     def _num_updates(self) -> int:
         """Return the number of updates, cached until the buffer changes, so that forward passes do not synchronize."""
         updates = self.threshold_updates
@@ -287,13 +381,20 @@ class MosaHeads(PartitionedHeads):
 
     def _add_thresholds(self, heads: int) -> None:
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        for name in THRESHOLD_BUFFERS:
+        for name in _THRESHOLDS:
             # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
             self.register_buffer(name, torch.zeros(heads, dtype=torch.int32, device=device).float())
             self.partition_dims[name] = 0
         counts = torch.zeros(heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
         self.register_buffer("histogram", counts, persistent=False)
         self._counted = 0, 0, 0  # identity and version of threshold_updates, and its value at that version
+
+    def _add_biases(self, heads: int) -> None:
+        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
+        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.int32, device=device).float())  # see above
+        self.partition_dims["head_bias"] = 0
+        counts = torch.zeros(heads + 1, dtype=torch.int32, device=device)
+        self.register_buffer("choices", counts, persistent=False)
 
     def update(self, thresholds: Tensor, load: Tensor) -> None:
         """Set new thresholds [E / tp] and count the update; ``load`` [E / tp] is the load under the old ones."""
@@ -305,7 +406,7 @@ class MosaHeads(PartitionedHeads):
         self.load = load
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MosaHeads:
-        """Keep the thresholds in fp32 when the model is converted to another type, such as bf16."""
+        """Keep thresholds and biases in fp32 when the model is converted to another type, such as bf16."""
         kept = {name: self._buffers[name] for name in THRESHOLD_BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():

@@ -14,15 +14,18 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_mosa.attention.config import MosaTransformerConfig
-from megatron_mosa.attention.heads import CausalHeads, DenseHeads, LocalHeads, MosaHeads
+from megatron_mosa.attention.config import HEAD_FIELDS, MosaTransformerConfig
+from megatron_mosa.attention.heads import PartitionedHeads
+from megatron_mosa.attention.kinds import KINDS
 from megatron_mosa.attention.recompute import recomputed
 from megatron_mosa.kernels import AnyDocuments
 from megatron_mosa.parallel import sum_gradients
 
 
 class MosaSelfAttention(MegatronModule):
-    """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its dense, local and MoSA heads.
+    """Self-attention of a Megatron-core TransformerLayer whose output is the sum of its heads of all ``KINDS``.
+
+    The heads of a kind are the submodule ``dense_heads``, ``local_heads``, ...; None if there are none.
 
     Heads are partitioned over the tensor-parallel group. With sequence parallelism the input is gathered once and the
     output reduce-scattered once for all heads together; without it, there is one all-reduce each in forward and
@@ -45,9 +48,12 @@ class MosaSelfAttention(MegatronModule):
         self.layer_number = layer_number
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = groups.tp
-        self.dense_heads = DenseHeads(config, self.tp_group) if config.num_attention_heads else None
-        self.local_heads = LocalHeads(config, self.tp_group) if config.num_local_heads else None
-        self.mosa_heads = MosaHeads(config, self.tp_group) if config.num_mosa_heads else None
+        self.present: list[str] = []  # names of the submodules of ``heads``
+        for kind in KINDS:
+            name, count = f"{kind.name}_heads", getattr(config, HEAD_FIELDS[kind.name])
+            setattr(self, name, kind.heads(config, self.tp_group) if count else None)
+            if count:
+                self.present.append(name)
 
     def forward(
         self,
@@ -102,9 +108,9 @@ class MosaSelfAttention(MegatronModule):
         return documents
 
     @property
-    def causal_heads(self) -> list[CausalHeads]:
-        """The layer's heads that attend to the tokens before, of each kind that it has."""
-        return [heads for heads in (self.dense_heads, self.local_heads) if heads is not None]
+    def heads(self) -> list[PartitionedHeads]:
+        """The layer's heads, of each kind that it has."""
+        return [getattr(self, name) for name in self.present]
 
     def _heads(self, hidden_states: Tensor, documents: AnyDocuments | None) -> Tensor:
         """Gather the input and compute this rank's part of the sum over heads: [T, B, h]."""
@@ -113,10 +119,7 @@ class MosaSelfAttention(MegatronModule):
         else:
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
-        outputs = [heads(states, documents) for heads in self.causal_heads]
-        if self.mosa_heads is not None:
-            outputs.append(self.mosa_heads(states, documents))
-        output = reduce(torch.add, outputs)
+        output = reduce(torch.add, [heads(states, documents) for heads in self.heads])
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce other tensors
 
 

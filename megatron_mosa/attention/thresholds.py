@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads
+from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads, PartitionedHeads
+from megatron_mosa.attention.token_choice import balanced
 from megatron_mosa.kernels import HISTOGRAM_LOGITS
 
 DEAD, OVERLOADED = 0.5, 2.0  # loads beyond which a threshold jumps to the quantile instead of moving towards it
@@ -22,21 +23,26 @@ def mosa_layers(model: torch.nn.Module) -> list[MosaHeads]:
 
 
 def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that checkpoints contain, by name: thresholds and numbers of updates, fp32 [E / tp] each."""
+    """Return the buffers that checkpoints contain, by name, fp32 [E / tp] each.
+
+    Thresholds and the numbers of their updates, or the biases of token choice.
+    """
     return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in THRESHOLD_BUFFERS}
 
 
 def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
-    """Return whether no output depends on later tokens: there are no MoSA heads, or all select by thresholds.
+    """Return whether no output depends on later tokens: no heads look ahead, as MoSA heads do by expert choice.
 
-    In evaluation heads do so after the first update of their thresholds, in ``training`` after the warm-up.
+    With thresholds they are causal in evaluation after the first update, in ``training`` after the warm-up.
     """
-    return all(heads.selects_above(training) for heads in mosa_layers(model))
+    return all(heads.is_causal(training) for heads in model.modules() if isinstance(heads, PartitionedHeads))
 
 
 @torch.no_grad()
 def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Update all thresholds from the scores counted since the last call; call it after each optimizer step.
+    """Update all thresholds, or biases of token choice, from what was counted since the last call.
+
+    Call it after each optimizer step.
 
     A threshold is a moving average: it moves towards the quantile of the batch with weight ``mosa_threshold_ema``, or
     1 / (n + 1) in update n = 0, 1, ... if that is larger. If the head's load under the old threshold is below ``DEAD``
@@ -47,6 +53,7 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
         model: a module with MoSA layers, which ran in training mode since the last call.
         group: the ranks that processed different parts of the batch; None: this process processed all of it.
     """
+    _update_biases(model, group)
     layers = [heads for heads in mosa_layers(model) if heads.config.mosa_selection == "threshold"]
     if not layers:
         return
@@ -64,11 +71,28 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
         heads.update(thresholds, loads.float())
 
 
+def _update_biases(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
+    layers = [heads for heads in mosa_layers(model) if heads.config.mosa_selection == "token_choice"]
+    if not layers:
+        return
+    config = layers[0].config
+    counts = torch.stack([heads.choices for heads in layers])  # [L, E / tp + 1]
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    taken, target = counts[:, :-1].double(), counts[:, -1:].double() * config.heads_per_token / config.num_mosa_heads
+    for heads, own, expected in zip(layers, taken, target, strict=True):
+        heads.head_bias.copy_(balanced(heads.head_bias, own, expected, config.mosa_balance_rate))
+        heads.choices.zero_()
+        heads.load = (own / expected).float()
+
+
 def forget_scores(model: torch.nn.Module) -> None:
-    """Discard the scores counted since the last update; call it after a skipped step."""
+    """Discard what was counted since the last update; call it after a skipped step."""
     for heads in mosa_layers(model):
         if heads.config.mosa_selection == "threshold":
             heads.histogram.zero_()
+        elif heads.config.mosa_selection == "token_choice":
+            heads.choices.zero_()
 
 
 def quantile_of(counts: Tensor, share: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Configuration: typed dataclasses behind YAML files and ``section.key=value`` overrides."""
 
 from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.config.heads import HeadCount, head_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "DataSection",
     "FaultInjectionSection",
+    "HeadCount",
     "ModelSection",
     "MosaSection",
     "OptimizerSection",
@@ -36,6 +38,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "difference",
+    "head_counts",
     "keys_of",
     "load_config",
     "origins",

@@ -21,6 +21,7 @@ class Key:
         choices: the only values, if not empty. None is allowed where the field's type allows it.
         at_least, above, below, at_most: bounds of a number.
         reason: why a bound is what it is, for the error message.
+        counts: the kind of attention heads that the number counts, as it is written in a sentence; empty: none.
     """
 
     comment: str
@@ -30,6 +31,7 @@ class Key:
     below: float | None = None
     at_most: float | None = None
     reason: str = ""
+    counts: str = ""
 
     def bounds(self) -> str:
         """Return the bounds in words, such as "greater than 0 and at most 1", or "" if there are none."""

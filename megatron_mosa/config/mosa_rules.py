@@ -26,22 +26,28 @@ def documents(config: Config) -> None:
 
 
 def threshold(config: Config) -> None:
-    """Check options of threshold selection, and options that it does not support."""
+    """Check options of selection by thresholds or token choice, and options that these do not support."""
     mosa = config.mosa
     if mosa.load_feedback and mosa.selection != "threshold":
         raise UserError(
             f"mosa.load_feedback={mosa.load_feedback} moves thresholds, but mosa.selection={mosa.selection} has none; "
             "set mosa.selection=threshold, or mosa.load_feedback=0"
         )
-    if mosa.selection != "threshold":
+    if mosa.selection == "expert_choice":
         return
     if mosa.selection_scope == "document":
+        why = "a threshold selects each token" if mosa.selection == "threshold" else "each token chooses"
         raise UserError(
-            "mosa.selection_scope=document is not supported with mosa.selection=threshold: a threshold selects each "
-            "token regardless of its document; set mosa.selection_scope=sequence (attention stays within documents)"
+            f"mosa.selection_scope=document is not supported with mosa.selection={mosa.selection}: {why} "
+            "regardless of its document; set mosa.selection_scope=sequence (attention stays within documents)"
         )
     if not mosa.include_first_token:
         raise UserError(
-            "mosa.include_first_token=false is not supported with mosa.selection=threshold, which always selects the "
-            "first token; set mosa.include_first_token=true"
+            f"mosa.include_first_token=false is not supported with mosa.selection={mosa.selection}, which always "
+            "selects the first token; set mosa.include_first_token=true"
+        )
+    if mosa.selection == "token_choice" and mosa.num_heads and not config.heads_per_token:
+        raise UserError(
+            f"mosa.sparsity={mosa.sparsity:g} leaves each token round(mosa.num_heads / mosa.sparsity) = 0 of "
+            f"mosa.num_heads={mosa.num_heads} heads to choose; set mosa.sparsity below {2 * mosa.num_heads}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_mosa.config.heads import head_counts
 from megatron_mosa.config.keys import Key, default_of
 from megatron_mosa.config.load import config_to_dict
 from megatron_mosa.config.schema import Config
@@ -57,8 +58,7 @@ def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
 def summary(config: Config) -> str:
     """Return the model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
     model = config.model
-    counts = {"dense": model.num_dense_heads, "local": model.num_local_heads, "MoSA": config.mosa.num_heads}
-    heads = " + ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    heads = " + ".join(f"{count} {kind}" for kind, (_, count) in head_counts(config).items() if count)
     return (
         f"{model.num_layers} layers of width {model.hidden_size}, {heads} heads, {config.data.sequence_length:,} tokens"
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from megatron_mosa.config.blend import blend_parts
+from megatron_mosa.config.heads import head_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.mosa_rules import documents, threshold
 from megatron_mosa.config.schema import Config
@@ -153,11 +154,7 @@ def _listed(number: int) -> str:
 
 def _head_counts(config: Config) -> dict[str, int]:
     """Return the counts that the tensor-parallel size must divide, by key."""
-    counts = {
-        "model.num_dense_heads": config.model.num_dense_heads,
-        "model.num_local_heads": config.model.num_local_heads,
-        "mosa.num_heads": config.mosa.num_heads,
-    }
+    counts = dict(head_counts(config).values())
     groups = config.model.num_query_groups
     return counts if groups is None else counts | {"model.num_query_groups": groups}
 
@@ -182,6 +179,27 @@ def _heads(config: Config) -> None:
         raise UserError(
             f"model.local_window={model.local_window} has no local heads to apply to; set model.num_local_heads, or "
             "model.local_window=null: dense and MoSA heads have no window"
+        )
+    if model.attention_gate and not model.num_dense_heads + model.num_local_heads:
+        raise UserError(
+            "model.attention_gate=true gates dense and local heads, but there are none: MoSA heads are gated by their "
+            "score, and fixed heads have no gate; set model.attention_gate=false"
+        )
+
+
+def _fixed_heads(config: Config) -> None:
+    model, stride = config.model, config.fixed_stride
+    if not model.num_fixed_heads:
+        if model.fixed_stride is not None:
+            raise UserError(
+                f"model.fixed_stride={model.fixed_stride} has no fixed heads to apply to; set model.num_fixed_heads, "
+                "or model.fixed_stride=null"
+            )
+    elif stride >= config.data.sequence_length:
+        key = "mosa.sparsity" if model.fixed_stride is None else "model.fixed_stride"
+        raise UserError(
+            f"{key}={stride} leaves fixed heads only token 0 of data.sequence_length={config.data.sequence_length}; "
+            "set model.fixed_stride below that"
         )
 
 
@@ -239,6 +257,6 @@ def _run_name(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _run_name, _parallelism_that_exists, _values, _profiled_steps, _zero_cells, _apex, _sequence, _heads,
+    _run_name, _parallelism_that_exists, _values, _profiled_steps, _zero_cells, _apex, _sequence, _heads, _fixed_heads,
     documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _dataset,
 )  # fmt: skip

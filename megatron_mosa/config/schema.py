@@ -32,11 +32,26 @@ class ModelSection:
     num_layers: int = required("transformer layers", at_least=1)
     hidden_size: int = required("h, the width of the residual stream", at_least=1)
     ffn_hidden_size: int | None = key(None, "width of the MLP; null: 4 * hidden_size", at_least=1)
-    num_dense_heads: int = key(4, "dense causal heads next to the MoSA heads; 0: none", at_least=0)
+    num_dense_heads: int = key(4, "dense causal heads next to the MoSA heads; 0: none", at_least=0, counts="dense")
     num_query_groups: int | None = key(None, "key/value heads of the dense heads; null: one per dense head", at_least=1)
-    num_local_heads: int = key(0, "sliding-window heads, with or without dense heads", at_least=0)
+    num_local_heads: int = key(0, "sliding-window heads, with or without dense heads", at_least=0, counts="local")
     local_window: int | None = key(
         None, "tokens a local head sees, including its own; null: sequence_length / sparsity", at_least=1
+    )
+    num_fixed_heads: int = key(
+        0,
+        "heads that attend among every fixed_stride-th token: the paper's static baseline",
+        at_least=0,
+        counts="fixed",
+    )
+    fixed_stride: int | None = key(
+        None,
+        "fixed heads attend among every fixed_stride-th token, from token 0; null: sparsity, rounded down",
+        at_least=1,
+    )
+    attention_gate: bool = key(
+        False,
+        "gate the outputs of dense and local heads by a sigmoid of the token's state, one per head, as MoSA heads are",
     )
     head_dim: int = key(64, "h', of all heads (heads * head_dim need not equal hidden_size)", at_least=1)
     activation: str = key("gelu", "gelu (two matrices) | swiglu (three)", choices=("gelu", "swiglu"))
@@ -62,7 +77,7 @@ class ModelSection:
 class MosaSection:
     """MoSA heads (arXiv 2505.00315, section 3)."""
 
-    num_heads: int = required("MoSA heads; 0: a dense model", at_least=0)
+    num_heads: int = required("MoSA heads; 0: a dense model", at_least=0, counts="MoSA")
     sparsity: float = key(
         16.0,
         "rho: each head selects k = max(floor(sequence_length / rho), 2) tokens",
@@ -72,8 +87,8 @@ class MosaSection:
     include_first_token: bool = key(True, "always select token 0 (within documents: the first token of each)")
     selection: str = key(
         "expert_choice",
-        "expert_choice (the paper's; not causal) | threshold (causal: tokens above a threshold)",
-        choices=("expert_choice", "threshold"),
+        "expert_choice (the paper's; not causal) | threshold (tokens above a threshold) | token_choice (by each token)",
+        choices=("expert_choice", "threshold", "token_choice"),
     )
     selection_scope: str = key(
         "sequence",
@@ -82,7 +97,7 @@ class MosaSection:
     )
     capacity_factor: float = key(
         2.0,
-        "threshold: in training a head takes at most this many times k tokens, the earliest first",
+        "threshold, token_choice: in training a head takes at most this many times k tokens, the earliest first",
         at_least=1,
         reason="below 1, a head that takes exactly its share would drop tokens",
     )
@@ -91,6 +106,9 @@ class MosaSection:
         250, "threshold: steps of expert choice at the start, while thresholds are tracked", at_least=1
     )
     load_feedback: float = key(0.0, "threshold: rise in logits per token taken beyond the head's share", at_least=0)
+    balance_rate: float = key(
+        1e-3, "token_choice: change per step of a head's bias towards equal loads of the heads", at_least=0
+    )
     backend: str = key(
         "auto", "auto (Triton on GPUs, else naive) | naive | triton", choices=("auto", "naive", "triton")
     )
@@ -301,3 +319,13 @@ class Config:
     resilience: ResilienceSection = field(default_factory=ResilienceSection)
     fault_injection: FaultInjectionSection = field(default_factory=FaultInjectionSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+
+    @property
+    def heads_per_token(self) -> int:
+        """How many MoSA heads a token takes with token choice: round(E / rho)."""
+        return round(self.mosa.num_heads / self.mosa.sparsity)
+
+    @property
+    def fixed_stride(self) -> int:
+        """``model.fixed_stride``, or its default."""
+        return self.model.fixed_stride or int(self.mosa.sparsity)

@@ -7,6 +7,7 @@ from megatron_mosa.convert.formats.safetensors import read_json
 from megatron_mosa.convert.initial import find_initial_weights
 from megatron_mosa.convert.locate import Kind, find_model
 from megatron_mosa.convert.logits import load_weights, single_process_groups
+from megatron_mosa.convert.model_config import from_transformers
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ModelReader",
     "find_initial_weights",
     "find_model",
+    "from_transformers",
     "import_layer",
     "load_weights",
     "open_dataset",

@@ -70,6 +70,6 @@ class ModelWithAddedHeads:
         if ".mosa_heads." not in name:
             return self.model.read(name)
         shape = next(weight.shape for weight in self.weights if weight.name == name)
-        if name.endswith((".proj_weight", ".thresholds", ".threshold_updates")):
+        if name.endswith((".proj_weight", ".thresholds", ".threshold_updates", ".head_bias")):
             return torch.zeros(shape)
         return draw(self.config.run.seed, name, shape, self.initialisers[name.rpartition(".")[2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_mosa.attention import KINDS
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.errors import UserError
 
@@ -26,14 +27,14 @@ _SAME = {
     "include_first_token": ("mosa", "include_first_token"),
     "max_position_embeddings": ("data", "sequence_length"),
 }
-# How MoSA heads select, and how documents of a packed sequence were separated in training. Older exports and Llamas
-# do not have these keys.
+# Keys that older exports and Llamas do not have.
 _OPTIONAL = {
     "selection": ("mosa", "selection"),
     "load_feedback": ("mosa", "load_feedback"),
     "attend_within_documents": ("model", "attend_within_documents"),
     "restart_rotary": ("model", "restart_rotary"),
     "selection_scope": ("mosa", "selection_scope"),
+    "attention_gate": ("model", "attention_gate"),
 }
 _ACTIVATIONS = {"gelu": "gelu", "swiglu": "silu"}
 
@@ -61,13 +62,13 @@ def model_config(tree: dict[str, Any]) -> Config:
 
 def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
     """Return the arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
-    from megatron_mosa.model import local_window
-
     ours = {"model": config.model, "mosa": config.mosa, "data": config.data}
-    return {key: getattr(ours[section], name) for key, (section, name) in (_SAME | _OPTIONAL).items()} | {
+    found = {key: getattr(ours[section], name) for key, (section, name) in (_SAME | _OPTIONAL).items()}
+    for kind in KINDS:
+        found |= kind.exported(config)
+    return found | {
         "vocab_size": vocab_rows,
         "num_key_value_heads": config.model.num_query_groups or config.model.num_dense_heads,
-        "local_window": local_window(config) if config.model.num_local_heads else 0,
         "hidden_act": _ACTIVATIONS[config.model.activation],
     }
 
@@ -95,8 +96,10 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
         tree["model"]["vocab_size_multiple"] = theirs["vocab_size"]
         if theirs["num_key_value_heads"] != theirs["num_dense_heads"]:
             tree["model"]["num_query_groups"] = theirs["num_key_value_heads"]
-        if theirs["num_local_heads"]:
-            tree["model"]["local_window"] = theirs["local_window"]
+        for kind in KINDS:
+            for key, value in kind.imported(theirs).items():
+                section, _, name = key.partition(".")
+                tree[section][name] = value
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing; importing a {kind} model requires it") from None
     return model_config(tree), theirs["vocab_size"]

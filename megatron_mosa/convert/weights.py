@@ -1,9 +1,10 @@
 """Describe names and layouts of weights in this project, transformers and Megatron-LM, for every conversion.
 
-In transformers every projection has its own matrix; here some projections share a tensor. Weights of MoSA heads are the
-same on both sides: ``router_weight`` [E, h], ``qkv_weight`` [E, h, 3h'] with columns q, k, v, ``proj_weight``
-[E, h', h], and ``thresholds`` [E] if the heads select by thresholds. Megatron-LM has only dense heads, laid out as
-here; it stacks all layers in one tensor [L, ...], or gives each layer its own.
+In transformers every projection has its own matrix; here some projections share a tensor. Heads and their weights are
+those of ``attention.KINDS``. Weights of MoSA heads are the same on both sides: ``router_weight`` [E, h], ``qkv_weight``
+[E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h], and ``thresholds`` or ``head_bias`` [E], by selection.
+Megatron-LM has only dense heads, laid out as here; it stacks all layers in one tensor [L, ...], or gives each layer its
+own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_mosa.attention import KINDS
 from megatron_mosa.config import Config
 from megatron_mosa.parallel import Partition
 
@@ -31,6 +33,8 @@ _NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
+# Our weights of heads with Megatron's layout -> the initials of their projections in transformers.
+_PROJECTIONS = {"qkv_weight": "qkv", "proj_weight": "o", "gate_weight": "g"}
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -200,29 +204,21 @@ def _norm(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
 
 
 def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
-    model, mosa_heads = config.model, config.mosa.num_heads
-    width, head_dim, dense, local = model.hidden_size, model.head_dim, model.num_dense_heads, model.num_local_heads
-    for kind, heads, groups in (
-        ("dense_heads", dense, model.num_query_groups or dense),
-        ("local_heads", local, local),
-    ):
-        if heads:
-            yield Weight(
-                f"{ours}{kind}.qkv_weight",
-                ((heads + 2 * groups) * head_dim, width),
-                tuple(f"{theirs}{kind}.{part}_proj.weight" for part in "qkv"),
-                GroupedQkv(heads, groups, head_dim),
-            )
-            shape = (width, heads * head_dim)
-            yield Weight(f"{ours}{kind}.proj_weight", shape, (f"{theirs}{kind}.o_proj.weight",))
-    if mosa_heads:
-        shapes = {
-            "router_weight": (mosa_heads, width),
-            "qkv_weight": (mosa_heads, width, 3 * head_dim),
-            "proj_weight": (mosa_heads, head_dim, width),
-        }
-        for name, shape in shapes.items():
-            yield Weight(f"{ours}mosa_heads.{name}", shape, (f"{theirs}mosa_heads.{name}",))
+    for kind in KINDS:
+        heads, groups = kind.count(config), kind.groups(config)
+        for name, shape in kind.weights(config).items() if heads else ():
+            # Heads with Megatron's layout consist of linear layers in transformers; others keep their tensors.
+            parts, fusion = (name,), SINGLE_TENSOR
+            if groups is not None:
+                parts = tuple(f"{part}_proj.weight" for part in _PROJECTIONS[name])
+            if groups is not None and name == "qkv_weight":
+                fusion = GroupedQkv(heads, groups, config.model.head_dim)
+            prefix = f"{theirs}{kind.name}_heads."
+            yield Weight(f"{ours}{kind.name}_heads.{name}", shape, tuple(prefix + part for part in parts), fusion)
+    mosa_heads = config.mosa.num_heads
+    if mosa_heads and config.mosa.selection == "token_choice":
+        bias = "mosa_heads.head_bias"
+        yield Weight(ours + bias, (mosa_heads,), (theirs + bias,), is_trained=False)
     if mosa_heads and config.mosa.selection == "threshold":
         name, shape = "mosa_heads.thresholds", (mosa_heads,)
         yield Weight(ours + name, shape, (theirs + name,), is_trained=False)

@@ -1,7 +1,8 @@
-"""The key-value cache: all tokens of dense heads, a window of local heads, the selected tokens of MoSA heads."""
+"""The key-value cache, of each kind of heads: all tokens, a window, or the tokens that the heads attend among."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_mosa import MosaConfig
-from .rows_mosa import DenseRows, Rows, SelectedRows, WindowRows
+from .rows_mosa import DenseRows, FixedRows, Rows, SelectedRows, WindowRows
 
 # The name of the cache in arguments and outputs of transformers: "past_key_values" in earlier versions.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# What stores the keys and values of each kind of heads.
+ROWS: dict[str, Callable[[MosaConfig], Rows]] = {
+    "dense": lambda _: DenseRows(),
+    "local": lambda config: WindowRows(config.local_window),
+    "fixed": lambda _: FixedRows(),
+    "mosa": lambda _: SelectedRows(),
+}
 
 
 class MosaCacheLayer(CacheLayerMixin):
@@ -21,6 +30,7 @@ class MosaCacheLayer(CacheLayerMixin):
 
     is_croppable = False
     supports_early_init = False
+    mosa: SelectedRows | None
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
@@ -29,14 +39,12 @@ class MosaCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.length = 0  # columns of the input so far, including padding
-        self.dense = DenseRows() if self.config.num_dense_heads else None
-        self.local = WindowRows(self.config.local_window) if self.config.num_local_heads else None
-        self.mosa = SelectedRows() if self.config.num_mosa_heads else None
+        for kind, create in ROWS.items():
+            setattr(self, kind, create(self.config) if getattr(self.config, f"num_{kind}_heads") else None)
 
     def parts(self) -> dict[str, Rows]:
         """Return the storage of each kind of heads."""
-        parts = {"dense": self.dense, "local": self.local, "mosa": self.mosa}
-        return {kind: rows for kind, rows in parts.items() if rows is not None}
+        return {kind: rows for kind in ROWS if (rows := getattr(self, kind)) is not None}
 
     def get_seq_length(self) -> int:
         """Return the number of columns of the input so far, including padding."""
@@ -135,6 +143,8 @@ def cache_shape(config: MosaConfig) -> dict[str, int]:
         "num_key_value_heads",
         "num_local_heads",
         "local_window",
+        "num_fixed_heads",
+        "fixed_stride",
         "num_mosa_heads",
     )
     return {name: getattr(config, name) for name in names}

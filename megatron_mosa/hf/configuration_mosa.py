@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 class MosaConfig(PretrainedConfig):
     """Configuration of a MoSA language model.
 
-    Every layer sums dense heads (all previous tokens), local heads (a sliding window) and MoSA heads (each among the
-    tokens that it selects). There may be 0 heads of a kind.
+    Every layer sums dense heads (all previous tokens), local heads (a sliding window), fixed heads (every so many
+    tokens) and MoSA heads (each among the tokens that it selects). There may be 0 heads of a kind.
 
     Args:
         vocab_size: rows of the embedding, including padding.
@@ -23,11 +23,15 @@ class MosaConfig(PretrainedConfig):
         num_key_value_heads: number of key and value heads that the dense heads share in groups; None: one each.
         num_local_heads: number of sliding-window heads.
         local_window: number of tokens that a local head sees, including the token itself.
+        num_fixed_heads: number of fixed heads.
+        fixed_stride: fixed heads attend among the tokens whose position is a multiple of this.
+        attention_gate: whether the outputs of dense and local heads are multiplied by a sigmoid of the token's state.
         num_mosa_heads: E, the number of MoSA heads.
         sparsity: each MoSA head selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or about as many
             by its threshold.
         selection: "expert_choice": the k tokens with the largest scores, which is not causal. "threshold": the first
-            token and every token whose score is above the head's own threshold.
+            token and every token whose score is above the head's own threshold. "token_choice": the first token, and
+            every token that has the head among its round(num_mosa_heads / sparsity) heads of the largest scores.
         load_feedback: with "threshold", how far a head's threshold rises, in logits, for each token that it has
             selected in excess of 1 / sparsity of the tokens so far (and falls for each missing one).
         include_first_token: whether expert choice always selects token 0.
@@ -78,6 +82,9 @@ class MosaConfig(PretrainedConfig):
         attend_within_documents: bool = False,
         restart_rotary: bool = False,
         selection_scope: str = "sequence",
+        num_fixed_heads: int = 0,
+        fixed_stride: int = 0,
+        attention_gate: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -104,27 +111,41 @@ class MosaConfig(PretrainedConfig):
         self.attend_within_documents = attend_within_documents
         self.restart_rotary = restart_rotary
         self.selection_scope = selection_scope
+        self.num_fixed_heads = num_fixed_heads
+        self.fixed_stride = fixed_stride
+        self.attention_gate = attention_gate
         for name, allowed in (
             ("hidden_act", ("gelu", "silu")),
             ("norm_type", ("LayerNorm", "RMSNorm")),
-            ("selection", ("expert_choice", "threshold")),
+            ("selection", ("expert_choice", "threshold", "token_choice")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        if num_dense_heads + num_local_heads + num_mosa_heads < 1:
-            raise ValueError("num_dense_heads, num_local_heads and num_mosa_heads are all 0; set one of them above 0")
+        heads = num_dense_heads + num_local_heads + num_fixed_heads + num_mosa_heads
+        if heads < 1:
+            raise ValueError(
+                "num_dense_heads, num_local_heads, num_fixed_heads and num_mosa_heads are all 0; set one of them above "
+                "0"
+            )
         if num_local_heads and local_window < 1:
             raise ValueError(f"local_window must be at least 1 with local heads, got {local_window}")
+        if num_fixed_heads and fixed_stride < 1:
+            raise ValueError(f"fixed_stride must be at least 1 with fixed heads, got {fixed_stride}")
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
         self.use_cache = use_cache and self.can_decode  # the default of generate
-        self.num_attention_heads = num_dense_heads + num_local_heads + num_mosa_heads
+        self.num_attention_heads = heads
 
     @property
     def can_decode(self) -> bool:
         """Whether the model is causal: its output at a token depends only on the token and those before it."""
-        return not self.num_mosa_heads or self.selection == "threshold"
+        return not self.num_mosa_heads or self.selection != "expert_choice"
+
+    @property
+    def heads_per_token(self) -> int:
+        """How many heads a token takes with token choice."""
+        return round(self.num_mosa_heads / self.sparsity)
 
     def num_selected(self, length: int) -> int:
         """Return k, the number of ``length`` tokens that expert choice selects, and a threshold on average."""

@@ -1,7 +1,8 @@
-"""The attention heads of a MoSA language model: dense, local and MoSA heads, with or without a cache."""
+"""The attention of a MoSA language model: its dense, local and MoSA heads, with or without a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
+from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels
-from .rows_mosa import DenseRows, SelectedRows, WindowRows
+from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
 from .tokens_mosa import Tokens, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
@@ -35,6 +37,7 @@ class MosaCausalHeads(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
+        self.g_proj = nn.Linear(config.hidden_size, heads, bias=False) if config.attention_gate else None
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]. The tokens attend to those in ``rows``, too, and are added to them."""
@@ -52,7 +55,11 @@ class MosaCausalHeads(nn.Module):
         else:
             assert rows is None or isinstance(rows, WindowRows)
             attended = self.attend_in_window(query, key, value, tokens, rows)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2)  # [B, T, heads, h']
+        if self.g_proj is not None:
+            gate = torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
+            attended = (attended.float() * gate).to(attended.dtype)
+        return self.o_proj(attended.flatten(2))
 
     def attend_in_window(
         self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, rows: WindowRows | None
@@ -84,12 +91,6 @@ class MosaCausalHeads(nn.Module):
             if rows is not None:
                 rows.write(key[:, :, chunk], value[:, :, chunk], query_positions, valid)
         return torch.cat(outputs, dim=2)
-
-
-def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Convert cached keys and values to the queries' dtype, which torch.autocast may have changed in between."""
-    keys, values = keys_and_values
-    return keys.to(dtype), values.to(dtype)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
@@ -147,8 +148,23 @@ def select_with_feedback(margins: Tensor, before: Tensor, feedback: float, first
         chosen = update
 
 
+def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
+    """Return which ``number`` of the E heads each token takes, bool [B, E, T], by the sums of scores and biases [E].
+
+    Ties go to the earlier head.
+    """
+    keys = scores + bias[:, None]
+    least = keys.topk(number, dim=1).values[:, -1:]  # [B, 1, T]
+    is_above, is_tied = keys > least, keys == least
+    room = number - is_above.sum(dim=1, keepdim=True)
+    return is_above | (is_tied & (is_tied.cumsum(dim=1, dtype=torch.int32) <= room))
+
+
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
+
+    thresholds: Tensor | None
+    head_bias: Tensor | None
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
@@ -160,12 +176,17 @@ class MosaHeads(nn.Module):
         self.was_offloaded = False  # accelerate loads the weights from memory or disk for each call
         is_causal = config.selection == "threshold"  # thresholds are NaN until calibrated
         self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if is_causal else None)
+        is_balanced = config.selection == "token_choice"
+        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.float32) if is_balanced else None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        thresholds = self.thresholds
+        kept = {name: buffer for name in ("thresholds", "head_bias") if (buffer := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
-        if thresholds is not None:  # moved as integers, so that a change of the model's dtype does not round them
-            self.thresholds = fn(thresholds.view(torch.int32)).view(torch.float32)
+        for (
+            name,
+            buffer,
+        ) in kept.items():  # moved as integers, so that a change of the model's dtype does not round them
+            setattr(self, name, fn(buffer.view(torch.int32)).view(torch.float32))
         return self
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
@@ -207,15 +228,14 @@ class MosaHeads(nn.Module):
     def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
         """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything."""
         rows.initialize(hidden_states, len(self.router_weight))
-        assert self.thresholds is not None
-        if can_run_kernels(hidden_states):
+        if self.thresholds is not None and can_run_kernels(hidden_states):
             weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
             states, share = hidden_states[:, 0], 1 / config.sparsity
             output = step_in_kernels(states, weights, self.thresholds, tokens, rows, config.load_feedback, share)
             return output[:, None]
         batch, _, width = hidden_states.shape
         scores = self.scores(hidden_states)
-        chosen = self.above_threshold(scores, tokens, rows.counts)[..., 0]  # [B, E]
+        chosen = self.chosen(scores, tokens, rows.counts)[..., 0]  # [B, E]
         sequence, head = chosen.nonzero(as_tuple=True)  # [n] each
         states = self.project_in(hidden_states[:, 0], sequence, head).unflatten(-1, (3, -1))  # [n, 3, h']
         table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
@@ -262,17 +282,19 @@ class MosaHeads(nn.Module):
         output = torch.zeros(batch, width, dtype=torch.float32, device=gated.device)
         return output.index_add_(0, sequence, projected.float())
 
-    def above_threshold(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """Return which tokens [B, E, T] have a score above their head's threshold, or are the first of a sequence.
+    def chosen(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
+        """Return which tokens [B, E, T] each head selects, by its threshold or by their choice, with the first ones.
 
         Args:
             scores: [B, E, T].
             tokens: positions and padding.
             before: [B, E], number of tokens that each head selected before these; None: none.
         """
-        assert self.thresholds is not None
         first = (tokens.positions == 0)[:, None]  # [B or 1, 1, T]
         valid = torch.ones_like(first) if tokens.valid is None else tokens.valid[:, None]
+        if self.head_bias is not None:
+            return (choose_heads(scores, self.head_bias, self.config.heads_per_token) | first) & valid
+        assert self.thresholds is not None
         feedback = self.config.load_feedback
         if feedback == 0:
             return ((scores > self.thresholds[:, None]) | first) & valid
@@ -291,7 +313,7 @@ class MosaHeads(nn.Module):
         if self.config.selection == "expert_choice":
             return self.top_k(scores, tokens)
         length = scores.shape[-1]
-        chosen = self.above_threshold(scores, tokens, before)
+        chosen = self.chosen(scores, tokens, before)
         slots = chosen.cumsum(-1)  # from 1; slot 0 is for tokens that are not selected
         count = int(slots[..., -1].max())
         indices = slots.new_full((*slots.shape[:2], count + 1), length)  # [B, E, 1 + k]
@@ -318,22 +340,31 @@ class MosaHeads(nn.Module):
         return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
 
 
+# The module of all heads of a kind in a layer.
+HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
+    "dense": lambda config: MosaCausalHeads(config, config.num_dense_heads, config.num_key_value_heads),
+    "local": lambda config: MosaCausalHeads(
+        config, config.num_local_heads, config.num_local_heads, config.local_window
+    ),
+    "fixed": MosaFixedHeads,
+    "mosa": MosaHeads,
+}
+
+
 class MosaAttention(nn.Module):
-    """The sum of a layer's dense, local and MoSA heads."""
+    """The sum of a layer's heads of all kinds: ``dense_heads``, ``local_heads``, ...; None: there are none."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
-        dense, local = config.num_dense_heads, config.num_local_heads
-        self.dense_heads = MosaCausalHeads(config, dense, config.num_key_value_heads) if dense else None
-        self.local_heads = MosaCausalHeads(config, local, local, config.local_window) if local else None
-        self.mosa_heads = MosaHeads(config) if config.num_mosa_heads else None
+        for kind, create in HEADS.items():
+            setattr(self, f"{kind}_heads", create(config) if getattr(config, f"num_{kind}_heads") else None)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]."""
         parts = [
             heads(hidden_states, tokens, None if cache is None else getattr(cache, kind))
-            for heads, kind in ((self.dense_heads, "dense"), (self.local_heads, "local"), (self.mosa_heads, "mosa"))
-            if heads is not None
+            for kind in HEADS
+            if (heads := getattr(self, f"{kind}_heads")) is not None
         ]
         if cache is not None:
             cache.length += hidden_states.shape[1]

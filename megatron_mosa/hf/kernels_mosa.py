@@ -60,7 +60,7 @@ def step_in_kernels(
         thresholds: fp32 [E].
         tokens: positions, angles and padding with T = 1.
         rows: initialized storage of the layer.
-        feedback, share: see ``MosaHeads.above_threshold``; share is 1 / sparsity.
+        feedback, share: see ``MosaHeads.chosen``; share is 1 / sparsity.
 
     Returns:
         [B, h].

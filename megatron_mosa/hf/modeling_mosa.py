@@ -1,8 +1,8 @@
 """A MoSA language model (Mixture of Sparse Attention, arXiv 2505.00315) for transformers, in plain PyTorch.
 
-With ``selection="threshold"``, or without MoSA heads, the model is causal and decodes token by token with a cache.
-With ``selection="expert_choice"`` a MoSA head selects the tokens with the largest scores in the sequence, so its output
-at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
+Without MoSA heads, or with their ``selection`` "threshold" or "token_choice", the model is causal and decodes token by
+token with a cache. With "expert_choice" a MoSA head selects the tokens with the largest scores in the sequence, so its
+output at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class MosaPreTrainedModel(PreTrainedModel):
     config_class = MosaConfig
     base_model_prefix = "model"
     _no_split_modules = ["MosaDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["thresholds"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["thresholds", "head_bias"]  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -175,6 +175,8 @@ class MosaPreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.proj_weight, -((width * heads) ** -0.5), (width * heads) ** -0.5)
             if module.thresholds is not None:
                 nn.init.constant_(module.thresholds, torch.nan)
+            if module.head_bias is not None:
+                nn.init.zeros_(module.head_bias)
         else:
             super()._init_weights(module)
 

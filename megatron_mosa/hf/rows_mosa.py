@@ -1,4 +1,4 @@
-"""Store a layer's keys and values: all tokens of dense heads, a window of local heads, selected ones of MoSA heads.
+"""Store a layer's keys and values: all tokens of dense heads, a window of local heads, some of fixed and MoSA heads.
 
 If torch.autocast is active in some calls only, new keys and values differ in dtype from the stored ones.
 """
@@ -136,6 +136,48 @@ class WindowRows(UniformRows):
         if self.keys is None or self.counts is None:
             return 0
         return self.keys.shape[1] * int(self.counts.clamp(max=self.window).sum())
+
+
+class FixedRows(UniformRows):
+    """Every so many tokens of each sequence; row n holds the n-th of them. Sequences may have different numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Tensor | None = None  # [B], rows in use
+
+    def add(
+        self, keys: Tensor, values: Tensor, rows: Tensor, valid: Tensor | None, total: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, k, h'] in ``rows`` [B, k] and return the first ``total`` rows, [B, heads, total, h'].
+
+        Args:
+            valid: [B, k], False where there is nothing to store; None: everything is stored.
+            total: rows in use of the sequence with the most, including these.
+        """
+        self.reserve(keys, total)
+        assert self.keys is not None and self.values is not None
+        if self.counts is None:
+            self.counts = torch.zeros(keys.shape[0], dtype=torch.long, device=keys.device)
+        self.counts = self.counts + (rows.shape[1] if valid is None else valid.sum(-1))
+        target = (rows if valid is None else rows.masked_fill(~valid, self.rows)).unsqueeze(1)  # [B, 1, k]
+        sequence = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
+        head = torch.arange(keys.shape[1], device=keys.device)[:, None]
+        self.keys[sequence, head, target] = keys.to(self.keys.dtype)
+        self.values[sequence, head, target] = values.to(self.values.dtype)
+        return self.keys[:, :, :total], self.values[:, :, :total]
+
+    def select_sequences(self, indices: Tensor) -> None:
+        super().select_sequences(indices)
+        self.counts = None if self.counts is None else self.counts[indices]
+
+    def used_rows(self) -> int:
+        return 0 if self.keys is None or self.counts is None else self.keys.shape[1] * int(self.counts.sum())
+
+
+def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Convert cached keys and values to the queries' dtype, which torch.autocast may have changed in between."""
+    keys, values = keys_and_values
+    return keys.to(dtype), values.to(dtype)
 
 
 class SelectedRows(Rows):

@@ -11,6 +11,22 @@ from .cache_mosa import MosaCache
 from .configuration_mosa import MosaConfig
 
 
+class Strided(NamedTuple):
+    """The tokens of a call whose position is a multiple of ``fixed_stride``; fixed heads need them."""
+
+    columns: Tensor
+    """[B or 1, k], in order; unused slots come last and hold other columns."""
+
+    rows: Tensor
+    """[B or 1, k]: the position, divided by the stride."""
+
+    valid: Tensor | None
+    """[B, k], False in unused slots; None: there are none."""
+
+    total: int
+    """Number of such tokens up to here of the sequence with the most."""
+
+
 class Tokens(NamedTuple):
     """Facts about the tokens of a call that every layer needs and the model computes once."""
 
@@ -28,6 +44,9 @@ class Tokens(NamedTuple):
 
     lengths: list[int] | None = None
     """Number of tokens of each sequence without padding; only used by expert choice."""
+
+    strided: Strided | None = None
+    """None: there are no fixed heads."""
 
 
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:
@@ -66,8 +85,14 @@ def read_tokens(
         raise ValueError(f"attention_mask is missing, and the cache began with one; expected {(batch, columns)}, ones")
     # The mask of a single token is not inspected, which would wait for the device, but assumed to contain padding.
     if attention_mask is None or (not padded and length > 1 and bool((attention_mask == 1).all())):
-        positions = torch.arange(columns - length, columns, device=device)[None]  # [1, T]
-        return Tokens(positions, rotary_tables(positions, config))
+        first = columns - length
+        positions = torch.arange(first, columns, device=device)[None]  # [1, T]
+        strided = None
+        if config.num_fixed_heads:
+            multiples = positions[:, -first % config.fixed_stride :: config.fixed_stride]  # [1, k]
+            total = -(-columns // config.fixed_stride)
+            strided = Strided(multiples - first, multiples // config.fixed_stride, None, total)
+        return Tokens(positions, rotary_tables(positions, config), strided=strided)
     mask = attention_mask.to(device=device, dtype=torch.bool)
     lengths = None
     if cache is None:
@@ -77,4 +102,16 @@ def read_tokens(
     else:
         cache.padded = True
     positions = (mask.long().cumsum(dim=1) - 1)[:, -length:].clamp(min=0)  # [B, T]
-    return Tokens(positions, rotary_tables(positions, config), mask[:, -length:], mask, lengths)
+    valid = mask[:, -length:]
+    strided = _strided(positions, valid, config.fixed_stride) if config.num_fixed_heads else None
+    return Tokens(positions, rotary_tables(positions, config), valid, mask, lengths, strided)
+
+
+def _strided(positions: Tensor, valid: Tensor, stride: int) -> Strided:
+    """Find the tokens at multiples of the stride in sequences with padding. Waits for the device, once per call."""
+    chosen = (positions % stride == 0) & valid  # [B, T]
+    counts = chosen.sum(-1)
+    used, last = torch.stack((counts.max(), positions.max())).tolist()
+    columns = chosen.long().argsort(dim=-1, descending=True, stable=True)[:, :used]
+    is_used = torch.arange(used, device=positions.device) < counts[:, None]
+    return Strided(columns, positions.gather(1, columns) // stride, is_used, last // stride + 1)

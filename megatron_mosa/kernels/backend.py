@@ -68,7 +68,12 @@ class KernelBackend(Protocol):
     ) -> Tensor: ...
 
     def split_heads(
-        self, qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+        self,
+        qkv: Tensor,
+        rotary_percent: float,
+        rotary_base: float,
+        document_starts: Tensor | None = None,
+        stride: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -85,6 +85,14 @@ class Documents:
         cu_seqlens = F.pad(self.cu_seqlens, (0, capacity + 1 - len(self.cu_seqlens)), value=number)
         return PackedDocuments(self.starts, cu_seqlens, self.starts.shape[1])
 
+    def strided(self, stride: int) -> Documents:
+        """Return the documents of every ``stride``-th token; those without any disappear."""
+        rows = []
+        for lengths in self.lengths:
+            bounds = [-(-end // stride) for end in accumulate(lengths, initial=0)]
+            rows.append(tuple(end - start for start, end in pairwise(bounds) if end > start))
+        return Documents(_strided_starts(self.starts, stride), tuple(rows))
+
     def selection(self, rule: Callable[[int], int]) -> DocumentSelection:
         """Apply a rule that says how many of a document's L tokens to select, from 1 to L; results are cached.
 
@@ -135,6 +143,19 @@ class PackedDocuments(NamedTuple):
 
     max_seqlen: int
     """T, which no document exceeds."""
+
+    def strided(self, stride: int) -> PackedDocuments:
+        """Return the documents of every ``stride``-th token; those without any are empty."""
+        length = self.starts.shape[1]
+        starts = _strided_starts(self.starts, stride)
+        sequence, position = self.cu_seqlens // length, self.cu_seqlens % length
+        cu_seqlens = sequence * starts.shape[1] + (position + stride - 1) // stride
+        return PackedDocuments(starts, cu_seqlens.to(torch.int32), starts.shape[1])
+
+
+def _strided_starts(starts: Tensor, stride: int) -> Tensor:
+    """Return for every ``stride``-th token the first such token of its document, counted in such tokens."""
+    return ((starts[:, ::stride] + stride - 1) // stride).contiguous()
 
 
 AnyDocuments = Documents | PackedDocuments

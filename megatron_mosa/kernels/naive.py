@@ -213,7 +213,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def split_heads(
-    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None, stride: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split the packed projection of dense heads, and rotate queries and keys.
 
@@ -222,6 +222,7 @@ def split_heads(
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
         document_starts: int64 [B, T], where positions are counted from; None: from the beginning of the sequence.
+        stride: distance of the T tokens from each other: token t is at position t * stride.
 
     Returns:
         Queries [B, H, T, h'], keys and values [B, G, T, h'], with any strides.
@@ -229,7 +230,7 @@ def split_heads(
     query, key, value = (
         part.flatten(2, 3).permute(1, 2, 0, 3) for part in qkv.split((qkv.shape[3] - 2, 1, 1), dim=3)
     )  # [B, H | G, T, h']
-    positions = torch.arange(qkv.shape[0], device=qkv.device)
+    positions = stride * torch.arange(qkv.shape[0], device=qkv.device)
     if document_starts is not None:
         positions = (positions - document_starts).unsqueeze(1)  # [B, 1, T]
     query = apply_rotary(query, positions, rotary_percent, rotary_base)

@@ -1,16 +1,8 @@
 """The language model: construction, initial weights, FLOPs and parameter counts."""
 
+from megatron_mosa.attention import dense_head_flops, local_head_flops, local_window, mosa_head_flops
 from megatron_mosa.model.calibration import calibrate, calibration_config
-from megatron_mosa.model.costs import (
-    dense_head_flops,
-    local_head_flops,
-    local_window,
-    model_flops,
-    mosa_head_flops,
-    paper_flops,
-    parameter_count,
-    usual_flops,
-)
+from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count, usual_flops
 from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
 from megatron_mosa.model.initialization import draw, initial_weights
 from megatron_mosa.model.mosa_gpt import MosaGPTModel

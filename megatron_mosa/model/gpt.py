@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec
+from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec, local_window
 from megatron_mosa.config import Config, padded_vocab_size
 from megatron_mosa.kernels import AnyDocuments, Documents
-from megatron_mosa.model.costs import local_window
 from megatron_mosa.model.initialization import initial_weights, mark_partitioned
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
 
@@ -30,6 +29,9 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         num_query_groups=model.num_query_groups,
         num_local_heads=model.num_local_heads,
         mosa_local_window=local_window(config),
+        num_fixed_heads=model.num_fixed_heads,
+        mosa_fixed_stride=config.fixed_stride,
+        mosa_attention_gate=model.attention_gate,
         kv_channels=model.head_dim,
         num_mosa_heads=mosa.num_heads,
         mosa_sparsity=mosa.sparsity,
@@ -38,6 +40,7 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         mosa_capacity_factor=mosa.capacity_factor,
         mosa_threshold_ema=mosa.threshold_ema,
         mosa_load_feedback=mosa.load_feedback,
+        mosa_balance_rate=mosa.balance_rate,
         mosa_threshold_warmup_steps=mosa.threshold_warmup_steps,
         mosa_selection_scope=mosa.selection_scope,
         mosa_attend_within_documents=model.attend_within_documents,

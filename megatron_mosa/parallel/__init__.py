@@ -8,7 +8,7 @@ from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.parallel.mpu import ModelParallelUnit
 from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
 from megatron_mosa.parallel.partition import Partition, partition_of
-from megatron_mosa.parallel.regions import TensorParallelRegion, sum_gradients
+from megatron_mosa.parallel.regions import TensorParallelRegion, gather_first_dim, sum_gradients
 from megatron_mosa.parallel.state import (
     Layout,
     destroy_parallel,
@@ -29,6 +29,7 @@ __all__ = [
     "apex_norms",
     "data_parallel_group",
     "destroy_parallel",
+    "gather_first_dim",
     "initialize_parallel",
     "join_store",
     "launch_environment",

@@ -69,6 +69,11 @@ class _Scatter(torch.autograd.Function):
         return _all_gather(gradients[0], ctx.size, ctx.group), None, None
 
 
+def gather_first_dim(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
+    """Concatenate the tensors of all ranks of ``group`` along their first dimension; no gradient flows."""
+    return _all_gather(tensor.detach(), group.size(), group.group_name) if group.size() > 1 else tensor.detach()
+
+
 def sum_gradients(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
     """Use a replicated tensor where each rank of ``group`` contributes a part of its gradient.
 

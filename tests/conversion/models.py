@@ -40,6 +40,11 @@ KINDS = {
         "model.attend_within_documents=true", "model.restart_rotary=true", "mosa.selection_scope=document",
     ],
     "pure": ["model.num_dense_heads=0", "mosa.num_heads=6", "model.tie_embeddings=true"],
+    "chosen": ["model.num_dense_heads=2", "mosa.num_heads=8", "mosa.selection=token_choice"],
+    "fixed": [
+        "model.num_dense_heads=2", "model.num_fixed_heads=4", "model.fixed_stride=3", "model.attention_gate=true",
+        "mosa.num_heads=0",
+    ],
 }  # fmt: skip
 
 CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=threshold", "mosa.load_feedback=0.05"]

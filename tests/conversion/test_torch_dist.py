@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
 from megatron_mosa.convert.commands.import_model import import_model
 from megatron_mosa.convert.commands.inspect import inspect
 from megatron_mosa.convert.commands.verify import verify
+from megatron_mosa.convert.formats.megatron_args import to_megatron_args
 from megatron_mosa.convert.locate import Kind
 from megatron_mosa.convert.logits import megatron_logits
 from megatron_mosa.convert.model_reader import open_model
@@ -169,10 +171,22 @@ def test_a_checkpoint_of_megatron_core_0_19(theirs: tuple[Path, Tensor], tmp_pat
     assert not mark.exists()
 
 
+_UNSUPPORTED = (
+    ("pure", "mosa.num_heads=6"),
+    ("local", "model.num_local_heads=4"),
+    ("fixed", "model.num_fixed_heads=4"),
+)
+
+
 def test_heads_that_megatron_does_not_support(trained: dict[str, Trained], tmp_path: Path) -> None:
-    for kind, key in (("pure", "mosa.num_heads=6"), ("local", "model.num_local_heads=4")):
+    for kind, key in _UNSUPPORTED:
         with pytest.raises(UserError, match=f"{key} has no counterpart in Megatron-LM.*must be 0 for --to torch-dist"):
             export_torch_dist(trained[kind].checkpoint, tmp_path / "out")
+    gated = replace(trained["gelu"].config.model, attention_gate=True)
+    with pytest.raises(
+        UserError, match="attention_gate=true has no counterpart in Megatron-LM.*must be false for --to"
+    ):
+        to_megatron_args(replace(trained["gelu"].config, model=gated), 384)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 
 VOCABULARY = 97
 NO_HEADS = {"num_dense_heads": 0, "num_local_heads": 0, "num_mosa_heads": 0}
+GATED = ("gated", "all")
 KINDS = {
     "dense": {"num_dense_heads": 3},
     "grouped": {"num_dense_heads": 4, "num_key_value_heads": 2, "rotary_percent": 1.0},
@@ -19,6 +20,13 @@ KINDS = {
         "num_dense_heads": 4, "num_key_value_heads": 2, "num_local_heads": 2, "local_window": 6, "num_mosa_heads": 6,
         "tie_word_embeddings": True,
     },
+    "fixed": {"num_fixed_heads": 3, "fixed_stride": 4},
+    "gated": {"num_dense_heads": 4, "num_key_value_heads": 2, "num_local_heads": 2, "local_window": 5},
+    "all": {
+        "num_dense_heads": 2, "num_local_heads": 2, "local_window": 5, "num_fixed_heads": 2, "fixed_stride": 3,
+        "num_mosa_heads": 6,
+    },
+    "chosen": {"num_dense_heads": 2, "num_mosa_heads": 8},
     "followed": {"num_dense_heads": 2, "num_mosa_heads": 6, "load_feedback": 0.5},
 }  # fmt: skip
 
@@ -29,7 +37,10 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
         "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 8,
         "sparsity": 4, "max_position_embeddings": 64,
     }  # fmt: skip
-    config = MosaConfig(**(sizes | NO_HEADS | KINDS[kind] | changes), selection=selection)
+    gate = {"attention_gate": kind in GATED}
+    if kind == "chosen" and selection == "threshold":
+        selection = "token_choice"
+    config = MosaConfig(**(sizes | gate | NO_HEADS | KINDS[kind] | changes), selection=selection)
     model = MosaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,6 +48,8 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
             center = float("norm" in name and "weight" in name)
             parameter.copy_(center + 0.3 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
+            if name.endswith("head_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
             if name.endswith("thresholds"):
                 buffer.copy_(torch.empty_like(buffer).uniform_(0.5, 0.9, generator=generator))
     return model

@@ -110,6 +110,9 @@ def test_the_cache_holds_only_selected_tokens() -> None:
     assert found["mosa"][1] == sum(counts) * pair
     assert found["dense"][1] == 3 * 2 * 2 * 400 * pair  # layers, sequences, groups of queries
     assert found["local"][1] == 3 * 2 * 2 * 6 * pair
+    _, fixed = fed(build("fixed"), tokens, [300, *[1] * 100])
+    allocated, used = fixed.bytes()["fixed"]
+    assert used == 3 * 2 * 3 * 100 * pair and allocated < 1.3 * used  # every fourth token
     for layer, count in zip(cache.layers, counts, strict=True):
         rows = layer.mosa
         assert int(rows.counts.sum()) == count and rows.counts.max() > 2 * rows.counts.min()  # ragged
@@ -125,7 +128,7 @@ def test_the_cache_holds_only_selected_tokens() -> None:
     torch.testing.assert_close(model(tokens[:1, :9], **{CACHE: cache}).logits, model(tokens[:1, :9]).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "many"])
+@pytest.mark.parametrize("kind", ["hybrid", "many", "all"])
 @torch.no_grad()
 def test_sequences_of_a_batch_are_reordered(kind: str) -> None:
     model, tokens = build(kind), random_tokens(3, LENGTH)

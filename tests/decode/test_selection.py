@@ -105,7 +105,7 @@ def test_thresholds_stay_in_fp32(tmp_path: Path) -> None:
 
 
 def test_unknown_selections_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"selection must be expert_choice or threshold, got 'top_k'"):
+    with pytest.raises(ValueError, match=r"selection must be expert_choice or threshold or token_choice, got 'top_k'"):
         MosaConfig(num_mosa_heads=2, selection="top_k")
     assert MosaConfig(num_mosa_heads=2).selection == "expert_choice"
     keys = MosaForCausalLM(MosaConfig(num_mosa_heads=2, num_hidden_layers=1, vocab_size=8)).state_dict()

@@ -11,6 +11,7 @@ import torch
 
 from tests.distributed import tasks
 from tests.distributed.pool import WorkerPools
+from tests.head_kinds import OPTIONS
 
 Cell = tuple[int, int, bool, int]  # ZeRO stage, tensor parallel size, sequence parallel, world size
 DATA = (1, False, 2)
@@ -196,12 +197,15 @@ VARIANTS = {
         "train__recompute": "full",
     },
     "local": {"model__num_local_heads": 4, "model__local_window": 5, "model__num_dense_heads": 0},
+    "fixed_documents": {"model__num_fixed_heads": 4, "model__fixed_stride": 5, "model__attend_within_documents": True},
+    **OPTIONS,
 }
 
 
 # Variants that share weights or add tensors to a batch run at both stages, the others at one.
 CELLS = [("swiglu", 1), ("rmsnorm", 3), ("tied", 1), ("tied", 3), ("grouped", 1), ("documents", 1), ("documents", 3)]
-CELLS += [("documents_by_sequence", 3), ("local", 1)]
+CELLS += [("documents_by_sequence", 3), ("local", 1), ("fixed_documents", 1)]
+CELLS += [("fixed", 1), ("gated", 3), ("gated_local", 1), ("fixed_hybrid", 3), ("token_choice", 3)]
 
 
 @pytest.fixture(scope="module")

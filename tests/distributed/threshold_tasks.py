@@ -57,6 +57,34 @@ def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
     return found
 
 
+def choice_facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
+    """Return losses, the biases of token choice after each step, the smallest margin of a choice, and more."""
+    with parallel(config) as layout:
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        read_state(engine, seed_checkpoint, optimizer_step=0)  # type: ignore[arg-type]
+        layers = mosa_layers(engine.module)
+        found: dict = {"losses": [], "biases": [], "margin": math.inf, "dropped": 0}
+        for layer in layers:
+            layer.records_selection = True
+        for step in range(steps):
+            batches = micro_batches(config, layout, step)
+            before = [layer.head_bias.clone() for layer in layers]
+            found["losses"].append(engine.train_step(batches, 1e-3).loss)
+            found["biases"].append(gather_heads(engine.module))
+            for layer, bias in zip(layers, before, strict=True):
+                assert layer.selection is not None and layer.dropped is not None
+                found["dropped"] += int(layer.dropped.sum())
+                best = (layer.selection[0] + bias[:, None]).sort(dim=1, descending=True).values
+                if (number := config.heads_per_token) < best.shape[1]:
+                    found["margin"] = min(found["margin"], (best[:, number - 1] - best[:, number]).min().item())
+                assert not layer.choices.any()  # the update used all counts
+        found["largest bias"] = max(float(bias.abs().max()) for bias in found["biases"][-1].values())
+        found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
+        assert not any(layer.choices.any() for layer in layers)  # evaluation counts nothing
+        engine.destroy()
+    return found
+
+
 def thresholds_of_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
     """Return thresholds after updates with scores [steps, batch, E, T], split over data-parallel ranks."""
     with parallel(config) as layout:

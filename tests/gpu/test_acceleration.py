@@ -23,12 +23,17 @@ KINDS: dict[str, dict] = {
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2, "mosa__load_feedback": 0.05},
     "tied": {"model__tie_embeddings": True},
     "local": {"model__num_local_heads": 2},
+    "fixed": {"model__num_fixed_heads": 4, "model__fixed_stride": 5},
+    "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "model__num_local_heads": 2},
+    "token_choice": {"mosa__selection": "token_choice"},
     "attention": {"train__recompute": "attention"},
     "full": {"train__recompute": "full", "mosa__selection": "threshold", "mosa__threshold_warmup_steps": 2},
 }
 
 OVERLAP: dict = {"parallel__tensor_parallel_overlap": "auto", "model__activation": "swiglu"}
-DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_heads": 2}  # in bf16 alone
+DOCUMENTS: dict = {  # in bf16 alone
+    "model__attend_within_documents": True, "model__num_local_heads": 2, "model__num_fixed_heads": 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -36,6 +41,7 @@ DOCUMENTS: dict = {"model__attend_within_documents": True, "model__num_local_hea
 @pytest.mark.parametrize("documents", [False, True])
 def test_split_heads(documents: bool, shape: tuple, dtype: torch.dtype) -> None:
     check_split_heads(get_backend("triton", torch.empty(0, device="cuda")), shape, documents, dtype, "cuda")
+    check_split_heads(get_backend("triton", torch.empty(0, device="cuda")), shape, documents, dtype, "cuda", stride=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -105,6 +111,9 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
         (2, True, "attention"),
         (2, True, "overlap"),
         (2, False, "overlap"),
+        (2, True, "fixed"),
+        (2, True, "gated"),
+        (2, True, "token_choice"),
     ],
 )
 def test_steps_on_two_cards(

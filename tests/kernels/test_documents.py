@@ -45,6 +45,21 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 17, 20])
+def test_documents_of_every_few_tokens(stride: int) -> None:
+    """Tokens of the same document stay together, and documents without any disappear or are empty."""
+    documents, owner = pack(LENGTHS), owners(LENGTHS)[:, ::stride]
+    number = owner.shape[1]
+    firsts = torch.stack([(row == row[:, None]).long().argmax(-1) for row in owner])  # [B, k]
+    found = documents.strided(stride)
+    assert torch.equal(found.starts, firsts)
+    assert found.lengths == tuple(tuple((row == n).sum().item() for n in row.unique()) for row in owner)
+    packed = documents.packed(40).strided(stride)
+    assert torch.equal(packed.starts, firsts) and packed.max_seqlen == number
+    assert packed.cu_seqlens.dtype == torch.int32 and len(packed.cu_seqlens) == 41
+    assert packed.cu_seqlens.unique().tolist() == found.cu_seqlens.tolist()
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_dense_attention_stays_inside_documents(groups: int) -> None:
     inputs = [draw(4, 4, 17, 8, seed=1), draw(4, groups, 17, 8, seed=2), draw(4, groups, 17, 8, seed=3)]

@@ -11,7 +11,7 @@ from megatron_mosa.kernels.triton import rotary
 from tests.kernels.test_documents import pack
 
 # T, B, groups, queries a group, h', share that is rotated
-SHAPES = [
+SHAPES: list[tuple] = [
     (5, 2, 3, 1, 8, 1.0),
     (5, 2, 3, 1, 8, 0.5),
     (9, 3, 2, 3, 12, 0.7),  # groups; 8 of 12 channels; 27 rows are two programs of 16
@@ -19,11 +19,11 @@ SHAPES = [
 ]
 
 
-def exact(qkv: Tensor, percent: float, base: float, starts: Tensor | None) -> list[Tensor]:
+def exact(qkv: Tensor, percent: float, base: float, starts: Tensor | None, stride: int) -> list[Tensor]:
     """Queries, keys and values, [B, heads, T, h'], of [T, B, G, H / G + 2, h'] in fp64; pairs are complex numbers."""
     length, _, groups, slots, size = qkv.shape
     half = int(size * percent) // 2
-    positions = torch.arange(length, dtype=torch.float64)[None] - (0 if starts is None else starts)  # [1 | B, T]
+    positions = stride * torch.arange(length, dtype=torch.float64)[None] - (0 if starts is None else starts)
     angles = positions[..., None] * base ** (-torch.arange(half, dtype=torch.float64) / max(1, half))
     turns = torch.polar(torch.ones_like(angles), angles)  # [1 | B, T, half]
     heads: list[list[Tensor]] = [[], [], []]
@@ -38,7 +38,9 @@ def exact(qkv: Tensor, percent: float, base: float, starts: Tensor | None) -> li
     return [torch.stack(states, dim=1) for states in heads]
 
 
-def check_split_heads(kernels: KernelBackend, shape: tuple, documents: bool, dtype: torch.dtype, device: str) -> None:
+def check_split_heads(
+    kernels: KernelBackend, shape: tuple, documents: bool, dtype: torch.dtype, device: str, stride: int = 1
+) -> None:
     """Outputs and the gradient; upstream gradients come transposed, as attention's may."""
     length, batch, groups, queries, size, percent = shape
     generator = torch.Generator().manual_seed(0)
@@ -46,14 +48,14 @@ def check_split_heads(kernels: KernelBackend, shape: tuple, documents: bool, dty
     starts = None
     if documents:
         cut = max(1, length // 3)
-        starts = pack([[cut, length - cut]] * batch).starts
+        starts = pack([[cut, length - cut]] * batch).starts * stride
     reference = inputs.double().requires_grad_()
-    wanted = exact(reference, percent, 100.0, starts)
+    wanted = exact(reference, percent, 100.0, starts, stride)
     upstream = [torch.randn(part.shape, generator=generator).to(dtype) for part in wanted]
     (of_reference,) = torch.autograd.grad(wanted, reference, [part.double() for part in upstream])
 
     qkv = inputs.to(device).requires_grad_()
-    found = kernels.split_heads(qkv, percent, 100.0, None if starts is None else starts.to(device))
+    found = kernels.split_heads(qkv, percent, 100.0, None if starts is None else starts.to(device), stride)
     transposed = [part.to(device).transpose(1, 2).contiguous().transpose(1, 2) for part in upstream]
     (of_found,) = torch.autograd.grad(found, qkv, transposed)
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
@@ -71,8 +73,15 @@ def test_split_heads(backend: str, shape: tuple, documents: bool, monkeypatch: p
     check_split_heads(kernels, shape, documents, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+def test_tokens_at_a_distance(backend: str, documents: bool) -> None:
+    kernels = naive if backend == "naive" else get_backend("triton", torch.empty(0))
+    check_split_heads(kernels, SHAPES[0], documents, torch.float32, "cpu", stride=7)
+
+
 def test_the_operator_is_sound() -> None:
     """Fake kernels, gradients and strides, by torch's own checks."""
     qkv = torch.randn(3, 2, 2, 4, 8, requires_grad=True)
     for starts in (None, torch.zeros(2, 3, dtype=torch.int64)):
-        torch.library.opcheck(rotary.fused_split_heads, (qkv, 0.5, 100.0, starts))
+        torch.library.opcheck(rotary.fused_split_heads, (qkv, 0.5, 100.0, starts, 2))

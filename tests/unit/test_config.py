@@ -126,6 +126,8 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("mosa.selection_scope=documents", ["mosa.selection_scope must be one of sequence", "did you mean 'document'"]),
         ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
+        ("model.fixed_stride=8", ["model.fixed_stride=8 has no fixed heads to apply to", "model.fixed_stride=null"]),
+        ("model.fixed_stride=0", ["model.fixed_stride must be at least 1, got 0"]),
         ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
         ("train.apex=alway", ["train.apex must be one of auto", "got alway", "did you mean 'always'"]),
         (
@@ -178,6 +180,25 @@ def test_unsupported_combinations_name_the_nearest_supported_one() -> None:
         load_config(QUICKSTART, [f"parallel.zero_stage={stage}"])
 
 
+def test_fixed_heads_see_more_than_one_token() -> None:
+    load_config(QUICKSTART, ["model.num_fixed_heads=2", "model.fixed_stride=255"])
+    message = r"^model.fixed_stride=256 leaves fixed heads only token 0 of data.sequence_length=256; set model.fixed_st"
+    with pytest.raises(UserError, match=message):
+        load_config(QUICKSTART, ["model.num_fixed_heads=2", "model.fixed_stride=256"])
+    with pytest.raises(UserError, match=r"^mosa.sparsity=300 leaves fixed heads"):
+        load_config(QUICKSTART, ["model.num_fixed_heads=2", "mosa.sparsity=300"])
+
+
+def test_the_gate_needs_heads_without_one() -> None:
+    for heads in ("model.num_dense_heads=2", "model.num_local_heads=2"):
+        load_config(QUICKSTART, ["model.num_dense_heads=0", heads, "model.attention_gate=true"])
+    message = (
+        r"^model.attention_gate=true gates dense and local heads, but there are none: MoSA heads are gated by their"
+    )
+    with pytest.raises(UserError, match=message):
+        load_config(QUICKSTART, ["model.num_dense_heads=0", "model.attention_gate=true"])
+
+
 def test_document_scope_needs_mosa_heads() -> None:
     documents = ["model.attend_within_documents=true", "mosa.selection_scope=document", "model.restart_rotary=true"]
     load_config(QUICKSTART, documents)
@@ -195,6 +216,24 @@ def test_options_that_threshold_selection_does_not_support() -> None:
             UserError, match=rf"{override} is not supported with mosa.selection=threshold.*; set {key}=(?!{value})"
         ):
             load_config(QUICKSTART, [*by_threshold, override])
+
+
+def test_token_choice_leaves_each_token_a_head() -> None:
+    by_token = ["mosa.selection=token_choice", "mosa.num_heads=8"]
+    assert load_config(QUICKSTART, [*by_token, "mosa.sparsity=3"]).heads_per_token == 3
+    assert load_config(QUICKSTART, [*by_token, "mosa.sparsity=15"]).heads_per_token == 1
+    with pytest.raises(
+        UserError, match=r"^mosa.sparsity=16 leaves each token .* = 0 of mosa.num_heads=8 heads to choo"
+    ):
+        load_config(QUICKSTART, [*by_token, "mosa.sparsity=16"])
+    for override in ("mosa.include_first_token=false", "mosa.selection_scope=document"):
+        within = "model.attend_within_documents=true"
+        with pytest.raises(UserError, match=rf"^{override} is not supported with mosa.selection=token_choice"):
+            load_config(QUICKSTART, [*by_token, within, "mosa.sparsity=4", override])
+    with pytest.raises(
+        UserError, match="mosa.load_feedback=0.1 moves thresholds, but mosa.selection=token_choice has no"
+    ):
+        load_config(QUICKSTART, [*by_token, "mosa.sparsity=4", "mosa.load_feedback=0.1"])
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

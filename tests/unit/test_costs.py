@@ -8,8 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.config import Config, config_from_dict, padded_vocab_size
-from megatron_mosa.model import build_model, model_flops, paper_flops, parameter_count
-from megatron_mosa.model.costs import dense_head_flops, mosa_head_flops
+from megatron_mosa.model import (
+    build_model,
+    dense_head_flops,
+    model_flops,
+    mosa_head_flops,
+    paper_flops,
+    parameter_count,
+)
 from megatron_mosa.parallel import Layout
 
 VOCAB_SIZE = 200

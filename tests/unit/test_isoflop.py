@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config, padded_vocab_size
 from megatron_mosa.errors import UserError
-from megatron_mosa.model import paper_flops, parameter_count
-from megatron_mosa.model.costs import mosa_head_flops
+from megatron_mosa.model import mosa_head_flops, paper_flops, parameter_count
 from megatron_mosa.tools.scaling.isoflop import IsoflopModel, solve_isoflop
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -89,6 +89,8 @@ def _check_convertible(mosa: dict[str, Any], folder: Path) -> None:
         raise UserError(f"'{folder}' has no MoSA heads: it is already causal")
     if mosa.get("selection") == "threshold":
         raise UserError(f"'{folder}' already selects by thresholds: it is already causal")
+    if mosa.get("selection") == "token_choice":
+        raise UserError(f"'{folder}' selects by token choice: it is already causal")
     if mosa.get("selection_scope") == "document":
         raise UserError(
             f"'{folder}' was trained with mosa.selection_scope=document, where the share of tokens that a head selects "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_mosa.attention import KINDS, looks_ahead
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import causality_label, read_journal
@@ -21,7 +22,6 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
     """
     # mosa.selection means nothing without MoSA heads: such a model is always causal.
     selection = getattr(config.mosa, "selection", "expert_choice") if config.mosa.num_heads else "none"
-    looks_ahead = selection == "expert_choice"
     rows = (
         {"model": _model(config)}
         | facts
@@ -30,7 +30,7 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
             f"{config.data.sequence_length:,} tokens",
             "data": _data(metadata),
         }
-        | _losses(metadata.step, checkpoint, looks_ahead)
+        | _losses(metadata.step, checkpoint, looks_ahead(config))
         | {"written by": ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))}
     )
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
@@ -38,18 +38,12 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
 
 
 def _model(config: Config) -> str:
-    model, mosa = config.model, config.mosa
-    heads = []
-    if model.num_dense_heads:
-        groups = f" in {model.num_query_groups} groups" if model.num_query_groups else ""
-        heads.append(f"{model.num_dense_heads} dense{groups}")
-    if model.num_local_heads:
-        heads.append(f"{model.num_local_heads} sliding-window")
-    if mosa.num_heads:
-        heads.append(f"{mosa.num_heads} MoSA (sparsity {mosa.sparsity:g})")
+    model = config.model
+    heads = [kind.describe(config) for kind in KINDS if kind.count(config)]
+    gate = "; dense and local heads are gated" if model.attention_gate else ""
     return (
         f"{model.num_layers} layers of width {model.hidden_size} with {', '.join(heads)} heads of width "
-        f"{model.head_dim}; {model.normalization}, {model.activation}, MLP of width {model.ffn_hidden_size}"
+        f"{model.head_dim}; {model.normalization}, {model.activation}, MLP of width {model.ffn_hidden_size}{gate}"
     )
 
 
@@ -60,13 +54,15 @@ def _data(metadata: Metadata) -> str:
     return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: not recorded in the checkpoint"
 
 
-def _losses(step: int, checkpoint: Path, looks_ahead: bool) -> dict[str, str]:
+def _losses(step: int, checkpoint: Path, is_looking_ahead: bool) -> dict[str, str]:
     lines = [line for line in read_journal(checkpoint.resolve().parents[1] / "metrics.jsonl") if line["step"] <= step]
     found = {}
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)
         if line is not None:
-            label = causality_label(line.get("causal", not looks_ahead))  # per line: the warm-up uses expert choice
+            label = causality_label(
+                line.get("causal", not is_looking_ahead)
+            )  # per line: the warm-up uses expert choice
             found[name] = f"{line[key]:.4f} nats per token at step {line['step']:,} ({label})"
     return found or {"losses": "unknown: no metrics.jsonl in the run directory"}
 
@@ -86,6 +82,9 @@ model to score and embed whole sequences. `generate` is refused unless you expli
 `generate(..., causal_approximation="prefix")` reselects tokens from the prefix for every new token. This is slow and is
 not what the model was trained for.""",
     "threshold": """All heads are causal: a MoSA head selects a token if its score is above the head's threshold.
+`generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
+(`tokenizer.padding_side = "left"`).""",
+    "token_choice": """All heads are causal: each token chooses the MoSA heads that select it, by its own scores.
 `generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
     "none": """All heads are causal. `generate` caches keys and values. Pad prompts of different lengths on the left

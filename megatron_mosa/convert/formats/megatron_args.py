@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mosa.config import Config
+from megatron_mosa.config import Config, head_counts
 from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.errors import UserError
 
@@ -67,15 +67,17 @@ def to_megatron_args(config: Config, vocab_rows: int) -> Namespace:
     Raises:
         UserError: the model has heads that Megatron-LM's GPT does not support.
     """
-    for key, heads in (
-        ("mosa.num_heads", config.mosa.num_heads),
-        ("model.num_local_heads", config.model.num_local_heads),
-    ):
-        if heads:
+    for kind, (key, heads) in head_counts(config).items():
+        if heads and kind != "dense":
             raise UserError(
                 f"{key}={heads} has no counterpart in Megatron-LM, whose GPT has only dense heads, and must be 0 for "
                 "--to torch-dist; export this model with --to hf"
             )
+    if config.model.attention_gate:
+        raise UserError(
+            "model.attention_gate=true has no counterpart in Megatron-LM, whose gate has a value for each channel, and "
+            "must be false for --to torch-dist; export this model with --to hf"
+        )
     ours: Mapping[str, Any] = {"model": config.model, "data": config.data}
     values = {key: getattr(ours[section], name) for key, (section, name) in _SAME.items()}
     groups = config.model.num_query_groups

@@ -101,8 +101,10 @@ def selected_attention(
 
 
 def split_heads(
-    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None = None, stride: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``naive.split_heads``."""
-    query, key, value = fused_split_heads(qkv, rotary_percent, rotary_base, document_starts)  # [T, B, H | G, h']
+    query, key, value = fused_split_heads(
+        qkv, rotary_percent, rotary_base, document_starts, stride
+    )  # [T, B, H | G, h']
     return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)

@@ -21,12 +21,12 @@ ROWS = 4  # tokens of one program: 16 % faster than with 32 at 2048 x 8 tokens o
 
 @triton.jit
 def _rotary_kernel(
-    p_qkv, p_q, p_k, p_v, p_cos, p_sin, p_starts, N, B, T, G, Q,
+    p_qkv, p_q, p_k, p_v, p_cos, p_sin, p_starts, N, B, T, G, Q, S,
     stride_qt, stride_qb, stride_qh, stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh,
     HALF: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):  # fmt: skip
-    """Split rows of p_qkv, [T * B, G, Q + 2, D], into rotated queries, rotated keys, and values.
+    """Split rows of p_qkv, [T * B, G, Q + 2, D], into rotated queries, rotated keys, and values; token t is at S t.
 
     BACKWARD: combine their gradients into those of the rows, rotating by the negative angle.
     """
@@ -35,7 +35,7 @@ def _rotary_kernel(
     i_token, i_batch = i_row // B, i_row % B
     m_row, m_column = i_row < N, i_column < D
     mask = m_row[:, None] & m_column[None]
-    position = i_token
+    position = i_token * S
     if HAS_STARTS:
         position -= tl.load(p_starts + i_batch.to(tl.int64) * T + i_token, mask=m_row, other=0).to(tl.int32)
     # The partner of column c < HALF is column c + HALF, and the other way round.
@@ -78,28 +78,29 @@ def _launch(
     percent: float,
     base: float,
     starts: Tensor | None,
+    stride: int,
     backward: bool,
 ) -> None:
     length, batch, groups, slots, size = qkv.shape
     half = rotary_dim(size, percent) // 2
     starts = optional_contiguous(starts)
     _rotary_kernel[(triton.cdiv(length * batch, ROWS),)](
-        qkv, *parts, *rotary_table(length, half, base, qkv.device), starts, length * batch, batch, length, groups,
-        slots - 2, *(stride for part in parts for stride in part.stride()[:3]),
+        qkv, *parts, *rotary_table(length * stride, half, base, qkv.device), starts, length * batch, batch, length,
+        groups, slots - 2, stride, *(step for part in parts for step in part.stride()[:3]),
         HALF=half, D=size, WIDTH=power_of_2(size), ROWS=ROWS, BACKWARD=backward, HAS_STARTS=starts is not None,
     )  # fmt: skip
 
 
 @torch.library.custom_op("megatron_mosa::fused_split_heads", mutates_args=())
 def fused_split_heads(
-    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None
+    qkv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries [T, B, H, h'], keys and values [T, B, G, h'] from [T, B, G, H / G + 2, h']."""
     qkv = qkv.contiguous()
     length, batch, groups, slots, size = qkv.shape
     query = qkv.new_empty((length, batch, groups * (slots - 2), size))
     key, value = (qkv.new_empty((length, batch, groups, size)) for _ in range(2))
-    _launch(qkv, (query, key, value), rotary_percent, rotary_base, document_starts, backward=False)
+    _launch(qkv, (query, key, value), rotary_percent, rotary_base, document_starts, stride, backward=False)
     return query, key, value
 
 
@@ -112,13 +113,19 @@ def _(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_mosa::fused_split_heads_backward", mutates_args=())
 def fused_split_heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, rotary_percent: float, rotary_base: float, document_starts: Tensor | None
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    document_starts: Tensor | None,
+    stride: int,
 ) -> Tensor:
     """Return the gradient of the packed projection from those of its parts, with any strides."""
     parts = with_contiguous_rows(dq), with_contiguous_rows(dk), with_contiguous_rows(dv)
     length, batch, groups, size = dk.shape
     dqkv = dk.new_empty((length, batch, groups, dq.shape[2] // groups + 2, size))
-    _launch(dqkv, parts, rotary_percent, rotary_base, document_starts, backward=True)
+    _launch(dqkv, parts, rotary_percent, rotary_base, document_starts, stride, backward=True)
     return dqkv
 
 
@@ -129,12 +136,13 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, *_: object) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: object) -> None:
-    _, *ctx.rotation, starts = inputs
+    _, *ctx.rotation, starts, ctx.stride = inputs
     ctx.save_for_backward(starts)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-    return fused_split_heads_backward(dq, dk, dv, *ctx.rotation, *ctx.saved_tensors), None, None, None
+    dqkv = fused_split_heads_backward(dq, dk, dv, *ctx.rotation, *ctx.saved_tensors, ctx.stride)
+    return dqkv, None, None, None, None
 
 
 fused_split_heads.register_autograd(_backward, setup_context=_setup_context)

@@ -106,16 +106,13 @@ def baseline_heads(config: MosaConfig, given: int | None) -> tuple[int, str]:
     """
     if given is not None:
         return given, "--dense-heads"
-    from megatron_mosa.model import dense_head_flops, local_head_flops, mosa_head_flops
+    from megatron_mosa.attention import KINDS, dense_head_flops
+    from megatron_mosa.convert import from_transformers
 
-    width, size, length = config.hidden_size, config.head_dim, config.max_position_embeddings
-    dense = dense_head_flops(width, size, length)
-    layer = (
-        config.num_dense_heads * dense
-        - 4 * width * size * length * (config.num_dense_heads - config.num_key_value_heads)
-        + config.num_local_heads * local_head_flops(width, size, length, min(config.local_window, length))
-        + config.num_mosa_heads * mosa_head_flops(width, size, length, config.num_selected(length))
-    )
+    length = config.max_position_embeddings
+    dense = dense_head_flops(config.hidden_size, config.head_dim, length)
+    ours, _ = from_transformers(config.to_dict())
+    layer = sum(kind.paper_flops(ours) for kind in KINDS)
     return -(-layer // dense), f"equal FLOPs at {length} tokens"
 
 

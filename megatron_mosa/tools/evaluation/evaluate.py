@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mosa.config import Config
+from megatron_mosa.attention import looks_ahead
 from megatron_mosa.convert import ModelReader
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
@@ -48,11 +48,6 @@ class Settings:
     tokens_at_once: int
     device: torch.device
     dtype: torch.dtype
-
-
-def looks_ahead(config: Config) -> bool:
-    """Whether the model has MoSA heads that select by looking at the whole sequence."""
-    return config.mosa.num_heads > 0 and config.mosa.selection == "expert_choice"
 
 
 def evaluate(model: ModelReader, mixture: Mixture, settings: Settings, tick: ProgressCallback) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""All kinds of attention heads: the only list of them above the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from megatron_mosa.attention.fixed_heads import FixedKind
+from megatron_mosa.attention.functional import num_selected_tokens
+from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
+from megatron_mosa.attention.kind import CausalKind, HeadKind
+from megatron_mosa.config import Config
+
+Number = TypeVar("Number", int, float)
+
+
+def dense_head_flops(hidden_size: int, head_dim: int, sequence_length: int) -> int:
+    """Return the forward FLOPs of one dense head on one sequence: 8 h h' T + 4 h' T^2."""
+    return 8 * hidden_size * head_dim * sequence_length + 4 * head_dim * sequence_length**2
+
+
+def mosa_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_selected: Number) -> Number:
+    """Return the forward FLOPs of one MoSA head on one sequence: 8 h h' k + 4 h' k^2 + 2 h T + h' k."""
+    return (
+        8 * hidden_size * head_dim * num_selected
+        + 4 * head_dim * num_selected**2
+        + 2 * hidden_size * sequence_length
+        + head_dim * num_selected
+    )
+
+
+def local_head_flops(hidden_size: int, head_dim: int, sequence_length: int, window: int) -> int:
+    """Return the forward FLOPs of one sliding-window head on one sequence: 8 h h' T + 4 h' T w (not in the paper)."""
+    return 8 * hidden_size * head_dim * sequence_length + 4 * head_dim * sequence_length * window
+
+
+def local_window(config: Config) -> int:
+    """Return the window of a local head in tokens: ``model.local_window``, or T / rho as in the paper's long runs."""
+    selected = num_selected_tokens(config.data.sequence_length, config.mosa.sparsity)
+    return min(config.model.local_window or selected, config.data.sequence_length)
+
+
+def causal_pairs(tokens: float) -> float:
+    """Return the number of pairs of a query and a key at or before it."""
+    return tokens * (tokens + 1) / 2
+
+
+class DenseKind(CausalKind):
+    """Dense heads."""
+
+    word = "dense"
+    heads = DenseHeads
+
+    def groups(self, config: Config) -> int:
+        return config.model.num_query_groups or config.model.num_dense_heads
+
+    def paper_pairs(self, config: Config) -> int:
+        return config.data.sequence_length**2
+
+    def num_pairs(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
+        return sum(map(pairs, lengths))
+
+    def describe(self, config: Config) -> str:
+        groups = f" in {config.model.num_query_groups} groups" if config.model.num_query_groups else ""
+        return f"{self.count(config)} dense{groups}"
+
+
+class LocalKind(CausalKind):
+    """Local heads."""
+
+    word = "local"
+    heads = LocalHeads
+
+    def paper_pairs(self, config: Config) -> int:
+        return config.data.sequence_length * local_window(config)
+
+    def num_pairs(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
+        window = local_window(config)
+        return sum(causal_pairs(length) - causal_pairs(max(length - window, 0)) for length in lengths)
+
+    def describe(self, config: Config) -> str:
+        return f"{self.count(config)} sliding-window"
+
+    def exported(self, config: Config) -> dict[str, Any]:
+        return super().exported(config) | {"local_window": local_window(config) if self.count(config) else 0}
+
+    def imported(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"model.local_window": theirs["local_window"]} if theirs["num_local_heads"] else {}
+
+
+class MosaKind(HeadKind):
+    """MoSA heads."""
+
+    word = "MoSA"
+    heads = MosaHeads
+
+    def weights(self, config: Config) -> dict[str, tuple[int, ...]]:
+        heads, width, head_dim = self.count(config), config.model.hidden_size, config.model.head_dim
+        return {
+            "router_weight": (heads, width),
+            "qkv_weight": (heads, width, 3 * head_dim),
+            "proj_weight": (heads, head_dim, width),
+        }
+
+    def paper_flops(self, config: Config) -> int:
+        model, length = config.model, config.data.sequence_length
+        (selected,) = self._selected(config, [length])
+        return round(self.count(config) * mosa_head_flops(model.hidden_size, model.head_dim, length, selected))
+
+    def step_flops(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
+        hidden, head_dim, length = config.model.hidden_size, config.model.head_dim, config.data.sequence_length
+        selected = self._selected(config, lengths)
+        heads = 8 * hidden * head_dim * sum(selected) + 4 * head_dim * sum(map(pairs, selected))
+        router = 2 * hidden * length + 4 * hidden * sum(selected)  # its gradient is nonzero at selected tokens only
+        return self.count(config) * (3 * heads + router)
+
+    def _selected(self, config: Config, lengths: Sequence[int]) -> list[float]:
+        """Return how many tokens of each document a head selects, in proportion to its length if per sequence."""
+        length, sparsity = config.data.sequence_length, config.mosa.sparsity
+        if config.mosa.selection == "token_choice":  # equal loads
+            return [document * config.heads_per_token / max(self.count(config), 1) for document in lengths]
+        if config.mosa.selection_scope == "document":
+            return [num_selected_tokens(document, sparsity) for document in lengths]
+        return [num_selected_tokens(length, sparsity) * document / length for document in lengths]
+
+    def looks_ahead(self, config: Config) -> bool:
+        return config.mosa.selection == "expert_choice"
+
+    def describe(self, config: Config) -> str:
+        how = ", token choice" if config.mosa.selection == "token_choice" else ""
+        return f"{self.count(config)} MoSA (sparsity {config.mosa.sparsity:g}{how})"
+
+
+# In the order in which a layer adds them up.
+KINDS: tuple[HeadKind, ...] = (DenseKind(), LocalKind(), FixedKind(), MosaKind())
+
+
+def looks_ahead(config: Config) -> bool:
+    """Return whether a model has heads whose outputs depend on later tokens, such as expert choice."""
+    return any(kind.count(config) and kind.looks_ahead(config) for kind in KINDS)
