@@ -27,13 +27,13 @@ from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.reader import MOMENTS, SafeReader, StateReader
 from megatron_mosa.checkpoint.writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.model import StoredTensor, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
     from megatron_mosa.data import TokenizerIdentity
     from megatron_mosa.engine import TrainingEngine
+    from megatron_mosa.model import StoredTensor
 
 FORMAT_VERSION = 2
 METADATA = "metadata.json"
@@ -100,6 +100,8 @@ def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
 
 def _own_share(model: torch.nn.Module) -> dict[str, StoredTensor]:
     """Return this rank's tensors, assigned so that data-parallel ranks write about the same number of elements."""
+    from megatron_mosa.model import stored_tensors  # imports Megatron-core, which takes longer than reading metadata
+
     group = data_parallel_group()
     loads, mine = [0] * group.size(), {}
     for name, stored in sorted(stored_tensors(model).items(), key=lambda item: (-item[1].size, item[0])):
@@ -175,6 +177,8 @@ def read_metadata(path: Path) -> Metadata:
 
 def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Wrap (part of) an engine's state as DTensors of global shape over the tensor-parallel group, without copies."""
+    from megatron_mosa.model import stored_tensors
+
     # The process group handles communication; the mesh only describes CPU tensors, and DCP itself moves no tensors.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
     tensors = stored_tensors(model)

@@ -34,9 +34,10 @@ def start_training(
     else:
         block_sigusr1()
     with gc_disabled_during_imports():
-        from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
+        if check_only:
+            from megatron_mosa.train import check_start  # slow to import, so mistakes are reported first
 
-    if check_only:
-        check_start(config, world_size or 1)
-        return DONE
+            check_start(config, world_size or 1)
+            return DONE
+        from megatron_mosa.train import pretrain
     return pretrain(config)

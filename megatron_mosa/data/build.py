@@ -16,8 +16,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.indexed_dataset import DType
-
 from megatron_mosa.config import DataSection
 from megatron_mosa.data.encoder import Encoder
 from megatron_mosa.data.hub import SourceInterruptedError
@@ -243,6 +241,8 @@ def _write(
     data: DataSection, request: dict[str, Any], sources: Sequence[Source], done: Sequence[Shard], folder: Path
 ) -> None:
     """Write tokenizer, tokens and manifest, continuing from the shards in ``done``."""
+    from megatron.core.datasets.indexed_dataset import DType  # slow to import
+
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         if data.tokenizer is None:

@@ -1,9 +1,14 @@
 """Metrics of a run: hardware limits, journal, loss plot and selection statistics."""
 
-from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
-from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality_label, kind, read_journal, scalars
-from megatron_mosa.metrics.plot import plot_losses
-from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
+    from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality_label, kind, read_journal, scalars
+    from megatron_mosa.metrics.plot import plot_losses
+    from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
 __all__ = [
     "NON_CAUSAL",
@@ -18,3 +23,5 @@ __all__ = [
     "scalars",
     "selection_statistics",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -1,19 +1,24 @@
 """The language model: construction, initial weights, FLOPs and parameter counts."""
 
-from megatron_mosa.model.calibration import calibrate, calibration_config
-from megatron_mosa.model.costs import (
-    dense_head_flops,
-    local_head_flops,
-    local_window,
-    model_flops,
-    mosa_head_flops,
-    paper_flops,
-    parameter_count,
-    usual_flops,
-)
-from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
-from megatron_mosa.model.initialization import draw, initial_weights
-from megatron_mosa.model.state import StoredTensor, stored_tensors
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.model.calibration import calibrate, calibration_config
+    from megatron_mosa.model.costs import (
+        dense_head_flops,
+        local_head_flops,
+        local_window,
+        model_flops,
+        mosa_head_flops,
+        paper_flops,
+        parameter_count,
+        usual_flops,
+    )
+    from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
+    from megatron_mosa.model.initialization import draw, initial_weights
+    from megatron_mosa.model.state import StoredTensor, stored_tensors
 
 __all__ = [
     "StoredTensor",
@@ -35,3 +40,5 @@ __all__ = [
     "transformer_config",
     "usual_flops",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

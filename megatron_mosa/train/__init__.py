@@ -1,9 +1,14 @@
 """The training loop, its callbacks, and the start and end of a run."""
 
-from megatron_mosa.train.pretrain import pretrain
-from megatron_mosa.train.sample import sample_text
-from megatron_mosa.train.schedule import learning_rate
-from megatron_mosa.train.start import ResumePoint, build_index, check_start, training_samples
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.train.run import pretrain
+    from megatron_mosa.train.sample import sample_text
+    from megatron_mosa.train.schedule import learning_rate
+    from megatron_mosa.train.start import ResumePoint, build_index, check_start, training_samples
 
 __all__ = [
     "ResumePoint",
@@ -14,3 +19,5 @@ __all__ = [
     "sample_text",
     "training_samples",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)
