@@ -25,7 +25,7 @@ def lazy_face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[
         for alias in node.names
     }
 
-    def __getattr__(name: str) -> Any:  # noqa: N807
+    def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, original = homes[name]
