@@ -67,11 +67,12 @@ def run(program: Callable[[], object]) -> int:
             stream.reconfigure(errors="backslashreplace")
     # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    is_first = local_rank == "0" or not local_rank.isdecimal()  # once per node; what is no number is an error itself
     try:
         code = program()
     except (UserError, RunError) as error:
-        if local_rank == 0:  # once per node
+        if is_first:
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     finally:

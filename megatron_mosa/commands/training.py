@@ -9,6 +9,7 @@ from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import gc_disabled_during_imports
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
+from megatron_mosa.parallel import launch_environment
 from megatron_mosa.resilience import block_sigusr1
 
 
@@ -32,6 +33,7 @@ def start_training(
     if check_only:
         check_world_size(config, world_size or 1)
     else:
+        launch_environment()  # mistakes in it would else show after all imports, or as a hang of the other ranks
         block_sigusr1()
     with gc_disabled_during_imports():
         if check_only:
