@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_mosa.commands.training import start_training
 from megatron_mosa.entry import run
 
 
@@ -26,6 +25,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Check the configuration and, without --check-only, train; return the exit code."""
+    from megatron_mosa.commands.training import start_training  # here, so that Ctrl-C during imports ends in one line
+
     arguments = parse_arguments()
     return start_training(
         arguments.config, arguments.overrides, check_only=arguments.check_only, world_size=arguments.world_size

@@ -108,6 +108,6 @@ app = build_app(COMMANDS)
 
 
 def main() -> None:
-    """Run ``mosa`` and exit with 0 (success), 1 (failure) or 2 (usage error)."""
+    """Run ``mosa``, for programs that have imported this module; the console command is ``__main__.main``."""
     raise_gc_threshold()
     sys.exit(run(app))
