@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mosa.config import check_world_size, load_config
+from megatron_mosa.config import check_plan, check_world_size, load_config
 from megatron_mosa.entry import gc_disabled_during_imports
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
@@ -30,6 +30,7 @@ def start_training(
     if world_size is not None and (world_size < 1 or not check_only):
         raise UserError(f"--world-size must be at least 1 and needs --check-only, got {world_size}")
     config = load_config(path, overrides, checks_batches=False)  # pretrain checks them
+    check_plan(config)
     if check_only:
         check_world_size(config, world_size or 1)
     else:
@@ -37,9 +38,13 @@ def start_training(
         block_sigusr1()
     with gc_disabled_during_imports():
         if check_only:
-            from megatron_mosa.train import check_start  # slow to import, so mistakes are reported first
+            # slow to import, so mistakes are reported first
+            from megatron_mosa.train import check_start, describe, refuse_impossible
 
-            check_start(config, world_size or 1)
+            start = check_start(config, world_size or 1)
+            if world_size is None:  # otherwise the run may be meant for other machines
+                refuse_impossible(config, start.manifest.vocab_size)
+            print(describe(config, start, world_size or 1))
             return DONE
         from megatron_mosa.train import pretrain
     return pretrain(config)

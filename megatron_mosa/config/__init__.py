@@ -4,7 +4,7 @@ from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
-from megatron_mosa.config.rules import check, check_world_size, padded_vocab_size
+from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
     Config,
@@ -32,6 +32,7 @@ __all__ = [
     "TrainSection",
     "blend_parts",
     "check",
+    "check_plan",
     "check_world_size",
     "config_from_dict",
     "config_to_dict",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
+    from megatron_mosa.train.plan import describe, refuse_impossible
     from megatron_mosa.train.run import pretrain
     from megatron_mosa.train.sample import sample_text
     from megatron_mosa.train.schedule import learning_rate
@@ -14,8 +15,10 @@ __all__ = [
     "ResumePoint",
     "build_index",
     "check_start",
+    "describe",
     "learning_rate",
     "pretrain",
+    "refuse_impossible",
     "sample_text",
     "training_samples",
 ]
