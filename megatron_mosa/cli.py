@@ -19,6 +19,7 @@ from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import USAGE_ERROR
 from megatron_mosa.tools.bench.commands import bench
+from megatron_mosa.tools.comparison.command import compare
 from megatron_mosa.tools.decoding.commands import cache_report, generate
 from megatron_mosa.tools.evaluation.command import evaluate
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
@@ -84,6 +85,7 @@ COMMANDS = Group(
         "bench": bench,
         "isoflop": isoflop,
         "sweep": sweep,
+        "compare": compare,
         "submit": submit,
         "status": status,
         "doctor": doctor,

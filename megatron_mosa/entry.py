@@ -16,6 +16,7 @@ from megatron_mosa.errors import RunError, UnrecoverableError, UserError
 from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, INTERRUPTED, USAGE_ERROR
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import FrameType
 
 
@@ -87,6 +88,29 @@ def _is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def check_output(option: str, path: Path | None, *, is_directory: bool = False) -> None:
+    """Check that the file or directory of an option can be written, before anything is computed for it.
+
+    What writes it makes missing parent directories.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path is None:
+        return
+    what = "directory" if is_directory else "file"
+    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if existing == path and path.is_dir() is not is_directory:
+        problem = f"is a {'file' if is_directory else 'directory'}"
+    elif existing != path and not existing.is_dir():
+        problem = f"cannot be written: '{existing}' is not a directory"
+    elif not os.access(existing, os.W_OK):
+        problem = f"cannot be written: '{existing}' is not writable"
+    else:
+        return
+    raise UserError(f"{option}={path} {problem}; give a {what} in a writable directory")
 
 
 def exit_code_of(error: Exception) -> int:

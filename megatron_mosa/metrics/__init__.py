@@ -6,13 +6,23 @@ from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
     from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
-    from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality_label, kind, read_journal, scalars
+    from megatron_mosa.metrics.journal import (
+        NON_CAUSAL,
+        Journal,
+        RunTotals,
+        causality_label,
+        kind,
+        read_journal,
+        run_totals,
+        scalars,
+    )
     from megatron_mosa.metrics.plot import plot_losses
     from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
 __all__ = [
     "NON_CAUSAL",
     "Journal",
+    "RunTotals",
     "causality_label",
     "kind",
     "peak_flops",
@@ -20,6 +30,7 @@ __all__ = [
     "plot_losses",
     "read_journal",
     "recorded_selection",
+    "run_totals",
     "scalars",
     "selection_statistics",
 ]

@@ -40,7 +40,9 @@ NO_COMMANDS = {
     "docs/doctor.md": ["│ matrix product │ 0.0248 TFLOP/s to 0.0375 TFLOP/s │ warning: n2 │"],
     "docs/slurm.md": ["runs/NAME/submit/TIME/"],
 }
-SMALL = " ".join([*TINY, "train.steps=2", "train.global_batch_size=4", "data.num_workers=0"])
+SMALL = " ".join(
+    [*TINY, "train.steps=2", "optimizer.warmup_steps=1", "train.global_batch_size=4", "data.num_workers=0"]
+)
 ONE = "parallel.tensor_model_parallel_size=1"
 FIRST = "train.global_batch_size=256 --nodes 4 --gpus-per-node 8"
 SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
@@ -234,6 +236,11 @@ TABLE: dict[str, dict[str, Way]] = {
         ),
         "mosa pretrain CONFIG train.profile_steps=[20,21] train.profile_ranks=[0,1]": Way(
             (("[20,21]", "[1]"), ("[0,1]", "[0]")), f"{SMALL} {ONE} run.name=profiled"
+        ),
+    },
+    "docs/runs.md": {
+        "mosa compare runs/A runs/B --output comparison.png": Way(
+            (("runs/A", "runs/quickstart"), ("runs/B", "runs/dense"))
         ),
     },
     "docs/scaling.md": {

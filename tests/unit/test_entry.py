@@ -82,7 +82,7 @@ def test_the_table_has_every_promised_command() -> None:
         mosa checkpoint inspect|mosa checkpoint reshard|mosa checkpoint export|mosa checkpoint import
         mosa checkpoint verify|mosa checkpoint causalize|mosa config show|mosa config diff|mosa config list
         mosa evaluate|mosa generate|mosa cache-report|mosa bench
-        mosa isoflop|mosa sweep|mosa submit|mosa status|mosa doctor"""
+        mosa isoflop|mosa sweep|mosa compare|mosa submit|mosa status|mosa doctor"""
     assert sorted(_names(COMMANDS)) == sorted(name.strip() for name in promised.replace("\n", "|").split("|"))
 
 
