@@ -127,6 +127,8 @@ def run(program: Callable[[], object]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # torch prints pages of its own C++ frames around errors that our line explains; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -68,6 +69,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         UserError: a source or tokenizer cannot be read; the corpus or a split is empty; ``data.path`` holds other
             files, or (without ``force``) another dataset or another interrupted build; the disk is full or read-only.
     """
+    started = time.monotonic()
     if data.path is None:
         raise UserError("data.path=null: a build writes one dataset (data.blend mixes built ones); set it to a folder")
     target = Path(data.path).expanduser().resolve()
@@ -91,7 +93,8 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         sync(partial)
         replace_directory(partial, target)
     manifest = read_manifest(target)
-    print("Built " + "\n".join(summary(data.path, manifest)), file=sys.stderr)
+    first, *others = summary(data.path, manifest)
+    print("\n".join([f"Built {first}, in {time.monotonic() - started:.1f} s", *others]), file=sys.stderr)
     return manifest
 
 

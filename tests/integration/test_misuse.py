@@ -204,7 +204,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("checkpoint import hf out --from gguf", 2, "--from must be"),
     ("checkpoint import none out --from hf", 2, "does not exist"),
     ("checkpoint import bad/hf out --from hf", 1, "damaged"),
-    ("checkpoint import texts.jsonl out.safetensors --from mosa-pytorch", 2, "texts.jsonl"),
+    ("checkpoint import texts.jsonl out.safetensors --from mosa-pytorch", 1, "cannot be read as tensors"),
     ("checkpoint reshard runs/a out --tensor-parallel 4", 2, "divi"),
     ("checkpoint reshard runs/a out --tensor-parallel 0", 2, "greater than or equal to 1"),
     ("checkpoint causalize hf out", 2, "pass a megatron_mosa checkpoint"),
