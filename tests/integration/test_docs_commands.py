@@ -401,6 +401,13 @@ def clone(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     return found
 
 
+def test_the_readme_s_model_runs_as_printed(clone: Clone) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (snippet for snippet in snippets if "GPTModel" in snippet)
+    (clone.folder / "snippet.py").write_text(f"{code}assert logits.shape == (1, 256, 8064)\n")
+    clone.call("python snippet.py")
+
+
 @pytest.mark.parametrize("document", list(TABLE))
 def test_the_commands_of_a_document(document: str, clone: Clone, tmp_path: Path) -> None:
     copy = Clone(tmp_path / "clone", clone.texts)
