@@ -94,6 +94,7 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa checkpoint verify A B": Way((("A B", "runs/quickstart imported"),)),
         "mosa status runs/NAME [--watch]": Way(),
         "mosa evaluate runs/NAME": Way(added="--samples 2 --calibration-samples 2"),
+        "mosa compare runs/A runs/B": Way((("runs/A", "runs/quickstart"), ("runs/B", "runs/dense"))),
         "mosa bench CONFIG": Way(added=f"{SMALL} {ONE} --steps 1 --warmup 1"),
     },
     "docs/causal.md": {
