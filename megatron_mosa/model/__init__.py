@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_mosa.model.calibration import calibrate, calibration_config
+    from megatron_mosa.model.calibration import CALIBRATION_PASSES, calibrate, calibration_config
     from megatron_mosa.model.costs import (
         dense_head_flops,
         local_head_flops,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_mosa.model.state import StoredTensor, stored_tensors
 
 __all__ = [
+    "CALIBRATION_PASSES",
     "StoredTensor",
     "build_empty_model",
     "build_model",

@@ -74,7 +74,7 @@ def evaluate(
         samples, prefixes, multiples, calibration_samples, tokens_at_once, _device(device), getattr(torch, dtype)
     )
     with progress(None, "evaluating", unit="token") as bar:
-        found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update)
+        found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update, bar.reset)
     print_report(found, Console())
     if output is not None:
         _write(found, output)

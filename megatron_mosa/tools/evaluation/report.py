@@ -52,7 +52,7 @@ def _positions(found: dict[str, Any]) -> Table:
 def _lengths(found: dict[str, Any]) -> Table:
     table = _table("By sequence length", ("full sequence", "error", "causal", "error"), first="tokens")
     for row in found["by_length"]:
-        cells = [f"{row[key][part]:.4f}" for key in ("full_sequence", "causal") for part in ("loss", "error")]
+        cells = [_number(row[key][part]) for key in ("full_sequence", "causal") for part in ("loss", "error")]
         table.add_row(str(row["length"]), *cells)
     return table
 
@@ -66,4 +66,4 @@ def _table(title: str, columns: tuple[str, ...], first: str) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}".replace("-0.0000", "0.0000")
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}".replace("-0.0000", "0.0000")
