@@ -19,8 +19,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
@@ -177,6 +175,9 @@ def read_metadata(path: Path) -> Metadata:
 
 def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Wrap (part of) an engine's state as DTensors of global shape over the tensor-parallel group, without copies."""
+    from torch.distributed.device_mesh import DeviceMesh  # slow to import
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     from megatron_mosa.model import stored_tensors
 
     # The process group handles communication; the mesh only describes CPU tensors, and DCP itself moves no tensors.
