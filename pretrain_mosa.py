@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
-from megatron_mosa.commands.training import start_training
 from megatron_mosa.entry import run
+from megatron_mosa.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as every other one: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see pretrain_mosa.py --help")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain a MoSA language model.")
+    parser = Parser(description="Pretrain a MoSA language model.")
     parser.add_argument("config", help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
     parser.add_argument("--check-only", action="store_true", help="check the configuration, layout and data, then exit")
@@ -26,6 +34,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Check the configuration and, without --check-only, train; return the exit code."""
+    from megatron_mosa.commands.training import start_training  # here, so that Ctrl-C during imports ends in one line
+
     arguments = parse_arguments()
     return start_training(
         arguments.config, arguments.overrides, check_only=arguments.check_only, world_size=arguments.world_size

@@ -16,7 +16,10 @@ from megatron_mosa.cluster.status import status
 from megatron_mosa.commands import checkpoint, config, data
 from megatron_mosa.commands.pretrain import pretrain
 from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
+from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import USAGE_ERROR
 from megatron_mosa.tools.bench.commands import bench
+from megatron_mosa.tools.comparison.command import compare
 from megatron_mosa.tools.decoding.commands import cache_report, generate
 from megatron_mosa.tools.evaluation.command import evaluate
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
@@ -82,6 +85,7 @@ COMMANDS = Group(
         "bench": bench,
         "isoflop": isoflop,
         "sweep": sweep,
+        "compare": compare,
         "submit": submit,
         "status": status,
         "doctor": doctor,
@@ -107,7 +111,24 @@ def build_app(group: Group) -> typer.Typer:
 app = build_app(COMMANDS)
 
 
+def command_line() -> object:
+    """Run the command of ``sys.argv``; return its exit code.
+
+    Raises:
+        UserError: there is no such command or option, or an argument is missing or malformed.
+    """
+    try:
+        return app(prog_name="mosa", standalone_mode=False)
+    except Exception as error:
+        if (format_message := getattr(error, "format_message", None)) is None:  # not an error of Typer's
+            raise
+        if not (message := str(format_message()).strip().rstrip(".")):
+            return USAGE_ERROR  # a group without a command has shown its help
+        command = getattr(getattr(error, "ctx", None), "command_path", "mosa")
+    raise UserError(f"{message}; see {command} --help")
+
+
 def main() -> None:
-    """Run ``mosa`` and exit with 0 (success), 1 (failure) or 2 (usage error)."""
+    """Run ``mosa``, for programs that have imported this module; the console command is ``__main__.main``."""
     raise_gc_threshold()
-    sys.exit(run(app))
+    sys.exit(run(command_line))

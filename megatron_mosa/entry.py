@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from megatron_mosa.errors import RunError, UnrecoverableError, UserError
-from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, USAGE_ERROR
+from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, INTERRUPTED, USAGE_ERROR
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
 
 
 def keep_freed_memory() -> None:
@@ -21,6 +26,8 @@ def keep_freed_memory() -> None:
     By default the memory returns to the kernel. A program that reads a model one tensor at a time then faults in every
     page anew, which can cost more than reading the file.
     """
+    import ctypes  # as little as possible is imported before Ctrl-C is handled
+
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: allocate large blocks from the heap, too
@@ -52,6 +59,60 @@ def gc_disabled_during_imports() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+def _interrupts_noted() -> list[int]:
+    """Return a list to which each SIGINT will be added; the first raises KeyboardInterrupt, the second exits.
+
+    A SIGINT that is ignored, as in the background of a script, or handled otherwise already, stays so.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        if len(noted) > 1:
+            os._exit(INTERRUPTED)
+        if _is_importing(frame):  # libraries catch whatever their imports raise, and would go on
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        sys.unraisablehook = lambda _: None  # finalizers that the interruption hits have nothing to say
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, note)
+    return noted
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_output(option: str, path: Path | None, *, is_directory: bool = False) -> None:
+    """Check that the file or directory of an option can be written, before anything is computed for it.
+
+    What writes it makes missing parent directories.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path is None:
+        return
+    what = "directory" if is_directory else "file"
+    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if existing == path and path.is_dir() is not is_directory:
+        problem = f"is a {'file' if is_directory else 'directory'}"
+    elif existing != path and not existing.is_dir():
+        problem = f"cannot be written: '{existing}' is not a directory"
+    elif not os.access(existing, os.W_OK):
+        problem = f"cannot be written: '{existing}' is not writable"
+    else:
+        return
+    raise UserError(f"{option}={path} {problem}; give a {what} in a writable directory")
+
+
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
     return USAGE_ERROR if isinstance(error, UserError) else GAVE_UP if isinstance(error, UnrecoverableError) else FAILED
@@ -60,20 +121,30 @@ def exit_code_of(error: Exception) -> int:
 def run(program: Callable[[], object]) -> int:
     """Run a program and return its exit code (``exit_codes``): its own return value if that is an integer.
 
-    A UserError or RunError prints one line; any other exception is a bug and keeps its traceback.
+    A UserError or RunError prints one line; so does Ctrl-C. Any other exception is a bug and keeps its traceback.
     """
+    interrupts = _interrupts_noted()
     for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # torch prints pages of its own C++ frames around errors that our line explains; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    is_first = local_rank == "0" or not local_rank.isdecimal()  # once per node; what is no number is an error itself
     try:
         code = program()
     except (UserError, RunError) as error:
-        if local_rank == 0:  # once per node
+        if is_first:
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
+    except BaseException:
+        if not interrupts:
+            raise
+        if is_first:  # whatever the signal has become on its way, as in a library that catches what its imports raise
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     finally:
         gc.freeze()  # or the last collection, at exit, would scan all modules for a second
     return code if isinstance(code, int) else DONE

@@ -18,4 +18,15 @@ STOPPED = 75
 HUNG = 76
 """The watchdog ended a process that made no progress."""
 
-NAMES = {DONE: "done", FAILED: "failed", USAGE_ERROR: "wrong use", GAVE_UP: "gave up", STOPPED: "stopped", HUNG: "hung"}
+INTERRUPTED = 130
+"""Ended by Ctrl-C (SIGINT) with nothing to save, as shells report it. A run that has begun saves and stops with 75."""
+
+NAMES = {
+    DONE: "done",
+    FAILED: "failed",
+    USAGE_ERROR: "wrong use",
+    GAVE_UP: "gave up",
+    STOPPED: "stopped",
+    HUNG: "hung",
+    INTERRUPTED: "interrupted",
+}

@@ -18,7 +18,8 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
     export PATH
 fi
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+trap 'exit 130' INT # Ctrl-C during a check: without Python's traceback
+gpus=$(python -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count())')
 usable=1
 while ((usable * 2 <= gpus)); do usable=$((usable * 2)); done
 nproc=${NPROC:-$((gpus > 0 ? usable : 2))}
@@ -41,5 +42,5 @@ echo "local.sh: $nproc process(es) on $where, $OMP_NUM_THREADS thread(s) each: $
 # Report a mistake in the configuration here, in one line with exit code 2, before any process starts.
 python "$root/pretrain_mosa.py" "$config" "${overrides[@]}" --check-only --world-size "$nproc"
 
-exec python -m torch.distributed.run --standalone --nproc-per-node "$nproc" \
+exec python -m megatron_mosa.cluster.torchrun --standalone --nproc-per-node "$nproc" \
     "$root/pretrain_mosa.py" "$config" "${overrides[@]}"

@@ -28,7 +28,9 @@ if [[ -n ${SLURM_STEP_NODELIST:-} ]]; then
     id=mosa-$SLURM_JOB_ID
 fi
 if [[ -z ${NNODES:-} || -z ${MASTER_ADDR:-} ]]; then usage; fi
-nproc=${NPROC:-$(python -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
+trap 'exit 130' INT # Ctrl-C during a check: without Python's traceback
+count='import signal; signal.signal(2, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
+nproc=${NPROC:-$(python -c "$count")}
 for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}"; do
     if ! [[ $number =~ =[1-9][0-9]*$ ]]; then
         echo "error: ${number%%=*} must be a positive number, got ${number#*=}" >&2
@@ -40,5 +42,5 @@ done
 python "$root/pretrain_mosa.py" "$@" --check-only --world-size "$((NNODES * nproc))"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > nproc ? $(nproc) / nproc : 1))}
-exec python -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" \
+exec python -m megatron_mosa.cluster.torchrun --nnodes "$NNODES" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$id" "$root/pretrain_mosa.py" "$@"

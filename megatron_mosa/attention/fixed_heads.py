@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.heads import CausalHeads
-from megatron_mosa.attention.kind import CausalKind
-from megatron_mosa.config import Config
 from megatron_mosa.kernels import AnyDocuments, KernelBackend, naive
 
 
@@ -38,33 +33,3 @@ class FixedHeads(CausalHeads):
         output = super().forward(hidden_states[:: self.stride], strided, kernels)  # [k, B, h]
         padded = F.pad(output.unsqueeze(1), (0, 0, 0, 0, 0, self.stride - 1))  # [k, s, B, h]
         return padded.flatten(0, 1)[: hidden_states.shape[0]]
-
-
-class FixedKind(CausalKind):
-    """Fixed heads."""
-
-    word = "fixed"
-    heads = FixedHeads
-
-    def is_gated(self, config: Config) -> bool:
-        return False
-
-    def num_tokens(self, config: Config) -> int:
-        return -(-config.data.sequence_length // config.fixed_stride)
-
-    def paper_pairs(self, config: Config) -> int:
-        return self.num_tokens(config) ** 2
-
-    def num_pairs(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
-        share = self.num_tokens(config) / config.data.sequence_length
-        return sum(pairs(share * length) for length in lengths)
-
-    def describe(self, config: Config) -> str:
-        return f"{self.count(config)} fixed (stride {config.fixed_stride})"
-
-    def exported(self, config: Config) -> dict[str, Any]:
-        return super().exported(config) | {"fixed_stride": config.fixed_stride if self.count(config) else 0}
-
-    def imported(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        heads = theirs.get("num_fixed_heads", 0)
-        return {"model.num_fixed_heads": heads} | ({"model.fixed_stride": theirs["fixed_stride"]} if heads else {})

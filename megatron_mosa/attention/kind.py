@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_mosa.attention.heads import PartitionedHeads
 from megatron_mosa.config import Config, head_counts
+
+if TYPE_CHECKING:
+    from megatron_mosa.attention.heads import PartitionedHeads
 
 
 class HeadKind(ABC):
@@ -19,8 +21,9 @@ class HeadKind(ABC):
     word: ClassVar[str]
     """As in ``config.head_counts``, such as "MoSA"."""
 
-    heads: ClassVar[type[PartitionedHeads]]
-    """The module of all heads of this kind in a layer."""
+    @abstractmethod
+    def module(self) -> type[PartitionedHeads]:
+        """Return the module of all heads of this kind in a layer; imported here, as costs do not need Megatron-core."""
 
     @property
     def name(self) -> str:
@@ -33,7 +36,7 @@ class HeadKind(ABC):
 
     @abstractmethod
     def weights(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """Return the global shapes of the parameters of ``heads``, by name."""
+        """Return the global shapes of the parameters of the module, by name."""
 
     def groups(self, config: Config) -> int | None:
         """Return the number of key and value heads in ``qkv_weight`` if it has Megatron's layout, else None."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_mosa.attention.fixed_heads import FixedKind
 from megatron_mosa.attention.functional import num_selected_tokens
-from megatron_mosa.attention.heads import DenseHeads, LocalHeads, MosaHeads
 from megatron_mosa.attention.kind import CausalKind, HeadKind
 from megatron_mosa.config import Config
+
+if TYPE_CHECKING:
+    from megatron_mosa.attention.heads import PartitionedHeads
 
 Number = TypeVar("Number", int, float)
 
@@ -49,7 +50,11 @@ class DenseKind(CausalKind):
     """Dense heads."""
 
     word = "dense"
-    heads = DenseHeads
+
+    def module(self) -> type[PartitionedHeads]:
+        from megatron_mosa.attention.heads import DenseHeads
+
+        return DenseHeads
 
     def groups(self, config: Config) -> int:
         return config.model.num_query_groups or config.model.num_dense_heads
@@ -69,7 +74,11 @@ class LocalKind(CausalKind):
     """Local heads."""
 
     word = "local"
-    heads = LocalHeads
+
+    def module(self) -> type[PartitionedHeads]:
+        from megatron_mosa.attention.heads import LocalHeads
+
+        return LocalHeads
 
     def paper_pairs(self, config: Config) -> int:
         return config.data.sequence_length * local_window(config)
@@ -88,11 +97,49 @@ class LocalKind(CausalKind):
         return {"model.local_window": theirs["local_window"]} if theirs["num_local_heads"] else {}
 
 
+class FixedKind(CausalKind):
+    """Fixed heads."""
+
+    word = "fixed"
+
+    def module(self) -> type[PartitionedHeads]:
+        from megatron_mosa.attention.fixed_heads import FixedHeads
+
+        return FixedHeads
+
+    def is_gated(self, config: Config) -> bool:
+        return False
+
+    def num_tokens(self, config: Config) -> int:
+        return -(-config.data.sequence_length // config.fixed_stride)
+
+    def paper_pairs(self, config: Config) -> int:
+        return self.num_tokens(config) ** 2
+
+    def num_pairs(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
+        share = self.num_tokens(config) / config.data.sequence_length
+        return sum(pairs(share * length) for length in lengths)
+
+    def describe(self, config: Config) -> str:
+        return f"{self.count(config)} fixed (stride {config.fixed_stride})"
+
+    def exported(self, config: Config) -> dict[str, Any]:
+        return super().exported(config) | {"fixed_stride": config.fixed_stride if self.count(config) else 0}
+
+    def imported(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        heads = theirs.get("num_fixed_heads", 0)
+        return {"model.num_fixed_heads": heads} | ({"model.fixed_stride": theirs["fixed_stride"]} if heads else {})
+
+
 class MosaKind(HeadKind):
     """MoSA heads."""
 
     word = "MoSA"
-    heads = MosaHeads
+
+    def module(self) -> type[PartitionedHeads]:
+        from megatron_mosa.attention.heads import MosaHeads
+
+        return MosaHeads
 
     def weights(self, config: Config) -> dict[str, tuple[int, ...]]:
         heads, width, head_dim = self.count(config), config.model.hidden_size, config.model.head_dim

@@ -51,7 +51,7 @@ class MosaSelfAttention(MegatronModule):
         self.present: list[str] = []  # names of the submodules of ``heads``
         for kind in KINDS:
             name, count = f"{kind.name}_heads", getattr(config, HEAD_FIELDS[kind.name])
-            setattr(self, name, kind.heads(config, self.tp_group) if count else None)
+            setattr(self, name, kind.module()(config, self.tp_group) if count else None)
             if count:
                 self.present.append(name)
 

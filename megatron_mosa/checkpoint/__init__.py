@@ -1,28 +1,33 @@
 """The format of checkpoints, independent of the parallel layout, and what a run needs to save and load them."""
 
-from megatron_mosa.checkpoint.file_slice import find_corruption
-from megatron_mosa.checkpoint.format import (
-    FORMAT_VERSION,
-    METADATA,
-    Metadata,
-    load_initial_weights,
-    read_metadata,
-    write_metadata,
-)
-from megatron_mosa.checkpoint.manifest import (
-    MANIFEST,
-    DamagedError,
-    FileRecord,
-    damage_as_run_error,
-    find_damage,
-    hash_files,
-    is_recorded,
-    sync_and_evict,
-    write_manifest,
-)
-from megatron_mosa.checkpoint.reader import StateReader, TensorInfo
-from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_same_model
-from megatron_mosa.checkpoint.writer import write_state_offline
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.checkpoint.file_slice import find_corruption
+    from megatron_mosa.checkpoint.format import (
+        FORMAT_VERSION,
+        METADATA,
+        Metadata,
+        load_initial_weights,
+        read_metadata,
+        write_metadata,
+    )
+    from megatron_mosa.checkpoint.manifest import (
+        MANIFEST,
+        DamagedError,
+        FileRecord,
+        damage_as_run_error,
+        find_damage,
+        hash_files,
+        is_recorded,
+        sync_and_evict,
+        write_manifest,
+    )
+    from megatron_mosa.checkpoint.reader import StateReader, TensorInfo
+    from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_same_model
+    from megatron_mosa.checkpoint.writer import write_state_offline
 
 __all__ = [
     "FORMAT_VERSION",
@@ -48,3 +53,5 @@ __all__ = [
     "write_metadata",
     "write_state_offline",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -19,21 +19,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.checkpoint.reader import MOMENTS, SafeReader, StateReader
 from megatron_mosa.checkpoint.writer import is_storage_failure
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.model import StoredTensor, stored_tensors
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
     from megatron_mosa.data import TokenizerIdentity
     from megatron_mosa.engine import TrainingEngine
+    from megatron_mosa.model import StoredTensor
 
 FORMAT_VERSION = 2
 METADATA = "metadata.json"
@@ -100,6 +98,8 @@ def reserve(engine: TrainingEngine, memory: HostMemory) -> None:
 
 def _own_share(model: torch.nn.Module) -> dict[str, StoredTensor]:
     """Return this rank's tensors, assigned so that data-parallel ranks write about the same number of elements."""
+    from megatron_mosa.model import stored_tensors  # imports Megatron-core, which takes longer than reading metadata
+
     group = data_parallel_group()
     loads, mine = [0] * group.size(), {}
     for name, stored in sorted(stored_tensors(model).items(), key=lambda item: (-item[1].size, item[0])):
@@ -175,6 +175,11 @@ def read_metadata(path: Path) -> Metadata:
 
 def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Wrap (part of) an engine's state as DTensors of global shape over the tensor-parallel group, without copies."""
+    from torch.distributed.device_mesh import DeviceMesh  # slow to import
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    from megatron_mosa.model import stored_tensors
+
     # The process group handles communication; the mesh only describes CPU tensors, and DCP itself moves no tensors.
     mesh = DeviceMesh.from_group(tensor_parallel_group(), "cpu")
     tensors = stored_tensors(model)

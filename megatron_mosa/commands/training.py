@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mosa.config import check_world_size, load_config
+from megatron_mosa.config import check_plan, check_world_size, load_config
 from megatron_mosa.entry import gc_disabled_during_imports
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
+from megatron_mosa.parallel import launch_environment
 from megatron_mosa.resilience import block_sigusr1
 
 
@@ -29,14 +30,21 @@ def start_training(
     if world_size is not None and (world_size < 1 or not check_only):
         raise UserError(f"--world-size must be at least 1 and needs --check-only, got {world_size}")
     config = load_config(path, overrides, checks_batches=False)  # pretrain checks them
+    check_plan(config)
     if check_only:
         check_world_size(config, world_size or 1)
     else:
+        launch_environment()  # mistakes in it would else show after all imports, or as a hang of the other ranks
         block_sigusr1()
     with gc_disabled_during_imports():
-        from megatron_mosa.train import check_start, pretrain  # slow to import, so mistakes are reported first
+        if check_only:
+            # slow to import, so mistakes are reported first
+            from megatron_mosa.train import check_start, describe, refuse_impossible
 
-    if check_only:
-        check_start(config, world_size or 1)
-        return DONE
+            start = check_start(config, world_size or 1)
+            if world_size is None:  # otherwise the run may be meant for other machines
+                refuse_impossible(config, start.manifest.vocab_size)
+            print(describe(config, start, world_size or 1))
+            return DONE
+        from megatron_mosa.train import pretrain
     return pretrain(config)

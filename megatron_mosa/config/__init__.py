@@ -5,7 +5,7 @@ from megatron_mosa.config.heads import HeadCount, head_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
-from megatron_mosa.config.rules import check, check_world_size, padded_vocab_size
+from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
     Config,
@@ -34,6 +34,7 @@ __all__ = [
     "TrainSection",
     "blend_parts",
     "check",
+    "check_plan",
     "check_world_size",
     "config_from_dict",
     "config_to_dict",

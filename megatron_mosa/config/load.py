@@ -19,6 +19,7 @@ _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
 }
 _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initialize_from")
+_MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
 
 
@@ -60,9 +61,10 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+        what = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"configuration file '{path}' {what}; give a YAML file such as configs/quickstart.yaml")
     try:
+        _refuse_expansion(path)
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
     except (*_BROKEN, OSError) as error:
         reason = " ".join(str(error).split())
@@ -72,6 +74,29 @@ def _read(path: Path) -> dict[str, Any]:
             f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}"
         )
     return cast(dict[str, Any], tree)
+
+
+def _refuse_expansion(path: Path) -> None:
+    """Refuse a file too large for a configuration, or whose aliases, once expanded, would fill the memory.
+
+    Raises:
+        ValueError: it is.
+    """
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # a node that contains itself
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + (sum(map(size, parts)) if not isinstance(node, yaml.ScalarNode) else 0)
+        return sizes[id(node)]
+
+    with path.open(encoding="utf-8") as file:
+        root = yaml.compose(file, yaml.SafeLoader)
+    if root is not None and size(root) > _MOST_VALUES:
+        raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

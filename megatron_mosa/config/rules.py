@@ -85,6 +85,9 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+_INDEX_LIMIT = 2**31 - 1  # as at_most of data.index_samples
+
+
 def _value(config: Config, key: str) -> object:
     section, name = key.split(".")
     return getattr(getattr(config, section), name)
@@ -104,6 +107,32 @@ def _profiled_steps(config: Config) -> None:
     steps = config.train.steps
     if (last := max(config.train.profile_steps, default=0)) > steps:
         raise UserError(f"train.profile_steps must be at most train.steps={steps}, got {last}")
+
+
+def check_plan(config: Config) -> None:
+    """Check what makes no sense in a run to come, though a checkpoint may record it.
+
+    Raises:
+        UserError: the learning rate would never reach its peak; the run would end before it stops early; its order of
+            samples is too long for one index.
+    """
+    train, samples = config.train, config.train.steps * config.train.global_batch_size
+    if config.optimizer.warmup_steps > train.steps:
+        raise UserError(
+            f"optimizer.warmup_steps must be at most train.steps={train.steps}, got {config.optimizer.warmup_steps}: "
+            "the learning rate would never reach its peak; lower it, or train longer"
+        )
+    if train.stop_after_step is not None and train.stop_after_step > train.steps:
+        raise UserError(
+            f"train.stop_after_step must be at most train.steps={train.steps}, got {train.stop_after_step}; lower it, "
+            "or set it to null"
+        )
+    if config.data.index_samples is None and samples > _INDEX_LIMIT:
+        raise UserError(
+            f"train.steps={train.steps} x train.global_batch_size={train.global_batch_size} are {samples:,} samples, "
+            f"but one shuffled pass holds at most {_INDEX_LIMIT:,}; set data.index_samples, by which a run takes "
+            "several passes"
+        )
 
 
 def _parallelism_that_exists(config: Config) -> None:

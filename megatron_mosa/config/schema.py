@@ -29,12 +29,16 @@ class RunSection:
 class ModelSection:
     """A GPT with pre-norm layers; its dense and local heads run next to the MoSA heads of section ``mosa``."""
 
-    num_layers: int = required("transformer layers", at_least=1)
-    hidden_size: int = required("h, the width of the residual stream", at_least=1)
-    ffn_hidden_size: int | None = key(None, "width of the MLP; null: 4 * hidden_size", at_least=1)
-    num_dense_heads: int = key(4, "dense causal heads next to the MoSA heads; 0: none", at_least=0, counts="dense")
+    num_layers: int = required("transformer layers", at_least=1, at_most=10_000)
+    hidden_size: int = required("h, the width of the residual stream", at_least=1, at_most=2**20)
+    ffn_hidden_size: int | None = key(None, "width of the MLP; null: 4 * hidden_size", at_least=1, at_most=2**22)
+    num_dense_heads: int = key(
+        4, "dense causal heads next to the MoSA heads; 0: none", at_least=0, at_most=2**16, counts="dense"
+    )
     num_query_groups: int | None = key(None, "key/value heads of the dense heads; null: one per dense head", at_least=1)
-    num_local_heads: int = key(0, "sliding-window heads, with or without dense heads", at_least=0, counts="local")
+    num_local_heads: int = key(
+        0, "sliding-window heads, with or without dense heads", at_least=0, at_most=2**16, counts="local"
+    )
     local_window: int | None = key(
         None, "tokens a local head sees, including its own; null: sequence_length / sparsity", at_least=1
     )
@@ -42,6 +46,7 @@ class ModelSection:
         0,
         "heads that attend among every fixed_stride-th token: the paper's static baseline",
         at_least=0,
+        at_most=2**16,
         counts="fixed",
     )
     fixed_stride: int | None = key(
@@ -53,7 +58,7 @@ class ModelSection:
         False,
         "gate the outputs of dense and local heads by a sigmoid of the token's state, one per head, as MoSA heads are",
     )
-    head_dim: int = key(64, "h', of all heads (heads * head_dim need not equal hidden_size)", at_least=1)
+    head_dim: int = key(64, "h', of all heads (heads * head_dim need not equal hidden_size)", at_least=1, at_most=2**16)
     activation: str = key("gelu", "gelu (two matrices) | swiglu (three)", choices=("gelu", "swiglu"))
     normalization: str = key("LayerNorm", "LayerNorm | RMSNorm", choices=("LayerNorm", "RMSNorm"))
     tie_embeddings: bool = key(False, "share one matrix between input and output embeddings")
@@ -65,7 +70,9 @@ class ModelSection:
     init_method_std: float = key(
         0.02, "of normal initial weights; MoSA heads use uniform ones, as in the authors' code", above=0
     )
-    vocab_size_multiple: int = key(128, "the vocabulary is padded to a multiple of this, in every layout", at_least=1)
+    vocab_size_multiple: int = key(
+        128, "the vocabulary is padded to a multiple of this, in every layout", at_least=1, at_most=2**20
+    )
 
     @property
     def mlp_width(self) -> int:
@@ -77,7 +84,7 @@ class ModelSection:
 class MosaSection:
     """MoSA heads (arXiv 2505.00315, section 3)."""
 
-    num_heads: int = required("MoSA heads; 0: a dense model", at_least=0, counts="MoSA")
+    num_heads: int = required("MoSA heads; 0: a dense model", at_least=0, at_most=2**16, counts="MoSA")
     sparsity: float = key(
         16.0,
         "rho: each head selects k = max(floor(sequence_length / rho), 2) tokens",
@@ -118,7 +125,7 @@ class MosaSection:
 class ParallelSection:
     """How the model and the optimizer state are divided among the ranks."""
 
-    tensor_model_parallel_size: int = key(1, "must divide the number of heads of each kind", at_least=1)
+    tensor_model_parallel_size: int = key(1, "must divide the number of heads of each kind", at_least=1, at_most=2**16)
     sequence_parallel: bool = key(False, "split activations between layers over the sequence; for sizes above 1")
     tensor_parallel_overlap: str = key(
         "none",
@@ -151,31 +158,38 @@ class DataSection:
     tokenizer_bytes: int = key(
         200_000_000, "maximum bytes of text, over all sources, to train the BPE on: the start of each", at_least=1
     )
-    vocab_size: int = key(8000, "size of the trained BPE", at_least=1)
+    vocab_size: int = key(8000, "size of the trained BPE", at_least=1, at_most=2**24)
     validation_fraction: float = key(
         0.01, "share of documents held out, chosen by a hash of their text", above=0, below=1
     )
-    sequence_length: int = required("T, tokens per sample", at_least=2, reason="a MoSA head selects at least 2 tokens")
+    sequence_length: int = required(
+        "T, tokens per sample", at_least=2, at_most=2**24, reason="a MoSA head selects at least 2 tokens"
+    )
     shard_bytes: int = key(256_000_000, "text between two points at which an interrupted build can resume", at_least=1)
     check_hashes: bool = key(
         True, "verify the dataset against its manifest: up to 1 GB before the start, more during the run"
     )
     index_path: str | None = key(None, "directory of shuffled orders (see `mosa data index`); null: below path")
     index_samples: int | None = key(
-        None, "samples in one shuffled pass; null: what the first start needs, recorded in the run", at_least=1
+        None,
+        "samples in one shuffled pass; null: what the first start needs, recorded in the run",
+        at_least=1,
+        at_most=2**31 - 1,
     )
-    num_workers: int = key(1, "loader processes per rank; 0: load in the training process", at_least=0)
+    num_workers: int = key(1, "loader processes per rank; 0: load in the training process", at_least=0, at_most=256)
 
 
 @dataclass
 class TrainSection:
     """Length, batch sizes, precision and memory use of training."""
 
-    steps: int = required("length of training and of the learning-rate schedule", at_least=1)
+    steps: int = required("length of training and of the learning-rate schedule", at_least=1, at_most=10**9)
     stop_after_step: int | None = key(None, "stop early, with the schedule and data order of the full run", at_least=1)
     skip_steps: list[int] = key([], "steps whose batches are skipped, for data that breaks the run")
-    micro_batch_size: int = required("samples a rank processes at once", at_least=1)
-    global_batch_size: int = required("samples per step, over all ranks and accumulation steps", at_least=1)
+    micro_batch_size: int = required("samples a rank processes at once", at_least=1, at_most=2**24)
+    global_batch_size: int = required(
+        "samples per step, over all ranks and accumulation steps", at_least=1, at_most=2**24
+    )
     precision: str = key(
         "bf16", "fp32 | bf16 (fp32 master weights and gradient accumulation)", choices=("fp32", "bf16")
     )
@@ -226,7 +240,7 @@ class ValidationSection:
     """How often, and on how much of the validation split, the loss is measured."""
 
     interval: int = key(100, "steps", at_least=1)
-    num_samples: int = key(256, "the first samples of the validation split, always the same", at_least=1)
+    num_samples: int = key(256, "the first samples of the validation split, always the same", at_least=1, at_most=10**8)
 
 
 @dataclass
@@ -265,7 +279,7 @@ class ResilienceSection:
     spike_sigmas: float = key(
         6.0, "a loss this many standard deviations above the mean of the last ones is a spike", above=0
     )
-    spike_window: int = key(128, "losses in that mean", at_least=1)
+    spike_window: int = key(128, "losses in that mean", at_least=1, at_most=10**6)
     on_spike: str = key(
         "log", "log | rewind (to the checkpoint before, skipping the step of the spike)", choices=("log", "rewind")
     )

@@ -1,14 +1,19 @@
 """Convert models between formats, one tensor at a time, without a GPU."""
 
-from megatron_mosa.convert.dataset import open_dataset
-from megatron_mosa.convert.formats.mosa import CheckpointReader
-from megatron_mosa.convert.formats.mosa_pytorch import import_layer
-from megatron_mosa.convert.formats.safetensors import read_json
-from megatron_mosa.convert.initial import find_initial_weights
-from megatron_mosa.convert.locate import Kind, find_model
-from megatron_mosa.convert.logits import load_weights, single_process_groups
-from megatron_mosa.convert.model_config import from_transformers
-from megatron_mosa.convert.model_reader import ModelReader, open_model
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.convert.dataset import open_dataset
+    from megatron_mosa.convert.formats.mosa import CheckpointReader
+    from megatron_mosa.convert.formats.mosa_pytorch import import_layer
+    from megatron_mosa.convert.formats.safetensors import read_json
+    from megatron_mosa.convert.initial import find_initial_weights
+    from megatron_mosa.convert.locate import Kind, find_model
+    from megatron_mosa.convert.logits import load_weights, single_process_groups
+    from megatron_mosa.convert.model_config import from_transformers
+    from megatron_mosa.convert.model_reader import ModelReader, open_model
 
 __all__ = [
     "CheckpointReader",
@@ -24,3 +29,5 @@ __all__ = [
     "read_json",
     "single_process_groups",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

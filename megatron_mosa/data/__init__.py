@@ -1,24 +1,29 @@
 """Turn text into batches: sources, tokenizers, datasets, samples and loaders."""
 
-from megatron_mosa.data.build import build_dataset
-from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
-from megatron_mosa.data.loader import training_batches, validation_batches
-from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
-from megatron_mosa.data.mixture import Mixture, open_mixture
-from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
-from megatron_mosa.data.sources import iter_documents
-from megatron_mosa.data.tokenizer import (
-    PROBE,
-    TOKENIZER_FILE,
-    TokenizerIdentity,
-    adds_special_tokens,
-    end_of_document_id,
-    load_tokenizer,
-    tokenizer_hash,
-    tokenizer_identity,
-    train_tokenizer,
-    vocabulary_size,
-)
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.data.build import build_dataset
+    from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
+    from megatron_mosa.data.loader import training_batches, validation_batches
+    from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
+    from megatron_mosa.data.mixture import Mixture, open_mixture
+    from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
+    from megatron_mosa.data.sources import iter_documents
+    from megatron_mosa.data.tokenizer import (
+        PROBE,
+        TOKENIZER_FILE,
+        TokenizerIdentity,
+        adds_special_tokens,
+        end_of_document_id,
+        load_tokenizer,
+        tokenizer_hash,
+        tokenizer_identity,
+        train_tokenizer,
+        vocabulary_size,
+    )
 
 __all__ = [
     "MANIFEST_FILE",
@@ -48,3 +53,5 @@ __all__ = [
     "validation_batches",
     "vocabulary_size",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -10,13 +10,13 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_mosa.config import DataSection
 from megatron_mosa.data.encoder import Encoder
@@ -49,6 +49,7 @@ INDEX_CACHE = "index_cache"
 _FILES = {TOKENIZER_FILE, MANIFEST_FILE, INDEX_CACHE, *(f"{s}.{suffix}" for s in SPLITS for suffix in ("bin", "idx"))}
 _LOCK = ".lock"
 _REQUEST_FILE = "request.json"
+_SHARE_FILE = "held_out_share"
 _FORCE = "mosa data build CONFIG --force"
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library at each call
 
@@ -70,6 +71,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         UserError: a source or tokenizer cannot be read; the corpus or a split is empty; ``data.path`` holds other
             files, or (without ``force``) another dataset or another interrupted build; the disk is full or read-only.
     """
+    started = time.monotonic()
     if data.path is None:
         raise UserError("data.path=null: a build writes one dataset (data.blend mixes built ones); set it to a folder")
     target = Path(data.path).expanduser().resolve()
@@ -89,11 +91,17 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         shards = _shards_to_resume(partial, request, sources, force)
         if not (partial / MANIFEST_FILE).is_file():
             _write(data, request, sources, shards, partial)
+        holds_more = (partial / _SHARE_FILE).is_file()
         _remove_files(partial, keep=_FILES)
         sync(partial)
         replace_directory(partial, target)
     manifest = read_manifest(target)
-    print("Built " + "\n".join(summary(data.path, manifest)), file=sys.stderr)
+    first, *others = summary(data.path, manifest)
+    if holds_more:
+        others.append(
+            f"  data.validation_fraction={data.validation_fraction} would have held out none: a larger share was"
+        )
+    print("\n".join([f"Built {first}, in {time.monotonic() - started:.1f} s", *others]), file=sys.stderr)
     return manifest
 
 
@@ -243,6 +251,8 @@ def _write(
     data: DataSection, request: dict[str, Any], sources: Sequence[Source], done: Sequence[Shard], folder: Path
 ) -> None:
     """Write tokenizer, tokens and manifest, continuing from the shards in ``done``."""
+    from megatron.core.datasets.indexed_dataset import DType  # slow to import
+
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         if data.tokenizer is None:
@@ -254,9 +264,12 @@ def _write(
     end_id = end_of_document_id(tokenizer, tokenizer_path(data.tokenizer) if data.tokenizer else None)
     vocab_size = vocabulary_size(tokenizer)
     dtype = DType.optimal_dtype(vocab_size)
-    encoder = Encoder(tokenizer, end_id, dtype, data.validation_fraction)
     os.environ[_PARALLELISM] = "false"  # each core encodes its own batches
+    shares = _held_out_shares(folder, data.validation_fraction)
+    encoder = Encoder(tokenizer, end_id, dtype, next(shares))
     shards = write_shards(folder, sources, done, encoder, data.shard_bytes)
+    while _holds_nothing_out(shards) and (share := next(shares, None)) is not None:
+        shards = write_shards(folder, sources, [], replace(encoder, validation_fraction=share), data.shard_bytes)
     try:
         _check_counts(data, shards)
     except UserError:
@@ -275,6 +288,27 @@ def _write(
         request=request,
     )
     write_atomically(folder / MANIFEST_FILE, manifest.sealed().to_json(), durable=True)
+
+
+def _held_out_shares(folder: Path, wanted: float) -> Iterator[float]:
+    """Yield the share of documents to hold out, then twice as much each time, up to a half.
+
+    Of a few documents, a small share often holds out none. The share in use is recorded, so that an interrupted build
+    continues with it.
+    """
+    record = folder / _SHARE_FILE
+    share = float(record.read_text(encoding="utf-8")) if record.is_file() else wanted
+    yield share
+    while share < 0.5:
+        share = min(2 * share, 0.5)
+        _remove_files(folder, keep={_LOCK, _REQUEST_FILE, TOKENIZER_FILE})
+        write_atomically(record, str(share), durable=True)
+        yield share
+
+
+def _holds_nothing_out(shards: Sequence[Shard]) -> bool:
+    train, validation = (sum(shard.splits[split]["documents"] for shard in shards) for split in SPLITS)
+    return train > 1 and not validation
 
 
 def _tokenizer_sample(sources: Sequence[Source], budget: int) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_mosa.data.json_rows import parse_line
@@ -34,6 +35,19 @@ Item = TypeVar("Item")
 
 class SourceInterruptedError(UserError):
     """A source stopped before its end; an interrupted build can continue from what it wrote so far."""
+
+
+def refuse_saved_dataset(source: str, folder: Path) -> None:
+    """Refuse what `datasets` wrote with ``save_to_disk``: Arrow files of its own, which are no dataset to load by name.
+
+    Raises:
+        UserError: the folder is one.
+    """
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        raise UserError(
+            f"data.sources: '{source}' was written by save_to_disk of `datasets`; write it as Parquet instead: "
+            "datasets.load_from_disk(FOLDER).to_parquet(FILE), for each split, and name the files"
+        )
 
 
 class HubSource:
@@ -59,6 +73,7 @@ class HubSource:
         self._split = split or "train"
         self._streaming = streaming
         self._timeout = timeout if streaming else None
+        refuse_saved_dataset(source, Path(body).expanduser())
         if not self._dataset:
             raise UserError(f"data.sources: '{source}' does not name a dataset; expected {_SYNTAX}")
         if streaming and "[" in self._split:

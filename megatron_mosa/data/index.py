@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import Split
 from torch import distributed
 
 from megatron_mosa.data.build import INDEX_CACHE
@@ -27,6 +24,10 @@ from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import free_megabytes
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 # mcore masks the loss of the pad token and replaces it by token 0. Documents are packed without padding, so the id must
 # not occur in any text. It must also differ from the end-of-document id, or mcore would change it.
@@ -109,6 +110,10 @@ class PassIndex:
 
     def _dataset(self, number: int, cache: Path) -> GPTDataset | BlendedDataset:
         """Return one pass. mcore reads its index from ``cache`` or, if that is empty, builds and writes it there."""
+        from megatron.core.datasets.blended_dataset import BlendedDataset  # slow to import
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.utils import Split
+
         config = GPTDatasetConfig(
             random_seed=(self.seed + number) % 2**32,
             sequence_length=self.sequence_length,

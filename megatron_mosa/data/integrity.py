@@ -6,20 +6,22 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
-
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_mosa.data import hashing
 from megatron_mosa.data.hashing import REBUILD, damage_message, file_sha256
 from megatron_mosa.data.manifest import SPLITS, DamagedDatasetError, Manifest
 from megatron_mosa.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 _MAGIC = b"MMIDIDX\x00\x00"
+_DATA_TYPES = range(1, 9)  # codes of Megatron-core's DType
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, data type, sequences, documents; then their lengths and offsets
 
 FOREGROUND_BYTES = 1 << 30
@@ -86,20 +88,33 @@ def open_indexed(prefix: Path) -> IndexedDataset:
     Raises:
         DamagedDatasetError: the .idx file is damaged.
     """
-    try:
-        _check_header(Path(f"{prefix}.idx"))  # on a bad header mcore would print an error of its own
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # slow to import
+
+    check_header(prefix)  # on a bad header mcore would print an error of its own
+    with _damage_named(prefix):
         return IndexedDataset(str(prefix))
+
+
+def check_header(prefix: Path) -> None:
+    """Check header and size of ``prefix``.idx.
+
+    Raises:
+        DamagedDatasetError: either is wrong.
+    """
+    with _damage_named(prefix):
+        _check_header(Path(f"{prefix}.idx"))
+
+
+@contextmanager
+def _damage_named(prefix: Path) -> Iterator[None]:
+    try:
+        yield
     except (AssertionError, ValueError, IndexError) as error:
         reason = str(error).partition("\n")[0] or "its counts contradict each other"
         raise DamagedDatasetError(f"{prefix}.idx is damaged: {reason}; {REBUILD}") from error
 
 
 def _check_header(file: Path) -> None:
-    """Check header and size of an .idx file.
-
-    Raises:
-        ValueError: either is wrong.
-    """
     with file.open("rb") as content:
         header = content.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -107,7 +122,8 @@ def _check_header(file: Path) -> None:
     magic, version, dtype_code, sequences, documents = _HEADER.unpack(header)
     if magic != _MAGIC or version != 1:
         raise ValueError("it does not start with the header of an index of version 1")
-    DType.dtype_from_code(dtype_code)  # raises ValueError
+    if dtype_code not in _DATA_TYPES:
+        raise ValueError(f"its header names data type {dtype_code}, which does not exist")
     size = _HEADER.size + 12 * sequences + 8 * documents
     if size != file.stat().st_size:
         raise ValueError(f"its header implies {size} bytes, but it has {file.stat().st_size}")

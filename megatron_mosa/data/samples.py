@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import DType
 from torch import Tensor, distributed
 
 from megatron_mosa.data.index import PassIndex
-from megatron_mosa.data.integrity import open_indexed
+from megatron_mosa.data.integrity import check_header, open_indexed
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 
 class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -153,7 +156,9 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         _check_lengths(mixture, split, sequence_length)
         available = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
         counts = _apportion(mixture.weights, available, num_samples)
-        self._indexed = [open_indexed(path / split) for path in mixture.paths]
+        self._prefixes = [path / split for path in mixture.paths]
+        for prefix in self._prefixes:
+            check_header(prefix)
         self._windows = [(number, window) for number, count in enumerate(counts) for window in range(count)]
 
     def __len__(self) -> int:
@@ -184,12 +189,17 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         starts = [document_starts(torch.from_numpy(self._window(index)[:-1]), end) for index in range(len(self))]
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in starts]
 
+    @cached_property
+    def _indexed(self) -> list[IndexedDataset]:
+        """The token files, opened at their first use: the check of a start reads no token."""
+        return [open_indexed(prefix) for prefix in self._prefixes]
+
     def _window(self, index: int) -> np.ndarray:
         """Return tokens int64 [T + 1]. Documents are stored without gaps, so a window is one read."""
         number, window = self._windows[index]
         indexed, length = self._indexed[number], self.sequence_length + 1
         dtype = indexed.index.dtype
-        return indexed.bin_reader.read(dtype, length, window * length * DType.size(dtype)).astype(np.int64)
+        return indexed.bin_reader.read(dtype, length, window * length * np.dtype(dtype).itemsize).astype(np.int64)
 
 
 def document_starts(tokens: Tensor, end_of_document_id: int) -> Tensor:

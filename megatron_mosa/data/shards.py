@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_mosa.data.encoder import Encoded, Encoder
 from megatron_mosa.data.hashing import file_sha256
@@ -160,6 +158,9 @@ class _ShardWriter:
         Returns:
             the shard, and ``counted`` including it.
         """
+        import torch  # slow to import, like Megatron-core: a build with nothing to do needs neither
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
         prefixes = {split: _prefix(self._folder, number, split) for split in SPLITS}
         builders = {
             split: IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._encoder.dtype)
@@ -281,6 +282,8 @@ def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -
     Here every document is one sequence.
     """
 
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
     def lengths() -> Iterator[np.ndarray]:
         for prefix in prefixes:
             stored = IndexedDataset(prefix)
@@ -295,7 +298,7 @@ def _join_index(target: Path, prefixes: Sequence[str], dtype: type[np.number]) -
             joined.write(part.tobytes())
         offset = 0
         for part in lengths():
-            ends = offset + np.cumsum(part, dtype=np.int64) * DType.size(dtype)
+            ends = offset + np.cumsum(part, dtype=np.int64) * np.dtype(dtype).itemsize
             joined.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
             offset = int(ends[-1])
         for start in range(0, count + 1, _COPY // 8):

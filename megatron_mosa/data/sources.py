@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_mosa.data.hub import HUB, HubSource
+from megatron_mosa.data.hub import HUB, HubSource, refuse_saved_dataset
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, replace_surrogates
 from megatron_mosa.data.tables import is_table, table_rows
 from megatron_mosa.errors import UserError, nearest
@@ -178,8 +178,11 @@ def _find(source: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
         return root, sorted(files)
     root = Path(source).expanduser()
     try:
+        refuse_saved_dataset(source, root)
         if root.is_dir():
             return root, sorted(_files_below(root, left_out))
+        if root.exists() and not root.is_file():
+            raise UserError(f"data.sources: '{source}' is neither a file nor a folder; name files of text")
         if root.exists():
             return root, [root]
         siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []

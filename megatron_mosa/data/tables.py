@@ -74,9 +74,11 @@ class TextColumn:
         """
         value = row.get(self._text_field)
         if not isinstance(value, str | None):
+            strings = [str(name) for name, other in row.items() if isinstance(other, str)]
+            fix = f"set it to a column of text: {', '.join(strings[:8])}" if strings else "write the column as strings"
             raise UserError(
                 f"data.text_field='{self._text_field}': {location} has type {type(value).__name__} in this column, "
-                f"not text; set it to a column of strings, such as one of {', '.join(map(str, row))}"
+                f"not text; {fix}"
             )
         if not self._is_found:
             self._is_found = self._text_field in row

@@ -1,13 +1,28 @@
 """Metrics of a run: hardware limits, journal, loss plot and selection statistics."""
 
-from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
-from megatron_mosa.metrics.journal import NON_CAUSAL, Journal, causality_label, kind, read_journal, scalars
-from megatron_mosa.metrics.plot import plot_losses
-from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.metrics.hardware import peak_flops, peak_memory_gib
+    from megatron_mosa.metrics.journal import (
+        NON_CAUSAL,
+        Journal,
+        RunTotals,
+        causality_label,
+        kind,
+        read_journal,
+        run_totals,
+        scalars,
+    )
+    from megatron_mosa.metrics.plot import plot_losses
+    from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
 __all__ = [
     "NON_CAUSAL",
     "Journal",
+    "RunTotals",
     "causality_label",
     "kind",
     "peak_flops",
@@ -15,6 +30,9 @@ __all__ = [
     "plot_losses",
     "read_journal",
     "recorded_selection",
+    "run_totals",
     "scalars",
     "selection_statistics",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ class Journal:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
+        self.damage = _set_aside(path) if path.exists() else None
+        """One line about an earlier file with lines that were no metrics, which has been kept under another name."""
+
         lines = [line for line in read_journal(path) if line["step"] <= resumed_step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -57,13 +62,61 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return all complete lines, without a last line that a crash cut off."""
-    if not path.exists():
+    """Return all complete lines, without a last line that a crash cut off, and without damaged ones."""
+    return [line for _, line in _parsed(path) if line is not None]
+
+
+def _parsed(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
+    """Return each line of the file, and what it says; None: no metrics of a step."""
+    if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        is_metrics = isinstance(line, dict) and isinstance(line.get("step"), int)
+        found.append((text, line if is_metrics else None))
+    return found
+
+
+def _set_aside(path: Path) -> str | None:
+    """Keep a copy of a file with damaged lines, besides a last one that a crash cut off; return a line about it."""
+    damaged = sum(line is None for _, line in _parsed(path)[:-1])
+    if not damaged:
+        return None
+    copy = path.with_name(f"damaged-{path.name}")
+    shutil.copyfile(path, copy)
+    return f"{path} has {damaged} damaged lines, which are left out from now on; the whole file is kept as {copy.name}"
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """What a run has done so far, from the lines of its journal."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    """inside steps: without validation, checkpoints and starts"""
+
+    tokens_per_second: float
+    mfu: float
+    """mean over the time inside steps"""
+
+    @property
+    def duration(self) -> str:
+        """``seconds`` as H:MM:SS."""
+        whole = round(self.seconds)
+        return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def run_totals(lines: list[dict[str, Any]]) -> RunTotals:
+    """Add up the training lines of ``read_journal``."""
+    tokens, seconds, work, last = 0, 0.0, 0.0, 0
+    for line in lines:
+        if line.get("tokens_per_second"):
+            share = max(line["tokens"] - tokens, 0) / line["tokens_per_second"]
+            tokens, seconds, work = line["tokens"], seconds + share, work + share * (line.get("mfu") or 0.0)
+            last = line["step"]
+    return RunTotals(last, tokens, seconds, tokens / seconds if seconds else 0.0, work / seconds if seconds else 0.0)

@@ -10,7 +10,7 @@ import torch
 from megatron_mosa.attention import update_thresholds
 from megatron_mosa.config import Config
 
-PASSES = 2
+CALIBRATION_PASSES = 2
 
 
 def calibration_config(config: Config, load_feedback: float = 0.0) -> Config:
@@ -38,7 +38,7 @@ def calibrate(model: torch.nn.Module, run_over_text: Callable[[], object]) -> No
         run_over_text: calls the model on all of the text; called once per pass.
     """
     model.train()  # only training mode counts scores
-    for _ in range(PASSES):
+    for _ in range(CALIBRATION_PASSES):
         run_over_text()
         update_thresholds(model, None)
     model.eval()

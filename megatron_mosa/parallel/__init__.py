@@ -1,21 +1,26 @@
 """Process groups: launch, agreement between ranks, DeepSpeed's interface, and gradients of replicated parameters."""
 
-from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
-from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
-from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
-from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
-from megatron_mosa.parallel.launch import launch_environment
-from megatron_mosa.parallel.mpu import ModelParallelUnit
-from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
-from megatron_mosa.parallel.partition import Partition, partition_of
-from megatron_mosa.parallel.regions import TensorParallelRegion, gather_first_dim, sum_gradients
-from megatron_mosa.parallel.state import (
-    Layout,
-    destroy_parallel,
-    initialize_parallel,
-    join_store,
-    use_deterministic_algorithms,
-)
+from typing import TYPE_CHECKING
+
+from megatron_mosa.utils import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
+    from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
+    from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
+    from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
+    from megatron_mosa.parallel.launch import launch_environment, slurm_nodes
+    from megatron_mosa.parallel.mpu import ModelParallelUnit
+    from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
+    from megatron_mosa.parallel.partition import Partition, partition_of
+    from megatron_mosa.parallel.regions import TensorParallelRegion, gather_first_dim, sum_gradients
+    from megatron_mosa.parallel.state import (
+        Layout,
+        destroy_parallel,
+        initialize_parallel,
+        join_store,
+        use_deterministic_algorithms,
+    )
 
 __all__ = [
     "HostGroup",
@@ -39,7 +44,10 @@ __all__ = [
     "partition_of",
     "patch_cuda_for_cpu",
     "reject_wrong_apex",
+    "slurm_nodes",
     "sum_gradients",
     "tensor_parallel_group",
     "use_deterministic_algorithms",
 ]
+
+__getattr__, __dir__ = lazy_face(__name__, __file__)

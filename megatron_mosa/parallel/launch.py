@@ -8,6 +8,8 @@ import subprocess
 
 from megatron_mosa.errors import UserError
 
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
 
 def launch_environment() -> tuple[int, int, int]:
     """Return the rank, world size and local rank of this process, and set the variables that torch.distributed needs.
@@ -17,27 +19,58 @@ def launch_environment() -> tuple[int, int, int]:
     size of one. MASTER_ADDR and MASTER_PORT are set unless they are already.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or scontrol cannot resolve the job's nodes.
+        UserError: a variable of the launcher is missing, no number or out of range, or scontrol cannot resolve the
+            job's nodes.
     """
     environment = os.environ
-    if "RANK" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        missing = [name for name in names if name not in environment]
-        if missing:
-            raise UserError(f"RANK is set, but {' and '.join(missing)} not; start with torchrun, srun or deepspeed")
-        rank, world_size, local_rank = (int(environment[name]) for name in names)
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, but not in the batch script
-        rank, world_size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-        local_rank = int(environment["SLURM_LOCALID"])
-        environment.setdefault("MASTER_ADDR", _first_slurm_node())
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    if "RANK" in environment or "LOCAL_RANK" in environment or _number("WORLD_SIZE", default=1, least=1) > 1:
+        given = [name for name in _LAUNCHER if name in environment]
+        if missing := [name for name in _LAUNCHER if name not in environment]:
+            verb = "is" if len(given) == 1 else "are"
+            raise UserError(
+                f"{' and '.join(given)} {verb} set, but {' and '.join(missing)} not; start with torchrun, srun or "
+                "deepspeed, or set none of them for one process"
+            )
+        world_size = _number("WORLD_SIZE", least=1)
+        rank, local_rank = (_number(name, most=world_size - 1, reason="WORLD_SIZE") for name in ("RANK", "LOCAL_RANK"))
+    elif _number("SLURM_STEP_NUM_TASKS", default=1, least=1) > 1:  # set by srun, but not in the batch script
+        world_size = _number("SLURM_STEP_NUM_TASKS")
+        rank, local_rank = (
+            _number(name, most=world_size - 1, reason="SLURM_STEP_NUM_TASKS")
+            for name in ("SLURM_PROCID", "SLURM_LOCALID")
+        )
+        environment.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID") % 20000))
+        if "MASTER_ADDR" not in environment:
+            environment["MASTER_ADDR"] = _first_slurm_node()
     else:
         rank, world_size, local_rank = 0, 1, 0
+    if world_size == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
         environment.setdefault("MASTER_PORT", str(_free_port()))
+    if not environment.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR must be the address of rank 0's node for {world_size} processes, but is not set")
+    _number("MASTER_PORT", least=1, most=65535)
+    _number("LOCAL_WORLD_SIZE", default=1, least=1)
     # DeepSpeed reads these under every launcher.
     environment.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     return rank, world_size, local_rank
+
+
+def _number(name: str, *, default: int | None = None, least: int = 0, most: int | None = None, reason: str = "") -> int:
+    """Return a number in the environment; ``reason``: the variable that sets the bound ``most``."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is not None and text.isascii() and text.isdecimal() and len(text) < 20:
+        number = int(text)
+        if number >= least and (most is None or number <= most):
+            return number
+    bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+    because = f" ({reason}={most + 1})" if reason and most is not None else ""
+    found = "is not set" if text is None else f"got {text!r}"
+    raise UserError(
+        f"{name} in the environment must be a whole number {bounds}{because}, {found}; the launcher sets it"
+    )
 
 
 def slurm_nodes(listed: str) -> list[str]:
@@ -53,7 +86,7 @@ def slurm_nodes(listed: str) -> list[str]:
 
 
 def _first_slurm_node() -> str:
-    listed = os.environ["SLURM_JOB_NODELIST"]
+    listed = os.environ.get("SLURM_JOB_NODELIST", "")
     try:
         return slurm_nodes(listed)[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from datetime import datetime
 
 
@@ -14,7 +15,8 @@ def job_end() -> float | None:
     Recent versions of Slurm set SLURM_JOB_END_TIME (in seconds); otherwise ``squeue`` is called once.
     """
     if "SLURM_JOB_END_TIME" in os.environ:
-        return _future(float(os.environ["SLURM_JOB_END_TIME"]))
+        with suppress(ValueError):
+            return _future(float(os.environ["SLURM_JOB_END_TIME"]))
     if "SLURM_JOB_ID" not in os.environ:
         return None
     command = ["squeue", "--noheader", "--format=%e", f"--jobs={os.environ['SLURM_JOB_ID']}"]

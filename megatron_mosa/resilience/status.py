@@ -30,7 +30,7 @@ class RunStatus:
             "state": RUNNING,
             "attempt": os.environ.get("MOSA_ATTEMPT"),
             "job": os.environ.get("SLURM_JOB_ID"),
-            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "restarts": int(restarts) if (restarts := os.environ.get("SLURM_RESTART_COUNT", "")).isdecimal() else 0,
             "host": socket.gethostname(),
             "process": os.getpid(),
             "started": time.time(),

@@ -46,11 +46,13 @@ class RunDirectory:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a directory can be created and written, without creating it.
+    """Check that a run directory can be created and written, without creating it.
 
     Raises:
-        UserError: its nearest existing ancestor is not a directory, or not writable.
+        UserError: its nearest existing ancestor, or its checkpoints/, is not a directory, or not writable.
     """
+    if os.path.lexists(path / "checkpoints"):
+        path = path / "checkpoints"
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not existing.is_dir():
         raise UserError(_unwritable(path, f"{existing} is not a directory"))

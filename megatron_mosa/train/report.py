@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
-from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal
+from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
+from megatron_mosa.resilience import read_status
 
 
 def report(directory: Path) -> None:
-    """Plot loss.png; print the run directory, the last validation loss and the unigram entropy of the same samples."""
+    """Plot loss.png; print what was done and how fast, and the last validation loss beside the unigram entropy."""
     lines = read_journal(directory / "metrics.jsonl")
     plot_losses(lines, directory / "loss.png", directory.name)
+    totals, status = run_totals(lines), read_status(directory) or {}
+    restarts, skipped = status.get("starts", 1) - 1, status.get("skipped_steps", 0)
+    is_own = status.get("process") == os.getpid()  # a start of a complete run trains nothing
+    wall = f", {time.time() - status['started']:.0f} s of wall-clock time since this start" if is_own else ""
+    print(
+        f"Trained:          {totals.steps:,} steps, {totals.tokens:,} tokens in {totals.duration} of steps: "
+        f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} restarts, {skipped} skipped "
+        "steps"
+    )
     print(f"Run directory:    {directory} (metrics.jsonl, loss.png, checkpoints/, tensorboard/)")
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if validation is not None:

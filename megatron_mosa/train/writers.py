@@ -24,6 +24,8 @@ class Writers:
         # Before the journal drops the lines of steps that will be repeated: WandbRun must see them.
         self.wandb = WandbRun(config, run_directory, resumed_step) if config.logging.wandb_project else None
         self.journal = Journal(run_directory / "metrics.jsonl", resumed_step)
+        if self.journal.damage is not None:
+            self.note(self.journal.damage)
         self.tensorboard: Any = None
         if config.logging.tensorboard:
             self._open_tensorboard(resumed_step)

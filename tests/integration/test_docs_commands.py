@@ -40,7 +40,9 @@ NO_COMMANDS = {
     "docs/doctor.md": ["│ matrix product │ 0.0248 TFLOP/s to 0.0375 TFLOP/s │ warning: n2 │"],
     "docs/slurm.md": ["runs/NAME/submit/TIME/"],
 }
-SMALL = " ".join([*TINY, "train.steps=2", "train.global_batch_size=4", "data.num_workers=0"])
+SMALL = " ".join(
+    [*TINY, "train.steps=2", "optimizer.warmup_steps=1", "train.global_batch_size=4", "data.num_workers=0"]
+)
 ONE = "parallel.tensor_model_parallel_size=1"
 FIRST = "train.global_batch_size=256 --nodes 4 --gpus-per-node 8"
 SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
@@ -92,6 +94,7 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa checkpoint verify A B": Way((("A B", "runs/quickstart imported"),)),
         "mosa status runs/NAME [--watch]": Way(),
         "mosa evaluate runs/NAME": Way(added="--samples 2 --calibration-samples 2"),
+        "mosa compare runs/A runs/B": Way((("runs/A", "runs/quickstart"), ("runs/B", "runs/dense"))),
         "mosa bench CONFIG": Way(added=f"{SMALL} {ONE} --steps 1 --warmup 1"),
     },
     "docs/causal.md": {
@@ -234,6 +237,11 @@ TABLE: dict[str, dict[str, Way]] = {
         ),
         "mosa pretrain CONFIG train.profile_steps=[20,21] train.profile_ranks=[0,1]": Way(
             (("[20,21]", "[1]"), ("[0,1]", "[0]")), f"{SMALL} {ONE} run.name=profiled"
+        ),
+    },
+    "docs/runs.md": {
+        "mosa compare runs/A runs/B --output comparison.png": Way(
+            (("runs/A", "runs/quickstart"), ("runs/B", "runs/dense"))
         ),
     },
     "docs/scaling.md": {
@@ -398,6 +406,13 @@ def clone(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     ):
         found.call(f"{train} {options}")
     return found
+
+
+def test_the_readme_s_model_runs_as_printed(clone: Clone) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (snippet for snippet in snippets if "GPTModel" in snippet)
+    (clone.folder / "snippet.py").write_text(f"{code}assert logits.shape == (1, 256, 8064)\n")
+    clone.call("python snippet.py")
 
 
 @pytest.mark.parametrize("document", list(TABLE))

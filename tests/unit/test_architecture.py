@@ -68,7 +68,7 @@ MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def _exported(module: str) -> frozenset[str]:
     """Return the names that a package's ``__init__.py`` defines or imports."""
     names: set[str] = set()
-    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
@@ -205,6 +205,21 @@ def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, megatron_mosa.cli; print(*{'torch', 'megatron', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "\n"
+
+
+def test_checks_that_only_read_import_neither_megatron_nor_deepspeed() -> None:
+    """``mosa checkpoint inspect`` and ``--check-only`` take little longer than ``import torch``."""
+    code = """if True:
+    import sys
+    from megatron_mosa.data.commands import inspect
+    from megatron_mosa.data import build_dataset, load_manifest
+    print(*{"torch", "megatron", "deepspeed"} & set(sys.modules))
+    from megatron_mosa.convert.commands.inspect import inspect
+    from megatron_mosa.train import check_start
+    print(*{"megatron", "deepspeed", "transformers", "datasets"} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "\n\n"
 
 
 def _opens_text(call: ast.Call) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from megatron_mosa.config import (
     Config,
+    check_plan,
     check_world_size,
     config_from_dict,
     config_to_dict,
@@ -96,12 +98,15 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("trian.steps=3", ["'trian'", "did you mean 'train'"]),
         ("train.steps=abc", ["train.steps must be of type int, got 'abc'"]),
         ("train.steps=1.5", ["train.steps must be of type int, got 1.5"]),
-        ("train.steps=0", ["train.steps must be at least 1, got 0"]),
+        ("train.steps=0", ["train.steps must be at least 1 and at most 1000000000, got 0"]),
         ("mosa.sparsity=.nan", ["mosa.sparsity must be at least 1, got nan"]),
         ("mosa.sparsity=0.5", ["mosa.sparsity must be at least 1, got 0.5: a head selects"]),
         ("mosa.num_heads=15", ["mosa.num_heads=15", "[1]"]),
         ("model.num_dense_heads=3", ["model.num_dense_heads=3", "tensor_model_parallel_size=2"]),
-        ("data.sequence_length=1", ["data.sequence_length must be at least 2, got 1: a MoSA head selects"]),
+        (
+            "data.sequence_length=1",
+            ["data.sequence_length must be at least 2 and at most 16777216, got 1: a MoSA head selects"],
+        ),
         (
             "data.sequence_length=255",
             ["data.sequence_length=255", "sequence parallelism", "[1, 3, 5, 15, 17, 51, 85, 255]"],
@@ -144,6 +149,8 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("model.rotary_percent=1.1", ["model.rotary_percent must be at least 0 and at most 1, got 1.1"]),
         ("model.head_dim=31", ["model.head_dim must be even, got 31"]),
         ("model.ffn_hidden_size=255", ["model.ffn_hidden_size=255", "256"]),
+        ("model.hidden_size=1000000000000", ["model.hidden_size must be at least 1 and at most 1048576, got 10000"]),
+        ("data.num_workers=100000", ["data.num_workers must be at least 0 and at most 256, got 100000"]),
         ("optimizer.warmup_steps=-1", ["optimizer.warmup_steps must be at least 0, got -1"]),
         ("optimizer.beta2=1.0", ["optimizer.beta2 must be at least 0 and less than 1, got 1.0"]),
         ("optimizer.min_learning_rate=1.0", ["min_learning_rate=1.0", "exceeds"]),
@@ -347,3 +354,19 @@ def test_bounds_without_a_lower_one_and_of_lists() -> None:
     assert Key("meaning", at_most=5).interval() == "<= 5" and Key("meaning", below=5).interval() == "< 5"
     assert Key("meaning", at_least=1).error_message("a.b", [3, 0]) == "a.b must be at least 1, got [3, 0]"
     assert Key("meaning", at_least=1).error_message("a.b", [3, 1]) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.steps=10"], "optimizer.warmup_steps must be at most train.steps=10, got 20: the learning rate would"),
+        (["train.stop_after_step=201"], "train.stop_after_step must be at most train.steps=200, got 201; lower it"),
+        (["train.steps=1000000000"], r"are 16,000,000,000 samples, but one shuffled pass holds at most 2,147,483,647"),
+        (["train.steps=1000000000", "data.index_samples=1000"], None),
+        (["train.steps=20", "train.stop_after_step=20"], None),
+    ],
+)
+def test_plans_without_sense_are_refused_before_a_run(overrides: list[str], message: str | None) -> None:
+    config = load_config(QUICKSTART, overrides)  # a checkpoint may record them
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_plan(config)

@@ -191,6 +191,16 @@ def test_an_empty_corpus_or_split_is_refused(tmp_path: Path) -> None:
         build_dataset(section(tmp_path, broken(tmp_path, "one.txt", b"one")))
 
 
+def test_of_a_few_documents_some_are_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = section(tmp_path, write_texts(tmp_path / "texts"), validation_fraction=1e-9)
+    splits = build_dataset(settings).splits
+    assert all(splits[split]["documents"] > 0 for split in ("train", "validation"))
+    assert "would have held out none: a larger share was" in capsys.readouterr().err
+    first = contents(tmp_path / "set")
+    build_dataset(settings, force=True)
+    assert contents(tmp_path / "set") == first
+
+
 def test_full_disk_keeps_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_texts(tmp_path / "texts")
     build_dataset(section(tmp_path, source))

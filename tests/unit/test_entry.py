@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,5 +82,31 @@ def test_the_table_has_every_promised_command() -> None:
         mosa checkpoint inspect|mosa checkpoint reshard|mosa checkpoint export|mosa checkpoint import
         mosa checkpoint verify|mosa checkpoint causalize|mosa config show|mosa config diff|mosa config list
         mosa evaluate|mosa generate|mosa cache-report|mosa bench
-        mosa isoflop|mosa sweep|mosa submit|mosa status|mosa doctor"""
+        mosa isoflop|mosa sweep|mosa compare|mosa submit|mosa status|mosa doctor"""
     assert sorted(_names(COMMANDS)) == sorted(name.strip() for name in promised.replace("\n", "|").split("|"))
+
+
+INTERRUPTIONS = {
+    "in the program": "run(interrupt)",
+    "caught by a library": """
+def library():
+    try: interrupt()
+    except BaseException: raise ValueError
+run(library)""",
+    "swallowed in an import": """
+import pathlib, sys, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, "swallows.py").write_text("import __main__\\ntry: __main__.interrupt()\\nexcept: pass\\n")
+    sys.path.insert(0, folder)
+    run(lambda: __import__("swallows"))""",
+}
+
+
+@pytest.mark.parametrize("place", INTERRUPTIONS)
+def test_an_interruption_ends_in_one_line(place: str) -> None:
+    setup = "import os, signal, sys\nfrom megatron_mosa.entry import run\n"
+    setup += "interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)"
+    *before, last = INTERRUPTIONS[place].replace("\\\\n", "\\n").strip().rsplit("run(", 1)
+    code = f"{setup}\n{'run('.join(before)}sys.exit(run({last})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -241,7 +241,7 @@ def test_user_errors(tmp_path: Path) -> None:
         _device("tpu")
     with pytest.raises(UserError, match="--dtype must be float32 or bfloat16, got int8"):
         evaluate(tmp_path, dtype="int8", lengths="")
-    with pytest.raises(RunError, match="could not write to --output=.*: No such file"):
-        _write({}, tmp_path / "none" / "file.json")
-    _write({"a": 1}, tmp_path / "file.json")
-    assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
+    with pytest.raises(RunError, match="could not write to --output=.*: Is a directory"):
+        _write({}, tmp_path)
+    _write({"a": 1}, tmp_path / "made" / "file.json")
+    assert json.loads((tmp_path / "made" / "file.json").read_text()) == {"a": 1}

@@ -15,7 +15,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+    for name in [*VARIABLES, "LOCAL_WORLD_SIZE", *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.setenv(name, "")  # restored afterwards, also where the code sets it
         monkeypatch.delenv(name)
 
@@ -60,7 +60,41 @@ def test_plain_python_in_a_batch_script_is_a_world_of_one(monkeypatch: pytest.Mo
     assert launch_environment() == (0, 1, 0)
 
 
-def test_incomplete_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="WORLD_SIZE and LOCAL_RANK not"):
+WORLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+MISTAKES = [
+    ({"RANK": "0"}, "RANK is set, but WORLD_SIZE and LOCAL_RANK not"),
+    ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE and LOCAL_RANK are set, but RANK not"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK and LOCAL_RANK not"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment must be a whole number at least 1, got 'two'"),
+    (
+        WORLD | {"RANK": "2"},
+        r"RANK in the environment must be a whole number between 0 and 1 \(WORLD_SIZE=2\), got '2'",
+    ),
+    (WORLD | {"RANK": "-1"}, "RANK .* got '-1'"),
+    (WORLD | {"RANK": "1.5"}, "RANK .* got '1.5'"),
+    (WORLD | {"RANK": "²"}, "RANK .* got '²'"),
+    (WORLD | {"WORLD_SIZE": "0"}, "WORLD_SIZE .* at least 1, got '0'"),
+    (WORLD | {"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE .* at least 1, got '9"),
+    (WORLD | {"LOCAL_RANK": "x"}, "LOCAL_RANK .* got 'x'"),
+    (WORLD | {"LOCAL_RANK": "2"}, "LOCAL_RANK .* between 0 and 1"),
+    (WORLD | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE .* at least 1, got '0'"),
+    (WORLD | {"MASTER_ADDR": ""}, "MASTER_ADDR must be the address of rank 0's node for 2 processes"),
+    (WORLD | {"MASTER_PORT": ""}, "MASTER_PORT .* between 1 and 65535, got ''"),
+    (WORLD | {"MASTER_PORT": "http"}, "MASTER_PORT .* got 'http'"),
+    (WORLD | {"MASTER_PORT": "65536"}, "MASTER_PORT .* got '65536'"),
+    (STEP | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS .* got 'many'"),
+    (STEP | {"SLURM_PROCID": "2"}, r"SLURM_PROCID .* between 0 and 1 \(SLURM_STEP_NUM_TASKS=2\), got '2'"),
+    ({name: value for name, value in STEP.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID .* is not set"),
+    (STEP | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID .* got 'x'"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), MISTAKES)
+def test_mistakes_in_the_variables_of_a_launcher(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
         launch_environment()

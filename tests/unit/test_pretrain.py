@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +16,7 @@ from megatron_mosa.data import Mixture
 from megatron_mosa.engine import Batch
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.parallel import Layout
+from megatron_mosa.train import run
 from megatron_mosa.train.start import ResumePoint
 from tests.unit.test_checkpoint import metadata, publish
 from tests.unit.test_trainer import (
@@ -29,8 +29,6 @@ from tests.unit.test_trainer import (
     config,
     make_survival,
 )
-
-pretrain = import_module("megatron_mosa.train.pretrain")  # megatron_mosa.train.pretrain is the function
 
 
 class Engine(FakeEngine):
@@ -56,17 +54,17 @@ class Run:
         self.engines: list[Engine] = []
         self.asked: list[dict[str, Any]] = []
         monkeypatch.setattr(self.store, "load", lambda engine, path: self.loaded.append(path))
-        monkeypatch.setattr(pretrain, "CheckpointStore", SimpleNamespace(of=lambda *_: self.store))
-        monkeypatch.setattr(pretrain, "DeepSpeedEngine", self._engine)
-        monkeypatch.setattr(pretrain, "ValidationSamples", lambda *_, **__: Samples())
-        monkeypatch.setattr(pretrain, "training_samples", lambda *_: self)
-        monkeypatch.setattr(pretrain, "training_batches", self._batches)
-        monkeypatch.setattr(pretrain, "load_initial_weights", lambda engine, path: self.loaded.append(path))
+        monkeypatch.setattr(run, "CheckpointStore", SimpleNamespace(of=lambda *_: self.store))
+        monkeypatch.setattr(run, "DeepSpeedEngine", self._engine)
+        monkeypatch.setattr(run, "ValidationSamples", lambda *_, **__: Samples())
+        monkeypatch.setattr(run, "training_samples", lambda *_: self)
+        monkeypatch.setattr(run, "training_batches", self._batches)
+        monkeypatch.setattr(run, "load_initial_weights", lambda engine, path: self.loaded.append(path))
 
     def train(self, start: ResumePoint, last_validated: int = 0) -> str | None:
         layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
         survival = make_survival(self.directory, Clock(), self.settings)
-        return pretrain._train(self.settings, start, last_validated, layout, survival)
+        return run._train(self.settings, start, last_validated, layout, survival)
 
     def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(

@@ -167,7 +167,7 @@ def test_the_recorded_number_of_index_samples_is_kept(overrides: list[str]) -> N
 
 
 def test_sequences_longer_than_the_data(overrides: list[str]) -> None:
-    config = load_config(QUICKSTART, [*overrides, "run.name=long", "data.sequence_length=100000000"])
+    config = load_config(QUICKSTART, [*overrides, "run.name=long", "data.sequence_length=10000000"])
     assert "data.sequence_length must be at most " in refused(config)
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from megatron_mosa.cluster.doctor import node as node_checks
 from megatron_mosa.cluster.doctor.meeting import GRACE_SECONDS, Job, absence, absent_nodes
-from megatron_mosa.cluster.doctor.node import Finding, Report, import_quietly, node_name, parallel_module, run_check
+from megatron_mosa.cluster.doctor.node import Finding, Report, import_quietly, node_name, run_check
 from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.verdict import Verdict, judge, print_errors, print_verdict, write_json
+from megatron_mosa.parallel import launch_environment
 
 
 def check_job(settings: DoctorOptions) -> int:
@@ -32,7 +33,7 @@ def check_job(settings: DoctorOptions) -> int:
         RunError: this rank cannot reach rank 0; rank 0 itself reports such failures instead.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch loads; failures are reported here
-    rank, world_size, local_rank = parallel_module("launch").launch_environment()
+    rank, world_size, local_rank = launch_environment()
     try:
         import_quietly("torch")
     except Exception:

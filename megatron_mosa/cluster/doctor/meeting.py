@@ -13,8 +13,9 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from megatron_mosa.cluster.doctor.node import Finding, node_name, parallel_module
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.cluster.doctor.node import Finding, node_name
+from megatron_mosa.errors import RunError
+from megatron_mosa.parallel import slurm_nodes
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -30,7 +31,6 @@ class Job:
         deadline: when to stop waiting for the store, by time.monotonic.
 
     Raises:
-        UserError: MASTER_ADDR or MASTER_PORT is missing or malformed.
         RunError: the store cannot be opened or reached in time.
     """
 
@@ -45,12 +45,7 @@ class Job:
     def _open(self, deadline: float) -> Store:
         from torch.distributed import PrefixStore, TCPStore
 
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-        if not host or not port.isdigit():
-            raise UserError(
-                f"MASTER_ADDR must be a host name and MASTER_PORT a port where the {self.world_size} ranks meet, got "
-                f"'{host or ''}' and '{port}'; torchrun, srun and deepspeed set them"
-            )
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]  # checked by launch_environment
         self.address = f"{host}:{port}"
         # torchrun's agent may have opened the store already.
         opens_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -145,7 +140,7 @@ def absent_nodes(here: dict[int, str]) -> list[str]:
     if not nodes:
         return []
     try:
-        listed = parallel_module("launch").slurm_nodes(nodes)
+        listed = slurm_nodes(nodes)
     except (OSError, subprocess.CalledProcessError):
         return []
     return [node for node in listed if node not in here.values()]

@@ -72,16 +72,6 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def parallel_module(name: str) -> ModuleType:
-    """Load a module of ``megatron_mosa.parallel`` from its file: the package needs a working Megatron-core."""
-    path = Path(__file__).parents[2] / "parallel" / f"{name}.py"
-    spec = util.spec_from_file_location(f"_doctor_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def import_quietly(name: str) -> ModuleType:
     """Import a module and discard its output, which every rank would print."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -130,11 +120,11 @@ def _check_apex(report: Report) -> bool:
     """Return whether the installed apex is not NVIDIA's."""
     report.facts["apex"] = None
     try:
-        apex = parallel_module("apex")
+        from megatron_mosa.parallel import reject_wrong_apex
     except Exception:  # torch is broken, which its own row reports
         return False
     try:
-        apex.reject_wrong_apex()
+        reject_wrong_apex()
     except UserError as error:
         what, _, fix = str(error).partition("; ")
         report.add("apex", what, fix)

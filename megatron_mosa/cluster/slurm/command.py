@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,8 +10,19 @@ from typing import Annotated
 
 import typer
 
-from megatron_mosa.config import load_config
+from megatron_mosa.config import check_plan, load_config
 from megatron_mosa.errors import UserError
+
+_MOST = {"nodes": 100_000, "tasks-per-node": 1024, "chain": 1000, "gpus-per-node": 1024, "cpus-per-task": 4096}
+_NAME, _NODES = r"\w[\w.:@+-]*", r"\w[\w.-]*(\[[\d,-]+\][\w.-]*)*"
+_PATTERNS = {
+    "time": (r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}|UNLIMITED|INFINITE", "MINUTES, HH:MM:SS or DAYS-HH:MM:SS"),
+    "partition": (rf"{_NAME}(,{_NAME})*", "names of partitions, with commas between them"),
+    "account": (_NAME, "the name of an account"),
+    "qos": (rf"{_NAME}(,{_NAME})*", "the name of a quality of service"),
+    "exclude": (rf"{_NODES}(,{_NODES})*", "names of nodes, as in n3,n[5-7]"),
+}
+"""What Slurm would accept, as a regular expression and in words."""
 
 
 def submit(
@@ -43,15 +55,20 @@ def submit(
 ) -> None:
     """Check a configuration and its layout, and submit the run as a Slurm job that restarts until it is done."""
     settings = load_config(config, overrides or [], checks_batches=False)
+    check_plan(settings)
     counts = {"nodes": nodes, "tasks-per-node": tasks_per_node, "chain": chain}
     for name, value in (counts | {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}).items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= _MOST[name]:
+            raise UserError(f"--{name} must be between 1 and {_MOST[name]}, got {value}")
     named = {"time": time, "partition": partition, "account": account, "qos": qos, "exclude": exclude}
+    for name, value in named.items():
+        pattern, example = _PATTERNS[name]
+        if value is not None and not re.fullmatch(pattern, value, re.ASCII):
+            raise UserError(f"--{name} must be {example}, got {value!r}")
     named |= {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}
     options = [f"--{name}={value}" for name, value in named.items() if value is not None] + (sbatch_argument or [])
     for option in options:
-        if not option.startswith("-") or len(option.splitlines()) != 1:
+        if not re.match(r"--?[A-Za-z]", option) or not option.isprintable():
             raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
     from megatron_mosa.cluster.slurm.submit import Request, prepare, require_sbatch
 

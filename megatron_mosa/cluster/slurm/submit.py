@@ -150,9 +150,10 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     check_start(config, world_size, checks_devices=False)
     run = config.run.path.absolute()
     for name, path in (("run directory", run), ("current directory", Path.cwd())):
-        if any(character.isspace() for character in str(path)):
+        if any(character.isspace() or not character.isprintable() for character in str(path)):
             raise UserError(
-                f"{name} '{path}' contains whitespace, which #SBATCH lines do not allow; choose another path"
+                f"{name} {str(path)!r} contains whitespace or control characters, which #SBATCH lines do not allow; "
+                "choose another path"
             )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = run / "submit" / stamp

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_mosa.config import check_world_size, load_config
+from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import write_atomically
 
@@ -36,6 +37,7 @@ def bench(
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 1)):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
+    check_output("--output", output)
     settings = load_config(config, overrides or [])
     before = None if compare is None else read(compare)
     from megatron_mosa.parallel import destroy_parallel, initialize_parallel, launch_environment  # slow to import

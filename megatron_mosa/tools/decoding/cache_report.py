@@ -234,6 +234,6 @@ def plot(rows: list[CacheSize], facts: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("tokens per sequence")
     axes.set_ylabel(f"MiB of keys and values ({facts['dtype']})")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)  # so that it covers no line
     figure.savefig(path, dpi=120)
     plt.close(figure)

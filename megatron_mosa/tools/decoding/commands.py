@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 
 ModelPath = Annotated[
@@ -91,6 +92,7 @@ def cache_report(
     for name, value in (("dense-heads", dense_heads), ("exact-up-to", exact_up_to)):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+    check_output("--output", output, is_directory=True)
     from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report
 
     options = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)

@@ -37,9 +37,14 @@ class Sampling:
             UserError: a value is out of range; the message names the option.
         """
         for name, is_valid, requirement in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "finite and at least 0 (the most likely token)"),
-            ("top_k", self.top_k >= 0, "at least 0 (all tokens)"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**24, "between 1 and 16777216"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-4 <= self.temperature <= 100,
+                "between 0.0001 and 100, or 0 (the most likely token)",
+            ),
+            ("top_k", 0 <= self.top_k <= 2**31 - 1, "between 0 (all tokens) and 2147483647"),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
             ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
         ):
             if not is_valid:

@@ -12,8 +12,9 @@ import torch
 
 from megatron_mosa.convert import Kind, find_model, read_json
 from megatron_mosa.convert.commands.export_hf import export_hf
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.utils import first_line
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,6 +74,7 @@ def load_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
 
 
 def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausalLM, Any]:
+    from safetensors import SafetensorError
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -80,9 +82,18 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
     if kind != "mosa":
         raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
     logging.disable_progress_bar()
-    model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
+    try:
+        model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RunError(
+            f"'{folder}' is damaged: its weights cannot be read ({first_line(error)}); export the model again"
+        ) from None
+    tokenizer = None
+    if (file := folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # the library raises a bare Exception for most damage
+            raise RunError(f"'{file}' is damaged ({first_line(error)}); export the model again") from None
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_mosa.entry import check_output
 from megatron_mosa.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def evaluate(
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
+    check_output("--output", output)
     import torch
     from rich.console import Console
 
@@ -72,7 +74,7 @@ def evaluate(
         samples, prefixes, multiples, calibration_samples, tokens_at_once, _device(device), getattr(torch, dtype)
     )
     with progress(None, "evaluating", unit="token") as bar:
-        found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update)
+        found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update, bar.reset)
     print_report(found, Console())
     if output is not None:
         _write(found, output)
@@ -116,6 +118,7 @@ def _dataset(model: ModelReader, path: Path | None) -> Mixture:
 
 def _write(found: dict[str, Any], output: Path) -> None:
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"could not write to --output={output}: {error.strerror}") from None

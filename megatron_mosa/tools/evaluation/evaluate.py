@@ -13,7 +13,7 @@ from megatron_mosa.convert import ModelReader
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import causality_label
-from megatron_mosa.model import calibrate
+from megatron_mosa.model import CALIBRATION_PASSES, calibrate
 from megatron_mosa.tools.evaluation.flips import flip_rates
 from megatron_mosa.tools.evaluation.losses import (
     ProgressCallback,
@@ -50,8 +50,18 @@ class Settings:
     dtype: torch.dtype
 
 
-def evaluate(model: ModelReader, mixture: Mixture, settings: Settings, tick: ProgressCallback) -> dict[str, Any]:
+def evaluate(
+    model: ModelReader,
+    mixture: Mixture,
+    settings: Settings,
+    tick: ProgressCallback,
+    announce: ProgressCallback = lambda total: None,
+) -> dict[str, Any]:
     """Measure a model; ``report.print_report`` prints the result.
+
+    Args:
+        tick: called with the number of tokens of each forward pass.
+        announce: called once before them, with the number of tokens of all together.
 
     Returns:
         ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
@@ -61,7 +71,9 @@ def evaluate(model: ModelReader, mixture: Mixture, settings: Settings, tick: Pro
     Raises:
         UserError: the validation split has fewer than two windows.
     """
-    return _Evaluation(model, mixture, settings, tick).run()
+    evaluation = _Evaluation(model, mixture, settings, tick)
+    announce(evaluation.planned_tokens())
+    return evaluation.run()
 
 
 class _Evaluation:
@@ -82,6 +94,17 @@ class _Evaluation:
                 self.longer[multiple] = self._samples(multiple)
             except UserError as error:
                 self.left_out[multiple * self.length] = str(error)
+
+    def planned_tokens(self) -> int:
+        """Return how many tokens all passes together will process, about."""
+        tokens = len(self.samples) * self.length
+        passes = tokens + sum(len(samples) * n * self.length for n, samples in self.longer.items())
+        if looks_ahead(self.model.config):
+            passes = 2 * passes + CALIBRATION_PASSES * self.settings.calibration_samples * self.length
+        if self.settings.prefixes:
+            positions = chosen_positions(self.ranges, self.settings.prefixes)
+            passes += len(self.samples) * sum(position + 1 for position in positions)
+        return passes + (tokens * len(self.ranges) if self.model.config.mosa.num_heads else 0)
 
     def run(self) -> dict[str, Any]:
         is_looking_ahead = looks_ahead(self.model.config)

@@ -27,7 +27,8 @@ class Estimate(NamedTuple):
 def estimate(values: Tensor) -> Estimate:
     """Estimate the mean of values [N], one per sample."""
     values = values.double()
-    return Estimate(values.mean().item(), (values.std() / len(values) ** 0.5).item())
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+    return Estimate(values.mean().item(), error)
 
 
 def position_ranges(length: int) -> list[range]:

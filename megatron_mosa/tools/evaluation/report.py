@@ -22,7 +22,9 @@ def print_report(found: dict[str, Any], console: Console) -> None:
 def _losses(found: dict[str, Any]) -> Table:
     title = f"{found['samples']} windows of {found['sequence_length']} tokens, nats per token"
     table = _table(title, ("loss", "error", "perplexity"), first="")
-    for name, key in (("full sequence", "full_sequence"), ("causal", "causal")):
+    both = (("full sequence", "full_sequence"), ("causal", "causal"))
+    # A causal model is measured once: two rows would be equal.
+    for name, key in both[1:] if found["full_sequence"]["loss"] == found["causal"]["loss"] else both:
         entry = found[key]
         numbers = (f"{entry['loss']:.4f}", f"{entry['error']:.4f}", f"{math.exp(min(entry['loss'], 700)):.2f}")
         table.add_row(f"{name} ({entry['label']})", *numbers)
@@ -50,7 +52,7 @@ def _positions(found: dict[str, Any]) -> Table:
 def _lengths(found: dict[str, Any]) -> Table:
     table = _table("By sequence length", ("full sequence", "error", "causal", "error"), first="tokens")
     for row in found["by_length"]:
-        cells = [f"{row[key][part]:.4f}" for key in ("full_sequence", "causal") for part in ("loss", "error")]
+        cells = [_number(row[key][part]) for key in ("full_sequence", "causal") for part in ("loss", "error")]
         table.add_row(str(row["length"]), *cells)
     return table
 
@@ -64,4 +66,4 @@ def _table(title: str, columns: tuple[str, ...], first: str) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}".replace("-0.0000", "0.0000")

@@ -34,6 +34,7 @@ from megatron_mosa.train.callbacks.progress import Progress
 from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
+from megatron_mosa.train.plan import refuse_impossible
 from megatron_mosa.train.report import report
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
@@ -77,6 +78,7 @@ def pretrain(config: Config) -> int:
 def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceServices) -> str | None:
     """Join the other ranks, train and report; return the reason for an early stop, if there was one."""
     start = check_start(config, world_size, reads_all=rank == 0)
+    refuse_impossible(config, start.manifest.vocab_size)
     survival.watchdog.beat("joining the other ranks")
     layout = initialize_parallel(
         config.parallel.tensor_model_parallel_size,

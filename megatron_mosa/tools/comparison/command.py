@@ -1,0 +1,37 @@
+"""The command ``mosa compare``: runs side by side, as a table and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_mosa.entry import check_output
+from megatron_mosa.errors import RunError, UserError
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, such as runs/quickstart.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE.png", help="Where the picture is written.")] = Path(
+        "comparison.png"
+    ),
+) -> None:
+    """Compare runs: a table, and a picture of their losses over steps, tokens and seconds."""
+    if output.suffix != ".png":
+        raise UserError(f"--output must be a file name that ends in .png, got {output}")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UserError("compare takes each run once; name different run directories")
+    check_output("--output", output)
+    from rich.console import Console  # slow to import, like matplotlib
+
+    from megatron_mosa.tools.comparison.curves import plot, read_run, table
+
+    found = [read_run(run) for run in runs]
+    Console().print(table(found))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plot(found, output)
+    except OSError as error:
+        raise RunError(f"could not write to --output={output}: {error.strerror}") from None
+    print(f"Wrote {output}")

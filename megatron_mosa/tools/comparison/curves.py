@@ -1,0 +1,98 @@
+"""The losses of runs over steps, tokens and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_mosa.errors import UserError
+from megatron_mosa.metrics import RunTotals, read_journal, run_totals
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """Losses of a run at points in its course, each point in steps, tokens and seconds inside steps."""
+
+    name: str
+    totals: RunTotals
+    is_causal: bool
+    training: list[tuple[float, float, float, float]]
+    """(step, tokens, seconds, loss)"""
+
+    validation: list[tuple[float, float, float, float]]
+
+
+def read_run(run: Path) -> RunCurves:
+    """Read a run directory.
+
+    Raises:
+        UserError: it has no metrics.
+    """
+    lines = read_journal(run / "metrics.jsonl")
+    if not any(line.get("loss") is not None for line in lines):
+        known = sorted(path.parent.name for path in run.parent.glob("*/metrics.jsonl")) if run.parent.is_dir() else []
+        hint = f"; runs there: {', '.join(known)}" if known else ""
+        raise UserError(f"'{run}' has no metrics.jsonl with losses; pass run directories{hint}")
+    training, validation, seconds, tokens = [], [], 0.0, 0
+    for line in lines:
+        if "tokens_per_second" in line:
+            seconds += max(line["tokens"] - tokens, 0) / (line["tokens_per_second"] or float("inf"))
+            tokens = line["tokens"]
+        for key, points in (("loss", training), ("validation_loss", validation)):
+            if line.get(key) is not None:
+                points.append((line["step"], line["tokens"], seconds, line[key]))
+    is_causal = all(line.get("causal", True) for line in lines)
+    return RunCurves(run.resolve().name, run_totals(lines), is_causal, training, validation)
+
+
+def table(runs: Sequence[RunCurves]) -> Table:
+    """Return one row for each run; the losses are the last ones."""
+    from rich.table import Table
+
+    drawn = Table(title="Runs side by side", title_justify="left")
+    drawn.add_column("run")
+    for name in ("steps", "tokens", "loss", "val. loss", "causal", "tokens/s", "MFU", "in steps"):
+        drawn.add_column(name, justify="right")
+    for run in runs:
+        totals = run.totals
+        drawn.add_row(
+            run.name,
+            f"{totals.steps:,}",
+            f"{totals.tokens:,}",
+            f"{run.training[-1][3]:.4f}",
+            f"{run.validation[-1][3]:.4f}" if run.validation else "",
+            "yes" if run.is_causal else "NO",
+            f"{totals.tokens_per_second:,.0f}",
+            f"{totals.mfu:.1%}",
+            totals.duration,
+        )
+    return drawn
+
+
+def plot(runs: Sequence[RunCurves], path: Path) -> None:
+    """Draw training losses as lines and validation losses as points, over steps, tokens and seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
+    for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
+        for number, run in enumerate(runs):
+            name = run.name + ("" if run.is_causal else ", NON-CAUSAL")
+            losses = [point[3] for point in run.training]
+            panel.plot([point[axis] for point in run.training], losses, color=f"C{number}", linewidth=1, label=name)
+            measured = [point[3] for point in run.validation]
+            panel.plot([point[axis] for point in run.validation], measured, "o", color=f"C{number}", markersize=4)
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("loss, nats per token")
+    figure.suptitle("lines: training; points: validation", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

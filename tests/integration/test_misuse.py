@@ -1,0 +1,395 @@
+"""What people do wrong, over all commands: one line, the right exit code, no traceback, nothing lost.
+
+Each command is a start of the loaded Python, in a directory with a dataset (data), a run (runs/a), an exported model
+(hf), and what ``damage`` writes below ``bad``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Runner
+from tests.loaded import loaded_python
+
+RUN = "pretrain CONFIG run.name=new"
+CHECK = f"{RUN} --check-only"
+BUILD = "data build CONFIG data.path=built"
+SUBMIT = "submit CONFIG run.name=new --gpus-per-node 1 --dry-run"
+RANKS = "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511"
+
+# (command, exit code, words of its line): environment variables may precede the command.
+MISUSES: list[tuple[str, int, str]] = [
+    # The command line
+    ("", 2, ""),
+    ("foo", 2, "No such command 'foo'"),
+    ("data bild", 2, "Did you mean 'build'"),
+    ("--foo", 2, "No such option: --foo"),
+    ("pretrain", 2, "Missing argument 'config'"),
+    ("status", 2, "Missing argument 'RUN'"),
+    ("checkpoint export runs/a", 2, "Missing argument 'OUT'"),
+    ("checkpoint export runs/a out", 2, "Missing option '--to'"),
+    ("evaluate runs/a --samples x", 2, "Invalid value for '--samples'"),
+    ("evaluate runs/a --samples 1", 2, "greater than or equal to 2"),
+    ("status runs/a --interval 0", 2, "greater than or equal to 0.1"),
+    ("config diff configs/quickstart.yaml", 2, "Missing argument 'B'"),
+    ("data sample CONFIG x", 2, "Invalid value for 'N'"),
+    # Configuration files
+    ("config show none.yaml", 2, "'none.yaml' does not exist"),
+    ("config show bad", 2, "'bad' is a directory"),
+    ("config show bad/binary.yaml", 2, "is not valid YAML"),
+    ("config show bad/list.yaml", 2, "must hold sections"),
+    ("config show bad/empty.yaml", 2, "run.name is missing"),
+    ("config show bad/twice.yaml", 2, "is not valid YAML"),
+    ("config show bad/bomb.yaml", 2, "is not valid YAML"),
+    ("config show /dev/zero", 2, "is not a regular file"),
+    ("config list none", 2, "'none' is not a directory"),
+    ("config diff CONFIG none.yaml", 2, "'none.yaml' does not exist"),
+    ("config show CONFIG train.steps", 2, "not of the form section.key=value"),
+    ("config show CONFIG steps=1", 2, "not of the form section.key=value"),
+    ("config show CONFIG train.step=1", 2, "did you mean 'steps'"),
+    ("config show CONFIG trian.steps=1", 2, "did you mean 'train'"),
+    ("config show CONFIG train.steps=[", 2, "the value is not valid YAML"),
+    ("config show CONFIG train.steps=ten", 2, "train.steps must be of type int, got 'ten'"),
+    ("config show CONFIG train.steps=1e3", 2, "train.steps must be of type int"),
+    ("config show CONFIG train.steps=null", 2, "train.steps must be of type int, got None"),
+    ("config show CONFIG run.name=../x", 2, "run.name must contain only"),
+    ("config show CONFIG run.name=", 2, "run.name must contain only"),
+    ("config show CONFIG 'data.sources=[]'", 2, "data.sources is empty"),
+    ("config show CONFIG data.path=null", 2, "data.path is missing"),
+    ("config show CONFIG data.path=~nobody9/x", 2, "unknown user"),
+    ("config show CONFIG 'data.blend=[1 data]'", 2, "are both given"),
+    ("config show CONFIG data.path=null 'data.blend=[much data]'", 2, "data.blend"),
+    # Values
+    *[
+        (f"config show CONFIG {override}", 2, words)
+        for override, words in {
+            "run.seed=-1": "run.seed must be at least 0",
+            "run.seed=4294967296": "at most 4294967295",
+            "model.num_layers=0": "model.num_layers must be at least 1",
+            "model.num_layers=1000000000": "at most 10000",
+            "model.hidden_size=1000000000000": "model.hidden_size must be",
+            "model.hidden_size=10000000": "at most 1048576",
+            "model.head_dim=7": "model.head_dim must be even",
+            "model.num_dense_heads=-1": "model.num_dense_heads must be at least 0",
+            "model.num_query_groups=3": "does not divide",
+            "model.activation=relu": "must be one of gelu, swiglu",
+            "model.normalization=layernorm": "did you mean 'LayerNorm'",
+            "model.rotary_percent=2": "at most 1",
+            "model.layernorm_epsilon=0": "greater than 0",
+            "model.local_window=8": "no local heads",
+            "mosa.num_heads=1000000": "at most 65536",
+            "mosa.sparsity=0.5": "mosa.sparsity must be at least 1",
+            "mosa.sparsity=.inf": "finite number",
+            "mosa.selection=topk": "must be one of expert_choice, threshold",
+            "mosa.backend=cuda": "must be one of auto, naive, triton",
+            "parallel.tensor_model_parallel_size=0": "at least 1",
+            "parallel.tensor_model_parallel_size=4": "is not divisible",
+            "parallel.zero_stage=4": "must be one of 0, 1, 2, 3",
+            "parallel.pipeline_model_parallel_size=2": "pipeline parallelism is not implemented",
+            "parallel.context_parallel_size=2": "context parallelism is not implemented",
+            "data.sequence_length=1": "at least 2",
+            "data.sequence_length=100000000000": "at most 16777216",
+            "data.num_workers=100000": "at most 256",
+            "data.num_workers=-1": "at least 0",
+            "data.validation_fraction=0": "greater than 0",
+            "data.validation_fraction=1": "less than 1",
+            "data.index_samples=0": "at least 1",
+            "train.steps=0": "train.steps must be at least 1",
+            "train.steps=10000000000": "at most 1000000000",
+            "train.micro_batch_size=3": "must be divisible by train.micro_batch_size=3",
+            "train.global_batch_size=0": "at least 1",
+            "train.precision=fp16": "must be one of fp32, bf16",
+            "train.recompute=yes": "must be one of none, attention, full",
+            "'train.profile_steps=[11]'": "train.profile_steps must be at most",
+            "optimizer.learning_rate=0": "greater than 0",
+            "optimizer.learning_rate=.nan": "must be greater than 0",
+            "optimizer.min_learning_rate=1": "exceeds optimizer.learning_rate",
+            "optimizer.beta1=1": "less than 1",
+            "optimizer.warmup_steps=-1": "at least 0",
+            "optimizer.schedule=cos": "did you mean 'cosine'",
+            "validation.interval=0": "at least 1",
+            "checkpoint.keep_last=0": "at least 1",
+            "checkpoint.resume=yes": "must be one of auto, never",
+            "resilience.on_spike=stop": "must be one of log, rewind",
+            "fault_injection.fault=fire": "must be one of null, kill",
+            "logging.interval=0": "at least 1",
+            "logging.peak_tflops=-1": "greater than 0",
+        }.items()
+    ],
+    # Runs
+    (f"{RUN} --world-size 2", 2, "--world-size must be at least 1 and needs --check-only"),
+    (f"{CHECK} --world-size 0", 2, "--world-size must be at least 1"),
+    (f"{CHECK} --world-size 3 parallel.tensor_model_parallel_size=2", 2, "world size 3 is not divisible"),
+    (f"{CHECK} optimizer.warmup_steps=11", 2, "optimizer.warmup_steps must be at most train.steps=10"),
+    (f"{CHECK} train.stop_after_step=11", 2, "train.stop_after_step must be at most train.steps=10"),
+    (f"{CHECK} train.steps=1000000000", 2, "but one shuffled pass holds at most"),
+    (f"{CHECK} model.hidden_size=1000000 model.ffn_hidden_size=4000000", 2, "but this machine has"),
+    (f"{RUN} model.hidden_size=1000000 model.ffn_hidden_size=4000000", 2, "but this machine has"),
+    (f"{CHECK} data.path=none", 2, "data.path=none does not exist; build it with"),
+    (f"{CHECK} data.path=bad", 2, "is not a dataset"),
+    (f"{RUN} data.path=bad/data", 2, "is damaged"),
+    (f"{CHECK} data.sequence_length=1048576", 2, "data.sequence_length must be at most"),
+    (f"{CHECK} data.tokenizer=gpt2", 2, "was built with another tokenizer"),
+    (f"{CHECK} run.directory=texts.jsonl", 2, "is not a directory"),
+    (f"{CHECK} run.directory=/dev/null/x", 2, "cannot be written"),
+    ("pretrain CONFIG run.name=a --check-only checkpoint.resume=never", 2, "already holds a run"),
+    ("pretrain CONFIG run.name=a --check-only model.num_layers=3", 2, "model.num_layers"),
+    ("pretrain CONFIG run.name=a --check-only data.index_samples=5", 2, "would reshuffle its data"),
+    ("pretrain CONFIG run.name=file --check-only", 2, "checkpoints is not a directory"),
+    (f"{CHECK} checkpoint.initialize_from=none", 2, "'none' does not exist"),
+    (f"{CHECK} checkpoint.initialize_from=bad", 2, "does not contain a model"),
+    (f"{CHECK} train.apex=always", 2, "needs a GPU"),
+    (f"{CHECK} mosa.backend=triton", 2, "does not run here"),
+    (f"MOSA_BACKEND=cuda {CHECK}", 2, "MOSA_BACKEND=cuda"),
+    (f"RANK=0 {RUN}", 2, "RANK is set, but WORLD_SIZE and LOCAL_RANK not"),
+    (f"WORLD_SIZE=2 {RUN}", 2, "WORLD_SIZE is set, but RANK and LOCAL_RANK not"),
+    (f"{RANKS} RANK=2 LOCAL_RANK=0 {RUN}", 2, "RANK in the environment must be a whole number between 0 and 1"),
+    (f"{RANKS} RANK=x LOCAL_RANK=0 {RUN}", 2, "got 'x'"),
+    (f"{RANKS} RANK=0 LOCAL_RANK=x {RUN}", 2, "LOCAL_RANK in the environment"),
+    (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_PORT=0 {RUN}", 2, "MASTER_PORT in the environment must be"),
+    (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_PORT=http {RUN}", 2, "got 'http'"),
+    (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_ADDR= {RUN}", 2, "MASTER_ADDR must be"),
+    ("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=2 " + RUN, 2, "SLURM_PROCID in the environment"),
+    # Datasets
+    (f"{BUILD}1 data.sources=[none.txt]", 2, "none.txt"),
+    (f"{BUILD}2 data.sources=[bad/empty.txt]", 2, ""),
+    (f"{BUILD}3 data.sources=[bad/latin.txt]", 2, ""),
+    (f"{BUILD}4 data.sources=[bad/broken.jsonl]", 2, "broken.jsonl"),
+    (f"{BUILD}5 data.sources=[bad/broken.parquet]", 2, "broken.parquet"),
+    (f"{BUILD}6 data.sources=[bad/numbers.jsonl]", 2, "text"),
+    (f"{BUILD}7 data.sources=[texts.jsonl] data.text_field=body", 2, "body"),
+    (f"{BUILD}8 data.sources=[texts.jsonl] data.vocab_size=10", 2, "data.vocab_size must be at least 257"),
+    (f"{BUILD}9 data.sources=[texts.jsonl] data.tokenizer=none.json", 2, "none.json"),
+    (f"{BUILD}10 data.sources=[texts.jsonl] data.tokenizer=bad/tokenizer.json", 2, "tokenizer.json"),
+    (f"{BUILD}11 data.sources=[/dev/zero]", 2, "/dev/zero"),
+    (f"{BUILD}12 data.sources=[bad/saved]", 2, "save_to_disk"),
+    ("data build CONFIG data.vocab_size=500 data.sources=[texts.jsonl]", 2, "was built from"),
+    ("data build CONFIG data.path=bad data.sources=[texts.jsonl]", 2, "bad"),
+    ("data build CONFIG data.path=texts.jsonl data.sources=[texts.jsonl]", 2, "texts.jsonl"),
+    ("data build CONFIG data.path=/proc/x data.sources=[texts.jsonl]", 2, "/proc"),
+    ("data inspect none", 2, "'none' does not exist"),
+    ("data inspect bad", 2, "is not a dataset"),
+    ("data inspect bad/data train.steps=1", 2, "overrides such as train.steps=1"),
+    ("data verify bad/data", 1, "is damaged"),
+    ("data verify none", 2, "'none' does not exist"),
+    ("data sample CONFIG 100000", 2, "sample must be 0 to 79"),
+    ("data index CONFIG data.path=none", 2, "does not exist"),
+    ("data index CONFIG data.index_path=/proc/x", 2, "could not write the sample index"),
+    # Checkpoints
+    ("checkpoint inspect none", 2, "'none' does not exist"),
+    ("checkpoint inspect bad", 2, "does not contain a model"),
+    ("checkpoint inspect runs", 2, "does not contain a model"),
+    ("checkpoint inspect bad/truncated", 1, "is damaged"),
+    ("checkpoint inspect bad/metadata", 1, "damaged"),
+    ("checkpoint inspect bad/index", 1, "damaged"),
+    ("checkpoint inspect bad/hf", 1, "damaged"),
+    ("checkpoint export bad/truncated out --to hf", 1, "damaged"),
+    ("checkpoint export runs/a out --to onnx", 2, "--to must be hf, fp32 or torch-dist, got onnx"),
+    ("checkpoint export runs/a out --to hf --dtype float16", 2, "float16"),
+    ("checkpoint export runs/a out --to fp32 --no-check", 2, "apply only to --to hf"),
+    ("checkpoint export runs/a hf --to hf", 2, "already exists"),
+    ("checkpoint export runs/a runs/a/checkpoints/step-00000010/out --to hf", 2, "inside the source"),
+    ("checkpoint export runs/a texts.jsonl/out --to hf", 2, "is not a directory"),
+    ("checkpoint export runs/a bad --to hf --force", 2, "is not a model folder"),
+    ("checkpoint export runs/a out --to torch-dist", 2, "dense"),
+    ("checkpoint export runs/a out --to hf --tokenizer none.json", 2, "none.json"),
+    ("checkpoint import hf out --from gguf", 2, "--from must be"),
+    ("checkpoint import none out --from hf", 2, "does not exist"),
+    ("checkpoint import bad/hf out --from hf", 1, "damaged"),
+    ("checkpoint import texts.jsonl out.safetensors --from mosa-pytorch", 1, "cannot be read as tensors"),
+    ("checkpoint reshard runs/a out --tensor-parallel 4", 2, "divi"),
+    ("checkpoint reshard runs/a out --tensor-parallel 0", 2, "greater than or equal to 1"),
+    ("checkpoint causalize hf out", 2, "pass a megatron_mosa checkpoint"),
+    ("checkpoint causalize runs/a out --data none", 2, "none"),
+    ("checkpoint verify runs/a none", 2, "does not exist"),
+    ("checkpoint verify runs/a hf --tolerance -1", 2, "tolerance"),
+    # Evaluation and decoding
+    ("evaluate none", 2, "'none' does not exist"),
+    ("evaluate runs/a --device tpu", 2, "--device must be cpu"),
+    ("evaluate runs/a --dtype int8", 2, "--dtype must be float32 or bfloat16"),
+    ("evaluate runs/a --lengths 1,2", 2, "--lengths must be"),
+    ("evaluate hf", 2, "does not record its dataset"),
+    ("evaluate bad/truncated", 1, "damaged"),
+    ("evaluate runs/a --data bad", 2, "is not a dataset"),
+    ("evaluate runs/a --output bad", 2, "--output=bad is a directory"),
+    ("evaluate runs/a --output texts.jsonl/x.json", 2, "--output=texts.jsonl/x.json"),
+    ("generate hf", 2, "pass either --prompt TEXT or --prompt-file FILE"),
+    ("generate hf --prompt ''", 2, "--prompt is empty"),
+    ("generate hf --prompt-file none.txt", 2, "could not read --prompt-file=none.txt"),
+    ("generate hf --prompt a --temperature 1e300", 2, "--temperature must be"),
+    ("generate hf --prompt a --temperature nan", 2, "--temperature must be"),
+    ("generate hf --prompt a --seed -1", 2, "--seed must be between"),
+    ("generate hf --prompt a --seed 99999999999999999999", 2, "--seed must be between"),
+    ("generate hf --prompt a --top-p 0", 2, "--top-p must be"),
+    ("generate hf --prompt a --top-k 99999999999", 2, "--top-k must be"),
+    ("generate hf --prompt a --max-new-tokens 0", 2, "--max-new-tokens must be"),
+    ("generate hf --prompt a --dtype fp8", 2, "--dtype must be one of"),
+    ("generate hf --prompt a --device cuda", 2, "--device=cuda is not available"),
+    ("generate none --prompt a", 2, "'none' does not exist"),
+    ("generate hf --prompt a", 2, ""),
+    ("generate bad/hf --prompt a --causal-approximation prefix", 1, "damaged"),
+    ("generate bad/words --prompt a --causal-approximation prefix", 1, "tokenizer.json"),
+    ("cache-report none", 2, "'none' does not exist"),
+    ("cache-report hf", 2, "there is no cache to measure"),
+    ("cache-report hf --lengths x", 2, "--lengths"),
+    ("cache-report hf --output texts.jsonl/report", 2, "--output=texts.jsonl/report"),
+    # Measurements
+    ("bench CONFIG --steps 0", 2, "--steps must be"),
+    ("bench CONFIG --warmup 0", 2, "--warmup must be"),
+    ("bench CONFIG --compare none.json", 2, "none.json"),
+    ("bench CONFIG --output texts.jsonl/x.json", 2, "--output=texts.jsonl/x.json"),
+    ("isoflop CONFIG --sparsity two", 2, "'two' is not a number"),
+    ("isoflop CONFIG mosa.num_heads=0 --sparsity 0", 2, "sparsity"),
+    ("isoflop CONFIG --dense-heads -1", 2, "dense"),
+    ("sweep CONFIG --steps 0", 2, "--steps must be at least 1"),
+    ("sweep CONFIG --processes 0", 2, "--processes must be at least 1"),
+    ("sweep CONFIG --layout tp=x", 2, "tp"),
+    ("sweep CONFIG --layout pp=2", 2, "pp"),
+    # Runs side by side
+    ("compare", 2, "Missing argument"),
+    ("compare none", 2, "'none' has no metrics.jsonl with losses"),
+    ("compare runs/none", 2, "runs there: a"),
+    ("compare runs/a runs/a", 2, "each run once"),
+    ("compare runs/a --output x.jpg", 2, "ends in .png"),
+    ("compare runs/a --output texts.jsonl/x.png", 2, "--output=texts.jsonl/x.png"),
+    # Jobs
+    ("status none", 2, "none"),
+    ("status bad", 2, "bad"),
+    (f"{SUBMIT} --nodes 0", 2, "--nodes must be between 1 and"),
+    (f"{SUBMIT} --time soon", 2, "--time must be MINUTES"),
+    (f"{SUBMIT} --time '1:00\n#SBATCH --wrap=id'", 2, "--time must be MINUTES"),
+    (f"{SUBMIT} --partition 'a b'", 2, "--partition must be"),
+    (f"{SUBMIT} --account 'x;id'", 2, "--account must be"),
+    (f"{SUBMIT} --qos -x", 2, "--qos must be"),
+    (f"{SUBMIT} --exclude 'n1 n2'", 2, "--exclude must be"),
+    (f"{SUBMIT} --sbatch-argument mem=0", 2, "is not an option of sbatch"),
+    (f"{SUBMIT} --sbatch-argument '--comment=a\nid'", 2, "is not an option of sbatch"),
+    (f"{SUBMIT} run.directory='a b'", 2, "contains whitespace"),
+    (f"{SUBMIT} --chain 0", 2, "--chain must be between 1 and"),
+    ("submit CONFIG run.name=new --gpus-per-node 1 optimizer.warmup_steps=11 --dry-run", 2, "optimizer.warmup_steps"),
+    ("doctor --timeout -1", 2, "timeout"),
+    ("doctor --json texts.jsonl/x.json", 1, "texts.jsonl/x.json"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a dataset, a run and an exported model, whole and damaged."""
+    folder = tmp_path_factory.mktemp("misuse") / "place"
+    folder.mkdir()
+    shutil.copytree(runner.folder / "data", folder / "data")
+    shutil.copy(runner.folder / "texts.jsonl", folder / "texts.jsonl")
+    one = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false", "data.num_workers=0"]
+    values = [*(o for o in runner.overrides if not o.startswith(("data.path", "run.directory"))), *one]
+    config = subprocess.run(
+        [loaded_python(), "-m", "megatron_mosa", "config", "show", runner.config, *values, "data.path=data"],
+        cwd=folder, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    (folder / "config.yaml").write_text(config)
+    for command in ("pretrain config.yaml run.name=a", "checkpoint export runs/a hf --to hf"):
+        done = subprocess.run(
+            [loaded_python(), "-m", "megatron_mosa", *command.split()], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    damage(folder)
+    return folder
+
+
+def damage(folder: Path) -> None:
+    """Write what is broken below ``bad``, and a run whose checkpoints/ is a file."""
+    bad = folder / "bad"
+    bad.mkdir()
+    (bad / "binary.yaml").write_bytes(bytes(range(256)))
+    (bad / "list.yaml").write_text("- a\n- b\n")
+    (bad / "empty.yaml").write_text("run: {}\n")
+    (bad / "twice.yaml").write_text("run: {name: a}\nrun: {name: b}\n")
+    levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    (bad / "bomb.yaml").write_text("l0: &l0 [x]\n" + levels)
+    (bad / "empty.txt").write_text("")
+    (bad / "latin.txt").write_bytes(b"caf\xe9 " * 50)
+    (bad / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (bad / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (bad / "numbers.jsonl").write_text('{"text": 7}\n' * 20)
+    (bad / "tokenizer.json").write_text("no tokenizer")
+    (bad / "saved").mkdir()
+    (bad / "saved" / "dataset_info.json").write_text("{}")
+    (bad / "saved" / "state.json").write_text("{}")
+    (bad / "saved" / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    shutil.copytree(folder / "data", bad / "data")
+    cut(bad / "data" / "train.bin", same_size=True)
+    newest = sorted((folder / "runs" / "a" / "checkpoints").glob("step-*"))[-1]
+    for name, file in (
+        ("truncated", "state/__0_0.distcp"),
+        ("metadata", "metadata.json"),
+        ("index", "state/.metadata"),
+    ):
+        shutil.copytree(newest, bad / name)
+        cut(bad / name / file)
+    shutil.copytree(folder / "hf", bad / "hf")
+    cut(next((bad / "hf").glob("*.safetensors")))
+    shutil.copytree(folder / "hf", bad / "words")
+    (bad / "words" / "tokenizer.json").write_text("no tokenizer")
+    (folder / "runs" / "file").mkdir()
+    (folder / "runs" / "file" / "checkpoints").write_text("")
+
+
+def cut(file: Path, *, same_size: bool = False) -> None:
+    """Keep half of a file, or change a byte in its middle."""
+    content = file.read_bytes()
+    half = len(content) // 2
+    file.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :] if same_size else content[:half])
+
+
+def start(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "MOSA_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    environment.pop("TRITON_INTERPRET", None)
+    words = shlex.split(command.replace("CONFIG", "config.yaml"))
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    arguments = [loaded_python(), "-m", "megatron_mosa", *words]
+    try:
+        return subprocess.run(
+            arguments, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=20, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, 124, "", "it did not end within 20 s")
+
+
+def judge(command: str, code: int, words: str, done: subprocess.CompletedProcess[str]) -> str | None:
+    """Return what is wrong with an answer, or None."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    problem = (
+        "has a traceback" if "Traceback" in done.stdout + done.stderr
+        else f"exits with {done.returncode}, not {code}" if done.returncode != code
+        else "has no line that begins with error:" if command and len(errors) != 1
+        else f"does not say {words!r}" if words not in " ".join(errors)
+        else None
+    )  # fmt: skip
+    return problem and f"{command!r} {problem}: {done.stderr[-600:]}"
+
+
+def test_every_misuse_is_answered_in_one_line(place: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file() and "cache" not in str(file)}
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda misuse: start(misuse[0], place), MISUSES))
+    wrong = [
+        problem
+        for (command, code, words), done in zip(MISUSES, answers, strict=True)
+        if (problem := judge(command, code, words, done))
+    ]
+    assert len(MISUSES) >= 150
+    assert not wrong, f"{len(wrong)} of {len(MISUSES)}:\n" + "\n\n".join(wrong)
+    changed = [str(file) for file, time in before.items() if not file.exists() or file.stat().st_mtime_ns != time]
+    assert not changed and not (place / "out").exists(), changed

@@ -1,0 +1,58 @@
+"""Runs side by side, the totals of a run, and journals with damaged lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_mosa.metrics import Journal, read_journal, run_totals
+from megatron_mosa.tools.comparison.command import compare
+from megatron_mosa.tools.comparison.curves import read_run
+
+
+def lines(speed: float) -> list[dict]:
+    """Three steps of 100 tokens, of which every second is reported, and a validation."""
+    rate = {"tokens_per_second": speed, "mfu": 0.5}
+    return [
+        {"step": 1, "tokens": 100, "loss": 3.0, "causal": True} | rate,
+        {"step": 3, "tokens": 300, "loss": 2.0, "causal": True} | rate | {"tokens_per_second": 2 * speed, "mfu": 0.25},
+        {"step": 3, "tokens": 300, "validation_loss": 2.5, "causal": True},
+    ]
+
+
+def write(run: Path, found: list[dict]) -> Path:
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    return run
+
+
+def test_totals_of_a_run() -> None:
+    totals = run_totals(lines(50.0))
+    assert (totals.steps, totals.tokens, totals.seconds) == (3, 300, 2.0 + 2.0)
+    assert (totals.tokens_per_second, totals.mfu, totals.duration) == (75.0, 0.375, "0:00:04")
+    assert run_totals([]).tokens_per_second == 0.0
+
+
+def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write(tmp_path / name, lines(speed)) for name, speed in (("slow", 50.0), ("fast", 100.0))]
+    curves = read_run(runs[0])
+    assert curves.training == [(1, 100, 2.0, 3.0), (3, 300, 4.0, 2.0)] and curves.validation == [(3, 300, 4.0, 2.5)]
+    compare(runs, output=tmp_path / "made" / "runs.png")
+    printed = capsys.readouterr().out
+    assert "slow" in printed and "0:00:04" in printed and "0:00:02" in printed
+    assert (tmp_path / "made" / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_damaged_lines_are_set_aside(tmp_path: Path) -> None:
+    whole = lines(50.0)
+    file = write(tmp_path / "run", whole) / "metrics.jsonl"
+    text = file.read_text()
+    file.write_text(text + '{"step": 4, "lo')  # a crash cut it off
+    assert Journal(file, resumed_step=3).damage is None
+    file.write_bytes(b"\xff\xfe garbage\n[1]\n" + text.encode() + b'{"step": "four"}\n' + b'{"step": 4, "lo')
+    damage = Journal(file, resumed_step=3).damage
+    assert damage is not None and "has 3 damaged lines" in damage and "kept as damaged-metrics.jsonl" in damage
+    assert read_journal(file) == whole
+    assert (tmp_path / "run" / "damaged-metrics.jsonl").read_bytes().startswith(b"\xff\xfe")
