@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mosa.config import check_plan, check_world_size, load_config
+from megatron_mosa.config import check_plan, check_world_size, load_config, origins
 from megatron_mosa.entry import gc_disabled_during_imports
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
@@ -30,7 +30,7 @@ def start_training(
     if world_size is not None and (world_size < 1 or not check_only):
         raise UserError(f"--world-size must be at least 1 and needs --check-only, got {world_size}")
     config = load_config(path, overrides, checks_batches=False)  # pretrain checks them
-    check_plan(config)
+    check_plan(config, origins(path, overrides))
     if check_only:
         check_world_size(config, world_size or 1)
     else:

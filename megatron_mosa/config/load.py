@@ -11,7 +11,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_mosa.config.rules import check
+from megatron_mosa.config.rules import COMMAND_LINE, check
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
 
@@ -36,8 +36,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batch
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Return where each ``section.key`` gets its value: "command line", the file's path, or "default"."""
-    written = {"command line": _parse_overrides(overrides), str(path): _read(Path(path))}
+    """Return where each ``section.key`` gets its value: COMMAND_LINE, the file's path, or "default"."""
+    written = {COMMAND_LINE: _parse_overrides(overrides), str(path): _read(Path(path))}
     found = {f"{section}.{name}": "default" for section, names in _TYPES.items() for name in names}
     for origin, tree in reversed(written.items()):
         found |= {f"{section}.{name}": origin for section, values in tree.items() for name in values}

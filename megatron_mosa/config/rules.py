@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from megatron_mosa.config.blend import blend_parts
@@ -13,6 +13,9 @@ from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.mosa_rules import documents, threshold
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError
+
+COMMAND_LINE = "command line"
+"""The origin of a value that an override has set."""
 
 
 def check(config: Config, *, checks_batches: bool = True) -> None:
@@ -109,15 +112,21 @@ def _profiled_steps(config: Config) -> None:
         raise UserError(f"train.profile_steps must be at most train.steps={steps}, got {last}")
 
 
-def check_plan(config: Config) -> None:
+def check_plan(config: Config, origins: Mapping[str, str]) -> None:
     """Check what makes no sense in a run to come, though a checkpoint may record it.
+
+    A run that the command line shortens below the warm-up of its file is a trial, and may be.
+
+    Args:
+        origins: where each value is from, as ``load.origins`` returns it.
 
     Raises:
         UserError: the learning rate would never reach its peak; the run would end before it stops early; its order of
             samples is too long for one index.
     """
     train, samples = config.train, config.train.steps * config.train.global_batch_size
-    if config.optimizer.warmup_steps > train.steps:
+    is_trial = origins["train.steps"] == COMMAND_LINE != origins["optimizer.warmup_steps"]
+    if config.optimizer.warmup_steps > train.steps and not is_trial:
         raise UserError(
             f"optimizer.warmup_steps must be at most train.steps={train.steps}, got {config.optimizer.warmup_steps}: "
             "the learning rate would never reach its peak; lower it, or train longer"

@@ -163,6 +163,11 @@ def _train(
     ]
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
     trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
+    if config.optimizer.warmup_steps > config.train.steps:
+        writers.note(
+            "the learning rate will not reach its peak: "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is above train.steps={config.train.steps}"
+        )
     if state.step >= trainer.last_step:
         writers.note(f"nothing to do: step {state.step} has already reached train.stop_after_step={trainer.last_step}")
     with ExitStack() as cleanup:

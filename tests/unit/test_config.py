@@ -359,7 +359,12 @@ def test_bounds_without_a_lower_one_and_of_lists() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.steps=10"], "optimizer.warmup_steps must be at most train.steps=10, got 20: the learning rate would"),
+        (["train.steps=10"], None),  # a trial
+        (
+            ["train.steps=10", "optimizer.warmup_steps=11"],
+            "optimizer.warmup_steps must be at most train.steps=10, got 11: the learning rate would",
+        ),
+        (["optimizer.warmup_steps=201"], "optimizer.warmup_steps must be at most train.steps=200, got 201"),
         (["train.stop_after_step=201"], "train.stop_after_step must be at most train.steps=200, got 201; lower it"),
         (["train.steps=1000000000"], r"are 16,000,000,000 samples, but one shuffled pass holds at most 2,147,483,647"),
         (["train.steps=1000000000", "data.index_samples=1000"], None),
@@ -369,4 +374,4 @@ def test_bounds_without_a_lower_one_and_of_lists() -> None:
 def test_plans_without_sense_are_refused_before_a_run(overrides: list[str], message: str | None) -> None:
     config = load_config(QUICKSTART, overrides)  # a checkpoint may record them
     with pytest.raises(UserError, match=message) if message else nullcontext():
-        check_plan(config)
+        check_plan(config, origins(QUICKSTART, overrides))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_mosa.config import check_plan, load_config
+from megatron_mosa.config import check_plan, load_config, origins
 from megatron_mosa.errors import UserError
 
 _MOST = {"nodes": 100_000, "tasks-per-node": 1024, "chain": 1000, "gpus-per-node": 1024, "cpus-per-task": 4096}
@@ -55,7 +55,7 @@ def submit(
 ) -> None:
     """Check a configuration and its layout, and submit the run as a Slurm job that restarts until it is done."""
     settings = load_config(config, overrides or [], checks_batches=False)
-    check_plan(settings)
+    check_plan(settings, origins(config, overrides or []))
     counts = {"nodes": nodes, "tasks-per-node": tasks_per_node, "chain": chain}
     for name, value in (counts | {"gpus-per-node": gpus_per_node, "cpus-per-task": cpus_per_task}).items():
         if value is not None and not 1 <= value <= _MOST[name]:
