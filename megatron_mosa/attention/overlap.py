@@ -56,7 +56,9 @@ def _streams(hidden_states: Tensor) -> list[torch.cuda.Stream | None]:
     if device.type != "cuda":
         return [None] * HALVES
     current = torch.cuda.current_stream(device)
-    side = _side_streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[arg-type]
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[arg-type]
+    side = _side_streams[device]
     side.wait_stream(current)
     hidden_states.record_stream(side)
     return [current, side]

@@ -38,7 +38,7 @@ class Acceleration:
         if not self.compiles_layers:
             return f"acceleration: none: {self.hindrance}"
         overlap = ", collectives beside computation" if self.overlaps else ""
-        overlap = f", collectives not beside computation: {self.no_overlap}" if self.no_overlap else overlap
+        overlap = f", no overlap of collectives: {self.no_overlap}" if self.no_overlap else overlap
         graphs = "each micro-batch one CUDA graph" if self.uses_graphs else f"no CUDA graphs: {self.hindrance}"
         return f"acceleration: compiled layers, {graphs}{overlap}"
 

@@ -86,7 +86,8 @@ def _set_aside(path: Path) -> str | None:
     damaged = sum(line is None for _, line in _parsed(path)[:-1])
     if not damaged:
         return None
-    copy = path.with_name(f"damaged-{path.name}")
+    names = (f"damaged-{path.name}", *(f"damaged-{number}-{path.name}" for number in range(2, 1000)))
+    copy = next(copy for name in names if not (copy := path.with_name(name)).exists())
     shutil.copyfile(path, copy)
     return f"{path} has {damaged} damaged lines, which are left out from now on; the whole file is kept as {copy.name}"
 

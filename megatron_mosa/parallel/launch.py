@@ -67,7 +67,7 @@ def _number(name: str, *, default: int | None = None, least: int = 0, most: int 
             return number
     bounds = f"at least {least}" if most is None else f"between {least} and {most}"
     because = f" ({reason}={most + 1})" if reason and most is not None else ""
-    found = "is not set" if text is None else f"got {text!r}"
+    found = "but it is not set" if text is None else f"got {text!r}"
     raise UserError(
         f"{name} in the environment must be a whole number {bounds}{because}, {found}; the launcher sets it"
     )

@@ -1,5 +1,6 @@
 """Resilience services of a run: signals, time limit, watchdog, status file, loss spikes and injected faults."""
 
+from megatron_mosa.resilience.deadline import job_end
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import block_sigusr1
 from megatron_mosa.resilience.services import ResilienceServices
@@ -13,5 +14,6 @@ __all__ = [
     "ResilienceServices",
     "SpikeDetector",
     "block_sigusr1",
+    "job_end",
     "read_status",
 ]

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from megatron_mosa.errors import RunError
+
 if TYPE_CHECKING:
     from megatron_mosa.parallel import HostGroup
 
+CONNECT_SECONDS = 60.0
 GOODBYE = -1  # said by a rank that ends in order
 _NUMBER = struct.Struct("!i")
 # Seconds: the kernel notices a node that is gone after idle + count * interval. A process that dies is noticed at once.
@@ -45,29 +48,47 @@ class PeerMonitor:
             hosts: the group by which the others learn rank 0's port.
 
         Raises:
-            OSError: rank 0 cannot be reached at MASTER_ADDR.
+            RunError: rank 0 cannot be reached at MASTER_ADDR, or not all ranks have connected in time.
         """
         if world_size == 1:
             return
-        server = socket.create_server(("", 0), backlog=world_size) if rank == 0 else None
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = None
+        if rank == 0:
+            server = socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world_size)
         port = hosts.max(server.getsockname()[1] if server else 0)
-        if server is not None:
-            with server:
-                for _ in range(world_size - 1):
-                    connection, _ = server.accept()
-                    other = _receive(connection)
-                    if other is not None:
-                        self._sockets[other] = connection
-        else:
-            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
-            connection.settimeout(None)
-            connection.sendall(_NUMBER.pack(rank))
-            self._sockets[0] = connection
+        try:
+            if server is not None:
+                with server:
+                    self._accept(server, world_size - 1)
+            else:
+                connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_SECONDS)
+                connection.sendall(_NUMBER.pack(rank))
+                self._sockets[0] = connection
+        except OSError as error:
+            raise RunError(
+                f"rank {rank}: no connection between the ranks at {os.environ.get('MASTER_ADDR')}:{port} ({error}); "
+                "MASTER_ADDR must be an address of rank 0's node that all nodes can reach, at any port"
+            ) from None
         for connection in self._sockets.values():
+            connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE.items():
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def _accept(self, server: socket.socket, number: int) -> None:
+        """Accept the connections of so many ranks; others, such as those of a port scan, are closed."""
+        server.settimeout(CONNECT_SECONDS)
+        while len(self._sockets) < number:
+            connection, _ = server.accept()
+            connection.settimeout(1.0)
+            rank = _receive(connection)
+            if rank is not None and 0 < rank <= number:
+                self._sockets[rank] = connection
+            else:
+                connection.close()
 
     def leave(self) -> None:
         """Stop watching, and tell the others that this rank ends in order."""

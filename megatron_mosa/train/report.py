@@ -20,8 +20,8 @@ def report(directory: Path) -> None:
     wall = f", {time.time() - status['started']:.0f} s of wall-clock time since this start" if is_own else ""
     print(
         f"Trained:          {totals.steps:,} steps, {totals.tokens:,} tokens in {totals.duration} of steps: "
-        f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} restarts, {skipped} skipped "
-        "steps"
+        f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} "
+        f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}"
     )
     print(f"Run directory:    {directory} (metrics.jsonl, loss.png, checkpoints/, tensorboard/)")
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)

@@ -12,7 +12,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of
-from megatron_mosa.errors import RunError, UnrecoverableError, UserError
+from megatron_mosa.errors import StorageError, UnrecoverableError
 from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
@@ -66,7 +66,7 @@ def pretrain(config: Config) -> int:
         survival.peers.leave()
     except Exception as error:
         survival.status.end(exit_code_of(error), f"rank {rank}: {error or type(error).__name__}")
-        if isinstance(error, (RunError, UserError, UnrecoverableError)):  # the other ranks have it, too
+        if isinstance(error, (StorageError, UnrecoverableError)):  # all ranks have it
             survival.peers.leave()
         raise
     finally:

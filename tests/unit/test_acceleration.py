@@ -55,4 +55,4 @@ def test_the_line_says_how_far_it_goes() -> None:
     assert str(some) == "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"
     assert str(Acceleration(True, True, overlaps=True)).endswith("one CUDA graph, collectives beside computation")
     line = str(Acceleration(True, True, no_overlap="train.recompute=full"))
-    assert line.endswith("one CUDA graph, collectives not beside computation: train.recompute=full")
+    assert line.endswith("one CUDA graph, no overlap of collectives: train.recompute=full")

@@ -88,6 +88,9 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
         engine: has taken its first steps.
         layout: of this process.
         steps: to time, 1 or more, and one more that writes a line of metrics.
+
+    Raises:
+        KeyboardInterrupt: a signal, or the job's time limit, asked to stop.
     """
     last = WARM_UPS + steps + 1
     train = replace(config.train, steps=max(last, config.train.steps), stop_after_step=last, skip_steps=[])
@@ -109,6 +112,8 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
             trainer.run(clock.timed(random_batches(config, layout, config.data.num_workers)))
             writers.close()
             survival.peers.leave()
+            if trainer.stop_reason:  # a signal, which the run's handlers have caught
+                raise KeyboardInterrupt
         finally:
             survival.end()
     return clock.result()

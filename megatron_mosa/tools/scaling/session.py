@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.entry import run as run_program
+from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.utils import write_atomically
 
@@ -86,7 +87,7 @@ class Session:
 
     deterministic: bool
     deadline: float | None = None
-    """Unix time after which no cell begins; one that would not be done by then begins neither."""
+    """Unix time after which no cell begins, nor one that would not be done by then; one that runs is ended."""
 
     @classmethod
     def read(cls, path: Path) -> Session:
@@ -149,6 +150,8 @@ class Tail:
         """Return the new events."""
         with suppress(FileNotFoundError):
             with self.path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read:  # a new file of a job that was requeued
+                    self._read = 0
                 file.seek(self._read)
                 new = file.read()
             whole = new[: new.rfind(b"\n") + 1]  # a line may be half written
@@ -162,11 +165,12 @@ def supervise(session: Session, launch: Launch, watch: Watch) -> None:
 
     The worker processes are ended, if they still run, however this function ends.
     """
-    left = [Cell.from_dict(tree) for tree in session.cells]
+    cells = map(Cell.from_dict, session.cells)
+    left = [cell for cell in cells if not is_measured(session.folder, cell.name)]  # a job may have been requeued
     session.progress.unlink(missing_ok=True)
     tail = Tail(session.progress)
     number = len(list(session.log(1).parent.glob(f"{session.name}-*.log")))  # earlier logs stay
-    while left:  # each start settles one cell or more
+    while left and not _is_over(session):  # each start settles one cell or more
         number += 1
         for path in session.errors.parent.glob(f"{session.errors.name}.rank*"):
             path.unlink()
@@ -296,8 +300,8 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Run the session named on the command line in this Slurm job."""
     session = Session.read(Path(sys.argv[1]))
-    if end := os.environ.get("SLURM_JOB_END_TIME"):
-        session = replace(session, deadline=float(end) - _SECONDS_TO_END)
+    if end := job_end():
+        session = replace(session, deadline=end - _SECONDS_TO_END)
     supervise(session, SrunLaunch(), lambda event: print(event, flush=True))
 
 

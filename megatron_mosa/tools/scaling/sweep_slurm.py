@@ -47,13 +47,19 @@ class SlurmRun:
         taken = {name for session in jobs.values() for name in _names(session)}
         for job, session in jobs.items():
             print(f"job {job}, of an earlier call: {_size(session)}")
+        missing = []
+        for session in sessions:
+            cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
+            if cells:
+                missing.append(self._unused_name(replace(session, cells=cells, deadline=None)))
+        scripts = [self.script(session) for session in missing]  # all, before one is submitted
         try:
-            for session in sessions:
-                cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
-                if cells:
-                    self._submit(self._unused_name(replace(session, cells=cells, deadline=None)), jobs)
+            for session, script in zip(missing, scripts, strict=True):
+                self._submit(session, script, jobs)
             self._wait(jobs, watch)
         except KeyboardInterrupt:
+            if not jobs:
+                raise
             raise RunError(
                 f"stopped waiting; the jobs go on ({', '.join(jobs)}): run the same command again to collect their "
                 f"results, or end them with scancel {' '.join(jobs)}"
@@ -108,16 +114,16 @@ class SlurmRun:
         lines += [f"export MOSA_ROOT={shlex.quote(str(ROOT))}", f"set -- {shlex.quote(str(session.file))}"]
         return head + "\n".join(lines) + "\n" + rest
 
-    def _submit(self, session: Session, jobs: dict[str, Session]) -> None:
-        """Submit a session, and add its job to ``jobs``."""
+    def _submit(self, session: Session, text: str, jobs: dict[str, Session]) -> None:
+        """Submit a session by its batch script, and add its job to ``jobs``."""
         script = session.file.with_suffix(".sbatch")
-        text = self.script(session)
         session.write()
         script.write_text(text, encoding="utf-8")
         done = _call("sbatch", "--parsable", str(script))
         if done.returncode:
             session.file.unlink()
-            raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+            others = f"; jobs submitted before go on: {', '.join(jobs)}" if jobs else ""
+            raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}{others}")
         job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
         session.file.with_suffix(".job").write_text(f"{job}\n", encoding="utf-8")
         jobs[job] = session
