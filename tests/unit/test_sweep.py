@@ -589,11 +589,31 @@ def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
 SINFO = "main*|(null)\ngpu|gpu:h100:4(S:0-1)\nbig|gpu:8,shard:2\nmixed|(null)\nmixed|gpu:2\n"
 
 
+def test_a_requeued_job_keeps_what_is_measured(tmp_path: Path) -> None:
+    """And who reads its progress begins anew with the new file."""
+    folder = tmp_path / "sweep"
+    for name in ("jobs", "layouts", "logs"):
+        (folder / name).mkdir(parents=True)
+    cell = Cell(SweepLayout(1, False, 1, 2), 1, 4)
+    one = Session("one", str(folder), {}, [cell.to_dict()], 1, 1, 1, True, False)
+    write_result(folder, cell, {"milliseconds": [1.0]})
+    supervise(one, lambda *arguments: pytest.fail("nothing is left to start"), lambda event: None)
+    assert is_measured(folder, cell.name)
+
+    tail = Tail(one.progress)
+    one.progress.write_text('{"cell": "a", "phase": "building, for the first time"}\n')
+    assert [event.cell for event in tail.events()] == ["a"]
+    one.progress.write_text('{"cell": "b", "phase": "building"}\n')
+    assert [event.cell for event in tail.events()] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("partition", "gpus", "message"),
     [
         ("gpu", 4, None),
         ("mixed", 2, None),
+        ("gpu,big", 4, None),
+        ("gpu,mixed", 4, "partition mixed has at most 2 GPUs per node"),
         (
             None,
             4,

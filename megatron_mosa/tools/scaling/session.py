@@ -281,6 +281,8 @@ class SrunLaunch:
         environment = os.environ | {"MASTER_PORT": str(port)}
         python = shlex.split(os.environ.get("MOSA_PYTHON", "python"))
         more = shlex.split(os.environ.get("MOSA_SRUN_ARGUMENTS", ""))
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # since Slurm 22.05 srun does not take it from sbatch
+            more.insert(0, f"--cpus-per-task={cpus}")
         command = ["srun", f"--ntasks={processes}", "--kill-on-bad-exit=1", *more, *python, "-m", WORKER, str(file)]
         return _start(command, environment, log)
 

@@ -161,7 +161,7 @@ def running_jobs(jobs: Sequence[str]) -> set[str]:
 
 
 def check_partition(partition: str | None, gpus_per_node: int) -> None:
-    """Check that a partition, or the default one, has nodes with that many GPUs.
+    """Check that a partition, or the default one, has nodes with that many GPUs; of several, all are checked.
 
     Raises:
         UserError: it has not, or does not exist.
@@ -176,9 +176,12 @@ def check_partition(partition: str | None, gpus_per_node: int) -> None:
         name, _, resources = line.partition("|")
         default = name.rstrip("*") if name.endswith("*") else default
         gpus[name.rstrip("*")] = max(gpus.get(name.rstrip("*"), 0), _gpus_in(resources))
-    name = partition or default
-    if name not in gpus:
-        raise UserError(f"--partition={name} does not exist; this cluster has {', '.join(sorted(gpus))}")
+    names = (partition or default).split(",")
+    if names == [""]:
+        raise UserError(f"this cluster has no default partition; give --partition, one of {', '.join(sorted(gpus))}")
+    if unknown := [name for name in names if name not in gpus]:
+        raise UserError(f"--partition={unknown[0]} does not exist; this cluster has {', '.join(sorted(gpus))}")
+    name = min(names, key=lambda name: gpus[name])
     if gpus[name] >= gpus_per_node:
         return
     has = f"at most {gpus[name]} GPUs per node" if gpus[name] else "no GPUs"
@@ -196,4 +199,4 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     except FileNotFoundError:
-        raise RunError(f"{command[0]} is not on PATH; give --slurm on a login node of a Slurm cluster") from None
+        raise RunError(f"{command[0]} is not on PATH; run this on a login node of a Slurm cluster") from None
