@@ -586,6 +586,18 @@ def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     assert "SIGKILL, often for lack of memory" in failure(errors, log, 137)
 
 
+def test_the_results_of_running_jobs_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    for job in (7, 8):
+        (tmp_path / "jobs" / f"{job}.job").write_text(f"{job}\n")
+    queue: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, "8\n", "")  # noqa: E731
+    monkeypatch.setattr(sweep_slurm, "_call", queue)
+    with pytest.raises(UserError, match="whose jobs have not ended: 8; end them first with scancel 8"):
+        sweep_slurm.refuse_running_jobs(tmp_path)
+    monkeypatch.setattr(sweep_slurm, "_call", lambda *command: subprocess.CompletedProcess(command, 0, "", ""))
+    sweep_slurm.refuse_running_jobs(tmp_path)
+
+
 SINFO = "main*|(null)\ngpu|gpu:h100:4(S:0-1)\nbig|gpu:8,shard:2\nmixed|(null)\nmixed|gpu:2\n"
 
 

@@ -162,11 +162,13 @@ def sweep(
         for cell, needed, objection in plan(request):
             print(f"{cell}, batch {cell.global_batch}: {objection or f'at least {needed:.1f} GiB on each rank'}")
         return
+    from megatron_mosa.tools.scaling.sweep_slurm import SlurmRun, check_partition, refuse_running_jobs
+
+    if force:
+        refuse_running_jobs(output)
     if not slurm:
         run_sweep(request, force=force)
         return
-    from megatron_mosa.tools.scaling.sweep_slurm import SlurmRun, check_partition
-
     check_partition(partition, gpus_per_node or 0)
     if time_limit is not None:
         options.append(f"--time={max(1, round(time_limit))}")

@@ -400,7 +400,7 @@ def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Swee
     try:
         theirs = json.loads((folder / "request.json").read_text(encoding="utf-8"))
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("layouts/*.json"))]
-        results = [(Cell.from_dict(result["cell"]), result) for result in found]
+        results, their_versions = [(Cell.from_dict(result["cell"]), result) for result in found], theirs["versions"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--beside={folder} does not hold a sweep; give the --output of another one") from None
     ours = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
@@ -416,7 +416,7 @@ def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Swee
         rows=make_rows(results, batch, request.weak, None),
         device=request.device,
         command="",
-        versions=theirs["versions"],
+        versions=their_versions,
     )
 
 

@@ -160,6 +160,20 @@ def running_jobs(jobs: Sequence[str]) -> set[str]:
     return set(done.stdout.split()) & set(jobs)
 
 
+def refuse_running_jobs(folder: Path) -> None:
+    """Check before a sweep's results are removed that no job of it would write new ones afterwards.
+
+    Raises:
+        UserError: jobs are queued or running, or Slurm does not answer.
+    """
+    jobs = [path.read_text(encoding="utf-8").strip() for path in folder.glob("jobs/*.job")]
+    if running := sorted(running_jobs(jobs)):
+        raise UserError(
+            f"--force would remove a sweep whose jobs have not ended: {', '.join(running)}; end them first with "
+            f"scancel {' '.join(running)}"
+        )
+
+
 def check_partition(partition: str | None, gpus_per_node: int) -> None:
     """Check that a partition, or the default one, has nodes with that many GPUs; of several, all are checked.
 
