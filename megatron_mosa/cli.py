@@ -115,7 +115,7 @@ def command_line() -> object:
     """Run the command of ``sys.argv``; return its exit code.
 
     Raises:
-        UserError: there is no such command or option, or an argument is missing or malformed.
+        UserError: an unknown command or option, or a missing or malformed argument.
     """
     try:
         return app(prog_name="mosa", standalone_mode=False)

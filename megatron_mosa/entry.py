@@ -132,7 +132,8 @@ def run(program: Callable[[], object]) -> int:
     # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    is_first = local_rank == "0" or not local_rank.isdecimal()  # once per node; what is no number is an error itself
+    # Once per node. Where the variable is not a number, it is itself the error.
+    is_first = local_rank == "0" or not local_rank.isdecimal()
     try:
         code = program()
     except (UserError, RunError) as error:

@@ -19,7 +19,7 @@ class HeadKind(ABC):
     """
 
     word: ClassVar[str]
-    """As in ``config.head_counts``, such as "MoSA"."""
+    """The key in ``config.head_counts``, such as "MoSA"."""
 
     @abstractmethod
     def module(self) -> type[PartitionedHeads]:

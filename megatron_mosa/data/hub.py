@@ -38,7 +38,7 @@ class SourceInterruptedError(UserError):
 
 
 def refuse_saved_dataset(source: str, folder: Path) -> None:
-    """Refuse what `datasets` wrote with ``save_to_disk``: Arrow files of its own, which are no dataset to load by name.
+    """Refuse what `datasets` wrote with ``save_to_disk``: its own Arrow files, which cannot be loaded by name.
 
     Raises:
         UserError: the folder is one.

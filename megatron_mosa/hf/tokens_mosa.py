@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
     """Number of tokens of each sequence without padding; only used by expert choice."""
 
     strided: Strided | None = None
-    """None: there are no fixed heads."""
+    """None without fixed heads."""
 
 
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         # torch's own text advises to run the file's code
         is_pickle = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds more than tensors, or is no file of torch.save" if is_pickle else first_line(error)
+        reason = "it holds more than tensors, or torch.save did not write it" if is_pickle else first_line(error)
         raise RunError(f"'{path}' cannot be read as tensors ({reason})") from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(

@@ -125,11 +125,13 @@ def measure(
         config: its dataset is not read.
         layout: of this process.
         steps: to time, 1 or more.
-        warmup: steps before them, 1 or more; graphs need three, or the third micro-batch.
+        warmup: steps before them; graphs need three, or the third micro-batch.
         vocab_size: of the tokens; None: ``data.vocab_size``.
         batches: fetched before the clock starts; None: random tokens, which repeat after ``POOL`` steps.
         learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
+        profiling: of steps after these; None: on a GPU alone.
         times_loop: also take steps as a run does, for ``Measurement.loop``.
+        watch: called with each phase, and in steps with the step's number and their number.
         on_failure: called with a step's error before the engine is destroyed, which may wait for other ranks.
     """
     is_gpu = layout.device.type == "cuda"
@@ -137,38 +139,22 @@ def measure(
         torch.cuda.reset_peak_memory_stats(layout.device)  # this process may have measured another configuration
     profiling = profiling or Profiling()
     vocab_size = vocab_size or config.data.vocab_size
-    wait = torch.cuda.synchronize if is_gpu else _nothing
-    losses: list[float] = []
-    grad_norms: list[float] = []
     watch("building", 0, 0)
     begin = time.perf_counter()
     engine = DeepSpeedEngine(config, vocab_size, layout)
     built = time.perf_counter() - begin
     batches = batches or _pool(config, layout, engine.accumulation_steps)
-
-    def step(phase: str, number: int, of: int) -> float:
-        watch(phase, number, of)
-        micro_batches = batches(len(losses))
-        rate = learning_rate(len(losses) + 1) if learning_rate else config.optimizer.min_learning_rate
-        wait()
-        start = time.perf_counter()
-        result = engine.train_step(micro_batches, rate)
-        wait()
-        seconds = time.perf_counter() - start
-        losses.append(result.loss)
-        grad_norms.append(result.grad_norm)
-        return seconds
-
+    take = _Steps(engine, batches, learning_rate or (lambda step: config.optimizer.min_learning_rate), watch, is_gpu)
     try:
         name = "compiling and warming up" if engine.acceleration.compiles_layers else "warming up"
-        first = [step(name, number, warmup) for number in range(1, warmup + 1)]
-        times = [1000 * step("measuring", number, steps) for number in range(1, steps + 1)]
+        first = [take(name, number, warmup) for number in range(1, warmup + 1)]
+        times = [1000 * take("measuring", number, steps) for number in range(1, steps + 1)]
         allocated = _over_ranks(peak_memory_gib(layout.device), dist.ReduceOp.MAX, layout)
         reserved = _over_ranks(torch.cuda.max_memory_reserved() / 2**30 if is_gpu else 0.0, dist.ReduceOp.MAX, layout)
-        kept = len(losses)
+        kept = len(take.losses)
         profile = None
         if is_gpu or profiling.on_cpu:
-            profile = profile_steps(lambda: step("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
+            profile = profile_steps(lambda: take("profiling", 0, 0), profiling.steps, profiling.warmup, is_gpu)
         loop = asdict(time_loop(config, engine, layout, steps)) if times_loop else None
     except BaseException as error:
         on_failure(error)
@@ -196,12 +182,40 @@ def measure(
         reserved_gib=reserved,
         seconds_to_build=built,
         seconds_of_first_steps=first,
-        losses=losses[:kept],
+        losses=take.losses[:kept],
         profile=None if profile is None else asdict(profile),
         loop=loop,
-        grad_norms=grad_norms[:kept],
+        grad_norms=take.grad_norms[:kept],
         communication_share=share,
     )
+
+
+@dataclass
+class _Steps:
+    """Takes steps of an engine, one a call, and times them."""
+
+    engine: DeepSpeedEngine
+    batches: Batches
+    learning_rate: Callable[[int], float]
+    watch: Watch
+    is_gpu: bool
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+    def __call__(self, phase: str, number: int, of: int) -> float:
+        """Return the seconds of a step, from the call until the device is done."""
+        self.watch(phase, number, of)
+        micro_batches = self.batches(len(self.losses))
+        rate = self.learning_rate(len(self.losses) + 1)
+        wait = torch.cuda.synchronize if self.is_gpu else _nothing
+        wait()
+        start = time.perf_counter()
+        result = self.engine.train_step(micro_batches, rate)
+        wait()
+        seconds = time.perf_counter() - start
+        self.losses.append(result.loss)
+        self.grad_norms.append(result.grad_norm)
+        return seconds
 
 
 def describe(config: Config, layout: Layout) -> str:

@@ -111,13 +111,9 @@ def sweep(
 ) -> None:
     """Measure layouts (TP, SP, ZeRO, micro-batch) and process counts from the same weights, on the same data."""
     settings = load_config(config, overrides or [], checks_batches=False)  # plan_cells does
-    least = {"steps": (steps, 1), "warmup": (warmup, 0), "weak": (weak, 1), "gpus-per-node": (gpus_per_node, 0)}
-    for name, (value, minimum) in least.items():
-        if value is not None and value < minimum:
-            raise UserError(f"--{name} must be at least {minimum}, got {value}")
-    for name, number in (("memory", memory), ("time-limit", time_limit)):
-        if number is not None and number <= 0:
-            raise UserError(f"--{name} must be above 0, got {number:g}")
+    _check_at_least(0, {"warmup": warmup, "gpus-per-node": gpus_per_node})
+    _check_at_least(1, {"steps": steps, "weak": weak})
+    _check_above_zero({"memory": memory, "time-limit": time_limit})
     if reference not in ("training", "fp32"):
         raise UserError(f"--reference must be training or fp32, got {reference}")
     deadline = None if time_limit is None else time.time() + 60 * time_limit
@@ -173,6 +169,18 @@ def sweep(
     if time_limit is not None:
         options.append(f"--time={max(1, round(time_limit))}")
     run_sweep(request, SlurmRun(output.absolute(), gpus_per_node or 0, tuple(options)), force=force)
+
+
+def _check_at_least(minimum: int, options: dict[str, int | None]) -> None:
+    for name, value in options.items():
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} must be at least {minimum}, got {value}")
+
+
+def _check_above_zero(options: dict[str, float | None]) -> None:
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be above 0, got {value:g}")
 
 
 def _check_slurm_options(slurm: bool, gpus_per_node: int | None, job_per_layout: bool, options: list[str]) -> None:

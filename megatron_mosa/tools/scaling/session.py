@@ -161,7 +161,7 @@ class Tail:
 
 
 def supervise(session: Session, launch: Launch, watch: Watch) -> None:
-    """Run a session until each of its cells has a result or a failure, or there is no time left.
+    """Run a session until each of its cells has a result or a failure, or its time is up.
 
     The worker processes are ended, if they still run, however this function ends.
     """
