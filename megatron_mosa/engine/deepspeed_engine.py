@@ -86,6 +86,8 @@ class DeepSpeedEngine:
             zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # only norms stay whole
             # True would copy gradients to a buffer, from which a reduction of several parameters copies them once more.
             zero["contiguous_gradients"] = False
+            # True would replace torch's linear, for the whole process, with one that is compiled anew for each layer.
+            zero["memory_efficient_linear"] = False
         if config.parallel.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
@@ -272,7 +274,6 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
     return deepspeed.zero.Init(
         data_parallel_group=data_parallel_group(),
         config_dict_or_path=settings,  # has the dtype, which is ignored as an argument where fp16 is not supported
-        mem_efficient_linear=False,  # True would replace torch's linear for the whole process
         mpu=ModelParallelUnit(),
     )
 
