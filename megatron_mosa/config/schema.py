@@ -128,7 +128,7 @@ class ParallelSection:
     tensor_model_parallel_size: int = key(1, "must divide the number of heads of each kind", at_least=1, at_most=2**16)
     sequence_parallel: bool = key(False, "split activations between layers over the sequence; for sizes above 1")
     tensor_parallel_overlap: str = key(
-        "none",
+        "auto",
         "auto: two halves of a micro-batch take turns, one computes while the other communicates; none",
         choices=("auto", "none"),
     )

@@ -12,7 +12,6 @@ from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import Layout, apex_fused_adam
 
 OLDEST_TORCH = (2, 11)  # the oldest release that this was measured with
-_DOCUMENTS_ARE_UNPROVEN = True  # tested on CPUs, but they have not run in compiled layers on a GPU yet
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Acceleration:
     """Tensor-parallel collectives of one half of a micro-batch run beside the computation of the other."""
 
     no_overlap: str = ""
-    """What prevents that; empty if nothing does or it was not asked for."""
+    """What prevents that; empty if nothing does, or without tensor parallelism or with the switch off."""
 
     def __str__(self) -> str:
         if not self.compiles_layers:
@@ -48,9 +47,9 @@ def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
     if hindrance := next(_against_compiled_layers(config, layout), None):
         return Acceleration(hindrance=hindrance)
     hindrance = next(_against_graphs(config), "")
-    is_asked = config.parallel.tensor_model_parallel_size > 1 and config.parallel.tensor_parallel_overlap == "auto"
-    no_overlap = next(_against_overlap(config), "") if is_asked else ""
-    return Acceleration(True, not hindrance, hindrance, is_asked and not no_overlap, no_overlap)
+    applies = config.parallel.tensor_model_parallel_size > 1 and config.parallel.tensor_parallel_overlap == "auto"
+    no_overlap = next(_against_overlap(config), "") if applies else ""
+    return Acceleration(True, not hindrance, hindrance, applies and not no_overlap, no_overlap)
 
 
 def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
@@ -63,8 +62,6 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         return
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         yield f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    if _DOCUMENTS_ARE_UNPROVEN and model.attend_within_documents:
-        yield "model.attend_within_documents=true"
     if train.apex == "always":
         yield "train.apex=always asks for apex's norms"
     if model.attend_within_documents and train.precision == "fp32":

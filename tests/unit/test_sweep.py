@@ -68,8 +68,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
         (" tp = 1 , sp = False ", SweepLayout(1, False, 1, 4)),
         ("tp=1,sp=true", SweepLayout(1, False, 1, 4)),  # sp has no effect at tp=1
         ("zero=3,micro=2", SweepLayout(2, True, 3, 2)),
-        ("tp=1,processes=2,overlap=true", SweepLayout(1, False, 1, 4, processes=2)),
-        ("overlap=true", SweepLayout(2, True, 1, 4, overlap=True)),
+        ("tp=1,processes=2,overlap=false", SweepLayout(1, False, 1, 4, processes=2)),
+        ("overlap=false", SweepLayout(2, True, 1, 4, overlap=False)),
     ],
 )
 def test_layouts_are_parsed_and_completed(config: Config, text: str, expected: SweepLayout) -> None:

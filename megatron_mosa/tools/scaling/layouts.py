@@ -27,21 +27,21 @@ class SweepLayout:
     sp: bool
     zero: int
     micro: int
-    overlap: bool = False
-    """``parallel.tensor_parallel_overlap`` is "auto"."""
+    overlap: bool = True
+    """``parallel.tensor_parallel_overlap`` is "auto"; without effect at ``tp=1``, where it is always true."""
 
     processes: int | None = None
     """The number of processes to run it on, if it was given for one alone."""
 
     def __str__(self) -> str:
         text = f"tp={self.tp},sp={str(self.sp).lower()},zero={self.zero},micro={self.micro}"
-        return f"{text},overlap=true" if self.overlap else text
+        return text if self.overlap else f"{text},overlap=false"
 
     @property
     def name(self) -> str:
         """The layout as part of a file name, such as ``tp2-sp-zero1-micro4``."""
         name = f"tp{self.tp}-{'sp-' if self.sp else ''}zero{self.zero}-micro{self.micro}"
-        return f"{name}-overlap" if self.overlap else name
+        return name if self.overlap else f"{name}-no-overlap"
 
     def apply(self, config: Config) -> Config:
         """Return the configuration with this layout.
@@ -71,7 +71,7 @@ def layout_of(config: Config) -> SweepLayout:
         parallel.sequence_parallel and size > 1,
         parallel.zero_stage,
         config.train.micro_batch_size,
-        overlap=parallel.tensor_parallel_overlap == "auto" and size > 1,
+        overlap=parallel.tensor_parallel_overlap == "auto" or size == 1,
     )
 
 
@@ -94,7 +94,7 @@ def parse_layout(text: str, config: Config) -> SweepLayout:
             raise UserError(f"--layout {text}: {key} is given twice; give it once")
         values[key] = _boolean(text, key, value) if key in ("sp", "overlap") else _number(text, key, value)
     layout = replace(layout_of(config), **values)
-    return replace(layout, sp=layout.sp and layout.tp > 1, overlap=layout.overlap and layout.tp > 1)
+    return replace(layout, sp=layout.sp and layout.tp > 1, overlap=layout.overlap or layout.tp == 1)
 
 
 def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int) -> None:
@@ -119,8 +119,9 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
 def valid_layouts(config: Config, processes: int) -> list[SweepLayout]:
     """Return every layout that ``processes`` processes can run, ordered by tp, sp, zero and micro."""
     micros = _divisors(config.train.global_batch_size)
+    overlap = config.parallel.tensor_parallel_overlap == "auto"
     candidates = [
-        SweepLayout(tp, sp, zero, micro)
+        SweepLayout(tp, sp, zero, micro, overlap or tp == 1)
         for tp in _divisors(processes)
         for sp in ((False, True) if tp > 1 else (False,))
         for zero in range(4)

@@ -47,7 +47,7 @@ class Row:
 
     loss_deviation: float | None = None
     grad_norm_deviation: float | None = None
-    overlap: bool = False
+    overlap: bool = True
     """See ``SweepLayout``."""
 
     wall_seconds: float | None = None
