@@ -36,6 +36,7 @@ def test_losses_gradients_and_weights_are_those_of_the_plain_path(
             assert torch.linalg.vector_norm(ours[name] - tensor) < 1e-4 * torch.linalg.vector_norm(tensor), name
     assert 0 < fast["graphs"][1] == fast["graphs"][2]  # weights that come and go do not make layers compile again
     assert not any(plain["graphs"])
+    assert fast["selected"] == plain["selected"] and None not in plain["selected"]
 
 
 def test_weights_are_gathered_once_for_forward_and_once_for_backward(workers: WorkerPools) -> None:

