@@ -21,6 +21,7 @@ ROWS: dict[str, Callable[[MosaConfig], Rows]] = {
     "dense": lambda _: DenseRows(),
     "local": lambda config: WindowRows(config.local_window),
     "fixed": lambda _: FixedRows(),
+    "routing": lambda _: Rows(),  # stays empty: models with such heads have no cache
     "mosa": lambda _: SelectedRows(),
 }
 
