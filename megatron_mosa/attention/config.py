@@ -61,7 +61,7 @@ class MosaTransformerConfig(TransformerConfig):
     """Number of heads of the Routing Transformer, over all tensor-parallel ranks; not causal."""
 
     mosa_routing_clusters: int = 0
-    """rho, the number of centroids of a Routing head; each takes the k = max(floor(T / rho), 2) tokens nearest to it."""
+    """rho, the number of centroids of a Routing head; each takes the max(floor(T / rho), 2) tokens nearest to it."""
 
     mosa_routing_decay: float = 0.999
     """What a centroid keeps of itself when it moves towards the mean of its tokens in ``update_thresholds``, which must

@@ -39,7 +39,7 @@ class HeadKind(ABC):
         """Return the global shapes of the parameters of the module, by name."""
 
     def state(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """Return the global shapes of the module's buffers that checkpoints contain and exported models need, by name."""
+        """Return the global shapes of the buffers that checkpoints and exported models contain, too, by name."""
         return {}
 
     def groups(self, config: Config) -> int | None:

@@ -123,7 +123,7 @@ class RoutingHeads(PartitionedHeads):
         return F.scaled_dot_product_attention(query, query, value, visible)
 
     def _means(self, attended: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:
-        """Return each token's mean over clusters, [T, B, H * h'], from [B, H * rho, k, h'] at ``rows`` of [B * H * T]."""
+        """Return each token's mean over clusters, [T, B, H * h'], of [B, H * rho, k, h'] at ``rows`` in [B * H * T]."""
         size, heads = attended.shape[3], attended.shape[1] // self.clusters
         dtype = accumulation_dtype(attended.dtype)
         total = torch.zeros(batch * heads * length, size, dtype=dtype, device=attended.device)
@@ -144,9 +144,9 @@ class RoutingHeads(PartitionedHeads):
 
 @without_autocast
 def _nearness(directions: Tensor, centroids: Tensor) -> Tensor:
-    """Return numbers from 0 to 2, [B, H, rho, T], that fall with the distance of unit vectors [..., T, h'], [H, rho, h'].
+    """Return numbers [B, H, rho, T] that fall with the distance of unit vectors, [B, H, T, h'] and [H, rho, h'].
 
-    Not negative, because kernels select by numbers of at least 0.
+    They are from 0 to 2, because kernels select by numbers of at least 0.
     """
     return (1 + torch.einsum("bhtd,hcd->bhct", directions, centroids.to(directions.dtype))).clamp(min=0)
 

@@ -41,15 +41,15 @@ def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
 
 @torch.no_grad()
 def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Update thresholds, biases of token choice and centroids of Routing heads by what was counted since the last call.
+    """Update thresholds, biases of token choice and centroids, by what was counted since the last call.
 
     Call it after each optimizer step.
 
     A threshold is a moving average: it moves towards the quantile of the batch with weight ``mosa_threshold_ema``, or
     1 / (n + 1) in update n = 0, 1, ... if that is larger. If the head's load under the old threshold is below ``DEAD``
     or above ``OVERLOADED`` times its target, the new threshold is the quantile itself. ``MosaHeads.load`` holds these
-    loads. A collective over ``group``; counts are integers, so the result does not depend on the size of the group, except
-    for rounding in the sums that centroids are made of.
+    loads. A collective over ``group``. Counts are integers, so the result does not depend on the size of the group;
+    centroids do by rounding, since they are made of sums.
 
     Args:
         model: a module with MoSA layers, which ran in training mode since the last call.

@@ -63,7 +63,7 @@ class ModelSection:
     )
     routing_clusters: int | None = key(
         None,
-        "rho of Routing heads: each of so many centroids takes sequence_length / rho tokens; null: sparsity, rounded down",
+        "rho, centroids of a Routing head; each takes sequence_length / rho tokens; null: sparsity, rounded down",
         at_least=2,
         reason="one cluster takes all tokens: use a dense head",
     )

@@ -2,7 +2,8 @@
 
 In transformers every projection has its own matrix; here some projections share a tensor. Heads and their weights are
 those of ``attention.KINDS``. Weights of MoSA heads are the same on both sides: ``router_weight`` [E, h], ``qkv_weight``
-[E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h], and ``thresholds`` or ``head_bias`` [E], by selection; those of Routing heads, too.
+[E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h], and ``thresholds`` or ``head_bias`` [E], by selection. So
+are those of Routing heads: ``qv_weight`` [2 H h', h], ``proj_weight`` [h, H h'] and ``centroids`` [H, rho, h'].
 Megatron-LM has only dense heads, laid out as here; it stacks all layers in one tensor [L, ...], or gives each layer its
 own.
 """

@@ -146,6 +146,7 @@ def cache_shape(config: MosaConfig) -> dict[str, int]:
         "local_window",
         "num_fixed_heads",
         "fixed_stride",
+        "num_routing_heads",
         "num_mosa_heads",
     )
     return {name: getattr(config, name) for name in names}

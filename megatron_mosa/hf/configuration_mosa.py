@@ -11,7 +11,8 @@ class MosaConfig(PretrainedConfig):
     """Configuration of a MoSA language model.
 
     Every layer sums dense heads (all previous tokens), local heads (a sliding window), fixed heads (every so many
-    tokens), Routing heads (within clusters of similar tokens) and MoSA heads (each among the tokens that it selects). There may be 0 heads of a kind.
+    tokens), Routing heads (within clusters of similar tokens) and MoSA heads (each among the tokens that it selects).
+    There may be 0 heads of a kind.
 
     Args:
         vocab_size: rows of the embedding, including padding.
@@ -131,8 +132,8 @@ class MosaConfig(PretrainedConfig):
         heads = num_dense_heads + num_local_heads + num_fixed_heads + num_routing_heads + num_mosa_heads
         if heads < 1:
             raise ValueError(
-                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; set "
-                "one of them above 0"
+                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; "
+                "set one of them above 0"
             )
         if num_local_heads and local_window < 1:
             raise ValueError(f"local_window must be at least 1 with local heads, got {local_window}")

@@ -333,13 +333,13 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         Args:
             inputs: [B, T]; prompts of different lengths are padded on the left.
             args, kwargs: see transformers.
-            causal_approximation: required for models with expert choice or Routing heads, which are not causal. "prefix": compute every
-                token from the whole prefix, in which the heads select max(t / sparsity, 2) of its t tokens anew. This
-                differs from the trained model, and is slow, because nothing is cached.
+            causal_approximation: required for models with expert choice or Routing heads, which are not causal.
+                "prefix": compute every token from the whole prefix, from whose t tokens the heads select max(t /
+                sparsity, 2) anew. This differs from the trained model, and is slow, because nothing is cached.
 
         Raises:
-            ValueError: a model that is not causal without an approximation; thresholds that are not calibrated; an empty prompt; a
-                cache of another model; an option that this model does not support, such as drafts.
+            ValueError: a model that is not causal, without an approximation; thresholds that are not calibrated; an
+                empty prompt; a cache of another model; an option that this model does not support, such as drafts.
         """
         self._check_prompt(inputs, kwargs)
         self._check_options(args, kwargs)

@@ -74,7 +74,7 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
 
 @torch.no_grad()
 def draw_state(model: torch.nn.Module, seed: int) -> None:
-    """Set the buffers that begin at random, such as centroids, as a function of the seed, their name and global shape."""
+    """Set buffers that begin at random, such as centroids, as a function of the seed, their name and global shape."""
     for module_name, module in model.named_modules():
         if not isinstance(module, PartitionedHeads):
             continue

@@ -75,9 +75,10 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     """
     model, tokenizer = load_model(options.path, options.device, options.dtype, options.tokenizer)
     if not model.config.can_decode:
+        heads = "has Routing heads" if model.config.num_routing_heads else "selects by expert choice (mosa.selection)"
         raise UserError(
-            f"'{options.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
-            "is no cache to measure; pass a model with mosa.selection=threshold or without MoSA heads"
+            f"'{options.path}' {heads}: every token changes the selection, so there is no cache to measure; pass a "
+            "model with mosa.selection=threshold or without MoSA heads"
         )
     check_thresholds(model, options.path)
     heads, reason = baseline_heads(model.config, options.dense_heads)
