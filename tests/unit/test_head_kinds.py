@@ -397,8 +397,14 @@ class TestRouting(HeadKindTests):
             language_model_loss(model.eval(), **batch)
             assert not any(heads.cluster_sums.any() for heads in routing_layers(model))
             losses_and_gradients(model.train(), batch)
-            for heads in routing_layers(model):
-                assert (heads.cluster_sums[..., -1].sum(-1) == 2 * LENGTH).all()
+            plain = [heads.cluster_sums.clone() for heads in routing_layers(model)]
+            assert all((sums[..., -1].sum(-1) == 2 * LENGTH).all() for sums in plain)
+            forget_scores(model)
+            fused_loss = get_backend("triton", torch.empty(0)).linear_cross_entropy  # interpreted
+            model.compile_layers(naive, fused_loss, backend=None)
+            losses_and_gradients(model, batch)
+            for heads, sums in zip(routing_layers(model), plain, strict=True):
+                torch.testing.assert_close(heads.cluster_sums, sums)
             forget_scores(model)
             assert not any(heads.cluster_sums.any() for heads in routing_layers(model))
 
