@@ -141,7 +141,7 @@ class PartitionedHeads(MegatronModule):
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             moved = getattr(self, name)
-            if buffer.dtype == torch.float32 != moved.dtype:
+            if buffer.dtype == torch.float32 and moved.dtype != torch.float32:
                 setattr(self, name, buffer.to(moved.device))
         return self
 

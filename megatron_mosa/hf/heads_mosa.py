@@ -15,9 +15,9 @@ from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
 from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels
-from .routing_mosa import MosaRoutingHeads, largest
+from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
-from .tokens_mosa import Tokens, rotate
+from .tokens_mosa import Tokens, largest, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
 SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones

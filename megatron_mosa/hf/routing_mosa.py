@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .configuration_mosa import MosaConfig
-from .tokens_mosa import Tokens, rotate
+from .tokens_mosa import Tokens, largest, rotate
 
 
 class MosaRoutingHeads(nn.Module):
@@ -67,24 +66,3 @@ class MosaRoutingHeads(nn.Module):
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             scores = 1 + torch.einsum("bhtd,hcd->bhct", directions, self.centroids)  # rounded as in training
         return largest(scores.clamp(min=0).flatten(1, 2), tokens, self.config.num_clustered)
-
-
-def largest(keys: Tensor, tokens: Tokens, count: Callable[[int], int]) -> Tensor:
-    """Return the columns of the largest keys of each row, in order, [B, E, k], from [B, E, T].
-
-    Ties go to the earlier token. A sequence with padding selects as many tokens as it would alone, and no padding;
-    slots that stay empty come last and hold T.
-
-    Args:
-        count: the number of tokens to select from so many.
-    """
-    length = keys.shape[-1]
-    if tokens.valid is None or tokens.lengths is None:
-        ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices
-        return ranked[..., : count(length)].sort(dim=-1).values
-    keys = keys.masked_fill(~tokens.valid[:, None], -torch.inf)
-    counts = [count(number) for number in tokens.lengths]
-    ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : max(counts)]
-    rank = torch.arange(max(counts), device=keys.device)
-    is_unused = rank >= torch.tensor(counts, device=keys.device)[:, None]  # [B, k]
-    return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values

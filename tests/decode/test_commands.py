@@ -90,7 +90,10 @@ def test_user_errors_of_generate(mosa, folder: Path, tmp_path: Path) -> None:
         ([folder, *prompt, "--tokenizer", "x"], "has its own tokenizer; omit --tokenizer"),
         ([folder, *prompt, "--causal-approximation", "prefix"], "is already causal; omit --causal-approximation"),
         ([expert, *prompt], "expert choice (mosa.selection), which looks at the whole sequence, so no token can be"),
-        ([routing, *prompt], "has Routing heads, which look at the whole sequence, so no token can be decoded before the"),
+        (
+            [routing, *prompt],
+            "has Routing heads, which look at the whole sequence, so no token can be decoded before the",
+        ),
         ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation must be prefix, got x"),
         ([other, *prompt], "has model_type=gpt2; pass a folder written by mosa checkpoint export --to hf"),
         ([tmp_path / "nothing", *prompt], "nothing' does not exist"),

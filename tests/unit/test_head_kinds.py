@@ -408,6 +408,17 @@ class TestRouting(HeadKindTests):
             forget_scores(model)
             assert not any(heads.cluster_sums.any() for heads in routing_layers(model))
 
+    def test_the_shortest_sequences(self, layout: Layout) -> None:
+        layer = MosaSelfAttention(transformer_config(self.config))
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        set_centroids(layer)
+        for length in (1, 2, 3, 7):
+            assert layer(torch.randn(length, 2, 24))[0].isfinite().all()
+        states = torch.randn(1, 2, 24)
+        value = states @ layer.routing_heads.qv_weight.view(4, 2, 8, 24)[:, 1].flatten(0, 1).T
+        torch.testing.assert_close(layer(states)[0], value @ layer.routing_heads.proj_weight.T)
+
     def test_state_stays_in_fp32(self, layout: Layout) -> None:
         model = build_model(self.config, VOCAB_SIZE).to(torch.bfloat16)
         for heads in routing_layers(model):
