@@ -30,7 +30,7 @@ from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
 from megatron_mosa.engine.zero_state import fill, zero_state
 from megatron_mosa.kernels import Documents, PackedDocuments, get_backend
-from megatron_mosa.model import MosaGPTModel, build_empty_model, initial_weights, language_model_loss
+from megatron_mosa.model import MosaGPTModel, build_empty_model, draw_state, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
 _KEYS: dict[str, str | None] = {"model": None} | {moment: moment for moment in MOMENTS}
@@ -57,6 +57,7 @@ class DeepSpeedEngine:
             model = build_empty_model(config, vocab_size)
         for parameter, weight in initial_weights(model, config.run.seed):
             fill(parameter, weight)
+        draw_state(model, config.run.seed)
         _reject_unsummed_gradients(model)
         settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
         if config.parallel.zero_stage == 3:

@@ -24,6 +24,7 @@ KINDS: dict[str, dict] = {
     "tied": {"model__tie_embeddings": True},
     "local": {"model__num_local_heads": 2},
     "fixed": {"model__num_fixed_heads": 4, "model__fixed_stride": 5},
+    "routing": {"model__num_routing_heads": 4, "model__routing_clusters": 3},
     "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "model__num_local_heads": 2},
     "token_choice": {"mosa__selection": "token_choice"},
     "attention": {"train__recompute": "attention"},
