@@ -83,7 +83,7 @@ class Worker:
                 times = {"wall_seconds": seconds, "phase_seconds": self._phase_seconds()}
                 write_result(self.session.folder, cell, {**asdict(measurement), **times})
             self._tell(cell, "done")
-            self.store.set(f"left-{number}-{self.rank}", str(_release_memory()))
+            self.store.set(f"left-{number}-{self.rank}", str(release_memory()))
         self.store.set(f"leaves-{self.rank}", "")
         if self.rank == 0:  # under srun it holds the store, and leaves last
             for rank in range(self.world_size):
@@ -182,14 +182,15 @@ def _batches(session: Session, config: Config, start: ResumePoint, layout: Layou
     return lambda step: list(islice(found, count))
 
 
-def _release_memory() -> int:
+def release_memory() -> int:
     """Free what the engine held; return the bytes that are still allocated on the GPU."""
-    gc.collect()
+    torch.compiler.reset()  # or the next cells' layers would exhaust the limit of recompilations
+    for _ in range(2):  # the first pass runs finalizers, such as DeepSpeed's; the second frees what they have touched
+        gc.collect()
     if not torch.cuda.is_available():
         return 0
-    torch.compiler.reset()  # or the next cells' layers would exhaust the limit of recompilations
     torch.cuda.set_stream(torch.cuda.default_stream())  # graphs have taken another
-    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # one for each stream, and they may lie in the memory of a graph
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
 
