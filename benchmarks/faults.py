@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -116,6 +116,9 @@ class Start:
         self.ended = 0.0
         """Unix time at which the last rank was found to have ended."""
 
+        self.outliving = 0
+        """Ranks that had not ended ``SECONDS_TO_END`` after the launcher."""
+
     @property
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -131,18 +134,16 @@ class Start:
     def finish(self) -> int:
         """Wait for the end; return the launcher's exit code."""
         self.wait_until(lambda: False)
-        for rank in self._ranks.values():  # no rank may outlive its launcher
-            with suppress(psutil.NoSuchProcess):
-                rank.wait(SECONDS_TO_END)
-                self.ended = time.time()
+        outliving = psutil.wait_procs(list(self._ranks.values()), SECONDS_TO_END)[1]
+        self.ended = self.ended or time.time()
+        self.outliving = len(outliving)
+        _kill(outliving)
         return self.launcher.wait()
 
     def _goes_on(self) -> bool:
         if time.monotonic() > self._deadline:
             self.launcher.kill()
-            for rank in self._ranks.values():
-                with suppress(psutil.NoSuchProcess):
-                    rank.kill()
+            _kill(self._ranks.values())
             raise TimeoutError(f"did not end within {START_SECONDS:.0f} s; see {self.log.name}")
         if len(self._ranks) < self._number:
             with suppress(psutil.NoSuchProcess):
@@ -155,6 +156,12 @@ class Start:
     def process_of(self, rank: int) -> int:
         """Return the process of a rank, which the launcher starts in their order."""
         return sorted(self._ranks.values(), key=lambda process: (process.create_time(), process.pid))[rank].pid
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -318,7 +325,7 @@ class Bench:
                 row.problems.append(f"the resumed run ended with {code} after {len(found)} steps; see {again.log.name}")
             elif row.deviation > TOLERANCE[self.device]:
                 row.problems.append(f"losses deviate by {row.deviation:.1e}")
-        except (OSError, KeyError) as error:
+        except (OSError, IndexError) as error:  # a run took too long, or ended too early
             row.problems.append(f"{type(error).__name__}: {error}")
         _say(line(row))
         return row
@@ -327,6 +334,8 @@ class Bench:
         """Start a run, disturb it, and record how it ended."""
         fault, hang = FAULTS[name], _HANG_TIMEOUT[self.device]
         overrides = [f"resilience.hang_timeout={hang}"] if fault.is_hang else []
+        if not fault.slow:  # or a fault might come before the checkpoint is published
+            overrides.append("checkpoint.asynchronous=false")
         if fault.injected:
             values = {"fault": fault.injected, "rank": 1, "step": FAULT_STEP}
             overrides += [f"fault_injection.{key}={value}" for key, value in values.items()]
@@ -335,9 +344,11 @@ class Bench:
         row.exit_code = start.finish()
         marker = start.directory / "fault_injected"
         began = marker.stat().st_mtime if marker.exists() else began
-        if fault.injected and not marker.exists():
-            row.problems.append("the fault was not injected")
-        if fault.ends and began is not None:
+        if start.outliving:
+            row.problems.append(f"{start.outliving} ranks outlived the launcher")
+        if fault.ends and began is None:
+            row.problems.append("the run ended before the fault")
+        elif fault.ends and began is not None:
             row.seconds = start.ended - began
             limit = SECONDS_TO_END + (hang if fault.is_hang else 0)
             if row.seconds > limit:

@@ -51,6 +51,17 @@ def left(config: Config, is_graphed: bool) -> tuple[list[str], int]:
     return [name for name, thing in found if thing() is not None], len(found)
 
 
+def left_on_gpu(config: Config) -> tuple[str, list[int]]:
+    """What a measurement ran, and the bytes that each of two leaves allocated."""
+    left, acceleration = [], ""
+    with parallel(config) as layout:
+        before = release_memory()
+        for _ in range(2):
+            acceleration = measure(config, layout, steps=2, warmup=4, times_loop=False).acceleration
+            left.append(release_memory() - before)
+    return acceleration, left
+
+
 def _large(engine: DeepSpeedEngine) -> Iterator[tuple[str, Any]]:
     yield "engine", engine
     yield "DeepSpeed's engine", engine._engine
