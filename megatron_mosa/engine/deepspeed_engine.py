@@ -260,9 +260,13 @@ class DeepSpeedEngine:
         self._zero.link()
 
     def destroy(self) -> None:
-        """Free CUDA graphs and remove DeepSpeed's hooks from the model; call it before groups are destroyed."""
+        """Free CUDA graphs and remove all hooks from the model; call it before groups are destroyed.
+
+        After it, nothing but the caller keeps the model and the optimizer's state, except under ZeRO-3.
+        """
         if self._graphed is not None:
-            self._graphed.release()
+            self._graphed.close()
+            self._graphed = None
         self._engine.destroy()
 
 

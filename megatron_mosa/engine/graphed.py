@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from megatron_mosa.engine.optimizer import MOMENTS, adamw_step, set_state
 from megatron_mosa.engine.protocol import Batch
@@ -60,10 +61,11 @@ class GraphedSteps:
         self._captured: _Captured | None = None
         self._adamw_step = torch.compile(adamw_step, dynamic=False) if device.type == "cuda" else adamw_step
         self._totals: dict[torch.nn.Parameter, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
         for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 self._totals[parameter] = gradient.view_as(parameter)
-                parameter.register_post_accumulate_grad_hook(self._move_gradient)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._move_gradient))
         self._left: dict[torch.nn.Parameter, Tensor] = {}  # whose gradients this backward pass has not reached
         # Of a step's first micro-batch: its gradients replace those of the last step, which nothing has to clear then.
         self._is_first = torch.zeros((), dtype=torch.bool, device=device)
@@ -116,6 +118,17 @@ class GraphedSteps:
                 self._run(captured.inputs)
             captured.graph = graph
         captured.graph.replay()
+
+    def close(self) -> None:
+        """Free the graph and take the hooks off the parameters, after the last step.
+
+        Python's garbage collector does not see what a parameter's hooks refer to: with them, neither the parameters nor
+        this object and what it refers to, such as the optimizer's state, would ever be freed.
+        """
+        self.release()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def release(self) -> None:
         """Free the graph, if there is one, and its memory.

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_mosa.exit_codes import HUNG
+from megatron_mosa.resilience.stopped import kill_stopped_ranks
 
 GRACE_SECONDS = 10.0
 """Delay from the dump to the exit, so that the other ranks' watchdogs, which fire slightly later, dump, too."""
@@ -65,7 +66,7 @@ class Watchdog:
                 self.end_process(reason, HUNG, GRACE_SECONDS, self._on_hang)
 
     def end_process(self, reason: str, code: int, grace: float, last_words: Callable[[], object]) -> None:
-        """Dump the stacks, and end the process unless ``close`` is called in time; from any thread.
+        """Dump the stacks, and end the process and stopped ranks unless ``close`` is called in time; from any thread.
 
         Args:
             reason: what is reported with the stacks.
@@ -81,6 +82,7 @@ class Watchdog:
         print(f"watchdog: {reason}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
         if self._ended.wait(grace):
             return
-        with suppress(Exception):
-            last_words()
+        for last in (last_words, kill_stopped_ranks):
+            with suppress(Exception):
+                last()
         os._exit(code)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tests.distributed import memory_tasks, tasks
+from tests.distributed.pool import WorkerPools
 from tests.integration.conftest import ROOT, TINY
 
 SETTINGS = [
@@ -57,3 +59,13 @@ def test_layouts_in_reused_processes(tmp_path: Path) -> None:
     assert done.stdout.count("starting 1 process") <= 2, done.stdout
     for file in (tmp_path / "out" / "layouts").glob("*.json"):
         print(file.name, json.loads(file.read_text())["phase_seconds"])
+
+
+def test_an_engine_of_graphs_frees_its_memory(workers: WorkerPools) -> None:
+    config = tasks.tiny_config(
+        model__hidden_size=512, model__head_dim=32, model__num_layers=4, data__sequence_length=128,
+        data__vocab_size=8192, train__precision="bf16",
+    )  # fmt: skip
+    ((acceleration, left),) = workers(1).run(memory_tasks.left_on_gpu, config)
+    assert "one CUDA graph" in acceleration
+    assert max(left) < 50e6, left  # weights, gradients and moments are 360 MB

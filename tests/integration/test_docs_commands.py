@@ -243,6 +243,7 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa compare runs/A runs/B --output comparison.png": Way(
             (("runs/A", "runs/quickstart"), ("runs/B", "runs/dense"))
         ),
+        "python -m benchmarks.faults --processes 4 --out faults": Way(added="--help", reason=GPU),
     },
     "docs/scaling.md": {
         # Heads that do not divide, and bf16: ZeRO 1 to 3 without tensor parallelism, and not six layouts.

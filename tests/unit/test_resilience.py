@@ -183,6 +183,35 @@ def test_time_during_which_a_process_is_stopped_is_not_a_hang(tmp_path: Path) ->
     process.communicate()
 
 
+SIBLINGS = """
+import os, signal, subprocess, sys, time
+from megatron_mosa.resilience.stopped import kill_stopped_ranks
+if sys.argv[1] == "launch":
+    start = lambda *words: subprocess.Popen([sys.executable, sys.argv[2], *words])
+    ranks = [start("rank", sys.argv[3]), start("rank", sys.argv[3], "--local_rank=1"), start("other", sys.argv[3])]
+    print(ranks[0].wait(60), ranks[1].wait(60), ranks[2].poll())
+    ranks[2].kill()
+elif sys.argv[1] == "rank" and len(sys.argv) == 3:
+    stopped = lambda: len(os.listdir(sys.argv[2])) == 2
+    while not stopped():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    kill_stopped_ranks()
+else:
+    open(os.path.join(sys.argv[2], f"{os.getpid()}"), "w").close()
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_ranks_that_are_stopped_are_killed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "stopped").mkdir()
+    script = tmp_path / "siblings.py"
+    script.write_text(SIBLINGS)
+    command = [sys.executable, str(script), "launch", str(script), str(tmp_path / "stopped")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.stdout.split() == ["0", "-9", "None"], done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("stopped", "fires_after"), [(0, 11), (100, 111), (4, 11)])
 def test_time_during_suspension_does_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stopped: int, fires_after: int

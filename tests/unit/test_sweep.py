@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.tools.scaling import session, sweep_slurm
+from megatron_mosa.tools.scaling import session, sweep, sweep_slurm, sweep_work
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
 from megatron_mosa.tools.scaling.commands import parse_counts
 from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
@@ -36,16 +37,14 @@ from megatron_mosa.tools.scaling.session import (
     supervise,
     write_result,
 )
-from megatron_mosa.tools.scaling.sweep import (
-    Request,
-    _alone_in,
-    _refuse_deviations,
-    _refuse_unfinished,
-    _Work,
-    prepare_output,
-    read_sweep,
-)
+from megatron_mosa.tools.scaling.sweep import plan
+from megatron_mosa.tools.scaling.sweep_checks import refuse_deviations, refuse_unfinished
+from megatron_mosa.tools.scaling.sweep_directory import alone_in, prepare_output, read_sweep
+from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import markdown, write_report
+from megatron_mosa.tools.scaling.sweep_request import Request
+from megatron_mosa.tools.scaling.sweep_work import Work
+from megatron_mosa.tools.scaling.sweep_worker import reason_of
 from tests.unit.test_bench import measurement
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # tp 2, sp, zero 1, micro 4, global batch 16
@@ -244,7 +243,7 @@ def test_what_cannot_fit_is_not_run(config: Config, tmp_path: Path) -> None:
         Cell(SweepLayout(1, False, 3, 4), 4, 16)
     ]
     here = Card("NVIDIA H100", 30.0)
-    work = _Work(request(big, cells, tmp_path, device="cuda"), big, 2048, here)
+    work = Work(request(big, cells, tmp_path, device="cuda"), big, 2048, here)
     assert work.cells == cells  # one process is not among them, as it would not fit
     assert list(work.too_large) == cells[:1] and work.missing == cells[1:]
     row = next(row for row in work.rows() if row.cell == cells[0])
@@ -252,8 +251,8 @@ def test_what_cannot_fit_is_not_run(config: Config, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="no layout fits the memory: .* needs at least .* GiB on each rank, which has 4"
     ):
-        _Work(request(big, cells, tmp_path, device="cuda", memory_gib=4.0), big, 2048, here)
-    assert not _Work(request(big, cells, tmp_path, device="cuda"), big, 2048, None).too_large  # an unknown card
+        Work(request(big, cells, tmp_path, device="cuda", memory_gib=4.0), big, 2048, here)
+    assert not Work(request(big, cells, tmp_path, device="cuda"), big, 2048, None).too_large  # an unknown card
 
 
 def result(losses: list[float], norms: list[float], milliseconds: list[float], **changes: Any) -> dict[str, Any]:
@@ -345,28 +344,28 @@ def test_deviations_beyond_the_tolerance_are_errors(config: Config) -> None:
     sweep = hand_made(config)
     message = r"more than 0.001 \(fp32\): tp=2,sp=true,zero=1,micro=4 on 2 processes \(1.2e-01\)$"
     with pytest.raises(RunError, match=message):
-        _refuse_deviations(sweep)
+        refuse_deviations(sweep)
     close = replace(sweep, rows=[replace(row, loss_deviation=0.01) for row in sweep.rows])
-    _refuse_deviations(replace(close, precision="bf16"))
+    refuse_deviations(replace(close, precision="bf16"))
     with pytest.raises(RunError):
-        _refuse_deviations(close)
+        refuse_deviations(close)
     steep = replace(sweep, rows=[replace(row, loss_deviation=1e-4, grad_norm_deviation=0.067) for row in sweep.rows])
     with pytest.raises(RunError, match="gradient norms deviate from the reference by more than 0.01"):
-        _refuse_deviations(steep)
+        refuse_deviations(steep)
 
 
 def test_what_was_not_measured_is_an_error(config: Config) -> None:
     sweep = hand_made(config)
-    _refuse_unfinished(sweep)  # a failure is a result
+    refuse_unfinished(sweep)  # a failure is a result
     missing = make_rows(
         [(ALONE, RESULT), (OTHER, {"status": "missing", "reason": "not measured yet"})], 16, None, ALONE
     )
     with pytest.raises(
         RunError, match="not measured: tp=2,sp=true,zero=1,micro=4 on 2 processes; run the same command"
     ):
-        _refuse_unfinished(replace(sweep, rows=missing))
+        refuse_unfinished(replace(sweep, rows=missing))
     with pytest.raises(RunError, match="no layout could be measured; .* failed: OutOfMemoryError"):
-        _refuse_unfinished(replace(sweep, rows=[row for row in sweep.rows if row.status == "failed"]))
+        refuse_unfinished(replace(sweep, rows=[row for row in sweep.rows if row.status == "failed"]))
 
 
 def test_another_cards_sweep_is_put_beside(config: Config, tmp_path: Path) -> None:
@@ -393,7 +392,7 @@ def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> N
     settings = request(config, [ALONE, OTHER], tmp_path, device="cuda")
     prepare_output(tmp_path, settings.identity({}), force=False)
     write_result(tmp_path, OTHER, RESULT | {"device": "NVIDIA A100"})
-    work = _Work(settings, config, 2048, None)
+    work = Work(settings, config, 2048, None)
     work.refuse_other_cards(Card("NVIDIA A100", 80.0))
     with pytest.raises(
         UserError, match="holds results of NVIDIA A100, this is NVIDIA H100; give another --output, and"
@@ -401,19 +400,19 @@ def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> N
         work.refuse_other_cards(Card("NVIDIA H100", 80.0))
     # Jobs that began at the same time may have found different cards.
     write_result(tmp_path, ALONE, RESULT | {"device": "NVIDIA H100", "milliseconds": [1000.0]})
-    rows = _Work(settings, config, 2048, None).rows()
+    rows = Work(settings, config, 2048, None).rows()
     assert [row.strong_efficiency for row in rows] == [1.0, 1.0]
     text = markdown(replace(hand_made(config, "cuda"), rows=rows))
     assert "Measured on cards of several kinds" in text and "micro=4 (NVIDIA A100) | 2 |" in text
 
 
 def test_a_second_sweep_in_the_same_directory_is_rejected(tmp_path: Path) -> None:
-    with _alone_in(tmp_path / "out"):
-        with pytest.raises(UserError, match="another mosa sweep is running in --output="), _alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out"):
+        with pytest.raises(UserError, match="another mosa sweep is running in --output="), alone_in(tmp_path / "out"):
             pass
-        with _alone_in(tmp_path / "other"):
+        with alone_in(tmp_path / "other"):
             pass
-    with _alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out"):
         pass
 
 
@@ -503,7 +502,7 @@ def outcome(folder: Path, micro: int) -> dict[str, Any] | None:
 def test_processes_are_reused_and_a_failure_costs_only_its_own_cell(tmp_path: Path) -> None:
     events = stand_in(tmp_path, [1, 4, 2, 5, 6])[1]
     found = {micro: outcome(tmp_path, micro) or {} for micro in (1, 2, 4, 5, 6)}
-    assert found[2]["reason"] == "OutOfMemoryError: no room"
+    assert found[2]["reason"] == "OutOfMemoryError: no room; see logs/two-1.log"
     assert found[1]["pid"] == found[4]["pid"] != found[5]["pid"] == found[6]["pid"]
     phases = [event.phase for event in events]
     assert phases.count("starting 2 processes") == 2 and phases.count("done") == 4 and phases.count("failed") == 1
@@ -526,7 +525,7 @@ def test_processes_that_fail_after_a_result_are_not_the_failure_of_the_next_cell
 def test_processes_that_hang_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "STALL_SECONDS", 6.0)
     stand_in(tmp_path, [1, 3, 4])
-    assert (outcome(tmp_path, 3) or {})["reason"] == "no progress for 0 minutes; see two-1.log"
+    assert (outcome(tmp_path, 3) or {})["reason"] == "no progress for 0 minutes; see logs/two-1.log"
     assert "pid" in (outcome(tmp_path, 4) or {})
 
 
@@ -552,7 +551,7 @@ def test_a_session_that_cannot_start_is_the_failure_of_all_its_cells(tmp_path: P
 
     supervise(broken, launch, lambda event: None)
     assert starts == [1]
-    assert {(read_result(tmp_path, cell.name) or {})["reason"] for cell in cells} == {"exit code 7; see x-1.log"}
+    assert {(read_result(tmp_path, cell.name) or {})["reason"] for cell in cells} == {"exit code 7; see logs/x-1.log"}
 
 
 def test_events_are_read_once_and_whole(tmp_path: Path) -> None:
@@ -570,11 +569,12 @@ def test_events_are_read_once_and_whole(tmp_path: Path) -> None:
 
 def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     log, errors = tmp_path / "x.log", tmp_path / "x.error"
-    assert failure(errors, log, 7) == "exit code 7; see x.log"
+    see = f"; see {tmp_path.name}/x.log"
+    assert failure(errors, log, 7) == f"exit code 7{see}"
     (tmp_path / "x.error.rank1").write_text("OutOfMemoryError: no room")
-    assert failure(errors, log, 1) == "OutOfMemoryError: no room"
+    assert failure(errors, log, 1) == f"OutOfMemoryError: no room{see}"
     log.write_text("Signal 9 (SIGKILL) received by PID 1\nRoot Cause (first observed failure):\n Signal 6 (SIGABRT) re")
-    assert failure(errors, log, 1) == "OutOfMemoryError: no room"
+    assert failure(errors, log, 1) == f"OutOfMemoryError: no room{see}"
     log.write_text("Root Cause (first observed failure):\n traceback : Signal 9 (SIGKILL) received by PID 3")
     assert "SIGKILL, often for lack of memory" in failure(errors, log, 1)
     (tmp_path / "x.error.rank1").write_text("RuntimeError: Read error [127.0.0.1]:21921: Connection reset by peer")
@@ -584,6 +584,121 @@ def test_the_reason_of_a_failed_run(tmp_path: Path) -> None:
     assert "SIGKILL, often for lack of memory" in failure(errors, log, 1)
     log.write_text("srun: error: n1: task 1: Killed\nsrun: Terminating StepId=7.0\n")
     assert "SIGKILL, often for lack of memory" in failure(errors, log, 137)
+
+
+def raised(text: str, cause: Exception | None = None) -> Exception:
+    try:
+        raise RuntimeError(text) from cause
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (raised("CUDA out of memory. Tried\n  to allocate"), "RuntimeError: CUDA out of memory. Tried"),
+        (raised("\nbackend='inductor' raised:\nno  kernel\n"), "RuntimeError: no kernel"),
+        (raised("no graph", ValueError("limit (8)\nsee")), "RuntimeError: no graph, caused by ValueError: limit (8)"),
+        (raised("x" * 900), f"RuntimeError: {'x' * 250}"),
+        (ValueError(), "ValueError"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_an_error_is_one_useful_line(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason
+
+
+def test_an_error_without_a_text_is_found_by_its_line() -> None:
+    assert re.fullmatch(r"RuntimeError in test_sweep.py, line \d+", reason_of(raised("")))
+
+
+def test_jobs_measure_elsewhere_where_this_machines_memory_says_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "card", lambda: Card("a small card of the login node", 0.001))
+    monkeypatch.setattr(sweep_work, "host_gib", lambda: 0.001)
+    for device in ("cuda", "cpu"):
+        settings = request(config, [OTHER], tmp_path, device=device)
+        with pytest.raises(UserError, match="no layout fits the memory"):
+            plan(settings)
+        assert all(not objection for _, _, objection in plan(replace(settings, elsewhere=True)))
+        with pytest.raises(UserError, match="no layout fits the memory"):
+            plan(replace(settings, elsewhere=True, memory_gib=0.001))
+
+
+def test_failures_in_jobs_are_shown_while_waiting(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = request(config, [OTHER, BROKEN], tmp_path, elsewhere=True, session_per_cell=False)
+    prepare_output(tmp_path, settings.identity({}), force=False)
+    write_result(tmp_path, BROKEN, {"reason": "of an earlier call"})
+    work = Work(settings, config, 2048, None)
+    two = next(session for session in work.sessions() if session.processes == 2)
+    run = sweep_slurm.SlurmRun(tmp_path, 0)
+    answers = iter([{"7"}, {"7"}, set[str]()])
+
+    def jobs(wanted: list[str]) -> set[str]:
+        left = next(answers)
+        if len(left) == 1 and not is_measured(tmp_path, OTHER.name):
+            write_result(tmp_path, OTHER, RESULT)
+            two.progress.write_text(json.dumps(asdict(Event(OTHER.name, "done"))) + "\n")
+        elif left:
+            write_result(tmp_path, BROKEN, {"reason": "OutOfMemoryError: no room"})
+        return left
+
+    monkeypatch.setattr(sweep_slurm, "running_jobs", jobs)
+    monkeypatch.setattr(sweep_slurm, "_POLL_SECONDS", 0.0)
+    run._wait({"7": two}, Progress(work).watch)
+    printed = capsys.readouterr().out
+    assert "of an earlier call" not in printed
+    assert printed.count(f"{OTHER}: ") == 1 and printed.count(f"{BROKEN}: failed: OutOfMemoryError: no room") == 1
+
+
+def test_a_job_is_submitted_from_paths_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my sweep"
+    for name in ("jobs", "logs"):
+        (folder / name).mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    calls = []
+
+    def call(*command: str) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0, "7;cluster\n", "")
+
+    monkeypatch.setattr(sweep_slurm, "_call", call)
+    run, jobs = sweep_slurm.SlurmRun(folder, 4, ("--comment=a b",)), dict[str, Session]()
+    one = Session("one", str(folder), {}, [ALONE.to_dict()], 8, 1, 1, True, False)
+    run._submit(one, run.sbatch(one), jobs)
+    assert list(jobs) == ["7"]
+    assert set(calls[0]) > {"sbatch", "--nodes=2", "--gpus-per-node=4", f"--chdir={folder}", "--comment=a b"}
+    assert f"--output={folder}/logs/slurm-%j.out" in calls[0] and calls[0][-1] == f"{folder}/jobs/one.sbatch"
+    script = (folder / "jobs" / "one.sbatch").read_text()
+    assert f"set -- '{folder}/jobs/one.json'\n" in script and "#SBATCH" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_results_of_earlier_versions_have_the_overlap_they_were_measured_with(config: Config, tmp_path: Path) -> None:
+    prepare_output(tmp_path, request(config, [], tmp_path).identity({}), force=False)
+    new = Cell(SweepLayout(2, True, 1, 4), 2, 16)
+    layout = {"tp": 2, "sp": True, "zero": 1, "micro": 4}
+    tree = {"layout": layout, "processes": 2, "global_batch": 16, "fp32": False}
+    for earlier in (tree, tree | {"layout": layout | {"overlap": False}}):
+        assert Cell.from_dict(earlier) == replace(new, layout=replace(new.layout, overlap=False))
+    assert Cell.from_dict(tree | {"layout": layout | {"tp": 1, "sp": False, "overlap": False}}).layout.overlap
+    # Its file has the name of what now overlaps: that is measured anew.
+    file = tmp_path / "layouts" / f"{new.name}.json"
+    file.write_text(json.dumps({"cell": tree, "finished": 1.0, **RESULT}))
+    work = Work(request(config, [new], tmp_path), config, 2048, None)
+    assert new in work.missing and [row.is_measured for row in work.rows()] == [False, False]
+    # Beside another sweep, each is compared with its like.
+    both = [new, replace(new, layout=replace(new.layout, overlap=False)), ALONE]
+    rows = make_rows([(cell, RESULT) for cell in both], 16, None, ALONE)
+    theirs = make_rows([(Cell.from_dict(tree), RESULT)], 16, None, None)
+    ours = replace(hand_made(config), rows=rows)
+    other = replace(ours, rows=theirs)
+    text = markdown(replace(ours, beside=((Path("theirs"), other),)))
+    compared = text[text.index("Beside") :].splitlines()[4:]
+    assert [line.split(" | ")[0] for line in compared] == ["| tp=2,sp=true,zero=1,micro=4,overlap=false"]
+    write_report(replace(ours, beside=((Path("theirs"), other),)), tmp_path)
 
 
 def test_the_results_of_running_jobs_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

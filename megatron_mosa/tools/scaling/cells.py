@@ -57,7 +57,9 @@ class Cell:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Cell:
         """Return the cell that ``to_dict`` was called on."""
-        return cls(SweepLayout(**tree["layout"]), **{key: value for key, value in tree.items() if key != "layout"})
+        layout = SweepLayout(**({"overlap": False} | tree["layout"]))  # the first version did not know overlap
+        layout = replace(layout, overlap=layout.overlap or layout.tp == 1)  # the second had it false at tp=1
+        return cls(layout, **{key: value for key, value in tree.items() if key != "layout"})
 
 
 def plan_cells(

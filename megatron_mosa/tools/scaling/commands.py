@@ -134,7 +134,8 @@ def sweep(
     if device == "cuda" and not slurm and (most := max([*counts, *own])) > _gpus():
         raise UserError(f"{most} processes need {most} GPUs, but {_gpus()} are visible; use fewer, or --slurm")
     cells = plan_cells(settings, given, counts, weak)
-    from megatron_mosa.tools.scaling.sweep import Request, plan, run_sweep  # slow to import, so mistakes come first
+    from megatron_mosa.tools.scaling.sweep import plan, run_sweep  # slow to import, so mistakes come first
+    from megatron_mosa.tools.scaling.sweep_request import Request
 
     flags = ["--reference", "fp32"] * (reference == "fp32") + ["--random-tokens"] * random_tokens
     output = output or settings.run.path.with_name(f"{settings.run.name}-sweep")
@@ -151,6 +152,7 @@ def sweep(
         random_tokens=random_tokens,
         memory_gib=memory,
         deadline=deadline,
+        elsewhere=slurm,
         session_per_cell=job_per_layout,
         beside=tuple(beside or []),
     )

@@ -138,7 +138,8 @@ def nearest_valid_layouts(config: Config, layout: SweepLayout, processes: int) -
         sizes = ((layout.tp, other.tp), (layout.micro, other.micro), (layout.zero + 1, other.zero + 1))
         return keys, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
 
-    return sorted(valid_layouts(config, processes), key=distance)[:_NEIGHBOURS]
+    found = sorted(valid_layouts(config, processes), key=distance)[:_NEIGHBOURS]
+    return [replace(other, overlap=layout.overlap or other.tp == 1) for other in found]
 
 
 def default_layouts(config: Config, processes: int) -> list[SweepLayout]:

@@ -122,9 +122,13 @@ def result_path(folder: str | Path, cell: str) -> Path:
 
 
 def read_result(folder: str | Path, cell: str) -> dict[str, Any] | None:
-    """Return a cell's result, or None; the result of a failure holds a ``reason``."""
+    """Return a cell's result, or None; the result of a failure holds a ``reason``.
+
+    None, too, if the file is of another cell: earlier versions named layouts without overlap as those with it are now.
+    """
     path = result_path(folder, cell)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return None if result is not None and "cell" in result and Cell.from_dict(result["cell"]).name != cell else result
 
 
 def is_measured(folder: str | Path, cell: str) -> bool:
@@ -137,6 +141,14 @@ def write_result(folder: str | Path, cell: Cell, result: dict[str, Any]) -> None
     """Write a cell's result, or its failure."""
     content = {"cell": cell.to_dict(), "finished": time.time(), **result}
     write_atomically(result_path(folder, cell.name), json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def other_card(folder: str | Path, theirs: str, ours: str) -> str:
+    """Return the message for a folder with results of another card."""
+    return (
+        f"--output={folder} holds results of {theirs}, this is {ours}; give another --output, and "
+        f"--beside {folder} to compare"
+    )
 
 
 class Tail:
@@ -238,8 +250,12 @@ def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
 
 def failure(errors: Path, log: Path, code: int) -> str:
     """Return why a session failed, in one line: a rank's first error, a signal in its log, or the exit code."""
+    return f"{_cause(errors, log, code)}; see {log.parent.name}/{log.name}"
+
+
+def _cause(errors: Path, log: Path, code: int) -> str:
     if code == STALLED:
-        return f"no progress for {STALL_SECONDS / 60:.0f} minutes; see {log.name}"
+        return f"no progress for {STALL_SECONDS / 60:.0f} minutes"
     reasons = sorted(errors.parent.glob(f"{errors.name}.rank*"), key=lambda path: path.stat().st_mtime_ns)
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     killed = re.search(r"Signal \d+ \((SIG\w+)\)", text.partition("Root Cause")[2])
@@ -254,7 +270,7 @@ def failure(errors: Path, log: Path, code: int) -> str:
         return f"a rank was killed by {name}{hint}"
     if texts:
         return texts[0][:500]
-    return f"exit code {code}; see {log.name}"
+    return f"exit code {code}"
 
 
 @dataclass(frozen=True)

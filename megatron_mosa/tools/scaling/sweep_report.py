@@ -10,13 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
+from megatron_mosa.tools.scaling.sweep_checks import NORM_TOLERANCE, TOLERANCE
 from megatron_mosa.tools.scaling.sweep_plots import plot_breakdown, plot_scaling
-
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
-"""Largest relative deviation of a loss from the reference's, by the precision of the layouts."""
-
-NORM_TOLERANCE = {"fp32": 1e-2, "bf16": 2e-1}
-"""The same for the gradient norm, which reveals wrong weights or gradients long before the loss does."""
 
 
 def write_report(sweep: Sweep, folder: Path) -> list[str]:

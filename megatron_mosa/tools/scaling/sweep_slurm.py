@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.tools.scaling.session import Session, Tail, Watch, read_result
+from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
-_OPTIONS_GO_HERE = "# -- mosa sweep puts its options here\n"
+_SESSION_GOES_HERE = "# -- mosa sweep puts the session here\n"
 _POLL_SECONDS = 2.0
 
 
@@ -52,10 +52,10 @@ class SlurmRun:
             cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
             if cells:
                 missing.append(self._unused_name(replace(session, cells=cells, deadline=None)))
-        scripts = [self.script(session) for session in missing]  # all, before one is submitted
+        commands = [self.sbatch(session) for session in missing]  # all, before one is submitted
         try:
-            for session, script in zip(missing, scripts, strict=True):
-                self._submit(session, script, jobs)
+            for session, command in zip(missing, commands, strict=True):
+                self._submit(session, command, jobs)
             self._wait(jobs, watch)
         except KeyboardInterrupt:
             if not jobs:
@@ -91,17 +91,23 @@ class SlurmRun:
             session = replace(session, name=f"{name}-{number}")
         return session
 
-    def script(self, session: Session) -> str:
-        """Return the batch script of a session."""
+    def sbatch(self, session: Session) -> list[str]:
+        """Return the command that submits a session.
+
+        The options are on the command line, not in #SBATCH lines, in which a path must not contain spaces.
+
+        Raises:
+            UserError: its processes do not divide among nodes.
+        """
         per_node = min(session.processes, self.gpus_per_node or session.processes)
         if session.processes % per_node:
             raise UserError(
                 f"{session.processes} processes do not divide among nodes of --gpus-per-node={self.gpus_per_node}; use "
                 "a multiple of it"
             )
-        head, mark, rest = (ROOT / TEMPLATE).read_text(encoding="utf-8").partition(_OPTIONS_GO_HERE)
-        assert mark, f"{TEMPLATE} lacks the line {_OPTIONS_GO_HERE!r}"
-        options = [
+        return [
+            "sbatch",
+            "--parsable",
             f"--job-name=sweep-{session.name}",
             f"--nodes={session.processes // per_node}",
             f"--ntasks-per-node={per_node}",
@@ -109,17 +115,22 @@ class SlurmRun:
             f"--chdir={Path.cwd()}",  # paths in the configuration may be relative
             f"--output={Path(session.folder, 'logs', 'slurm-%j.out')}",
             *self.options,
+            str(session.file.with_suffix(".sbatch")),
         ]
-        lines = [f"#SBATCH {option}" for option in options]
+
+    def script(self, session: Session, command: Sequence[str]) -> str:
+        """Return the batch script of a session; ``command`` submits it."""
+        head, mark, rest = (ROOT / TEMPLATE).read_text(encoding="utf-8").partition(_SESSION_GOES_HERE)
+        assert mark, f"{TEMPLATE} lacks the line {_SESSION_GOES_HERE!r}"
+        lines = [f"# Submitted by: {shlex.join(command)}"]
         lines += [f"export MOSA_ROOT={shlex.quote(str(ROOT))}", f"set -- {shlex.quote(str(session.file))}"]
         return head + "\n".join(lines) + "\n" + rest
 
-    def _submit(self, session: Session, text: str, jobs: dict[str, Session]) -> None:
+    def _submit(self, session: Session, command: list[str], jobs: dict[str, Session]) -> None:
         """Submit a session by its batch script, and add its job to ``jobs``."""
-        script = session.file.with_suffix(".sbatch")
         session.write()
-        script.write_text(text, encoding="utf-8")
-        done = _call("sbatch", "--parsable", str(script))
+        session.file.with_suffix(".sbatch").write_text(self.script(session, command), encoding="utf-8")
+        done = _call(*command)
         if done.returncode:
             session.file.unlink()
             others = f"; jobs submitted before go on: {', '.join(jobs)}" if jobs else ""
@@ -131,14 +142,35 @@ class SlurmRun:
 
     def _wait(self, jobs: dict[str, Session], watch: Watch) -> None:
         tails = {job: Tail(session.progress) for job, session in jobs.items()}
+        failures = {job: _Failures(self.folder, _names(session)) for job, session in jobs.items()}
         running = set(jobs)
         while running:
             time.sleep(_POLL_SECONDS)
             ended = running - running_jobs(sorted(running))
             for job in sorted(running):  # once more after its end
-                for event in tails[job].events():
+                for event in (*tails[job].events(), *failures[job].events()):
                     watch(event)
             running -= ended
+
+
+class _Failures:
+    """Finds cells that have failed by their results: only the job itself hears of it otherwise."""
+
+    def __init__(self, folder: Path, names: set[str]) -> None:
+        self._folder = folder
+        self._known = {name: self._failure(name) for name in names}  # those of earlier calls
+
+    def events(self) -> list[Event]:
+        """Return an event for each new failure."""
+        found = {name: self._failure(name) for name in self._known}
+        new = [name for name, time in found.items() if time is not None and time != self._known[name]]
+        self._known |= {name: found[name] for name in new}
+        return [Event(name, "failed") for name in sorted(new)]
+
+    def _failure(self, name: str) -> float | None:
+        """Return when a cell failed; None: it did not."""
+        result = read_result(self._folder, name)
+        return result["finished"] if result is not None and "reason" in result else None
 
 
 def _size(session: Session) -> str:

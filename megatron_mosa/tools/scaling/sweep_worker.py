@@ -36,7 +36,7 @@ from megatron_mosa.parallel import (
 )
 from megatron_mosa.tools.bench.measure import Batches, Measurement, Profiling, measure
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.tools.scaling.session import NO_MEMORY, NO_TIME, Event, Session, write_result
+from megatron_mosa.tools.scaling.session import NO_MEMORY, NO_TIME, Event, Session, other_card, write_result
 from megatron_mosa.train import ResumePoint, check_start, learning_rate, training_samples
 
 PROFILING = Profiling(steps=2, warmup=0, on_cpu=True)
@@ -45,6 +45,7 @@ MAX_LEFT_BYTES = 2**29
 
 _JOIN_SECONDS = 300.0
 _COLLECTIVE_MINUTES = 5.0
+_LONGEST_REASON = 250  # characters of an error's line
 
 
 class Worker:
@@ -83,7 +84,7 @@ class Worker:
                 times = {"wall_seconds": seconds, "phase_seconds": self._phase_seconds()}
                 write_result(self.session.folder, cell, {**asdict(measurement), **times})
             self._tell(cell, "done")
-            self.store.set(f"left-{number}-{self.rank}", str(_release_memory()))
+            self.store.set(f"left-{number}-{self.rank}", str(release_memory()))
         self.store.set(f"leaves-{self.rank}", "")
         if self.rank == 0:  # under srun it holds the store, and leaves last
             for rank in range(self.world_size):
@@ -127,6 +128,7 @@ class Worker:
             deadline, obstacle = self.session.deadline, ""
             if max(left, default=0) > MAX_LEFT_BYTES:
                 obstacle = NO_MEMORY
+                print(f"{self.cells[number - 1]} has left {max(left) / 2**20:,.0f} MiB allocated on a GPU", flush=True)
             if deadline is not None and time.time() + self.longest > deadline:
                 obstacle = NO_TIME
             if obstacle:
@@ -155,14 +157,6 @@ class Worker:
                 file.write(json.dumps(asdict(Event(cell.name, phase, step, of))) + "\n")
 
 
-def other_card(folder: str | Path, theirs: str, ours: str) -> str:
-    """Return the message for a folder with results of another card."""
-    return (
-        f"--output={folder} holds results of {theirs}, this is {ours}; give another --output, and "
-        f"--beside {folder} to compare"
-    )
-
-
 def _batches(session: Session, config: Config, start: ResumePoint, layout: Layout) -> Batches:
     """Return this rank's micro-batches of the run's own data, from the first sample."""
     samples = training_samples(config, start.data, start.index_samples)
@@ -182,14 +176,15 @@ def _batches(session: Session, config: Config, start: ResumePoint, layout: Layou
     return lambda step: list(islice(found, count))
 
 
-def _release_memory() -> int:
+def release_memory() -> int:
     """Free what the engine held; return the bytes that are still allocated on the GPU."""
-    gc.collect()
+    torch.compiler.reset()  # or the next cells' layers would exhaust the limit of recompilations
+    for _ in range(2):  # the first pass runs finalizers, such as DeepSpeed's; the second frees what they have touched
+        gc.collect()
     if not torch.cuda.is_available():
         return 0
-    torch.compiler.reset()  # or the next cells' layers would exhaust the limit of recompilations
     torch.cuda.set_stream(torch.cuda.default_stream())  # graphs have taken another
-    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # one for each stream, and they may lie in the memory of a graph
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
 
@@ -200,10 +195,30 @@ def _reset_peak_of_host() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line: its type, the first useful line of its text, and the same of what caused it.
+
+    An error of torch.compile often says only that compilation failed; its cause says why.
+    """
+    texts = [_in_one_line(error)]
+    if error.__cause__ is not None:
+        texts.append(_in_one_line(error.__cause__))
+    return ", caused by ".join(texts)
+
+
+def _in_one_line(error: BaseException) -> str:
+    name = type(error).__name__
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    useful = [line for line in lines if line and not line.endswith(":")] or [line for line in lines if line]
+    if useful:
+        return f"{name}: {useful[0][:_LONGEST_REASON]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{name} in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else name
+
+
 def end_at_once(session: Session, error: BaseException) -> NoReturn:
     """Record why this rank failed and end the process: a normal exit would wait for ranks that wait for this one."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    Path(f"{session.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason, encoding="utf-8")
+    Path(f"{session.errors}.rank{os.environ.get('RANK', 0)}").write_text(reason_of(error), encoding="utf-8")
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)
