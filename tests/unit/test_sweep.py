@@ -24,7 +24,7 @@ from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, 
 from megatron_mosa.tools.scaling.commands import parse_counts
 from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, parse_layout, valid_layouts
 from megatron_mosa.tools.scaling.memory import Card, card, least_gib
-from megatron_mosa.tools.scaling.rows import Sweep, deviation, make_rows
+from megatron_mosa.tools.scaling.rows import Row, Sweep, deviation, make_rows
 from megatron_mosa.tools.scaling.session import (
     NO_MEMORY,
     NO_TIME,
@@ -40,6 +40,7 @@ from megatron_mosa.tools.scaling.session import (
 from megatron_mosa.tools.scaling.sweep import plan
 from megatron_mosa.tools.scaling.sweep_checks import refuse_deviations, refuse_unfinished
 from megatron_mosa.tools.scaling.sweep_directory import alone_in, prepare_output, read_sweep
+from megatron_mosa.tools.scaling.sweep_plots import bar_of
 from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import markdown, write_report
 from megatron_mosa.tools.scaling.sweep_request import Request
@@ -330,6 +331,17 @@ def test_efficiency_is_against_the_fastest_layout_on_the_fewest_processes() -> N
     assert rows[fp32].strong_efficiency is None
     assert [rows[one].status for one in cells] == ["reference", "ok", "ok", "ok", "ok"]
     assert rows[cells[3]].loss_deviation is None  # nothing else was measured on its data
+
+
+def test_a_bar_is_as_long_as_the_step_also_where_kernels_overlap() -> None:
+    row = Row(
+        "", 1, 1, False, 1, 4, 16, "ok", tokens_per_second_per_rank=1000.0, step_seconds=0.1,
+        exposed_communication_share=0.2, kinds={"MoSA": 30.0, "matrix products": 90.0, "collectives": 50.0, "idle": 20.0},
+    )  # fmt: skip
+    parts = bar_of(row)  # of 100 tokens
+    assert parts == pytest.approx({"MoSA": 150.0, "matrix products": 450.0, "collectives": 200.0, "idle": 200.0})
+    apart = bar_of(replace(row, kinds=row.kinds | {"matrix products": 30.0}))
+    assert apart["matrix products"] == pytest.approx(300.0)
 
 
 def test_another_cell_takes_the_place_of_a_reference_that_failed() -> None:

@@ -59,11 +59,12 @@ def _plot_lines(axes: plt.Axes, sweep: Sweep, attribute: str, suffix: str, style
 def plot_breakdown(sweep: Sweep, path: Path) -> None:
     """Plot a bar per cell: the ranks' time for 1,000 tokens by kind, of collectives only what nothing else ran beside.
 
+    Other kernels that run beside each other share that time, so that a bar is as long as the step.
     Time of all ranks for a number of tokens compares cells of other batches and numbers of ranks: perfect scaling would
     leave a bar as long as that of one rank.
     """
     rows = [row for row in sweep.rows if row.is_measured][::-1]  # barh draws upwards
-    bars = [_parts(row) for row in rows]
+    bars = [bar_of(row) for row in rows]
     kinds = sorted({kind for bar in bars for kind in bar}, key=lambda kind: (kind == _IDLE, kind == COLLECTIVES, kind))
     names = [_bar_name(row) for row in rows]
     figure, axes = plt.subplots(figsize=(10, 1.8 + 0.5 * len(rows)), layout="constrained")
@@ -90,10 +91,15 @@ def _bar_name(row: Row) -> str:
     return f"{row.cell.layout}{', fp32' if row.fp32 else ''}\n{ranks}, batch {row.global_batch}"
 
 
-def _parts(row: Row) -> dict[str, float]:
+def bar_of(row: Row) -> dict[str, float]:
+    """Return the parts of a row's bar, in milliseconds times ranks for 1,000 tokens; together they are the step."""
     parts, seconds = dict(row.kinds), row.step_seconds or 0.0
     if row.exposed_communication_share is not None:
         parts[COLLECTIVES] = 1000 * row.exposed_communication_share * seconds
+        kinds = [kind for kind in parts if kind not in (COLLECTIVES, _IDLE)]
+        total = sum(parts[kind] for kind in kinds)
+        room = 1000 * seconds - parts[COLLECTIVES] - parts.get(_IDLE, 0.0)
+        parts |= {kind: parts[kind] * min(1.0, room / total) for kind in kinds if total}
     thousands = (row.tokens_per_second_per_rank or 0.0) * seconds / 1000  # of a rank in a step
     return {kind: milliseconds / thousands for kind, milliseconds in parts.items()}
 
