@@ -336,7 +336,8 @@ def test_efficiency_is_against_the_fastest_layout_on_the_fewest_processes() -> N
 def test_a_bar_is_as_long_as_the_step_also_where_kernels_overlap() -> None:
     row = Row(
         "", 1, 1, False, 1, 4, 16, "ok", tokens_per_second_per_rank=1000.0, step_seconds=0.1,
-        exposed_communication_share=0.2, kinds={"MoSA": 30.0, "matrix products": 90.0, "collectives": 50.0, "idle": 20.0},
+        exposed_communication_share=0.2,
+        kinds={"MoSA": 30.0, "matrix products": 90.0, "collectives": 50.0, "idle": 20.0},
     )  # fmt: skip
     parts = bar_of(row)  # of 100 tokens
     assert parts == pytest.approx({"MoSA": 150.0, "matrix products": 450.0, "collectives": 200.0, "idle": 200.0})
