@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.processes import alone_in
 from megatron_mosa.tools.scaling import session, sweep_slurm
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
 from megatron_mosa.tools.scaling.commands import parse_counts
@@ -38,7 +39,6 @@ from megatron_mosa.tools.scaling.session import (
 )
 from megatron_mosa.tools.scaling.sweep import (
     Request,
-    _alone_in,
     _refuse_deviations,
     _refuse_unfinished,
     _Work,
@@ -408,12 +408,15 @@ def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> N
 
 
 def test_a_second_sweep_in_the_same_directory_is_rejected(tmp_path: Path) -> None:
-    with _alone_in(tmp_path / "out"):
-        with pytest.raises(UserError, match="another mosa sweep is running in --output="), _alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out", "mosa sweep"):
+        with (
+            pytest.raises(UserError, match="another mosa sweep is running in --output="),
+            alone_in(tmp_path / "out", "mosa sweep"),
+        ):
             pass
-        with _alone_in(tmp_path / "other"):
+        with alone_in(tmp_path / "other", "mosa sweep"):
             pass
-    with _alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out", "mosa sweep"):
         pass
 
 

@@ -32,7 +32,11 @@ def isoflop(
         int, typer.Option("--dense-heads", metavar="N", help="Dense heads next to the MoSA heads; 0: pure MoSA.")
     ] = 4,
 ) -> None:
-    """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4)."""
+    """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4).
+
+    mosa isoflop run GRID.yaml trains a grid of models at an equal budget, and mosa isoflop match DIR finds the fewest
+    heads that match the baseline's perplexity: each has a --help of its own.
+    """
     baseline = load_config(config, overrides or [])
     sparsities = parse_sparsities(sparsity)
     from rich.console import Console  # slow to import, like the solver's torch

@@ -6,20 +6,18 @@ module decides what is missing in the output directory, has sessions measure it 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, reference_cell
 from megatron_mosa.tools.scaling.memory import Card, card, host_gib, least_gib
 from megatron_mosa.tools.scaling.rows import Row, Sweep, make_rows
@@ -115,7 +113,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
     identity = request.identity(dataset)
     here = card() if request.device == "cuda" and run is None else None
     others = tuple((path, read_sweep(path, request, identity)) for path in request.beside)
-    with _alone_in(request.output):
+    with alone_in(request.output, "mosa sweep"):
         prepare_output(request.output, identity, force)
         work = _Work(request, base, vocab_size, here)
         if here is not None:
@@ -123,7 +121,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
         work.print_known()
         error: BaseException | None = None
         try:
-            with _sigterm_as_interrupt():
+            with sigterm_as_interrupt():
                 if sessions := work.sessions():
                     (run or _run_here(sessions))(sessions, work.watch)
         except (KeyboardInterrupt, RunError) as caught:
@@ -301,41 +299,6 @@ def _run_here(sessions: Sequence[Session]) -> Run:
             supervise(session, launch, watch)
 
     return run
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that the workers are ended and the report is written."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a second sweep in the same directory, as far as its file system has locks.
-
-    Raises:
-        UserError: another one is running there.
-    """
-    with ExitStack() as stack:
-        with suppress(OSError):  # prepare_output says what is wrong with the directory
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another mosa sweep is running in --output={folder}; wait for it, or give another directory"
-                ) from None
-        yield
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
