@@ -45,7 +45,7 @@ def run(
             raise UserError(f"--{name} must be at least {least}, got {value}")
     if time_limit is not None and time_limit <= 0:
         raise UserError(f"--time-limit must be above 0, got {time_limit:g}")
-    deadline = None if time_limit is None else time.time() + 60 * time_limit
+    deadline = None if time_limit is None else time.time() + 60 * time_limit - min(60.0, 6 * time_limit)  # to save
     check_output("--output", output, is_directory=True)
     request = _request(grid, output, jobs, deadline, measure, steps, warmup)
     from megatron_mosa.tools.grid.run import run_grid, table
@@ -69,15 +69,15 @@ def _request(
     from megatron_mosa.tools.grid.run import Request, cpu_name
     from megatron_mosa.tools.scaling.memory import card
 
-    here = card()
-    gpus = _gpus() if here is not None else ()
-    if here is not None and gpus and len(gpus) < grid.processes:
+    gpus = _gpus()
+    if gpus and len(gpus) < grid.processes:
         raise UserError(
             f"{path}: processes={grid.processes} need as many GPUs, but {len(gpus)} are visible; lower it, or make "
             "more visible (CUDA_VISIBLE_DEVICES)"
         )
     default = max(1, len(gpus) // grid.processes)
-    device = here.name if here is not None and gpus else cpu_name()
+    here = card() if gpus else None
+    device = here.name if here is not None else "GPU" if gpus else cpu_name()
     return Request(grid, output, jobs or default, gpus, device, deadline, measure, steps, warmup)
 
 

@@ -81,7 +81,7 @@ def kv_bytes(config: Config, length: int, bytes_per_number: int = 2) -> int | No
     return round(2 * model.num_layers * pairs * model.head_dim * bytes_per_number)
 
 
-def other_counts(config: Config, kind: MemberKind) -> list[str]:
+def other_counts(kind: MemberKind) -> list[str]:
     """Return the keys that count heads which a member of this kind does not have."""
-    counts = {word: key for word, (key, _) in head_counts(config).items()}
+    counts = {word: key for word, (key, _) in head_counts(Config()).items()}
     return [key for word, key in counts.items() if word not in _BESIDE and key != kind.counts]

@@ -24,6 +24,7 @@ _SHARED = (
     "data.path", "data.blend", "data.sequence_length", "model.vocab_size_multiple", "train.global_batch_size",
     "train.steps", "train.stop_after_step", "validation.num_samples", "model.attend_within_documents",
 )  # fmt: skip
+_SIZE = "parallel.tensor_model_parallel_size"
 _OWN = ("run.name", "run.directory", "run.seed")  # the grid sets them
 
 
@@ -65,8 +66,8 @@ class Model:
     @property
     def name(self) -> str:
         parts = [self.size, self.corpus, self.member.name]
-        parts += [f"rho{self.sparsity:g}"] if self.sparsity is not None and len(self.member.sparsities) > 1 else []
-        parts += [f"heads{self.heads}"] if len(self.member.heads) > 1 else []
+        parts += [] if self.sparsity is None else [f"rho{self.sparsity:g}"]
+        parts += [f"heads{self.heads}"] if self.is_given else []
         return "-".join(parts)
 
     @property
@@ -186,13 +187,11 @@ class _Place:
             values = dict(given)
             if not kind.is_dense:
                 values |= {"model.num_dense_heads": member.dense_heads, "mosa.sparsity": sparsity}
-            values |= kind.sets | member.overrides
+            values |= {**kind.sets, **member.overrides, **dict.fromkeys(other_counts(kind), 0)}
             try:
-                step = load_config(grid.base, _as_texts(values), checks_batches=False)
-                for key in other_counts(step, kind):
-                    values[key] = 0
                 if heads is None and not kind.is_dense:
-                    heads = math.ceil(sparsity or 1) * step.parallel.tensor_model_parallel_size
+                    size = values.get(_SIZE) or _value(load_config(grid.base, checks_batches=False), _SIZE)
+                    heads = math.ceil(sparsity or 1) * (size if isinstance(size, int) else 1)
                 values |= {} if heads is None else {kind.counts: heads}
                 config = load_config(grid.base, _as_texts(values), checks_batches=False)
                 check_world_size(config, grid.processes)
@@ -302,7 +301,7 @@ class Plan:
         """
         trials, seeds = self.trials(model), model.member.seeds_of(model.sparsity)
         chosen = trials[0] if len(trials) == 1 else best(trials)
-        own = trials if trials[0].model == model else []
+        own = trials if trials[0].model is model else []
         left = seeds[1:] if own else seeds
         if chosen is None:
             return own, len(left)

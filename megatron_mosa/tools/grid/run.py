@@ -174,6 +174,8 @@ class _Running:
     cell: Cell
     process: subprocess.Popen[bytes]
     slot: str
+    started: float
+    """Unix time."""
 
 
 class _Work:
@@ -183,6 +185,7 @@ class _Work:
         self.request, self.plan, self.folder = request, plan, request.output
         self.timings = request.timings
         self.running: list[_Running] = []
+        self._results: dict[str, dict[str, Any]] = {}
         self._tried: set[str] = set()  # in this call
         self._said_at = time.monotonic()
 
@@ -202,16 +205,21 @@ class _Work:
         return min((cell for cell in trials if cell.name in losses), key=lambda cell: losses[cell.name], default=None)
 
     def result(self, cell: Cell) -> dict[str, Any]:
-        path = self.folder / "cells" / f"{cell.name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """Return the result of a cell, empty if it has none."""
+        if cell.name not in self._results:
+            path = self.folder / "cells" / f"{cell.name}.json"
+            self._results[cell.name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return self._results[cell.name]
 
     def is_settled(self, cell: Cell) -> bool:
         return self.result(cell).get("status") in results.SETTLED
 
     def refuse_other_results(self) -> None:
-        """Raise a UserError if a cell was begun with another configuration or on another dataset."""
+        """Raise a UserError if a cell has taken steps with another configuration or on another dataset."""
         for cell in self.cells():
             path, config = self.folder / "configs" / f"{cell.name}.yaml", cell.config(self.folder)
+            if not self.is_settled(cell) and not (config.run.path / "metrics.jsonl").is_file():
+                continue  # a failure whose cause may have been the configuration
             fix = "give another --output, or rename the size, corpus or member"
             if path.is_file() and config_hash(before := load_config(path, checks_batches=False)) != config_hash(config):
                 key, theirs, ours = next(
@@ -269,13 +277,16 @@ class _Work:
             process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
             )
-        self.running.append(_Running(cell, process, slot))
+        self.running.append(_Running(cell, process, slot, start["time"]))
         print(f"{self._counter()} {cell.name}: training", flush=True)
 
     def _reap(self) -> None:
         for one in list(self.running):
             if (code := one.process.poll()) is not None:
                 self.running.remove(one)
+                status = read_status(one.cell.config(self.folder).run.path) or {}
+                if code and status.get("started", 0.0) > one.started:  # torchrun's own code is always 1
+                    code = status.get("exit_code", code)
                 self._settle(one.cell, code)
 
     def _settle(self, cell: Cell, code: int) -> None:
@@ -307,6 +318,7 @@ class _Work:
         }
         path = self.folder / "cells" / f"{cell.name}.json"
         write_atomically(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        self._results[cell.name] = result
         write_results(self.rows(), self.folder)
         print(f"{self._counter()} {cell.name}: {said}", flush=True)
 
