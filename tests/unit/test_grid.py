@@ -243,7 +243,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             {"overrides": GRID["overrides"] | {"train.steps": 3000}},
             ["corpora.text: text has 100,000,000 training tokens", "at most 1,525", "passes: 1.97"],
         ),
-        ({"overrides": GRID["overrides"] | {"train.steps": 50}}, ["optimizer.warmup_steps must be at most train.steps=50"]),
+        (
+            {"overrides": GRID["overrides"] | {"train.steps": 50}},
+            ["optimizer.warmup_steps must be at most train.steps=50"],
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_grid_is_rejected_in_one_line(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:

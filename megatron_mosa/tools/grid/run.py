@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from megatron_mosa.tools.grid.grid import Grid
 from megatron_mosa.tools.grid.plan import Cell, Corpus, Plan, config_hash, plan_models
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Timings, last_line
-from megatron_mosa.tools.processes import alone_in, end, end_with_parent, sigterm_as_interrupt
+from megatron_mosa.tools.processes import alone_in, end_with_parent, sigterm_as_interrupt
 from megatron_mosa.utils import versions, write_atomically
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton")
@@ -185,6 +186,7 @@ class _Work:
         self.request, self.plan, self.folder = request, plan, request.output
         self.timings = request.timings
         self.running: list[_Running] = []
+        self._is_stopping = False
         self._results: dict[str, dict[str, Any]] = {}
         self._tried: set[str] = set()  # in this call
         self._said_at = time.monotonic()
@@ -300,7 +302,7 @@ class _Work:
         elif code == GAVE_UP or found is not None:
             result = {"status": results.GAVE_UP, "reason": last_line(log)}
             said = f"diverged: {result['reason']}"
-        elif code in (STOPPED, INTERRUPTED, -2, -15):
+        elif self._is_stopping or code in (STOPPED, INTERRUPTED):
             print(f"{cell.name}: stopped; the same command goes on with it", flush=True)
             return
         else:
@@ -328,11 +330,18 @@ class _Work:
 
     def _stop(self) -> None:
         """Have all running cells save and end."""
+        self._is_stopping = True
+        # Not SIGTERM, which a scheduler may also send: a run that gets the same signal twice ends without saving.
+        number = signal.SIGUSR1 if self.request.grid.processes == 1 else signal.SIGTERM  # which torchrun passes on
         for one in self.running:
-            if one.process.poll() is None:
-                one.process.terminate()
+            one.process.send_signal(number)
+        latest = time.monotonic() + _SECONDS_TO_SAVE
         for one in self.running:
-            end(one.process, _SECONDS_TO_SAVE)
+            try:
+                one.process.wait(max(1.0, latest - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                one.process.kill()
+                one.process.wait()
         self._reap()
 
     def _counter(self) -> str:
