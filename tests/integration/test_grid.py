@@ -102,6 +102,7 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
     grid.write(broken=True, paused=False)
     code, printed, errors = grid.finish("--jobs", "1")
     assert code == 1, printed + errors
+    assert printed.count(", NON-CAUSAL") == 3
     assert "1 of 5 cells failed; mini-code-apex-seed1: exit code 2: train.apex=always needs a GPU" in errors
     assert "[0/5]" not in printed and "5 cells: 1 done, 4 to train" in printed
     assert done.stat().st_mtime_ns == kept
@@ -128,7 +129,7 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
     done_again = grid.runner.mosa("report", str(grid.output))
     assert done_again.returncode == 0, done_again.stderr
     text = (grid.output / "report.md").read_text()
-    assert "| mosa rho 8 | 1 + " in text and "| **NO** |" in text and "1e-05: " in text
+    assert "| mosa rho 8 | 1 + " in text and "| **NON-CAUSAL** |" in text and "1e-05: " in text
     for name in ("mini-code.png", "mini-code-losses.png"):
         assert (grid.output / name).stat().st_size > 10_000
 

@@ -315,6 +315,7 @@ def test_the_best_learning_rate_of_the_first_seed_is_taken_for_the_others(tmp_pa
     for name in trials:
         settle(work, name, None)
     assert work.later() == 1  # no learning rate works: its other seed is never run
+    assert work.without_a_rate() == ["tiny-text-dense"]
 
 
 def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path) -> None:
@@ -450,7 +451,7 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
         "| dense | 9 | 100.00 % | 2 | 1.9200 | 0.0400 | 6.82 |  | 28.0 M | 100.0 | 4.00 | 9.00 | yes |",
         "| mosa rho 32 | 4 + 276 | 100.00 % | 1 | 1.8000 |  | 6.05 | -0.1000 (-9.5 % perplexity) |",
         "~100.0",
-        "**NO**",
+        "| **NON-CAUSAL** |",
         "differ by up to 0.0400: smaller differences",
         "0.001: 2.0000, 0.002: 1.9000, 0.004: diverged",
         "out of memory",

@@ -114,9 +114,9 @@ def _lines(search: Matched) -> list[str]:
     for quantity in _QUANTITIES:
         ours, theirs = quantity.value(model), quantity.value(reference)
         change = f"{100 * (ours / theirs - 1):+.1f} %" if ours is not None and theirs else ""
-        cells = ["" if number is None else f"{number:,.{quantity.decimals}f}" for number in (theirs, ours)]
-        printed = [f"{before:g} to {after:g} ({100 * (after / before - 1):+.1f} %)" for before, after in quantity.paper]
-        lines.append(_row(quantity.name, *cells, change, printed))
+        before, after = ("" if n is None else f"{n:,.{quantity.decimals}f}" for n in (theirs, ours))
+        printed = [f"{dense:g} to {mosa:g} ({100 * (mosa / dense - 1):+.1f} %)" for dense, mosa in quantity.paper]
+        lines.append(_row(quantity.name, before, after, change, printed))
     if not (model.is_alone and reference.is_alone):
         lines += [
             "",

@@ -209,7 +209,7 @@ class _Place:
             f"sizes.{self.size}": grid.sizes[self.size],
             f"corpora.{self.corpus}": grid.corpora[self.corpus],
         }
-        own = dict.fromkeys(_OWN, "the grid sets it for each cell")
+        own: dict[str, str] = dict.fromkeys(_OWN, "the grid sets it for each cell")
         self._refuse(places, own)
         own |= {kind.counts: "it is the number to solve for; to fix it, give the member heads: N"}
         own |= dict.fromkeys(kind.sets, f"kind {member.kind} sets it")

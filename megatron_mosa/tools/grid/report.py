@@ -78,8 +78,8 @@ def markdown(rows: Sequence[Row], pictures: dict[tuple[str, str], list[str]]) ->
         "",
         "- Loss (nats per token) and perplexity are of validation, after the last step; the mean over seeds. *spread* "
         "is the largest difference of losses between seeds, and *loss - reference* the mean over seeds that both have.",
-        "- **NO** under *causal* means NON-CAUSAL: heads look ahead, so no decoder reaches this loss. Keys and values "
-        "are then those of causal heads of the same sparsity.",
+        "- **NON-CAUSAL**: heads look ahead, so no decoder reaches this loss. Keys and values are then those of causal "
+        "heads of the same sparsity.",
         "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
         "`--measure` replaces them.",
         "- Keys and values are computed, in bf16, for the share of tokens that the sparsity asks for.",
@@ -87,6 +87,8 @@ def markdown(rows: Sequence[Row], pictures: dict[tuple[str, str], list[str]]) ->
     for place in places(rows):
         lines += ["", f"## {place.size} on {place.corpus}", "", *_section(place)]
         lines += [line for name in pictures.get((place.size, place.corpus), []) for line in ("", f"![{name}]({name})")]
+    if len({row.device for row in rows if row.device}) > 1:
+        lines += ["", "**Measured on different devices: step times cannot be compared between all models.**"]
     if searches := matched(rows):
         lines += ["", "## Equal perplexity", "", *match_table(searches)]
     lines += _failures(rows)
@@ -94,7 +96,8 @@ def markdown(rows: Sequence[Row], pictures: dict[tuple[str, str], list[str]]) ->
         "",
         "## To repeat",
         "",
-        "Each run's command, its seed included, and the hashes of its configuration and dataset:",
+        "Each run's command (with run.name=NAME to repeat it in a run directory of its own; the seed is in the file), "
+        "and the hashes of its configuration and dataset:",
     ]
     lines += ["", "| command | configuration | dataset |", "| --- | --- | --- |"]
     lines += [f"| `{row.command}` | {row.config_hash[:12]} | {row.dataset} {row.dataset_hash[:12]} |" for row in rows]
@@ -137,7 +140,7 @@ def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
         step,
         "" if model.peak_memory_gib is None else f"{model.peak_memory_gib:.2f}",
         "" if model.kv_mib is None else f"{model.kv_mib:.2f}",
-        "yes" if model.is_causal else "**NO**",
+        "yes" if model.is_causal else "**NON-CAUSAL**",
     ]
 
 

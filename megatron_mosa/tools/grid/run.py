@@ -21,11 +21,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.config import difference, load_config, save_config
+from megatron_mosa.config import Config, difference, load_config, save_config, summary
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.exit_codes import DONE, GAVE_UP, INTERRUPTED, STOPPED
 from megatron_mosa.resilience import read_status
@@ -93,10 +94,22 @@ class Request:
             UserError: as ``plan_models``.
         """
 
-        def cost_of(equal: str, data: Corpus) -> Cost:
-            return Cost(equal, lambda config: self.timings.measure(config, data.vocab_size).seconds)
+        def seconds(config: Config, vocab_size: int) -> float:
+            known = self.timings.find(config, vocab_size)
+            found = self.timings.measure(config, vocab_size).seconds
+            if known is None:
+                print(f"{summary(config)}: {1000 * found:.1f} ms a step", flush=True)
+            return found
 
-        return Plan(plan_models(self.grid, cost_of if self.grid.equal == "step_time" else None))
+        def cost_of(equal: str, data: Corpus) -> Cost:
+            return Cost(equal, lambda config: seconds(config, data.vocab_size))
+
+        return Plan(plan_models(self.grid, cost_of if self.measures_first else None))
+
+    @property
+    def measures_first(self) -> bool:
+        """Whether numbers of heads depend on measurements."""
+        return self.grid.equal == "step_time"
 
 
 def run_grid(request: Request) -> list[Row]:
@@ -108,9 +121,10 @@ def run_grid(request: Request) -> list[Row]:
         UserError: the grid cannot work, or the folder holds something else.
         RunError: it was stopped, or cells failed.
     """
+    plan = None if request.measures_first else request.plan()  # mistakes come before anything is written
     with alone_in(request.output, "mosa isoflop run"), sigterm_as_interrupt():
         prepare_output(request.output, request.grid)
-        work = _Work(request, request.plan())
+        work = _Work(request, plan or request.plan())
         work.refuse_other_results()
         stopped = ""
         try:
@@ -124,11 +138,11 @@ def run_grid(request: Request) -> list[Row]:
             rows = work.rows()
             write_results(rows, request.output)
     print(f"Wrote {results.RESULTS} and results.csv to {request.output}; mosa report {request.output} reports on them")
-    _refuse_unfinished(rows, work.later(), stopped)
+    _refuse_unfinished(rows, work.later(), stopped, work.without_a_rate())
     return rows
 
 
-def _refuse_unfinished(rows: Sequence[Row], later: int, stopped: str) -> None:
+def _refuse_unfinished(rows: Sequence[Row], later: int, stopped: str, without_a_rate: Sequence[str]) -> None:
     again = "run the same command again to go on"
     missing = sum(row.status == results.MISSING for row in rows) + later
     if stopped:
@@ -136,6 +150,8 @@ def _refuse_unfinished(rows: Sequence[Row], later: int, stopped: str) -> None:
     if failed := [row for row in rows if row.status == results.FAILED]:
         first = failed[0]
         raise RunError(f"{len(failed)} of {len(rows)} cells failed; {first.cell}: {first.reason}; mend it, and {again}")
+    if without_a_rate:
+        raise RunError(f"all learning rates of {', '.join(without_a_rate)} diverged; add lower ones, and {again}")
     if missing:
         raise RunError(f"{missing} of {len(rows) + later} cells have no result; {again}")
 
@@ -209,9 +225,21 @@ class _Work:
     def result(self, cell: Cell) -> dict[str, Any]:
         """Return the result of a cell, empty if it has none."""
         if cell.name not in self._results:
-            path = self.folder / "cells" / f"{cell.name}.json"
-            self._results[cell.name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            self._results[cell.name] = {}
+            with suppress(OSError, ValueError):  # a damaged one is written again: its run is complete
+                path = self.folder / "cells" / f"{cell.name}.json"
+                self._results[cell.name] = json.loads(path.read_text(encoding="utf-8"))
         return self._results[cell.name]
+
+    def without_a_rate(self) -> list[str]:
+        """Return the names of the models of which every learning rate has diverged."""
+        return [
+            model.name
+            for model in self.plan.models
+            if all(map(self.is_settled, trials := self.plan.trials(model)))
+            and len(trials) > 1
+            and self.best(trials) is None
+        ]
 
     def is_settled(self, cell: Cell) -> bool:
         return self.result(cell).get("status") in results.SETTLED
@@ -298,7 +326,8 @@ class _Work:
         found = results.measured(config.run.path, config.train.steps, tokens) if code == DONE else None
         if found is not None and found["loss"] is not None:
             result = {"status": results.DONE, **found}
-            said = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+            label = "" if found["causal"] else ", NON-CAUSAL"
+            said = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{label}"
         elif code == GAVE_UP or found is not None:
             result = {"status": results.GAVE_UP, "reason": last_line(log)}
             said = f"diverged: {result['reason']}"
@@ -325,8 +354,11 @@ class _Work:
         print(f"{self._counter()} {cell.name}: {said}", flush=True)
 
     def _starts(self) -> list[dict[str, Any]]:
-        path = self.folder / "starts.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        found = []
+        for line in (self.folder / "starts.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # cut off by a crash
+                found.append(json.loads(line))
+        return found
 
     def _stop(self) -> None:
         """Have all running cells save and end."""
