@@ -142,6 +142,9 @@ def test_a_measured_budget_is_met_as_well_as_heads_allow(slope: float) -> None:
         range(1, 2000) if slope < 1e-5 else range(40, 70)
     )
     assert _closest(lambda n: 2.0 + n, 1.0, 10, 1) == 0  # not one head fits
+    assert _closest(lambda n: 2.0 + n, 3.0, 1, 1) == 1
+    assert _closest(lambda n: 2.0, 1.0, 64, 2) == 0  # time that does not depend on the heads
+    assert _closest(lambda n: 1.0, 1.0, 64, 2) in (32, 64)
 
 
 def test_heads_are_a_multiple_of_the_tensor_parallel_size(tmp_path: Path) -> None:

@@ -74,22 +74,23 @@ def solve_heads(config: Config, kind: MemberKind, member: Member, cost: Cost, bu
 
 def _closest(seconds: Callable[[int], float], budget: float, start: int, step: int) -> int:
     """Return the number of heads whose measured time is closest to the budget, by interpolation; 0: one is too many."""
-    times = {number: seconds(number) for number in {start, max(step, start // (2 * step) * step)}}
+    times = {number: seconds(number) for number in (start, start // (2 * step) * step or 2 * start)}
     while len(times) < _MOST_MEASUREMENTS:
         nearest = min(times, key=lambda number: abs(times[number] - budget))
         if abs(times[nearest] / budget - 1) <= _CLOSE:
             return nearest
         (few, fast), (many, slow) = sorted(times.items(), key=lambda item: abs(item[1] - budget))[:2]
-        slope = (slow - fast) / (many - few) if len(times) > 1 else fast / few
+        slope = (slow - fast) / (many - few)
         if slope <= 0:  # noise, or time that does not depend on the heads
             break
         number = max(step, round((few + (budget - fast) / slope) / step) * step)
         if number in times:
             break
         times[number] = seconds(number)
-    if min(times) == step and times[step] > (1 + _CLOSE) * budget:
-        return 0
-    return min(times, key=lambda number: abs(times[number] - budget))
+    most = (1 + _CLOSE) * budget
+    if min(times.values()) > most:
+        times.setdefault(step, seconds(step))
+    return 0 if min(times.values()) > most else min(times, key=lambda number: abs(times[number] - budget))
 
 
 def _does_not_fit(config: Config, kind: MemberKind, member: Member, cost: Cost, budget: float) -> str:
