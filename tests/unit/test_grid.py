@@ -24,6 +24,7 @@ from megatron_mosa.tools.grid import results
 from megatron_mosa.tools.grid.budget import Cost, _closest
 from megatron_mosa.tools.grid.grid import read_grid
 from megatron_mosa.tools.grid.kinds import KINDS, kv_bytes
+from megatron_mosa.tools.grid.launch import LocalLauncher
 from megatron_mosa.tools.grid.match import matched, table
 from megatron_mosa.tools.grid.models import places
 from megatron_mosa.tools.grid.plan import Cell, Model, Plan, config_hash, plan_models
@@ -285,7 +286,7 @@ def test_the_grids_of_the_project_can_be_planned(path: Path, monkeypatch: pytest
 
 def request(folder: Path, **changes: Any) -> Request:
     grid = read_grid(write(folder, **changes), DENSE_FLAG)
-    return Request(grid, folder / "out", 1, (), "cpu")
+    return Request(grid, folder / "out", 1, LocalLauncher("cpu", 1, 1, ()))
 
 
 def settle(work: _Work, name: str, loss: float | None) -> None:

@@ -594,10 +594,10 @@ def test_the_results_of_running_jobs_are_not_removed(tmp_path: Path, monkeypatch
     for job in (7, 8):
         (tmp_path / "jobs" / f"{job}.job").write_text(f"{job}\n")
     queue: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, "8\n", "")  # noqa: E731
-    monkeypatch.setattr(sweep_slurm, "_call", queue)
+    monkeypatch.setattr(sweep_slurm, "call_slurm", queue)
     with pytest.raises(UserError, match="whose jobs have not ended: 8; end them first with scancel 8"):
         sweep_slurm.refuse_running_jobs(tmp_path)
-    monkeypatch.setattr(sweep_slurm, "_call", lambda *command: subprocess.CompletedProcess(command, 0, "", ""))
+    monkeypatch.setattr(sweep_slurm, "call_slurm", lambda *command: subprocess.CompletedProcess(command, 0, "", ""))
     sweep_slurm.refuse_running_jobs(tmp_path)
 
 
@@ -642,7 +642,7 @@ def test_a_partition_without_gpus_is_rejected(
     partition: str | None, gpus: int, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, SINFO, "")  # noqa: E731
-    monkeypatch.setattr(sweep_slurm, "_call", answer)
+    monkeypatch.setattr(sweep_slurm, "call_slurm", answer)
     if message is None:
         sweep_slurm.check_partition(partition, gpus)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
+from megatron_mosa.tools.scaling.commands import check_slurm_options
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.grid.grid import Grid
@@ -38,6 +40,18 @@ def run(
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="With --measure: measured steps.")] = 20,
     warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="With --measure: steps before them.")] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the models and their heads, and stop.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="A Slurm job per cell; waits, and collects the results.")
+    ] = False,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="G", help="With --slurm; 0: cells run on CPUs.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="With --slurm.")] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="A", help="With --slurm.")] = None,
+    sbatch_argument: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch-argument", metavar="--X=Y", help="Any other option of sbatch; repeatable."),
+    ] = None,
 ) -> None:
     """Train a grid of models at an equal budget: sizes, corpora, kinds of heads, sparsities, learning rates, seeds."""
     for name, value, least in (("jobs", jobs, 1), ("steps", steps, 1), ("warmup", warmup, 1)):
@@ -46,6 +60,9 @@ def run(
     if time_limit is not None and time_limit <= 0:
         raise UserError(f"--time-limit must be above 0, got {time_limit:g}")
     deadline = None if time_limit is None else time.time() + 60 * time_limit - min(60.0, 6 * time_limit)  # to save
+    options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
+    options += sbatch_argument or []
+    check_slurm_options(slurm, gpus_per_node, False, options)
     check_output("--output", output, is_directory=True)
     request = _request(grid, output, jobs, deadline, measure, steps, warmup)
     from megatron_mosa.tools.grid.run import run_grid, table
@@ -55,6 +72,10 @@ def run(
             raise UserError("--dry-run: equal: step_time is measured, which a dry run does not do; leave it out")
         print(table(request.plan()))
         return
+    if slurm:
+        if time_limit is not None:
+            options.append(f"--time={max(1, round(time_limit))}")
+        request = _on_slurm(request, gpus_per_node or 0, partition, options, jobs)
     run_grid(request)
 
 
@@ -66,6 +87,7 @@ def _request(
 
     grid = read_grid(path, {name: kind.is_dense for name, kind in KINDS.items()})
     output = output or Path(_run_directory(grid)) / grid.name
+    from megatron_mosa.tools.grid.launch import LocalLauncher
     from megatron_mosa.tools.grid.run import Request, cpu_name
     from megatron_mosa.tools.scaling.memory import card
 
@@ -78,7 +100,29 @@ def _request(
     default = max(1, len(gpus) // grid.processes)
     here = card() if gpus else None
     device = here.name if here is not None else "GPU" if gpus else cpu_name()
-    return Request(grid, output, jobs or default, gpus, device, deadline, measure, steps, warmup)
+    local = LocalLauncher(device, grid.processes, jobs or default, gpus)
+    return Request(grid, output, local.jobs, local, None, deadline, measure, steps, warmup)
+
+
+def _on_slurm(
+    request: Request, gpus_per_node: int, partition: str | None, options: list[str], jobs: int | None
+) -> Request:
+    """Return the request with cells as jobs, all at once unless ``jobs`` limits them."""
+    from megatron_mosa.tools.grid.launch import SlurmLauncher
+    from megatron_mosa.tools.scaling.sweep_slurm import check_partition
+
+    grid = request.grid
+    if request.measure or request.measures_first:
+        what = "--measure" if request.measure else "equal: step_time"
+        raise UserError(f"{what} measures on this machine's device; run it without --slurm, within a job of its own")
+    if gpus_per_node and grid.processes > gpus_per_node:
+        raise UserError(
+            f"{grid.path}: processes={grid.processes} do not fit a node of --gpus-per-node={gpus_per_node}; lower it"
+        )
+    check_partition(partition, gpus_per_node)
+    device = f"Slurm, partition {partition}" if partition else "Slurm"
+    launcher = SlurmLauncher(request.output.absolute(), grid.processes, gpus_per_node, options, device)
+    return replace(request, jobs=jobs or 1000, slurm=launcher, deadline=None)
 
 
 def _run_directory(grid: Grid) -> str:

@@ -14,11 +14,7 @@ A cell without a result is started again, and goes on from its checkpoint if it 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,16 +29,16 @@ from megatron_mosa.resilience import read_status
 from megatron_mosa.tools.grid import results
 from megatron_mosa.tools.grid.budget import Cost
 from megatron_mosa.tools.grid.grid import Grid
+from megatron_mosa.tools.grid.launch import Handle, Launcher, LocalLauncher, SlurmLauncher
 from megatron_mosa.tools.grid.plan import Cell, Corpus, Plan, config_hash, plan_models
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Timings, last_line
-from megatron_mosa.tools.processes import alone_in, end_with_parent, sigterm_as_interrupt
+from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
 from megatron_mosa.utils import versions, write_atomically
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton")
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 30.0  # between two lines of progress
-_SECONDS_TO_SAVE = 300.0  # that a run has for its last checkpoint
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,11 @@ class Request:
     jobs: int
     """Cells at once."""
 
-    gpus: tuple[str, ...]
-    """Identifiers for CUDA_VISIBLE_DEVICES; empty: cells run on the CPU."""
+    local: LocalLauncher
+    """Of this machine; it also measures steps."""
 
-    device: str
-    """Name of the accelerator, or of the CPU."""
+    slurm: SlurmLauncher | None = None
+    """Where cells run instead."""
 
     deadline: float | None = None
     """Unix time at which cells are stopped."""
@@ -71,20 +67,14 @@ class Request:
     """Of these measurements."""
 
     @property
-    def slots(self) -> list[str]:
-        """Values of CUDA_VISIBLE_DEVICES, one for each cell that can have its devices for itself."""
-        size = self.grid.processes
-        groups = [self.gpus[start : start + size] for start in range(0, len(self.gpus) - size + 1, size)]
-        return [",".join(group) for group in groups] or [""]
-
-    @property
     def timings(self) -> Timings:
+        local = self.local
         return Timings(
             self.output,
-            self.device,
+            local.device,
             self.steps,
             self.warmup,
-            lambda arguments: _command(arguments, self.grid.processes, self.slots[0], 1),
+            lambda arguments: local.command(arguments, local.slots[0], 1),
         )
 
     def plan(self) -> Plan:
@@ -186,22 +176,14 @@ def prepare_output(folder: Path, grid: Grid) -> None:
         raise UserError(f"could not write to --output={folder} ({error.strerror}); give another directory") from None
 
 
-@dataclass
-class _Running:
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    slot: str
-    started: float
-    """Unix time."""
-
-
 class _Work:
     """The cells of a grid, what is known of them, and those that run."""
 
     def __init__(self, request: Request, plan: Plan) -> None:
         self.request, self.plan, self.folder = request, plan, request.output
         self.timings = request.timings
-        self.running: list[_Running] = []
+        self.launcher: Launcher = request.slurm or request.local
+        self.running: list[tuple[Cell, Handle]] = []
         self._is_stopping = False
         self._results: dict[str, dict[str, Any]] = {}
         self._tried: set[str] = set()  # in this call
@@ -296,28 +278,19 @@ class _Work:
         self._tried.add(cell.name)
         config, path = cell.config(self.folder), self.folder / "configs" / f"{cell.name}.yaml"
         save_config(config, path)
-        slots = self.request.slots
-        slot = min(slots, key=lambda slot: sum(one.slot == slot for one in self.running))
-        alone = self.request.jobs <= len(slots)
-        command, environment = _command(["pretrain", str(path)], self.request.grid.processes, slot, self.request.jobs)
-        start = {"cell": cell.name, "time": time.time(), "alone": alone, "device": self.request.device, "visible": slot}
+        launcher = self.launcher
+        handle = launcher.start(cell.name, path, config.run.path, self.folder / "logs" / f"{cell.name}.log")
+        start = {"cell": cell.name, "time": time.time(), "alone": launcher.is_alone, "device": launcher.device}
         with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(start | {"versions": versions(*_PACKAGES)}) + "\n")
-        with (self.folder / "logs" / f"{cell.name}.log").open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-            )
-        self.running.append(_Running(cell, process, slot, start["time"]))
+        self.running.append((cell, handle))
         print(f"{self._counter()} {cell.name}: training", flush=True)
 
     def _reap(self) -> None:
-        for one in list(self.running):
-            if (code := one.process.poll()) is not None:
-                self.running.remove(one)
-                status = read_status(one.cell.config(self.folder).run.path) or {}
-                if code and status.get("started", 0.0) > one.started:  # torchrun's own code is always 1
-                    code = status.get("exit_code", code)
-                self._settle(one.cell, code)
+        for cell, handle in list(self.running):
+            if (code := handle.poll()) is not None:
+                self.running.remove((cell, handle))
+                self._settle(cell, code)
 
     def _settle(self, cell: Cell, code: int) -> None:
         """Write the result of a cell whose processes have ended, if they have ended for good."""
@@ -363,17 +336,7 @@ class _Work:
     def _stop(self) -> None:
         """Have all running cells save and end."""
         self._is_stopping = True
-        # Not SIGTERM, which a scheduler may also send: a run that gets the same signal twice ends without saving.
-        number = signal.SIGUSR1 if self.request.grid.processes == 1 else signal.SIGTERM  # which torchrun passes on
-        for one in self.running:
-            one.process.send_signal(number)
-        latest = time.monotonic() + _SECONDS_TO_SAVE
-        for one in self.running:
-            try:
-                one.process.wait(max(1.0, latest - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                one.process.kill()
-                one.process.wait()
+        self.launcher.stop([handle for _, handle in self.running])
         self._reap()
 
     def _counter(self) -> str:
@@ -386,11 +349,11 @@ class _Work:
             return
         self._said_at = time.monotonic()
         parts = []
-        for one in self.running:
-            config = one.cell.config(self.folder)
+        for cell, _ in self.running:
+            config = cell.config(self.folder)
             status = read_status(config.run.path) or {}
             loss = f", loss {status['loss']:.3f}" if isinstance(status.get("loss"), float) else ""
-            parts.append(f"{one.cell.name} at step {status.get('step', 0)} of {config.train.steps}{loss}")
+            parts.append(f"{cell.name} at step {status.get('step', 0)} of {config.train.steps}{loss}")
         print(f"{self._counter()} {'; '.join(parts)}", flush=True)
 
     def measure(self) -> None:
@@ -426,17 +389,6 @@ def table(plan: Plan) -> str:
         count = len(cells) + later
         lines.append(f"{name:{width}}  {heads:>12}  {100 * model.share:11.2f} %  {count:4}")
     return "\n".join(lines)
-
-
-def _command(arguments: Sequence[str], processes: int, visible: str, jobs: int) -> tuple[list[str], dict[str, str]]:
-    """Return the command of all ranks of a program, and its environment."""
-    threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a launcher of this command
-    environment = {"OMP_NUM_THREADS": str(threads)} | {k: v for k, v in os.environ.items() if k not in left_out}
-    if visible:
-        environment["CUDA_VISIBLE_DEVICES"] = visible
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "megatron_mosa", *arguments], environment
 
 
 def cpu_name() -> str:
