@@ -231,9 +231,8 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa isoflop configs/paper/tiny.yaml": Way(),
         "mosa isoflop run configs/grids/example.yaml --dry-run": Way(),
         "mosa isoflop run configs/grids/example.yaml --jobs 2": Way(),
-        "mosa isoflop run configs/grids/paper_tiny.yaml --slurm --gpus-per-node 8 --partition gpu --time-limit 120": Way(
-            (("paper_tiny", "example"),), "--dry-run", reason=CLUSTER
-        ),
+        "mosa isoflop run configs/grids/paper_tiny.yaml --slurm --gpus-per-node 8 --partition gpu "
+        "--time-limit 120": Way((("paper_tiny", "example"),), "--dry-run", reason=CLUSTER),
         "mosa report runs/grid_example": Way(),
         "mosa isoflop match runs/grid_example": Way(),
     },

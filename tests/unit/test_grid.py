@@ -335,6 +335,24 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
     assert names(work.cells()) == ["tiny-text-dense-seed1", *later]
 
 
+def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    work = _Work(wanted, wanted.plan())
+    (cell, *_) = work.cells()
+    settle(work, cell.name, 2.0)
+    (tmp_path / "out" / "timings").mkdir()
+    config, vocab_size = cell.model.config, cell.model.dataset.vocab_size
+    measured_there = {"milliseconds": [30.0, 10.0, 20.0], "allocated_gib": 3.0, "device": "NVIDIA H100"}
+    there = replace(wanted.timings, device="NVIDIA H100 80GB")
+    there._path(config, vocab_size).write_text(json.dumps(measured_there))
+    assert wanted.timings.find(config, vocab_size) is None  # of this device
+    row = work.rows()[0]
+    assert (row.step_seconds, row.step_alone, row.peak_memory_gib) == (0.02, True, 3.0)
+    assert work.rows()[1].step_seconds is None
+    seeds = Cell(cell.model, 5, 3e-4).config(tmp_path)
+    assert there.find(seeds, vocab_size) == there.find(config, vocab_size)  # the same model
+
+
 def test_given_numbers_of_heads_are_models_of_their_own(tmp_path: Path) -> None:
     search = {"kind": "expert_choice", "sparsity": 32, "heads": [12, 16]}
     found = models(tmp_path, members=members(search=search))

@@ -37,8 +37,10 @@ class Launcher(Protocol):
     device: str
     """What they run on, for the results."""
 
-    is_alone: bool
-    """Whether a cell has its devices for itself."""
+    @property
+    def is_alone(self) -> bool:
+        """Whether a cell has its devices for itself."""
+        ...
 
     def start(self, name: str, config: Path, run: Path, log: Path) -> Handle:
         """Start a cell by the file of its configuration; its output is appended to the log.

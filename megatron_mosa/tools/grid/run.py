@@ -370,9 +370,15 @@ class _Work:
         for cell in self.cells():
             row = planned_row(cell, self.folder, grid.equal, grid.relative_to, grid.processes)
             row = replace(row, **self.result(cell))
-            timing = self.timings.find(cell.model.config, cell.model.dataset.vocab_size)
+            timing = self.timings.find_anywhere(cell.model.config, cell.model.dataset.vocab_size)
             if timing is not None:
-                row = replace(row, step_seconds=timing.seconds, step_alone=True, peak_memory_gib=timing.peak_memory_gib)
+                row = replace(
+                    row,
+                    step_seconds=timing.seconds,
+                    step_alone=True,
+                    peak_memory_gib=timing.peak_memory_gib,
+                    device=timing.device if row.device.startswith("Slurm") else row.device,  # its card is not known
+                )
             found.append(row)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -42,12 +43,16 @@ class Timings:
     """Arguments of ``mosa`` -> the command of all ranks of a cell, and its environment."""
 
     def find(self, config: Config, vocab_size: int) -> Timing | None:
-        """Return the measurement of a model, if there is one."""
+        """Return the measurement of a model on this device, if there is one."""
         path = self._path(config, vocab_size)
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Timing(statistics.median(found["milliseconds"]) / 1000, found["allocated_gib"], found["device"])
+        return _read(path) if path.is_file() else None
+
+    def find_anywhere(self, config: Config, vocab_size: int) -> Timing | None:
+        """Return the measurement of a model on this device, or else on the only other one that has one."""
+        if (found := self.find(config, vocab_size)) is not None:
+            return found
+        others = list((self.folder / "timings").glob(f"{_model_hash(config, vocab_size)}-*.json"))
+        return _read(others[0]) if len(others) == 1 else None
 
     def measure(self, config: Config, vocab_size: int) -> Timing:
         """Return the measurement of a model, taken now if there is none.
@@ -61,7 +66,7 @@ class Timings:
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = replace(config, data=replace(config.data, vocab_size=vocab_size, path="unread", blend=[]))
         save_config(settings, path.with_suffix(".yaml"))
-        new, log = path.with_suffix(".new.json"), path.with_suffix(".log")
+        new, log = path.with_suffix(".new"), path.with_suffix(".log")
         arguments = ["bench", str(path.with_suffix(".yaml")), "--steps", str(self.steps), "--warmup", str(self.warmup)]
         command, environment = self.launch([*arguments, "--output", str(new)])
         with log.open("w", encoding="utf-8") as file:
@@ -76,13 +81,24 @@ class Timings:
             raise RunError(f"mosa bench of a model failed with exit code {code}: {last_line(log)}; see {log}")
         write_atomically(path, new.read_text(encoding="utf-8"))
         new.unlink()
-        return self.find(config, vocab_size) or Timing(0.0, 0.0, "")
+        return _read(path)
 
     def _path(self, config: Config, vocab_size: int) -> Path:
-        tree = config_to_dict(config)
-        content: list[Any] = [tree[section] for section in ("model", "mosa", "parallel")]
-        content += [tree["train"][key] for key in _TRAIN] + [config.data.sequence_length, vocab_size, self.device]
-        return self.folder / "timings" / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.json"
+        device = re.sub(r"\W+", "_", self.device)
+        return self.folder / "timings" / f"{_model_hash(config, vocab_size)}-{device}.json"
+
+
+def _read(path: Path) -> Timing:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Timing(statistics.median(found["milliseconds"]) / 1000, found["allocated_gib"], found["device"])
+
+
+def _model_hash(config: Config, vocab_size: int) -> str:
+    """Return a hash of what the time of a step depends on, besides the device."""
+    tree = config_to_dict(config)
+    content: list[Any] = [tree[section] for section in ("model", "mosa", "parallel")]
+    content += [tree["train"][key] for key in _TRAIN] + [config.data.sequence_length, vocab_size]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def last_line(log: Path) -> str:
