@@ -29,7 +29,9 @@ FIRST = (
     "tests/kernels/",
 )
 # Each of these directories runs on one worker, because its tests share slow fixtures.
-TOGETHER = ("tests/slurm/", "tests/conversion/", "tests/gpu/")
+TOGETHER = ("tests/slurm/", "tests/conversion/")
+# Each of these tests may run on another worker, where there is a GPU: they wait for compilers, and share no fixtures.
+SPREAD = ("tests/gpu/test_acceleration.py", "tests/gpu/test_kernels.py", "tests/gpu/test_triton.py")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do
     speed_up()
@@ -85,6 +87,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Schedule(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(SPREAD) and torch.cuda.is_available():
+                return nodeid
             return next((path for path in TOGETHER if nodeid.startswith(path)), super()._split_scope(nodeid))
 
     config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems

@@ -11,6 +11,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fixed": ONLY | {"model__num_fixed_heads": 4, "model__fixed_stride": 3},
     "gated": {"model__attention_gate": True, "model__num_query_groups": 2, "mosa__num_heads": 0},
     "gated_local": ONLY | {"model__attention_gate": True, "model__num_local_heads": 4, "model__local_window": 5},
+    "routing": ONLY | {"model__num_routing_heads": 4, "model__routing_clusters": 4},
     "mosa": {"model__num_dense_heads": 0},
     "token_choice": {
         "model__num_dense_heads": 0,

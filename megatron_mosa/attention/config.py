@@ -16,7 +16,7 @@ _KEYS = {
     for section, names in (
         (MosaSection, "sparsity selection selection_scope capacity_factor load_feedback"),
         (MosaSection, "threshold_ema threshold_warmup_steps balance_rate"),
-        (ModelSection, "rotary_percent rotary_base"),
+        (ModelSection, "rotary_percent rotary_base routing_decay"),
         (TrainSection, "recompute"),
     )
     for name, key in keys_of(section).items()
@@ -28,13 +28,14 @@ HEAD_FIELDS = {
     "dense": "num_attention_heads",
     "local": "num_local_heads",
     "fixed": "num_fixed_heads",
+    "routing": "num_routing_heads",
     "mosa": "num_mosa_heads",
 }
 
 
 @dataclass
 class MosaTransformerConfig(TransformerConfig):
-    """The configuration of a transformer with dense, local, fixed and MoSA heads in each layer.
+    """The configuration of a transformer with dense, local, fixed, Routing and MoSA heads in each layer.
 
     ``num_attention_heads`` counts only dense heads (0: none). ``kv_channels``, the width of every head, must be set.
     Build GPTModel with ``position_embedding_type="none"``: the layer applies rotary embeddings itself, because MoSA
@@ -55,6 +56,16 @@ class MosaTransformerConfig(TransformerConfig):
 
     mosa_fixed_stride: int = 0
     """Fixed heads attend among tokens 0, this, twice this, ... of the sequence."""
+
+    num_routing_heads: int = 0
+    """Number of heads of the Routing Transformer, over all tensor-parallel ranks; not causal."""
+
+    mosa_routing_clusters: int = 0
+    """rho, the number of centroids of a Routing head; each takes the max(floor(T / rho), 2) tokens nearest to it."""
+
+    mosa_routing_decay: float = 0.999
+    """What a centroid keeps of itself when it moves towards the mean of its tokens in ``update_thresholds``, which must
+    be called after each optimizer step."""
 
     mosa_attention_gate: bool = False
     """Multiply the output of each dense and local head by a sigmoid of a linear function of the token's state."""
@@ -132,6 +143,10 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError(f"mosa_local_window must be at least 1 with local heads, got {self.mosa_local_window}")
         if self.num_fixed_heads and self.mosa_fixed_stride < 1:
             raise ValueError(f"mosa_fixed_stride must be at least 1 with fixed heads, got {self.mosa_fixed_stride}")
+        if self.num_routing_heads and self.mosa_routing_clusters < 2:
+            raise ValueError(
+                f"mosa_routing_clusters must be at least 2 with Routing heads, got {self.mosa_routing_clusters}"
+            )
         if self.mosa_attention_gate and not self.num_attention_heads + self.num_local_heads:
             raise ValueError(
                 "mosa_attention_gate=True gates dense and local heads, but there are none; set it to False"

@@ -31,7 +31,7 @@ from megatron_mosa.kernels import (
 from megatron_mosa.parallel import gather_first_dim
 
 _THRESHOLDS = ("thresholds", "threshold_updates")
-THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias")  # that checkpoints contain
+THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")  # that checkpoints contain
 
 
 class PartitionedHeads(MegatronModule):
@@ -70,6 +70,26 @@ class PartitionedHeads(MegatronModule):
         self.register_parameter(name, weight)
         self.partition_dims[name] = partition_dim
         self.initialisers[name] = initialise
+
+    def add_state(
+        self, name: str, global_shape: tuple[int, ...], initialise: Callable[..., object] | None = None
+    ) -> None:
+        """Register this rank's slice of an fp32 buffer, partitioned along its first dimension.
+
+        It is 0, or drawn by ``initialise`` like a weight. State dicts contain it if it is in ``THRESHOLD_BUFFERS``.
+        """
+        config, size = self.config, self.tp_group.size()
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
+        whole = torch.zeros(global_shape, dtype=torch.int32, device=device).float()
+        if initialise is not None:
+            self.initialisers[name] = initialise
+            if config.perform_initialization:
+                initialise(whole)
+        own = whole.chunk(size)[self.tp_group.rank()].clone()
+        self.register_buffer(name, own, persistent=name in THRESHOLD_BUFFERS)
+        if name in THRESHOLD_BUFFERS:
+            self.partition_dims[name] = 0
 
     def contribute(
         self,
@@ -114,6 +134,16 @@ class PartitionedHeads(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=groups["dp_cp_group"],
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartitionedHeads:
+        """Keep fp32 buffers in fp32 when the model is converted to another type, such as bf16."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if buffer.dtype == torch.float32 and moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
 
 class CausalHeads(PartitionedHeads):
@@ -244,9 +274,9 @@ class MosaHeads(PartitionedHeads):
         self.add_weight("qkv_weight", (heads, width, 3 * head_dim), 0, _uniform((3 * head_dim) ** -0.5))
         self.add_weight("proj_weight", (heads, head_dim, width), 0, _uniform((width * heads) ** -0.5))
         if config.mosa_selection == "threshold":
-            self._add_thresholds(heads // tp_group.size())
+            self._add_thresholds(heads)
         elif config.mosa_selection == "token_choice":
-            self._add_biases(heads // tp_group.size())
+            self._add_biases(heads)
         # fp32 [E / tp]: share of the last batch's tokens above the threshold, or that took the head, over its target
         self.load: Tensor | None = None
         self.records_selection = False
@@ -380,20 +410,17 @@ class MosaHeads(PartitionedHeads):
         return self._counted[2]
 
     def _add_thresholds(self, heads: int) -> None:
-        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         for name in _THRESHOLDS:
-            # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
-            self.register_buffer(name, torch.zeros(heads, dtype=torch.int32, device=device).float())
-            self.partition_dims[name] = 0
-        counts = torch.zeros(heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
+            self.add_state(name, (heads,))
+        counts = torch.zeros(
+            heads // self.tp_group.size(), HISTOGRAM_BINS, dtype=torch.int32, device=self.thresholds.device
+        )
         self.register_buffer("histogram", counts, persistent=False)
         self._counted = 0, 0, 0  # identity and version of threshold_updates, and its value at that version
 
     def _add_biases(self, heads: int) -> None:
-        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.int32, device=device).float())  # see above
-        self.partition_dims["head_bias"] = 0
-        counts = torch.zeros(heads + 1, dtype=torch.int32, device=device)
+        self.add_state("head_bias", (heads,))
+        counts = torch.zeros(heads // self.tp_group.size() + 1, dtype=torch.int32, device=self.head_bias.device)
         self.register_buffer("choices", counts, persistent=False)
 
     def update(self, thresholds: Tensor, load: Tensor) -> None:
@@ -404,16 +431,6 @@ class MosaHeads(PartitionedHeads):
         self._counted = id(self.threshold_updates), self.threshold_updates._version, updates
         self.histogram.zero_()
         self.load = load
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MosaHeads:
-        """Keep thresholds and biases in fp32 when the model is converted to another type, such as bf16."""
-        kept = {name: self._buffers[name] for name in THRESHOLD_BUFFERS if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = getattr(self, name)
-            if buffer is not None and moved.dtype != torch.float32:
-                setattr(self, name, buffer.to(moved.device))
-        return self
 
 
 def _uniform(bound: float) -> Callable[..., object]:

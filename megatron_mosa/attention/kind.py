@@ -38,6 +38,10 @@ class HeadKind(ABC):
     def weights(self, config: Config) -> dict[str, tuple[int, ...]]:
         """Return the global shapes of the parameters of the module, by name."""
 
+    def state(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """Return the global shapes of the buffers that checkpoints and exported models contain, too, by name."""
+        return {}
+
     def groups(self, config: Config) -> int | None:
         """Return the number of key and value heads in ``qkv_weight`` if it has Megatron's layout, else None."""
         return None

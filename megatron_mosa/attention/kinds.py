@@ -30,6 +30,18 @@ def mosa_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_s
     )
 
 
+def routing_head_flops(hidden_size: int, head_dim: int, sequence_length: int, num_selected: int, clusters: int) -> int:
+    """Return the forward FLOPs of one Routing head on one sequence: 6 h h' T + 4 h' k^2 rho + 2 h' T.
+
+    The paper counts the products of all tokens with one of the rho centroids.
+    """
+    return (
+        6 * hidden_size * head_dim * sequence_length
+        + 4 * head_dim * num_selected**2 * clusters
+        + 2 * head_dim * sequence_length
+    )
+
+
 def local_head_flops(hidden_size: int, head_dim: int, sequence_length: int, window: int) -> int:
     """Return the forward FLOPs of one sliding-window head on one sequence: 8 h h' T + 4 h' T w (not in the paper)."""
     return 8 * hidden_size * head_dim * sequence_length + 4 * head_dim * sequence_length * window
@@ -131,6 +143,56 @@ class FixedKind(CausalKind):
         return {"model.num_fixed_heads": heads} | ({"model.fixed_stride": theirs["fixed_stride"]} if heads else {})
 
 
+class RoutingKind(HeadKind):
+    """Heads of the Routing Transformer."""
+
+    word = "routing"
+
+    def module(self) -> type[PartitionedHeads]:
+        from megatron_mosa.attention.routing_heads import RoutingHeads
+
+        return RoutingHeads
+
+    def weights(self, config: Config) -> dict[str, tuple[int, ...]]:
+        heads, width, head_dim = self.count(config), config.model.hidden_size, config.model.head_dim
+        return {"qv_weight": (2 * heads * head_dim, width), "proj_weight": (width, heads * head_dim)}
+
+    def state(self, config: Config) -> dict[str, tuple[int, ...]]:
+        return {"centroids": (self.count(config), config.routing_clusters, config.model.head_dim)}
+
+    def num_selected(self, config: Config) -> int:
+        """Return k, the number of tokens that a centroid takes."""
+        return num_selected_tokens(config.data.sequence_length, config.routing_clusters)
+
+    def paper_flops(self, config: Config) -> int:
+        model, length = config.model, config.data.sequence_length
+        selected, clusters = self.num_selected(config), config.routing_clusters
+        return self.count(config) * routing_head_flops(model.hidden_size, model.head_dim, length, selected, clusters)
+
+    def step_flops(self, config: Config, lengths: Sequence[int], pairs: Callable[[float], float]) -> float:
+        model, length, clusters = config.model, config.data.sequence_length, config.routing_clusters
+        share = self.num_selected(config) / length
+        attention = 4 * model.head_dim * clusters * sum(pairs(share * document) for document in lengths)
+        clustering = 2 * model.head_dim * length * clusters  # has no gradient
+        products = 6 * model.hidden_size * model.head_dim * length
+        return self.count(config) * (3 * (products + attention) + clustering)
+
+    def looks_ahead(self, config: Config) -> bool:
+        return True
+
+    def describe(self, config: Config) -> str:
+        return f"{self.count(config)} Routing ({config.routing_clusters} clusters)"
+
+    def exported(self, config: Config) -> dict[str, Any]:
+        return super().exported(config) | {"routing_clusters": config.routing_clusters if self.count(config) else 0}
+
+    def imported(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        heads = theirs.get("num_routing_heads", 0)
+        return {"model.num_routing_heads": heads} | (
+            {"model.routing_clusters": theirs["routing_clusters"]} if heads else {}
+        )
+
+
 class MosaKind(HeadKind):
     """MoSA heads."""
 
@@ -179,7 +241,7 @@ class MosaKind(HeadKind):
 
 
 # In the order in which a layer adds them up.
-KINDS: tuple[HeadKind, ...] = (DenseKind(), LocalKind(), FixedKind(), MosaKind())
+KINDS: tuple[HeadKind, ...] = (DenseKind(), LocalKind(), FixedKind(), RoutingKind(), MosaKind())
 
 
 def looks_ahead(config: Config) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads, PartitionedHeads
+from megatron_mosa.attention.routing_heads import RoutingHeads
 from megatron_mosa.attention.token_choice import balanced
 from megatron_mosa.kernels import HISTOGRAM_LOGITS
 
@@ -23,9 +24,9 @@ def mosa_layers(model: torch.nn.Module) -> list[MosaHeads]:
 
 
 def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that checkpoints contain, by name, fp32 [E / tp] each.
+    """Return the buffers that checkpoints contain, by name, fp32 [E / tp, ...] each.
 
-    Thresholds and the numbers of their updates, or the biases of token choice.
+    Thresholds and the numbers of their updates, or the biases of token choice; the centroids of Routing heads.
     """
     return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in THRESHOLD_BUFFERS}
 
@@ -40,20 +41,22 @@ def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:
 
 @torch.no_grad()
 def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Update all thresholds, or biases of token choice, from what was counted since the last call.
+    """Update thresholds, biases of token choice and centroids, by what was counted since the last call.
 
     Call it after each optimizer step.
 
     A threshold is a moving average: it moves towards the quantile of the batch with weight ``mosa_threshold_ema``, or
     1 / (n + 1) in update n = 0, 1, ... if that is larger. If the head's load under the old threshold is below ``DEAD``
     or above ``OVERLOADED`` times its target, the new threshold is the quantile itself. ``MosaHeads.load`` holds these
-    loads. A collective over ``group``; counts are integers, so the result does not depend on the size of the group.
+    loads. A collective over ``group``. Counts are integers, so the result does not depend on the size of the group;
+    centroids do by rounding, since they are made of sums.
 
     Args:
         model: a module with MoSA layers, which ran in training mode since the last call.
         group: the ranks that processed different parts of the batch; None: this process processed all of it.
     """
     _update_biases(model, group)
+    _update_centroids(model, group)
     layers = [heads for heads in mosa_layers(model) if heads.config.mosa_selection == "threshold"]
     if not layers:
         return
@@ -86,6 +89,22 @@ def _update_biases(model: torch.nn.Module, group: dist.ProcessGroup | None) -> N
         heads.load = (own / expected).float()
 
 
+def routing_layers(model: torch.nn.Module) -> list[RoutingHeads]:
+    """Return the Routing heads of all layers that have some, in depth order."""
+    return [module for module in model.modules() if isinstance(module, RoutingHeads)]
+
+
+def _update_centroids(model: torch.nn.Module, group: dist.ProcessGroup | None) -> None:
+    layers = routing_layers(model)
+    if not layers:
+        return
+    sums = torch.stack([heads.cluster_sums for heads in layers])  # [L, H / tp, rho, h' + 1]
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    for heads, own in zip(layers, sums, strict=True):
+        heads.update(own)
+
+
 def forget_scores(model: torch.nn.Module) -> None:
     """Discard what was counted since the last update; call it after a skipped step."""
     for heads in mosa_layers(model):
@@ -93,6 +112,8 @@ def forget_scores(model: torch.nn.Module) -> None:
             heads.histogram.zero_()
         elif heads.config.mosa_selection == "token_choice":
             heads.choices.zero_()
+    for heads in routing_layers(model):
+        heads.cluster_sums.zero_()
 
 
 def quantile_of(counts: Tensor, share: float) -> Tensor:

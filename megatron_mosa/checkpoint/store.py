@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
 _DAMAGED = "damaged-"
 # Keys of sections model and mosa that affect how a model is computed or trained, but not which model it is.
-_MAY_DIFFER = ("backend", "capacity_factor", "threshold_ema", "threshold_warmup_steps", "balance_rate")
+_MAY_DIFFER = ("backend", "capacity_factor", "threshold_ema", "threshold_warmup_steps", "balance_rate", "routing_decay")
 
 
 class NewestCheckpoint(NamedTuple):

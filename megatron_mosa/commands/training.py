@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mosa.config import check_plan, check_world_size, load_config, origins
-from megatron_mosa.entry import gc_disabled_during_imports
+from megatron_mosa.entry import quick_imports
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE
 from megatron_mosa.parallel import launch_environment
@@ -36,7 +36,7 @@ def start_training(
     else:
         launch_environment()  # mistakes in it would else show after all imports, or as a hang of the other ranks
         block_sigusr1()
-    with gc_disabled_during_imports():
+    with quick_imports():
         if check_only:
             # slow to import, so mistakes are reported first
             from megatron_mosa.train import check_start, describe, refuse_impossible

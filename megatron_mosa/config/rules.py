@@ -221,7 +221,7 @@ def _heads(config: Config) -> None:
     if model.attention_gate and not model.num_dense_heads + model.num_local_heads:
         raise UserError(
             "model.attention_gate=true gates dense and local heads, but there are none: MoSA heads are gated by their "
-            "score, and fixed heads have no gate; set model.attention_gate=false"
+            "score, and fixed and Routing heads have no gate; set model.attention_gate=false"
         )
 
 
@@ -238,6 +238,28 @@ def _fixed_heads(config: Config) -> None:
         raise UserError(
             f"{key}={stride} leaves fixed heads only token 0 of data.sequence_length={config.data.sequence_length}; "
             "set model.fixed_stride below that"
+        )
+
+
+def _routing_heads(config: Config) -> None:
+    model, clusters, length = config.model, config.routing_clusters, config.data.sequence_length
+    if not model.num_routing_heads:
+        if model.routing_clusters is not None:
+            raise UserError(
+                f"model.routing_clusters={model.routing_clusters} has no Routing heads to apply to; set "
+                "model.num_routing_heads, or model.routing_clusters=null"
+            )
+        return
+    key = "mosa.sparsity" if model.routing_clusters is None else "model.routing_clusters"
+    if clusters < 2:
+        raise UserError(
+            f"{key}={config.mosa.sparsity:g} gives Routing heads {clusters} cluster; set model.routing_clusters to at "
+            "least 2"
+        )
+    if clusters > length // 2:
+        raise UserError(
+            f"{key}={clusters} leaves each cluster of Routing heads fewer than 2 of data.sequence_length={length} "
+            f"tokens; set model.routing_clusters to at most {length // 2}"
         )
 
 
@@ -296,5 +318,5 @@ def _run_name(config: Config) -> None:
 
 _RULES: tuple[Callable[[Config], None], ...] = (
     _run_name, _parallelism_that_exists, _values, _profiled_steps, _zero_cells, _apex, _sequence, _heads, _fixed_heads,
-    documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _dataset,
+    _routing_heads, documents, threshold, _partitioned_widths, _rotary, _schedule, _data, _dataset,
 )  # fmt: skip

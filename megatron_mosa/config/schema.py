@@ -54,6 +54,22 @@ class ModelSection:
         "fixed heads attend among every fixed_stride-th token, from token 0; null: sparsity, rounded down",
         at_least=1,
     )
+    num_routing_heads: int = key(
+        0,
+        "heads of the Routing Transformer, which attend within clusters of similar tokens; not causal",
+        at_least=0,
+        at_most=2**16,
+        counts="routing",
+    )
+    routing_clusters: int | None = key(
+        None,
+        "rho, centroids of a Routing head; each takes sequence_length / rho tokens; null: sparsity, rounded down",
+        at_least=2,
+        reason="one cluster takes all tokens: use a dense head",
+    )
+    routing_decay: float = key(
+        0.999, "what a centroid keeps of itself per step, as it moves to the mean of its tokens", at_least=0, at_most=1
+    )
     attention_gate: bool = key(
         False,
         "gate the outputs of dense and local heads by a sigmoid of the token's state, one per head, as MoSA heads are",
@@ -343,3 +359,8 @@ class Config:
     def fixed_stride(self) -> int:
         """``model.fixed_stride``, or its default."""
         return self.model.fixed_stride or int(self.mosa.sparsity)
+
+    @property
+    def routing_clusters(self) -> int:
+        """``model.routing_clusters``, or its default."""
+        return self.model.routing_clusters or int(self.mosa.sparsity)

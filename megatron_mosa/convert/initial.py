@@ -22,7 +22,7 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
 
     Settings without weights, such as sparsity, window, rotary base or sequence length, may differ. So may the
     selection: a threshold run starts with its warm-up if the checkpoint has no thresholds, and expert choice needs
-    none.
+    none. The number of clusters of Routing heads may not: their centroids are loaded.
 
     Args:
         data: the run's ``vocab_size``, ``tokenizer_hash`` and ``encoding_hash``.
@@ -51,10 +51,12 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
             f"with ({data['tokenizer_hash']}); rebuild the dataset with that tokenizer (data.tokenizer=PATH)"
         )
     rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
-    expected = {weight.name: weight.shape for weight in model_weights(config, rows) if weight.is_trained}
-    checkpoint_weights = model_weights(model_config(metadata.config), rows)
-    untrained = {weight.name for weight in checkpoint_weights if not weight.is_trained}
-    found = {name: info.shape for name, info in StateReader(folder).weights.items() if name not in untrained}
+    weights, theirs = model_weights(config, rows), model_weights(model_config(metadata.config), rows)
+    untrained = {weight.name for weight in theirs if not weight.is_trained}
+    stored = {name: info.shape for name, info in StateReader(folder).weights.items()}
+    # Of what is not trained, the run takes what it finds.
+    expected = {weight.name: weight.shape for weight in weights if weight.is_trained or weight.name in stored}
+    found = {name: shape for name, shape in stored.items() if name not in untrained or name in expected}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(

@@ -2,7 +2,8 @@
 
 In transformers every projection has its own matrix; here some projections share a tensor. Heads and their weights are
 those of ``attention.KINDS``. Weights of MoSA heads are the same on both sides: ``router_weight`` [E, h], ``qkv_weight``
-[E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h], and ``thresholds`` or ``head_bias`` [E], by selection.
+[E, h, 3h'] with columns q, k, v, ``proj_weight`` [E, h', h], and ``thresholds`` or ``head_bias`` [E], by selection. So
+are those of Routing heads: ``qv_weight`` [2 H h', h], ``proj_weight`` [h, H h'] and ``centroids`` [H, rho, h'].
 Megatron-LM has only dense heads, laid out as here; it stacks all layers in one tensor [L, ...], or gives each layer its
 own.
 """
@@ -215,6 +216,9 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
                 fusion = GroupedQkv(heads, groups, config.model.head_dim)
             prefix = f"{theirs}{kind.name}_heads."
             yield Weight(f"{ours}{kind.name}_heads.{name}", shape, tuple(prefix + part for part in parts), fusion)
+        for name, shape in kind.state(config).items() if heads else ():
+            part = f"{kind.name}_heads.{name}"
+            yield Weight(ours + part, shape, (theirs + part,), is_trained=False)
     mosa_heads = config.mosa.num_heads
     if mosa_heads and config.mosa.selection == "token_choice":
         bias = "mosa_heads.head_bias"

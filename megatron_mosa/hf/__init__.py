@@ -7,5 +7,5 @@ from pathlib import Path
 
 MODELLING_FILES = tuple(
     Path(__file__).with_name(f"{name}_mosa.py")
-    for name in ("configuration", "modeling", "heads", "fixed", "tokens", "cache", "rows", "kernels")
+    for name in ("configuration", "modeling", "heads", "fixed", "routing", "tokens", "cache", "rows", "kernels")
 )

@@ -21,6 +21,7 @@ ROWS: dict[str, Callable[[MosaConfig], Rows]] = {
     "dense": lambda _: DenseRows(),
     "local": lambda config: WindowRows(config.local_window),
     "fixed": lambda _: FixedRows(),
+    "routing": lambda _: Rows(),  # stays empty: models with such heads have no cache
     "mosa": lambda _: SelectedRows(),
 }
 
@@ -145,6 +146,7 @@ def cache_shape(config: MosaConfig) -> dict[str, int]:
         "local_window",
         "num_fixed_heads",
         "fixed_stride",
+        "num_routing_heads",
         "num_mosa_heads",
     )
     return {name: getattr(config, name) for name in names}

@@ -11,7 +11,8 @@ class MosaConfig(PretrainedConfig):
     """Configuration of a MoSA language model.
 
     Every layer sums dense heads (all previous tokens), local heads (a sliding window), fixed heads (every so many
-    tokens) and MoSA heads (each among the tokens that it selects). There may be 0 heads of a kind.
+    tokens), Routing heads (within clusters of similar tokens) and MoSA heads (each among the tokens that it selects).
+    There may be 0 heads of a kind.
 
     Args:
         vocab_size: rows of the embedding, including padding.
@@ -25,6 +26,9 @@ class MosaConfig(PretrainedConfig):
         local_window: number of tokens that a local head sees, including the token itself.
         num_fixed_heads: number of fixed heads.
         fixed_stride: fixed heads attend among the tokens whose position is a multiple of this.
+        num_routing_heads: number of heads of the Routing Transformer, which are not causal.
+        routing_clusters: each of so many centroids of a Routing head takes max(T / this, 2) of the T tokens of a
+            sequence, and these attend to each other.
         attention_gate: whether the outputs of dense and local heads are multiplied by a sigmoid of the token's state.
         num_mosa_heads: E, the number of MoSA heads.
         sparsity: each MoSA head selects k = max(floor(T / sparsity), 2) of the T tokens of a sequence, or about as many
@@ -85,6 +89,8 @@ class MosaConfig(PretrainedConfig):
         num_fixed_heads: int = 0,
         fixed_stride: int = 0,
         attention_gate: bool = False,
+        num_routing_heads: int = 0,
+        routing_clusters: int = 0,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -114,6 +120,8 @@ class MosaConfig(PretrainedConfig):
         self.num_fixed_heads = num_fixed_heads
         self.fixed_stride = fixed_stride
         self.attention_gate = attention_gate
+        self.num_routing_heads = num_routing_heads
+        self.routing_clusters = routing_clusters
         for name, allowed in (
             ("hidden_act", ("gelu", "silu")),
             ("norm_type", ("LayerNorm", "RMSNorm")),
@@ -121,16 +129,18 @@ class MosaConfig(PretrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        heads = num_dense_heads + num_local_heads + num_fixed_heads + num_mosa_heads
+        heads = num_dense_heads + num_local_heads + num_fixed_heads + num_routing_heads + num_mosa_heads
         if heads < 1:
             raise ValueError(
-                "num_dense_heads, num_local_heads, num_fixed_heads and num_mosa_heads are all 0; set one of them above "
-                "0"
+                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; "
+                "set one of them above 0"
             )
         if num_local_heads and local_window < 1:
             raise ValueError(f"local_window must be at least 1 with local heads, got {local_window}")
         if num_fixed_heads and fixed_stride < 1:
             raise ValueError(f"fixed_stride must be at least 1 with fixed heads, got {fixed_stride}")
+        if num_routing_heads and routing_clusters < 2:
+            raise ValueError(f"routing_clusters must be at least 2 with Routing heads, got {routing_clusters}")
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
@@ -140,7 +150,15 @@ class MosaConfig(PretrainedConfig):
     @property
     def can_decode(self) -> bool:
         """Whether the model is causal: its output at a token depends only on the token and those before it."""
-        return not self.num_mosa_heads or self.selection != "expert_choice"
+        return not self.num_routing_heads and (not self.num_mosa_heads or self.selection != "expert_choice")
+
+    @property
+    def looking_ahead(self) -> str:
+        """The arguments because of which the model is not causal, for messages."""
+        routing = f"num_routing_heads={self.num_routing_heads}"
+        mosa = f"num_mosa_heads={self.num_mosa_heads} with selection='expert_choice'"
+        chosen = self.num_mosa_heads and self.selection == "expert_choice"
+        return " and ".join([routing] * bool(self.num_routing_heads) + [mosa] * bool(chosen))
 
     @property
     def heads_per_token(self) -> int:
@@ -150,3 +168,7 @@ class MosaConfig(PretrainedConfig):
     def num_selected(self, length: int) -> int:
         """Return k, the number of ``length`` tokens that expert choice selects, and a threshold on average."""
         return min(max(int(length / self.sparsity), 2), length)
+
+    def num_clustered(self, length: int) -> int:
+        """Return how many of ``length`` tokens a centroid of a Routing head takes."""
+        return min(max(length // self.routing_clusters, 2), length)

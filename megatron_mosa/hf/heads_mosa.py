@@ -15,8 +15,9 @@ from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
 from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels
+from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
-from .tokens_mosa import Tokens, rotate
+from .tokens_mosa import Tokens, largest, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
 SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones
@@ -325,19 +326,9 @@ class MosaHeads(nn.Module):
 
         A sequence with padding selects as many tokens as it would alone, and no padding.
         """
-        length = scores.shape[-1]
-        keys = scores.clone()
         if self.config.include_first_token:
-            keys = keys.masked_fill((tokens.positions == 0)[:, None], torch.inf)
-        if tokens.valid is None or tokens.lengths is None:
-            ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices
-            return ranked[..., : self.config.num_selected(length)].sort(dim=-1).values
-        keys = keys.masked_fill(~tokens.valid[:, None], -torch.inf)
-        counts = [self.config.num_selected(count) for count in tokens.lengths]
-        ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : max(counts)]
-        rank = torch.arange(max(counts), device=scores.device)
-        is_unused = rank >= torch.tensor(counts, device=scores.device)[:, None]  # [B, k]
-        return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
+            scores = scores.masked_fill((tokens.positions == 0)[:, None], torch.inf)
+        return largest(scores, tokens, self.config.num_selected)
 
 
 # The module of all heads of a kind in a layer.
@@ -347,6 +338,7 @@ HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
         config, config.num_local_heads, config.num_local_heads, config.local_window
     ),
     "fixed": MosaFixedHeads,
+    "routing": MosaRoutingHeads,
     "mosa": MosaHeads,
 }
 

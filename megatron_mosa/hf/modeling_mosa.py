@@ -2,7 +2,8 @@
 
 Without MoSA heads, or with their ``selection`` "threshold" or "token_choice", the model is causal and decodes token by
 token with a cache. With "expert_choice" a MoSA head selects the tokens with the largest scores in the sequence, so its
-output at a token depends on later tokens: such a model scores whole sequences, but cannot decode.
+output at a token depends on later tokens, and so does that of a Routing head: such a model scores whole sequences, but
+cannot decode.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.utils import can_return_tuple, logging
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
 from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
+from .routing_mosa import MosaRoutingHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
@@ -147,7 +149,7 @@ class MosaPreTrainedModel(PreTrainedModel):
     config_class = MosaConfig
     base_model_prefix = "model"
     _no_split_modules = ["MosaDecoderLayer"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["thresholds", "head_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["thresholds", "head_bias", "centroids"]  # noqa: RUF012
     _supports_sdpa = True
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -160,9 +162,9 @@ class MosaPreTrainedModel(PreTrainedModel):
         """
         if not self.config.can_decode:
             raise ValueError(
-                f"use_cache must be False for num_mosa_heads={self.config.num_mosa_heads} with "
-                "selection='expert_choice': every token changes the selection, so there is nothing to cache; set "
-                "use_cache=False, or use a model with selection='threshold'"
+                f"use_cache must be False for {self.config.looking_ahead}: every token changes the selection, so there "
+                "is nothing to cache; set use_cache=False, or use a causal model, such as one with "
+                "selection='threshold'"
             )
         return MosaCache(self.config)
 
@@ -177,6 +179,11 @@ class MosaPreTrainedModel(PreTrainedModel):
                 nn.init.constant_(module.thresholds, torch.nan)
             if module.head_bias is not None:
                 nn.init.zeros_(module.head_bias)
+        elif isinstance(module, MosaRoutingHeads):
+            nn.init.normal_(module.qv_weight, std=self.config.initializer_range)
+            nn.init.normal_(module.proj_weight, std=self.config.initializer_range)
+            nn.init.normal_(module.centroids)
+            module.centroids.copy_(F.normalize(module.centroids, dim=-1))
         else:
             super()._init_weights(module)
 
@@ -326,13 +333,13 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         Args:
             inputs: [B, T]; prompts of different lengths are padded on the left.
             args, kwargs: see transformers.
-            causal_approximation: required for models with expert choice, which are not causal. "prefix": compute every
-                token from the whole prefix, in which the heads select max(t / sparsity, 2) of its t tokens anew. This
-                differs from the trained model, and is slow, because nothing is cached.
+            causal_approximation: required for models with expert choice or Routing heads, which are not causal.
+                "prefix": compute every token from the whole prefix, from whose t tokens the heads select max(t /
+                sparsity, 2) anew. This differs from the trained model, and is slow, because nothing is cached.
 
         Raises:
-            ValueError: expert choice without an approximation; thresholds that are not calibrated; an empty prompt; a
-                cache of another model; an option that this model does not support, such as drafts.
+            ValueError: a model that is not causal, without an approximation; thresholds that are not calibrated; an
+                empty prompt; a cache of another model; an option that this model does not support, such as drafts.
         """
         self._check_prompt(inputs, kwargs)
         self._check_options(args, kwargs)
@@ -392,10 +399,9 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     def _check_approximation(self, approximation: str | None) -> None:
         if approximation is None:
             raise ValueError(
-                f"cannot generate: num_mosa_heads={self.config.num_mosa_heads} with selection='expert_choice' select "
-                "from the whole sequence, so no token can be decoded before the later ones are known; pass "
-                "causal_approximation='prefix', which selects from the prefix anew for every token, or use a model "
-                "with selection='threshold'"
+                f"cannot generate: {self.config.looking_ahead} select from the whole sequence, so no token can be "
+                "decoded before the later ones are known; pass causal_approximation='prefix', which selects from the "
+                "prefix anew for every token, or use a causal model, such as one with selection='threshold'"
             )
         if approximation != "prefix":
             raise ValueError(f"causal_approximation must be 'prefix', got {approximation!r}")

@@ -1,7 +1,8 @@
-"""Positions, rotary angles and padding of the tokens that a call computes."""
+"""Positions, rotary angles and padding of the tokens that a call computes, and the choice of some by their keys."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Tokens(NamedTuple):
     """[B, columns], the same for all columns so far, including these."""
 
     lengths: list[int] | None = None
-    """Number of tokens of each sequence without padding; only used by expert choice."""
+    """Number of tokens of each sequence without padding; only used by expert choice and Routing heads."""
 
     strided: Strided | None = None
     """None without fixed heads."""
@@ -65,6 +66,27 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = states[..., :size].float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((rotated.to(states.dtype), states[..., size:]), dim=-1)
+
+
+def largest(keys: Tensor, tokens: Tokens, count: Callable[[int], int]) -> Tensor:
+    """Return the columns of the largest keys of each row, in order, [B, E, k], from [B, E, T].
+
+    Ties go to the earlier token. A sequence with padding selects as many tokens as it would alone, and no padding;
+    slots that stay empty come last and hold T.
+
+    Args:
+        count: the number of tokens to select from so many.
+    """
+    length = keys.shape[-1]
+    if tokens.valid is None or tokens.lengths is None:
+        ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices
+        return ranked[..., : count(length)].sort(dim=-1).values
+    keys = keys.masked_fill(~tokens.valid[:, None], -torch.inf)
+    counts = [count(number) for number in tokens.lengths]
+    ranked = torch.sort(keys, dim=-1, descending=True, stable=True).indices[..., : max(counts)]
+    rank = torch.arange(max(counts), device=keys.device)
+    is_unused = rank >= torch.tensor(counts, device=keys.device)[:, None]  # [B, k]
+    return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
 
 
 def read_tokens(

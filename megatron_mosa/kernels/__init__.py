@@ -1,6 +1,6 @@
 """The arithmetic of MoSA heads on plain tensors; knows nothing of parallelism or modules."""
 
-from megatron_mosa.kernels.autocast import autocast_operands
+from megatron_mosa.kernels.autocast import autocast_operands, without_autocast
 from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import BACKENDS, get_backend
 from megatron_mosa.kernels.documents import AnyDocuments, Documents, PackedDocuments, document_attention
@@ -20,4 +20,5 @@ __all__ = [
     "document_attention",
     "get_backend",
     "sliding_window_attention",
+    "without_autocast",
 ]

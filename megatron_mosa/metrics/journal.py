@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mosa.utils import write_atomically
 
-NON_CAUSAL = "NON-CAUSAL: expert choice selects with the whole sequence in view"
+NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
 
 
 def causality_label(is_causal: bool) -> str:

@@ -29,7 +29,9 @@ def recorded_selection(model: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def selection_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
-    """Return statistics per layer, over the heads of all tensor-parallel ranks and the last recorded micro-batch.
+    """Return statistics per layer, over the heads of all tensor-parallel ranks and the last recorded forward pass.
+
+    With compiled layers that is one sequence, otherwise the last micro-batch.
 
     A collective over the tensor-parallel group.
 
@@ -63,7 +65,7 @@ def _threshold_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
         ``selection_load``: share of the last step's tokens (of the global batch) above their head's threshold in that
             step, divided by 1 / rho; mean over heads. ``_min``, ``_max``: over heads.
         ``dead_heads``, ``overloaded_heads``: number of heads whose load is below 0.5, and above 2.
-        ``overflow_share``: share of the selected tokens of the last recorded micro-batch that the capacity dropped; 0
+        ``overflow_share``: share of the selected tokens of the last recorded forward pass that the capacity dropped; 0
             in the warm-up, which does not select by threshold. ``_max``: over heads.
         ``load_of_heads``, ``overflow_of_heads``: the same for every head, one list per layer.
     """

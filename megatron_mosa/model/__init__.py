@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_mosa.model.calibration import CALIBRATION_PASSES, calibrate, calibration_config
     from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count, usual_flops
     from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
-    from megatron_mosa.model.initialization import draw, initial_weights
+    from megatron_mosa.model.initialization import draw, draw_state, initial_weights
     from megatron_mosa.model.mosa_gpt import MosaGPTModel
     from megatron_mosa.model.state import StoredTensor, stored_tensors
 
@@ -23,6 +23,7 @@ __all__ = [
     "calibration_config",
     "dense_head_flops",
     "draw",
+    "draw_state",
     "initial_weights",
     "language_model_loss",
     "local_head_flops",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention import MosaTransformerConfig, get_mosa_block_spec, local_window
 from megatron_mosa.config import Config, padded_vocab_size
 from megatron_mosa.kernels import AnyDocuments, Documents
-from megatron_mosa.model.initialization import initial_weights, mark_partitioned
+from megatron_mosa.model.initialization import draw_state, initial_weights, mark_partitioned
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
 
 
@@ -31,6 +31,9 @@ def transformer_config(config: Config, params_dtype: torch.dtype = torch.float32
         mosa_local_window=local_window(config),
         num_fixed_heads=model.num_fixed_heads,
         mosa_fixed_stride=config.fixed_stride,
+        num_routing_heads=model.num_routing_heads,
+        mosa_routing_clusters=config.routing_clusters,
+        mosa_routing_decay=model.routing_decay,
         mosa_attention_gate=model.attention_gate,
         kv_channels=model.head_dim,
         num_mosa_heads=mosa.num_heads,
@@ -75,6 +78,7 @@ def build_model(config: Config, vocab_size: int, params_dtype: torch.dtype = tor
     model = build_empty_model(config, vocab_size, params_dtype)
     for parameter, weight in initial_weights(model, config.run.seed):
         parameter.data.copy_(weight)
+    draw_state(model, config.run.seed)
     return model
 
 

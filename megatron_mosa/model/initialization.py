@@ -72,6 +72,20 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
             yield parameter, part.result()
 
 
+@torch.no_grad()
+def draw_state(model: torch.nn.Module, seed: int) -> None:
+    """Set buffers that begin at random, such as centroids, as a function of the seed, their name and global shape."""
+    for module_name, module in model.named_modules():
+        if not isinstance(module, PartitionedHeads):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module.initialisers:
+                size, rank = module.tp_group.size(), module.tp_group.rank()
+                shape = (len(buffer) * size, *buffer.shape[1:])
+                whole = draw(seed, f"{module_name}.{name}", shape, module.initialisers[name])
+                buffer.copy_(whole.chunk(size)[rank])
+
+
 def _part(parameter: torch.nn.Parameter, seed: int, name: str, initialise: Initialiser) -> Tensor:
     """Draw a weight, and return this tensor-parallel rank's slice."""
     shape, partition = list(getattr(parameter, "ds_shape", parameter.shape)), partition_of(parameter)

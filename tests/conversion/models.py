@@ -45,6 +45,9 @@ KINDS = {
         "model.num_dense_heads=2", "model.num_fixed_heads=4", "model.fixed_stride=3", "model.attention_gate=true",
         "mosa.num_heads=0",
     ],
+    "routing": [
+        "model.num_dense_heads=2", "model.num_routing_heads=4", "model.routing_clusters=5", "mosa.num_heads=0",
+    ],
 }  # fmt: skip
 
 CAUSAL = ["model.num_dense_heads=2", "mosa.num_heads=6", "mosa.selection=threshold", "mosa.load_feedback=0.05"]
@@ -74,7 +77,10 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         center = 0.0 if parameter.dim() > 1 else 1.0
         parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
     for name, buffer in threshold_buffers(model).items():  # as after 7 updates; selects about a quarter of the tokens
-        buffer.copy_(7 if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator))
+        if name.endswith("centroids"):
+            buffer.normal_(generator=generator).div_(buffer.norm(dim=-1, keepdim=True))
+        else:
+            buffer.copy_(7 if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator))
     state = {}
     for name, parameter in model.named_parameters():
         state |= {

@@ -103,6 +103,7 @@ def test_unsupported_models_and_datasets_are_refused(
         (trained["dense"], "has no MoSA heads"),
         (causal, "already selects by thresholds"),
         (trained["hybrid"], "mosa.selection_scope=document"),
+        (trained["routing"], r"has Routing heads \(model.num_routing_heads=4\)"),
     ):
         with pytest.raises(UserError, match=message):
             causalize(model.checkpoint, tmp_path / "out")

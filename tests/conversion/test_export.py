@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from megatron_mosa.attention import looks_ahead
 from megatron_mosa.checkpoint.manifest import files_below, hash_files
 from megatron_mosa.cli import main
 from megatron_mosa.convert.commands import export_hf as export_module
@@ -58,7 +59,7 @@ def test_the_exported_model_matches_the_megatron_model(
     torch.testing.assert_close(found, model.logits, rtol=0, atol=1e-4)
     assert model.logits.std() > 0.3  # not a comparison of flat distributions
     half = model.tokens[:, :20]
-    if model.config.mosa.num_heads == 0:  # causal
+    if not looks_ahead(model.config):
         torch.testing.assert_close(load(exported[kind])(half).logits, found[:, :20], rtol=0, atol=1e-4)
 
 
@@ -136,7 +137,8 @@ def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: di
     names = [
         "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "fixed_mosa.py", "heads_mosa.py",
         "kernels_mosa.py", "manifest.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
-        "modeling_mosa.py", "rows_mosa.py", "tokenizer.json", "tokenizer_config.json", "tokens_mosa.py",
+        "modeling_mosa.py", "routing_mosa.py", "rows_mosa.py", "tokenizer.json", "tokenizer_config.json",
+        "tokens_mosa.py",
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(
@@ -144,9 +146,12 @@ def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: di
     )
     card = (folder / "README.md").read_text()
     assert "step 12, 192 sequences of 40 tokens" in card and "fingerprint 0123abcd" in card
-    assert "| validation loss | 4.2500 nats per token at step 12 (NON-CAUSAL: expert choice" in card
+    assert "| validation loss | 4.2500 nats per token at step 12 (NON-CAUSAL: heads select tokens" in card
     assert "9.0" not in card  # the loss of a later step
     assert "`generate` is refused unless" in card and "here every sequence is one document" in card
+    card = (exported["routing"] / "README.md").read_text()
+    assert "4.2500 nats per token at step 12 (NON-CAUSAL" in card and "**Routing heads are not causal.**" in card
+    assert "2 dense, 4 Routing (5 clusters) heads of width 8" in card
     assert "NON-CAUSAL" not in (exported["dense"] / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"]) == (384, 0)

@@ -172,6 +172,10 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
     )
     with pytest.raises(UserError, match=message):
         find_initial_weights(model.checkpoint, other, identity, reads_all=False)
+    clusters = load_config(QUICKSTART, [*TINY, *KINDS["routing"], "model.routing_clusters=3"])
+    message = r"routing_heads.centroids is \(4, 5, 8\), but the run expects \(4, 3, 8\); set sections model and mosa"
+    with pytest.raises(UserError, match=message):
+        find_initial_weights(trained["routing"].checkpoint, clusters, identity, reads_all=False)
     with pytest.raises(UserError, match=r"was trained with another tokenizer"):
         find_initial_weights(model.checkpoint, model.config, identity | {"tokenizer_hash": "0"}, reads_all=False)
     with pytest.raises(UserError, match=r"checkpoint.initialize_from: '.*nothing' does not exist"):

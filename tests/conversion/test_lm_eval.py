@@ -176,4 +176,4 @@ def test_expert_choice_models_refuse_to_generate(evaluated: dict[str, Evaluated]
     assert done.process.returncode != 0 and not list(done.folder.glob("out/*/results_*"))
     (message,) = [line for line in done.process.stderr.splitlines() if line.startswith("ValueError")]
     assert "cannot generate: num_mosa_heads=6 with selection='expert_choice' select from the whole sequence" in message
-    assert message.endswith("or use a model with selection='threshold'")
+    assert message.endswith("or use a causal model, such as one with selection='threshold'")

@@ -34,14 +34,14 @@ def test_the_state_equals_the_models_weights(trained: dict[str, Trained], kind: 
     model = trained[kind]
     state = StateReader(model.checkpoint)
     assert state.has_optimizer_state
-    biases = {name for name in state.weights if name.endswith("head_bias")}
-    assert len(biases) == (2 if kind == "chosen" else 0)
-    assert state.weights.keys() - biases == model.weights.keys()
+    untrained = {name for name in state.weights if name.endswith(("head_bias", "centroids"))}
+    assert len(untrained) == (2 if kind in ("chosen", "routing") else 0)
+    assert state.weights.keys() - untrained == model.weights.keys()
     for name, weight in model.weights.items():
         expected = unfolded(name, weight, model.config)
         assert (state.weights[name].shape, state.weights[name].dtype) == (expected.shape, torch.float32)
         assert torch.equal(state.read(f"model.{name}"), expected), name
-    assert len(state.tensors) == 3 * len(model.weights) + len(biases)
+    assert len(state.tensors) == 3 * len(model.weights) + len(untrained)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -63,6 +63,16 @@ def test_tensors_are_unchanged_and_split_at_rank_boundaries(trained: dict[str, T
     assert shards(tmp_path / "one") == shards(checkpoint)
 
 
+def test_centroids_are_split_over_heads(trained: dict[str, Trained], tmp_path: Path) -> None:
+    checkpoint = trained["routing"].checkpoint
+    reshard(checkpoint, tmp_path / "two", tensor_parallel=2)
+    before, after = StateReader(checkpoint), StateReader(tmp_path / "two")
+    key = "model.decoder.layers.1.self_attention.routing_heads.centroids"
+    assert torch.equal(before.read(key), after.read(key))
+    assert shards(tmp_path / "two")[key] == [((0, 0, 0), (2, 5, 8)), ((2, 0, 0), (2, 5, 8))]
+    verify(checkpoint, tmp_path / "two")
+
+
 def test_moments_can_be_dropped(trained: dict[str, Trained], tmp_path: Path) -> None:
     reshard(trained["pure"].checkpoint, tmp_path / "out", drop_optimizer=True)
     assert all(key.startswith("model.") for key in StateReader(tmp_path / "out").tensors)

@@ -175,6 +175,7 @@ _UNSUPPORTED = (
     ("pure", "mosa.num_heads=6"),
     ("local", "model.num_local_heads=4"),
     ("fixed", "model.num_fixed_heads=4"),
+    ("routing", "model.num_routing_heads=4"),
 )
 
 

@@ -30,6 +30,12 @@ KINDS = {
     "followed": {"num_dense_heads": 2, "num_mosa_heads": 6, "load_feedback": 0.5},
 }  # fmt: skip
 
+# Not causal, so that there is no cache.
+LOOKING_AHEAD = {
+    "routing": {"num_dense_heads": 2, "num_routing_heads": 4, "routing_clusters": 3},
+    "routing_hybrid": {"num_routing_heads": 2, "routing_clusters": 2, "num_mosa_heads": 6},
+}
+
 
 def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: object) -> MosaForCausalLM:
     """Build a model whose attention matters: scores are spread out, and heads select about a quarter of the tokens."""
@@ -40,7 +46,7 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
     gate = {"attention_gate": kind in GATED}
     if kind == "chosen" and selection == "threshold":
         selection = "token_choice"
-    config = MosaConfig(**(sizes | gate | NO_HEADS | KINDS[kind] | changes), selection=selection)
+    config = MosaConfig(**(sizes | gate | NO_HEADS | (KINDS | LOOKING_AHEAD)[kind] | changes), selection=selection)
     model = MosaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,6 +56,8 @@ def build(kind: str, selection: str = "threshold", seed: int = 0, **changes: obj
         for name, buffer in model.named_buffers():
             if name.endswith("head_bias"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+            if name.endswith("centroids"):
+                buffer.normal_(generator=generator).div_(buffer.norm(dim=-1, keepdim=True))
             if name.endswith("thresholds"):
                 buffer.copy_(torch.empty_like(buffer).uniform_(0.5, 0.9, generator=generator))
     return model

@@ -68,6 +68,7 @@ def test_generate_prints_the_models_completion(mosa, folder: Path, tmp_path: Pat
 
 def test_user_errors_of_generate(mosa, folder: Path, tmp_path: Path) -> None:
     expert = write(tmp_path / "expert", selection="expert_choice")
+    routing = write(tmp_path / "routing", num_mosa_heads=0, num_routing_heads=2, routing_clusters=2)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')
@@ -89,6 +90,10 @@ def test_user_errors_of_generate(mosa, folder: Path, tmp_path: Path) -> None:
         ([folder, *prompt, "--tokenizer", "x"], "has its own tokenizer; omit --tokenizer"),
         ([folder, *prompt, "--causal-approximation", "prefix"], "is already causal; omit --causal-approximation"),
         ([expert, *prompt], "expert choice (mosa.selection), which looks at the whole sequence, so no token can be"),
+        (
+            [routing, *prompt],
+            "has Routing heads, which look at the whole sequence, so no token can be decoded before the",
+        ),
         ([expert, *prompt, "--causal-approximation", "x"], "--causal-approximation must be prefix, got x"),
         ([other, *prompt], "has model_type=gpt2; pass a folder written by mosa checkpoint export --to hf"),
         ([tmp_path / "nothing", *prompt], "nothing' does not exist"),
@@ -157,6 +162,7 @@ def test_the_baseline_matches_the_paper() -> None:
 
 def test_user_errors_of_cache_report(mosa, folder: Path, tmp_path: Path) -> None:
     expert = write(tmp_path / "expert", selection="expert_choice")
+    routing = write(tmp_path / "routing", num_mosa_heads=0, num_routing_heads=2, routing_clusters=2)
     (tmp_path / "text").write_text("abc")
     cases: list[tuple[list[object], str]] = [
         (
@@ -171,6 +177,7 @@ def test_user_errors_of_cache_report(mosa, folder: Path, tmp_path: Path) -> None
         ),
         ([folder, "--text", tmp_path / "none"], "none: No such file or directory; pass a text file"),
         ([expert], "there is no cache to measure; pass a model with mosa.selection=threshold"),
+        ([routing], "has Routing heads: every token changes the selection, so there is no cache to measure; pass a"),
     ]
     for words, message in cases:
         code, printed, errors = mosa("cache-report", *words)

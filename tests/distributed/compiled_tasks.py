@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.zero import partition_parameters
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_mosa.attention import mosa_layers
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine
 from megatron_mosa.engine.acceleration import Acceleration
@@ -51,9 +52,8 @@ def _engine(config: Config, layout: Layout, is_compiled: bool, backend: str = "a
 def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
     """Everything that steps lead to, with evaluations and a state that is written and read between them.
 
-    The last step records what MoSA heads select.
-
-    "tensors" are the gradients of every step and the final weights; "graphs" counts what was compiled after each step.
+    "tensors" are the gradients of every step and the final weights; "graphs" counts what was compiled after each step;
+    "selected" is what the last step records of its first sequence.
     """
     facts: dict[str, Any] = {"losses": [], "norms": [], "tensors": [], "validation": [], "graphs": []}
     with parallel(config) as layout, _engine(config, layout, is_compiled) as engine:
@@ -70,6 +70,8 @@ def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
             if step == 0:
                 engine.load_state({key: tensor.clone() for key, tensor in engine.state().items()}, 1)
         facts["tensors"].append(whole(engine.module, master_weights(engine)))
+        found = [heads.selection for heads in mosa_layers(engine.module)]
+        facts["selected"] = [None if selection is None else selection[1][0].tolist() for selection in found]
     return facts
 
 

@@ -13,12 +13,26 @@ KINDS: dict[str, dict] = {
     "dense": {"mosa__num_heads": 0, "model__tie_embeddings": True, "train__recompute": "full"},
     "threshold": {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": 1, "train__recompute": "attention"},
     "tensor parallel": {"model__normalization": "RMSNorm", "model__num_local_heads": 2, "model__activation": "swiglu"},
+    "routing": {
+        "mosa__num_heads": 0,
+        "model__num_routing_heads": 4,
+        "model__routing_clusters": 3,
+        "model__routing_decay": 0.8,
+        "train__recompute": "attention",
+    },
 }
 
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "kind"),
-    [(2, 3, "hybrid"), (2, 3, "dense"), (2, 3, "threshold"), (4, 3, "tensor parallel"), (2, 2, "hybrid")],
+    [
+        (2, 3, "hybrid"),
+        (2, 3, "dense"),
+        (2, 3, "threshold"),
+        (4, 3, "tensor parallel"),
+        (2, 2, "hybrid"),
+        (4, 3, "routing"),
+    ],
 )
 def test_losses_gradients_and_weights_are_those_of_the_plain_path(
     workers: WorkerPools, ranks: int, stage: int, kind: str
@@ -36,6 +50,7 @@ def test_losses_gradients_and_weights_are_those_of_the_plain_path(
             assert torch.linalg.vector_norm(ours[name] - tensor) < 1e-4 * torch.linalg.vector_norm(tensor), name
     assert 0 < fast["graphs"][1] == fast["graphs"][2]  # weights that come and go do not make layers compile again
     assert not any(plain["graphs"])
+    assert fast["selected"] == plain["selected"] and None not in plain["selected"]
 
 
 def test_weights_are_gathered_once_for_forward_and_once_for_backward(workers: WorkerPools) -> None:

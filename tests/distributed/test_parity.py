@@ -198,6 +198,13 @@ VARIANTS = {
     },
     "local": {"model__num_local_heads": 4, "model__local_window": 5, "model__num_dense_heads": 0},
     "fixed_documents": {"model__num_fixed_heads": 4, "model__fixed_stride": 5, "model__attend_within_documents": True},
+    "routing_documents": {
+        "model__num_routing_heads": 4,
+        "model__routing_clusters": 3,
+        "model__attend_within_documents": True,
+        "model__restart_rotary": True,
+        "train__recompute": "full",
+    },
     **OPTIONS,
 }
 
@@ -206,6 +213,7 @@ VARIANTS = {
 CELLS = [("swiglu", 1), ("rmsnorm", 3), ("tied", 1), ("tied", 3), ("grouped", 1), ("documents", 1), ("documents", 3)]
 CELLS += [("documents_by_sequence", 3), ("local", 1), ("fixed_documents", 1)]
 CELLS += [("fixed", 1), ("gated", 3), ("gated_local", 1), ("fixed_hybrid", 3), ("token_choice", 3)]
+CELLS += [("routing", 1), ("routing_documents", 3)]
 
 
 @pytest.fixture(scope="module")

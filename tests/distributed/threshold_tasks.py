@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers, update_thresholds
+from megatron_mosa.attention import num_selected_tokens, routing_heads
+from megatron_mosa.attention.thresholds import mosa_layers, routing_layers, threshold_buffers, update_thresholds
 from megatron_mosa.checkpoint.format import read_state
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine
@@ -85,6 +87,35 @@ def choice_facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dic
     return found
 
 
+def routing_facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
+    """Return losses, the centroids of Routing heads after each step, the smallest margin of a choice, and more."""
+    margins: list[float] = []
+    measure = routing_heads._nearness
+
+    def measured(*args: Tensor) -> Tensor:
+        nearness = measure(*args)  # [B, H, rho, T]
+        taken = num_selected_tokens(nearness.shape[3], nearness.shape[2])
+        of_clusters, of_tokens = (nearness.sort(dim, descending=True).values for dim in (3, 2))
+        gaps = (of_clusters[..., taken - 1] - of_clusters[..., taken], of_tokens[:, :, 0] - of_tokens[:, :, 1])
+        margins.extend(gap.min().item() for gap in gaps)
+        return nearness
+
+    with parallel(config) as layout, mock.patch.object(routing_heads, "_nearness", measured):
+        engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        found: dict = {"losses": [], "initial": gather_heads(engine.module), "centroids": []}
+        read_state(engine, seed_checkpoint, optimizer_step=0)  # type: ignore[arg-type]
+        for step in range(steps):
+            found["losses"].append(engine.train_step(micro_batches(config, layout, step), 1e-3).loss)
+            found["centroids"].append(gather_heads(engine.module))
+            assert not any(layer.cluster_sums.any() for layer in routing_layers(engine.module))
+        found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
+        assert not any(layer.cluster_sums.any() for layer in routing_layers(engine.module))
+        after = gather_heads(engine.module)
+        assert all(torch.equal(after[name], before) for name, before in found["centroids"][-1].items())
+        engine.destroy()
+    return found | {"margin": min(margins)}
+
+
 def thresholds_of_scores(config: Config, scores: Tensor) -> dict[str, Tensor]:
     """Return thresholds after updates with scores [steps, batch, E, T], split over data-parallel ranks."""
     with parallel(config) as layout:
@@ -109,6 +140,8 @@ def nan_step(config: Config) -> tuple[bool, bool]:
             engine.train_step(micro_batches(config, layout, 1), 1e-3)
         after = threshold_buffers(engine.module)
         same = all(torch.equal(before[name], after[name]) for name in before)
-        empty = not any(layer.histogram.any() for layer in mosa_layers(engine.module))
+        counts = [layer.histogram for layer in mosa_layers(engine.module)]
+        counts += [layer.cluster_sums for layer in routing_layers(engine.module)]
+        empty = not any(count.any() for count in counts)
         engine.destroy()
     return same, empty

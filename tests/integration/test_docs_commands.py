@@ -44,7 +44,7 @@ SMALL = " ".join(
     [*TINY, "train.steps=2", "optimizer.warmup_steps=1", "train.global_batch_size=4", "data.num_workers=0"]
 )
 ONE = "parallel.tensor_model_parallel_size=1"
-FIRST = "train.global_batch_size=256 --nodes 4 --gpus-per-node 8"
+FIRST = "train.global_batch_size=512 --nodes 4 --gpus-per-node 8"
 SBATCH = "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8"
 
 
@@ -87,7 +87,7 @@ TABLE: dict[str, dict[str, Way]] = {
             added="--dry-run run.name=large", reason="needs a cluster to submit to"
         ),
         f"{SBATCH} --time=24:00:00 launch/slurm/pretrain.sbatch configs/first_gpu_run.yaml "
-        "train.global_batch_size=256": Way((JOB,), CHECKED, reason=CLUSTER),
+        "train.global_batch_size=512": Way((JOB,), CHECKED, reason=CLUSTER),
         "mosa checkpoint inspect runs/NAME": Way(),
         "mosa checkpoint export runs/NAME OUT --to hf": Way(),
         "mosa checkpoint import FOLDER OUT --from hf": Way((("FOLDER OUT", "OUT imported"),)),
@@ -210,7 +210,7 @@ TABLE: dict[str, dict[str, Way]] = {
             "is run for README.md"
         ),
         ".venv/bin/mosa data inspect configs/first_gpu_run.yaml": Way(),
-        ".venv/bin/mosa config show configs/first_gpu_run.yaml train.global_batch_size=256": Way(),
+        ".venv/bin/mosa config show configs/first_gpu_run.yaml train.global_batch_size=512": Way(),
         f".venv/bin/mosa submit configs/first_gpu_run.yaml {FIRST} --time 24:00:00 --dry-run": Way(
             added="run.name=large"
         ),
@@ -274,7 +274,7 @@ TABLE: dict[str, dict[str, Way]] = {
             added="--dry-run", reason="needs a cluster to submit to"
         ),
         f"{SBATCH} --cpus-per-task=12 --time=24:00:00 launch/slurm/pretrain.sbatch configs/first_gpu_run.yaml "
-        "train.global_batch_size=256": Way(
+        "train.global_batch_size=512": Way(
             ((SBATCH + " --cpus-per-task=12 --time=24:00:00 launch/slurm/pretrain.sbatch", JOB[1]),), CHECKED,
             reason=CLUSTER,
         ),

@@ -133,6 +133,12 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
         ("model.fixed_stride=8", ["model.fixed_stride=8 has no fixed heads to apply to", "model.fixed_stride=null"]),
         ("model.fixed_stride=0", ["model.fixed_stride must be at least 1, got 0"]),
+        ("model.routing_clusters=8", ["model.routing_clusters=8 has no Routing heads", "model.routing_clusters=null"]),
+        (
+            "model.routing_clusters=1",
+            ["model.routing_clusters must be at least 2, got 1: one cluster takes all tokens"],
+        ),
+        ("model.routing_decay=1.1", ["model.routing_decay must be at least 0 and at most 1, got 1.1"]),
         ("model.num_sparse_heads=8", ["model.num_sparse_heads", "did you mean"]),
         ("train.apex=alway", ["train.apex must be one of auto", "got alway", "did you mean 'always'"]),
         (
@@ -194,6 +200,26 @@ def test_fixed_heads_see_more_than_one_token() -> None:
         load_config(QUICKSTART, ["model.num_fixed_heads=2", "model.fixed_stride=256"])
     with pytest.raises(UserError, match=r"^mosa.sparsity=300 leaves fixed heads"):
         load_config(QUICKSTART, ["model.num_fixed_heads=2", "mosa.sparsity=300"])
+
+
+def test_clusters_of_routing_heads_have_at_least_two_tokens() -> None:
+    heads = "model.num_routing_heads=2"
+    load_config(QUICKSTART, [heads, "model.routing_clusters=128"])
+    load_config(QUICKSTART, [heads, "mosa.sparsity=2.5"])
+    message = (
+        r"^model.routing_clusters=129 leaves each cluster of Routing heads fewer than 2 of data.sequence_length=256 "
+        r"tokens; set model.routing_clusters to at most 128$"
+    )
+    with pytest.raises(UserError, match=message):
+        load_config(QUICKSTART, [heads, "model.routing_clusters=129"])
+    with pytest.raises(UserError, match=r"^mosa.sparsity=200 leaves each cluster"):
+        load_config(QUICKSTART, [heads, "mosa.sparsity=200"])
+    message = r"^mosa.sparsity=1.5 gives Routing heads 1 cluster; set model.routing_clusters to at least 2$"
+    with pytest.raises(UserError, match=message):
+        load_config(QUICKSTART, [heads, "mosa.sparsity=1.5"])
+    message = r"^model.num_routing_heads=3 is not divisible by parallel.tensor_model_parallel_size=2"
+    with pytest.raises(UserError, match=message):
+        load_config(QUICKSTART, ["model.num_routing_heads=3", "parallel.tensor_model_parallel_size=2"])
 
 
 def test_the_gate_needs_heads_without_one() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import COMMANDS, Group, app
 from megatron_mosa.commands import pretrain as commands_pretrain
 from megatron_mosa.commands.training import start_training
-from megatron_mosa.entry import gc_disabled_during_imports, run
+from megatron_mosa.entry import quick_imports, run
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import STOPPED
 
@@ -21,7 +23,7 @@ from megatron_mosa.exit_codes import STOPPED
 def test_the_collector_ignores_imported_objects_and_then_resumes() -> None:
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     try:
-        with pytest.raises(ImportError), gc_disabled_during_imports():
+        with pytest.raises(ImportError), quick_imports():
             assert gc.get_threshold()[0] == 0  # off
             module = {"a": []}
             raise ImportError
@@ -29,6 +31,34 @@ def test_the_collector_ignores_imported_objects_and_then_resumes() -> None:
         assert gc.get_freeze_count() > frozen
         assert not any(thing is module for thing in gc.get_objects())
         assert any(thing is now for now in [{"b": []}] for thing in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_what_imports_decorate_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def record(function: Callable, **options: object) -> Callable:
+        compiled.append((function.__name__, options))
+        return lambda x: function(x) + 100
+
+    monkeypatch.setattr(torch, "compile", record)
+    try:
+        with quick_imports():
+
+            @torch.compile
+            def plain(x: int) -> int:
+                return x + 1
+
+            @torch.compile(dynamic=False)
+            def optioned(x: int) -> int:
+                return x + 2
+
+        assert torch.compile is record and not compiled
+        assert [plain(0), optioned(0), plain(1)] == [101, 102, 102]
+        assert compiled == [("plain", {}), ("optioned", {"dynamic": False})]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert plain(0) == 1  # what calls it is compiled with it
     finally:
         gc.unfreeze()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -196,6 +197,34 @@ def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_validat
     assert found["causal"]["loss"] == pytest.approx(causal["train"], rel=1e-5)
     assert abs(causal["train"] - causal["validation"]) > 1e-3
     assert found["causal"]["label"] == "causal, by thresholds, calibrated on 10 windows of the training split"
+
+
+def test_routing_heads_have_no_causal_counterpart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = config("expert_choice")
+    routing = replace(both, model=replace(both.model, num_routing_heads=2, routing_clusters=4))
+
+    @contextmanager
+    def as_trained(_: object, __: object, ___: object, selection: str) -> Iterator[EvaluationModel]:
+        assert selection == "expert_choice"
+        with single_process_groups(routing):
+            yield EvaluationModel(build_model(routing, VOCABULARY).eval(), torch.device("cpu"))
+
+    monkeypatch.setattr(measures, "ValidationSamples", Texts)
+    monkeypatch.setattr(measures, "evaluation_model", as_trained)
+    settings = measures.Settings(
+        num_samples=6, prefixes=1, lengths=(), calibration_samples=10, tokens_at_once=2 * LENGTH,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    opened: Any = SimpleNamespace(config=routing)
+    found = measures.evaluate(opened, cast(Any, None), settings, ignore)
+    assert found["causal"] is None and all(row["causal"] is None for row in found["by_position"])
+    assert found["full_sequence"]["label"].startswith("NON-CAUSAL: heads select tokens with the whole sequence")
+    summary = {"length": 8, "full_sequence": found["full_sequence"], "causal": None}
+    print_report(found | {"by_length": [summary], "left_out": {}}, Console(width=200))
+    output = capsys.readouterr().out
+    assert "full sequence (NON-CAUSAL" in output and "causal (" not in output
 
 
 def test_ranges_and_positions() -> None:

@@ -96,6 +96,8 @@ def test_numbers_of_heads_of_other_kinds_against_an_independent_count(tmp_path: 
     budget = 5 * dense_head_flops(width, head, length)  # of a layer: what the other five dense heads cost
     fixed = max(n for n in range(1, 2000) if n * (8 * width * head * 32 + 4 * head * 32**2) <= budget)
 
+    routed = 6 * width * head * length + 4 * head * 32**2 * 32 + 2 * head * length  # of a head, with clusters of 32
+
     def token_choice(heads: int) -> float:
         return heads * mosa_head_flops(width, head, length, length * round(heads / 32) / heads)
 
@@ -104,11 +106,13 @@ def test_numbers_of_heads_of_other_kinds_against_an_independent_count(tmp_path: 
         members=members(
             gated={"kind": "dense", "overrides": {"model.attention_gate": True}},
             fixed={"kind": "fixed", "sparsity": 32},
+            routing={"kind": "routing", "sparsity": 32},
             tokens={"kind": "token_choice", "sparsity": 32},
         ),
     )
-    dense, gated, static, tokens = found
+    dense, gated, static, routing, tokens = found
     assert (dense.heads, gated.heads, static.heads) == (9, 9, fixed)
+    assert routing.heads == int(budget // routed)
     assert tokens.heads == max(n for n in range(16, 1000) if token_choice(n) <= budget)
     assert 1 < gated.share < 1.005  # its own number of heads, with the gate on top
     assert (static.config.model.num_fixed_heads, static.config.mosa.num_heads) == (fixed, 0)

@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import KINDS, MosaSelfAttention, looks_ahead
 from megatron_mosa.attention.config import HEAD_FIELDS
+from megatron_mosa.attention.routing_heads import random_directions
 from megatron_mosa.attention.thresholds import (
     forget_scores,
     is_causal,
     mosa_layers,
+    routing_layers,
     threshold_buffers,
     update_thresholds,
 )
@@ -77,6 +79,12 @@ def set_biases(model: MosaGPTModel) -> None:
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(5)))
 
 
+def set_centroids(module: torch.nn.Module) -> None:
+    for name, buffer in threshold_buffers(module).items():
+        if name.endswith("centroids"):
+            random_directions(buffer, torch.Generator().manual_seed(6))
+
+
 def random_tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
     return torch.randint(VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(4))
 
@@ -123,6 +131,7 @@ class HeadKindTests:
         layer = MosaSelfAttention(transformer_config(config, torch.float64))
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
+        set_centroids(layer)
         inputs = torch.randn(2, LENGTH, config.model.hidden_size, dtype=torch.float64, requires_grad=True)
         lengths = DOCUMENTS if within else [[LENGTH]] * 2
         documents = Documents.from_lengths(lengths)
@@ -280,6 +289,141 @@ class TestFixed(HeadKindTests):
         for config, lengths, pairs in ((self.config, (), 36), (within, documents, 6 + 3 + 6)):
             found = model_flops(config, VOCAB_SIZE, lengths) - model_flops(bare, VOCAB_SIZE, lengths)
             assert found == 3 * 2 * 4 * (8 * 24 * 8 * 8 + 4 * 8 * pairs)
+
+
+class TestRouting(HeadKindTests):
+    option = "routing"  # 4 clusters of 6 tokens
+    causal = False  # whether a cluster takes a token depends on all tokens
+
+    def truth(self, heads: Any, states: Tensor, visible: Tensor, lengths: list[list[int]]) -> Tensor:
+        positions, own = torch.arange(LENGTH), torch.eye(LENGTH, dtype=torch.bool)
+        outputs = []
+        for rows, centroids in zip(heads.qv_weight.view(4, 2, 8, -1), heads.centroids.double(), strict=True):
+            query, value = (states @ matrix.T for matrix in rows)  # [B, T, h']
+            query = query / query.square().sum(-1, keepdim=True).sqrt()
+            rotated = naive.apply_rotary(query * 8**0.5, positions, 0.5, 10000.0)
+            total, number = torch.zeros_like(value), torch.zeros_like(value[..., :1])
+            for centroid in centroids:
+                distances = (query - centroid).square().sum(-1).tolist()  # [B, T]
+                taken = torch.zeros(len(states), LENGTH, dtype=torch.bool)
+                for sequence, row in enumerate(distances):
+                    taken[sequence, sorted(range(LENGTH), key=lambda token: row[token])[:6]] = True
+                seen = visible & taken[:, None] | own
+                attended = masked_attention(rotated[:, None], rotated[:, None], value[:, None], seen)[:, 0]
+                total, number = total + attended * taken[..., None], number + taken[..., None]
+            outputs.append(total / number.clamp(min=1))
+        return torch.stack(outputs, dim=2).flatten(2) @ heads.proj_weight.T
+
+    def uncounted_flops(self, config: Config) -> int:
+        """The paper counts the products with one centroid; torch's counter all 4, and in training sums of h' + 1."""
+        return -4 * (2 * 8 * LENGTH * 3 + 2 * 9 * LENGTH * 4)
+
+    def test_cost_of_a_step(self) -> None:
+        """Of 24 tokens: 6 h h', 2 h' per centroid without a gradient, and 4 h' per causal pair in 4 clusters of 6."""
+        documents = [[8, 16]]
+        within = replace(self.config, model=replace(self.config.model, attend_within_documents=True))
+        bare = replace(within, model=replace(within.model, num_routing_heads=0, routing_clusters=None))
+        for config, lengths, pairs in ((self.config, (), 21), (within, documents, 3 + 10)):
+            found = model_flops(config, VOCAB_SIZE, lengths) - model_flops(bare, VOCAB_SIZE, lengths)
+            assert found == 2 * 4 * (3 * (6 * 24 * 8 * LENGTH + 4 * 8 * 4 * pairs) + 2 * 8 * LENGTH * 4)
+
+    def test_flops_are_those_of_the_paper(self) -> None:
+        config = replace(self.config, data=replace(self.config.data, sequence_length=1024))
+        head = 6 * 24 * 8 * 1024 + 4 * 8 * 256**2 * 4 + 2 * 8 * 1024
+        assert paper_flops(config) == 2 * (4 * head + 16 * 24**2 * 1024)
+
+    def test_clusters_follow_the_sparsity(self) -> None:
+        tiny = tiny_config(model__num_routing_heads=4, mosa__sparsity=4.5)
+        assert (tiny.routing_clusters, transformer_config(tiny).mosa_routing_clusters) == (4, 4)
+        assert tiny_config(model__num_routing_heads=4, model__routing_clusters=7).routing_clusters == 7
+
+    def test_centroids_begin_as_unit_vectors_drawn_from_the_seed(self, layout: Layout) -> None:
+        first, again, other = (
+            threshold_buffers(build_model(replace(self.config, run=replace(self.config.run, seed=seed)), VOCAB_SIZE))
+            for seed in (5, 5, 6)
+        )
+        assert len(first) == self.config.model.num_layers
+        for name, centroids in first.items():
+            assert centroids.dtype == torch.float32 and centroids.shape == (4, 4, 8)
+            torch.testing.assert_close(centroids.norm(dim=-1), torch.ones(4, 4))
+            assert torch.equal(centroids, again[name]) and not torch.equal(centroids, other[name])
+        layers = list(first.values())
+        assert not torch.equal(layers[0], layers[1])
+
+    def test_centroids_move_to_the_mean_of_their_tokens(self, layout: Layout) -> None:
+        config = replace(self.config, model=replace(self.config.model, routing_decay=0.75))
+        heads = MosaSelfAttention(transformer_config(config)).routing_heads
+        assert heads is not None
+        torch.nn.init.normal_(heads.qv_weight)
+        torch.nn.init.normal_(heads.proj_weight)
+        set_centroids(heads)
+        heads.centroids[0, 1] = -heads.centroids[0, 0]
+        before, model = heads.centroids.clone(), torch.nn.ModuleList([heads])
+        tokens: list[list[list[Tensor]]] = [[[] for _ in range(4)] for _ in range(4)]
+        for _ in range(2):  # micro-batches
+            states = torch.randn(LENGTH, 3, 24)
+            heads(states)
+            for head, matrix in enumerate(heads.qv_weight.detach().view(4, 2, 8, 24)[:, 0]):
+                for row in (states @ matrix.T).flatten(0, 1):
+                    direction = row / row.norm()
+                    distances = (before[head] - direction).norm(dim=-1)
+                    tokens[head][int(distances.argmin())].append(direction)
+        update_thresholds(model, None)
+        for head, clusters in enumerate(tokens):
+            for cluster, members in enumerate(clusters):
+                moved = 0.75 * before[head, cluster] + 0.25 * torch.stack(members).mean(0)
+                torch.testing.assert_close(heads.centroids[head, cluster], moved / moved.norm())
+        assert not heads.cluster_sums.any()
+
+    def test_a_centroid_without_tokens_stays(self, layout: Layout) -> None:
+        heads = MosaSelfAttention(transformer_config(self.config)).routing_heads
+        assert heads is not None
+        set_centroids(heads)
+        heads.centroids[:, 3] = heads.centroids[:, 2]  # ties go to the earlier centroid
+        before = heads.centroids.clone()
+        torch.nn.init.normal_(heads.qv_weight)
+        torch.nn.init.normal_(heads.proj_weight)
+        heads(torch.randn(LENGTH, 2, 24))
+        assert (heads.cluster_sums[..., -1].sum(-1) == 2 * LENGTH).all()
+        update_thresholds(torch.nn.ModuleList([heads]), None)
+        still = (heads.centroids == before).all(-1)
+        assert still[:, 3].all() and not still[:, :3].all()
+
+    def test_only_first_passes_in_training_count(self, layout: Layout) -> None:
+        for recompute in ("none", "attention", "full"):
+            config = replace(self.config, train=replace(self.config.train, recompute=recompute))
+            model = build_model(config, VOCAB_SIZE)
+            batch = {name: tensor[-2:] for name, tensor in global_batch(config, 0).items()}
+            language_model_loss(model.eval(), **batch)
+            assert not any(heads.cluster_sums.any() for heads in routing_layers(model))
+            losses_and_gradients(model.train(), batch)
+            plain = [heads.cluster_sums.clone() for heads in routing_layers(model)]
+            assert all((sums[..., -1].sum(-1) == 2 * LENGTH).all() for sums in plain)
+            forget_scores(model)
+            fused_loss = get_backend("triton", torch.empty(0)).linear_cross_entropy  # interpreted
+            model.compile_layers(naive, fused_loss, backend=None)
+            losses_and_gradients(model, batch)
+            for heads, sums in zip(routing_layers(model), plain, strict=True):
+                torch.testing.assert_close(heads.cluster_sums, sums)
+            forget_scores(model)
+            assert not any(heads.cluster_sums.any() for heads in routing_layers(model))
+
+    def test_the_shortest_sequences(self, layout: Layout) -> None:
+        layer = MosaSelfAttention(transformer_config(self.config))
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        set_centroids(layer)
+        for length in (1, 2, 3, 7):
+            assert layer(torch.randn(length, 2, 24))[0].isfinite().all()
+        states = torch.randn(1, 2, 24)
+        value = states @ layer.routing_heads.qv_weight.view(4, 2, 8, 24)[:, 1].flatten(0, 1).T
+        torch.testing.assert_close(layer(states)[0], value @ layer.routing_heads.proj_weight.T)
+
+    def test_state_stays_in_fp32(self, layout: Layout) -> None:
+        model = build_model(self.config, VOCAB_SIZE).to(torch.bfloat16)
+        for heads in routing_layers(model):
+            assert heads.qv_weight.dtype == torch.bfloat16
+            assert heads.centroids.dtype == heads.cluster_sums.dtype == torch.float32
 
 
 class TestGatedDense(HeadKindTests):

@@ -199,6 +199,11 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
     [
         (dict(num_attention_heads=0, num_mosa_heads=0), "leave no head"),
         (dict(num_fixed_heads=2), "mosa_fixed_stride must be at least 1 with fixed heads, got 0"),
+        (dict(num_routing_heads=2), "mosa_routing_clusters must be at least 2 with Routing heads, got 0"),
+        (
+            dict(num_routing_heads=2, mosa_routing_clusters=4, mosa_routing_decay=1.5),
+            "mosa_routing_decay must be at least 0 and at most 1, got 1.5",
+        ),
         (dict(mosa_attention_gate=True, num_attention_heads=0), "gates dense and local heads, but there are none"),
         (dict(mosa_sparsity=0.5), "mosa_sparsity must be at least 1, got 0.5"),
         (dict(mosa_rotary_percent=1.5), "mosa_rotary_percent must be at least 0 and at most 1, got 1.5"),

@@ -62,8 +62,8 @@ def causalize(
         force: replace an existing model at ``target``.
 
     Raises:
-        UserError: the checkpoint or dataset does not exist, the model has no MoSA heads, already has thresholds, or
-            selects per document, the dataset has another tokenizer, or the target exists.
+        UserError: the checkpoint or dataset does not exist, the model has no MoSA heads, has Routing heads, already has
+            thresholds, or selects per document, the dataset has another tokenizer, or the target exists.
         RunError: the checkpoint is damaged.
         StorageError: writing the target failed.
     """
@@ -73,7 +73,7 @@ def causalize(
     check_target(target, folder, force=force)
     with damage_as_run_error(folder):
         metadata = read_metadata(folder)
-        _check_convertible(metadata.config["mosa"], folder)
+        _check_convertible(metadata.config["model"], metadata.config["mosa"], folder)
         read = _training_samples(metadata, data, samples)
         source = CheckpointReader.open(folder, metadata)
         thresholds, losses = _calibrated(source, calibration_config(source.config, load_feedback), read, samples)
@@ -84,7 +84,12 @@ def causalize(
     )
 
 
-def _check_convertible(mosa: dict[str, Any], folder: Path) -> None:
+def _check_convertible(model: dict[str, Any], mosa: dict[str, Any], folder: Path) -> None:
+    if model.get("num_routing_heads"):
+        raise UserError(
+            f"'{folder}' has Routing heads (model.num_routing_heads={model['num_routing_heads']}), which look at the "
+            "whole sequence and have no thresholds; give a model without them"
+        )
     if not mosa["num_heads"]:
         raise UserError(f"'{folder}' has no MoSA heads: it is already causal")
     if mosa.get("selection") == "threshold":

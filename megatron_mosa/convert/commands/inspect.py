@@ -57,11 +57,12 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     metadata = read_metadata(folder)
     model, mosa = metadata.config["model"], metadata.config["mosa"]
     fixed = f"{model['num_fixed_heads']} fixed, " if model.get("num_fixed_heads") else ""
+    routing = f"{model['num_routing_heads']} Routing, " if model.get("num_routing_heads") else ""
     gated = "; dense and local heads are gated" if model.get("attention_gate") else ""
     facts["format"] = str(metadata.format_version)
     facts["model"] = (
         f"{model['num_layers']} layers of width {model['hidden_size']}; heads: {model['num_dense_heads']} dense, "
-        f"{model.get('num_local_heads', 0)} local, {fixed}{mosa['num_heads']} MoSA"
+        f"{model.get('num_local_heads', 0)} local, {fixed}{routing}{mosa['num_heads']} MoSA"
         + {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
         + gated
     )

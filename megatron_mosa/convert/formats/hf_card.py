@@ -22,6 +22,7 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
     """
     # mosa.selection means nothing without MoSA heads: such a model is always causal.
     selection = getattr(config.mosa, "selection", "expert_choice") if config.mosa.num_heads else "none"
+    selection = "routing" if config.model.num_routing_heads else selection
     rows = (
         {"model": _model(config)}
         | facts
@@ -87,6 +88,11 @@ not what the model was trained for.""",
     "token_choice": """All heads are causal: each token chooses the MoSA heads that select it, by its own scores.
 `generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
+    "routing": """**Routing heads are not causal.** Each of their centroids takes the tokens nearest to it in the whole
+sequence, so the prediction at a token depends on later tokens, and no decoder can reach the losses above. Use the model
+to score and embed whole sequences. `generate` is refused unless you explicitly request an approximation:
+`generate(..., causal_approximation="prefix")` forms the clusters of the prefix anew for every new token. This is slow
+and is not what the model was trained for.""",
     "none": """All heads are causal. `generate` caches keys and values. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
 }

@@ -75,9 +75,12 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     """
     model, tokenizer = load_model(options.path, options.device, options.dtype, options.tokenizer)
     if not model.config.can_decode:
+        is_routing = model.config.num_routing_heads > 0
+        heads = "has Routing heads" if is_routing else "selects by expert choice (mosa.selection)"
+        fix = "without Routing heads" if is_routing else "with mosa.selection=threshold or without MoSA heads"
         raise UserError(
-            f"'{options.path}' selects by expert choice (mosa.selection): every token changes the selection, so there "
-            "is no cache to measure; pass a model with mosa.selection=threshold or without MoSA heads"
+            f"'{options.path}' {heads}: every token changes the selection, so there is no cache to measure; pass a "
+            f"model {fix}"
         )
     check_thresholds(model, options.path)
     heads, reason = baseline_heads(model.config, options.dense_heads)

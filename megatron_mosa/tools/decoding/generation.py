@@ -124,6 +124,12 @@ def _check_decodable(model: MosaForCausalLM, path: Path, approximation: str | No
                 f"--causal-approximation={approximation}: '{path}' is already causal; omit --causal-approximation"
             )
         check_thresholds(model, path)
+    elif approximation is None and model.config.num_routing_heads:
+        raise UserError(
+            f"'{path}' has Routing heads, which look at the whole sequence, so no token can be decoded before the "
+            "following ones are known; use a model without them, or pass --causal-approximation prefix (forms clusters "
+            "from the prefix for every token: slow, and not what was trained)"
+        )
     elif approximation is None:
         raise UserError(
             f"'{path}' selects by expert choice (mosa.selection), which looks at the whole sequence, so no token can "

@@ -51,7 +51,7 @@ def evaluate(
     """Measure a model with and without access to future tokens: losses, leak, flip rate, by position and length.
 
     A model that looks ahead (expert choice) is measured as trained, labelled NON-CAUSAL, and as it can be decoded: with
-    thresholds calibrated on the training split.
+    thresholds calibrated on the training split. Models with Routing heads are only measured as trained.
     """
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:

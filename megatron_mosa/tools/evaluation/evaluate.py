@@ -13,7 +13,7 @@ from megatron_mosa.convert import ModelReader
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import causality_label
-from megatron_mosa.model import CALIBRATION_PASSES, calibrate
+from megatron_mosa.model import CALIBRATION_PASSES, calibrate, calibration_config
 from megatron_mosa.tools.evaluation.flips import flip_rates
 from megatron_mosa.tools.evaluation.losses import (
     ProgressCallback,
@@ -66,7 +66,8 @@ def evaluate(
     Returns:
         ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
         positions these losses, the prefix-only loss, the leak and the flip rate; ``by_length``: the losses at multiples
-        of the training length; ``left_out``: lengths skipped because the text is too short, with the reason.
+        of the training length; ``left_out``: lengths skipped because the text is too short, with the reason. With
+        Routing heads, which have no causal counterpart, all that is ``causal`` is None.
 
     Raises:
         UserError: the validation split has fewer than two windows.
@@ -86,6 +87,9 @@ class _Evaluation:
                 f"the validation split must have at least 2 windows of {self.length} tokens, got {len(self.samples)}; "
                 "rebuild the dataset with a larger data.validation_fraction"
             )
+        self.looks_ahead = looks_ahead(model.config)
+        # Routing heads look ahead whatever the selection of MoSA heads.
+        self.can_be_calibrated = self.looks_ahead and not looks_ahead(calibration_config(model.config))
         self.ranges = position_ranges(self.length)
         self.longer: dict[int, ValidationSamples] = {}
         self.left_out: dict[int, str] = {}
@@ -99,7 +103,7 @@ class _Evaluation:
         """Return how many tokens all passes together will process, about."""
         tokens = len(self.samples) * self.length
         passes = tokens + sum(len(samples) * n * self.length for n, samples in self.longer.items())
-        if looks_ahead(self.model.config):
+        if self.can_be_calibrated:
             passes = 2 * passes + CALIBRATION_PASSES * self.settings.calibration_samples * self.length
         if self.settings.prefixes:
             positions = chosen_positions(self.ranges, self.settings.prefixes)
@@ -107,32 +111,32 @@ class _Evaluation:
         return passes + (tokens * len(self.ranges) if self.model.config.mosa.num_heads else 0)
 
     def run(self) -> dict[str, Any]:
-        is_looking_ahead = looks_ahead(self.model.config)
-        label = causality_label(not is_looking_ahead)
+        label = causality_label(not self.looks_ahead)
         with self._built(self.model.config.mosa.selection) as model:
             full = self._losses(model, self.samples)
             ranges = self._by_range(model, full)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
+        is_causal = self.can_be_calibrated or not self.looks_ahead
         causal, causal_lengths, how = full, lengths, "the model itself"
-        if is_looking_ahead:
+        if self.can_be_calibrated:
             how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
             with self._built("threshold") as model:
                 calibrate(model.module, lambda: self._run_calibration_windows(model))
                 causal = self._losses(model, self.samples)
                 causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
         for part, row in zip(self.ranges, ranges, strict=True):
-            row["causal"] = causal[:, part.start : part.stop].mean().item()
+            row["causal"] = causal[:, part.start : part.stop].mean().item() if is_causal else None
         return {
             "samples": len(self.samples),
             "sequence_length": self.length,
             "full_sequence": _summary(full) | {"label": label},
-            "causal": _summary(causal) | {"label": f"causal, {how}"},
+            "causal": _summary(causal) | {"label": f"causal, {how}"} if is_causal else None,
             "by_position": ranges,
             "by_length": [
                 {
                     "length": multiple * self.length,
                     "full_sequence": _summary(lengths[multiple]) | {"label": label},
-                    "causal": _summary(causal_lengths[multiple]),
+                    "causal": _summary(causal_lengths[multiple]) if is_causal else None,
                 }
                 for multiple in lengths
             ],

@@ -22,9 +22,12 @@ def print_report(found: dict[str, Any], console: Console) -> None:
 def _losses(found: dict[str, Any]) -> Table:
     title = f"{found['samples']} windows of {found['sequence_length']} tokens, nats per token"
     table = _table(title, ("loss", "error", "perplexity"), first="")
-    both = (("full sequence", "full_sequence"), ("causal", "causal"))
-    # A causal model is measured once: two rows would be equal.
-    for name, key in both[1:] if found["full_sequence"]["loss"] == found["causal"]["loss"] else both:
+    rows = (("full sequence", "full_sequence"), ("causal", "causal"))
+    if found["causal"] is None:  # no causal counterpart
+        rows = rows[:1]
+    elif found["full_sequence"]["loss"] == found["causal"]["loss"]:  # causal, and measured once
+        rows = rows[1:]
+    for name, key in rows:
         entry = found[key]
         numbers = (f"{entry['loss']:.4f}", f"{entry['error']:.4f}", f"{math.exp(min(entry['loss'], 700)):.2f}")
         table.add_row(f"{name} ({entry['label']})", *numbers)
@@ -52,7 +55,8 @@ def _positions(found: dict[str, Any]) -> Table:
 def _lengths(found: dict[str, Any]) -> Table:
     table = _table("By sequence length", ("full sequence", "error", "causal", "error"), first="tokens")
     for row in found["by_length"]:
-        cells = [_number(row[key][part]) for key in ("full_sequence", "causal") for part in ("loss", "error")]
+        measured = (row[key] or {} for key in ("full_sequence", "causal"))
+        cells = [_number(entry.get(part)) for entry in measured for part in ("loss", "error")]
         table.add_row(str(row["length"]), *cells)
     return table
 

@@ -32,6 +32,7 @@ class MemberKind:
 KINDS: dict[str, MemberKind] = {
     "dense": MemberKind("model.num_dense_heads"),
     "fixed": MemberKind("model.num_fixed_heads", {"model.fixed_stride": None}),
+    "routing": MemberKind("model.num_routing_heads", {"model.routing_clusters": None}),
     "expert_choice": MemberKind("mosa.num_heads", {"mosa.selection": "expert_choice", "mosa.load_feedback": 0.0}),
     "threshold": MemberKind("mosa.num_heads", {"mosa.selection": "threshold"}),
     "token_choice": MemberKind(
@@ -53,6 +54,7 @@ _CACHED: dict[str, Callable[[Config, int], float]] = {
     "dense": lambda config, length: length,
     "local": lambda config, length: min(local_window(config), length),
     "fixed": lambda config, length: -(-length // config.fixed_stride),
+    "routing": lambda config, length: length,  # each of rho clusters takes a share of 1 / rho
     "MoSA": _mosa_keys,
 }
 
