@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from megatron_mosa import __version__
 from megatron_mosa.cluster.doctor.command import doctor
@@ -22,6 +23,7 @@ from megatron_mosa.tools.bench.commands import bench
 from megatron_mosa.tools.comparison.command import compare
 from megatron_mosa.tools.decoding.commands import cache_report, generate
 from megatron_mosa.tools.evaluation.command import evaluate
+from megatron_mosa.tools.grid import commands as grid
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
 
 Command = Callable[..., None]
@@ -41,12 +43,14 @@ class Group:
         help: its description.
         callback: called before any command of the group.
         runs_alone: whether ``callback`` is called without a command, too.
+        default: the command that is meant if the first argument names none of the others, as in ``mosa isoflop FILE``.
     """
 
     help: str
     commands: dict[str, Command | Group]
     callback: Command | None = None
     runs_alone: bool = False
+    default: Command | None = None
 
 
 COMMANDS = Group(
@@ -83,7 +87,12 @@ COMMANDS = Group(
         "generate": generate,
         "cache-report": cache_report,
         "bench": bench,
-        "isoflop": isoflop,
+        "isoflop": Group(
+            "Solve for numbers of heads at equal FLOPs, or train a grid of such models.",
+            {"run": grid.run, "match": grid.match},
+            default=isoflop,
+        ),
+        "report": grid.report,
         "sweep": sweep,
         "compare": compare,
         "submit": submit,
@@ -95,9 +104,23 @@ COMMANDS = Group(
 )
 
 
+_DEFAULT = "default"
+
+
+class _WithDefault(TyperGroup):
+    """A group that stands for its default command if the first argument names none of its commands."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        command = super() if args and args[0] in self.commands else self.commands[_DEFAULT]
+        return command.make_context(info_name, args, parent, **extra)
+
+
 def build_app(group: Group) -> typer.Typer:
     """Return the Typer app of a group and all groups below it."""
     app = typer.Typer(help=group.help, no_args_is_help=True)
+    if group.default is not None:
+        app = typer.Typer(help=group.help, cls=_WithDefault)
+        app.command(_DEFAULT, hidden=True)(group.default)
     if group.callback is not None:
         app.callback(invoke_without_command=group.runs_alone)(group.callback)
     for name, command in group.commands.items():

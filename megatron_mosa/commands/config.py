@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.commands.arguments import Overrides
-from megatron_mosa.config import REFERENCE_FILE, difference, load_config, origins, reference, resolved, summary
+from megatron_mosa.config import (
+    GRIDS_FOLDER,
+    REFERENCE_FILE,
+    difference,
+    load_config,
+    origins,
+    reference,
+    resolved,
+    summary,
+)
 from megatron_mosa.errors import UserError
 
 
@@ -48,7 +57,8 @@ def list_configurations(
         raise UserError(
             f"'{folder}' is not a directory; give one that contains YAML files, such as the project's configs/"
         )
-    rows = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
+    found = [path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE]
+    rows = {str(path): path for path in found if path.parent.name != GRIDS_FOLDER}
     if not rows:
         raise UserError(
             f"'{folder}' contains no YAML files; give a directory that does, such as the project's configs/"

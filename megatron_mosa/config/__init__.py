@@ -4,7 +4,7 @@ from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.heads import HeadCount, head_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
-from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
+from megatron_mosa.config.render import GRIDS_FOLDER, REFERENCE_FILE, difference, reference, resolved, summary
 from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
@@ -20,6 +20,7 @@ from megatron_mosa.config.schema import (
 )
 
 __all__ = [
+    "GRIDS_FOLDER",
     "REFERENCE_FILE",
     "CheckpointSection",
     "Config",

@@ -227,6 +227,15 @@ TABLE: dict[str, dict[str, Way]] = {
         ".venv/bin/mosa sweep configs/quickstart.yaml --processes 2 --layout tp=2,sp=false,zero=1,micro=4 --steps 10":
             instead("is the command before with another layout"),
     },
+    "docs/isoflop.md": {
+        "mosa isoflop configs/paper/tiny.yaml": Way(),
+        "mosa isoflop run configs/grids/example.yaml --dry-run": Way(),
+        "mosa isoflop run configs/grids/example.yaml --jobs 2": Way(),
+        "mosa isoflop run configs/grids/paper_tiny.yaml --slurm --gpus-per-node 8 --partition gpu "
+        "--time-limit 120": Way((("paper_tiny", "example"),), "--dry-run", reason=CLUSTER),
+        "mosa report runs/grid_example": Way(),
+        "mosa isoflop match runs/grid_example": Way(),
+    },
     "docs/profiling.md": {
         "mosa bench configs/first_gpu_run.yaml": Way(added=f"{SMALL} --steps 1 --warmup 1"),
         "torchrun --nproc-per-node 4 -m megatron_mosa bench configs/scale/1b_mosa.yaml "

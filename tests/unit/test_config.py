@@ -44,7 +44,7 @@ def test_the_reference_matches_the_schema_and_explains_every_choice() -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_a_configuration_sets_only_what_differs_from_the_defaults(file: Path) -> None:
     """Heads and sparsity may be set to their defaults, too, because readers look for them."""
-    if file.name == "reference.yaml":
+    if file.name == "reference.yaml" or file.parent.name == "grids":
         return
     load_config(file)
     for section, values in yaml.safe_load(file.read_text()).items():

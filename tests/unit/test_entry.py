@@ -101,9 +101,12 @@ def test_a_world_size_without_check_only_is_rejected() -> None:
 
 def _names(group: Group, before: str = "mosa") -> list[str]:
     return [
-        name
-        for key, command in group.commands.items()
-        for name in (_names(command, f"{before} {key}") if isinstance(command, Group) else [f"{before} {key}"])
+        *([before] if group.default is not None else []),
+        *(
+            name
+            for key, command in group.commands.items()
+            for name in (_names(command, f"{before} {key}") if isinstance(command, Group) else [f"{before} {key}"])
+        ),
     ]
 
 
@@ -112,7 +115,8 @@ def test_the_table_has_every_promised_command() -> None:
         mosa checkpoint inspect|mosa checkpoint reshard|mosa checkpoint export|mosa checkpoint import
         mosa checkpoint verify|mosa checkpoint causalize|mosa config show|mosa config diff|mosa config list
         mosa evaluate|mosa generate|mosa cache-report|mosa bench
-        mosa isoflop|mosa sweep|mosa compare|mosa submit|mosa status|mosa doctor"""
+        mosa isoflop|mosa isoflop run|mosa isoflop match|mosa report
+        mosa sweep|mosa compare|mosa submit|mosa status|mosa doctor"""
     assert sorted(_names(COMMANDS)) == sorted(name.strip() for name in promised.replace("\n", "|").split("|"))
 
 

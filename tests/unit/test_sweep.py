@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.processes import alone_in
 from megatron_mosa.tools.scaling import session, sweep, sweep_slurm, sweep_work
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
 from megatron_mosa.tools.scaling.commands import parse_counts
@@ -39,7 +40,7 @@ from megatron_mosa.tools.scaling.session import (
 )
 from megatron_mosa.tools.scaling.sweep import plan
 from megatron_mosa.tools.scaling.sweep_checks import refuse_deviations, refuse_unfinished
-from megatron_mosa.tools.scaling.sweep_directory import alone_in, prepare_output, read_sweep
+from megatron_mosa.tools.scaling.sweep_directory import prepare_output, read_sweep
 from megatron_mosa.tools.scaling.sweep_plots import bar_of
 from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import markdown, write_report
@@ -420,12 +421,15 @@ def test_results_of_two_cards_are_not_mixed(config: Config, tmp_path: Path) -> N
 
 
 def test_a_second_sweep_in_the_same_directory_is_rejected(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "out"):
-        with pytest.raises(UserError, match="another mosa sweep is running in --output="), alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out", "mosa sweep"):
+        with (
+            pytest.raises(UserError, match="another mosa sweep is running in --output="),
+            alone_in(tmp_path / "out", "mosa sweep"),
+        ):
             pass
-        with alone_in(tmp_path / "other"):
+        with alone_in(tmp_path / "other", "mosa sweep"):
             pass
-    with alone_in(tmp_path / "out"):
+    with alone_in(tmp_path / "out", "mosa sweep"):
         pass
 
 
@@ -677,7 +681,7 @@ def test_a_job_is_submitted_from_paths_with_spaces(tmp_path: Path, monkeypatch: 
         calls.append(command)
         return subprocess.CompletedProcess(command, 0, "7;cluster\n", "")
 
-    monkeypatch.setattr(sweep_slurm, "_call", call)
+    monkeypatch.setattr(sweep_slurm, "call_slurm", call)
     run, jobs = sweep_slurm.SlurmRun(folder, 4, ("--comment=a b",)), dict[str, Session]()
     one = Session("one", str(folder), {}, [ALONE.to_dict()], 8, 1, 1, True, False)
     run._submit(one, run.sbatch(one), jobs)
@@ -719,10 +723,10 @@ def test_the_results_of_running_jobs_are_not_removed(tmp_path: Path, monkeypatch
     for job in (7, 8):
         (tmp_path / "jobs" / f"{job}.job").write_text(f"{job}\n")
     queue: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, "8\n", "")  # noqa: E731
-    monkeypatch.setattr(sweep_slurm, "_call", queue)
+    monkeypatch.setattr(sweep_slurm, "call_slurm", queue)
     with pytest.raises(UserError, match="whose jobs have not ended: 8; end them first with scancel 8"):
         sweep_slurm.refuse_running_jobs(tmp_path)
-    monkeypatch.setattr(sweep_slurm, "_call", lambda *command: subprocess.CompletedProcess(command, 0, "", ""))
+    monkeypatch.setattr(sweep_slurm, "call_slurm", lambda *command: subprocess.CompletedProcess(command, 0, "", ""))
     sweep_slurm.refuse_running_jobs(tmp_path)
 
 
@@ -767,7 +771,7 @@ def test_a_partition_without_gpus_is_rejected(
     partition: str | None, gpus: int, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer: Callable[..., Any] = lambda *command: subprocess.CompletedProcess(command, 0, SINFO, "")  # noqa: E731
-    monkeypatch.setattr(sweep_slurm, "_call", answer)
+    monkeypatch.setattr(sweep_slurm, "call_slurm", answer)
     if message is None:
         sweep_slurm.check_partition(partition, gpus)
         return

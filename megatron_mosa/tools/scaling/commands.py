@@ -32,7 +32,11 @@ def isoflop(
         int, typer.Option("--dense-heads", metavar="N", help="Dense heads next to the MoSA heads; 0: pure MoSA.")
     ] = 4,
 ) -> None:
-    """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4)."""
+    """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4).
+
+    mosa isoflop run GRID.yaml trains a grid of models at an equal budget, and mosa isoflop match DIR finds the fewest
+    heads that match the baseline's perplexity: each has a --help of its own.
+    """
     baseline = load_config(config, overrides or [])
     sparsities = parse_sparsities(sparsity)
     from rich.console import Console  # slow to import, like the solver's torch
@@ -120,7 +124,7 @@ def sweep(
     counts = parse_counts(processes) if processes else []
     options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
     options += sbatch_argument or []
-    _check_slurm_options(slurm, gpus_per_node, job_per_layout, options)
+    check_slurm_options(slurm, gpus_per_node, job_per_layout, options)
     from megatron_mosa.tools.scaling.cells import plan_cells
     from megatron_mosa.tools.scaling.layouts import parse_layout
 
@@ -185,7 +189,12 @@ def _check_above_zero(options: dict[str, float | None]) -> None:
             raise UserError(f"--{name} must be above 0, got {value:g}")
 
 
-def _check_slurm_options(slurm: bool, gpus_per_node: int | None, job_per_layout: bool, options: list[str]) -> None:
+def check_slurm_options(slurm: bool, gpus_per_node: int | None, job_per_layout: bool, options: list[str]) -> None:
+    """Check that options for Slurm are given with --slurm alone, and that each is one.
+
+    Raises:
+        UserError: they are not.
+    """
     if slurm and gpus_per_node is None:
         raise UserError("--slurm needs --gpus-per-node: the GPUs of a node, or 0 to measure on CPUs")
     if not slurm and (gpus_per_node is not None or job_per_layout or options):

@@ -8,6 +8,7 @@ heads with which the whole model costs no more than the baseline.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_mosa.attention import num_selected_tokens
@@ -56,7 +57,8 @@ def solve_isoflop(baseline: Config, sparsity: float, num_dense_heads: int = 4) -
     left = budget - paper_flops(_with_heads(baseline, num_dense_heads, 0, sparsity))
     if left < price:
         raise UserError(_does_not_fit(baseline, sparsity, num_dense_heads, left, price))
-    config = _with_heads(baseline, num_dense_heads, left // price, sparsity)
+    heads = most_heads(lambda number: paper_flops(_with_heads(baseline, num_dense_heads, number, sparsity)), budget)
+    config = _with_heads(baseline, num_dense_heads, heads, sparsity)
     return IsoflopModel(
         config=config,
         num_selected=selected,
@@ -64,6 +66,26 @@ def solve_isoflop(baseline: Config, sparsity: float, num_dense_heads: int = 4) -
         baseline_flops=budget,
         parameters=parameter_count(config, config.data.vocab_size),
     )
+
+
+def most_heads(cost: Callable[[int], float], budget: float, *, step: int = 1, ripple: int = 0) -> int:
+    """Return the largest number of heads, a multiple of ``step``, whose cost is within the budget; 0 if there is none.
+
+    Args:
+        cost: of a model with so many heads, 1 or more; from ``ripple`` heads to the next as many it rises.
+        ripple: how many heads may in between cost less than fewer of them: with token choice, where the heads of a
+            token are a rounded share of all, rho of them.
+    """
+    period = max(1, -(-ripple // step))  # in steps
+    fits = lambda number: cost(number * step) <= budget  # noqa: E731
+    high = period
+    while fits(high):
+        high *= 2
+    low = high // 2 if high > period else 0
+    while high - low > period:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return step * next((number for number in range(high + 3 * period, 0, -1) if fits(number)), 0)
 
 
 def _with_heads(config: Config, dense: int, mosa: int, sparsity: float) -> Config:

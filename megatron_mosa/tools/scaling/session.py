@@ -16,12 +16,10 @@ torchrun. It does not import torch.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +31,7 @@ from typing import Any
 
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.resilience import job_end
+from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.utils import write_atomically
 
@@ -236,18 +235,6 @@ def _run_once(
         end(process)
 
 
-def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
-    """End a launcher, and with it its ranks; torchrun needs up to 30 s for that."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def failure(errors: Path, log: Path, code: int) -> str:
     """Return why a session failed, in one line: a rank's first error, a signal in its log, or the exit code."""
     return f"{_cause(errors, log, code)}; see {log.parent.name}/{log.name}"
@@ -306,13 +293,8 @@ class SrunLaunch:
 def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("w", encoding="utf-8") as file:
         return subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
         )
-
-
-def _end_with_parent() -> None:
-    with suppress(OSError, AttributeError):  # Linux alone
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def main() -> None:

@@ -6,20 +6,19 @@ The weights are a function of ``run.seed`` alone (``model.initial_weights``), so
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_mosa.config import Config
 from megatron_mosa.errors import RunError
+from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.memory import card
 from megatron_mosa.tools.scaling.rows import Sweep
 from megatron_mosa.tools.scaling.session import LocalLaunch, Session, Watch, supervise
 from megatron_mosa.tools.scaling.sweep_checks import refuse_deviations, refuse_unfinished
-from megatron_mosa.tools.scaling.sweep_directory import alone_in, prepare_output, read_sweep
+from megatron_mosa.tools.scaling.sweep_directory import prepare_output, read_sweep
 from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import write_report
 from megatron_mosa.tools.scaling.sweep_request import Request
@@ -50,7 +49,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
     identity = request.identity(dataset)
     here = card() if request.device == "cuda" and not request.elsewhere else None
     others = tuple((path, read_sweep(path, request, identity)) for path in request.beside)
-    with alone_in(request.output):
+    with alone_in(request.output, "mosa sweep"):
         prepare_output(request.output, identity, force)
         work = Work(request, base, vocab_size, here)
         progress = Progress(work)
@@ -59,7 +58,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
         progress.print_known()
         error: BaseException | None = None
         try:
-            with _sigterm_as_interrupt():
+            with sigterm_as_interrupt():
                 if sessions := work.sessions():
                     (run or _run_here(sessions))(sessions, progress.watch)
         except (KeyboardInterrupt, RunError) as caught:
@@ -105,17 +104,3 @@ def _run_here(sessions: Sequence[Session]) -> Run:
             supervise(session, launch, watch)
 
     return run
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that the workers are ended and the report is written."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +16,6 @@ from megatron_mosa.utils import write_atomically
 _OWN = (
     "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs", "seed",
 )  # fmt: skip
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a second sweep in the same directory, as far as its file system has locks.
-
-    Raises:
-        UserError: another one is running there.
-    """
-    with ExitStack() as stack:
-        with suppress(OSError):  # prepare_output says what is wrong with the directory
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another mosa sweep is running in --output={folder}; wait for it, or give another directory"
-                ) from None
-        yield
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:

@@ -130,7 +130,7 @@ class SlurmRun:
         """Submit a session by its batch script, and add its job to ``jobs``."""
         session.write()
         session.file.with_suffix(".sbatch").write_text(self.script(session, command), encoding="utf-8")
-        done = _call(*command)
+        done = call_slurm(*command)
         if done.returncode:
             session.file.unlink()
             others = f"; jobs submitted before go on: {', '.join(jobs)}" if jobs else ""
@@ -186,7 +186,7 @@ def running_jobs(jobs: Sequence[str]) -> set[str]:
     """Return those that are queued or running; all of them if Slurm does not answer."""
     if not jobs:
         return set()
-    done = _call("squeue", "-h", "-o", "%i", "-j", ",".join(jobs))
+    done = call_slurm("squeue", "-h", "-o", "%i", "-j", ",".join(jobs))
     if done.returncode and "Invalid job id" not in done.stderr:
         return set(jobs)
     return set(done.stdout.split()) & set(jobs)
@@ -213,7 +213,7 @@ def check_partition(partition: str | None, gpus_per_node: int) -> None:
         UserError: it has not, or does not exist.
         RunError: Slurm does not answer.
     """
-    done = _call("sinfo", "-h", "-o", "%P|%G")
+    done = call_slurm("sinfo", "-h", "-o", "%P|%G")
     if done.returncode:
         raise RunError(f"sinfo failed: {' '.join(done.stderr.split())}; run this on a login node of the cluster")
     gpus: dict[str, int] = {}
@@ -241,7 +241,12 @@ def _gpus_in(resources: str) -> int:
     return sum(int(count or 1) for count in re.findall(r"gpu(?::[A-Za-z][^:,()]*)?(?::(\d+))?", resources))
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
+def call_slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs to its end.
+
+    Raises:
+        RunError: it is not installed.
+    """
     try:
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     except FileNotFoundError:

@@ -1,0 +1,178 @@
+"""``mosa report``: what came out of a grid, as report.md and pictures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_mosa.errors import RunError
+from megatron_mosa.tools.comparison.curves import plot, read_run
+from megatron_mosa.tools.grid.match import matched
+from megatron_mosa.tools.grid.match import table as match_table
+from megatron_mosa.tools.grid.models import Place, TrainedModel, places
+from megatron_mosa.tools.grid.plots import plot_costs
+from megatron_mosa.tools.grid.results import DONE, Row
+
+_EQUAL = {
+    "paper_flops": "forward FLOPs by the paper's formulas",
+    "executed_flops": "executed FLOPs of a step",
+    "step_time": "measured time of a step",
+}
+_COLUMNS = (
+    "model", "heads", "budget", "seeds", "loss", "spread", "perplexity", "loss - reference", "parameters", "step, ms",
+    "memory, GiB", "KV at 8k, MiB", "causal",
+)  # fmt: skip
+
+
+def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
+    """Write report.md and its pictures into a directory; return the names of the files.
+
+    Args:
+        folder: of the grid; losses over time are read from its runs, as far as they are there.
+
+    Raises:
+        RunError: the directory cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        written: dict[tuple[str, str], list[str]] = {}
+        for place in places(rows):
+            if place.models:
+                written[place.size, place.corpus] = _plot(place, folder, output)
+        (output / "report.md").write_text(markdown(rows, written), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"could not write to {output}: {error.strerror}; give another --output") from None
+    return ["report.md", *(name for names in written.values() for name in names)]
+
+
+def _plot(place: Place, folder: Path, output: Path) -> list[str]:
+    stem = f"{place.size}-{place.corpus}"
+    plot_costs(
+        place, f"{place.size} on {place.corpus}: equal {_EQUAL[place.models[0].row.equal]}", output / f"{stem}.png"
+    )
+    runs = [folder / "runs" / row.cell for model in place.models for row in model.rows[:1]]
+    found = [read_run(run) for run in runs if (run / "metrics.jsonl").is_file()]
+    if not found:
+        return [f"{stem}.png"]
+    plot(found, output / f"{stem}-losses.png")
+    return [f"{stem}.png", f"{stem}-losses.png"]
+
+
+def markdown(rows: Sequence[Row], pictures: dict[tuple[str, str], list[str]]) -> str:
+    """Return the report.
+
+    Args:
+        pictures: names of files by size and corpus.
+    """
+    counts = Counter(row.status for row in rows)
+    first = rows[0]
+    lines = [
+        f"# Models at equal {_EQUAL[first.equal]}",
+        "",
+        f"The budget is the cost of {first.relative_to}. {counts[DONE]} of {len(rows)} runs are done"
+        + "".join(f", {count} {status}" for status, count in sorted(counts.items()) if status != DONE)
+        + f". Measured on {_joined(row.device for row in rows if row.device) or 'nothing yet'}, "
+        f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.",
+        "",
+        "- Loss (nats per token) and perplexity are of validation, after the last step; the mean over seeds. *spread* "
+        "is the largest difference of losses between seeds, and *loss - reference* the mean over seeds that both have.",
+        "- **NON-CAUSAL**: heads look ahead, so no decoder reaches this loss. Keys and values are then those of causal "
+        "heads of the same sparsity.",
+        "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
+        "`--measure` replaces them.",
+        "- Keys and values are computed, in bf16, for the share of tokens that the sparsity asks for.",
+    ]
+    for place in places(rows):
+        lines += ["", f"## {place.size} on {place.corpus}", "", *_section(place)]
+        lines += [line for name in pictures.get((place.size, place.corpus), []) for line in ("", f"![{name}]({name})")]
+    if len({row.device for row in rows if row.device}) > 1:
+        lines += ["", "**Measured on different devices: step times cannot be compared between all models.**"]
+    if searches := matched(rows):
+        lines += ["", "## Equal perplexity", "", *match_table(searches)]
+    lines += _failures(rows)
+    lines += [
+        "",
+        "## To repeat",
+        "",
+        "Each run's command (with run.name=NAME to repeat it in a run directory of its own; the seed is in the file), "
+        "and the hashes of its configuration and dataset:",
+    ]
+    lines += ["", "| command | configuration | dataset |", "| --- | --- | --- |"]
+    lines += [f"| `{row.command}` | {row.config_hash[:12]} | {row.dataset} {row.dataset_hash[:12]} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _section(place: Place) -> list[str]:
+    if not place.models:
+        return ["No run is done."]
+    reference = place.reference
+    lines = [f"| {' | '.join(_COLUMNS)} |", "| --- |" + " ---: |" * (len(_COLUMNS) - 1)]
+    lines += [f"| {' | '.join(_cells(model, reference))} |" for model in place.models]
+    row = place.models[0].row
+    lines += ["", f"{row.steps:,} steps, {row.tokens / 1e6:,.4g}M tokens of {row.dataset} each."]
+    noise = place.noise
+    if noise is None:
+        lines[-1] += " Every model has one seed, so nothing is known about the noise."
+    else:
+        lines[-1] += (
+            f" Two seeds of one model differ by up to {noise:.4f}: smaller differences between models mean little."
+        )
+    lines += _learning_rates(place)
+    return lines
+
+
+def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
+    row = model.row
+    step = "" if model.milliseconds is None else f"{'' if model.is_alone else '~'}{model.milliseconds:,.1f}"
+    delta = "" if reference is None or reference is model else _delta(model.above(reference))
+    return [
+        model.name,
+        model.heads,
+        f"{100 * row.budget_share:.2f} %",
+        str(len(model.rows)),
+        f"{model.loss:.4f}",
+        "" if model.spread is None else f"{model.spread:.4f}",
+        f"{model.perplexity:.2f}",
+        delta,
+        f"{row.parameters / 1e6:,.1f} M",
+        step,
+        "" if model.peak_memory_gib is None else f"{model.peak_memory_gib:.2f}",
+        "" if model.kv_mib is None else f"{model.kv_mib:.2f}",
+        "yes" if model.is_causal else "**NON-CAUSAL**",
+    ]
+
+
+def _delta(difference: float) -> str:
+    return f"{difference:+.4f} ({100 * math.expm1(difference):+.1f} % perplexity)"
+
+
+def _learning_rates(place: Place) -> list[str]:
+    tried = [model for model in place.models if model.trials]
+    if not tried:
+        return []
+    lines = ["", "Losses of the first seed by learning rate; the best is used for the others:", ""]
+    for model in tried:
+        trials = sorted(model.trials, key=lambda row: row.learning_rate)
+        parts = [f"{row.learning_rate:g}: {'diverged' if row.loss is None else f'{row.loss:.4f}'}" for row in trials]
+        at_edge = model.row.learning_rate in (trials[0].learning_rate, trials[-1].learning_rate)
+        edge = "; the best is at an end of the list, so the optimum may lie beyond it" if at_edge else ""
+        lines.append(f"- {model.name}: {', '.join(parts)}{edge}")
+    return lines
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    left = [row for row in rows if row.status != DONE]
+    if not left:
+        return []
+    lines = ["", "## Without a result", ""]
+    return lines + [f"- {row.cell}: {row.status}{f': {row.reason}' if row.reason else ''}" for row in left]
+
+
+def _versions(row: Row) -> str:
+    return ", ".join(f"{name} {version}" for name, version in row.versions.items() if version != "not installed")
+
+
+def _joined(words: object) -> str:
+    return "; ".join(dict.fromkeys(words))  # type: ignore[call-overload]

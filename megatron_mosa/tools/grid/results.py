@@ -1,0 +1,211 @@
+"""results.jsonl and results.csv of a grid: a row for each cell, with all that is needed to run it again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_mosa.attention import looks_ahead
+from megatron_mosa.errors import UserError
+from megatron_mosa.metrics import read_journal, run_totals
+from megatron_mosa.model import model_flops, paper_flops, parameter_count
+from megatron_mosa.tools.grid.kinds import kv_bytes
+from megatron_mosa.tools.grid.plan import Cell, config_hash
+from megatron_mosa.utils import write_atomically
+
+RESULTS = "results.jsonl"
+KV_TOKENS = 8192
+"""The length of the sequence whose keys and values are counted."""
+
+DONE, GAVE_UP, FAILED, MISSING = "done", "diverged", "failed", "missing"
+SETTLED = (DONE, GAVE_UP)
+"""What a repetition would not change."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: how it was trained and what came out; None: not known."""
+
+    cell: str
+    size: str
+    corpus: str
+    member: str
+    kind: str
+    sparsity: float | None
+    heads: int
+    """Of the member's kind, in a layer."""
+
+    dense_heads: int
+    heads_given: bool
+    """The grid gives the number of heads, instead of the budget."""
+
+    seed: int
+    learning_rate: float
+    status: str
+    """"done"; "diverged": the run gave up; "failed"; "missing": not run, or not to its end."""
+
+    causal: bool
+    """False: NON-CAUSAL, heads look ahead, so that no decoder reaches this loss."""
+
+    equal: str
+    relative_to: str
+    budget_share: float
+    """Cost as a share of the budget."""
+
+    paper_flops: int
+    """Of the forward pass of a sequence, by the paper's formulas."""
+
+    executed_flops: int
+    """Of a training step on a sequence."""
+
+    parameters: int
+    kv_bytes_8k: int | None
+    """Bytes of keys and values of one sequence of 8,192 tokens in bf16, computed."""
+
+    steps: int
+    tokens: int
+    loss: float | None = None
+    """Of validation, at the last step."""
+
+    perplexity: float | None = None
+    train_seconds: float | None = None
+    """Inside steps."""
+
+    step_seconds: float | None = None
+    """Median."""
+
+    step_alone: bool | None = None
+    """Nothing else ran on the device while the step was timed."""
+
+    peak_memory_gib: float | None = None
+    """Of a rank."""
+
+    device: str = ""
+    starts: int = 0
+    reason: str = ""
+    """Why the cell failed."""
+
+    command: str = ""
+    """Runs this cell again."""
+
+    config_path: str = ""
+    config_hash: str = ""
+    run_directory: str = ""
+    dataset: str = ""
+    dataset_hash: str = ""
+    processes: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    finished: float | None = None
+    """Unix time."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.status == DONE and self.loss is not None
+
+    @property
+    def label(self) -> str:
+        """Member and sparsity, as a report names them."""
+        return self.member if self.sparsity is None else f"{self.member} rho {self.sparsity:g}"
+
+
+def planned_row(cell: Cell, folder: Path, equal: str, relative_to: str, processes: int) -> Row:
+    """Return the row of a cell that has not been run."""
+    config, model = cell.config(folder), cell.model
+    path = folder / "configs" / f"{cell.name}.yaml"
+    vocab_size = model.dataset.vocab_size
+    launcher = f"torchrun --standalone --nproc-per-node {processes} -m megatron_mosa" if processes > 1 else "mosa"
+    return Row(
+        cell=cell.name,
+        size=model.size,
+        corpus=model.corpus,
+        member=model.member.name,
+        kind=model.member.kind,
+        sparsity=model.sparsity,
+        heads=model.heads,
+        dense_heads=config.model.num_dense_heads,
+        heads_given=model.is_given,
+        seed=cell.seed,
+        learning_rate=config.optimizer.learning_rate,
+        status=MISSING,
+        causal=not looks_ahead(config),
+        equal=equal,
+        relative_to=relative_to,
+        budget_share=model.share,
+        paper_flops=paper_flops(config),
+        executed_flops=model_flops(config, vocab_size),
+        parameters=parameter_count(config, vocab_size),
+        kv_bytes_8k=kv_bytes(config, KV_TOKENS),
+        steps=config.train.steps,
+        tokens=config.train.steps * config.train.global_batch_size * config.data.sequence_length,
+        command=f"{launcher} pretrain {path}",
+        config_path=str(path),
+        config_hash=config_hash(config),
+        run_directory=str(config.run.path),
+        dataset=model.dataset.path,
+        dataset_hash=model.dataset.fingerprint,
+        processes=processes,
+    )
+
+
+def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | None:
+    """Return the values of a row that a run's metrics hold, or None if its last step has not been validated."""
+    lines = read_journal(run / "metrics.jsonl")
+    last = next((line for line in reversed(lines) if "validation_loss" in line), None)
+    if last is None or last["step"] < steps:
+        return None
+    # The first line is left out: its steps compile.
+    speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
+    memory = [line["peak_memory_gib"] for line in lines if line.get("peak_memory_gib")]
+    return {
+        "loss": last["validation_loss"],
+        "perplexity": None if last["validation_loss"] is None else last["validation_perplexity"],
+        "causal": last["causal"],
+        "train_seconds": run_totals(lines).seconds,
+        "step_seconds": tokens_per_step / statistics.median(speeds[1:] or speeds) if speeds else None,
+        "peak_memory_gib": max(memory, default=None),
+    }
+
+
+def write_results(rows: Sequence[Row], folder: Path) -> None:
+    """Write results.jsonl and results.csv."""
+    text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
+    write_atomically(folder / RESULTS, text)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    names = [item.name for item in fields(Row)]
+    writer.writerow(names)
+    for row in rows:
+        values = asdict(row) | {"versions": json.dumps(row.versions)}
+        writer.writerow(["" if values[name] is None else values[name] for name in names])
+    write_atomically(folder / "results.csv", table.getvalue())
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Read the rows that a grid wrote into its folder.
+
+    Raises:
+        UserError: there are none, or the file is damaged or of another version.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise UserError(f"{folder} has no {RESULTS}; give the output directory of mosa isoflop run")
+    known = {item.name for item in fields(Row)}
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            rows.append(Row(**{key: value for key, value in values.items() if key in known}))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number} is not a result of mosa isoflop run ({' '.join(str(error).split())}); repeat "
+                "that command to write the file again"
+            ) from None
+    if not rows:
+        raise UserError(f"{path} is empty; repeat mosa isoflop run to write it again")
+    return rows
