@@ -49,6 +49,7 @@ def generate(
     tokenizer: TokenizerPath = None,
 ) -> None:
     """Stream a completion of a prompt, without the prompt itself."""
+    require_model(path)
     from megatron_mosa.tools.decoding.generation import Sampling, generate_text, read_prompt  # slow to import, as below
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -93,10 +94,22 @@ def cache_report(
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
     check_output("--output", output, is_directory=True)
+    require_model(path)
     from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report
 
     options = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
     report(options, output, as_json=as_json)
+
+
+def require_model(path: Path) -> None:
+    """Report a path without a model before the imports, which take seconds.
+
+    Raises:
+        UserError: ``path`` holds no model.
+    """
+    from megatron_mosa.convert import find_model
+
+    find_model(path)
 
 
 def parse_lengths(text: str) -> list[int]:
