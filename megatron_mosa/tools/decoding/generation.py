@@ -13,6 +13,8 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
 
+_LONGEST_PROMPT = 2**26  # characters; more would only fill the memory
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,10 +75,20 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
         try:
-            prompt = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            if str(file) == "-":
+                prompt = sys.stdin.read(_LONGEST_PROMPT)
+            elif file.exists() and not (
+                file.is_file() or file.is_dir() or file.parent.name == "fd"
+            ):  # the shell's <(command)
+                raise UserError(f"--prompt-file={file} is not a file; pass a text file, or - for standard input")
+            else:
+                with file.open(encoding="utf-8") as content:
+                    prompt = content.read(_LONGEST_PROMPT)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UserError(f"could not read --prompt-file={file}: {reason}; pass a text file") from None
+    if len(prompt or "") >= _LONGEST_PROMPT:
+        raise UserError(f"the prompt has more than {_LONGEST_PROMPT - 1:,} characters; pass a shorter text")
     if not prompt:
         raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt

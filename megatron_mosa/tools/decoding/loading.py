@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert import Kind, find_model, read_json
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.errors import RunError, UserError
@@ -29,6 +30,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # unknown to torch; torch without CUDA
         raise UserError(
@@ -78,13 +81,14 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    kind = read_json(folder / "config.json").get("model_type")
+    with damage_as_run_error(folder):
+        kind = read_json(folder / "config.json").get("model_type")
     if kind != "mosa":
         raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
     logging.disable_progress_bar()
     try:
         model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"'{folder}' is damaged: its weights cannot be read ({first_line(error)}); export the model again"
         ) from None
