@@ -28,8 +28,8 @@ if [[ -n ${SLURM_STEP_NODELIST:-} ]]; then
     id=mosa-$SLURM_JOB_ID
 fi
 if [[ -z ${NNODES:-} || -z ${MASTER_ADDR:-} ]]; then usage; fi
-trap 'exit 130' INT # Ctrl-C during a check: without Python's traceback
-count='import signal; signal.signal(2, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
+trap 'exit 130' INT # Ctrl-C during a check; with signals 2 and 13 Python ends without a traceback, too
+count='import signal; signal.signal(2, signal.SIG_DFL); signal.signal(13, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
 nproc=${NPROC:-$(python -c "$count")}
 for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}"; do
     if ! [[ $number =~ =[1-9][0-9]*$ ]]; then

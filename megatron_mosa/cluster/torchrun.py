@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from megatron_mosa.entry import run
-from megatron_mosa.exit_codes import FAILED, INTERRUPTED, STOPPED
+from megatron_mosa.exit_codes import FAILED, STOPPED
 
 
 def main() -> int:
@@ -32,8 +32,8 @@ def main() -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else FAILED
-    except SignalException:
-        return STOPPED if set(codes) == {STOPPED} else INTERRUPTED
+    except SignalException as error:
+        return STOPPED if set(codes) == {STOPPED} else 128 + error.sigval  # as shells report it
     return 0
 
 
