@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mosa.entry import run
 from megatron_mosa.exit_codes import FAILED, STOPPED
+from megatron_mosa.utils import drop_warnings
 
 
 def main() -> int:
@@ -19,6 +20,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    drop_warnings("torch")  # they count the signals that torchrun passes on
     codes: list[int | None] = []
     close = SubprocessContext._close
 

@@ -3,7 +3,7 @@
 from megatron_mosa.utils.errors import first_line
 from megatron_mosa.utils.files import creation_problem, free_megabytes, replace_directory, sync, write_atomically
 from megatron_mosa.utils.lazy import lazy_face
-from megatron_mosa.utils.libraries import drop_known_noise, log_libraries
+from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
 from megatron_mosa.utils.parsing import load_json, parse_json
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.versions import versions
@@ -11,6 +11,7 @@ from megatron_mosa.utils.versions import versions
 __all__ = [
     "creation_problem",
     "drop_known_noise",
+    "drop_warnings",
     "first_line",
     "free_megabytes",
     "lazy_face",

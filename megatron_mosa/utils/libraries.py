@@ -16,8 +16,8 @@ _NOISE = {
 }
 """Loggers, and what of theirs no user needs to read."""
 
-_OWN_HANDLERS = ("DeepSpeed", "torch", "transformers", "py.warnings")
-"""Loggers that libraries give handlers of their own, which would write to the terminal."""
+_OWN_HANDLERS = ("DeepSpeed", "torch", "transformers")
+"""Libraries whose loggers have handlers of their own, which would write to the terminal."""
 
 
 class LibraryLog(logging.Handler):
@@ -60,7 +60,21 @@ def log_libraries(path: Path | None) -> None:
     _log.path = path or Path()
     logging.lastResort = _log
     logging.captureWarnings(True)
-    for name in _OWN_HANDLERS:
-        if name == "torch" and "TORCH_LOGS" in os.environ:  # whoever asks for these logs reads them in the terminal
-            continue
-        logging.getLogger(name).handlers[:] = [_log]
+    logging.getLogger("py.warnings").handlers[:] = [_log]
+    for logger in _loggers_with_handlers(*_OWN_HANDLERS):
+        logger.handlers[:] = [_log]
+
+
+def drop_warnings(library: str) -> None:
+    """Let only errors of a library, which is imported, appear on stderr."""
+    for logger in _loggers_with_handlers(library):
+        for handler in logger.handlers:
+            handler.setLevel(logging.ERROR)
+
+
+def _loggers_with_handlers(*libraries: str) -> list[logging.Logger]:
+    """Return the loggers of libraries that write by themselves; torch's not if TORCH_LOGS asks for them."""
+    asked = ("torch",) if "TORCH_LOGS" in os.environ else ()
+    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    wanted = set(libraries).difference(asked)
+    return [logger for logger in known if logger.handlers and logger.name.partition(".")[0] in wanted]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +103,32 @@ def test_usage_errors(script: str, arguments: list[str], variables: dict[str, st
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(line)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """While the ranks import, they have nothing to save; torchrun itself would exit with 1 after a traceback."""
+    (tmp_path / "rank.py").write_text(
+        "import pathlib, signal, time\nsignal.signal(2, signal.SIG_DFL)\npathlib.Path('up').touch()\ntime.sleep(60)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_mosa.cluster.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "rank.py",
+    ]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
+        while process.poll() is None and not (tmp_path / "up").exists():
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "death signal" not in errors and "torch/distributed" not in errors, errors
