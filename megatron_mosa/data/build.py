@@ -77,6 +77,10 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     target = Path(os.path.realpath(Path(data.path).expanduser()))  # Path.resolve would raise for a loop of links
     if not target.name:
         raise UserError(f"data.path={data.path} is the root directory; set it to a new folder")
+    marks = (MANIFEST_FILE, TOKENIZER_FILE)
+    outers = (folder for folder in target.parents if all(os.path.isfile(folder / mark) for mark in marks))
+    if (outer := next(outers, None)) is not None:
+        raise UserError(f"data.path={data.path} is inside the dataset '{outer}'; set it to a folder beside it")
     partial = target.with_name(f".{target.name}.partial")
     sources = [
         open_source(source, data.text_field, streaming=data.streaming, timeout=data.stream_timeout)

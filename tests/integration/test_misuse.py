@@ -188,6 +188,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("data build CONFIG data.vocab_size=500 data.sources=[texts.jsonl]", 2, "was built from"),
     ("data build CONFIG data.path=bad data.sources=[texts.jsonl]", 2, "bad"),
     ("data build CONFIG data.path=texts.jsonl data.sources=[texts.jsonl]", 2, "texts.jsonl"),
+    ("data build CONFIG data.path=data/inner data.sources=[texts.jsonl]", 2, "is inside the dataset"),
     ("data build CONFIG data.path=/ --force data.sources=[texts.jsonl]", 2, "is the root directory"),
     ("data build CONFIG data.path=bad/loop/x data.sources=[texts.jsonl]", 2, "Too many levels of symbolic links"),
     ("data build CONFIG data.path=/proc/x data.sources=[texts.jsonl]", 2, "/proc"),
