@@ -134,6 +134,15 @@ def _flush_output() -> None:
         _drop_output()
 
 
+def _output_is_closed() -> bool:
+    """Return whether whoever read standard output has gone, as head does when it has seen enough."""
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _drop_output() -> None:
     """Discard what is left of the output, at which the interpreter would fail again at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
@@ -176,9 +185,12 @@ def run(program: Callable[[], object]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _drop_output()
+            return FAILED
         if error.errno not in _ENVIRONMENT:
             raise
-        where = "write the output" if error.filename is None else f"use '{os.fsdecode(error.filename)}'"
+        where = "write" if error.filename is None else f"use '{os.fsdecode(error.filename)}'"
         if error.filename is None and error.errno == errno.ENOSPC:
             _drop_output()
         if is_first:

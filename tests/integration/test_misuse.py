@@ -268,6 +268,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("cache-report none", 2, "'none' does not exist"),
     ("cache-report hf", 2, "there is no cache to measure"),
     ("cache-report hf --lengths x", 2, "--lengths"),
+    ("cache-report hf --lengths 99999999999k", 2, "the longest may be"),
     ("cache-report hf --output texts.jsonl/report", 2, "--output=texts.jsonl/report"),
     # Measurements
     ("bench CONFIG --steps 0", 2, "--steps must be"),

@@ -10,6 +10,8 @@ import typer
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 
+_LONGEST = 2**26  # tokens
+
 ModelPath = Annotated[
     Path,
     typer.Argument(
@@ -123,7 +125,9 @@ def parse_lengths(text: str) -> list[int]:
         digits = part.strip().lower()
         factor = 1024 if digits.endswith("k") else 1
         digits = digits.removesuffix("k")
-        if not digits.isdecimal() or int(digits) == 0:
+        if not digits.isdecimal() or len(digits) > 20 or int(digits) == 0:
             raise UserError(f"--lengths={text}: '{part}' is not a number of tokens; use a list such as 1000,4k,128k")
         lengths.add(factor * int(digits))
+        if max(lengths) > _LONGEST:
+            raise UserError(f"--lengths={text}: the longest may be {_LONGEST:,} tokens")
     return sorted(lengths)
