@@ -37,6 +37,18 @@ for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}
         exit 2
     fi
 done
+if ((${#MASTER_PORT} > 5 || MASTER_PORT > 65535)); then
+    echo "error: MASTER_PORT must be at most 65535, got $MASTER_PORT" >&2
+    exit 2
+fi
+if ! [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]]; then
+    echo "error: MAX_RESTARTS must be a number, got $MAX_RESTARTS" >&2
+    exit 2
+fi
+if ! [[ $MASTER_ADDR =~ ^[^[:space:]]+$ ]]; then
+    echo "error: MASTER_ADDR must be a name or address, got '$MASTER_ADDR'" >&2
+    exit 2
+fi
 
 # Report a mistake in the configuration here, in one line with exit code 2, before any process starts.
 python "$root/pretrain_mosa.py" "$@" --check-only --world-size "$((NNODES * nproc))"

@@ -126,6 +126,9 @@ class _StandIn:
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.kind} has no {name}")
+
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)

@@ -164,7 +164,7 @@ class SafeReader(dcp.FileSystemReader):
             DamagedError: the index is missing, damaged, or refers to other classes or to files outside of its folder.
         """
         if self._index is None:
-            self._index = load_index(Path(self.path), _IndexUnpickler)
+            self._index = cast(StateMetadata, load_index(Path(self.path), _IndexUnpickler))
         return self._index
 
 

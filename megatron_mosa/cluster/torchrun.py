@@ -10,8 +10,9 @@ import sys
 from typing import Any
 
 from megatron_mosa.entry import run
+from megatron_mosa.errors import RunError
 from megatron_mosa.exit_codes import FAILED, STOPPED
-from megatron_mosa.utils import drop_warnings
+from megatron_mosa.utils import drop_warnings, first_line
 
 
 def main() -> int:
@@ -34,6 +35,8 @@ def main() -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else FAILED
+    except (ValueError, RuntimeError, OSError) as error:  # of its arguments, or of the meeting of the nodes
+        raise RunError(f"torchrun could not start the ranks: {first_line(error)}") from None
     except SignalException as error:
         return STOPPED if set(codes) == {STOPPED} else 128 + error.sigval  # as shells report it
     return 0

@@ -21,7 +21,7 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_text
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -129,11 +129,8 @@ def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> 
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
     if tokenizer is None:
         raise UserError(f"--text={options.text}: '{options.path}' has no tokenizer.json; omit --text")
-    try:
-        text = options.text.read_text(encoding="utf-8", errors="replace")
-        ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
-    except OSError as error:
-        raise UserError(f"could not read --text={options.text}: {error.strerror}; pass a text file") from None
+    text = read_text("--text", options.text)
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     if ids.shape[1] < needed:
         raise UserError(
             f"--text={options.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ import torch
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
-
-_LONGEST_PROMPT = 2**26  # characters; more would only fill the memory
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_text
 
 
 @dataclass(frozen=True)
@@ -74,21 +71,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
-        try:
-            if str(file) == "-":
-                prompt = sys.stdin.read(_LONGEST_PROMPT)
-            elif file.exists() and not (
-                file.is_file() or file.is_dir() or file.parent.name == "fd"
-            ):  # the shell's <(command)
-                raise UserError(f"--prompt-file={file} is not a file; pass a text file, or - for standard input")
-            else:
-                with file.open(encoding="utf-8") as content:
-                    prompt = content.read(_LONGEST_PROMPT)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"could not read --prompt-file={file}: {reason}; pass a text file") from None
-    if len(prompt or "") >= _LONGEST_PROMPT:
-        raise UserError(f"the prompt has more than {_LONGEST_PROMPT - 1:,} characters; pass a shorter text")
+        prompt = read_text("--prompt-file", file)
     if not prompt:
         raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt
@@ -116,7 +99,9 @@ def generate_text(
     _check_decodable(model, path, causal_approximation)
     if text_tokenizer is None:
         raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
-    ids = text_tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
+    ids = text_tokenizer(prompt, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids.to(
+        model.device
+    )  # [1, T]
     if ids.shape[1] == 0:
         raise UserError("--prompt has no tokens; pass at least one token of text")
     torch.manual_seed(sampling.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.utils import first_line
+
+_LONGEST_TEXT = 2**28  # characters; more would only fill the memory
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -111,3 +113,23 @@ def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
         model.model.check_thresholds()
     except ValueError as error:
         raise UserError(f"'{path}': {error}") from None
+
+
+def read_text(option: str, file: Path) -> str:
+    """Return the text of a file given by an option; "-": standard input.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8 text, or never ends.
+    """
+    is_pipe_of_shell = file.parent.name == "fd"  # as in <(command)
+    try:
+        if str(file) != "-" and file.exists() and not (file.is_file() or file.is_dir() or is_pipe_of_shell):
+            raise UserError(f"{option}={file} is not a file; pass a text file, or - for standard input")
+        with nullcontext(sys.stdin) if str(file) == "-" else file.open(encoding="utf-8") as content:
+            text = content.read(_LONGEST_TEXT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"could not read {option}={file}: {reason}; pass a text file") from None
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{option}={file} has more than {_LONGEST_TEXT:,} characters; pass a shorter text")
+    return text
