@@ -12,7 +12,7 @@ from pathlib import Path
 
 _NOISE = {
     "megatron.core.models.gpt.gpt_model": re.compile("deprecated", re.IGNORECASE),  # at every model that is built
-    "transformers.generation.stopping_criteria": re.compile("friendly reminder"),  # of the length, about which we say more
+    "transformers.generation.stopping_criteria": re.compile("friendly reminder"),  # we say more about it
     "huggingface_hub.utils._http": re.compile("thrown while requesting|^Retrying in"),  # the error says it in the end
 }
 """Loggers, and what of theirs no user needs to read."""
