@@ -199,6 +199,7 @@ def run(program: Callable[[], object]) -> int:
     except BaseException:
         if not interrupts:
             raise
+        exec("")  # Python notes an interruption inside an exec, and would end by the signal; this clears the note
         if is_first:  # whatever the signal has become on its way, as in a library that catches what its imports raise
             print("interrupted", file=sys.stderr)
         return INTERRUPTED

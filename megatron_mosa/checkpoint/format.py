@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.index import MOMENTS
-from megatron_mosa.checkpoint.reader import SafeReader, StateReader
-from megatron_mosa.checkpoint.writer import is_storage_failure
 from megatron_mosa.errors import StorageError
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 from megatron_mosa.utils import first_line
@@ -70,6 +66,11 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
     Raises:
         StorageError: on every rank, if any rank failed to write.
     """
+    from torch.distributed import checkpoint as dcp  # slow to import, and a start that only checks needs none of it
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_mosa.checkpoint.writer import is_storage_failure
+
     try:
         dcp.save(state, checkpoint_id=path / "state", process_group=group)
     except CheckpointException as error:  # the same on every rank
@@ -81,6 +82,10 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
 
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
     """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks."""
+    from torch.distributed import checkpoint as dcp
+
+    from megatron_mosa.checkpoint.reader import SafeReader
+
     state = engine.state()
     view = as_dtensors(engine.module, state)
     dcp.load(view, storage_reader=SafeReader(path / "state"))
@@ -92,6 +97,10 @@ def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
 
     Reads checkpoints of any layout; collective over all ranks.
     """
+    from torch.distributed import checkpoint as dcp
+
+    from megatron_mosa.checkpoint.reader import SafeReader, StateReader
+
     state = engine.state()
     found = StateReader(folder).tensors
     weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}

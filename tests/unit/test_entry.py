@@ -118,6 +118,16 @@ def test_an_interruption_ends_in_one_line(place: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_an_interruption_inside_an_exec_keeps_its_exit_code(tmp_path: Path) -> None:
+    """Dataclasses, for one, are made by exec; Python would then end a module by the signal itself."""
+    code = "import sys\nfrom megatron_mosa.entry import run\nkill = 'import os; os.kill(os.getpid(), 2)'\n"
+    (tmp_path / "interrupted.py").write_text(code + "sys.exit(run(lambda: exec(kill)))\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 FAILURES = {
     "print('a')": (1, "error: could not write: No space left on device\n"),
     "open('/proc/version/x')": (1, "error: could not use '/proc/version/x': Not a directory\n"),

@@ -21,7 +21,7 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_text
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -129,7 +129,7 @@ def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> 
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
     if tokenizer is None:
         raise UserError(f"--text={options.text}: '{options.path}' has no tokenizer.json; omit --text")
-    text = read_text("--text", options.text)
+    text = read_document("--text", options.text)
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     if ids.shape[1] < needed:
         raise UserError(

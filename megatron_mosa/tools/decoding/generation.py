@@ -10,7 +10,7 @@ import torch
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_text
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
-        prompt = read_text("--prompt-file", file)
+        prompt = read_document("--prompt-file", file)
     if not prompt:
         raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt

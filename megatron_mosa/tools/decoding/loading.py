@@ -115,7 +115,7 @@ def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
         raise UserError(f"'{path}': {error}") from None
 
 
-def read_text(option: str, file: Path) -> str:
+def read_document(option: str, file: Path) -> str:
     """Return the text of a file given by an option; "-": standard input.
 
     Raises:
