@@ -66,13 +66,17 @@ def _interrupts_noted() -> list[int]:
     A SIGINT that is ignored, as in the background of a script, or handled otherwise already, stays so.
     """
     noted: list[int] = []
+    terminal = 2
+    with suppress(OSError):  # it is closed
+        terminal = os.dup(2)  # while a program imports quietly, 2 itself is something else
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
         if len(noted) > 1:
             os._exit(INTERRUPTED)
         if _is_importing(frame):  # libraries catch whatever their imports raise, and would go on
-            os.write(2, b"interrupted\n")
+            with suppress(OSError):
+                os.write(terminal, b"interrupted\n")
             os._exit(INTERRUPTED)
         sys.unraisablehook = lambda _: None  # finalizers that the interruption hits have nothing to say
         raise KeyboardInterrupt

@@ -105,6 +105,13 @@ with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "swallows.py").write_text("import __main__\\ntry: __main__.interrupt()\\nexcept: pass\\n")
     sys.path.insert(0, folder)
     run(lambda: __import__("swallows"))""",
+    "in a quiet import": """
+import pathlib, sys, tempfile
+from megatron_mosa.cluster.doctor.node import import_quietly
+with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, "interrupts.py").write_text("import __main__\\n__main__.interrupt()\\n")
+    sys.path.insert(0, folder)
+    run(lambda: import_quietly("interrupts"))""",
 }
 
 
