@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import os
@@ -92,13 +93,17 @@ def _interrupts_noted() -> list[int]:
     A SIGINT that is ignored, as in the background of a script, or handled otherwise already, stays so.
     """
     noted: list[int] = []
+    terminal = 2
+    with suppress(OSError):  # it is closed
+        terminal = os.dup(2)  # while a program imports quietly, 2 itself is something else
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
         if len(noted) > 1:
             os._exit(INTERRUPTED)
         if _is_importing(frame):  # libraries catch whatever their imports raise, and would go on
-            os.write(2, b"interrupted\n")
+            with suppress(OSError):
+                os.write(terminal, b"interrupted\n")
             os._exit(INTERRUPTED)
         sys.unraisablehook = lambda _: None  # finalizers that the interruption hits have nothing to say
         raise KeyboardInterrupt
@@ -127,28 +132,65 @@ def check_output(option: str, path: Path | None, *, is_directory: bool = False) 
     """
     if path is None:
         return
+    from megatron_mosa.utils import creation_problem  # as little as possible is imported before Ctrl-C is handled
+
     what = "directory" if is_directory else "file"
-    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if existing == path and path.is_dir() is not is_directory:
+    if os.path.lexists(path) and os.path.isdir(path) is not is_directory:
         problem = f"is a {'file' if is_directory else 'directory'}"
-    elif existing != path and not existing.is_dir():
-        problem = f"cannot be written: '{existing}' is not a directory"
-    elif not os.access(existing, os.W_OK):
-        problem = f"cannot be written: '{existing}' is not writable"
+    elif not is_directory and os.path.exists(path):
+        is_file = os.path.isfile(path) or os.path.realpath(path).startswith("/dev/")  # a pipe would be waited for
+        why = "it is not writable" if is_file else "it is not a regular file"
+        problem = None if is_file and os.access(path, os.W_OK) else f"cannot be written: {why}"
     else:
-        return
-    raise UserError(f"{option}={path} {problem}; give a {what} in a writable directory")
+        why = creation_problem(path)
+        problem = why and f"cannot be written: {why}"
+    if problem:
+        raise UserError(f"{option}={path} {problem}; give a {what} in a writable directory")
+
+
+_NEVER_USABLE = (errno.ENAMETOOLONG, errno.ELOOP)
+_ENVIRONMENT = (
+    *(*_NEVER_USABLE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO, errno.EMFILE, errno.ENFILE),
+)
+"""Errors of the file system that say nothing about this program."""
+
+
+def _flush_output() -> None:
+    """Write what is left of the output while a full disk can still be reported; a closed pipe has seen enough."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _output_is_closed() -> bool:
+    """Return whether whoever read standard output has gone, as head does when it has seen enough."""
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Discard what is left of the output, at which the interpreter would fail again at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
-    return USAGE_ERROR if isinstance(error, UserError) else GAVE_UP if isinstance(error, UnrecoverableError) else FAILED
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _NEVER_USABLE):
+        return USAGE_ERROR
+    return GAVE_UP if isinstance(error, UnrecoverableError) else FAILED
 
 
 def run(program: Callable[[], object]) -> int:
     """Run a program and return its exit code (``exit_codes``): its own return value if that is an integer.
 
-    A UserError or RunError prints one line; so does Ctrl-C. Any other exception is a bug and keeps its traceback.
+    A UserError or RunError prints one line; so do Ctrl-C, and a file system that is full or forbids something. Any
+    other exception is a bug and keeps its traceback.
     """
     interrupts = _interrupts_noted()
     for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
@@ -162,17 +204,38 @@ def run(program: Callable[[], object]) -> int:
     # Once per node. Where the variable is not a number, it is itself the error.
     is_first = local_rank == "0" or not local_rank.isdecimal()
     try:
+        from megatron_mosa.utils import (
+            drop_known_noise,  # here, so that Ctrl-C during its imports ends in one line, too
+        )
+
+        drop_known_noise()
         code = program()
+        _flush_output()
     except (UserError, RunError) as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _drop_output()
+            return FAILED
+        if error.errno not in _ENVIRONMENT:
+            raise
+        where = "write" if error.filename is None else f"use '{os.fsdecode(error.filename)}'"
+        if error.filename is None and error.errno == errno.ENOSPC:
+            _drop_output()
+        if is_first:
+            print(f"error: could not {where}: {error.strerror}", file=sys.stderr)
+        return exit_code_of(error)
     except BaseException:
         if not interrupts:
             raise
+        exec("")  # Python notes an interruption inside an exec, and would end by the signal; this clears the note
         if is_first:  # whatever the signal has become on its way, as in a library that catches what its imports raise
             print("interrupted", file=sys.stderr)
         return INTERRUPTED
     finally:
         gc.freeze()  # or the last collection, at exit, would scan all modules for a second
+    if interrupts and code == INTERRUPTED and is_first:  # Typer has turned it into an exit code
+        print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else DONE

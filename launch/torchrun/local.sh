@@ -18,8 +18,8 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then
     export PATH
 fi
 
-trap 'exit 130' INT # Ctrl-C during a check: without Python's traceback
-gpus=$(python -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count())')
+trap 'exit 130' INT # Ctrl-C during a check; with signals 2 and 13 Python ends without a traceback, too
+gpus=$(python -c 'import signal; signal.signal(2, signal.SIG_DFL); signal.signal(13, signal.SIG_DFL); import torch; print(torch.cuda.device_count())')
 usable=1
 while ((usable * 2 <= gpus)); do usable=$((usable * 2)); done
 nproc=${NPROC:-$((gpus > 0 ? usable : 2))}

@@ -28,8 +28,8 @@ if [[ -n ${SLURM_STEP_NODELIST:-} ]]; then
     id=mosa-$SLURM_JOB_ID
 fi
 if [[ -z ${NNODES:-} || -z ${MASTER_ADDR:-} ]]; then usage; fi
-trap 'exit 130' INT # Ctrl-C during a check: without Python's traceback
-count='import signal; signal.signal(2, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
+trap 'exit 130' INT # Ctrl-C during a check; with signals 2 and 13 Python ends without a traceback, too
+count='import signal; signal.signal(2, signal.SIG_DFL); signal.signal(13, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
 nproc=${NPROC:-$(python -c "$count")}
 for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}"; do
     if ! [[ $number =~ =[1-9][0-9]*$ ]]; then
@@ -37,6 +37,18 @@ for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}
         exit 2
     fi
 done
+if ((${#MASTER_PORT} > 5 || MASTER_PORT > 65535)); then
+    echo "error: MASTER_PORT must be at most 65535, got $MASTER_PORT" >&2
+    exit 2
+fi
+if ! [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]]; then
+    echo "error: MAX_RESTARTS must be a number, got $MAX_RESTARTS" >&2
+    exit 2
+fi
+if ! [[ $MASTER_ADDR =~ ^[^[:space:]]+$ ]]; then
+    echo "error: MASTER_ADDR must be a name or address, got '$MASTER_ADDR'" >&2
+    exit 2
+fi
 
 # Report a mistake in the configuration here, in one line with exit code 2, before any process starts.
 python "$root/pretrain_mosa.py" "$@" --check-only --world-size "$((NNODES * nproc))"

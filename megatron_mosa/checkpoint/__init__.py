@@ -6,14 +6,8 @@ from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
     from megatron_mosa.checkpoint.file_slice import find_corruption
-    from megatron_mosa.checkpoint.format import (
-        FORMAT_VERSION,
-        METADATA,
-        Metadata,
-        load_initial_weights,
-        read_metadata,
-        write_metadata,
-    )
+    from megatron_mosa.checkpoint.format import load_initial_weights
+    from megatron_mosa.checkpoint.index import StateIndex
     from megatron_mosa.checkpoint.manifest import (
         MANIFEST,
         DamagedError,
@@ -24,6 +18,14 @@ if TYPE_CHECKING:
         is_recorded,
         sync_and_evict,
         write_manifest,
+    )
+    from megatron_mosa.checkpoint.metadata import (
+        FORMAT_VERSION,
+        METADATA,
+        Metadata,
+        published_checkpoints,
+        read_metadata,
+        write_metadata,
     )
     from megatron_mosa.checkpoint.reader import StateReader, TensorInfo
     from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_same_model
@@ -38,6 +40,7 @@ __all__ = [
     "FileRecord",
     "Metadata",
     "NewestCheckpoint",
+    "StateIndex",
     "StateReader",
     "TensorInfo",
     "check_same_model",
@@ -47,6 +50,7 @@ __all__ = [
     "hash_files",
     "is_recorded",
     "load_initial_weights",
+    "published_checkpoints",
     "read_metadata",
     "sync_and_evict",
     "write_manifest",

@@ -9,72 +9,22 @@ name was complete when it was published. Format 1 had no manifest; it still load
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mosa.checkpoint.host_memory import HostMemory
-from megatron_mosa.checkpoint.manifest import DamagedError
-from megatron_mosa.checkpoint.reader import MOMENTS, SafeReader, StateReader
-from megatron_mosa.checkpoint.writer import is_storage_failure
-from megatron_mosa.errors import StorageError, UserError
+from megatron_mosa.checkpoint.index import MOMENTS
+from megatron_mosa.errors import StorageError
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
-    from megatron_mosa.data import TokenizerIdentity
     from megatron_mosa.engine import TrainingEngine
     from megatron_mosa.model import StoredTensor
-
-FORMAT_VERSION = 2
-METADATA = "metadata.json"
-
-
-@dataclass
-class Metadata:
-    """The content of ``metadata.json``; plain JSON."""
-
-    step: int
-    """Optimizer steps taken, skipped ones included."""
-
-    consumed_samples: int
-    """Samples consumed over all data-parallel ranks: the position in the data order."""
-
-    optimizer_step: int
-    """Adam's step count."""
-
-    config: dict[str, Any]
-    """The resolved configuration."""
-
-    data: dict[str, Any]
-    """index_samples, tokenizer_hash, encoding_hash, vocab_size and fingerprint of the dataset."""
-
-    versions: dict[str, str]
-    """Versions of the software that wrote the checkpoint."""
-
-    layout: dict[str, int]
-    """Tensor- and data-parallel size of the run that wrote the checkpoint; informational only."""
-
-    format_version: int = FORMAT_VERSION
-
-    @property
-    def tokenizer(self) -> TokenizerIdentity:
-        """Identity of the dataset's tokenizer."""
-        from megatron_mosa.data import TokenizerIdentity
-
-        return TokenizerIdentity.recorded(self.data)
-
-    @property
-    def has_manifest(self) -> bool:
-        """Whether checkpoints of this format version have a manifest."""
-        return self.format_version >= 2
 
 
 def snapshot(engine: TrainingEngine, memory: HostMemory) -> dict[str, Tensor]:
@@ -116,6 +66,11 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
     Raises:
         StorageError: on every rank, if any rank failed to write.
     """
+    from torch.distributed import checkpoint as dcp  # slow to import, and a start that only checks needs none of it
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_mosa.checkpoint.writer import is_storage_failure
+
     try:
         dcp.save(state, checkpoint_id=path / "state", process_group=group)
     except CheckpointException as error:  # the same on every rank
@@ -127,6 +82,10 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
 
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
     """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks."""
+    from torch.distributed import checkpoint as dcp
+
+    from megatron_mosa.checkpoint.reader import SafeReader
+
     state = engine.state()
     view = as_dtensors(engine.module, state)
     dcp.load(view, storage_reader=SafeReader(path / "state"))
@@ -138,39 +97,15 @@ def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
 
     Reads checkpoints of any layout; collective over all ranks.
     """
+    from torch.distributed import checkpoint as dcp
+
+    from megatron_mosa.checkpoint.reader import SafeReader, StateReader
+
     state = engine.state()
     found = StateReader(folder).tensors
     weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}
     dcp.load(as_dtensors(engine.module, weights), storage_reader=SafeReader(folder / "state"))
     engine.load_state(state, optimizer_step=0)
-
-
-def write_metadata(metadata: Metadata, path: Path) -> None:
-    """Write ``metadata.json`` into a checkpoint folder."""
-    (path / METADATA).write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Read ``metadata.json`` of a checkpoint folder.
-
-    Raises:
-        DamagedError: the file is missing or damaged.
-        UserError: the format is newer than this version supports.
-    """
-    file = path / METADATA
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-        if int(version) <= FORMAT_VERSION:
-            return Metadata(**content)
-    except OSError as error:
-        raise DamagedError(f"metadata.json cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"metadata.json is damaged ({type(error).__name__}: {error})") from None
-    raise UserError(
-        f"checkpoint '{path}' has format version {version}, but this megatron_mosa reads versions up to "
-        f"{FORMAT_VERSION}; update megatron_mosa"
-    )
 
 
 def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

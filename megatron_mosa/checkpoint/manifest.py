@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.utils import sync
+from megatron_mosa.utils import load_json, sync
 
 MANIFEST = "manifest.json"
 ALGORITHM = "xxh3_128"
@@ -70,7 +70,7 @@ def write_manifest(folder: Path, records: dict[str, FileRecord]) -> None:
 def is_recorded(folder: Path, files: Collection[str]) -> bool:
     """Whether there is a manifest that covers any of these files: saving a model again may leave an old one behind."""
     try:
-        recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].keys()
+        recorded = load_json(folder / MANIFEST)["files"].keys()
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -85,7 +85,7 @@ def find_damage(folder: Path, *, reads_all: bool) -> str | None:
         reads_all: compare hashes, too; otherwise only sizes, which reads almost nothing.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = load_json(folder / MANIFEST)
         records = {name: FileRecord(**record) for name, record in content["files"].items()}
     except OSError as error:
         return f"{MANIFEST} cannot be read ({error.strerror})"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from io import BufferedReader
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,25 +24,8 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mosa.checkpoint.file_slice import FileSlice, find_corruption
+from megatron_mosa.checkpoint.index import MOMENTS, load_index, require_index_class
 from megatron_mosa.checkpoint.manifest import DamagedError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-_METADATA_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # only looks up a name in a table
-    ("pathlib", "PosixPath"),
-} | {
-    ("torch.distributed.checkpoint.planner", name)  # Megatron-LM stores the ranks' plans in the index
-    for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,37 +164,15 @@ class SafeReader(dcp.FileSystemReader):
             DamagedError: the index is missing, damaged, or refers to other classes or to files outside of its folder.
         """
         if self._index is None:
-            file = Path(self.path) / ".metadata"
-            name = f"{Path(self.path).name}/.metadata"
-            try:
-                with file.open("rb") as stream:
-                    self._index = _checked(_IndexUnpickler(stream).load())
-            except OSError as error:
-                raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-            except DamagedError as error:
-                raise DamagedError(f"{name} {error}") from None
-            except Exception as error:  # a broken pickle can raise anything
-                raise DamagedError(f"{name} is damaged ({cause_of(error)})") from None
+            self._index = cast(StateMetadata, load_index(Path(self.path), _IndexUnpickler))
         return self._index
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Allow only the classes of an index and torch's dtypes."""
-        if (module, name) in _METADATA_CLASSES or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise DamagedError(f"refers to {module}.{name}, which no checkpoint needs; refused to load it")
-
-
-def _checked(index: Any) -> StateMetadata:
-    if not isinstance(index, StateMetadata) or not isinstance(index.storage_data, dict):
-        raise DamagedError(f"is damaged (it holds a {type(index).__name__})")
-    for info in index.storage_data.values():
-        if PurePath(info.relative_path).name != info.relative_path:
-            raise DamagedError(f"refers to a file outside of its folder: {info.relative_path}")
-    return index
+        require_index_class(module, name, lambda name: isinstance(getattr(torch, name, None), torch.dtype))
+        return super().find_class(module, name)
 
 
 def cause_of(error: BaseException) -> str:

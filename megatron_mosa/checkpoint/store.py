@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,16 +12,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.checkpoint.format import (
-    Metadata,
-    read_metadata,
     read_state,
     reserve,
     snapshot,
-    write_metadata,
     write_state,
 )
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import DamagedError, files_below, find_damage, hash_files, write_manifest
+from megatron_mosa.checkpoint.metadata import Metadata, published_checkpoints, read_metadata, write_metadata
 from megatron_mosa.config import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
@@ -32,7 +29,6 @@ from megatron_mosa.utils import sync
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
 
-_NAME = re.compile(r"step-(\d{8,})")
 _WRITING = ".writing-"
 _DAMAGED = "damaged-"
 # Keys of sections model and mosa that affect how a model is computed or trained, but not which model it is.
@@ -79,10 +75,7 @@ class CheckpointStore:
 
     def published(self) -> list[Path]:
         """Return the checkpoints under their final names, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return published_checkpoints(self.folder)
 
     def is_permanent(self, step: int) -> bool:
         """Whether the checkpoint of this step counts as permanent when older checkpoints are pruned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,12 +58,12 @@ def is_well(content: dict[str, Any], now: float) -> bool:
 def silence(content: dict[str, Any], now: float) -> float | None:
     """Return the seconds since the last update if they exceed the limit, which a save or validation may do, or None."""
     silent = now - content["updated"]
-    return silent if silent > max(SILENT_SECONDS, 10 * content.get("seconds_per_step", 0.0)) else None
+    return silent if silent > max(SILENT_SECONDS, 10 * (content.get("seconds_per_step") or 0.0)) else None
 
 
 def _read(run: Path) -> dict[str, Any]:
     content = read_status(run)
-    if content is None or not {"state", "updated"} <= content.keys():
+    if content is None or content.get("state") is None or content.get("updated") is None:
         runs = sorted(path.parent.name for path in run.parent.glob(f"*/{STATUS}")) if run.parent.is_dir() else []
         known = f"; other runs there: {', '.join(runs)}" if runs else ""
         raise UserError(f"'{run}' has no {STATUS} that can be read: it is not a run, or has not started yet{known}")
@@ -95,10 +96,11 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
         found["loss"] = f"{content['loss']:.4f}"
     if content.get("skipped_steps"):
         found["skipped"] = f"{content['skipped_steps']} steps since this start"
-    if content.get("tokens_per_second"):
+    if content.get("tokens_per_second") and seconds:
         found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s of wall-clock time per step"
     if content.get("checkpoint"):
-        age = f", {_duration(now - content['checkpoint_time'])} ago" if "checkpoint_time" in content else ""
+        written = content.get("checkpoint_time")
+        age = "" if written is None else f", {_duration(now - written)} ago"
         found["checkpoint"] = content["checkpoint"] + age
     if state.startswith("running") and seconds and step is not None and last:
         found["time left"] = _duration((last - step) * seconds)
@@ -110,6 +112,8 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown time"
     days, rest = divmod(int(seconds), 86400)
     clock = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{days} d {clock}" if days else clock

@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 from megatron_mosa.entry import run
-from megatron_mosa.exit_codes import FAILED, INTERRUPTED, STOPPED
+from megatron_mosa.errors import RunError
+from megatron_mosa.exit_codes import FAILED, STOPPED
+from megatron_mosa.utils import drop_warnings, first_line
 
 
 def main() -> int:
@@ -19,6 +21,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    drop_warnings("torch")  # they count the signals that torchrun passes on
     codes: list[int | None] = []
     close = SubprocessContext._close
 
@@ -32,8 +35,10 @@ def main() -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else FAILED
-    except SignalException:
-        return STOPPED if set(codes) == {STOPPED} else INTERRUPTED
+    except (ValueError, RuntimeError, OSError) as error:  # of its arguments, or of the meeting of the nodes
+        raise RunError(f"torchrun could not start the ranks: {first_line(error)}") from None
+    except SignalException as error:
+        return STOPPED if set(codes) == {STOPPED} else 128 + error.sigval  # as shells report it
     return 0
 
 

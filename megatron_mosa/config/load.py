@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_expansion(path: Path) -> None:
-    """Refuse a file too large for a configuration, or whose aliases, once expanded, would fill the memory.
+    """Refuse a file too large for a configuration, or whose aliases, once expanded, would fill the memory or never end.
 
     Raises:
         ValueError: it is.
@@ -87,8 +87,10 @@ def _refuse_expansion(path: Path) -> None:
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
+        if sizes.get(id(node)) == 0:
+            raise ValueError(f"line {node.start_mark.line + 1} contains an alias of itself")
         if id(node) not in sizes:
-            sizes[id(node)] = 1  # a node that contains itself
+            sizes[id(node)] = 0  # until it is known
             parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 + (sum(map(size, parts)) if not isinstance(node, yaml.ScalarNode) else 0)
         return sizes[id(node)]

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from megatron_mosa.config.keys import key, required
 
+_YEAR = 365 * 86400
+"""Seconds; the longest wait that makes sense."""
+
 
 @dataclass
 class RunSection:
@@ -105,6 +108,7 @@ class MosaSection:
         16.0,
         "rho: each head selects k = max(floor(sequence_length / rho), 2) tokens",
         at_least=1,
+        at_most=2**24,
         reason="a head selects sequence_length / sparsity tokens, and 1 selects them all",
     )
     include_first_token: bool = key(True, "always select token 0 (within documents: the first token of each)")
@@ -201,7 +205,7 @@ class TrainSection:
 
     steps: int = required("length of training and of the learning-rate schedule", at_least=1, at_most=10**9)
     stop_after_step: int | None = key(None, "stop early, with the schedule and data order of the full run", at_least=1)
-    skip_steps: list[int] = key([], "steps whose batches are skipped, for data that breaks the run")
+    skip_steps: list[int] = key([], "steps whose batches are skipped, for data that breaks the run", at_least=1)
     micro_batch_size: int = required("samples a rank processes at once", at_least=1, at_most=2**24)
     global_batch_size: int = required(
         "samples per step, over all ranks and accumulation steps", at_least=1, at_most=2**24
@@ -285,12 +289,15 @@ class ResilienceSection:
     """When a run stops itself, and how it handles non-finite steps and loss spikes."""
 
     stop_before_limit: float = key(
-        120.0, "seconds before a Slurm job's time limit at which the run saves and stops", at_least=0
+        120.0, "seconds before a Slurm job's time limit at which the run saves and stops", at_least=0, at_most=_YEAR
     )
     hang_timeout: float = key(
-        1800.0, "seconds without a step, validation batch or save before the run is ended; 0: never", at_least=0
+        1800.0,
+        "seconds without a step, validation batch or save before the run is ended; 0: never",
+        at_least=0,
+        at_most=_YEAR,
     )
-    rendezvous_timeout: float = key(600.0, "seconds for all ranks to join", above=0)
+    rendezvous_timeout: float = key(600.0, "seconds for all ranks to join", above=0, at_most=_YEAR)
     max_skipped_steps: int = key(5, "consecutive non-finite steps before the run gives up", at_least=1)
     spike_sigmas: float = key(
         6.0, "a loss this many standard deviations above the mean of the last ones is a spike", above=0

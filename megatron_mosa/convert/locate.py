@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from megatron_mosa.checkpoint import CheckpointStore
+from megatron_mosa.checkpoint import published_checkpoints
 from megatron_mosa.convert.formats.safetensors import INDEX
 from megatron_mosa.errors import UserError, nearest
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 class Kind(Enum):
@@ -56,6 +59,15 @@ def torch_dist_iteration(path: Path) -> Path | None:
     return path if (path / ".metadata").is_file() and (path / "metadata.json").is_file() else None
 
 
+def partition_keys(keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split the tensor keys of a Megatron-LM checkpoint into those of weights and those of optimizer state."""
+    weights: list[str] = []
+    optimizer: list[str] = []
+    for key in keys:
+        (optimizer if _OPTIMIZER.match(key) else weights).append(key)
+    return weights, optimizer
+
+
 def find_model(path: Path) -> tuple[Path, Kind]:
     """Return the model folder for a path, and its kind; a run directory or its ``checkpoints/`` means the newest one.
 
@@ -66,7 +78,7 @@ def find_model(path: Path) -> tuple[Path, Kind]:
     if kind is not None:
         return path, kind
     for folder in (path / "checkpoints", path):
-        if published := CheckpointStore(folder, keep_last=1).published():
+        if published := published_checkpoints(folder):
             return published[-1], Kind.MOSA
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

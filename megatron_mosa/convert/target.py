@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mosa.convert.locate import Kind, detect_kind
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.utils import replace_directory, sync
+from megatron_mosa.utils import creation_problem, replace_directory, sync
 
 _REPLACEABLE = (Kind.MOSA, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 
@@ -24,13 +24,11 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
     Raises:
         UserError: names the target and the fix.
     """
-    resolved, source_path = target.resolve(), source.resolve()
+    resolved, source_path = (Path(os.path.realpath(path)) for path in (target, source))
     if resolved == source_path or resolved in source_path.parents or source_path in resolved.parents:
         raise UserError(f"OUT={target} is inside the source '{source}' or contains it; choose a separate folder")
-    existing = next(folder for folder in resolved.parents if os.path.lexists(folder))  # missing ones are created
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "is not writable" if existing.is_dir() else "is not a directory"
-        raise UserError(f"OUT={target}: '{existing}' {reason}; choose a new folder in a writable directory")
+    if (problem := creation_problem(resolved.parent)) is not None:
+        raise UserError(f"OUT={target}: {problem}; choose a new folder in a writable directory")
     if not os.path.lexists(target):
         return
     is_model = detect_kind(target) in _REPLACEABLE
@@ -52,7 +50,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: writing failed.
     """
-    final = target.resolve()
+    final = Path(os.path.realpath(target))
     writing = final.with_name(f".writing-{final.name}")
     missing = [folder for folder in final.parents if not folder.exists()]  # deepest first
     try:

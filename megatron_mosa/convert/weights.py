@@ -11,7 +11,7 @@ own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,6 @@ _NORMS = {
 }
 # Our weights of heads with Megatron's layout -> the initials of their projections in transformers.
 _PROJECTIONS = {"qkv_weight": "qkv", "proj_weight": "o", "gate_weight": "g"}
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -160,15 +159,6 @@ def stacked(name: str) -> tuple[str, int | None]:
     """Return the key of the tensor [L, ...] that stacks all layers, and the layer index; None: not in a layer."""
     layer = _LAYER.search(name)
     return _LAYER.sub(".layers.", name), int(layer[1]) if layer else None
-
-
-def partition_keys(keys: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split the tensor keys of a Megatron-LM checkpoint into those of weights and those of optimizer state."""
-    weights: list[str] = []
-    optimizer: list[str] = []
-    for key in keys:
-        (optimizer if _OPTIMIZER.match(key) else weights).append(key)
-    return weights, optimizer
 
 
 def model_weights(config: Config, vocab_rows: int) -> list[Weight]:

@@ -42,7 +42,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import free_megabytes, progress, replace_directory, sync, write_atomically
+from megatron_mosa.utils import free_megabytes, load_json, progress, replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 
@@ -74,7 +74,13 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     started = time.monotonic()
     if data.path is None:
         raise UserError("data.path=null: a build writes one dataset (data.blend mixes built ones); set it to a folder")
-    target = Path(data.path).expanduser().resolve()
+    target = Path(os.path.realpath(Path(data.path).expanduser()))  # Path.resolve would raise for a loop of links
+    if not target.name:
+        raise UserError(f"data.path={data.path} is the root directory; set it to a new folder")
+    marks = (MANIFEST_FILE, TOKENIZER_FILE)
+    outers = (folder for folder in target.parents if all(os.path.isfile(folder / mark) for mark in marks))
+    if (outer := next(outers, None)) is not None:
+        raise UserError(f"data.path={data.path} is inside the dataset '{outer}'; set it to a folder beside it")
     partial = target.with_name(f".{target.name}.partial")
     sources = [
         open_source(source, data.text_field, streaming=data.streaming, timeout=data.stream_timeout)
@@ -221,7 +227,7 @@ def _recorded_request(partial: Path) -> dict[str, Any] | None:
     try:
         if (partial / MANIFEST_FILE).is_file():
             return load_manifest(partial).request
-        return json.loads((partial / _REQUEST_FILE).read_text(encoding="utf-8"))
+        return load_json(partial / _REQUEST_FILE)
     except (OSError, ValueError, UserError):
         return None
 

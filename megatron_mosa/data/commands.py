@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_mosa.config import blend_parts, load_config
 from megatron_mosa.data.build import summary
-from megatron_mosa.data.integrity import find_damage, open_indexed, recorded_hashes
+from megatron_mosa.data.integrity import find_damage, read_index, recorded_hashes
 from megatron_mosa.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
@@ -66,17 +66,17 @@ def verify(folder: Path) -> None:
 
 
 def _check_index(folder: Path, split: str, manifest: Manifest) -> None:
-    index = open_indexed(folder / split).index
-    lengths = index.sequence_lengths.astype(np.int64)
-    ends = lengths.cumsum() * index.dtype_size
+    index = read_index(folder / split)
+    lengths = index.lengths.astype(np.int64)
+    ends = lengths.cumsum() * index.element_bytes
     recorded = manifest.splits[split]
     if (
         len(lengths) != recorded["documents"]
         or lengths.sum() != recorded["tokens"]
         or (lengths < 1).any()
-        or (index.sequence_pointers[1:] != ends[:-1]).any()
-        or (index.sequence_pointers[:1] != 0).any()
-        or (index.document_indices != np.arange(len(lengths) + 1)).any()
+        or (index.offsets[1:] != ends[:-1]).any()
+        or (index.offsets[:1] != 0).any()
+        or not np.array_equal(index.documents, np.arange(len(lengths) + 1))
     ):
         raise RunError(f"{folder / split}.idx is damaged: its documents do not match {MANIFEST_FILE}")
 

@@ -23,7 +23,7 @@ from megatron_mosa.data.integrity import FileHash, open_indexed, refuse_damage
 from megatron_mosa.data.manifest import Manifest
 from megatron_mosa.data.mixture import Mixture
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import free_megabytes
+from megatron_mosa.utils import free_megabytes, load_json
 
 if TYPE_CHECKING:
     from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -69,13 +69,13 @@ class PassIndex:
         folder = self.path(number)
         fix = f"remove the folder '{folder}'; it will be rebuilt"
         try:
-            recorded = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+            recorded = load_json(folder / _HASHES)
             files = [FileHash(folder / name, expected) for name, expected in recorded.items()]
             refuse_damage(files, fix)
         except FileNotFoundError as error:
             if Path(error.filename or "").name != _HASHES:
                 raise UserError(f"{error.filename} is missing; {fix}") from error
-        except (ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / _HASHES} is damaged; {fix}") from error
 
     def open(self, number: int) -> GPTDataset | BlendedDataset:

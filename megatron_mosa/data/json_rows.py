@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import parse_json
 
 _CHUNK = 1 << 20  # bytes
 _MAX_LITERAL = 16  # an error in so many last characters of a chunk may be a literal or escape cut in two
@@ -57,11 +58,9 @@ def parse_line(line: bytes) -> Any:
         ValueError: the line is not UTF-8, or not JSON; the message continues a sentence that starts with its name.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except RecursionError:
-        raise ValueError("is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"is not JSON ({error})") from None
 

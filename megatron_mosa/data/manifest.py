@@ -11,6 +11,7 @@ from typing import Any
 from megatron_mosa.data.hashing import REBUILD
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_hash
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import load_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -81,7 +82,7 @@ def load_manifest(path: str | Path) -> Manifest:
         problem = f"is not a dataset: it has no {MANIFEST_FILE}" if Path(path).is_dir() else "does not exist"
         raise UserError(f"data.path={path} {problem}; build it with: {_BUILD}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
         version = content["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest(**content)

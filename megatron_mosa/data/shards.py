@@ -23,7 +23,7 @@ from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source, total_text_bytes
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import progress, sync, write_atomically
+from megatron_mosa.utils import load_json, progress, sync, write_atomically
 
 _BATCH_CHARACTERS = 1 << 18  # encoded by a thread at once; encodings take about 100 bytes per token
 _COPY = 1 << 24  # bytes
@@ -71,7 +71,7 @@ def read_shards(folder: Path, sources: Sequence[Source]) -> list[Shard]:
     shards: list[Shard] = []
     for number in itertools.count():
         try:
-            shard = Shard(**json.loads(_record_path(folder, number).read_text(encoding="utf-8")))
+            shard = Shard(**load_json(_record_path(folder, number)))
         except (OSError, ValueError, TypeError):
             return shards
         if not _is_intact(folder, shard):

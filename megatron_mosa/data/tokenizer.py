@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import first_line
+from megatron_mosa.utils import first_line, load_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -207,7 +207,7 @@ def _configured_end_token(path: Path | None) -> str | None:
     if config is None or not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        token = load_json(config).get("eos_token")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"data.tokenizer: could not read {config}: {error}; repair or remove it") from error
     token = token.get("content") if isinstance(token, dict) else token

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import parse_json, write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
+_NUMBERS = ("tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+"""Values of a line that must be numbers, or null for one that was not finite."""
 
 
 def causality_label(is_causal: bool) -> str:
@@ -73,12 +75,19 @@ def _parsed(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
     found: list[tuple[str, dict[str, Any] | None]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
-        is_metrics = isinstance(line, dict) and isinstance(line.get("step"), int)
-        found.append((text, line if is_metrics else None))
+        found.append((text, line if _is_metrics(line) else None))
     return found
+
+
+def _is_metrics(line: Any) -> bool:
+    """Return whether a line could have been written by a run: a step, and numbers wherever numbers are read."""
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or isinstance(line["step"], bool):
+        return False
+    values = (line[name] for name in _NUMBERS if line.get(name) is not None)
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _set_aside(path: Path) -> str | None:
@@ -116,7 +125,7 @@ def run_totals(lines: list[dict[str, Any]]) -> RunTotals:
     """Add up the training lines of ``read_journal``."""
     tokens, seconds, work, last = 0, 0.0, 0.0, 0
     for line in lines:
-        if line.get("tokens_per_second"):
+        if line.get("tokens_per_second") and line.get("tokens") is not None:
             share = max(line["tokens"] - tokens, 0) / line["tokens_per_second"]
             tokens, seconds, work = line["tokens"], seconds + share, work + share * (line.get("mfu") or 0.0)
             last = line["step"]

@@ -49,6 +49,11 @@ def launch_environment() -> tuple[int, int, int]:
         environment.setdefault("MASTER_PORT", str(_free_port()))
     if not environment.get("MASTER_ADDR"):
         raise UserError(f"MASTER_ADDR must be the address of rank 0's node for {world_size} processes, but is not set")
+    if any(character.isspace() or not character.isprintable() for character in environment["MASTER_ADDR"]):
+        raise UserError(
+            f"MASTER_ADDR in the environment must be a name or address, got {environment['MASTER_ADDR']!r}; the "
+            "launcher sets it"
+        )
     _number("MASTER_PORT", least=1, most=65535)
     _number("LOCAL_WORLD_SIZE", default=1, least=1)
     # DeepSpeed reads these under every launcher.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.exit_codes import NAMES
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 STATUS = "status.json"
 RUNNING = "running"
@@ -86,7 +86,22 @@ class RunStatus:
 def read_status(directory: Path) -> dict[str, Any] | None:
     """Return the status last written, or None if there is none that can be read."""
     try:
-        content = json.loads((directory / STATUS).read_text(encoding="utf-8"))
+        content = load_json(directory / STATUS)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    values = [(content.get(name), kinds) for kinds, names in _TYPES.items() for name in names]
+    return content if all(value is None or _fits(value, kinds) for value, kinds in values) else None
+
+
+_TYPES = {
+    (str,): ("state", "reason", "doing", "checkpoint", "host", "attempt", "job"),
+    (int,): ("step", "last_step", "skipped_steps", "starts", "exit_code"),
+    (int, float): ("updated", "seconds_per_step", "tokens_per_second", "loss", "checkpoint_time"),
+}
+"""What whoever reads a status relies on."""
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and (value == value or float not in kinds)

@@ -10,8 +10,12 @@ from typing import IO
 
 from megatron_mosa.config import Config, save_config
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import creation_problem
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # from file systems without locks, as some networks' are
+
+_FILES = ("config.yaml", "metrics.jsonl", "status.json", "loss.png")
+_FOLDERS = ("checkpoints", "tensorboard")
 
 
 class RunDirectory:
@@ -49,15 +53,20 @@ def check_writable(path: Path) -> None:
     """Check that a run directory can be created and written, without creating it.
 
     Raises:
-        UserError: its nearest existing ancestor, or its checkpoints/, is not a directory, or not writable.
+        UserError: nothing can be created in it, or one of its files or folders is of another kind or not writable.
     """
-    if os.path.lexists(path / "checkpoints"):
-        path = path / "checkpoints"
-    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not existing.is_dir():
-        raise UserError(_unwritable(path, f"{existing} is not a directory"))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(_unwritable(path, f"{existing} is not writable"))
+    for name in (*_FILES, *_FOLDERS):
+        if not os.path.lexists(path / name):
+            continue
+        kind, is_right = ("directory", os.path.isdir) if name in _FOLDERS else ("file", os.path.isfile)
+        if not is_right(path / name):
+            raise UserError(_unwritable(path / name, f"{path / name} is not a {kind}"))
+        if not os.access(path / name, os.W_OK):
+            raise UserError(_unwritable(path, f"{path / name} is not writable"))
+    checkpoints = path / "checkpoints"  # which may be a link to another file system
+    for folder in (checkpoints if os.path.lexists(checkpoints) else path, path):
+        if (problem := creation_problem(folder)) is not None:
+            raise UserError(_unwritable(folder, problem))
 
 
 def _unwritable(path: Path, reason: str | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import model_flops, parameter_count
@@ -59,15 +61,23 @@ def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[st
 
 
 def refuse_impossible(config: Config, vocab_size: int) -> None:
-    """Refuse a model that this machine cannot even build: in fp32 in its memory, before it is divided further.
+    """Refuse a model that this machine cannot even build, in fp32 in its memory, or a micro-batch that cannot fit.
 
     Raises:
-        UserError: one rank's weights need more memory than the machine has.
+        UserError: one rank's weights, or on a CPU its logits, need more memory than the machine has.
     """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    logits = 4 * config.train.micro_batch_size * config.data.sequence_length * vocab_size
+    logits //= config.parallel.tensor_model_parallel_size
+    if logits > memory and not torch.cuda.is_available():  # a GPU has kernels that never hold all of them
+        raise UserError(
+            f"train.micro_batch_size={config.train.micro_batch_size} sequences of {config.data.sequence_length} tokens "
+            f"have logits of {_size(logits)} on each rank, but this machine has {_size(memory)}; lower "
+            "train.micro_batch_size: a step still has train.global_batch_size sequences"
+        )
     if config.parallel.zero_stage == 3:
         return  # divided while it is built
     needed = 4 * parameter_count(config, vocab_size) // config.parallel.tensor_model_parallel_size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
             f"the model has {parameter_count(config, vocab_size):,} parameters, whose fp32 weights take "

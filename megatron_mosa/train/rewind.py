@@ -9,10 +9,11 @@ from typing import Any
 
 from megatron_mosa.checkpoint import CheckpointStore, read_metadata
 from megatron_mosa.engine import Batch, TrainingEngine
+from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import on_main_rank
 from megatron_mosa.train.trainer import TrainingState
 from megatron_mosa.train.writers import Writers
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import first_line, load_json, write_atomically
 
 SKIPPED = "skip_steps.json"
 
@@ -71,7 +72,17 @@ class Rewinder:
 
 
 def skipped_steps(directory: Path) -> list[int]:
-    """Return the steps that earlier rewinds of this run skip."""
+    """Return the steps that earlier rewinds of this run skip.
+
+    Raises:
+        UserError: their file is damaged.
+    """
     path = directory / SKIPPED
-    found: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return found
+    try:
+        found: Any = load_json(path) if path.exists() else []
+        return [int(step) for step in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is damaged ({first_line(error)}); restore it, or remove it to train on the batches of loss "
+            "spikes, too"
+        ) from None

@@ -40,6 +40,7 @@ from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
+from megatron_mosa.utils import log_libraries
 
 
 def pretrain(config: Config) -> int:
@@ -113,6 +114,7 @@ def _train(
     """Train; return the reason for an early stop, if there was one."""
     directory = RunDirectory(start.directory)
     on_main_rank(lambda: directory.prepare(config))
+    log_libraries(start.directory / "libraries.log" if layout.is_main else None)
     skipped = on_main_rank(lambda: skipped_steps(start.directory))
     survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()

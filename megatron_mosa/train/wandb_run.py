@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.metrics import read_journal, scalars
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 RECORD = "wandb.json"
 """File in the run directory with the project, name (``run.name``), id and title of its W&B run."""
@@ -62,7 +62,7 @@ class WandbRun:
         """Return id and title of this directory's W&B run; None if it has none in this project under this name."""
         name = self.config.run.name
         try:
-            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
+            record = load_json(self.directory / RECORD)
         except FileNotFoundError:  # earlier versions wrote no such file, and used the run's name as id
             return {"run_id": name, "title": name} if (self.directory / "wandb").is_dir() else None
         except ValueError:  # a power failure left half of it

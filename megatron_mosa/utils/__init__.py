@@ -1,15 +1,23 @@
-"""Helpers without a subject of their own: atomic files, versions, progress bars, first lines of errors."""
+"""Helpers without a subject of their own: atomic files, JSON, versions, progress bars, first lines of errors."""
 
 from megatron_mosa.utils.errors import first_line
-from megatron_mosa.utils.files import free_megabytes, replace_directory, sync, write_atomically
+from megatron_mosa.utils.files import creation_problem, free_megabytes, replace_directory, sync, write_atomically
 from megatron_mosa.utils.lazy import lazy_face
+from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
+from megatron_mosa.utils.parsing import load_json, parse_json
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.versions import versions
 
 __all__ = [
+    "creation_problem",
+    "drop_known_noise",
+    "drop_warnings",
     "first_line",
     "free_megabytes",
     "lazy_face",
+    "load_json",
+    "log_libraries",
+    "parse_json",
     "progress",
     "replace_directory",
     "sync",

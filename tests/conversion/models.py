@@ -12,8 +12,9 @@ from torch.distributed import checkpoint as dcp
 
 from megatron_mosa.attention.thresholds import is_causal, threshold_buffers
 from megatron_mosa.checkpoint import Metadata
-from megatron_mosa.checkpoint.format import as_dtensors, write_metadata
+from megatron_mosa.checkpoint.format import as_dtensors
 from megatron_mosa.checkpoint.manifest import files_below, hash_files, write_manifest
+from megatron_mosa.checkpoint.metadata import write_metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import tokenizer_hash
 from megatron_mosa.kernels import Documents

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +77,24 @@ def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Pa
             {"NNODES": "x", "MASTER_ADDR": "a", "NPROC": "1"},
             "error: NNODES must be a positive number, got x",
         ),
+        (
+            "torchrun/multi_node.sh",
+            ["c.yaml"],
+            {"NNODES": "2", "MASTER_ADDR": "a", "NPROC": "1", "MASTER_PORT": "99999"},
+            "error: MASTER_PORT must be at most 65535, got 99999",
+        ),
+        (
+            "torchrun/multi_node.sh",
+            ["c.yaml"],
+            {"NNODES": "2", "MASTER_ADDR": "a", "NPROC": "1", "MAX_RESTARTS": "x"},
+            "error: MAX_RESTARTS must be a number, got x",
+        ),
+        (
+            "torchrun/multi_node.sh",
+            ["c.yaml"],
+            {"NNODES": "2", "MASTER_ADDR": "a b", "NPROC": "1"},
+            "error: MASTER_ADDR must be a name or address, got 'a b'",
+        ),
         ("deepspeed/multi_node.sh", ["c.yaml"], {}, "usage: "),
         ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "/none"}, "error: HOSTFILE=/none cannot be read"),
         ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "BAD"}, "error: HOSTFILE="),
@@ -101,3 +121,44 @@ def test_usage_errors(script: str, arguments: list[str], variables: dict[str, st
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(line)
+
+
+def test_a_meeting_that_fails_is_one_line(tmp_path: Path) -> None:
+    """torchrun itself would exit with 1 after a page of its frames."""
+    command = [sys.executable, "-m", "megatron_mosa.cluster.torchrun", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:99999", "rank.py"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: torchrun could not start the ranks: The port number")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """While the ranks import, they have nothing to save; torchrun itself would exit with 1 after a traceback."""
+    (tmp_path / "rank.py").write_text(
+        "import pathlib, signal, time\nsignal.signal(2, signal.SIG_DFL)\npathlib.Path('up').touch()\ntime.sleep(60)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_mosa.cluster.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "rank.py",
+    ]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
+        while process.poll() is None and not (tmp_path / "up").exists():
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "death signal" not in errors and "torch/distributed" not in errors, errors

@@ -25,6 +25,8 @@ BUILD = "data build CONFIG data.path=built"
 SUBMIT = "submit CONFIG run.name=new --gpus-per-node 1 --dry-run"
 RANKS = "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511"
 
+LONG = "a" * 300
+
 # (command, exit code, words of its line): environment variables may precede the command.
 MISUSES: list[tuple[str, int, str]] = [
     # The command line
@@ -50,6 +52,8 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show bad/twice.yaml", 2, "is not valid YAML"),
     ("config show bad/bomb.yaml", 2, "is not valid YAML"),
     ("config show /dev/zero", 2, "is not a regular file"),
+    ("config show bad/itself.yaml", 2, "line 1 contains an alias of itself"),
+    (f"config show {LONG}", 2, "File name too long"),
     ("config list none", 2, "'none' is not a directory"),
     ("config diff CONFIG none.yaml", 2, "'none.yaml' does not exist"),
     ("config show CONFIG train.steps", 2, "not of the form section.key=value"),
@@ -71,6 +75,11 @@ MISUSES: list[tuple[str, int, str]] = [
     *[
         (f"config show CONFIG {override}", 2, words)
         for override, words in {
+            f"run.name={LONG}": "run.name must have at most 200 characters",
+            "train.skip_steps=[0]": "train.skip_steps must be at least 1",
+            "resilience.hang_timeout=1e300": "resilience.hang_timeout must be at least 0 and at most",
+            "resilience.rendezvous_timeout=1e300": "resilience.rendezvous_timeout must be",
+            "mosa.sparsity=1e300": "mosa.sparsity must be at least 1 and at most",
             "run.seed=-1": "run.seed must be at least 0",
             "run.seed=4294967296": "at most 4294967295",
             "model.num_layers=0": "model.num_layers must be at least 1",
@@ -133,6 +142,8 @@ MISUSES: list[tuple[str, int, str]] = [
     (f"{CHECK} train.steps=1000000000", 2, "but one shuffled pass holds at most"),
     (f"{CHECK} model.hidden_size=1000000 model.ffn_hidden_size=4000000", 2, "but this machine has"),
     (f"{RUN} model.hidden_size=1000000 model.ffn_hidden_size=4000000", 2, "but this machine has"),
+    (f"{CHECK} train.micro_batch_size=16777216 train.global_batch_size=16777216", 2, "have logits of"),
+    ("pretrain CONFIG run.name=odd --check-only", 2, "metrics.jsonl is not a file"),
     (f"{CHECK} data.path=none", 2, "data.path=none does not exist; build it with"),
     (f"{CHECK} data.path=bad", 2, "is not a dataset"),
     (f"{RUN} data.path=bad/data", 2, "is damaged"),
@@ -140,6 +151,8 @@ MISUSES: list[tuple[str, int, str]] = [
     (f"{CHECK} data.tokenizer=gpt2", 2, "was built with another tokenizer"),
     (f"{CHECK} run.directory=texts.jsonl", 2, "is not a directory"),
     (f"{CHECK} run.directory=/dev/null/x", 2, "cannot be written"),
+    (f"{CHECK} run.directory=/proc/x", 2, "no file can be created in '/proc'"),
+    (f"{CHECK} run.directory={LONG}", 2, "File name too long"),
     ("pretrain CONFIG run.name=a --check-only checkpoint.resume=never", 2, "already holds a run"),
     ("pretrain CONFIG run.name=a --check-only model.num_layers=3", 2, "model.num_layers"),
     ("pretrain CONFIG run.name=a --check-only data.index_samples=5", 2, "would reshuffle its data"),
@@ -157,6 +170,7 @@ MISUSES: list[tuple[str, int, str]] = [
     (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_PORT=0 {RUN}", 2, "MASTER_PORT in the environment must be"),
     (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_PORT=http {RUN}", 2, "got 'http'"),
     (f"{RANKS} RANK=0 LOCAL_RANK=0 MASTER_ADDR= {RUN}", 2, "MASTER_ADDR must be"),
+    (f"{RANKS} RANK=0 LOCAL_RANK=0 'MASTER_ADDR=a b' {RUN}", 2, "MASTER_ADDR in the environment must be a name"),
     ("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=2 " + RUN, 2, "SLURM_PROCID in the environment"),
     # Datasets
     (f"{BUILD}1 data.sources=[none.txt]", 2, "none.txt"),
@@ -174,11 +188,15 @@ MISUSES: list[tuple[str, int, str]] = [
     ("data build CONFIG data.vocab_size=500 data.sources=[texts.jsonl]", 2, "was built from"),
     ("data build CONFIG data.path=bad data.sources=[texts.jsonl]", 2, "bad"),
     ("data build CONFIG data.path=texts.jsonl data.sources=[texts.jsonl]", 2, "texts.jsonl"),
+    ("data build CONFIG data.path=data/inner data.sources=[texts.jsonl]", 2, "is inside the dataset"),
+    ("data build CONFIG data.path=/ --force data.sources=[texts.jsonl]", 2, "is the root directory"),
+    ("data build CONFIG data.path=bad/loop/x data.sources=[texts.jsonl]", 2, "Too many levels of symbolic links"),
     ("data build CONFIG data.path=/proc/x data.sources=[texts.jsonl]", 2, "/proc"),
     ("data inspect none", 2, "'none' does not exist"),
     ("data inspect bad", 2, "is not a dataset"),
     ("data inspect bad/data train.steps=1", 2, "overrides such as train.steps=1"),
     ("data verify bad/data", 1, "is damaged"),
+    ("data verify bad/nested_data", 1, "it is nested too deeply"),
     ("data verify none", 2, "'none' does not exist"),
     ("data sample CONFIG 100000", 2, "sample must be 0 to 79"),
     ("data index CONFIG data.path=none", 2, "does not exist"),
@@ -191,6 +209,11 @@ MISUSES: list[tuple[str, int, str]] = [
     ("checkpoint inspect bad/metadata", 1, "damaged"),
     ("checkpoint inspect bad/index", 1, "damaged"),
     ("checkpoint inspect bad/hf", 1, "damaged"),
+    ("checkpoint inspect bad/nested", 1, "it is nested too deeply"),
+    ("checkpoint inspect bad/manifest", 1, "manifest.json is damaged"),
+    ("checkpoint inspect bad/piped", 1, "manifest.json cannot be read (Not a regular file)"),
+    ("checkpoint inspect bad/unlisted", 1, "it lists no tensors in weight_map"),
+    (f"checkpoint inspect {LONG}", 2, "File name too long"),
     ("checkpoint export bad/truncated out --to hf", 1, "damaged"),
     ("checkpoint export runs/a out --to onnx", 2, "--to must be hf, fp32 or torch-dist, got onnx"),
     ("checkpoint export runs/a out --to hf --dtype float16", 2, "float16"),
@@ -224,6 +247,9 @@ MISUSES: list[tuple[str, int, str]] = [
     ("generate hf", 2, "pass either --prompt TEXT or --prompt-file FILE"),
     ("generate hf --prompt ''", 2, "--prompt is empty"),
     ("generate hf --prompt-file none.txt", 2, "could not read --prompt-file=none.txt"),
+    ("generate hf --prompt-file /dev/zero", 2, "--prompt-file=/dev/zero is not a file"),
+    ("generate hf --prompt-file pipe", 2, "--prompt-file=pipe is not a file"),
+    ("generate hf --prompt a --device meta", 2, "--device=meta is not available"),
     ("generate hf --prompt a --temperature 1e300", 2, "--temperature must be"),
     ("generate hf --prompt a --temperature nan", 2, "--temperature must be"),
     ("generate hf --prompt a --seed -1", 2, "--seed must be between"),
@@ -236,14 +262,18 @@ MISUSES: list[tuple[str, int, str]] = [
     ("generate none --prompt a", 2, "'none' does not exist"),
     ("generate hf --prompt a", 2, ""),
     ("generate bad/hf --prompt a --causal-approximation prefix", 1, "damaged"),
+    ("generate bad/unlisted --prompt a --causal-approximation prefix", 1, "its weights cannot be read"),
+    ("generate bad/unset --prompt a", 1, "'bad/unset' is damaged: config.json is damaged"),
     ("generate bad/words --prompt a --causal-approximation prefix", 1, "tokenizer.json"),
     ("cache-report none", 2, "'none' does not exist"),
     ("cache-report hf", 2, "there is no cache to measure"),
     ("cache-report hf --lengths x", 2, "--lengths"),
+    ("cache-report hf --lengths 99999999999k", 2, "the longest may be"),
     ("cache-report hf --output texts.jsonl/report", 2, "--output=texts.jsonl/report"),
     # Measurements
     ("bench CONFIG --steps 0", 2, "--steps must be"),
     ("bench CONFIG --warmup 0", 2, "--warmup must be"),
+    ("bench CONFIG --steps 99999999999", 2, "at most 1000000"),
     ("bench CONFIG --compare none.json", 2, "none.json"),
     ("bench CONFIG --output texts.jsonl/x.json", 2, "--output=texts.jsonl/x.json"),
     ("isoflop CONFIG --sparsity two", 2, "'two' is not a number"),
@@ -253,17 +283,25 @@ MISUSES: list[tuple[str, int, str]] = [
     ("sweep CONFIG --processes 0", 2, "--processes must be at least 1"),
     ("sweep CONFIG --layout tp=x", 2, "tp"),
     ("sweep CONFIG --layout pp=2", 2, "pp"),
+    ("bench CONFIG --output /proc/x.json", 2, "no file can be created in '/proc'"),
     # Runs side by side
     ("compare", 2, "Missing argument"),
     ("compare none", 2, "'none' has no metrics.jsonl with losses"),
     ("compare runs/none", 2, "runs there: a"),
     ("compare runs/a runs/a", 2, "each run once"),
+    ("compare bad/odd", 2, "has no metrics.jsonl with losses"),
+    ("status bad/odd", 2, "has no status.json that can be read"),
+    ("compare bad/loop", 2, "'bad/loop' has no metrics.jsonl"),
+    (f"compare {LONG}", 2, "File name too long"),
     ("compare runs/a --output x.jpg", 2, "ends in .png"),
     ("compare runs/a --output texts.jsonl/x.png", 2, "--output=texts.jsonl/x.png"),
     # Jobs
     ("status none", 2, "none"),
     ("status bad", 2, "bad"),
+    ("status bad/pipe", 2, "has no status.json that can be read"),
+    ("status bad/deep", 2, "has no status.json that can be read"),
     (f"{SUBMIT} --nodes 0", 2, "--nodes must be between 1 and"),
+    (f"{SUBMIT} --time 99999999999", 2, "--time must be MINUTES"),
     (f"{SUBMIT} --time soon", 2, "--time must be MINUTES"),
     (f"{SUBMIT} --time '1:00\n#SBATCH --wrap=id'", 2, "--time must be MINUTES"),
     (f"{SUBMIT} --partition 'a b'", 2, "--partition must be"),
@@ -272,11 +310,36 @@ MISUSES: list[tuple[str, int, str]] = [
     (f"{SUBMIT} --exclude 'n1 n2'", 2, "--exclude must be"),
     (f"{SUBMIT} --sbatch-argument mem=0", 2, "is not an option of sbatch"),
     (f"{SUBMIT} --sbatch-argument '--comment=a\nid'", 2, "is not an option of sbatch"),
+    *[
+        (f"{SUBMIT} --sbatch-argument {shlex.quote(option)}", 2, words)
+        for option, words in {
+            "--comment=a b": "not read it as one option",
+            "--mail-user=a --wrap=id": "not read it as one option",
+            '--comment="a': "not read it as one option",
+            "--comment=a#b": "not read it as one option",
+            "--comment=a\u2028b": "is not an option of sbatch",
+            "--nodes=7": "use --nodes",
+            "-N7": "use --nodes",
+            "--wrap=id": "leave it out",
+            "--array=0-9": "use --chain",
+            "--time=soon": "--time must be MINUTES",
+            "-tsoon": "--time must be MINUTES",
+            "--mem=lots": "--mem must be a number of megabytes",
+            "--exclude=n[5-1]": "--exclude must be names of nodes",
+            "--signal=soon": "--signal must be",
+        }.items()
+    ],
+    (f"{SUBMIT} --exclude 'n[5-1]'", 2, "--exclude must be"),
     (f"{SUBMIT} run.directory='a b'", 2, "contains whitespace"),
     (f"{SUBMIT} --chain 0", 2, "--chain must be between 1 and"),
     ("submit CONFIG run.name=new --gpus-per-node 1 optimizer.warmup_steps=11 --dry-run", 2, "optimizer.warmup_steps"),
     ("doctor --timeout -1", 2, "timeout"),
-    ("doctor --json texts.jsonl/x.json", 1, "texts.jsonl/x.json"),
+    ("doctor --timeout 1e300", 2, "at most 86400"),
+    ("doctor --minimum-disk nan", 2, "minimum-disk"),
+    ("doctor --slow inf", 2, "slow"),
+    ("doctor --json bad", 2, "--json=bad is a directory"),
+    ("doctor --json /proc/x.json", 2, "no file can be created in '/proc'"),
+    ("doctor --json texts.jsonl/x.json", 2, "--json=texts.jsonl/x.json cannot be written"),
 ]
 
 
@@ -337,6 +400,32 @@ def damage(folder: Path) -> None:
     cut(next((bad / "hf").glob("*.safetensors")))
     shutil.copytree(folder / "hf", bad / "words")
     (bad / "words" / "tokenizer.json").write_text("no tokenizer")
+    for copy, name, content in (
+        ("nested", "metadata.json", "[" * 100_000),
+        ("manifest", "manifest.json", "[" * 100_000),
+        ("piped", "manifest.json", None),
+        ("nested_data", "manifest.json", "[" * 100_000),
+        ("unlisted", "model.safetensors.index.json", "{}"),
+        ("unset", "config.json", "[]"),
+        ("pipe", "status.json", None),
+        ("deep", "status.json", "[" * 100_000),
+    ):
+        origin = {"nested_data": folder / "data", "unlisted": folder / "hf", "unset": folder / "hf"}.get(copy, newest)
+        shutil.copytree(origin, bad / copy)
+        (bad / copy / name).unlink(missing_ok=True)
+        if content is None:
+            os.mkfifo(bad / copy / name)
+        else:
+            (bad / copy / name).write_text(content)
+    (bad / "itself.yaml").write_text("run: &r\n  name: a\n  x: *r\n")
+    (bad / "loop").symlink_to("loop")
+    (bad / "odd").mkdir()
+    (bad / "odd" / "status.json").write_text('{"state": "running", "updated": 1, "step": "a", "seconds_per_step": "b"}')
+    (bad / "odd" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": "low", "tokens": "many", "tokens_per_second": "x"}\n'
+    )
+    (folder / "pipe").symlink_to("bad/pipe/status.json")
+    (folder / "runs" / "odd" / "metrics.jsonl").mkdir(parents=True)
     (folder / "runs" / "file").mkdir()
     (folder / "runs" / "file" / "checkpoints").write_text("")
 

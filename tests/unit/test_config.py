@@ -99,8 +99,8 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("train.steps=abc", ["train.steps must be of type int, got 'abc'"]),
         ("train.steps=1.5", ["train.steps must be of type int, got 1.5"]),
         ("train.steps=0", ["train.steps must be at least 1 and at most 1000000000, got 0"]),
-        ("mosa.sparsity=.nan", ["mosa.sparsity must be at least 1, got nan"]),
-        ("mosa.sparsity=0.5", ["mosa.sparsity must be at least 1, got 0.5: a head selects"]),
+        ("mosa.sparsity=.nan", ["mosa.sparsity must be at least 1 and at most 16777216, got nan"]),
+        ("mosa.sparsity=0.5", ["mosa.sparsity must be at least 1 and at most 16777216, got 0.5: a head selects"]),
         ("mosa.num_heads=15", ["mosa.num_heads=15", "[1]"]),
         ("model.num_dense_heads=3", ["model.num_dense_heads=3", "tensor_model_parallel_size=2"]),
         (

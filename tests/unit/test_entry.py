@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,12 +128,24 @@ def library():
     try: interrupt()
     except BaseException: raise ValueError
 run(library)""",
+    "turned into an exit code": """
+def typer():
+    try: interrupt()
+    except KeyboardInterrupt: return 130
+run(typer)""",
     "swallowed in an import": """
 import pathlib, sys, tempfile
 with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "swallows.py").write_text("import __main__\\ntry: __main__.interrupt()\\nexcept: pass\\n")
     sys.path.insert(0, folder)
     run(lambda: __import__("swallows"))""",
+    "in a quiet import": """
+import pathlib, sys, tempfile
+from megatron_mosa.cluster.doctor.node import import_quietly
+with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, "interrupts.py").write_text("import __main__\\n__main__.interrupt()\\n")
+    sys.path.insert(0, folder)
+    run(lambda: import_quietly("interrupts"))""",
 }
 
 
@@ -144,3 +157,43 @@ def test_an_interruption_ends_in_one_line(place: str) -> None:
     code = f"{setup}\n{'run('.join(before)}sys.exit(run({last})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interruption_inside_an_exec_keeps_its_exit_code(tmp_path: Path) -> None:
+    """Dataclasses, for one, are made by exec; Python would then end a module by the signal itself."""
+    code = "import sys\nfrom megatron_mosa.entry import run\nkill = 'import os; os.kill(os.getpid(), 2)'\n"
+    (tmp_path / "interrupted.py").write_text(code + "sys.exit(run(lambda: exec(kill)))\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+FAILURES = {
+    "print('a')": (1, "error: could not write: No space left on device\n"),
+    "open('/proc/version/x')": (1, "error: could not use '/proc/version/x': Not a directory\n"),
+    "open('a' * 300)": (2, f"error: could not use '{'a' * 300}': File name too long\n"),
+}
+
+
+@pytest.mark.parametrize("program", FAILURES)
+def test_what_a_file_system_refuses_is_one_line(program: str) -> None:
+    code = f"import sys\nfrom megatron_mosa.entry import run\nsys.exit(run(lambda: {program}))"
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    expected, line = FAILURES[program]
+    assert done.returncode == expected and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 0), (["-u"], 1)])
+def test_output_that_nobody_reads_ends_without_a_word(flags: list[str], expected: int) -> None:
+    """With -u Python writes at once, and the program ends in its middle."""
+    code = "import sys\nfrom megatron_mosa.entry import run\nsys.exit(run(lambda: print('a')))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=environment, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (expected, b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +11,7 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.cluster.doctor.options import DoctorOptions
+from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import STOPPED
 
@@ -37,12 +40,14 @@ def doctor(
     task. If all nodes are healthy but SIGUSR1 has asked the job to stop in the meantime, it exits with 75.
     """
     for name, value, bound, is_allowed in (
-        ("timeout", timeout, "greater than 0", timeout > 0),
-        ("minimum-disk", minimum_disk, "at least 0", minimum_disk >= 0),
-        ("slow", slow, "greater than 1", slow > 1),
+        ("timeout", timeout, "greater than 0 and at most 86400", 0 < timeout <= 86400),
+        ("minimum-disk", minimum_disk, "at least 0 and finite", 0 <= minimum_disk < math.inf),
+        ("slow", slow, "greater than 1 and finite", 1 < slow < math.inf),
     ):
         if not is_allowed:
             raise UserError(f"--{name} must be {bound}, got {value:g}")
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # whose rank writes the file
+        check_output("--json", json)
     from megatron_mosa.cluster.doctor.job import check_job
 
     notices: list[int] = []

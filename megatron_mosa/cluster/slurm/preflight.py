@@ -7,7 +7,6 @@ to exclude from the next attempt, which are those that failed twice.
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_mosa.cluster.slurm.verdict import settle_attempt
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import FAILED
+from megatron_mosa.utils import load_json
 
 FAILURES_UNTIL_EXCLUDED = 2
 
@@ -25,7 +25,7 @@ def note_failure(run: Path, report: Path) -> tuple[str, list[str]]:
     """Record a failed preflight; return the line of the verdict and the nodes to exclude."""
     bad: list[str] = []
     with suppress(OSError, ValueError, AttributeError):
-        bad = [str(node) for node in json.loads(report.read_text(encoding="utf-8")).get("bad_nodes") or []]
+        bad = [str(node) for node in load_json(report).get("bad_nodes") or []]
     record = Record.read(run)
     for node in bad:
         record.preflight_failures[node] = record.preflight_failures.get(node, 0) + 1

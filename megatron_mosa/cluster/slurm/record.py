@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_mosa.exit_codes import FAILED, NAMES
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Record:
     @classmethod
     def read(cls, run: Path) -> Record:
         """Read the record of a run directory; if there is none that can be read, return a new one."""
-        with suppress(OSError, ValueError, TypeError):
-            content = json.loads((run / "slurm.json").read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            content = load_json(run / "slurm.json")
             known = {entry.name for entry in fields(cls)}
             return cls(**{name: value for name, value in content.items() if name in known})
         return cls()
@@ -77,8 +77,8 @@ def outcome(run: Path, attempt: str | None, srun_code: int | None) -> tuple[int,
     Args:
         srun_code: exit code of srun; None if nobody saw the attempt end.
     """
-    with suppress(OSError, ValueError):
-        status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        status = load_json(run / "status.json")
         if attempt and status.get("attempt") == attempt and status.get("state") in NAMES.values():
             return int(status.get("exit_code", FAILED)), status.get("reason") or status["state"]
     if srun_code is None:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from megatron_mosa.checkpoint import DamagedError, StateReader, find_corruption, find_damage, is_recorded, read_metadata
+from megatron_mosa.checkpoint import DamagedError, StateIndex, find_corruption, find_damage, is_recorded, read_metadata
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
-from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, torch_dist_iteration
-from megatron_mosa.convert.weights import partition_keys
+from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, partition_keys, torch_dist_iteration
 from megatron_mosa.errors import RunError
 from megatron_mosa.utils import progress
 
@@ -75,7 +74,7 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     # Check sizes first: the error from reading a truncated index says little.
     damage = find_damage(folder, reads_all=full) if metadata.has_manifest else None
     if damage is None:
-        state = StateReader(folder)
+        state = StateIndex(folder / "state")
         facts["parameters"] = _parameters(info.elements for info in state.weights.values())
         facts["optimizer state"] = "Adam's moments" if state.has_optimizer_state else "none"
         facts["health"] = _healthy(metadata.has_manifest, full)
@@ -128,14 +127,17 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     """Read the index only, unless ``full``."""
     iteration = cast(Path, torch_dist_iteration(folder))
     facts["iteration"] = iteration.name
-    state = StateReader(iteration, "")
+    state = StateIndex(iteration)
     weights, optimizer = partition_keys(state.tensors)
     facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
-    facts["types"] = ", ".join(sorted({str(state.tensors[key].dtype).removeprefix("torch.") for key in weights}))
+    facts["types"] = ", ".join(sorted({state.tensors[key].dtype for key in weights}))
     facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
     if full:
+        from megatron_mosa.checkpoint import StateReader  # imports torch
+
+        tensors = StateReader(iteration, "")
         with progress(None, "verifying checksums") as bar:
-            if damage := state.find_corruption(state.tensors.keys(), bar.update):
+            if damage := tensors.find_corruption(tensors.tensors.keys(), bar.update):
                 return damage
     facts["health"] = "all tensors match their checksums" if full else _UNCHECKED
     return None

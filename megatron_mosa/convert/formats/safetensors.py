@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_mosa.checkpoint import DamagedError, FileRecord, sync_and_evict
 from megatron_mosa.errors import StorageError, UserError
+from megatron_mosa.utils import load_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -33,7 +35,7 @@ class Header:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -49,7 +51,10 @@ def shard_names(folder: Path) -> list[str]:
         return [_SINGLE]
     if not (folder / INDEX).is_file():
         raise UserError(f"'{folder}' contains neither {INDEX} nor {_SINGLE}; save the model with safetensors")
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise DamagedError(f"{INDEX} is damaged (it lists no tensors in weight_map)")
+    names = sorted(set(map(str, found.values())))
     for name in names:
         if Path(name).name != name:
             raise DamagedError(f"{INDEX} refers to a file outside of the folder: {name}")
@@ -69,7 +74,7 @@ class SafetensorsFolder:
         self._folder = folder
         self.tensors: dict[str, Header] = {}
         for name in shard_names(folder):
-            with self._open(name) as file:
+            with self._open(name, "numpy") as file:  # "pt" imports torch, which no header needs
                 for key in file.keys():  # noqa: SIM118
                     view = file.get_slice(key)
                     self.tensors[key] = Header(name, tuple(view.get_shape()), view.get_dtype())
@@ -81,11 +86,11 @@ class SafetensorsFolder:
             return file.get_tensor(key)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
+    def _open(self, name: str, framework: str = "pt") -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._folder / name, framework="pt") as file:
+            with safe_open(self._folder / name, framework=framework) as file:
                 yield file
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror or error})") from None
@@ -100,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DamagedError: the file cannot be read, or does not contain an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read ({error.strerror})") from None
     except ValueError as error:

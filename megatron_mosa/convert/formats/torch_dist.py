@@ -24,8 +24,8 @@ from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.megatron_args import from_megatron_args
 from megatron_mosa.convert.formats.safe_load import safe_load
 from megatron_mosa.convert.formats.safetensors import read_json
-from megatron_mosa.convert.locate import torch_dist_iteration
-from megatron_mosa.convert.weights import Weight, model_weights, partition_keys, stacked
+from megatron_mosa.convert.locate import partition_keys, torch_dist_iteration
+from megatron_mosa.convert.weights import Weight, model_weights, stacked
 from megatron_mosa.errors import UserError
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

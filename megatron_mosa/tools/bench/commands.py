@@ -12,10 +12,12 @@ import typer
 from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.bench.measure import Measurement
+
+_MOST_STEPS = 1_000_000
 
 
 def bench(
@@ -34,9 +36,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the training step of a configuration on this machine's devices; under torchrun, on several."""
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 1)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+    for name, value in (("steps", steps), ("warmup", warmup)):
+        if not 1 <= value <= _MOST_STEPS:
+            raise UserError(f"--{name} must be at least 1 and at most {_MOST_STEPS}, got {value}")
     check_output("--output", output)
     settings = load_config(config, overrides or [])
     before = None if compare is None else read(compare)
@@ -71,7 +73,7 @@ def read(path: Path) -> Measurement:
     from megatron_mosa.tools.bench.measure import Measurement
 
     try:
-        return Measurement(**json.loads(path.read_text(encoding="utf-8")))
+        return Measurement(**load_json(path))
     except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a result of mosa bench --output"
         raise UserError(f"cannot read {path}: {reason}; give a file that mosa bench --output wrote") from None

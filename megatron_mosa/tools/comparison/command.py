@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def compare(
     """Compare runs: a table, and a picture of their losses over steps, tokens and seconds."""
     if output.suffix != ".png":
         raise UserError(f"--output must be a file name that ends in .png, got {output}")
-    if len({run.resolve() for run in runs}) < len(runs):
+    if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise UserError("compare takes each run once; name different run directories")
     check_output("--output", output)
     from rich.console import Console  # slow to import, like matplotlib

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +41,14 @@ def read_run(run: Path) -> RunCurves:
         raise UserError(f"'{run}' has no metrics.jsonl with losses; pass run directories{hint}")
     training, validation, seconds, tokens = [], [], 0.0, 0
     for line in lines:
-        if "tokens_per_second" in line:
+        if "tokens_per_second" in line and line.get("tokens") is not None:
             seconds += max(line["tokens"] - tokens, 0) / (line["tokens_per_second"] or float("inf"))
             tokens = line["tokens"]
         for key, points in (("loss", training), ("validation_loss", validation)):
-            if line.get(key) is not None:
+            if line.get("tokens") is not None and line.get(key) is not None:
                 points.append((line["step"], line["tokens"], seconds, line[key]))
     is_causal = all(line.get("causal", True) for line in lines)
-    return RunCurves(run.resolve().name, run_totals(lines), is_causal, training, validation)
+    return RunCurves(os.path.basename(os.path.realpath(run)), run_totals(lines), is_causal, training, validation)
 
 
 def table(runs: Sequence[RunCurves]) -> Table:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from megatron_mosa.errors import UserError
@@ -18,7 +21,7 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -94,7 +97,10 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
         "sparsity": model.config.sparsity if model.config.num_mosa_heads else None,
     }
     content = facts | {"rows": [asdict(row) | {"total": row.total} for row in rows]}
-    print(json.dumps(content, indent=2) if as_json else _table(facts, rows))
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        print_report(facts, rows, Console(width=None if sys.stdout.isatty() else 140))  # a file has no width
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "cache.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -126,11 +132,8 @@ def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> 
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
     if tokenizer is None:
         raise UserError(f"--text={options.text}: '{options.path}' has no tokenizer.json; omit --text")
-    try:
-        text = options.text.read_text(encoding="utf-8", errors="replace")
-        ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
-    except OSError as error:
-        raise UserError(f"could not read --text={options.text}: {error.strerror}; pass a text file") from None
+    text = read_document("--text", options.text)
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     if ids.shape[1] < needed:
         raise UserError(
             f"--text={options.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
@@ -198,23 +201,30 @@ def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact
     )
 
 
-def _table(facts: dict[str, Any], rows: list[CacheSize]) -> str:
-    """Return the report as a Markdown table."""
+def print_report(facts: dict[str, Any], rows: list[CacheSize], console: Console) -> None:
+    """Print the report as tables."""
+    about = Table(title=f"Cache of {facts['model']}", title_justify="left", show_header=False)
+    for name, fact in facts.items():
+        if fact is not None:
+            about.add_row(name, Text(str(fact)))
+    console.print(about)
     kinds = list(rows[0].used)
-    names = ["tokens", *(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share"]
-    lines = [f"{name}: {fact}" for name, fact in facts.items() if fact is not None]
-    lines += ["", "MiB of one sequence:", "", f"| {' | '.join(names)} | selected | most / mean |"]
-    lines.append("|" + " ---: |" * (len(names) + 2))
+    table = Table(title="MiB of one sequence", title_justify="left", caption_justify="left")
+    names = [*(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share", "selected"]
+    for name in ("tokens", *names, "most / mean"):
+        table.add_column(name, justify="right")
     for row in rows:
         sizes = [*(row.used[kind] for kind in kinds), row.total, row.allocated, row.dense_baseline]
-        cells = [f"{row.length:,}{'' if row.exact else '*'}", *(f"{size / _MIB:.2f}" for size in sizes)]
-        cells.append(f"{100 * row.total / row.dense_baseline:.1f} %")
-        cells.append("" if row.selected_share is None else f"{100 * row.selected_share:.2f} %")
-        cells.append("" if row.most_over_mean is None else f"{row.most_over_mean:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        table.add_row(
+            f"{row.length:,}{'' if row.exact else '*'}",
+            *(f"{size / _MIB:.2f}" for size in sizes),
+            f"{100 * row.total / row.dense_baseline:.1f} %",
+            "" if row.selected_share is None else f"{100 * row.selected_share:.2f} %",
+            "" if row.most_over_mean is None else f"{row.most_over_mean:.2f}",
+        )
     if not all(row.exact for row in rows):
-        lines += ["", "* dense heads attended only to the last tokens (--exact-up-to); the cache holds all of them"]
-    return "\n".join(lines)
+        table.caption = "* dense heads attended only to the last tokens (--exact-up-to); the cache holds all of them"
+    console.print(table)
 
 
 def plot(rows: list[CacheSize], facts: dict[str, Any], path: Path) -> None:

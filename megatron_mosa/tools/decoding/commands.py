@@ -10,6 +10,8 @@ import typer
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 
+_LONGEST = 2**26  # tokens
+
 ModelPath = Annotated[
     Path,
     typer.Argument(
@@ -49,6 +51,7 @@ def generate(
     tokenizer: TokenizerPath = None,
 ) -> None:
     """Stream a completion of a prompt, without the prompt itself."""
+    require_model(path)
     from megatron_mosa.tools.decoding.generation import Sampling, generate_text, read_prompt  # slow to import, as below
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
@@ -93,10 +96,22 @@ def cache_report(
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
     check_output("--output", output, is_directory=True)
+    require_model(path)
     from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report
 
     options = CacheReportOptions(path, numbers, text, dense_heads, exact_up_to, device, dtype, tokenizer)
     report(options, output, as_json=as_json)
+
+
+def require_model(path: Path) -> None:
+    """Report a path without a model before the imports, which take seconds.
+
+    Raises:
+        UserError: ``path`` holds no model.
+    """
+    from megatron_mosa.convert import find_model
+
+    find_model(path)
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -110,7 +125,9 @@ def parse_lengths(text: str) -> list[int]:
         digits = part.strip().lower()
         factor = 1024 if digits.endswith("k") else 1
         digits = digits.removesuffix("k")
-        if not digits.isdecimal() or int(digits) == 0:
+        if not digits.isdecimal() or len(digits) > 20 or int(digits) == 0:
             raise UserError(f"--lengths={text}: '{part}' is not a number of tokens; use a list such as 1000,4k,128k")
         lengths.add(factor * int(digits))
+        if max(lengths) > _LONGEST:
+            raise UserError(f"--lengths={text}: the longest may be {_LONGEST:,} tokens")
     return sorted(lengths)

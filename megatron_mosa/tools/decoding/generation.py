@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
-        try:
-            prompt = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"could not read --prompt-file={file}: {reason}; pass a text file") from None
+        prompt = read_document("--prompt-file", file)
     if not prompt:
         raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt
@@ -104,7 +99,9 @@ def generate_text(
     _check_decodable(model, path, causal_approximation)
     if text_tokenizer is None:
         raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
-    ids = text_tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)  # [1, T]
+    ids = text_tokenizer(prompt, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids.to(
+        model.device
+    )  # [1, T]
     if ids.shape[1] == 0:
         raise UserError("--prompt has no tokens; pass at least one token of text")
     torch.manual_seed(sampling.seed)

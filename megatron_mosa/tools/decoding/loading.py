@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert import Kind, find_model, read_json
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.utils import first_line
+
+_LONGEST_TEXT = 2**28  # characters; more would only fill the memory
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,6 +32,8 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # unknown to torch; torch without CUDA
         raise UserError(
@@ -78,13 +83,14 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    kind = read_json(folder / "config.json").get("model_type")
+    with damage_as_run_error(folder):
+        kind = read_json(folder / "config.json").get("model_type")
     if kind != "mosa":
         raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
     logging.disable_progress_bar()
     try:
         model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"'{folder}' is damaged: its weights cannot be read ({first_line(error)}); export the model again"
         ) from None
@@ -107,3 +113,23 @@ def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
         model.model.check_thresholds()
     except ValueError as error:
         raise UserError(f"'{path}': {error}") from None
+
+
+def read_document(option: str, file: Path) -> str:
+    """Return the text of a file given by an option; "-": standard input.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8 text, or never ends.
+    """
+    is_pipe_of_shell = file.parent.name == "fd"  # as in <(command)
+    try:
+        if str(file) != "-" and file.exists() and not (file.is_file() or file.is_dir() or is_pipe_of_shell):
+            raise UserError(f"{option}={file} is not a file; pass a text file, or - for standard input")
+        with nullcontext(sys.stdin) if str(file) == "-" else file.open(encoding="utf-8") as content:
+            text = content.read(_LONGEST_TEXT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"could not read {option}={file}: {reason}; pass a text file") from None
+    if len(text) > _LONGEST_TEXT:
+        raise UserError(f"{option}={file} has more than {_LONGEST_TEXT:,} characters; pass a shorter text")
+    return text

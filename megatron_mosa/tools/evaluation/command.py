@@ -57,6 +57,9 @@ def evaluate(
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
     check_output("--output", output)
+    from megatron_mosa.convert import find_model
+
+    find_model(path)  # what does not exist is reported before the imports, which take seconds
     import torch
     from rich.console import Console
 

@@ -1,0 +1,32 @@
+"""JSON from files that may be damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read, for which Python raises a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load_json(path: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a pipe or device could be waited for, or read, for ever.
+        ValueError: as ``parse_json``, or it is not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return parse_json(path.read_text(encoding="utf-8"))
