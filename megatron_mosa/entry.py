@@ -81,7 +81,8 @@ def _compile_when_called(compile_now: Callable[..., Any], model: Any = None, **o
         nonlocal compiled
         if torch.compiler.is_compiling():  # the caller
             return model(*arguments, **named)
-        compiled = compiled or compile_now(model, **options)
+        if compiled is None:
+            compiled = compile_now(model, **options)
         return compiled(*arguments, **named)
 
     return call

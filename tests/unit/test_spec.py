@@ -205,7 +205,7 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
             "mosa_routing_decay must be at least 0 and at most 1, got 1.5",
         ),
         (dict(mosa_attention_gate=True, num_attention_heads=0), "gates dense and local heads, but there are none"),
-        (dict(mosa_sparsity=0.5), "mosa_sparsity must be at least 1, got 0.5"),
+        (dict(mosa_sparsity=0.5), "mosa_sparsity must be at least 1 and at most 16777216, got 0.5"),
         (dict(mosa_rotary_percent=1.5), "mosa_rotary_percent must be at least 0 and at most 1, got 1.5"),
         (dict(mosa_recompute="all"), "mosa_recompute must be one of none, attention, full, got all"),
         (dict(add_bias_linear=True), "no biases"),
