@@ -72,18 +72,17 @@ def quick_imports() -> Iterator[None]:
 def _compile_when_called(compile_now: Callable[..., Any], model: Any = None, **options: Any) -> Any:
     if model is None:
         return partial(_compile_when_called, compile_now, **options)
-    compiled: Callable[..., Any] | None = None
+    compiled: list[Callable[..., Any]] = []
 
     @wraps(model)
     def call(*arguments: Any, **named: Any) -> Any:
         import torch
 
-        nonlocal compiled
         if torch.compiler.is_compiling():  # the caller
             return model(*arguments, **named)
-        if compiled is None:
-            compiled = compile_now(model, **options)
-        return compiled(*arguments, **named)
+        if not compiled:
+            compiled.append(compile_now(model, **options))
+        return compiled[0](*arguments, **named)
 
     return call
 
