@@ -6,6 +6,7 @@ With MOSA_REQUIRE_ALL=1 a skipped test outside tests/gpu fails the session, so t
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ FIRST = (
 TOGETHER = ("tests/slurm/", "tests/conversion/")
 # Each of these tests may run on another worker, where there is a GPU: they wait for compilers, and share no fixtures.
 SPREAD = ("tests/gpu/test_acceleration.py", "tests/gpu/test_kernels.py", "tests/gpu/test_triton.py")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; tests send SIGINT to programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which Megatron-core may do
     speed_up()

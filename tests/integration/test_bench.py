@@ -24,7 +24,7 @@ def test_bench_measures_writes_and_compares(runner: Runner) -> None:
     for words, message in (
         (["--compare", str(result)], "was measured on NVIDIA H100, this is cpu; compare on the same device"),
         (["--compare", runner.config], "not a result of mosa bench --output"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1 and at most 1000000, got 0"),
         (["parallel.tensor_model_parallel_size=2"], "world size 1 is not divisible by"),
     ):
         done = runner.mosa(*command, *words)
