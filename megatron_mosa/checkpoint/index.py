@@ -42,7 +42,7 @@ class IndexEntry:
 
     shape: tuple[int, ...]
     dtype: str
-    """As in torch, such as "bfloat16"."""
+    """Torch's name of the type, such as "bfloat16"."""
 
     @property
     def elements(self) -> int:

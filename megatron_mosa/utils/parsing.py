@@ -24,7 +24,7 @@ def load_json(path: Path) -> Any:
     """Return the value in a JSON file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe or device could be waited for, or read, for ever.
+        OSError: it cannot be read, or is not a regular file: reading a pipe or a device may never end.
         ValueError: as ``parse_json``, or it is not UTF-8.
     """
     if path.exists() and not path.is_file():

@@ -30,7 +30,7 @@ KINDS = {
     "followed": {"num_dense_heads": 2, "num_mosa_heads": 6, "load_feedback": 0.5},
 }  # fmt: skip
 
-# Not causal, so that there is no cache.
+# Not causal, so nothing can be cached.
 LOOKING_AHEAD = {
     "routing": {"num_dense_heads": 2, "num_routing_heads": 4, "routing_clusters": 3},
     "routing_hybrid": {"num_routing_heads": 2, "routing_clusters": 2, "num_mosa_heads": 6},

@@ -182,8 +182,8 @@ def test_user_errors_of_cache_report(mosa, folder: Path, tmp_path: Path) -> None
             "has only 3 tokens, but --lengths asks for 4; pass a longer",
         ),
         ([folder, "--text", tmp_path / "none"], "none: No such file or directory; pass a text file"),
-        ([expert], "there is no cache to measure; pass a model with mosa.selection=threshold"),
-        ([routing], "has Routing heads: every token changes the selection, so there is no cache to measure; pass a"),
+        ([expert], "nothing can be cached; pass a model with mosa.selection=threshold"),
+        ([routing], "has Routing heads: every token changes the selection, so nothing can be cached; pass a"),
     ]
     for words, message in cases:
         code, printed, errors = mosa("cache-report", *words)

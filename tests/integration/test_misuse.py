@@ -266,7 +266,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("generate bad/unset --prompt a", 1, "'bad/unset' is damaged: config.json is damaged"),
     ("generate bad/words --prompt a --causal-approximation prefix", 1, "tokenizer.json"),
     ("cache-report none", 2, "'none' does not exist"),
-    ("cache-report hf", 2, "there is no cache to measure"),
+    ("cache-report hf", 2, "nothing can be cached"),
     ("cache-report hf --lengths x", 2, "--lengths"),
     ("cache-report hf --lengths 99999999999k", 2, "the longest may be"),
     ("cache-report hf --output texts.jsonl/report", 2, "--output=texts.jsonl/report"),

@@ -82,8 +82,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
         heads = "has Routing heads" if is_routing else "selects by expert choice (mosa.selection)"
         fix = "without Routing heads" if is_routing else "with mosa.selection=threshold or without MoSA heads"
         raise UserError(
-            f"'{options.path}' {heads}: every token changes the selection, so there is no cache to measure; pass a "
-            f"model {fix}"
+            f"'{options.path}' {heads}: every token changes the selection, so nothing can be cached; pass a model {fix}"
         )
     check_thresholds(model, options.path)
     heads, reason = baseline_heads(model.config, options.dense_heads)
