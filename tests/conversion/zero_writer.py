@@ -46,10 +46,11 @@ def save_zero(folder: Path, number: int) -> dict[str, Tensor]:
             {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": 0.1},
             {"params": [parameter for parameter in trained if parameter.dim() == 1], "weight_decay": 0.0},
         ]
+        zero = {"stage": stage, "memory_efficient_linear": False}  # True replaces torch's linear in the whole process
         settings = {
             "train_micro_batch_size_per_gpu": 2,
             # under ZeRO 2: parameters in another order, with gaps between them
-            "zero_optimization": {"stage": stage} | (_REORDERED if stage == 2 else {}),
+            "zero_optimization": zero | (_REORDERED if stage == 2 else {}),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "data_types": {"grad_accum_dtype": gradients},
