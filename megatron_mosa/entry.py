@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -179,6 +180,14 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
+SECONDS_FOR_THE_FIRST = 3.0
+"""For which the other ranks of a node wait before they report an error.
+
+If it is the first rank's error, too, the launcher ends them meanwhile, and it is said once. Otherwise only they know.
+If they ended at once, the launcher would end the first rank before it has said anything.
+"""
+
+
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _NEVER_USABLE):
@@ -212,8 +221,9 @@ def run(program: Callable[[], object]) -> int:
         code = program()
         _flush_output()
     except (UserError, RunError) as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr)
+        if not is_first:
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():

@@ -6,7 +6,9 @@ interrupted. The ranks have then said why.
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_mosa.entry import run
@@ -15,13 +17,18 @@ from megatron_mosa.exit_codes import FAILED, STOPPED
 from megatron_mosa.utils import drop_warnings, first_line
 
 
-def main() -> int:
-    """Run torchrun on the command line's arguments; return the exit code of the run."""
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun; return the exit code of the run.
+
+    Raises:
+        RunError: it could not start the ranks.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext  # slow to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     drop_warnings("torch")  # they count the signals that torchrun passes on
+    logging.getLogger(SubprocessContext.__module__).addFilter(_says_more_than_the_rank)
     codes: list[int | None] = []
     close = SubprocessContext._close
 
@@ -31,7 +38,7 @@ def main() -> int:
 
     SubprocessContext._close = close_and_note  # type: ignore[method-assign]
     try:
-        torchrun(sys.argv[1:])
+        torchrun(list(arguments))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else FAILED
@@ -42,5 +49,11 @@ def main() -> int:
     return 0
 
 
+def _says_more_than_the_rank(record: logging.LogRecord) -> bool:
+    """Return whether a line of torchrun is worth reading: it is not if a rank has ended with an error of its own."""
+    code = record.args[0] if isinstance(record.args, tuple) and record.args else None
+    return not ("exitcode" in str(record.msg) and isinstance(code, int) and code > 0)  # below 0: ended by a signal
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(lambda: main(sys.argv[1:])))

@@ -69,6 +69,9 @@ def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Pa
     ("script", "arguments", "variables", "line"),
     [
         ("torchrun/local.sh", [], {}, "usage: "),
+        ("torchrun/local.sh", ["c.yaml"], {"NPROC": "x"}, "error: NPROC must be a positive number of processes, got x"),
+        ("torchrun/local.sh", [CONFIG, "data.path=/none"], {"NPROC": "1"}, "error: data.path=/none does not exist"),
+        ("torchrun/local.sh", [CONFIG, "data.path=/none"], {"NPROC": "2"}, "error: data.path=/none does not exist"),
         ("torchrun/multi_node.sh", [], {"NNODES": "2", "MASTER_ADDR": "a"}, "usage: "),
         ("torchrun/multi_node.sh", ["c.yaml"], {"NNODES": "2"}, "usage: "),
         (
@@ -116,7 +119,7 @@ def test_usage_errors(script: str, arguments: list[str], variables: dict[str, st
         variables = variables | {"HOSTFILE": f"{tmp_path}/{variables['HOSTFILE']}"}
     ours = ("SLURM_", "NNODES", "NPROC", "MASTER_", "HOSTFILE", "NODE_RANK")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
-    environment |= {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix}
+    environment |= {"PATH": first_on_path(), "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "launch" / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

@@ -23,7 +23,7 @@ LEVELS = [
     {"engine", "metrics"},
     {"checkpoint"},
     {"convert"},
-    {"convert.commands", "train"},
+    {"cluster.torchrun", "convert.commands", "train"},
     {"cluster", "commands", "tools"},
     {"cli"},
     {"__main__"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mosa.commands.local import number_of_processes
 from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import launch_environment
 
@@ -98,3 +99,8 @@ def test_mistakes_in_the_variables_of_a_launcher(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         launch_environment()
+
+
+@pytest.mark.parametrize(("gpus", "chosen", "number"), [(0, "", 2), (1, "", 1), (6, "", 4), (8, "", 8), (8, "3", 3)])
+def test_processes_on_one_machine(gpus: int, chosen: str, number: int) -> None:
+    assert number_of_processes(gpus, chosen) == number
