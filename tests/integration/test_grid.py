@@ -94,8 +94,8 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
     first.send_signal(signal.SIGTERM)
     printed, errors = first.communicate(timeout=120)
     assert first.returncode == 1, printed + errors
-    assert "stopped with " in errors and "run the same command again to go on" in errors
-    assert printed.count("stopped; the same command goes on with it") == 2, printed + errors + grid.logs()
+    assert "stopped with " in errors and "run the same command again to continue" in errors
+    assert printed.count("stopped; the same command continues it") == 2, printed + errors + grid.logs()
     done = grid.output / "cells" / f"{DENSE}.json"
     kept = done.stat().st_mtime_ns
 

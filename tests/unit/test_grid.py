@@ -29,8 +29,10 @@ from megatron_mosa.tools.grid.match import matched, table
 from megatron_mosa.tools.grid.models import places
 from megatron_mosa.tools.grid.plan import Cell, Model, Plan, config_hash, plan_models
 from megatron_mosa.tools.grid.report import markdown, write_report
+from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, measured, read_results, write_results
-from megatron_mosa.tools.grid.run import Request, _Work, prepare_output
+from megatron_mosa.tools.grid.run import prepare_output
+from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.scaling.isoflop import most_heads, solve_isoflop
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -293,7 +295,7 @@ def request(folder: Path, **changes: Any) -> Request:
     return Request(grid, folder / "out", 1, LocalLauncher("cpu", 1, 1, ()))
 
 
-def settle(work: _Work, name: str, loss: float | None) -> None:
+def settle(work: Work, name: str, loss: float | None) -> None:
     """Write the result of a cell, as if it had been run."""
     status = results.GAVE_UP if loss is None else results.DONE
     result = {"status": status, "loss": loss, "perplexity": loss and math.exp(loss), "dataset_hash": "x"}
@@ -310,7 +312,7 @@ def names(cells: Sequence[Cell]) -> list[str]:
 def test_the_best_learning_rate_of_the_first_seed_is_taken_for_the_others(tmp_path: Path) -> None:
     dense = {"kind": "dense", "learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [7, 8]}
     wanted = request(tmp_path, members={"dense": dense})
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     trials = [f"tiny-text-dense-seed7-lr{rate}" for rate in ("0.001", "0.002", "0.004")]
     assert (names(work.cells()), work.later()) == (trials, 1)
     for name, loss in zip(trials, (2.0, 1.5, None), strict=True):
@@ -330,7 +332,7 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
     mosa = {"kind": "expert_choice", "sparsity": [16, 32], "learning_rates": [1e-3, 2e-3], "tune_at": 32}
     mosa["seeds"] = {32: [1, 2]}
     wanted = request(tmp_path, members=members(mosa=mosa))
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     tried = ["tiny-text-mosa-rho32-seed1-lr0.001", "tiny-text-mosa-rho32-seed1-lr0.002"]
     assert (names(work.cells()), work.later()) == (["tiny-text-dense-seed1", *tried], 2)
     for name, loss in zip(tried, (1.5, 1.6), strict=True):
@@ -341,14 +343,14 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
 
 def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
     wanted = request(tmp_path)
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     (cell, *_) = work.cells()
     settle(work, cell.name, 2.0)
     (tmp_path / "out" / "timings").mkdir()
     config, vocab_size = cell.model.config, cell.model.dataset.vocab_size
     measured_there = {"milliseconds": [30.0, 10.0, 20.0], "allocated_gib": 3.0, "device": "NVIDIA H100"}
     there = replace(wanted.timings, device="NVIDIA H100 80GB")
-    there._path(config, vocab_size).write_text(json.dumps(measured_there))
+    there.path(config, vocab_size).write_text(json.dumps(measured_there))
     assert wanted.timings.find(config, vocab_size) is None  # of this device
     row = work.rows()[0]
     assert (row.step_seconds, row.step_alone, row.peak_memory_gib) == (0.02, True, 3.0)
@@ -368,12 +370,12 @@ def test_results_of_another_grid_are_rejected(tmp_path: Path) -> None:
     wanted = request(tmp_path)
     prepare_output(wanted.output, wanted.grid)
     prepare_output(wanted.output, wanted.grid)
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     cell = work.cells()[0]
     save_config(cell.config(wanted.output), wanted.output / "configs" / f"{cell.name}.yaml")
     work.refuse_other_results()
     changed = request(tmp_path, overrides=GRID["overrides"] | {"optimizer.beta2": 0.9})
-    _Work(changed, changed.plan()).refuse_other_results()  # it has taken no step yet
+    Work(changed, changed.plan()).refuse_other_results()  # it has taken no step yet
     run = wanted.output / "runs" / cell.name
     run.mkdir()
     (run / "metrics.jsonl").touch()
@@ -381,9 +383,9 @@ def test_results_of_another_grid_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds another grid's results: equal=paper_flops, now executed_flops; give"):
         prepare_output(wanted.output, request(tmp_path, equal="executed_flops").grid)
     with pytest.raises(UserError, match=r"tiny-text-dense-seed1 was run with optimizer.beta2=0.999, now 0.9; give"):
-        _Work(changed, changed.plan()).refuse_other_results()
+        Work(changed, changed.plan()).refuse_other_results()
     saved_elsewhere = request(tmp_path, overrides=GRID["overrides"] | {"checkpoint.interval": 7})
-    _Work(saved_elsewhere, saved_elsewhere.plan()).refuse_other_results()  # does not change a result
+    Work(saved_elsewhere, saved_elsewhere.plan()).refuse_other_results()  # does not change a result
     settle(work, cell.name, 2.0)
     with pytest.raises(UserError, match="holds results of another dataset: text had the hash x when"):
         work.refuse_other_results()
@@ -474,8 +476,8 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "tiny-text.png").stat().st_size > 10_000
     text = (tmp_path / "report" / "report.md").read_text()
     for part in (
-        "| dense | 9 | 100.00 % | 2 | 1.9200 | 0.0400 | 6.82 |  | 28.0 M | 100.0 | 4.00 | 9.00 | yes |",
-        "| mosa rho 32 | 4 + 276 | 100.00 % | 1 | 1.8000 |  | 6.05 | -0.1000 (-9.5 % perplexity) |",
+        "| dense | 9 | 100.00 % | 1, 2 | 0.002 | 1.9200 | 0.0400 | 6.82 |  | 28.0 M | 100.0 | 4.00 | 9.00 | yes |",
+        "| mosa rho 32 | 4 + 276 | 100.00 % | 1 | 0.001 | 1.8000 |  | 6.05 | -0.1000 (-9.5 % perplexity) |",
         "~100.0",
         "| **NON-CAUSAL** |",
         "differ by up to 0.0400: smaller differences",
@@ -485,6 +487,7 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
         "8 of 11 runs are done",
         "`mosa pretrain out/configs/mosa.yaml`",
         "NVIDIA H100",
+        "data/text (hash dddddddddddd) each",
         "![tiny-text.png](tiny-text.png)",
     ):
         assert part in text, part

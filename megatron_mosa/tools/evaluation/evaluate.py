@@ -163,9 +163,7 @@ class _Evaluation:
     def _losses(self, model: EvaluationModel, samples: ValidationSamples) -> Tensor:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
-    def _by_range(
-        self, model: EvaluationModel, full: Tensor
-    ) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+    def _by_range(self, model: EvaluationModel, full: Tensor) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
         """Measure each range of positions; also return the leak over all of them, each range by its length."""
         positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
         at_once = self.settings.tokens_at_once
