@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_mosa.model import model_flops, paper_flops
 from megatron_mosa.tools.grid import plan as plan_module
 from megatron_mosa.tools.grid import results
 from megatron_mosa.tools.grid.budget import Cost, _closest
-from megatron_mosa.tools.grid.grid import read_grid
+from megatron_mosa.tools.grid.grid import Evaluation, read_grid
 from megatron_mosa.tools.grid.kinds import KINDS, kv_bytes
 from megatron_mosa.tools.grid.launch import LocalLauncher
 from megatron_mosa.tools.grid.match import matched, table
@@ -221,6 +222,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ({"processes": 0}, ["processes must be an integer of at least 1, got 0"]),
         ({"passes": "all"}, ["passes must be a number above 0, got 'all'"]),
         ({"overrides": {"run.seed": 3}}, ["overrides must not set run.seed", "remove it there"]),
+        ({"evaluate": 64}, ["evaluate must be keys such as {samples: 64}, or {} for the defaults, got 64"]),
+        ({"evaluate": {"windows": 64}}, ["unknown key 'evaluate.windows'", "samples"]),
+        ({"evaluate": {"samples": 1}}, ["evaluate.samples must be an integer of at least 2, got 1"]),
+        ({"evaluate": {"decode": [0]}}, ["evaluate.decode must be different integers of at least 1", "got [0]"]),
         ({"members": members(x={"kind": "dens"})}, ["members.x.kind must be one of dense, fixed", "got 'dens'"]),
         ({"members": members(x={"kind": "dense", "sparsity": 2})}, ["members.x.sparsity=2", "remove the key"]),
         ({"members": members(x={"kind": "fixed"})}, ["members.x.sparsity is missing", "sparsity: [16, 32]"]),
@@ -359,6 +364,82 @@ def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
     assert there.find(seeds, vocab_size) == there.find(config, vocab_size)  # the same model
 
 
+def evaluation(causal: float | None, flips: float | None) -> str:
+    """Return what mosa evaluate writes."""
+    loss = {"loss": 2.0, "error": 0.1}
+    found = {"full_sequence": loss, "causal": causal and loss | {"loss": causal}, "flip_rate": flips}
+    return json.dumps(found | {"leak": {"mean": 0.5, "error": 0.25}})
+
+
+def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Path) -> None:
+    asked = {"samples": 8, "decode": [4, 1], "decode_context": 100}
+    some = members(
+        choice={"kind": "expert_choice", "sparsity": 32},
+        routing={"kind": "routing", "sparsity": 32},
+        late={"kind": "fixed", "sparsity": 32},
+    )
+    wanted = request(tmp_path, members=some, evaluate=asked)
+    assert wanted.grid.evaluation == Evaluation(8, 64, (1, 4), 100)
+    work = Work(wanted, wanted.plan())
+    cells, folder = work.cells(), tmp_path / "out"
+    for cell in cells:
+        settle(work, cell.name, 2.0)
+    (folder / "evaluations").mkdir()
+    for cell, text in zip(cells, (evaluation(2.0, None), evaluation(2.5, 0.25), evaluation(None, None)), strict=False):
+        (folder / "evaluations" / f"{cell.name}.json").write_text(text)
+    dense = cells[0].model
+    path = work.timings.decoding_path(dense.config, dense.dataset.vocab_size, wanted.grid.evaluation)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"rows": [{"batch": n, "milliseconds_per_step": n / 2} for n in (1, 4)]}))
+    (folder / "runs" / cells[3].name / "checkpoints" / "step-00001500").mkdir(parents=True)
+
+    first, choice, routing, late = rows = work.rows()
+    assert (first.leak, first.leak_error, first.causal_loss) == (0.5, 0.25, 2.0)
+    assert (first.decode_ms, first.decode_context) == ({"1": 0.5, "4": 2.0}, 100)
+    assert (choice.evaluated_loss, choice.causal_loss, choice.flip_rate) == (2.0, 2.5, 0.25)
+    assert first.not_measured == {"flip_rate": "it has no MoSA heads, which select tokens"}
+    assert choice.not_measured == {"decode_ms": "it looks ahead, so that nothing can be decoded"}
+    assert routing.not_measured["causal_loss"] == "it has no causal counterpart"
+    assert set(late.not_measured.values()) == {"not measured yet"}
+
+    write_results(rows, folder)
+    assert read_results(folder) == rows
+    text = markdown(rows, {})
+    for part in (
+        "| dense | 0 | +0.5000 (0.2500) |  | 0.50 | 2.00 |",
+        "| choice rho 32 | +0.5000 | +0.5000 (0.2500) | 25.0 % |  |  |",
+        "after 100 tokens",
+        "- flip rate of dense, routing rho 32: it has no MoSA heads",
+        "- decoding of choice rho 32, routing rho 32: it looks ahead, so that nothing can be decoded",
+        "- leak of late rho 32: not measured yet",
+    ):
+        assert part in text, part
+
+
+def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(tmp_path: Path) -> None:
+    wanted = request(tmp_path, members=members(choice={"kind": "expert_choice", "sparsity": 32}), evaluate={})
+    wanted = replace(wanted, removes_checkpoints=True)
+    work = Work(wanted, wanted.plan())
+    dense, choice = work.cells()
+    kept = {cell.name: wanted.output / "runs" / cell.name / "checkpoints" for cell in (dense, choice)}
+    for cell in (dense, choice):
+        settle(work, cell.name, 2.0)
+        (kept[cell.name] / "step-00001500").mkdir(parents=True)
+    (wanted.output / "evaluations").mkdir()
+    work._write()
+    assert all(path.is_dir() for path in kept.values())
+    for cell in (dense, choice):
+        (wanted.output / "evaluations" / f"{cell.name}.json").write_text(evaluation(2.0, 0.0))
+    work._write()
+    assert [path.is_dir() for path in kept.values()] == [True, False]  # dense has not been decoded yet
+    assert [text for text, _ in work._measurements()][0] == "tiny-text-dense: measuring decoding alone"
+    path = work.timings.decoding_path(dense.model.config, 8000, Evaluation())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"rows": []}')
+    work._write()
+    assert not any(path.is_dir() for path in kept.values())
+
+
 def test_given_numbers_of_heads_are_models_of_their_own(tmp_path: Path) -> None:
     search = {"kind": "expert_choice", "sparsity": 32, "heads": [12, 16]}
     found = models(tmp_path, members=members(search=search))
@@ -494,6 +575,16 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
     assert "at an end of the list" not in text
     at_edge = [row("dense", 1, 2.0), row("dense", 1, 1.9, learning_rate=2e-3)]
     assert "at an end of the list" in markdown(at_edge, {})
+
+
+def test_a_report_without_matplotlib_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_report(MADE_UP, tmp_path, tmp_path / "report") == ["report.md"]
+    printed = "report.md has no pictures: pictures need matplotlib, which is not installed (pip install matplotlib)\n"
+    assert capsys.readouterr().out == printed
+    assert "| dense | 9 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def _evaluations(place: Place) -> list[str]:
             model.name,
             _signed(model.made_causal),
             "" if leak is None else f"{_signed(leak)} ({error:.4f})",
-            "" if flips is None else f"{flips:.1%}",
+            "" if flips is None else f"{100 * flips:.1f} %",
             *("" if (ms := model.decode_ms(batch)) is None else f"{ms:.2f}" for batch in batches),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -310,7 +310,15 @@ class Work:
         return ""
 
     def _measurements(self) -> Iterator[tuple[str, Callable[[str], Measurement]]]:
-        """Yield what is left to measure: a description, and a function that begins it in a slot."""
+        """Yield what is left to measure: a description, and a function that begins it in a slot.
+
+        Decoding first: it needs checkpoints, which may not be kept for long.
+        """
+        for cell in self._to_decode():
+            model, asked = cell.model, self.request.grid.evaluation
+            assert asked is not None
+            start = partial(self.timings.start_decoding, model.config, model.dataset.vocab_size, asked, self._run(cell))
+            yield f"{model.name}: measuring decoding alone", start
         seen = set[Path]()
         for cell in filter(self.is_settled, self.cells()):
             config, vocab_size = cell.model.config, cell.model.dataset.vocab_size
@@ -318,11 +326,6 @@ class Work:
             if path not in seen and not path.is_file():
                 seen.add(path)
                 yield f"{cell.model.name}: measuring a step alone", partial(self.timings.start, config, vocab_size)
-        for cell in self._to_decode():
-            model, asked = cell.model, self.request.grid.evaluation
-            assert asked is not None
-            start = partial(self.timings.start_decoding, model.config, model.dataset.vocab_size, asked, self._run(cell))
-            yield f"{model.name}: measuring decoding alone", start
 
     def _to_decode(self) -> list[Cell]:
         """Return a cell with a checkpoint for each model whose decoding has not been measured."""
