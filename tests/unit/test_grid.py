@@ -432,7 +432,7 @@ def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(t
         (wanted.output / "evaluations" / f"{cell.name}.json").write_text(evaluation(2.0, 0.0))
     work._write()
     assert [path.is_dir() for path in kept.values()] == [True, False]  # dense has not been decoded yet
-    assert [text for text, _ in work._measurements()][0] == "tiny-text-dense: measuring decoding alone"
+    assert next(work._measurements())[0] == "tiny-text-dense: measuring decoding alone"
     path = work.timings.decoding_path(dense.model.config, 8000, Evaluation())
     path.parent.mkdir(parents=True)
     path.write_text('{"rows": []}')
@@ -634,7 +634,7 @@ def call(*arguments: str) -> str:
 def test_the_commands(tmp_path: Path) -> None:
     write_results(MADE_UP, tmp_path)
     assert "16 are the fewest" in call("isoflop", "match", str(tmp_path))
-    assert "Wrote report.md and tiny-text.png" in call("report", str(tmp_path))
+    assert "Wrote report.md, tiny-text.png" in call("report", str(tmp_path))
     printed = call("isoflop", "run", str(write(tmp_path)), "--dry-run")
     assert [line.split() for line in printed.splitlines()[1:]] == [
         ["tiny-text-dense", "9", "100.00", "%", "1"],

@@ -186,7 +186,10 @@ class Work:
     def _startable(self) -> list[Callable[[], None]]:
         """Return what can be started, evaluations first: they free disk space."""
         cells = self.cells()
-        found = [partial(self._start_evaluation, cell) for cell in cells if self._can_be_evaluated(cell)]
+        found: list[Callable[[], None]] = []
+        if self.request.slurm is None:
+            untried = (cell for cell in cells if self._evaluation_path(cell).name not in self._tried)
+            found += [partial(self._start_evaluation, cell) for cell in untried if self._is_to_evaluate(cell)]
         if self.request.trains:
             waiting = (cell for cell in cells if not self.is_settled(cell) and cell.name not in self._tried)
             found += [partial(self._start_training, cell) for cell in waiting]
@@ -238,12 +241,10 @@ class Work:
         self._write()
         print(f"{self._counter()} {cell.name}: {said}", flush=True)
 
-    def _can_be_evaluated(self, cell: Cell) -> bool:
+    def _is_to_evaluate(self, cell: Cell) -> bool:
         return (
             self.request.grid.evaluation is not None
-            and self.request.slurm is None
             and self.result(cell).get("status") == results.DONE
-            and self._evaluation_path(cell).name not in self._tried
             and not self._evaluation_path(cell).is_file()
             and self._has_checkpoint(cell)
         )
@@ -338,12 +339,11 @@ class Work:
                 if not is_done or looks_ahead(model.config) or not self._has_checkpoint(cell):
                     continue
                 path = self.timings.decoding_path(model.config, model.dataset.vocab_size, asked)
-                if not path.is_file() and path.name not in self._tried:
+                if not path.is_file():
                     found.setdefault(path, cell)
         return list(found.values())
 
     def _finish(self, measurement: Measurement) -> None:
-        self._tried.add(measurement.path.name)
         try:
             measurement.finish()
         except RunError as error:
@@ -359,7 +359,7 @@ class Work:
             return
         kept = {cell.name for cell in self._to_decode()} | {one.cell.name for one in self._running}
         for cell in filter(self.is_settled, self.cells()):
-            if cell.name not in kept and not self._can_be_evaluated(cell):
+            if cell.name not in kept and not self._is_to_evaluate(cell):
                 shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
 
     def _fail(self, message: str) -> None:
