@@ -9,7 +9,7 @@
     starts.jsonl       every start of a cell
     timings/           steps and decoding, measured alone
 
-A cell without a result is started again, and goes on from its checkpoint if it has one.
+A cell without a result is started again, and continues from its checkpoint if it has one.
 """
 
 from __future__ import annotations

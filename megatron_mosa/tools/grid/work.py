@@ -151,7 +151,7 @@ class Work:
             return row
         config = cell.model.config
         missing = "not measured yet" if self._has_checkpoint(cell) else "not measured, and no checkpoint is left"
-        reasons = dict.fromkeys(results.EVALUATED, missing)
+        reasons: dict[str, str] = dict.fromkeys(results.EVALUATED, missing)
         if (path := self._evaluation_path(cell)).is_file():
             values, reasons = results.evaluated(path)
             row = replace(row, **values)
