@@ -32,7 +32,7 @@ from megatron_mosa.tools.grid.plan import Cell, Model, Plan, config_hash, plan_m
 from megatron_mosa.tools.grid.report import markdown, write_report
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, measured, read_results, write_results
-from megatron_mosa.tools.grid.run import prepare_output
+from megatron_mosa.tools.grid.run import _refuse_unfinished, prepare_output
 from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.scaling.isoflop import most_heads, solve_isoflop
 
@@ -438,6 +438,17 @@ def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(t
     path.write_text('{"rows": []}')
     work._write()
     assert not any(path.is_dir() for path in kept.values())
+
+
+def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
+    wanted = replace(request(tmp_path), deadline=1.0)  # long ago
+    work = Work(wanted, wanted.plan())
+    for cell in work.cells():
+        settle(work, cell.name, 2.0)
+    assert (work.measure(), work.unmeasured) == ("out of time", 3)
+    rows = work.rows()
+    with pytest.raises(RunError, match="out of time with 3 measurements left; run the same command again to continue"):
+        _refuse_unfinished(work, rows, "out of time")
 
 
 def test_given_numbers_of_heads_are_models_of_their_own(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class _Process:
     slot: str
     run: Path
     started: float
+    saves: bool
+    """Whether it trains, and so saves when it is asked to stop."""
 
     def poll(self) -> int | None:
         code = self.process.poll()
@@ -122,7 +124,7 @@ class LocalLauncher:
             process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
             )
-        started = _Process(process, slot, run, begin)
+        started = _Process(process, slot, run, begin, arguments[0] == "pretrain")
         self._running.append(started)
         return started
 
@@ -150,7 +152,7 @@ class LocalLauncher:
         # Not SIGTERM, which a scheduler may also send: a run that gets the same signal twice ends without saving.
         number = signal.SIGUSR1 if self.processes == 1 else signal.SIGTERM  # which torchrun passes on
         for one in self._running:
-            one.process.send_signal(number)
+            one.process.send_signal(number if one.saves else signal.SIGTERM)
         latest = time.monotonic() + _SECONDS_TO_SAVE
         for one in self._running:
             try:

@@ -64,6 +64,8 @@ def run_grid(request: Request) -> list[Row]:
 def _refuse_unfinished(work: Work, rows: Sequence[Row], stopped: str) -> None:
     again, later = "run the same command again to continue", work.later()
     missing = sum(row.status == results.MISSING for row in rows) + later
+    if stopped and work.unmeasured:
+        raise RunError(f"{stopped} with {work.unmeasured} measurements left; {again}")
     if stopped:
         raise RunError(f"{stopped} with {missing} of {len(rows) + later} cells left; {again}")
     if failed := [row for row in rows if row.status == results.FAILED]:

@@ -50,6 +50,9 @@ class Work:
         self.failures: list[str] = []
         """Of evaluations and measurements in this call."""
 
+        self.unmeasured = 0
+        """Measurements that are left of those that ``measure`` began with."""
+
         self._running: list[_Running] = []
         self._is_stopping = False
         self._results: dict[str, dict[str, Any]] = {}
@@ -306,6 +309,7 @@ class Work:
                         self._finish(measurement)
                 time.sleep(_POLL_SECONDS)
         finally:
+            self.unmeasured = len(waiting) + len(running)
             for measurement in running.values():
                 measurement.stop()
         return ""
