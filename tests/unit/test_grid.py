@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ from megatron_mosa.tools.grid.results import Row, measured, read_results, write_
 from megatron_mosa.tools.grid.run import _refuse_unfinished, prepare_output
 from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.scaling.isoflop import most_heads, solve_isoflop
+from tests.loaded import loaded_python
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "paper" / "tiny.yaml"
@@ -449,6 +451,24 @@ def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
     rows = work.rows()
     with pytest.raises(RunError, match="out of time with 3 measurements left; run the same command again to continue"):
         _refuse_unfinished(work, rows, "out of time")
+
+
+def test_sigterm_while_a_process_is_started_is_not_lost() -> None:
+    code = """
+import os, signal, subprocess
+from megatron_mosa.tools.processes import sigterm_as_interrupt
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+with sigterm_as_interrupt() as check:
+    try:
+        subprocess.Popen(["true"], preexec_fn=lambda: None).wait()  # Python ignores what the handler raises here
+        print("started")
+        check()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    done = subprocess.run([loaded_python(), "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.split() == ["started", "interrupted"], done.stderr
 
 
 def test_given_numbers_of_heads_are_models_of_their_own(tmp_path: Path) -> None:

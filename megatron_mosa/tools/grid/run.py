@@ -40,9 +40,9 @@ def run_grid(request: Request) -> list[Row]:
         RunError: it was stopped, or cells, evaluations or measurements failed.
     """
     plan = None if request.measures_first else request.plan()  # mistakes come before anything is written
-    with alone_in(request.output, "mosa isoflop run"), sigterm_as_interrupt():
+    with alone_in(request.output, "mosa isoflop run"), sigterm_as_interrupt() as check_interruption:
         prepare_output(request.output, request.grid)
-        work = Work(request, plan or request.plan())
+        work = Work(request, plan or request.plan(), check_interruption)
         work.refuse_other_results()
         stopped = ""
         try:

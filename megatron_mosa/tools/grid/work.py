@@ -43,8 +43,14 @@ class _Running:
 class Work:
     """The cells of a grid in a call of ``mosa isoflop run``."""
 
-    def __init__(self, request: Request, plan: Plan) -> None:
+    def __init__(self, request: Request, plan: Plan, check_interruption: Callable[[], None] = lambda: None) -> None:
+        """Begin without reading anything.
+
+        Args:
+            check_interruption: of ``sigterm_as_interrupt``.
+        """
         self.request, self.plan, self.folder = request, plan, request.output
+        self.check_interruption = check_interruption
         self.timings = request.timings
         self.launcher: Launcher = request.slurm or request.local
         self.failures: list[str] = []
@@ -171,6 +177,7 @@ class Work:
         """Train and evaluate what has not been yet; return why it was stopped early, if it was."""
         try:
             while True:
+                self.check_interruption()
                 self._reap()
                 if self._is_late():
                     return OUT_OF_TIME
@@ -295,6 +302,7 @@ class Work:
         total, free, running = len(waiting), list(self.request.local.slots), dict[str, Measurement]()
         try:
             while waiting or running:
+                self.check_interruption()
                 if self._is_late():
                     return OUT_OF_TIME
                 while waiting and free:
