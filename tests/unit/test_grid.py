@@ -678,6 +678,7 @@ def test_the_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["isoflop", "run", "GRID", "--no-train", "--slurm"], "--no-train evaluates and measures on this machine"),
         (["report", "FOLDER"], r"has no results.jsonl; give the output directory of mosa isoflop run"),
         (["isoflop", "match", "FOLDER"], r"has no results.jsonl"),
         (["isoflop", "run", "FOLDER/none.yaml"], "cannot read .*none.yaml: No such file"),

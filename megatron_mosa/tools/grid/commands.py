@@ -61,12 +61,10 @@ def run(
     ] = None,
 ) -> None:
     """Train a grid of models at an equal budget: sizes, corpora, kinds of heads, sparsities, learning rates, seeds."""
-    for name, value, least in (("jobs", jobs, 1), ("steps", steps, 1), ("warmup", warmup, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    if time_limit is not None and time_limit <= 0:
-        raise UserError(f"--time-limit must be above 0, got {time_limit:g}")
-    deadline = None if time_limit is None else time.time() + 60 * time_limit - min(60.0, 6 * time_limit)  # to save
+    deadline = _deadline(time_limit)
+    for name, value in (("jobs", jobs), ("steps", steps), ("warmup", warmup)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
     options += sbatch_argument or []
     if no_train and slurm:
@@ -94,6 +92,15 @@ def run(
             options.append(f"--time={max(1, round(time_limit))}")
         request = _on_slurm(request, gpus_per_node or 0, partition, options, jobs)
     run_grid(request)
+
+
+def _deadline(minutes: float | None) -> float | None:
+    """Return the Unix time at which runs are stopped, so that they can save within a time limit."""
+    if minutes is None:
+        return None
+    if minutes <= 0:
+        raise UserError(f"--time-limit must be above 0, got {minutes:g}")
+    return time.time() + 60 * minutes - min(60.0, 6 * minutes)
 
 
 def _request(path: Path, output: Path | None, jobs: int | None) -> Request:
