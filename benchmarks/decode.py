@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.tools.decoding.speed import measure, random_tokens
 
 SMALL = {
     "vocab_size": 8064, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9, "head_dim": 64,
@@ -36,7 +37,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "equal perplexity": {"num_dense_heads": 4, "num_mosa_heads": 14, "sparsity": 32},
     "local": {"num_local_heads": 4, "local_window": 1024, "num_mosa_heads": 60, "sparsity": 128},
 }
-PIECE = 2048  # tokens of the prompt per call
 
 
 def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | None = None) -> MosaForCausalLM:
@@ -84,46 +84,6 @@ def check(changes: dict[str, Any], device: str) -> float:
     return difference
 
 
-@torch.no_grad()
-def measure(model: MosaForCausalLM, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Return tokens per second and bytes of the cache, for ``batch`` sequences of ``context`` tokens."""
-    device, vocabulary = model.device, model.config.vocab_size
-    prompt = torch.randint(vocabulary, (1, context), device=device)
-    cache = model.new_cache()
-    start = now(device)
-    for piece in prompt.split(PIECE, dim=1):
-        model(piece, logits_to_keep=1, **{CACHE: cache})
-    prefill = now(device) - start
-    cache.batch_repeat_interleave(batch)
-    tokens = torch.randint(vocabulary, (batch, 3 * steps), device=device)
-    for step in range(steps):  # warm-up, in which kernels are chosen and buffers grow
-        model(tokens[:, step : step + 1], **{CACHE: cache})
-    seconds = []
-    for repetition in (1, 2):
-        start = now(device)
-        for step in range(repetition * steps, (repetition + 1) * steps):
-            model(tokens[:, step : step + 1], **{CACHE: cache})
-        seconds.append(now(device) - start)
-    sizes = cache.bytes().values()
-    return {
-        "batch": batch,
-        "context": context,
-        "tokens_per_second": batch * steps / min(seconds),
-        "milliseconds_per_step": 1000 * min(seconds) / steps,
-        "slower_repetition": max(seconds) / min(seconds) - 1,
-        "prefill_tokens_per_second": context / prefill,
-        "cache_gib": sum(used for _, used in sizes) / 2**30,
-        "cache_allocated_gib": sum(allocated for allocated, _ in sizes) / 2**30,
-    }
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds once the device has finished all work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def main() -> None:
     """Measure all models; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
@@ -147,7 +107,8 @@ def main() -> None:
         model = build(MosaConfig(**(SMALL | (TOY if options.toy else {}) | MODELS[name])), device, dtype)
         for context in options.context:
             for batch in options.batch:
-                row = {"model": name, "check": difference} | measure(model, batch, context, options.steps)
+                row = {"model": name, "check": difference}
+                row |= asdict(measure(model, *random_tokens(model, batch, context, options.steps)))
                 results.append(row)
                 print(
                     f"| {name} | {batch} | {context:,} | {row['tokens_per_second']:,.0f} | "

@@ -21,7 +21,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import USAGE_ERROR
 from megatron_mosa.tools.bench.commands import bench
 from megatron_mosa.tools.comparison.command import compare
-from megatron_mosa.tools.decoding.commands import cache_report, generate
+from megatron_mosa.tools.decoding.commands import cache_report, decode_bench, generate
 from megatron_mosa.tools.evaluation.command import evaluate
 from megatron_mosa.tools.grid import commands as grid
 from megatron_mosa.tools.scaling.commands import isoflop, sweep
@@ -86,6 +86,7 @@ COMMANDS = Group(
         "evaluate": evaluate,
         "generate": generate,
         "cache-report": cache_report,
+        "decode-bench": decode_bench,
         "bench": bench,
         "isoflop": Group(
             "Solve for numbers of heads at equal FLOPs, or train a grid of such models.",

@@ -19,6 +19,7 @@ _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
 }
 _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initialize_from")
+_BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
 
@@ -26,20 +27,23 @@ _BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, T
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides and check every rule.
 
+    With ``base: OTHER.yaml`` at its top, the file overrides keys of another one, whose path is relative to its own.
+
     Args:
         checks_batches: False if ``check_world_size`` follows, which checks the batch sizes for all data-parallel ranks.
 
     Raises:
         UserError: an unreadable file, an unknown or missing key, a wrong type, or a broken rule.
     """
-    return _build([_read(Path(path)), _parse_overrides(overrides)], checks_batches)
+    trees = [tree for _, tree in _read_with_bases(Path(path))]
+    return _build([*trees, _parse_overrides(overrides)], checks_batches)
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Return where each ``section.key`` gets its value: COMMAND_LINE, the file's path, or "default"."""
-    written = {COMMAND_LINE: _parse_overrides(overrides), str(path): _read(Path(path))}
+    """Return where each ``section.key`` gets its value: COMMAND_LINE, a file's path, or "default"."""
+    written = [*_read_with_bases(Path(path)), (COMMAND_LINE, _parse_overrides(overrides))]
     found = {f"{section}.{name}": "default" for section, names in _TYPES.items() for name in names}
-    for origin, tree in reversed(written.items()):
+    for origin, tree in written:
         found |= {f"{section}.{name}": origin for section, values in tree.items() for name in values}
     return found
 
@@ -57,6 +61,22 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the files that make up a configuration, each with its sections; later ones override earlier ones."""
+    chain: list[tuple[str, dict[str, Any]]] = []
+    above: Path | None = path
+    while above is not None:
+        tree, here = _read(above), above
+        base = tree.pop(_BASE, None)
+        if base is not None and not (isinstance(base, str) and base):
+            raise UserError(f"{here}: base must be the path of another YAML file, got {base!r}")
+        chain.insert(0, (str(here), tree))
+        above = None if base is None else here.parent / base
+        if above is not None and any(above.resolve() == Path(file).resolve() for file, _ in chain):
+            raise UserError(f"{here}: base={base} is based on this file itself; remove one base")
+    return chain
 
 
 def _read(path: Path) -> dict[str, Any]:

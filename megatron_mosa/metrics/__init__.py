@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         run_totals,
         scalars,
     )
+    from megatron_mosa.metrics.pictures import load_pyplot
     from megatron_mosa.metrics.plot import plot_losses
     from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
@@ -25,6 +26,7 @@ __all__ = [
     "RunTotals",
     "causality_label",
     "kind",
+    "load_pyplot",
     "peak_flops",
     "peak_memory_gib",
     "plot_losses",

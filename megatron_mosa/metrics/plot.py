@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_mosa.metrics.pictures import load_pyplot
+
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """Plot training and validation loss over tokens, and the unigram entropy if it is known.
@@ -13,12 +15,11 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         lines: as returned by ``read_journal``.
         path: PNG file to write.
         title: name of the run.
+
+    Raises:
+        RunError: matplotlib is not installed.
     """
-    import matplotlib  # takes 0.6 s, which only commands that plot should spend
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = load_pyplot()
     training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
     validation = [
         (line["tokens"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None

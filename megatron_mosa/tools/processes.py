@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -16,15 +16,27 @@ from megatron_mosa.errors import UserError
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that started processes are ended and results are written."""
+def sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
+    """Treat SIGTERM as Ctrl-C, so that started processes are ended and results are written.
+
+    Yields:
+        A function that raises KeyboardInterrupt if SIGTERM has come. A loop that starts processes must call it, because
+        Python ignores what a signal's handler raises while it forks.
+    """
+    has_come = False
 
     def interrupt(number: int, frame: object) -> NoReturn:
+        nonlocal has_come
+        has_come = True
         raise KeyboardInterrupt
+
+    def check() -> None:
+        if has_come:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield check
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
 from megatron_mosa.resilience import read_status
 
@@ -13,7 +14,12 @@ from megatron_mosa.resilience import read_status
 def report(directory: Path) -> None:
     """Plot loss.png; print what was done and how fast, and the last validation loss beside the unigram entropy."""
     lines = read_journal(directory / "metrics.jsonl")
-    plot_losses(lines, directory / "loss.png", directory.name)
+    drawn = "loss.png, "
+    try:
+        plot_losses(lines, directory / "loss.png", directory.name)
+    except RunError as error:
+        drawn = ""
+        print(f"No loss.png:      {error}")
     totals, status = run_totals(lines), read_status(directory) or {}
     restarts, skipped = status.get("starts", 1) - 1, status.get("skipped_steps", 0)
     is_own = status.get("process") == os.getpid()  # a start of a complete run trains nothing
@@ -23,7 +29,7 @@ def report(directory: Path) -> None:
         f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} "
         f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}"
     )
-    print(f"Run directory:    {directory} (metrics.jsonl, loss.png, checkpoints/, tensorboard/)")
+    print(f"Run directory:    {directory} (metrics.jsonl, {drawn}checkpoints/, tensorboard/)")
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if validation is not None:
         loss, entropy = validation["validation_loss"], validation["unigram_entropy"]

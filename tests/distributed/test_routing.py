@@ -9,6 +9,7 @@ import torch
 
 from megatron_mosa.config import Config
 from tests.distributed import tasks, threshold_tasks
+from tests.distributed.layouts import CELLS, check_loading, check_resuming, config_of
 from tests.distributed.pool import WorkerPools
 
 
@@ -34,23 +35,12 @@ def single(workers: WorkerPools, seed_checkpoint: Path) -> dict:
     return found
 
 
-CELLS = [  # ZeRO stage, tensor parallel size, sequence parallel, world size, recompute, micro-batch
-    (0, 1, False, 1, "none", 2), (1, 1, False, 4, "full", 1), (3, 1, False, 2, "attention", 2),
-    (2, 2, False, 2, "none", 4), (1, 2, True, 2, "attention", 4), (3, 2, True, 4, "full", 2),
-    (1, 4, True, 4, "none", 2),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_losses_and_centroids_do_not_depend_on_the_layout(
     workers: WorkerPools, seed_checkpoint: Path, single: dict, cell: tuple
 ) -> None:
-    zero, tensor_parallel, sequence_parallel, world, recompute, micro_batch = cell
-    config = make_config(
-        parallel__zero_stage=zero, parallel__tensor_model_parallel_size=tensor_parallel,
-        parallel__sequence_parallel=sequence_parallel, train__micro_batch_size=micro_batch, train__recompute=recompute,
-    )  # fmt: skip
-    for found in workers(world).run(threshold_tasks.routing_facts, config, seed_checkpoint):
+    config = config_of(cell, make_config)
+    for found in workers(cell[3]).run(threshold_tasks.routing_facts, config, seed_checkpoint):
         for name, expected in single["initial"].items():
             assert torch.equal(found["initial"][name], expected), name
         assert found["losses"] == pytest.approx(single["losses"], rel=1e-5)
@@ -63,28 +53,11 @@ def test_losses_and_centroids_do_not_depend_on_the_layout(
 
 @pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (3, "bf16"), (0, "fp32")])
 def test_resuming_from_an_engine_state_is_bitwise_exact(workers: WorkerPools, zero: int, precision: str) -> None:
-    config = make_config(
-        parallel__zero_stage=zero, train__precision=precision, train__global_batch_size=8, train__micro_batch_size=2
-    )
-    for straight, resumed in workers(2).run(tasks.losses_after_loading, config, 3, 4):
-        assert straight == resumed
+    check_resuming(workers, make_config, zero, precision)
 
 
 def test_a_checkpoint_loads_at_any_layout(workers: WorkerPools, tmp_path: Path) -> None:
-    options = {"train__global_batch_size": 8, "train__micro_batch_size": 2}
-    layouts = [(1, 1, 4), (2, 3, 4), (4, 2, 4)]  # tensor parallel size, ZeRO stage, world size
-    losses = []
-    for number, (size, zero, world) in enumerate(layouts):
-        layout = {"parallel__tensor_model_parallel_size": size, "parallel__zero_stage": zero}
-        config = make_config(run__seed=number, **layout, **options)
-        losses.append(workers(world).run(tasks.save_after_training, config, tmp_path / str(number))[0])
-    for place, (size, zero, world) in enumerate(layouts):
-        layout = {"parallel__tensor_model_parallel_size": size, "parallel__zero_stage": zero}
-        other = (place + 1) % 3
-        config = make_config(run__seed=99, **layout, **options)
-        for ((unequal, loss),) in workers(world).run(tasks.load_each, config, [tmp_path / str(other)]):
-            assert unequal == 0
-            assert loss == pytest.approx(losses[other], rel=1e-6)
+    check_loading(workers, make_config, tmp_path)
 
 
 def test_a_step_that_is_not_finite_moves_no_centroid(workers: WorkerPools) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_mosa.config import Config
 from tests.distributed import tasks, threshold_tasks
+from tests.distributed.layouts import check_loading, check_resuming
 from tests.distributed.pool import WorkerPools
 
 WARMUP = 2
@@ -108,28 +109,9 @@ def test_a_non_finite_step_keeps_all_thresholds(workers: WorkerPools, zero: int)
 def test_resuming_from_an_engine_state_is_bitwise_exact(
     workers: WorkerPools, zero: int, precision: str, before: int
 ) -> None:
-    config = make_config(
-        parallel__zero_stage=zero, train__precision=precision, train__global_batch_size=8, train__micro_batch_size=2
-    )
-    for straight, resumed in workers(2).run(tasks.losses_after_loading, config, before, 4):
-        assert straight == resumed
+    check_resuming(workers, make_config, zero, precision, before)
 
 
 def test_a_checkpoint_loads_at_any_layout(workers: WorkerPools, tmp_path: Path) -> None:
-    options = {"train__global_batch_size": 8, "train__micro_batch_size": 2, "mosa__threshold_warmup_steps": 1}
-    layouts = [(1, 1, 4), (2, 3, 4), (4, 2, 4), (1, 0, 1)]  # tensor parallel size, ZeRO stage, world size
-    losses = []
-    for number, (size, zero, world) in enumerate(layouts):
-        config = make_config(
-            parallel__tensor_model_parallel_size=size, parallel__zero_stage=zero, run__seed=number, **options
-        )
-        losses.append(workers(world).run(tasks.save_after_training, config, tmp_path / str(number))[0])
-    for place, (size, zero, world) in enumerate(layouts):
-        config = make_config(
-            parallel__tensor_model_parallel_size=size, parallel__zero_stage=zero, run__seed=99, **options
-        )
-        others = [(place + 1) % 4, (place + 2) % 4]
-        for rank in workers(world).run(tasks.load_each, config, [tmp_path / str(number) for number in others]):
-            for (unequal, loss), expected in zip(rank, (losses[number] for number in others), strict=True):
-                assert unequal == 0
-                assert loss == pytest.approx(expected, rel=1e-6)
+    layouts = [(1, 1, 4), (2, 3, 4), (4, 2, 4), (1, 0, 1)]
+    check_loading(workers, make_config, tmp_path, layouts, others=(1, 2), mosa__threshold_warmup_steps=1)

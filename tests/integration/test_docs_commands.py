@@ -148,6 +148,9 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa cache-report exported/NAME --text some_text.txt --output report": Way(
             (("NAME", "thresholds"),), "--lengths 20,50"
         ),
+        "mosa decode-bench exported/NAME --data data/NAME --batch 1,64 --context 8k": Way(
+            (("exported/NAME", "exported/thresholds"), ("1,64", "1,3"), ("8k", "50")), "--steps 2"
+        ),
     },
     "docs/doctor.md": {
         "mosa doctor": Way(),

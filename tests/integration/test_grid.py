@@ -44,6 +44,7 @@ class Grid:
             "sizes": {"mini": {"model.num_dense_heads": 3}},
             "corpora": {"code": {"data.path": str(self.runner.folder / "data")}},
             "relative_to": "dense",
+            "evaluate": {"samples": 4, "calibration_samples": 4, "decode": [1, 2], "decode_context": 20},
             "members": {
                 "dense": {"kind": "dense"},
                 "mosa": mosa,
@@ -94,8 +95,8 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
     first.send_signal(signal.SIGTERM)
     printed, errors = first.communicate(timeout=120)
     assert first.returncode == 1, printed + errors
-    assert "stopped with " in errors and "run the same command again to go on" in errors
-    assert printed.count("stopped; the same command goes on with it") == 2, printed + errors + grid.logs()
+    assert "stopped with " in errors and "run the same command again to continue" in errors
+    assert printed.count("stopped; the same command continues it") == 2, printed + errors + grid.logs()
     done = grid.output / "cells" / f"{DENSE}.json"
     kept = done.stat().st_mtime_ns
 
@@ -125,6 +126,14 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
     rows = grid.rows()
     assert all(row["status"] == "done" and row["step_alone"] and row["step_seconds"] > 0 for row in rows.values())
     assert len(list((grid.output / "timings").glob("*.json"))) == 2  # dense and apex have the same model
+    assert all(row["evaluated_loss"] > 0 and row["leak_error"] is not None for row in rows.values())
+    assert rows[DENSE]["leak"] == pytest.approx(0, abs=1e-5) and rows[second]["flip_rate"] > 0
+    assert rows[DENSE]["decode_ms"].keys() == {"1", "2"} and rows[DENSE]["decode_context"] == 20
+    assert rows[second]["causal_loss"] > 0 and "looks ahead" in rows[second]["not_measured"]["decode_ms"]
+    assert list(grid.output.glob("runs/*/checkpoints"))
+
+    code, printed, errors = grid.finish("--no-train", "--measure", "--remove-checkpoints")
+    assert code == 0 and "measuring" not in printed and "evaluating" not in printed, printed + errors
 
     done_again = grid.runner.mosa("report", str(grid.output))
     assert done_again.returncode == 0, done_again.stderr

@@ -270,6 +270,12 @@ MISUSES: list[tuple[str, int, str]] = [
     ("cache-report hf --lengths x", 2, "--lengths"),
     ("cache-report hf --lengths 99999999999k", 2, "the longest may be"),
     ("cache-report hf --output texts.jsonl/report", 2, "--output=texts.jsonl/report"),
+    ("decode-bench none", 2, "'none' does not exist"),
+    ("decode-bench hf", 2, "nothing can be cached"),
+    ("decode-bench hf --batch 0", 2, "--batch must be numbers of sequences from 1 to"),
+    ("decode-bench hf --context 1k,2k", 2, "--context must be one number of tokens"),
+    ("decode-bench hf --steps 0", 2, "--steps must be"),
+    ("decode-bench hf --output texts.jsonl/x.json", 2, "--output=texts.jsonl/x.json"),
     # Measurements
     ("bench CONFIG --steps 0", 2, "--steps must be"),
     ("bench CONFIG --warmup 0", 2, "--warmup must be"),

@@ -23,6 +23,7 @@ from megatron_mosa.config import (
 )
 from megatron_mosa.config.keys import Key, default_of
 from megatron_mosa.config.render import difference, reference, resolved
+from megatron_mosa.config.rules import COMMAND_LINE
 from megatron_mosa.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,7 +48,9 @@ def test_a_configuration_sets_only_what_differs_from_the_defaults(file: Path) ->
     if file.name == "reference.yaml" or file.parent.name == "grids":
         return
     load_config(file)
-    for section, values in yaml.safe_load(file.read_text()).items():
+    written = yaml.safe_load(file.read_text())
+    written.pop("base", None)
+    for section, values in written.items():
         for item in fields(getattr(Config(), section)):
             if item.name in values and item.name not in ("num_dense_heads", "sparsity"):
                 assert values[item.name] != default_of(item), f"{section}.{item.name} is the default"
@@ -60,6 +63,44 @@ def test_origins_tell_file_command_line_and_default() -> None:
     text = resolved(load_config(QUICKSTART, ["train.steps=7"]), origins(QUICKSTART, ["train.steps=7"]))
     assert config_from_dict(yaml.safe_load(text)) == load_config(QUICKSTART, ["train.steps=7"])
     assert re.search(r"(?m)^  steps: 7 +# command line$", text)
+
+
+def test_a_configuration_overrides_another_one(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "first.yaml").write_text(QUICKSTART.read_text())
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nrun: {name: second}\ntrain: {steps: 7}\n")
+    last = tmp_path / "more" / "last.yaml"
+    last.write_text("base: ../second.yaml\nrun: {name: last}\noptimizer: {warmup_steps: 3}\n")
+    found = load_config(last, ["optimizer.beta2=0.9"])
+    assert (found.run.name, found.train.steps, found.optimizer.warmup_steps) == ("last", 7, 3)
+    assert found.model == load_config(QUICKSTART).model
+    places = origins(last, ["optimizer.beta2=0.9"])
+    assert places["run.name"] == str(last) and places["optimizer.beta2"] == COMMAND_LINE
+    assert Path(places["train.steps"]).samefile(tmp_path / "second.yaml")
+    assert Path(places["model.num_layers"]).samefile(tmp_path / "first.yaml")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("[a.yaml]", r"base must be the path of another YAML file, got \['a.yaml'\]"),
+        ("none.yaml", "none.yaml' does not exist"),
+        ("self.yaml", "base=self.yaml is based on this file itself; remove one base"),
+        ("circle.yaml", "base=self.yaml is based on this file itself; remove one base"),
+    ],
+)
+def test_a_base_that_cannot_be(tmp_path: Path, base: str, message: str) -> None:
+    (tmp_path / "self.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "circle.yaml").write_text("base: self.yaml\n")
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "self.yaml")
+
+
+@pytest.mark.parametrize("name", ["paper/tiny", "paper/small", "paper/medium", "paper/large", "scale/1b", "scale/7b"])
+def test_every_mosa_model_has_a_causal_sibling(name: str) -> None:
+    first, second = (load_config(CONFIGS / f"{name}_mosa{end}.yaml") for end in ("", "_causal"))
+    keys = [key for key, *_ in difference(first, second)]
+    assert keys == ["run.name", "mosa.selection", "mosa.capacity_factor", "mosa.load_feedback"]
 
 
 def test_the_difference_of_two_configurations() -> None:

@@ -115,7 +115,7 @@ def test_the_table_has_every_promised_command() -> None:
     promised = """mosa pretrain|mosa data build|mosa data index|mosa data inspect|mosa data verify|mosa data sample
         mosa checkpoint inspect|mosa checkpoint reshard|mosa checkpoint export|mosa checkpoint import
         mosa checkpoint verify|mosa checkpoint causalize|mosa config show|mosa config diff|mosa config list
-        mosa evaluate|mosa generate|mosa cache-report|mosa bench
+        mosa evaluate|mosa generate|mosa cache-report|mosa decode-bench|mosa bench
         mosa isoflop|mosa isoflop run|mosa isoflop match|mosa report
         mosa sweep|mosa compare|mosa submit|mosa status|mosa doctor"""
     assert sorted(_names(COMMANDS)) == sorted(name.strip() for name in promised.replace("\n", "|").split("|"))

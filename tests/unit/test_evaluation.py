@@ -220,6 +220,10 @@ def test_routing_heads_have_no_causal_counterpart(
     opened: Any = SimpleNamespace(config=routing)
     found = measures.evaluate(opened, cast(Any, None), settings, ignore)
     assert found["causal"] is None and all(row["causal"] is None for row in found["by_position"])
+    parts = [(row["last"] - row["first"] + 1, row["leak"]) for row in found["by_position"]]
+    assert found["leak"]["mean"] == pytest.approx(sum(size * leak for size, leak in parts) / LENGTH)
+    assert found["leak"]["error"] > 0 and found["by_position"][-2]["last"] == 15
+    assert found["flip_rate"] == found["by_position"][-2]["flip_rate"] > 0  # of tokens that 8 others follow
     assert found["full_sequence"]["label"].startswith("NON-CAUSAL: heads select tokens with the whole sequence")
     summary = {"length": 8, "full_sequence": found["full_sequence"], "causal": None}
     print_report(found | {"by_length": [summary], "left_out": {}}, Console(width=200))
@@ -241,6 +245,7 @@ def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> No
     rows.append(rows[0] | {"last": 3, "prefix_only": 3.25, "leak": 0.5, "leak_error": 0.25, "flip_rate": 0.125})
     lengths = [{"length": 8, "full_sequence": summary, "causal": summary | {"loss": 2.5}}]
     found = {"samples": 2, "sequence_length": 4, "full_sequence": summary, "causal": summary, "by_position": rows}
+    found |= {"leak": {"mean": 0.375, "error": 0.125}, "flip_rate": 0.125}
     print_report(found | {"by_length": lengths, "left_out": {16: "too little text"}}, Console(width=200))
     output = capsys.readouterr().out
     for text in (
@@ -251,6 +256,7 @@ def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> No
         "0.5000",
         "12.50%",
         "2.5000",
+        "the leak is 0.3750 (error 0.1250)",
         "skipped length 16: too little text",
     ):
         assert text in output

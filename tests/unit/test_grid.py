@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +24,19 @@ from megatron_mosa.model import model_flops, paper_flops
 from megatron_mosa.tools.grid import plan as plan_module
 from megatron_mosa.tools.grid import results
 from megatron_mosa.tools.grid.budget import Cost, _closest
-from megatron_mosa.tools.grid.grid import read_grid
+from megatron_mosa.tools.grid.grid import Evaluation, read_grid
 from megatron_mosa.tools.grid.kinds import KINDS, kv_bytes
 from megatron_mosa.tools.grid.launch import LocalLauncher
 from megatron_mosa.tools.grid.match import matched, table
 from megatron_mosa.tools.grid.models import places
 from megatron_mosa.tools.grid.plan import Cell, Model, Plan, config_hash, plan_models
 from megatron_mosa.tools.grid.report import markdown, write_report
+from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, measured, read_results, write_results
-from megatron_mosa.tools.grid.run import Request, _Work, prepare_output
+from megatron_mosa.tools.grid.run import _refuse_unfinished, prepare_output
+from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.scaling.isoflop import most_heads, solve_isoflop
+from tests.loaded import loaded_python
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "paper" / "tiny.yaml"
@@ -219,6 +224,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ({"processes": 0}, ["processes must be an integer of at least 1, got 0"]),
         ({"passes": "all"}, ["passes must be a number above 0, got 'all'"]),
         ({"overrides": {"run.seed": 3}}, ["overrides must not set run.seed", "remove it there"]),
+        ({"evaluate": 64}, ["evaluate must be keys such as {samples: 64}, or {} for the defaults, got 64"]),
+        ({"evaluate": {"windows": 64}}, ["unknown key 'evaluate.windows'", "samples"]),
+        ({"evaluate": {"samples": 1}}, ["evaluate.samples must be an integer of at least 2, got 1"]),
+        ({"evaluate": {"decode": [0]}}, ["evaluate.decode must be different integers of at least 1", "got [0]"]),
         ({"members": members(x={"kind": "dens"})}, ["members.x.kind must be one of dense, fixed", "got 'dens'"]),
         ({"members": members(x={"kind": "dense", "sparsity": 2})}, ["members.x.sparsity=2", "remove the key"]),
         ({"members": members(x={"kind": "fixed"})}, ["members.x.sparsity is missing", "sparsity: [16, 32]"]),
@@ -293,7 +302,7 @@ def request(folder: Path, **changes: Any) -> Request:
     return Request(grid, folder / "out", 1, LocalLauncher("cpu", 1, 1, ()))
 
 
-def settle(work: _Work, name: str, loss: float | None) -> None:
+def settle(work: Work, name: str, loss: float | None) -> None:
     """Write the result of a cell, as if it had been run."""
     status = results.GAVE_UP if loss is None else results.DONE
     result = {"status": status, "loss": loss, "perplexity": loss and math.exp(loss), "dataset_hash": "x"}
@@ -310,7 +319,7 @@ def names(cells: Sequence[Cell]) -> list[str]:
 def test_the_best_learning_rate_of_the_first_seed_is_taken_for_the_others(tmp_path: Path) -> None:
     dense = {"kind": "dense", "learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [7, 8]}
     wanted = request(tmp_path, members={"dense": dense})
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     trials = [f"tiny-text-dense-seed7-lr{rate}" for rate in ("0.001", "0.002", "0.004")]
     assert (names(work.cells()), work.later()) == (trials, 1)
     for name, loss in zip(trials, (2.0, 1.5, None), strict=True):
@@ -330,7 +339,7 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
     mosa = {"kind": "expert_choice", "sparsity": [16, 32], "learning_rates": [1e-3, 2e-3], "tune_at": 32}
     mosa["seeds"] = {32: [1, 2]}
     wanted = request(tmp_path, members=members(mosa=mosa))
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     tried = ["tiny-text-mosa-rho32-seed1-lr0.001", "tiny-text-mosa-rho32-seed1-lr0.002"]
     assert (names(work.cells()), work.later()) == (["tiny-text-dense-seed1", *tried], 2)
     for name, loss in zip(tried, (1.5, 1.6), strict=True):
@@ -341,20 +350,125 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
 
 def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
     wanted = request(tmp_path)
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     (cell, *_) = work.cells()
     settle(work, cell.name, 2.0)
     (tmp_path / "out" / "timings").mkdir()
     config, vocab_size = cell.model.config, cell.model.dataset.vocab_size
     measured_there = {"milliseconds": [30.0, 10.0, 20.0], "allocated_gib": 3.0, "device": "NVIDIA H100"}
     there = replace(wanted.timings, device="NVIDIA H100 80GB")
-    there._path(config, vocab_size).write_text(json.dumps(measured_there))
+    there.path(config, vocab_size).write_text(json.dumps(measured_there))
     assert wanted.timings.find(config, vocab_size) is None  # of this device
     row = work.rows()[0]
     assert (row.step_seconds, row.step_alone, row.peak_memory_gib) == (0.02, True, 3.0)
     assert work.rows()[1].step_seconds is None
     seeds = Cell(cell.model, 5, 3e-4).config(tmp_path)
     assert there.find(seeds, vocab_size) == there.find(config, vocab_size)  # the same model
+
+
+def evaluation(causal: float | None, flips: float | None) -> str:
+    """Return what mosa evaluate writes."""
+    loss = {"loss": 2.0, "error": 0.1}
+    found = {"full_sequence": loss, "causal": causal and loss | {"loss": causal}, "flip_rate": flips}
+    return json.dumps(found | {"leak": {"mean": 0.5, "error": 0.25}})
+
+
+def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Path) -> None:
+    asked = {"samples": 8, "decode": [4, 1], "decode_context": 100}
+    some = members(
+        choice={"kind": "expert_choice", "sparsity": 32},
+        routing={"kind": "routing", "sparsity": 32},
+        late={"kind": "fixed", "sparsity": 32},
+    )
+    wanted = request(tmp_path, members=some, evaluate=asked)
+    assert wanted.grid.evaluation == Evaluation(8, 64, (1, 4), 100)
+    work = Work(wanted, wanted.plan())
+    cells, folder = work.cells(), tmp_path / "out"
+    for cell in cells:
+        settle(work, cell.name, 2.0)
+    (folder / "evaluations").mkdir()
+    for cell, text in zip(cells, (evaluation(2.0, None), evaluation(2.5, 0.25), evaluation(None, None)), strict=False):
+        (folder / "evaluations" / f"{cell.name}.json").write_text(text)
+    dense = cells[0].model
+    path = work.timings.decoding_path(dense.config, dense.dataset.vocab_size, wanted.grid.evaluation)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"rows": [{"batch": n, "milliseconds_per_step": n / 2} for n in (1, 4)]}))
+    (folder / "runs" / cells[3].name / "checkpoints" / "step-00001500").mkdir(parents=True)
+
+    first, choice, routing, late = rows = work.rows()
+    assert (first.leak, first.leak_error, first.causal_loss) == (0.5, 0.25, 2.0)
+    assert (first.decode_ms, first.decode_context) == ({"1": 0.5, "4": 2.0}, 100)
+    assert (choice.evaluated_loss, choice.causal_loss, choice.flip_rate) == (2.0, 2.5, 0.25)
+    assert first.not_measured == {"flip_rate": "it has no MoSA heads, which select tokens"}
+    assert choice.not_measured == {"decode_ms": "it looks ahead, so that nothing can be decoded"}
+    assert routing.not_measured["causal_loss"] == "it has no causal counterpart"
+    assert set(late.not_measured.values()) == {"not measured yet"}
+
+    write_results(rows, folder)
+    assert read_results(folder) == rows
+    text = markdown(rows, {})
+    for part in (
+        "| dense | 0 | +0.5000 (0.2500) |  | 0.50 | 2.00 |",
+        "| choice rho 32 | +0.5000 | +0.5000 (0.2500) | 25.0 % |  |  |",
+        "after 100 tokens",
+        "- flip rate of dense, routing rho 32: it has no MoSA heads",
+        "- decoding of choice rho 32, routing rho 32: it looks ahead, so that nothing can be decoded",
+        "- leak of late rho 32: not measured yet",
+    ):
+        assert part in text, part
+
+
+def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(tmp_path: Path) -> None:
+    wanted = request(tmp_path, members=members(choice={"kind": "expert_choice", "sparsity": 32}), evaluate={})
+    wanted = replace(wanted, removes_checkpoints=True)
+    work = Work(wanted, wanted.plan())
+    dense, choice = work.cells()
+    kept = {cell.name: wanted.output / "runs" / cell.name / "checkpoints" for cell in (dense, choice)}
+    for cell in (dense, choice):
+        settle(work, cell.name, 2.0)
+        (kept[cell.name] / "step-00001500").mkdir(parents=True)
+    (wanted.output / "evaluations").mkdir()
+    work._write()
+    assert all(path.is_dir() for path in kept.values())
+    for cell in (dense, choice):
+        (wanted.output / "evaluations" / f"{cell.name}.json").write_text(evaluation(2.0, 0.0))
+    work._write()
+    assert [path.is_dir() for path in kept.values()] == [True, False]  # dense has not been decoded yet
+    assert next(work._measurements())[0] == "tiny-text-dense: measuring decoding alone"
+    path = work.timings.decoding_path(dense.model.config, 8000, Evaluation())
+    path.parent.mkdir(parents=True)
+    path.write_text('{"rows": []}')
+    work._write()
+    assert not any(path.is_dir() for path in kept.values())
+
+
+def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
+    wanted = replace(request(tmp_path), deadline=1.0)  # long ago
+    work = Work(wanted, wanted.plan())
+    for cell in work.cells():
+        settle(work, cell.name, 2.0)
+    assert (work.measure(), work.unmeasured) == ("out of time", 3)
+    rows = work.rows()
+    with pytest.raises(RunError, match="out of time with 3 measurements left; run the same command again to continue"):
+        _refuse_unfinished(work, rows, "out of time")
+
+
+def test_sigterm_while_a_process_is_started_is_not_lost() -> None:
+    code = """
+import os, signal, subprocess
+from megatron_mosa.tools.processes import sigterm_as_interrupt
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+with sigterm_as_interrupt() as check:
+    try:
+        subprocess.Popen(["true"], preexec_fn=lambda: None).wait()  # Python ignores what the handler raises here
+        print("started")
+        check()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    done = subprocess.run([loaded_python(), "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.split() == ["started", "interrupted"], done.stderr
 
 
 def test_given_numbers_of_heads_are_models_of_their_own(tmp_path: Path) -> None:
@@ -368,12 +482,12 @@ def test_results_of_another_grid_are_rejected(tmp_path: Path) -> None:
     wanted = request(tmp_path)
     prepare_output(wanted.output, wanted.grid)
     prepare_output(wanted.output, wanted.grid)
-    work = _Work(wanted, wanted.plan())
+    work = Work(wanted, wanted.plan())
     cell = work.cells()[0]
     save_config(cell.config(wanted.output), wanted.output / "configs" / f"{cell.name}.yaml")
     work.refuse_other_results()
     changed = request(tmp_path, overrides=GRID["overrides"] | {"optimizer.beta2": 0.9})
-    _Work(changed, changed.plan()).refuse_other_results()  # it has taken no step yet
+    Work(changed, changed.plan()).refuse_other_results()  # it has taken no step yet
     run = wanted.output / "runs" / cell.name
     run.mkdir()
     (run / "metrics.jsonl").touch()
@@ -381,9 +495,9 @@ def test_results_of_another_grid_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds another grid's results: equal=paper_flops, now executed_flops; give"):
         prepare_output(wanted.output, request(tmp_path, equal="executed_flops").grid)
     with pytest.raises(UserError, match=r"tiny-text-dense-seed1 was run with optimizer.beta2=0.999, now 0.9; give"):
-        _Work(changed, changed.plan()).refuse_other_results()
+        Work(changed, changed.plan()).refuse_other_results()
     saved_elsewhere = request(tmp_path, overrides=GRID["overrides"] | {"checkpoint.interval": 7})
-    _Work(saved_elsewhere, saved_elsewhere.plan()).refuse_other_results()  # does not change a result
+    Work(saved_elsewhere, saved_elsewhere.plan()).refuse_other_results()  # does not change a result
     settle(work, cell.name, 2.0)
     with pytest.raises(UserError, match="holds results of another dataset: text had the hash x when"):
         work.refuse_other_results()
@@ -474,8 +588,8 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "tiny-text.png").stat().st_size > 10_000
     text = (tmp_path / "report" / "report.md").read_text()
     for part in (
-        "| dense | 9 | 100.00 % | 2 | 1.9200 | 0.0400 | 6.82 |  | 28.0 M | 100.0 | 4.00 | 9.00 | yes |",
-        "| mosa rho 32 | 4 + 276 | 100.00 % | 1 | 1.8000 |  | 6.05 | -0.1000 (-9.5 % perplexity) |",
+        "| dense | 9 | 100.00 % | 1, 2 | 0.002 | 1.9200 | 0.0400 | 6.82 |  | 28.0 M | 100.0 | 4.00 | 9.00 | yes |",
+        "| mosa rho 32 | 4 + 276 | 100.00 % | 1 | 0.001 | 1.8000 |  | 6.05 | -0.1000 (-9.5 % perplexity) |",
         "~100.0",
         "| **NON-CAUSAL** |",
         "differ by up to 0.0400: smaller differences",
@@ -485,12 +599,23 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
         "8 of 11 runs are done",
         "`mosa pretrain out/configs/mosa.yaml`",
         "NVIDIA H100",
+        "data/text (hash dddddddddddd) each",
         "![tiny-text.png](tiny-text.png)",
     ):
         assert part in text, part
     assert "at an end of the list" not in text
     at_edge = [row("dense", 1, 2.0), row("dense", 1, 1.9, learning_rate=2e-3)]
     assert "at an end of the list" in markdown(at_edge, {})
+
+
+def test_a_report_without_matplotlib_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert write_report(MADE_UP, tmp_path, tmp_path / "report") == ["report.md"]
+    printed = "report.md has no pictures: pictures need matplotlib, which is not installed (pip install matplotlib)\n"
+    assert capsys.readouterr().out == printed
+    assert "| dense | 9 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(tmp_path: Path) -> None:
@@ -540,7 +665,7 @@ def call(*arguments: str) -> str:
 def test_the_commands(tmp_path: Path) -> None:
     write_results(MADE_UP, tmp_path)
     assert "16 are the fewest" in call("isoflop", "match", str(tmp_path))
-    assert "Wrote report.md and tiny-text.png" in call("report", str(tmp_path))
+    assert "Wrote report.md, tiny-text.png" in call("report", str(tmp_path))
     printed = call("isoflop", "run", str(write(tmp_path)), "--dry-run")
     assert [line.split() for line in printed.splitlines()[1:]] == [
         ["tiny-text-dense", "9", "100.00", "%", "1"],
@@ -553,6 +678,7 @@ def test_the_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["isoflop", "run", "GRID", "--no-train", "--slurm"], "--no-train evaluates and measures on this machine"),
         (["report", "FOLDER"], r"has no results.jsonl; give the output directory of mosa isoflop run"),
         (["isoflop", "match", "FOLDER"], r"has no results.jsonl"),
         (["isoflop", "run", "FOLDER/none.yaml"], "cannot read .*none.yaml: No such file"),

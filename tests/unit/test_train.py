@@ -18,6 +18,7 @@ from megatron_mosa.metrics import Journal, plot_losses, read_journal
 from megatron_mosa.model import language_model_loss
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel.apex import reject_wrong_apex
+from megatron_mosa.train.report import report
 from megatron_mosa.train.schedule import learning_rate
 
 
@@ -82,6 +83,18 @@ def test_plot(tmp_path: Path) -> None:
     lines += [{"tokens": 9, "validation_loss": 4.2, "unigram_entropy": 6.0, "causal": False}]
     plot_losses(lines, tmp_path / "loss.png", "name")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_a_run_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"step": 1, "tokens": 8, "loss": 5.0, "tokens_per_second": 4.0, "mfu": 0.1}
+    Journal(tmp_path / "metrics.jsonl", resumed_step=0).write(line)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report(tmp_path)
+    printed = capsys.readouterr().out
+    assert "No loss.png:      pictures need matplotlib, which is not installed" in printed
+    assert "(metrics.jsonl, checkpoints/, tensorboard/)" in printed
 
 
 def test_the_unrelated_apex_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

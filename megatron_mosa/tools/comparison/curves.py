@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.metrics import RunTotals, read_journal, run_totals
+from megatron_mosa.metrics import RunTotals, load_pyplot, read_journal, run_totals
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,12 +76,12 @@ def table(runs: Sequence[RunCurves]) -> Table:
 
 
 def plot(runs: Sequence[RunCurves], path: Path) -> None:
-    """Draw training losses as lines and validation losses as points, over steps, tokens and seconds."""
-    import matplotlib
+    """Draw training losses as lines and validation losses as points, over steps, tokens and seconds.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    Raises:
+        RunError: matplotlib is not installed.
+    """
+    plt = load_pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
         for number, run in enumerate(runs):

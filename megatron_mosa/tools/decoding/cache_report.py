@@ -21,7 +21,7 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
-from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document, require_cache
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -77,13 +77,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
         UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
     """
     model, tokenizer = load_model(options.path, options.device, options.dtype, options.tokenizer)
-    if not model.config.can_decode:
-        is_routing = model.config.num_routing_heads > 0
-        heads = "has Routing heads" if is_routing else "selects by expert choice (mosa.selection)"
-        fix = "without Routing heads" if is_routing else "with mosa.selection=threshold or without MoSA heads"
-        raise UserError(
-            f"'{options.path}' {heads}: every token changes the selection, so nothing can be cached; pass a model {fix}"
-        )
+    require_cache(model, options.path)
     check_thresholds(model, options.path)
     heads, reason = baseline_heads(model.config, options.dense_heads)
     tokens = _tokens(options, model.config, tokenizer)

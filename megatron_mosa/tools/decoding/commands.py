@@ -1,4 +1,4 @@
-"""Implement the commands ``mosa generate`` and ``mosa cache-report``."""
+"""Implement the commands ``mosa generate``, ``mosa cache-report`` and ``mosa decode-bench``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 
 _LONGEST = 2**26  # tokens
+_MOST_SEQUENCES = 2**16
 
 ModelPath = Annotated[
     Path,
@@ -103,6 +104,44 @@ def cache_report(
     report(options, output, as_json=as_json)
 
 
+def decode_bench(
+    path: ModelPath,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,N,...", help="Numbers of sequences to decode at once.")
+    ] = "1,64",
+    context: Annotated[
+        str, typer.Option("--context", metavar="N", help="Tokens in the cache, such as 1000 or 8k (8 x 1024).")
+    ] = "8k",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps of each of two repetitions.")] = 32,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="A built dataset, for tokens of its validation split; default: random tokens.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.json", help="Also write all numbers there.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: bfloat16 on a GPU, else float32.")
+    ] = "auto",
+) -> None:
+    """Measure how long a model takes to decode a token of one and of many sequences."""
+    batches, lengths = _parse_batches(batch), parse_lengths(context, "context")
+    if len(lengths) > 1:
+        raise UserError(f"--context must be one number of tokens, got {context}")
+    if steps < 1:
+        raise UserError(f"--steps must be at least 1, got {steps}")
+    check_output("--output", output)
+    require_model(path)
+    from megatron_mosa.tools.decoding.bench import BenchOptions, bench
+
+    bench(BenchOptions(path, batches, lengths[0], steps, data, device, dtype), output)
+
+
 def require_model(path: Path) -> None:
     """Report a path without a model before the imports, which take seconds.
 
@@ -114,20 +153,28 @@ def require_model(path: Path) -> None:
     find_model(path)
 
 
-def parse_lengths(text: str) -> list[int]:
+def parse_lengths(text: str, option: str = "lengths") -> list[int]:
     """Parse comma-separated lengths such as ``1k,3000`` (k = 1024); return them in ascending order.
 
     Raises:
         UserError: a part is not a positive integer, with or without k.
     """
     lengths = set()
+    example = "8k" if option == "context" else "a list such as 1000,4k,128k"
     for part in text.split(","):
         digits = part.strip().lower()
         factor = 1024 if digits.endswith("k") else 1
         digits = digits.removesuffix("k")
         if not digits.isdecimal() or len(digits) > 20 or int(digits) == 0:
-            raise UserError(f"--lengths={text}: '{part}' is not a number of tokens; use a list such as 1000,4k,128k")
+            raise UserError(f"--{option}={text}: '{part}' is not a number of tokens; use {example}")
         lengths.add(factor * int(digits))
         if max(lengths) > _LONGEST:
-            raise UserError(f"--lengths={text}: the longest may be {_LONGEST:,} tokens")
+            raise UserError(f"--{option}={text}: the longest may be {_LONGEST:,} tokens")
     return sorted(lengths)
+
+
+def _parse_batches(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) <= _MOST_SEQUENCES for word in words):
+        raise UserError(f"--batch must be numbers of sequences from 1 to {_MOST_SEQUENCES:,}, such as 1,64, got {text}")
+    return sorted(map(int, words))

@@ -115,6 +115,21 @@ def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
         raise UserError(f"'{path}': {error}") from None
 
 
+def require_cache(model: MosaForCausalLM, path: Path) -> None:
+    """Refuse a model that looks ahead, so that nothing can be cached.
+
+    Raises:
+        UserError: it does.
+    """
+    if not model.config.can_decode:
+        is_routing = model.config.num_routing_heads > 0
+        heads = "has Routing heads" if is_routing else "selects by expert choice (mosa.selection)"
+        fix = "without Routing heads" if is_routing else "with mosa.selection=threshold or without MoSA heads"
+        raise UserError(
+            f"'{path}' {heads}: every token changes the selection, so nothing can be cached; pass a model {fix}"
+        )
+
+
 def read_document(option: str, file: Path) -> str:
     """Return the text of a file given by an option; "-": standard input.
 

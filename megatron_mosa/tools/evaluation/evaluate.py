@@ -65,9 +65,11 @@ def evaluate(
 
     Returns:
         ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
-        positions these losses, the prefix-only loss, the leak and the flip rate; ``by_length``: the losses at multiples
-        of the training length; ``left_out``: lengths skipped because the text is too short, with the reason. With
-        Routing heads, which have no causal counterpart, all that is ``causal`` is None.
+        positions these losses, the prefix-only loss, the leak and the flip rate; ``leak``: over all positions, with its
+        standard error (None without prefixes); ``flip_rate``: of the first half of the windows if the second half is
+        replaced (None without MoSA heads); ``by_length``: the losses at multiples of the training length; ``left_out``:
+        lengths skipped because the text is too short, with the reason. With Routing heads, which have no causal
+        counterpart, all that is ``causal`` is None.
 
     Raises:
         UserError: the validation split has fewer than two windows.
@@ -114,7 +116,7 @@ class _Evaluation:
         label = causality_label(not self.looks_ahead)
         with self._built(self.model.config.mosa.selection) as model:
             full = self._losses(model, self.samples)
-            ranges = self._by_range(model, full)
+            ranges, leak = self._by_range(model, full)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
         is_causal = self.can_be_calibrated or not self.looks_ahead
         causal, causal_lengths, how = full, lengths, "the model itself"
@@ -132,6 +134,8 @@ class _Evaluation:
             "full_sequence": _summary(full) | {"label": label},
             "causal": _summary(causal) | {"label": f"causal, {how}"} if is_causal else None,
             "by_position": ranges,
+            "leak": leak,
+            "flip_rate": next((row["flip_rate"] for row in reversed(ranges) if row["flip_rate"] is not None), None),
             "by_length": [
                 {
                     "length": multiple * self.length,
@@ -159,8 +163,8 @@ class _Evaluation:
     def _losses(self, model: EvaluationModel, samples: ValidationSamples) -> Tensor:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
-    def _by_range(self, model: EvaluationModel, full: Tensor) -> list[dict[str, Any]]:
-        """Measure each range of positions."""
+    def _by_range(self, model: EvaluationModel, full: Tensor) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+        """Measure each range of positions; also return the leak over all of them, each range by its length."""
         positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
         at_once = self.settings.tokens_at_once
         prefix = prefix_losses(model, self.samples, positions, at_once, self.tick) if positions else full[:, :0]
@@ -168,6 +172,7 @@ class _Evaluation:
         ends = [part.stop - 1 for part in self.ranges[:-1]]  # no tokens follow the last range that could change
         flips = flip_rates(model, self.samples, ends, at_once, self.tick).tolist() if has_heads else []
         rows = []
+        total = torch.zeros(len(full), dtype=torch.float64)  # [N], each sample's leak
         for number, part in enumerate(self.ranges):
             columns = [i for i, position in enumerate(positions) if position in part]
             here = [positions[i] for i in columns]
@@ -178,11 +183,14 @@ class _Evaluation:
                 "flip_rate": flips[number] if number < len(flips) else None,
             }
             if columns:
-                leak = estimate((prefix[:, columns] - full[:, here]).mean(dim=1))
+                leaks = (prefix[:, columns] - full[:, here]).double().mean(dim=1)
+                total += leaks * len(part) / self.length
+                leak = estimate(leaks)
                 row |= {"positions": here, "prefix_only": prefix[:, columns].mean().item()}
                 row |= {"leak": leak.mean, "leak_error": leak.error}
             rows.append(row)
-        return rows
+        overall = estimate(total)._asdict() if positions else None
+        return rows, overall
 
     def _run_calibration_windows(self, model: EvaluationModel) -> None:
         samples = self._samples(1, "train", self.settings.calibration_samples)

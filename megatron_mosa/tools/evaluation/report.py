@@ -47,9 +47,16 @@ def _positions(found: dict[str, Any]) -> Table:
     table.caption = (
         "prefix only: loss at chosen positions, given only the tokens up to each. leak: prefix only minus full "
         "sequence at these positions. flip rate: share of selections up to the range's last position that change with "
-        "another future."
+        "another future." + _overall(found)
     )
     return table
+
+
+def _overall(found: dict[str, Any]) -> str:
+    if found["leak"] is None:
+        return ""
+    leak, error = (_number(found["leak"][key]) for key in ("mean", "error"))
+    return f" Over all positions, each range by its length, the leak is {leak} (error {error})."
 
 
 def _lengths(found: dict[str, Any]) -> Table:

@@ -17,7 +17,7 @@ from megatron_mosa.tools.scaling.commands import check_slurm_options
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.grid.grid import Grid
-    from megatron_mosa.tools.grid.run import Request
+    from megatron_mosa.tools.grid.request import Request
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output directory of mosa isoflop run.")]
 
@@ -32,10 +32,17 @@ def run(
     ] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", metavar="MINUTES", help="Save and stop by then; the same command goes on later."),
+        typer.Option(
+            "--time-limit", metavar="MINUTES", help="Save and stop by then; the same command continues later."
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Afterwards, measure the step of each model with nothing beside it.")
+        bool,
+        typer.Option("--measure", help="Afterwards, measure step and decoding of each model with nothing beside it."),
+    ] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Only evaluate and measure what is trained.")] = False,
+    remove_checkpoints: Annotated[
+        bool, typer.Option("--remove-checkpoints", help="Remove those with which nothing is left to be measured.")
     ] = False,
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="With --measure: measured steps.")] = 20,
     warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="With --measure: steps before them.")] = 5,
@@ -54,17 +61,25 @@ def run(
     ] = None,
 ) -> None:
     """Train a grid of models at an equal budget: sizes, corpora, kinds of heads, sparsities, learning rates, seeds."""
-    for name, value, least in (("jobs", jobs, 1), ("steps", steps, 1), ("warmup", warmup, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    if time_limit is not None and time_limit <= 0:
-        raise UserError(f"--time-limit must be above 0, got {time_limit:g}")
-    deadline = None if time_limit is None else time.time() + 60 * time_limit - min(60.0, 6 * time_limit)  # to save
+    deadline = _deadline(time_limit)
+    for name, value in (("jobs", jobs), ("steps", steps), ("warmup", warmup)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
     options += sbatch_argument or []
+    if no_train and slurm:
+        raise UserError("--no-train evaluates and measures on this machine; run it without --slurm")
     check_slurm_options(slurm, gpus_per_node, False, options)
     check_output("--output", output, is_directory=True)
-    request = _request(grid, output, jobs, deadline, measure, steps, warmup)
+    request = replace(
+        _request(grid, output, jobs),
+        deadline=deadline,
+        trains=not no_train,
+        measures=measure,
+        removes_checkpoints=remove_checkpoints,
+        steps=steps,
+        warmup=warmup,
+    )
     from megatron_mosa.tools.grid.run import run_grid, table
 
     if dry_run:
@@ -79,16 +94,24 @@ def run(
     run_grid(request)
 
 
-def _request(
-    path: Path, output: Path | None, jobs: int | None, deadline: float | None, measure: bool, steps: int, warmup: int
-) -> Request:
+def _deadline(minutes: float | None) -> float | None:
+    """Return the Unix time at which runs are stopped, so that they can save within a time limit."""
+    if minutes is None:
+        return None
+    if minutes <= 0:
+        raise UserError(f"--time-limit must be above 0, got {minutes:g}")
+    return time.time() + 60 * minutes - min(60.0, 6 * minutes)
+
+
+def _request(path: Path, output: Path | None, jobs: int | None) -> Request:
     from megatron_mosa.tools.grid.grid import read_grid
     from megatron_mosa.tools.grid.kinds import KINDS  # slow to import, like the others
 
     grid = read_grid(path, {name: kind.is_dense for name, kind in KINDS.items()})
     output = output or Path(_run_directory(grid)) / grid.name
     from megatron_mosa.tools.grid.launch import LocalLauncher
-    from megatron_mosa.tools.grid.run import Request, cpu_name
+    from megatron_mosa.tools.grid.request import Request
+    from megatron_mosa.tools.grid.run import cpu_name
     from megatron_mosa.tools.scaling.memory import card
 
     gpus = _gpus()
@@ -101,7 +124,7 @@ def _request(
     here = card() if gpus else None
     device = here.name if here is not None else "GPU" if gpus else cpu_name()
     local = LocalLauncher(device, grid.processes, jobs or default, gpus)
-    return Request(grid, output, local.jobs, local, None, deadline, measure, steps, warmup)
+    return Request(grid, output, local.jobs, local)
 
 
 def _on_slurm(
@@ -112,8 +135,8 @@ def _on_slurm(
     from megatron_mosa.tools.scaling.sweep_slurm import check_partition
 
     grid = request.grid
-    if request.measure or request.measures_first:
-        what = "--measure" if request.measure else "equal: step_time"
+    if request.measures or request.measures_first:
+        what = "--measure" if request.measures else "equal: step_time"
         raise UserError(f"{what} measures on this machine's device; run it without --slurm, within a job of its own")
     if gpus_per_node and grid.processes > gpus_per_node:
         raise UserError(
@@ -155,7 +178,7 @@ def report(
     rows = read_results(folder)
     target = output or folder
     files = write_report(rows, folder, target)
-    print(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {target}")
+    print(f"Wrote {', '.join(files)} to {target}")
 
 
 def match(folder: _Folder) -> None:

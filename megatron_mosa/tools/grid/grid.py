@@ -21,9 +21,10 @@ measured time of a step."""
 
 _KEYS = (
     "name", "base", "overrides", "sizes", "corpora", "members", "equal", "relative_to", "seeds", "learning_rates",
-    "processes", "passes",
+    "processes", "passes", "evaluate",
 )  # fmt: skip
 _MEMBER_KEYS = ("kind", "overrides", "sparsity", "heads", "dense_heads", "seeds", "learning_rates", "tune_at")
+_EVALUATE_KEYS = ("samples", "calibration_samples", "decode", "decode_context")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]*")
 Overrides = Mapping[str, Any]
 
@@ -60,6 +61,23 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What is measured of a trained model besides its validation loss."""
+
+    samples: int = 64
+    """Validation windows for the causal loss, leak and flip rate (``mosa evaluate``)."""
+
+    calibration_samples: int = 64
+    """Training windows to calibrate the thresholds of expert choice on."""
+
+    decode: tuple[int, ...] = (1, 64)
+    """Numbers of sequences whose decoding is timed (``mosa decode-bench``)."""
+
+    decode_context: int = 8192
+    """Tokens in their cache."""
+
+
+@dataclass(frozen=True)
 class Grid:
     """A grid: each member at each size on each corpus."""
 
@@ -85,6 +103,9 @@ class Grid:
 
     passes: float
     """How often a run may read its corpus at most."""
+
+    evaluation: Evaluation | None = None
+    """None: nothing is measured of trained models besides their validation loss and speed."""
 
 
 def read_grid(path: Path, kinds: Mapping[str, bool]) -> Grid:
@@ -151,7 +172,22 @@ class _Reader:
             relative_to=relative,
             processes=processes,
             passes=float(passes),
+            evaluation=self._evaluation(tree),
         )
+
+    def _evaluation(self, tree: dict[str, Any]) -> Evaluation | None:
+        if "evaluate" not in tree:
+            return None
+        values, default = tree["evaluate"], Evaluation()
+        self._expect("evaluate", values, isinstance(values, dict), "keys such as {samples: 64}, or {} for the defaults")
+        self._known("evaluate", values, _EVALUATE_KEYS)
+        counts = {}
+        for key, least in (("samples", 2), ("calibration_samples", 1), ("decode_context", 1)):
+            counts[key] = values.get(key, getattr(default, key))
+            is_fine = _is_whole(counts[key]) and counts[key] >= least
+            self._expect(f"evaluate.{key}", counts[key], is_fine, f"an integer of at least {least}")
+        decode = self._numbers("evaluate.decode", values.get("decode", [*default.decode]), _is_whole, 1)
+        return Evaluation(decode=tuple(sorted(decode)), **counts)
 
     def _member(self, name: str, values: Any, tree: dict[str, Any]) -> Member:
         where = f"members.{name}"

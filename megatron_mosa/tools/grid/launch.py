@@ -68,6 +68,8 @@ class _Process:
     slot: str
     run: Path
     started: float
+    saves: bool
+    """Whether it trains, and so saves when it is asked to stop."""
 
     def poll(self) -> int | None:
         code = self.process.poll()
@@ -105,34 +107,52 @@ class LocalLauncher:
         return self.jobs <= len(self.slots)
 
     def start(self, name: str, config: Path, run: Path, log: Path) -> Handle:
+        return self.launch(["pretrain", str(config)], run, log)
+
+    def launch(self, arguments: Sequence[str], run: Path, log: Path, ranks: int | None = None) -> Handle:
+        """Start a program of ``mosa`` where the fewest run; its output is appended to the log.
+
+        Args:
+            run: the run directory that it writes or reads.
+            ranks: None: those of a cell.
+        """
         self._running = [one for one in self._running if one.process.poll() is None]
         slot = min(self.slots, key=lambda slot: sum(one.slot == slot for one in self._running))
         begin = time.time()
-        command, environment = self.command(["pretrain", str(config)], slot, self.jobs)
+        command, environment = self.command(arguments, slot, self.jobs, ranks)
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
             )
-        started = _Process(process, slot, run, begin)
+        started = _Process(process, slot, run, begin, arguments[0] == "pretrain")
         self._running.append(started)
         return started
 
-    def command(self, arguments: Sequence[str], visible: str, jobs: int) -> tuple[list[str], dict[str, str]]:
-        """Return the command of all ranks of a program of ``mosa``, and its environment."""
+    def command(
+        self, arguments: Sequence[str], visible: str, jobs: int, ranks: int | None = None
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return the command of all ranks of a program of ``mosa``, and its environment.
+
+        Args:
+            visible: a slot.
+            jobs: how many such programs share the processors.
+            ranks: None: those of a cell.
+        """
+        ranks = ranks or self.processes
         threads = max(1, (os.cpu_count() or 1) // (jobs * self.processes))
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a launcher of this command
         environment = {"OMP_NUM_THREADS": str(threads)} | {k: v for k, v in os.environ.items() if k not in left_out}
         if visible:
             environment["CUDA_VISIBLE_DEVICES"] = visible
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        start = [sys.executable, *(launcher if self.processes > 1 else []), "-m", "megatron_mosa"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start = [sys.executable, *(launcher if ranks > 1 else []), "-m", "megatron_mosa"]
         return [*start, *arguments], environment
 
     def stop(self, handles: Sequence[Handle]) -> None:
         # Not SIGTERM, which a scheduler may also send: a run that gets the same signal twice ends without saving.
         number = signal.SIGUSR1 if self.processes == 1 else signal.SIGTERM  # which torchrun passes on
         for one in self._running:
-            one.process.send_signal(number)
+            one.process.send_signal(number if one.saves else signal.SIGTERM)
         latest = time.monotonic() + _SECONDS_TO_SAVE
         for one in self._running:
             try:

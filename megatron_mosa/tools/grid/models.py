@@ -69,6 +69,31 @@ class TrainedModel:
     def kv_mib(self) -> float | None:
         return None if self.row.kv_bytes_8k is None else self.row.kv_bytes_8k / 2**20
 
+    def mean(self, name: str) -> float | None:
+        """Return the mean over seeds of a field of the rows, or None if no seed has it."""
+        known = [value for row in self.rows if (value := getattr(row, name)) is not None]
+        return statistics.mean(known) if known else None
+
+    @property
+    def made_causal(self) -> float | None:
+        """By how much the loss rises if the model selects as a decoder must; None: not known."""
+        changes = [
+            row.causal_loss - row.evaluated_loss
+            for row in self.rows
+            if row.causal_loss is not None and row.evaluated_loss is not None
+        ]
+        return statistics.mean(changes) if changes else None
+
+    def decode_ms(self, batch: str) -> float | None:
+        """Return the milliseconds of a decoding step of a number of sequences; None: not measured."""
+        return next((row.decode_ms[batch] for row in self.rows if batch in row.decode_ms), None)
+
+    @property
+    def not_measured(self) -> dict[str, str]:
+        """Reasons why a field is empty, of fields that no seed has."""
+        reasons = {name: reason for row in self.rows for name, reason in row.not_measured.items()}
+        return {name: why for name, why in reasons.items() if not any(getattr(row, name) for row in self.rows)}
+
     @property
     def heads(self) -> str:
         """Heads of a layer, such as "4 + 276": dense ones, and those of the member's kind."""

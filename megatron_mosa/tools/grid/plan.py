@@ -255,7 +255,7 @@ class _Place:
             raise UserError(
                 f"{self.grid.path}: corpora.{self.corpus}: {path} has {found.tokens:,} training tokens, but "
                 f"train.steps={train.steps} of {a_step:,} tokens are {asked:,}; set train.steps to at most "
-                f"{int(allowed // a_step):,}, or passes: {passes:g} to read the corpus so often"
+                f"{int(allowed // a_step):,}, or passes: {passes:g} to read the corpus that often"
             )
         return found
 

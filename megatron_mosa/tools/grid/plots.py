@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
+from megatron_mosa.metrics import load_pyplot
 from megatron_mosa.tools.grid.models import Place, TrainedModel
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _Value = Callable[[TrainedModel], "float | None"]
 _PANELS: tuple[tuple[str, _Value], ...] = (
@@ -26,7 +23,11 @@ def plot_costs(place: Place, title: str, path: Path) -> None:
     """Plot perplexity over sparsity, parameters, step time, memory and cache: a color per member, a bar over its seeds.
 
     Hollow points are NON-CAUSAL. Models without sparsity are horizontal lines in the first panel.
+
+    Raises:
+        RunError: matplotlib is not installed.
     """
+    plt = load_pyplot()
     figure, panels = plt.subplots(2, 3, figsize=(15, 8.5), sharey=True, layout="constrained")
     members = list(dict.fromkeys(model.row.member for model in place.models))
     for axes, (label, value) in zip(panels.flat, _PANELS, strict=False):
@@ -54,7 +55,7 @@ def plot_costs(place: Place, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_member(axes: plt.Axes, models: list[TrainedModel], value: _Value, color: str) -> None:
+def _plot_member(axes: Any, models: list[TrainedModel], value: _Value, color: str) -> None:
     points = sorted(
         ((x, model) for model in models if (x := value(model)) is not None), key=lambda point: (point[0], point[1].name)
     )

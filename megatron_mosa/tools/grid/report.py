@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_mosa.errors import RunError
+from megatron_mosa.metrics import load_pyplot
 from megatron_mosa.tools.comparison.curves import plot, read_run
 from megatron_mosa.tools.grid.match import matched
 from megatron_mosa.tools.grid.match import table as match_table
@@ -21,13 +24,23 @@ _EQUAL = {
     "step_time": "measured time of a step",
 }
 _COLUMNS = (
-    "model", "heads", "budget", "seeds", "loss", "spread", "perplexity", "loss - reference", "parameters", "step, ms",
-    "memory, GiB", "KV at 8k, MiB", "causal",
+    "model", "heads", "budget", "seeds", "learning rate", "loss", "spread", "perplexity", "loss - reference",
+    "parameters", "step, ms", "memory, GiB", "KV at 8k, MiB", "causal",
 )  # fmt: skip
+_MEASURED = {"causal_loss": "made causal", "leak": "leak", "flip_rate": "flip rate", "decode_ms": "decoding"}
+"""Fields of a row that are measured once a model is trained, and what the report calls them."""
+
+_LEGEND = (
+    "*made causal*: what the loss rises by if the model selects as a decoder must. *leak*: what it rises by without a "
+    "view of later tokens (with its standard error). *flip rate*: share of the selections in the first half of a "
+    "window that change with another second half."
+)
 
 
 def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
     """Write report.md and its pictures into a directory; return the names of the files.
+
+    Without matplotlib there are no pictures, and a line that says so is printed.
 
     Args:
         folder: of the grid; losses over time are read from its runs, as far as they are there.
@@ -37,14 +50,29 @@ def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        written: dict[tuple[str, str], list[str]] = {}
-        for place in places(rows):
-            if place.models:
-                written[place.size, place.corpus] = _plot(place, folder, output)
-        (output / "report.md").write_text(markdown(rows, written), encoding="utf-8")
+        pictures = _plot_all(rows, folder, output)
+        text = markdown(rows, pictures, _command(folder))
+        (output / "report.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"could not write to {output}: {error.strerror}; give another --output") from None
-    return ["report.md", *(name for names in written.values() for name in names)]
+    return ["report.md", *(name for names in pictures.values() for name in names)]
+
+
+def _plot_all(rows: Sequence[Row], folder: Path, output: Path) -> dict[tuple[str, str], list[str]]:
+    """Return the names of the pictures by size and corpus."""
+    try:
+        load_pyplot()
+    except RunError as error:
+        print(f"report.md has no pictures: {error}")
+        return {}
+    return {(place.size, place.corpus): _plot(place, folder, output) for place in places(rows) if place.models}
+
+
+def _command(folder: Path) -> str:
+    """Return the command that trained the grid, as far as its folder says."""
+    with suppress(OSError, ValueError):
+        return f"mosa isoflop run {json.loads((folder / 'grid.json').read_text(encoding='utf-8'))['file']}"
+    return "mosa isoflop run"
 
 
 def _plot(place: Place, folder: Path, output: Path) -> list[str]:
@@ -60,18 +88,22 @@ def _plot(place: Place, folder: Path, output: Path) -> list[str]:
     return [f"{stem}.png", f"{stem}-losses.png"]
 
 
-def markdown(rows: Sequence[Row], pictures: dict[tuple[str, str], list[str]]) -> str:
-    """Return the report.
+def markdown(
+    rows: Sequence[Row], pictures: Mapping[tuple[str, str], list[str]], command: str = "mosa isoflop run"
+) -> str:
+    """Return the report, complete enough to be a page of its own.
 
     Args:
         pictures: names of files by size and corpus.
+        command: what trained the models.
     """
     counts = Counter(row.status for row in rows)
     first = rows[0]
     lines = [
         f"# Models at equal {_EQUAL[first.equal]}",
         "",
-        f"The budget is the cost of {first.relative_to}. {counts[DONE]} of {len(rows)} runs are done"
+        f"Trained by `{command}`. The budget is the cost of {first.relative_to}. "
+        f"{counts[DONE]} of {len(rows)} runs are done"
         + "".join(f", {count} {status}" for status, count in sorted(counts.items()) if status != DONE)
         + f". Measured on {_joined(row.device for row in rows if row.device) or 'nothing yet'}, "
         f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.",
@@ -111,7 +143,10 @@ def _section(place: Place) -> list[str]:
     lines = [f"| {' | '.join(_COLUMNS)} |", "| --- |" + " ---: |" * (len(_COLUMNS) - 1)]
     lines += [f"| {' | '.join(_cells(model, reference))} |" for model in place.models]
     row = place.models[0].row
-    lines += ["", f"{row.steps:,} steps, {row.tokens / 1e6:,.4g}M tokens of {row.dataset} each."]
+    lines += [
+        "",
+        f"{row.steps:,} steps, {row.tokens / 1e6:,.4g}M tokens of {row.dataset} (hash {row.dataset_hash[:12]}) each.",
+    ]
     noise = place.noise
     if noise is None:
         lines[-1] += " Every model has one seed, so nothing is known about the noise."
@@ -119,8 +154,7 @@ def _section(place: Place) -> list[str]:
         lines[-1] += (
             f" Two seeds of one model differ by up to {noise:.4f}: smaller differences between models mean little."
         )
-    lines += _learning_rates(place)
-    return lines
+    return [*lines, *_evaluations(place), *_learning_rates(place)]
 
 
 def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
@@ -131,7 +165,8 @@ def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
         model.name,
         model.heads,
         f"{100 * row.budget_share:.2f} %",
-        str(len(model.rows)),
+        ", ".join(map(str, sorted(model.losses))),
+        f"{row.learning_rate:g}",
         f"{model.loss:.4f}",
         "" if model.spread is None else f"{model.spread:.4f}",
         f"{model.perplexity:.2f}",
@@ -142,6 +177,48 @@ def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
         "" if model.kv_mib is None else f"{model.kv_mib:.2f}",
         "yes" if model.is_causal else "**NON-CAUSAL**",
     ]
+
+
+def _evaluations(place: Place) -> list[str]:
+    """Return a table of what was measured of the trained models besides the loss, with reasons for empty cells."""
+    models = [m for m in place.models if m.not_measured or m.mean("evaluated_loss") is not None or m.row.decode_ms]
+    if not models:
+        return []
+    batches = sorted({batch for model in models for row in model.rows for batch in row.decode_ms}, key=int)
+    contexts = {row.decode_context for model in models for row in model.rows if row.decode_context}
+    columns = ["model", "made causal", "leak", "flip rate", *(f"decoding {batch}, ms" for batch in batches)]
+    lines = ["", f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for model in models:
+        leak, error, flips = (model.mean(name) for name in ("leak", "leak_error", "flip_rate"))
+        cells = [
+            model.name,
+            _signed(model.made_causal),
+            "" if leak is None else f"{_signed(leak)} ({error:.4f})",
+            "" if flips is None else f"{100 * flips:.1f} %",
+            *("" if (ms := model.decode_ms(batch)) is None else f"{ms:.2f}" for batch in batches),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", _LEGEND]
+    if batches:
+        lines[-1] += (
+            f" *decoding N*: a step that adds a token to each of N sequences, after {_joined(map(str, contexts))} "
+            "tokens, measured alone."
+        )
+    return [*lines, *_empty_cells(models)]
+
+
+def _empty_cells(models: Sequence[TrainedModel]) -> list[str]:
+    """Return the reasons why cells are empty, each with the models that it holds for."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for name, reason in model.not_measured.items():
+            reasons.setdefault((name, reason), []).append(model.name)
+    lines = [f"- {_MEASURED[name]} of {', '.join(names)}: {reason}" for (name, reason), names in reasons.items()]
+    return ["", "Empty cells:", "", *lines] if lines else []
+
+
+def _signed(change: float | None) -> str:
+    return "" if change is None else "0" if abs(change) < 5e-5 else f"{change:+.4f}"
 
 
 def _delta(difference: float) -> str:

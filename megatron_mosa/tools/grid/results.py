@@ -24,6 +24,10 @@ KV_TOKENS = 8192
 """The length of the sequence whose keys and values are counted."""
 
 DONE, GAVE_UP, FAILED, MISSING = "done", "diverged", "failed", "missing"
+EVALUATED = ("causal_loss", "leak", "flip_rate")
+"""Fields of a row that an evaluation measures; the others besides ``decode_ms`` come from the run."""
+
+CANNOT_DECODE = "it looks ahead, so that nothing can be decoded"
 SETTLED = (DONE, GAVE_UP)
 """What a repetition would not change."""
 
@@ -85,6 +89,30 @@ class Row:
 
     peak_memory_gib: float | None = None
     """Of a rank."""
+
+    evaluated_loss: float | None = None
+    """As trained, of the windows of ``mosa evaluate``."""
+
+    causal_loss: float | None = None
+    """Of the same windows, as the model can be decoded: expert choice by calibrated thresholds."""
+
+    leak: float | None = None
+    """What the loss loses without a view of the future, in nats, over all positions."""
+
+    leak_error: float | None = None
+    """Standard error."""
+
+    flip_rate: float | None = None
+    """Share of the selections in the first half of a window that change with another second half."""
+
+    decode_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of a step that adds a token to each sequence, by number of sequences; measured alone."""
+
+    decode_context: int | None = None
+    """Tokens of these sequences before."""
+
+    not_measured: dict[str, str] = field(default_factory=dict)
+    """Reasons why fields are empty."""
 
     device: str = ""
     starts: int = 0
@@ -172,6 +200,21 @@ def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | No
     }
 
 
+def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    causal, leak = found["causal"], found["leak"] or {}
+    values = {
+        "evaluated_loss": found["full_sequence"]["loss"],
+        "causal_loss": None if causal is None else causal["loss"],
+        "leak": leak.get("mean"),
+        "leak_error": leak.get("error"),
+        "flip_rate": found["flip_rate"],
+    }
+    reasons = {"causal_loss": "it has no causal counterpart", "flip_rate": "it has no MoSA heads, which select tokens"}
+    return values, {name: reason for name, reason in reasons.items() if values[name] is None}
+
+
 def write_results(rows: Sequence[Row], folder: Path) -> None:
     """Write results.jsonl and results.csv."""
     text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
@@ -181,8 +224,9 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
     names = [item.name for item in fields(Row)]
     writer.writerow(names)
     for row in rows:
-        values = asdict(row) | {"versions": json.dumps(row.versions)}
-        writer.writerow(["" if values[name] is None else values[name] for name in names])
+        values = asdict(row)
+        cells = (json.dumps(value) if isinstance(value, dict) else value for value in map(values.get, names))
+        writer.writerow("" if cell is None else cell for cell in cells)
     write_atomically(folder / "results.csv", table.getvalue())
 
 

@@ -1,4 +1,7 @@
-"""The time and memory of a model's step, measured by ``mosa bench`` in processes of its own while nothing else runs."""
+"""What is measured of a model while nothing else runs on its device, each in a process of its own.
+
+The time and memory of a step by ``mosa bench``, and the time of a decoded token by ``mosa decode-bench``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import json
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict, save_config
 from megatron_mosa.errors import RunError
+from megatron_mosa.tools.grid.grid import Evaluation
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.utils import write_atomically
 
@@ -32,6 +36,56 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Measured decoding."""
+
+    milliseconds: Mapping[str, float]
+    """Of a step, which adds one token to each sequence, by the number of sequences."""
+
+    context: int
+    """Tokens before."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement that runs."""
+
+    program: str
+    process: subprocess.Popen[bytes]
+    new: Path
+    """What the program writes."""
+
+    path: Path
+    """Where that belongs once it is complete."""
+
+    log: Path
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """End it; without effect if it has ended."""
+        end(self.process)
+
+    def finish(self) -> None:
+        """Wait for its end, and keep the result.
+
+        Raises:
+            RunError: it failed.
+        """
+        try:
+            code = self.process.wait()
+        finally:
+            self.stop()
+        if code:
+            raise RunError(
+                f"mosa {self.program} of a model failed with exit code {code}: {last_line(self.log)}; see {self.log}"
+            )
+        write_atomically(self.path, self.new.read_text(encoding="utf-8"))
+        self.new.unlink()
+
+
+@dataclass(frozen=True)
 class Timings:
     """Measurements below a grid's folder, of which each is taken once for each device."""
 
@@ -39,53 +93,92 @@ class Timings:
     device: str
     steps: int
     warmup: int
-    launch: Callable[[Sequence[str]], tuple[list[str], dict[str, str]]]
-    """Arguments of ``mosa`` -> the command of all ranks of a cell, and its environment."""
+    launch: Callable[[Sequence[str], str, int | None], tuple[list[str], dict[str, str]]]
+    """Arguments of ``mosa``, a slot of the launcher, ranks (None: those of a cell) -> command and environment."""
+
+    def path(self, config: Config, vocab_size: int) -> Path:
+        """Return where the measured step of a model on this device belongs."""
+        return self.folder / "timings" / f"{_model_hash(config, vocab_size)}-{_file_name(self.device)}.json"
 
     def find(self, config: Config, vocab_size: int) -> Timing | None:
-        """Return the measurement of a model on this device, if there is one."""
-        path = self._path(config, vocab_size)
+        """Return the measured step of a model on this device, if there is one."""
+        path = self.path(config, vocab_size)
         return _read(path) if path.is_file() else None
 
     def find_anywhere(self, config: Config, vocab_size: int) -> Timing | None:
-        """Return the measurement of a model on this device, or else on the only other one that has one."""
-        if (found := self.find(config, vocab_size)) is not None:
-            return found
-        others = list((self.folder / "timings").glob(f"{_model_hash(config, vocab_size)}-*.json"))
-        return _read(others[0]) if len(others) == 1 else None
+        """Return the measured step of a model on this device, or else on the only other one that has one."""
+        path = _here_or_elsewhere(self.path(config, vocab_size))
+        return None if path is None else _read(path)
 
-    def measure(self, config: Config, vocab_size: int) -> Timing:
-        """Return the measurement of a model, taken now if there is none.
+    def measure(self, config: Config, vocab_size: int, slot: str) -> Timing:
+        """Return the measured step of a model, taken now if there is none.
 
         Raises:
             RunError: it failed.
         """
         if (found := self.find(config, vocab_size)) is not None:
             return found
-        path = self._path(config, vocab_size)
+        self.start(config, vocab_size, slot).finish()
+        return _read(self.path(config, vocab_size))
+
+    def start(self, config: Config, vocab_size: int, slot: str) -> Measurement:
+        """Begin to measure the step of a model."""
+        path = self.path(config, vocab_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = replace(config, data=replace(config.data, vocab_size=vocab_size, path="unread", blend=[]))
         save_config(settings, path.with_suffix(".yaml"))
+        length = ["--steps", str(self.steps), "--warmup", str(self.warmup)]
+        return self._start(["bench", str(path.with_suffix(".yaml")), *length], path, slot, None)
+
+    def decoding_path(self, config: Config, vocab_size: int, evaluation: Evaluation) -> Path:
+        """Return where the measured decoding of a model on this device belongs; the same for all runs of a model."""
+        wanted = f"{_model_hash(config, vocab_size)} {evaluation.decode_context} {evaluation.decode}"
+        name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
+        return self.folder / "timings" / "decoding" / f"{name}-{_file_name(self.device)}.json"
+
+    def find_decoding(self, config: Config, vocab_size: int, evaluation: Evaluation) -> Decoding | None:
+        """Return the measured decoding of a model on this device, or else on the only other one that has one."""
+        path = _here_or_elsewhere(self.decoding_path(config, vocab_size, evaluation))
+        if path is None:
+            return None
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return Decoding({str(row["batch"]): row["milliseconds_per_step"] for row in rows}, evaluation.decode_context)
+
+    def start_decoding(
+        self, config: Config, vocab_size: int, evaluation: Evaluation, run: Path, slot: str
+    ) -> Measurement:
+        """Begin to measure the decoding of a trained model.
+
+        Args:
+            run: its run directory, with a checkpoint.
+        """
+        path = self.decoding_path(config, vocab_size, evaluation)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arguments = ["decode-bench", str(run), "--context", str(evaluation.decode_context)]
+        arguments += ["--batch", ",".join(map(str, evaluation.decode))]
+        arguments += ["--data", config.data.path] if config.data.path else []
+        return self._start(arguments, path, slot, 1)
+
+    def _start(self, arguments: Sequence[str], path: Path, slot: str, ranks: int | None) -> Measurement:
         new, log = path.with_suffix(".new"), path.with_suffix(".log")
-        arguments = ["bench", str(path.with_suffix(".yaml")), "--steps", str(self.steps), "--warmup", str(self.warmup)]
-        command, environment = self.launch([*arguments, "--output", str(new)])
+        command, environment = self.launch([*arguments, "--output", str(new)], slot, ranks)
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
             )
-        try:
-            code = process.wait()
-        finally:
-            end(process)
-        if code:
-            raise RunError(f"mosa bench of a model failed with exit code {code}: {last_line(log)}; see {log}")
-        write_atomically(path, new.read_text(encoding="utf-8"))
-        new.unlink()
-        return _read(path)
+        return Measurement(arguments[0], process, new, path, log)
 
-    def _path(self, config: Config, vocab_size: int) -> Path:
-        device = re.sub(r"\W+", "_", self.device)
-        return self.folder / "timings" / f"{_model_hash(config, vocab_size)}-{device}.json"
+
+def _here_or_elsewhere(path: Path) -> Path | None:
+    """Return a measurement's file, or that of the only other device, or None."""
+    if path.is_file():
+        return path
+    others = list(path.parent.glob(f"{path.name.partition('-')[0]}-*.json"))
+    return others[0] if len(others) == 1 else None
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"\W+", "_", device)
 
 
 def _read(path: Path) -> Timing:
