@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from megatron_mosa.utils import write_atomically
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -42,8 +45,17 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure of pyplot as PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot as plt
+
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
     plt.close(figure)
+    write_atomically(path, content.getvalue())
 
 
 def _label(causal: set[bool]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mosa.metrics import save_figure
 from megatron_mosa.tools.bench.loop import LoopTime
 from megatron_mosa.tools.bench.measure import Measurement
 
@@ -72,8 +73,7 @@ def plot(found: Measurement, path: Path) -> None:
     axes.set_xlabel("milliseconds of a step")
     axes.set_title(f"{found.name}, {found.layout}, {found.device}: {found.median:.1f} ms", fontsize=9)
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def slower(found: Measurement, before: Measurement) -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_mosa.entry import check_output
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import UserError
+from megatron_mosa.utils import write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.convert import ModelReader
@@ -120,9 +121,6 @@ def _dataset(model: ModelReader, path: Path | None) -> Mixture:
 
 
 def _write(found: dict[str, Any], output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"could not write to --output={output}: {error.strerror}") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, json.dumps(found, indent=1) + "\n")
     print(f"Wrote {output}")

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mosa.errors import RunError
 from megatron_mosa.tools.comparison.curves import plot, read_run
 from megatron_mosa.tools.grid.match import matched
 from megatron_mosa.tools.grid.match import table as match_table
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.plots import plot_costs
 from megatron_mosa.tools.grid.results import DONE, Row
+from megatron_mosa.utils import write_atomically
 
 _EQUAL = {
     "paper_flops": "forward FLOPs by the paper's formulas",
@@ -33,17 +33,14 @@ def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
         folder: of the grid; losses over time are read from its runs, as far as they are there.
 
     Raises:
-        RunError: the directory cannot be written.
+        OSError: the directory cannot be written.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        written: dict[tuple[str, str], list[str]] = {}
-        for place in places(rows):
-            if place.models:
-                written[place.size, place.corpus] = _plot(place, folder, output)
-        (output / "report.md").write_text(markdown(rows, written), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"could not write to {output}: {error.strerror}; give another --output") from None
+    output.mkdir(parents=True, exist_ok=True)
+    written: dict[tuple[str, str], list[str]] = {}
+    for place in places(rows):
+        if place.models:
+            written[place.size, place.corpus] = _plot(place, folder, output)
+    write_atomically(output / "report.md", markdown(rows, written))
     return ["report.md", *(name for names in written.values() for name in names)]
 
 

@@ -34,7 +34,7 @@ from megatron_mosa.tools.grid.plan import Cell, Corpus, Plan, config_hash, plan_
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Timings, last_line
 from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
-from megatron_mosa.utils import versions, write_atomically
+from megatron_mosa.utils import naming, versions, write_atomically
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton")
 _POLL_SECONDS = 0.2
@@ -281,7 +281,8 @@ class _Work:
         launcher = self.launcher
         handle = launcher.start(cell.name, path, config.run.path, self.folder / "logs" / f"{cell.name}.log")
         start = {"cell": cell.name, "time": time.time(), "alone": launcher.is_alone, "device": launcher.device}
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "starts.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(start | {"versions": versions(*_PACKAGES)}) + "\n")
         self.running.append((cell, handle))
         print(f"{self._counter()} {cell.name}: training", flush=True)

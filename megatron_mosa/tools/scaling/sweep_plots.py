@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
+from megatron_mosa.metrics import save_figure
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
 
@@ -39,8 +40,7 @@ def plot_scaling(sweep: Sweep, path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
     figure.suptitle(_title(sweep), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _plot_lines(axes: plt.Axes, sweep: Sweep, attribute: str, suffix: str, style: str) -> None:
@@ -82,8 +82,7 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     figure.suptitle(_title(sweep), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _bar_name(row: Row) -> str:
