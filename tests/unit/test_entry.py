@@ -96,7 +96,7 @@ def test_mosa_pretrain_starts_training_and_exits_with_its_code(monkeypatch: pyte
 
 
 def test_a_world_size_without_check_only_is_rejected() -> None:
-    with pytest.raises(UserError, match="--world-size must be at least 1 and needs --check-only, got 2"):
+    with pytest.raises(UserError, match="--world-size must be .* and needs --check-only, got 2"):
         start_training("c.yaml", [], world_size=2)
 
 
