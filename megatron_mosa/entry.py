@@ -151,8 +151,8 @@ def check_output(option: str, path: Path | None, *, is_directory: bool = False) 
 
 _NEVER_USABLE = (errno.ENAMETOOLONG, errno.ELOOP)
 _ENVIRONMENT = (
-    *(*_NEVER_USABLE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO, errno.EMFILE, errno.ENFILE),
+    *(*_NEVER_USABLE, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ESTALE),
 )
 """Errors of the file system that say nothing about this program."""
 
@@ -231,11 +231,16 @@ def run(program: Callable[[], object]) -> int:
             return FAILED
         if error.errno not in _ENVIRONMENT:
             raise
-        where = "write" if error.filename is None else f"use '{os.fsdecode(error.filename)}'"
-        if error.filename is None and error.errno == errno.ENOSPC:
+        from megatron_mosa.utils import file_problem
+
+        try:
+            _flush_output()
+        except OSError:
             _drop_output()
-        if is_first:
-            print(f"error: could not {where}: {error.strerror}", file=sys.stderr)
+        if not is_first:
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        with suppress(OSError):  # it may be on the same disk
+            print(f"error: {file_problem(error, 'the output')}", file=sys.stderr)
         return exit_code_of(error)
     except BaseException:
         if not interrupts:

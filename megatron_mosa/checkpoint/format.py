@@ -20,7 +20,6 @@ from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.index import MOMENTS
 from megatron_mosa.errors import StorageError
 from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
-from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
@@ -69,14 +68,14 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
     from torch.distributed import checkpoint as dcp  # slow to import, and a start that only checks needs none of it
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_mosa.checkpoint.writer import is_storage_failure
+    from megatron_mosa.checkpoint.writer import is_storage_failure, storage_problem
 
     try:
         dcp.save(state, checkpoint_id=path / "state", process_group=group)
     except CheckpointException as error:  # the same on every rank
         for rank, (cause, _) in error.failures.items():
             if is_storage_failure(cause):
-                raise StorageError(f"rank {rank}: {first_line(cause)}") from None
+                raise StorageError(f"rank {rank}: {storage_problem(cause, path)}") from None
         raise
 
 

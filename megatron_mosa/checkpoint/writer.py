@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from megatron_mosa.checkpoint.manifest import FileRecord, sync_and_evict
-from megatron_mosa.checkpoint.reader import TensorInfo, cause_of
+from megatron_mosa.checkpoint.reader import TensorInfo
 from megatron_mosa.errors import StorageError
+from megatron_mosa.utils import file_problem, free_megabytes
 
 
 def write_state_offline(
@@ -71,18 +72,27 @@ def write_state_offline(
     except CheckpointException as error:
         raised = next(iter(error.failures.values()))[0]
         if is_storage_failure(raised):
-            raise StorageError(cause_of(error)) from None
+            raise StorageError(storage_problem(raised, checkpoint)) from None
         raise raised from None
     except OSError as error:
-        raise StorageError(cause_of(error)) from None
+        raise StorageError(storage_problem(error, checkpoint)) from None
     return {path.relative_to(checkpoint).as_posix(): record for path, record in records.items()}
 
 
 def is_storage_failure(error: BaseException) -> bool:
     """Whether a write error comes from the file system."""
-    # Torch's archive writer turns file system errors into RuntimeErrors.
-    phrases = ("PytorchStreamWriter failed", "inline_container")
-    return isinstance(error, OSError) or any(phrase in str(error) for phrase in phrases)
+    return isinstance(error, OSError) or any(phrase in str(error) for phrase in _ARCHIVE_ERRORS)
+
+
+def storage_problem(error: BaseException, folder: Path) -> str:
+    """Return why writing to ``folder`` failed, in one line."""
+    if isinstance(error, OSError):
+        return file_problem(error, has_remedy=False)
+    return f"the disk did not take all of a file ({free_megabytes(folder)} MB free)"  # torch says only where it stopped
+
+
+_ARCHIVE_ERRORS = ("PytorchStreamWriter failed", "inline_container")
+"""Words of the RuntimeErrors that torch's archive writer makes of errors of the file system."""
 
 
 class _SyncedFiles(FileSystem):

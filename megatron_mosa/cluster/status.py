@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
+from megatron_mosa.options import bounds
 from megatron_mosa.resilience import RUNNING, STATUS, read_status
 
 SILENT_SECONDS = 60.0
@@ -23,7 +24,9 @@ SILENT_SECONDS = 60.0
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")],
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until the run ends; Ctrl-C to leave.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between refreshes.")] = 5.0,
+    interval: Annotated[
+        float, typer.Option("--interval", callback=bounds(0.1, 86_400), help="Seconds between refreshes.")
+    ] = 5.0,
 ) -> None:
     """Show whether a run is alive: its step, loss, speed, last checkpoint, starts and time left.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.errors import UserError
+from megatron_mosa.options import MOST_HEADS, MOST_PROCESSES, MOST_SAMPLES, bounds
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/ (the newest one).")
@@ -78,9 +79,17 @@ def import_checkpoint(
     target: Target,
     source: Annotated[str, typer.Option("--from", metavar="hf|torch-dist|mosa-pytorch", help="The format to read.")],
     add_mosa_heads: Annotated[
-        int, typer.Option("--add-mosa-heads", min=0, help="New MoSA heads to add to each layer of a model without any.")
+        int,
+        typer.Option(
+            "--add-mosa-heads",
+            callback=bounds(0, MOST_HEADS),
+            help="New MoSA heads to add to each layer of a model without any.",
+        ),
     ] = 0,
-    sparsity: Annotated[float, typer.Option("--sparsity", help="Sparsity rho of the added heads; k = T / rho.")] = 16.0,
+    sparsity: Annotated[
+        float,
+        typer.Option("--sparsity", callback=bounds(1, 2**24), help="Sparsity rho of the added heads; k = T / rho."),
+    ] = 16.0,
     other_heads: Annotated[
         str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: the kind of the other heads.")
     ] = "dense",
@@ -112,7 +121,11 @@ def reshard_checkpoint(
     target: Target,
     tensor_parallel: Annotated[
         int | None,
-        typer.Option("--tensor-parallel", min=1, help="Tensor-parallel size to write for; default: the current one."),
+        typer.Option(
+            "--tensor-parallel",
+            callback=bounds(1, MOST_PROCESSES),
+            help="Tensor-parallel size to write for; default: the current one.",
+        ),
     ] = None,
     drop_optimizer: Annotated[bool, typer.Option("--drop-optimizer", help="Omit Adam's moments.")] = False,
     force: Force = False,
@@ -130,14 +143,16 @@ def causalize_checkpoint(
         Path | None, typer.Option("--data", help="A built dataset to calibrate on; default: the run's own.")
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, metavar="N", help="Number of training sequences to use.")
+        int,
+        typer.Option(
+            "--samples", callback=bounds(1, MOST_SAMPLES), metavar="N", help="Number of training sequences to use."
+        ),
     ] = 256,
     load_feedback: Annotated[
         float,
         typer.Option(
             "--load-feedback",
-            min=0.0,
-            max=1000.0,
+            callback=bounds(0, 1000),
             metavar="F",
             help="mosa.load_feedback of the result: makes thresholds hold each head's load in every sequence.",
         ),
@@ -155,7 +170,11 @@ def verify_checkpoint(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same kind or not.")],
     tolerance: Annotated[
         float,
-        typer.Option("--tolerance", help="Largest difference of a tensor, relative to its norm; 0: bitwise equal."),
+        typer.Option(
+            "--tolerance",
+            callback=bounds(0, 1_000_000),
+            help="Largest difference of a tensor, relative to its norm; 0: bitwise equal.",
+        ),
     ] = 0.0,
     no_logits: Annotated[bool, typer.Option("--no-logits", help="Compare only the tensors.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from megatron_mosa.commands.arguments import ConfigPath, Overrides
 from megatron_mosa.config import load_config
+from megatron_mosa.options import bounds
 
 Dataset = Annotated[
     Path, typer.Argument(metavar="PATH", help="A dataset, or a YAML file whose `data` section names one.")
@@ -56,7 +57,9 @@ def inspect_dataset(path: Dataset, overrides: Overrides = None) -> None:
 
 def sample(
     config: ConfigPath,
-    number: Annotated[int, typer.Argument(metavar="N", help="Position in the data order, from 0.")],
+    number: Annotated[
+        int, typer.Argument(metavar="N", callback=bounds(0, 2**63 - 1), help="Position in the data order, from 0.")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Print sample N as training sees it: decoded text, with a line at the end of each document."""

@@ -27,8 +27,13 @@ def start_training(
     Raises:
         UserError: whatever ``train.check_start`` rejects.
     """
-    if world_size is not None and (world_size < 1 or not check_only):
-        raise UserError(f"--world-size must be at least 1 and needs --check-only, got {world_size}")
+    if world_size is not None:
+        from megatron_mosa.options import MOST_PROCESSES  # imports typer, which pretrain_mosa.py does without
+
+        if not (1 <= world_size <= MOST_PROCESSES and check_only):
+            raise UserError(
+                f"--world-size must be at least 1, at most {MOST_PROCESSES}, and needs --check-only, got {world_size}"
+            )
     config = load_config(path, overrides, checks_batches=False)  # pretrain checks them
     check_plan(config, origins(path, overrides))
     if check_only:

@@ -14,6 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from megatron_mosa.config.rules import COMMAND_LINE, check
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.utils import write_atomically
 
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
@@ -60,7 +61,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:

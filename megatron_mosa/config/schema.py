@@ -171,7 +171,9 @@ class DataSection:
     sources: list[str] = key(["stdlib"], "stdlib | .txt, .jsonl, .parquet or directories | hf:NAME[:CONFIG][@SPLIT]")
     text_field: str = key("text", "the column that holds the text in JSON lines and Parquet")
     streaming: bool = key(True, "stream hf: datasets; false: download them completely before the build")
-    stream_timeout: float = key(300.0, "seconds without a document after which a stream counts as stalled", above=0)
+    stream_timeout: float = key(
+        300.0, "seconds without a document after which a stream counts as stalled", above=0, at_most=604_800
+    )
     tokenizer: str | None = key(
         None, "null: train a byte-level BPE; or a tokenizer.json, or a Hugging Face tokenizer directory or name"
     )
@@ -325,7 +327,7 @@ class FaultInjectionSection:
         "step (before it is computed) | validation (after it) | save (once it has begun)",
         choices=("step", "validation", "save"),
     )
-    seconds: float = key(30.0, "length of a pause; a signal ends it", at_least=0)
+    seconds: float = key(30.0, "length of a pause; a signal ends it", at_least=0, at_most=604_800)
 
 
 @dataclass

@@ -10,13 +10,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_mosa.data.json_rows import parse_line
 from megatron_mosa.data.left_out import EMPTY, replace_surrogates
+from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils import first_line
@@ -96,8 +97,12 @@ class HubSource:
 
     @cached_property
     def _description(self) -> dict[str, Any]:
+        is_local = self._dataset.startswith(("/", ".", "~")) or Path(self._dataset).exists()
         try:
-            builder = self._builder
+            with nullcontext() if is_local else asking_hub(f"the dataset '{self._dataset}'"):
+                builder = self._builder
+        except UserError as error:
+            raise UserError(f"data.sources: {error}") from error
         except Exception as error:  # the library, its HTTP client and its file systems each raise their own
             raise UserError(
                 f"data.sources: could not open {self.name}: {first_line(error)}; check the name ({_SYNTAX}) and the "

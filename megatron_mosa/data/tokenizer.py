@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils import first_line, load_json
 
@@ -65,7 +66,12 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     try:
         if path is not None:
             return _for_plain_text(Tokenizer.from_file(str(path)))
-        return _for_plain_text(Tokenizer.from_pretrained(name_or_path))
+        with asking_hub(f"the tokenizer '{name_or_path}'"):
+            return _for_plain_text(Tokenizer.from_pretrained(name_or_path))
+    except UserError as error:
+        raise UserError(
+            f"data.tokenizer='{name_or_path}' is not a file or folder: {error}, or set null to train one"
+        ) from error
     # The library raises plain Exception; for the hub, it passes on errors of its HTTP client.
     except Exception as error:
         reason = first_line(error)

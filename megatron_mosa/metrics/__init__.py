@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         run_totals,
         scalars,
     )
-    from megatron_mosa.metrics.pictures import load_pyplot
+    from megatron_mosa.metrics.pictures import load_pyplot, save_figure
     from megatron_mosa.metrics.plot import plot_losses
     from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
@@ -33,6 +33,7 @@ __all__ = [
     "read_journal",
     "recorded_selection",
     "run_totals",
+    "save_figure",
     "scalars",
     "selection_statistics",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.utils import parse_json, write_atomically
+from megatron_mosa.utils import naming, parse_json, write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
 _NUMBERS = ("tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
@@ -33,9 +35,20 @@ class Journal:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        """Append one line and hand it to the operating system.
+
+        Raises:
+            OSError: it could not be written; none of it is in the file.
+        """
+        content = json.dumps(_finite(line), allow_nan=False) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(content)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # or a later line would be appended to half of this one
+            raise
 
 
 def _finite(value: Any) -> Any:
@@ -97,7 +110,8 @@ def _set_aside(path: Path) -> str | None:
         return None
     names = (f"damaged-{path.name}", *(f"damaged-{number}-{path.name}" for number in range(2, 1000)))
     copy = next(copy for name in names if not (copy := path.with_name(name)).exists())
-    shutil.copyfile(path, copy)
+    with naming(copy):
+        shutil.copyfile(path, copy)
     return f"{path} has {damaged} damaged lines, which are left out from now on; the whole file is kept as {copy.name}"
 
 

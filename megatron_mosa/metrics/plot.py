@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.metrics.pictures import load_pyplot
+from megatron_mosa.metrics.pictures import load_pyplot, save_figure
 
 
 def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -43,8 +43,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _label(causal: set[bool]) -> str:

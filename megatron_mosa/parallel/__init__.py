@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
     from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
     from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
-    from megatron_mosa.parallel.launch import launch_environment, slurm_nodes
+    from megatron_mosa.parallel.launch import job_port, launch_environment, slurm_nodes
     from megatron_mosa.parallel.mpu import ModelParallelUnit
     from megatron_mosa.parallel.norm import SequenceParallelLayerNorm, SequenceParallelRMSNorm, norm_class
     from megatron_mosa.parallel.partition import Partition, partition_of
@@ -36,6 +36,7 @@ __all__ = [
     "destroy_parallel",
     "gather_first_dim",
     "initialize_parallel",
+    "job_port",
     "join_store",
     "launch_environment",
     "norm_class",

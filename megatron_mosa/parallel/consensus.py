@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from megatron_mosa.errors import StorageError, UserError
+from megatron_mosa.utils import file_problem
 
 Result = TypeVar("Result")
 
@@ -32,7 +33,7 @@ def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup |
         except UserError as error:
             outcome = [None, UserError(str(error))]
         except OSError as error:
-            outcome = [None, StorageError(str(error))]
+            outcome = [None, StorageError(file_problem(error, has_remedy=False))]
     distributed.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
@@ -49,7 +50,7 @@ def on_every_rank(action: Callable[[], Result], group: distributed.ProcessGroup 
     try:
         outcome = action()
     except OSError as error:
-        outcome = StorageError(f"rank {distributed.get_rank()}: {error}")
+        outcome = StorageError(f"rank {distributed.get_rank()}: {file_problem(error, has_remedy=False)}")
     outcomes: list = [None] * distributed.get_world_size()
     distributed.all_gather_object(outcomes, outcome, group=group)
     for found in outcomes:

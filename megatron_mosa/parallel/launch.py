@@ -11,6 +11,15 @@ from megatron_mosa.errors import UserError
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+def job_port(job: int, start: int = 0) -> int:
+    """Return a port for the ranks of a Slurm job to meet at; the scripts in launch/ use the same rule.
+
+    Args:
+        start: number of earlier starts in the job, whose ports may still be in use.
+    """
+    return 20000 + (job + 100 * start) % 10000
+
+
 def launch_environment() -> tuple[int, int, int]:
     """Return the rank, world size and local rank of this process, and set the variables that torch.distributed needs.
 
@@ -39,7 +48,7 @@ def launch_environment() -> tuple[int, int, int]:
             _number(name, most=world_size - 1, reason="SLURM_STEP_NUM_TASKS")
             for name in ("SLURM_PROCID", "SLURM_LOCALID")
         )
-        environment.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID") % 20000))
+        environment.setdefault("MASTER_PORT", str(job_port(_number("SLURM_JOB_ID"))))
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _first_slurm_node()
     else:

@@ -1,4 +1,4 @@
-"""Requests to stop, from signals or the job's time limit, that all ranks agree on."""
+"""Requests to stop, from signals, the job's time limit or a full disk, that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # SIGUSR1 is an advance notice (Slurm's --signal). Where ranks have different reasons, the last in this order wins.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 TIME_LIMIT = "the time limit is near"
-REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
+UNWRITABLE = "a file could not be written"
+REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT, UNWRITABLE)
 
 
 def block_sigusr1() -> None:
@@ -90,7 +91,13 @@ class Interruption:
         self.deadline = deadline
         self.hosts: HostGroup | None = None
         """The ranks that must agree; None: this process decides alone."""
+        self.cannot_write = False
+        """Whether this process cannot write what the run must not do without."""
         self._reason: str | None = None
+
+    def stop_as_unwritable(self) -> None:
+        """Have all ranks stop at the next call of ``agreed_reason``, since this one cannot write a file."""
+        self.cannot_write = True
 
     def agreed_reason(self) -> str | None:
         """Return why to stop now, one of ``REASONS``, or None to continue. A collective."""
@@ -101,6 +108,8 @@ class Interruption:
 
     def _own(self) -> int:
         """Return the number of this process's reason, from 1, or 0 for none."""
+        if self.cannot_write:
+            return 1 + REASONS.index(UNWRITABLE)
         if self.signals.received:
             return 1 + SIGNALS.index(self.signals.received[0])
         is_late = self.deadline is not None and time.time() >= self.deadline

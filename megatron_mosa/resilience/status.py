@@ -6,12 +6,11 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.exit_codes import NAMES
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import load_json, tolerating, write_atomically
 
 STATUS = "status.json"
 RUNNING = "running"
@@ -79,7 +78,7 @@ class RunStatus:
     def _write(self) -> None:
         """Write, best effort: a full disk must not end a run over its status."""
         self._written = self._content["updated"] = time.time()
-        with suppress(OSError):
+        with tolerating("mosa status will show an earlier state"):
             write_atomically(self.path, json.dumps(self._content, indent=1) + "\n")
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
 from megatron_mosa.resilience import read_status
+from megatron_mosa.utils import tolerating
 
 
 def report(directory: Path) -> None:
     """Plot loss.png; print what was done and how fast, and the last validation loss beside the unigram entropy."""
     lines = read_journal(directory / "metrics.jsonl")
-    drawn = "loss.png, "
+    drawn = ""
     try:
-        plot_losses(lines, directory / "loss.png", directory.name)
+        with tolerating("there is no new picture of the losses"):
+            plot_losses(lines, directory / "loss.png", directory.name)
+            drawn = "loss.png, "
     except RunError as error:
-        drawn = ""
         print(f"No loss.png:      {error}")
     totals, status = run_totals(lines), read_status(directory) or {}
     restarts, skipped = status.get("starts", 1) - 1, status.get("skipped_steps", 0)

@@ -54,7 +54,7 @@ class Rewinder:
         self.store.load(engine, path)
         metadata = read_metadata(path)
         state = TrainingState(metadata.step, metadata.consumed_samples)
-        self.writers.rewind(state.step)
+        on_main_rank(lambda: self.writers.rewind(state.step))
         self.writers.note(f"rewound to {path}; step {spike} will be skipped")
         return state, self.batches_from(state)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
-from megatron_mosa.utils import log_libraries
+from megatron_mosa.utils import log_libraries, tolerating
 
 
 def pretrain(config: Config) -> int:
@@ -97,7 +97,8 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceSe
     elif layout.is_main:
         print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
     if layout.is_main:
-        report(start.directory)
+        with tolerating("the report is not complete"):
+            report(start.directory)
         survival.status.end(STOPPED if stopped else DONE, stopped or "")
     return stopped
 
@@ -113,12 +114,19 @@ def _train(
 ) -> str | None:
     """Train; return the reason for an early stop, if there was one."""
     directory = RunDirectory(start.directory)
-    on_main_rank(lambda: directory.prepare(config))
+    _write_on_main_rank(lambda: directory.prepare(config))
     log_libraries(start.directory / "libraries.log" if layout.is_main else None)
     skipped = on_main_rank(lambda: skipped_steps(start.directory))
     survival.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
-    writers = Writers(config, start.directory, is_main=layout.is_main, resumed_step=state.step)
+    writers = Writers(
+        config,
+        start.directory,
+        is_main=layout.is_main,
+        resumed_step=state.step,
+        on_failure=survival.interruption.stop_as_unwritable,
+    )
+    _write_on_main_rank(writers.open)
     vocab_size = start.manifest.vocab_size
     writers.note(
         f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
@@ -179,7 +187,17 @@ def _train(
     if trainer.stop_reason:
         writers.note(f"stopped at step {state.step}: {trainer.stop_reason}; start the run again to resume it")
     writers.close()
+    if failure := on_main_rank(lambda: writers.failure):
+        raise StorageError(f"{failure}; the run stopped at step {trainer.state.step}, {_newest(store)}")
     return trainer.stop_reason
+
+
+def _write_on_main_rank(action: Callable[[], None]) -> None:
+    """Write files of the run directory on the main rank, without which no run can begin."""
+    try:
+        on_main_rank(action)
+    except StorageError as error:
+        raise StorageError(f"{error}; free some space, or set run.directory to another disk, and start again") from None
 
 
 def _large_files(config: Config, start: ResumePoint) -> list[FileHash]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +13,95 @@ import numpy as np
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import NON_CAUSAL, Journal, kind, scalars
 from megatron_mosa.train.wandb_run import WandbRun
+from megatron_mosa.utils import file_problem, naming, tolerating
+
+_NO_TENSORBOARD = "TensorBoard gets no more events"
+_NO_OUTPUT = "the output lacks some lines"
 
 
 class Writers:
-    """Sends each training or validation line to all outputs, on the main rank only."""
+    """Sends each training or validation line to all outputs, on the main rank only.
 
-    def __init__(self, config: Config, run_directory: Path, *, is_main: bool, resumed_step: int) -> None:
+    A run ends in order, with a checkpoint, if metrics.jsonl cannot be written; it goes on without the other outputs.
+
+    Args:
+        resumed_step: lines of later steps are dropped.
+        on_failure: called when metrics.jsonl could not be written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_directory: Path,
+        *,
+        is_main: bool,
+        resumed_step: int,
+        on_failure: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.run_directory = run_directory
         self.is_main = is_main
+        self.resumed_step = resumed_step
         self.last_step = config.train.steps
-        if not is_main:
+        self.wandb: WandbRun | None = None
+        self.tensorboard: Any = None
+        self.failure: str | None = None
+        """Why metrics.jsonl could not be written, in one line."""
+
+        self._on_failure = on_failure
+        self._unwritten: list[dict[str, Any]] = []
+
+    def open(self) -> None:
+        """Open the outputs on the main rank; before this, only ``note`` may be called.
+
+        Raises:
+            OSError: metrics.jsonl cannot be written.
+        """
+        if not self.is_main:
             return
         # Before the journal drops the lines of steps that will be repeated: WandbRun must see them.
-        self.wandb = WandbRun(config, run_directory, resumed_step) if config.logging.wandb_project else None
-        self.journal = Journal(run_directory / "metrics.jsonl", resumed_step)
+        if self.config.logging.wandb_project:
+            self.wandb = WandbRun(self.config, self.run_directory, self.resumed_step)
+        self.journal = Journal(self.run_directory / "metrics.jsonl", self.resumed_step)
         if self.journal.damage is not None:
             self.note(self.journal.damage)
-        self.tensorboard: Any = None
-        if config.logging.tensorboard:
-            self._open_tensorboard(resumed_step)
+        if self.config.logging.tensorboard:
+            self._open_tensorboard(self.resumed_step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, whose steps will be repeated."""
+        """Drop the lines after ``step``, whose steps will be repeated.
+
+        Raises:
+            OSError: metrics.jsonl cannot be written.
+        """
         if not self.is_main:
             return
         if self.wandb is not None:
             self.wandb.rewind(step)
         self.journal = Journal(self.journal.path, step)
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            self._close_tensorboard()
             self._open_tensorboard(step)
 
     def _open_tensorboard(self, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.tensorboard = SummaryWriter(self.journal.path.parent / "tensorboard", purge_step=resumed_step + 1)
+        folder = self.run_directory / "tensorboard"
+        _silence_tensorboard()
+        with tolerating(_NO_TENSORBOARD), naming(folder):
+            self.tensorboard = SummaryWriter(folder, purge_step=resumed_step + 1)
+
+    def _close_tensorboard(self) -> None:
+        writer, self.tensorboard = self.tensorboard, None
+        if writer is not None:
+            with tolerating(_NO_TENSORBOARD), naming(self.run_directory / "tensorboard"):
+                writer.close()
 
     def note(self, text: str) -> None:
         """Print a line with the time."""
         if self.is_main:
-            print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+            with tolerating(_NO_OUTPUT):
+                print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def training(self, line: dict[str, Any], seconds_left: float) -> None:
         """Record a training line of metrics.jsonl, and print it with the time left in seconds."""
@@ -78,15 +130,16 @@ class Writers:
         """Flush and close all outputs."""
         if not self.is_main:
             return
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self._write_journal()
+        self._close_tensorboard()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _record(self, line: dict[str, Any]) -> None:
         per_head = {key: value for key, value in line.items() if isinstance(value, list) and _is_per_head(value)}
         line = {key: value for key, value in line.items() if key not in per_head}
-        self.journal.write(line)  # without values per head: the file would grow to gigabytes
+        self._unwritten.append(line)  # without values per head: the file would grow to gigabytes
+        self._write_journal()
         numbers = scalars(line)
         histograms = {
             f"{kind(line)}/{key}/layer_{number}": values
@@ -94,13 +147,41 @@ class Writers:
             for number, values in enumerate(layers)
         }
         if self.tensorboard is not None:
-            for name, number in numbers.items():
-                self.tensorboard.add_scalar(name, number, line["step"])
-            for name, values in histograms.items():
-                self.tensorboard.add_histogram(name, np.array(values), line["step"])
-            self.tensorboard.flush()  # so that it survives a crash as the journal does
+            self._write_tensorboard(numbers, histograms, line["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, histograms, line["step"])
+
+    def _write_journal(self) -> None:
+        """Write the lines that are not written yet, of earlier failures too."""
+        try:
+            while self._unwritten:
+                self.journal.write(self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            if self.failure is None:
+                self.failure = file_problem(error)
+                self._on_failure()
+
+    def _write_tensorboard(self, numbers: dict[str, float], histograms: dict[str, list[float]], step: int) -> None:
+        writer, self.tensorboard = self.tensorboard, None  # which it stays if this fails
+        with tolerating(_NO_TENSORBOARD), naming(self.run_directory / "tensorboard"):
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
+            for name, values in histograms.items():
+                writer.add_histogram(name, np.array(values), step)
+            writer.flush()  # so that it survives a crash as the journal does
+            self.tensorboard = writer
+
+
+def _silence_tensorboard() -> None:
+    """Let TensorBoard's threads end without a traceback: their errors are raised again by the next call."""
+    before = threading.excepthook
+
+    def report(failure: Any) -> None:
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            before(failure)
+
+    threading.excepthook = report
 
 
 def _is_per_head(value: list[Any]) -> bool:

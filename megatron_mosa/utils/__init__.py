@@ -1,7 +1,15 @@
 """Helpers without a subject of their own: atomic files, JSON, versions, progress bars, first lines of errors."""
 
-from megatron_mosa.utils.errors import first_line
-from megatron_mosa.utils.files import creation_problem, free_megabytes, replace_directory, sync, write_atomically
+from megatron_mosa.utils.errors import file_problem, first_line
+from megatron_mosa.utils.files import (
+    creation_problem,
+    free_megabytes,
+    naming,
+    replace_directory,
+    sync,
+    tolerating,
+    write_atomically,
+)
 from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
 from megatron_mosa.utils.parsing import load_json, parse_json
@@ -12,15 +20,18 @@ __all__ = [
     "creation_problem",
     "drop_known_noise",
     "drop_warnings",
+    "file_problem",
     "first_line",
     "free_megabytes",
     "lazy_face",
     "load_json",
     "log_libraries",
+    "naming",
     "parse_json",
     "progress",
     "replace_directory",
     "sync",
+    "tolerating",
     "versions",
     "write_atomically",
 ]

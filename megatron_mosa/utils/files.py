@@ -5,31 +5,77 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from megatron_mosa.utils.errors import file_problem
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, on Linux; some room is left for what will be below the path
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 text file beside ``path`` and rename it: readers see the old content or the new.
+_warned = set[str]()
+"""Subjects of ``tolerating`` that it has warned of."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError that names no file, as that of writing to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def tolerating(what: str) -> Iterator[None]:
+    """Go on after an OSError, for files that a run can do without; warn on stderr the first time.
+
+    Args:
+        what: the files, and what is missing without them.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # whoever reads the output has left
+            raise
+        if what not in _warned:
+            _warned.add(what)
+            with suppress(OSError):
+                print(f"warning: {what}: {file_problem(error, has_remedy=False)}", file=sys.stderr)
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a file beside ``path``, text as UTF-8, and rename it: readers see the old content or the new.
+
+    A device, such as /dev/null, is written to instead of replaced.
 
     Args:
         durable: see the content onto the disk first, so that power loss leaves the old content or the new, too.
 
     Raises:
-        OSError: the file could not be written; what stood there is unchanged.
+        OSError: the file could not be written; it names ``path``, and what stood there is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content = content.encode() if isinstance(content, str) else content
+    is_device = path.exists() and not path.is_file()
+    temporary = path if is_device else path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        if durable:
-            sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with naming(path):
+            temporary.write_bytes(content)
+            if is_device:
+                return
+            if durable:
+                sync(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        if not is_device:
+            error.filename = str(path)  # instead of the temporary file
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         raise
 
 

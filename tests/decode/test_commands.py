@@ -176,7 +176,7 @@ def test_user_errors_of_cache_report(mosa, folder: Path, tmp_path: Path) -> None
             "--lengths=1k,many: 'many' is not a number of tokens; use a list such as 1000",
         ),
         ([folder, "--lengths", "0"], "'0' is not a number of tokens"),
-        ([folder, "--dense-heads", "0"], "--dense-heads must be at least 1, got 0"),
+        ([folder, "--dense-heads", "0"], "--dense-heads must be at least 1 and at most"),
         (
             [folder, "--text", tmp_path / "text", "--lengths", "4"],
             "has only 3 tokens, but --lengths asks for 4; pass a longer",

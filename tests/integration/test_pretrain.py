@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.distributed.pool import free_port
 from tests.integration.conftest import ROOT, Runner
+from tests.loaded import wait_for_ranks
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,34 @@ def test_a_full_disk(runner: Runner, whole_run: str) -> None:
     assert sorted(path.name for path in checkpoints.iterdir()) == before
     assert "step-00000005" in runner.pretrain("full")
     assert runner.losses("full") == runner.losses(whole_run)[:10]
+
+
+NO_SPACE = """
+from pathlib import Path
+opened = Path.open
+def full(path, mode="r", *arguments, **options):
+    if path.name == "metrics.jsonl" and "a" in mode and b'"step": 6,' in path.read_bytes():
+        return opened(Path("/dev/full"), mode, *arguments, **options)
+    return opened(path, mode, *arguments, **options)
+Path.open = full
+"""
+
+
+def test_a_disk_too_full_for_metrics(runner: Runner, whole_run: str, tmp_path: Path) -> None:
+    """The run ends on all ranks, with a checkpoint, and goes on later."""
+    (tmp_path / "sitecustomize.py").write_text(NO_SPACE)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    checkpoint = runner.folder / "runs" / "no_space" / "checkpoints" / "step-00000008"
+    ranks = runner.start("no_space", PYTHONPATH=path)
+    assert wait_for_ranks(ranks) == [1, 1]
+    assert "stopped at step 8: a file could not be written" in runner.printed("no_space", "out")
+    assert runner.printed("no_space", "err").splitlines() == [
+        f"error: could not write '{checkpoint.parents[1]}/metrics.jsonl': No space left on device; free some space and "
+        f"start again; the run stopped at step 8, its last intact checkpoint is {checkpoint}"
+    ]
+    assert [line["step"] for line in runner.lines("no_space") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert "step-00000008" in runner.pretrain("no_space")
+    assert runner.lines("no_space")[-1]["validation_loss"] == runner.lines(whole_run)[-1]["validation_loss"]
 
 
 def test_a_checkpoint_of_format_1_still_loads(runner: Runner, whole_run: str) -> None:

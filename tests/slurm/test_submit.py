@@ -38,7 +38,7 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(training: Jobs) -> None:
 @pytest.mark.parametrize(
     ("arguments", "path", "code", "line"),
     [
-        (["--nodes=0"], None, 2, "error: --nodes must be between 1 and 100000, got 0"),
+        (["--nodes=0"], None, 2, "error: --nodes must be at least 1 and at most 100000, got 0"),
         (["--nodes=3"], None, 2, "error: world size 3 is not divisible by parallel.tensor_model_parallel_size=2"),
         (["--sbatch-argument=x"], None, 2, "error: --sbatch-argument='x' is not an option of sbatch"),
         (["train.stepz=3"], None, 2, "error: "),

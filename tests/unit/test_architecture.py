@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 ROOT = PACKAGE.parent
 LEVELS = [
     {"errors", "exit_codes", "utils"},
-    {"config", "entry", "hf", "kernels", "parallel"},
-    {"attention", "data", "resilience"},
+    {"config", "entry", "hf", "kernels", "options", "parallel"},
+    {"attention", "data", "resilience", "sbatch"},
     {"model"},
     {"engine", "metrics"},
     {"checkpoint"},

@@ -1,8 +1,10 @@
 """Hugging Face datasets: streaming gives the same documents, and builds continue after a stream stops."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import datasets
 import pytest
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, hub
+from megatron_mosa.data import build, build_dataset, hub, reach
+from megatron_mosa.data.tokenizer import load_tokenizer
 from megatron_mosa.errors import UserError
 
 
@@ -180,3 +183,51 @@ def test_a_stream_resumes_at_a_position(source: str) -> None:
         assert documents(downloaded, position) == expected
         del position["state"]  # reads and skips the rows before it
         assert documents(streamed, position) == expected
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub that accepts no connection, as behind a firewall that drops packets."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        port = server.getsockname()[1]
+        waiting = [socket.socket() for _ in range(2)]  # fill the queue of the server
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(reach, "_unreachable", [])
+        monkeypatch.setattr("megatron_mosa.data.reach.unreachable", partial(reach.unreachable, seconds=0.5))
+        yield f"127.0.0.1:{port}"
+        for one in waiting:
+            one.close()
+
+
+def test_a_hub_that_does_not_answer_is_given_up(
+    silent_hub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=rf"'no/such' is not in the cache .*{silent_hub} cannot be reached .*HF_HUB_OFF"
+    ):
+        load_tokenizer("no/such")
+    with pytest.raises(UserError, match=rf"^data.sources: the dataset 'no/such' is not in the cache .*{silent_hub}"):
+        hub.HubSource("hf:no/such", "text", streaming=True, timeout=10).describe()
+    assert time.monotonic() - started < 10
+    asked = capsys.readouterr().err
+    assert "asking the Hugging Face hub (127.0.0.1) for the tokenizer 'no/such'\n" in asked
+    assert asked.count("asking") == 1  # what does not answer is not asked again
+
+
+def test_the_hub_is_asked_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "getproxies", dict)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert reach.hub_host() == ("huggingface.co", 443)
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror:8080/hf")
+    assert reach.hub_host() == ("mirror", 8080)
+    monkeypatch.setattr(reach, "getproxies", lambda: {"http": "proxy:3128"})
+    monkeypatch.setattr(reach, "proxy_bypass", lambda host: host == "near")
+    assert reach.hub_host() == ("proxy", 3128)
+    monkeypatch.setenv("HF_ENDPOINT", "http://near")
+    assert reach.hub_host() == ("near", 80)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mosa.utils.errors import first_line
-from megatron_mosa.utils.files import replace_directory, write_atomically
+from megatron_mosa.utils.errors import file_problem, first_line
+from megatron_mosa.utils.files import naming, replace_directory, tolerating, write_atomically
 
 
 def fail(*_: object) -> None:
@@ -27,6 +27,36 @@ def test_a_failed_write_leaves_the_old_content_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_bytes().decode() == "öld"
     write_atomically(file, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and file.read_text() == "new"
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    """Errors of writing to a full disk name none."""
+    with pytest.raises(OSError) as caught, naming(tmp_path / "file"), open("/dev/full", "w") as full:
+        full.write("a")
+    assert file_problem(caught.value).startswith(f"could not write '{tmp_path}/file': No space left on device; free")
+
+
+def test_devices_are_written_to(tmp_path: Path) -> None:
+    """The user may be root, and --output=/dev/null."""
+    for name in ("null", "full"):
+        (tmp_path / name).symlink_to(f"/dev/{name}")
+    write_atomically(tmp_path / "null", "a")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomically(tmp_path / "full", "a")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_char_device()) == ["full", "null"]
+
+
+def test_what_is_tolerated_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("one", "one", "two"):
+        with tolerating(what):
+            fail()
+    assert capsys.readouterr().err == "".join(
+        f"warning: {what}: could not write: No space left on device\n" for what in ("one", "two")
+    )
+    with pytest.raises(ValueError), tolerating("one"):
+        raise ValueError
+    with pytest.raises(BrokenPipeError), tolerating("one"):
+        raise BrokenPipeError
 
 
 def test_a_directory_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -787,18 +787,18 @@ def test_counts_are_parsed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1 and at most "),
+        (["--processes", "0"], "--processes must be at least 1 and at most "),
         (["--processes", "1,x"], "--processes=1,x: 'x' is not an integer; give such as 4, or 1,2,4"),
         (["--processes", "2,2"], "--processes=2,2: 2 is given twice"),
-        (["--weak", "0"], "--weak must be at least 1, got 0"),
-        (["--memory", "0"], "--memory must be above 0, got 0"),
+        (["--weak", "0"], "--weak must be at least 1 and at most "),
+        (["--memory", "0"], "--memory must be above 0 and at most "),
         (["--reference", "bf16"], "--reference must be training or fp32, got bf16"),
         (["--slurm"], "--slurm needs --gpus-per-node"),
         (["--partition", "gpu"], "need --slurm; give it, or leave them out"),
         (["--slurm", "--gpus-per-node", "0", "--sbatch-argument", "x"], "--sbatch-argument='x' is not an option"),
         (["--processes", "2", "--random-tokens", "--beside", "none"], "--beside=none does not hold a sweep"),
-        (["--warmup", "-1"], "--warmup must be at least 0, got -1"),
+        (["--warmup", "-1"], "--warmup must be at least 0 and at most "),
         (["--processes", "2", "--layout", "tp=4"], "--layout tp=4,sp=true,zero=1,micro=4 on 2 processes"),
     ],
 )

@@ -119,7 +119,9 @@ def trainer(
 
 
 def writers(settings: Config, folder: Path, resumed_step: int = 0) -> Writers:
-    return Writers(settings, folder, is_main=True, resumed_step=resumed_step)
+    opened = Writers(settings, folder, is_main=True, resumed_step=resumed_step)
+    opened.open()
+    return opened
 
 
 RATES = [1 / 3, 2 / 3, 1.0, 0.84, 0.68, 0.52, 0.36, 0.2]  # three steps of warm-up, five of decay

@@ -7,6 +7,7 @@ import math
 import struct
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 def opened(settings: Config, resumed_step: int = 0) -> Writers:
     directory = Path(settings.run.directory) / settings.run.name
     directory.mkdir(parents=True, exist_ok=True)
-    return Writers(settings, directory, is_main=True, resumed_step=resumed_step)
+    writers = Writers(settings, directory, is_main=True, resumed_step=resumed_step)
+    writers.open()
+    return writers
 
 
 def closed(writers: Writers) -> None:
@@ -252,3 +255,53 @@ def test_runs_without_a_record_keep_their_id(settings: Config, server: Server) -
     (directory / "wandb.json").write_text('{"project": "p", "na')  # a power failure
     opened(settings, resumed_step=2)
     assert server.opened[5] not in server.opened[:5]
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_lines_that_a_full_disk_refused_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path, logging={"tensorboard": False})
+    stops: list[int] = []
+    writers = Writers(settings, tmp_path, is_main=True, resumed_step=0, on_failure=lambda: stops.append(1))
+    writers.open()
+    write(writers, 1, 2, OLD)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr("megatron_mosa.metrics.journal.Path.open", half_written)
+    write(writers, 3, 4, OLD)
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and stops == [1]
+    assert writers.failure is not None
+    assert writers.failure.startswith(f"could not write '{tmp_path}/metrics.jsonl': No space left on device; free")
+    writers.close()
+    assert [line["step"] for line in read_journal(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@contextmanager
+def half_written(path: Path, *_: object, **__: object) -> Iterator[SimpleNamespace]:
+    """A file on a disk that is full after a few bytes."""
+
+    def write(text: str) -> None:
+        with open(path, "a") as file:
+            file.write(text[:5])
+        no_space()
+
+    yield SimpleNamespace(write=write)
+
+
+def test_a_run_goes_on_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_mosa.utils.files._warned", set())
+    writers = Writers(config(tmp_path, logging={"tensorboard": True}), tmp_path, is_main=True, resumed_step=0)
+    writers.open()
+    write(writers, 1, 1, OLD)
+    monkeypatch.setattr(writers.tensorboard._get_file_writer().event_writer._async_writer._writer, "write", no_space)
+    write(writers, 2, 4, OLD)
+    writers.close()
+    told = capsys.readouterr().err
+    assert told == (
+        f"warning: TensorBoard gets no more events: could not write '{tmp_path}/tensorboard': No space left on device\n"
+    )
+    assert [line["step"] for line in read_journal(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]

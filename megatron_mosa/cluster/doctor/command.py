@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from pathlib import Path
@@ -12,8 +11,8 @@ import typer
 
 from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.entry import check_output
-from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import STOPPED
+from megatron_mosa.options import bounds
 
 
 def doctor(
@@ -24,14 +23,31 @@ def doctor(
         Path | None, typer.Option("--json", metavar="PATH", help="Write bad_nodes, all findings and each rank's facts.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for the other ranks in each step.")
+        float,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            callback=bounds(above=0, most=86_400),
+            help="Longest wait for the other ranks in each step.",
+        ),
     ] = 120.0,
     minimum_disk: Annotated[
-        float, typer.Option("--minimum-disk", metavar="GIB", help="Free space required in the run directory.")
+        float,
+        typer.Option(
+            "--minimum-disk",
+            metavar="GIB",
+            callback=bounds(0, 1_000_000_000),
+            help="Free space required in the run directory.",
+        ),
     ] = 10.0,
     slow: Annotated[
         float,
-        typer.Option("--slow", metavar="FACTOR", help="A GPU slower than the job's median by this factor is bad."),
+        typer.Option(
+            "--slow",
+            metavar="FACTOR",
+            callback=bounds(above=1, most=1000),
+            help="A GPU slower than the job's median by this factor is bad.",
+        ),
     ] = 1.5,
 ) -> None:
     """Check every node of a job before it trains; if some are bad, name them and the fix, and exit with 1.
@@ -39,13 +55,6 @@ def doctor(
     Run alone, it checks this machine; under srun, torchrun or DeepSpeed's launcher, all nodes, with one process per
     task. If all nodes are healthy but SIGUSR1 has asked the job to stop in the meantime, it exits with 75.
     """
-    for name, value, bound, is_allowed in (
-        ("timeout", timeout, "greater than 0 and at most 86400", 0 < timeout <= 86400),
-        ("minimum-disk", minimum_disk, "at least 0 and finite", 0 <= minimum_disk < math.inf),
-        ("slow", slow, "greater than 1 and finite", 1 < slow < math.inf),
-    ):
-        if not is_allowed:
-            raise UserError(f"--{name} must be {bound}, got {value:g}")
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # whose rank writes the file
         check_output("--json", json)
     from megatron_mosa.cluster.doctor.job import check_job

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.cluster.doctor.node import Finding, Report
+from megatron_mosa.utils import write_atomically
 
 _PACKAGES = ("python", "torch", "CUDA", "NCCL", "megatron-core", "deepspeed", "triton", "apex")
 _CLOCK_WARNING_SECONDS, _CLOCK_BAD_SECONDS = 1.0, 60.0
@@ -197,7 +198,7 @@ def print_verdict(verdict: Verdict) -> int:
 def write_json(verdict: Verdict, path: Path) -> None:
     """Write the verdict as JSON (see ``as_json``); raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(verdict), indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(as_json(verdict), indent=2) + "\n")
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_mosa.config import Config, check_world_size, save_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.utils import versions
+from megatron_mosa.utils import tolerating, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "pretrain.sbatch")
@@ -121,7 +121,8 @@ class Submission:
                 before = f"; already submitted: {', '.join(jobs)} (scancel {' '.join(jobs)})" if jobs else ""
                 raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}{before}")
             jobs.append(done.stdout.strip().partition(";")[0])  # JOB, or JOB;CLUSTER
-        (self.folder / "jobs.txt").write_text("\n".join(jobs) + "\n", encoding="utf-8")
+        with tolerating(f"the numbers of the jobs are not recorded: {', '.join(jobs)}"):
+            write_atomically(self.folder / "jobs.txt", "\n".join(jobs) + "\n")
         return jobs
 
 

@@ -12,12 +12,11 @@ import typer
 from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
+from megatron_mosa.options import MOST_STEPS, bounds
 from megatron_mosa.utils import load_json, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.bench.measure import Measurement
-
-_MOST_STEPS = 1_000_000
 
 
 def bench(
@@ -25,8 +24,13 @@ def bench(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Measured steps.")] = 20,
-    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Steps before them, which compile.")] = 5,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="Measured steps.")
+    ] = 20,
+    warmup: Annotated[
+        int,
+        typer.Option("--warmup", metavar="N", callback=bounds(1, MOST_STEPS), help="Steps before them, which compile."),
+    ] = 5,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE.json", help="Write all numbers, and FILE.png on a GPU.")
     ] = None,
@@ -36,9 +40,6 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the training step of a configuration on this machine's devices; under torchrun, on several."""
-    for name, value in (("steps", steps), ("warmup", warmup)):
-        if not 1 <= value <= _MOST_STEPS:
-            raise UserError(f"--{name} must be at least 1 and at most {_MOST_STEPS}, got {value}")
     check_output("--output", output)
     settings = load_config(config, overrides or [])
     before = None if compare is None else read(compare)

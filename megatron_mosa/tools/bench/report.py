@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.loop import LoopTime
 from megatron_mosa.tools.bench.measure import Measurement
 
@@ -56,11 +57,7 @@ def time_by_kind(found: Measurement) -> dict[str, float]:
 
 def plot(found: Measurement, path: Path) -> None:
     """Write a bar of the step's time by kind, as a PNG."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(9, 2.4), layout="constrained")
     left = 0.0
     for number, (kind, value) in enumerate(time_by_kind(found).items()):
@@ -72,8 +69,7 @@ def plot(found: Measurement, path: Path) -> None:
     axes.set_xlabel("milliseconds of a step")
     axes.set_title(f"{found.name}, {found.layout}, {found.device}: {found.median:.1f} ms", fontsize=9)
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def slower(found: Measurement, before: Measurement) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.entry import check_output
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import UserError
 
 
 def compare(
@@ -30,9 +30,6 @@ def compare(
 
     found = [read_run(run) for run in runs]
     Console().print(table(found))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        plot(found, output)
-    except OSError as error:
-        raise RunError(f"could not write to --output={output}: {error.strerror}") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    plot(found, output)
     print(f"Wrote {output}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.metrics import RunTotals, load_pyplot, read_journal, run_totals
+from megatron_mosa.metrics import RunTotals, load_pyplot, read_journal, run_totals, save_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,5 +95,4 @@ def plot(runs: Sequence[RunCurves], path: Path) -> None:
     panels[0].set_ylabel("loss, nats per token")
     figure.suptitle("lines: training; points: validation", fontsize="small")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

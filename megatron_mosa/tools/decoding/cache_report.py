@@ -21,7 +21,9 @@ from megatron_mosa.hf import heads_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document, require_cache
+from megatron_mosa.utils import write_atomically
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -96,7 +98,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
         print_report(facts, rows, Console(width=None if sys.stdout.isatty() else 140))  # a file has no width
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "cache.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(output / "cache.json", json.dumps(content, indent=2) + "\n")
         plot(rows, facts, output / "cache.png")
 
 
@@ -222,11 +224,7 @@ def print_report(facts: dict[str, Any], rows: list[CacheSize], console: Console)
 
 def plot(rows: list[CacheSize], facts: dict[str, Any], path: Path) -> None:
     """Plot used and allocated bytes and the dense model's bytes over the length to a PNG file."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lengths = [row.length for row in rows]
     baseline = facts["baseline"].partition(",")[0]
@@ -241,5 +239,4 @@ def plot(rows: list[CacheSize], facts: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"MiB of keys and values ({facts['dtype']})")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)  # so that it covers no line
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)

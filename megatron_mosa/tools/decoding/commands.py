@@ -9,6 +9,8 @@ import typer
 
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
+from megatron_mosa.options import MOST_HEADS, bounds
+from megatron_mosa.tools.decoding.sampling import Sampling
 
 _LONGEST = 2**26  # tokens
 _MOST_SEQUENCES = 2**16
@@ -52,10 +54,10 @@ def generate(
     tokenizer: TokenizerPath = None,
 ) -> None:
     """Stream a completion of a prompt, without the prompt itself."""
-    require_model(path)
-    from megatron_mosa.tools.decoding.generation import Sampling, generate_text, read_prompt  # slow to import, as below
-
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    require_model(path)
+    from megatron_mosa.tools.decoding.generation import generate_text, read_prompt  # slow to import, as below
+
     text = read_prompt(prompt, prompt_file)
     generate_text(
         path,
@@ -78,10 +80,21 @@ def cache_report(
     ] = None,
     dense_heads: Annotated[
         int | None,
-        typer.Option("--dense-heads", metavar="N", help="Heads of the dense baseline; default: equal FLOPs."),
+        typer.Option(
+            "--dense-heads",
+            metavar="N",
+            callback=bounds(1, MOST_HEADS),
+            help="Heads of the dense baseline; default: equal FLOPs.",
+        ),
     ] = None,
     exact_up_to: Annotated[
-        int, typer.Option("--exact-up-to", metavar="N", help="Beyond this, dense heads see only the last N tokens.")
+        int,
+        typer.Option(
+            "--exact-up-to",
+            metavar="N",
+            callback=bounds(1, _LONGEST),
+            help="Beyond this, dense heads see only the last N tokens.",
+        ),
     ] = 16384,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Also write cache.json and cache.png there.")
@@ -93,9 +106,6 @@ def cache_report(
 ) -> None:
     """Measure a model's cache size and compare it with a dense model's."""
     numbers = parse_lengths(lengths)
-    for name, value in (("dense-heads", dense_heads), ("exact-up-to", exact_up_to)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
     check_output("--output", output, is_directory=True)
     require_model(path)
     from megatron_mosa.tools.decoding.cache_report import CacheReportOptions, report

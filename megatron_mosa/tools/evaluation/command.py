@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_mosa.entry import check_output
-from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.errors import UserError
+from megatron_mosa.options import MOST_SAMPLES, bounds
+from megatron_mosa.utils import write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.convert import ModelReader
@@ -28,9 +30,14 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", metavar="PATH", help="A built dataset; default: the training dataset.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Number of validation windows.")] = 64,
+    samples: Annotated[
+        int, typer.Option("--samples", callback=bounds(2, MOST_SAMPLES), help="Number of validation windows.")
+    ] = 64,
     prefixes: Annotated[
-        int, typer.Option("--prefixes", min=0, help="Positions per range for the prefix-only loss; 0: none.")
+        int,
+        typer.Option(
+            "--prefixes", callback=bounds(0, 100_000), help="Positions per range for the prefix-only loss; 0: none."
+        ),
     ] = 2,
     lengths: Annotated[
         str, typer.Option("--lengths", metavar="N,N,...", help="Multiples of the training length; '' for none.")
@@ -38,10 +45,14 @@ def evaluate(
     calibration_samples: Annotated[
         int,
         typer.Option(
-            "--calibration-samples", min=1, help="Expert choice: training windows to calibrate thresholds on."
+            "--calibration-samples",
+            callback=bounds(1, MOST_SAMPLES),
+            help="Expert choice: training windows to calibrate thresholds on.",
         ),
     ] = 64,
-    tokens_at_once: Annotated[int, typer.Option("--tokens-at-once", min=1, help="Tokens per forward pass.")] = 8192,
+    tokens_at_once: Annotated[
+        int, typer.Option("--tokens-at-once", callback=bounds(1, 2**26), help="Tokens per forward pass.")
+    ] = 8192,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; default: cuda if available.")] = "",
     dtype: Annotated[str, typer.Option("--dtype", help="Compute dtype: float32 or bfloat16.")] = "float32",
     output: Annotated[
@@ -85,8 +96,10 @@ def evaluate(
 
 def _multiples(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() and int(word) >= 2 for word in words):
-        raise UserError(f"--lengths must be comma-separated integers of at least 2, such as 2,4, got {text}")
+    if not all(word.isdecimal() and len(word) <= 4 and int(word) >= 2 for word in words):
+        raise UserError(
+            f"--lengths must be comma-separated integers of at least 2 and below 10000, such as 2,4, got {text}"
+        )
     return tuple(int(word) for word in words)
 
 
@@ -120,9 +133,6 @@ def _dataset(model: ModelReader, path: Path | None) -> Mixture:
 
 
 def _write(found: dict[str, Any], output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"could not write to --output={output}: {error.strerror}") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, json.dumps(found, indent=1) + "\n")
     print(f"Wrote {output}")

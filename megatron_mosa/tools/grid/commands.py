@@ -13,7 +13,8 @@ import typer
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
-from megatron_mosa.tools.scaling.commands import check_slurm_options
+from megatron_mosa.options import MOST_MINUTES, MOST_STEPS, bounds
+from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.grid.grid import Grid
@@ -28,12 +29,21 @@ def run(
         Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{name of the grid}.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", metavar="N", help="Cells at once. Default: one per visible GPU, or one.")
+        int | None,
+        typer.Option(
+            "--jobs",
+            metavar="N",
+            callback=bounds(1, 10_000),
+            help="Cells at once. Default: one per visible GPU, or one.",
+        ),
     ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
-            "--time-limit", metavar="MINUTES", help="Save and stop by then; the same command continues later."
+            "--time-limit",
+            metavar="MINUTES",
+            callback=bounds(above=0, most=MOST_MINUTES),
+            help="Save and stop by then; the same command continues later.",
         ),
     ] = None,
     measure: Annotated[
@@ -44,32 +54,28 @@ def run(
     remove_checkpoints: Annotated[
         bool, typer.Option("--remove-checkpoints", help="Remove those with which nothing is left to be measured.")
     ] = False,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="With --measure: measured steps.")] = 20,
-    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="With --measure: steps before them.")] = 5,
+    steps: Annotated[
+        int,
+        typer.Option("--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: measured steps."),
+    ] = 20,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            "--warmup", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: steps before them."
+        ),
+    ] = 5,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the models and their heads, and stop.")] = False,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="A Slurm job per cell; waits, and collects the results.")
-    ] = False,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="G", help="With --slurm; 0: cells run on CPUs.")
-    ] = None,
-    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="With --slurm.")] = None,
-    account: Annotated[str | None, typer.Option("--account", metavar="A", help="With --slurm.")] = None,
-    sbatch_argument: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch-argument", metavar="--X=Y", help="Any other option of sbatch; repeatable."),
-    ] = None,
+    slurm: Slurm = False,
+    gpus_per_node: GpusPerNode = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch_argument: SbatchArguments = None,
 ) -> None:
     """Train a grid of models at an equal budget: sizes, corpora, kinds of heads, sparsities, learning rates, seeds."""
-    deadline = _deadline(time_limit)
-    for name, value in (("jobs", jobs), ("steps", steps), ("warmup", warmup)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
-    options += sbatch_argument or []
+    deadline = None if time_limit is None else time.time() + 60 * time_limit - min(60.0, 6 * time_limit)  # to save
     if no_train and slurm:
         raise UserError("--no-train evaluates and measures on this machine; run it without --slurm")
-    check_slurm_options(slurm, gpus_per_node, False, options)
+    options = sbatch_options(slurm, gpus_per_node, partition, account, sbatch_argument)
     check_output("--output", output, is_directory=True)
     request = replace(
         _request(grid, output, jobs),
@@ -92,15 +98,6 @@ def run(
             options.append(f"--time={max(1, round(time_limit))}")
         request = _on_slurm(request, gpus_per_node or 0, partition, options, jobs)
     run_grid(request)
-
-
-def _deadline(minutes: float | None) -> float | None:
-    """Return the Unix time at which runs are stopped, so that they can save within a time limit."""
-    if minutes is None:
-        return None
-    if minutes <= 0:
-        raise UserError(f"--time-limit must be above 0, got {minutes:g}")
-    return time.time() + 60 * minutes - min(60.0, 6 * minutes)
 
 
 def _request(path: Path, output: Path | None, jobs: int | None) -> Request:

@@ -26,6 +26,7 @@ _KEYS = (
 _MEMBER_KEYS = ("kind", "overrides", "sparsity", "heads", "dense_heads", "seeds", "learning_rates", "tune_at")
 _EVALUATE_KEYS = ("samples", "calibration_samples", "decode", "decode_context")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]*")
+_MOST_RANKS = 1024  # of a cell, which runs on one node
 Overrides = Mapping[str, Any]
 
 
@@ -158,7 +159,12 @@ class _Reader:
             )
         equal, processes, passes = tree.get("equal", EQUAL[0]), tree.get("processes", 1), tree.get("passes", 1)
         self._expect("equal", equal, equal in EQUAL, f"one of {', '.join(EQUAL)}")
-        self._expect("processes", processes, _is_whole(processes) and processes >= 1, "an integer of at least 1")
+        self._expect(
+            "processes",
+            processes,
+            _is_whole(processes) and 1 <= processes <= _MOST_RANKS,
+            f"an integer of at least 1 and at most {_MOST_RANKS}",
+        )
         self._expect("passes", passes, _is_number(passes) and passes > 0, "a number above 0")
         return Grid(
             path=self.path,

@@ -17,6 +17,7 @@ from megatron_mosa.exit_codes import FAILED
 from megatron_mosa.resilience import read_status
 from megatron_mosa.tools.processes import end_with_parent
 from megatron_mosa.tools.scaling.sweep_slurm import ROOT, call_slurm, running_jobs
+from megatron_mosa.utils import write_atomically
 
 _SECONDS_TO_SAVE = 300.0  # that a run has for its last checkpoint
 _QUEUE_SECONDS = 2.0  # between two looks at Slurm's queue
@@ -215,7 +216,7 @@ class SlurmLauncher:
         else:
             number = self._submit(name, config, log)
             file.parent.mkdir(exist_ok=True)
-            file.write_text(f"{number}\n", encoding="utf-8")
+            write_atomically(file, f"{number}\n")
             print(f"job {number}: {name}", flush=True)
         self._jobs.append(number)
         self._queue.add(number)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.metrics import load_pyplot
+from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.grid.models import Place, TrainedModel
 
 _Value = Callable[[TrainedModel], "float | None"]
@@ -51,8 +51,7 @@ def plot_costs(place: Place, title: str, path: Path) -> None:
         panels.flat[-1].plot([], [], "o-", color=f"C{number % 10}", label=name, **style)
     panels.flat[-1].legend(loc="center", fontsize=9)
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def _plot_member(axes: Any, models: list[TrainedModel], value: _Value, color: str) -> None:

@@ -17,6 +17,7 @@ from megatron_mosa.tools.grid.match import table as match_table
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.plots import plot_costs
 from megatron_mosa.tools.grid.results import DONE, Row
+from megatron_mosa.utils import write_atomically
 
 _EQUAL = {
     "paper_flops": "forward FLOPs by the paper's formulas",
@@ -46,15 +47,11 @@ def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
         folder: of the grid; losses over time are read from its runs, as far as they are there.
 
     Raises:
-        RunError: the directory cannot be written.
+        OSError: the directory cannot be written.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        pictures = _plot_all(rows, folder, output)
-        text = markdown(rows, pictures, _command(folder))
-        (output / "report.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"could not write to {output}: {error.strerror}; give another --output") from None
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = _plot_all(rows, folder, output)
+    write_atomically(output / "report.md", markdown(rows, pictures, _command(folder)))
     return ["report.md", *(name for names in pictures.values() for name in names)]
 
 

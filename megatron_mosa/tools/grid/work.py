@@ -24,7 +24,7 @@ from megatron_mosa.tools.grid.plan import Cell, Plan, config_hash
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Measurement, last_line
-from megatron_mosa.utils import versions, write_atomically
+from megatron_mosa.utils import naming, versions, write_atomically
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton")
 _POLL_SECONDS = 0.2
@@ -212,7 +212,8 @@ class Work:
         launcher = self.launcher
         handle = launcher.start(cell.name, path, config.run.path, self._log(cell))
         start = {"cell": cell.name, "time": time.time(), "alone": launcher.is_alone, "device": launcher.device}
-        with (self.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "starts.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(start | {"versions": versions(*_PACKAGES)}) + "\n")
         self._running.append(_Running(cell, handle, self._settle_training))
         print(f"{self._counter()} {cell.name}: training", flush=True)

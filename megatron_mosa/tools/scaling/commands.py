@@ -11,6 +11,8 @@ import typer
 
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import UserError
+from megatron_mosa.options import MOST_HEADS, MOST_MINUTES, MOST_PROCESSES, MOST_STEPS, bounds
+from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +31,13 @@ def isoflop(
         str, typer.Option("--sparsity", metavar="RHO,RHO,...", help="Sparsities to solve for.")
     ] = _PAPER_SPARSITIES,
     dense_heads: Annotated[
-        int, typer.Option("--dense-heads", metavar="N", help="Dense heads next to the MoSA heads; 0: pure MoSA.")
+        int,
+        typer.Option(
+            "--dense-heads",
+            metavar="N",
+            callback=bounds(0, MOST_HEADS),
+            help="Dense heads next to the MoSA heads; 0: pure MoSA.",
+        ),
     ] = 4,
 ) -> None:
     """Print how many MoSA heads the FLOPs of a dense baseline buy (paper, section 4).
@@ -70,10 +78,19 @@ def sweep(
     ] = None,
     weak: Annotated[
         int | None,
-        typer.Option("--weak", metavar="N", help="Also measure weak scaling, at N samples a step and process."),
+        typer.Option(
+            "--weak",
+            metavar="N",
+            callback=bounds(1, 2**24),
+            help="Also measure weak scaling, at N samples a step and process.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Measured steps.")] = 6,
-    warmup: Annotated[int, typer.Option("--warmup", metavar="N", help="Warm-up steps before them.")] = 2,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="Measured steps.")
+    ] = 6,
+    warmup: Annotated[
+        int, typer.Option("--warmup", metavar="N", callback=bounds(0, MOST_STEPS), help="Warm-up steps before them.")
+    ] = 2,
     reference: Annotated[
         str, typer.Option("--reference", metavar="training|fp32", help="Precision of what losses are compared with.")
     ] = "training",
@@ -82,11 +99,21 @@ def sweep(
     ] = False,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", metavar="GIB", help="Memory of a device, to predict what fits. Default: this one's."),
+        typer.Option(
+            "--memory",
+            metavar="GIB",
+            callback=bounds(above=0, most=1_000_000),
+            help="Memory of a device, to predict what fits. Default: this one's.",
+        ),
     ] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", metavar="MINUTES", help="Stop by then; the same command goes on later."),
+        typer.Option(
+            "--time-limit",
+            metavar="MINUTES",
+            callback=bounds(above=0, most=MOST_MINUTES),
+            help="Stop by then; the same command goes on later.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{run.name}-sweep.")
@@ -97,34 +124,24 @@ def sweep(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another sweep's results in DIR.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be measured, and stop.")] = False,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="A Slurm job per number of processes; waits, and collects the results.")
-    ] = False,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="G", help="With --slurm; 0: measure on CPUs.")
-    ] = None,
-    partition: Annotated[str | None, typer.Option("--partition", metavar="P", help="With --slurm.")] = None,
-    account: Annotated[str | None, typer.Option("--account", metavar="A", help="With --slurm.")] = None,
-    sbatch_argument: Annotated[
-        list[str] | None,
-        typer.Option("--sbatch-argument", metavar="--X=Y", help="Any other option of sbatch; repeatable."),
-    ] = None,
+    slurm: Slurm = False,
+    gpus_per_node: GpusPerNode = None,
+    partition: Partition = None,
+    account: Account = None,
+    sbatch_argument: SbatchArguments = None,
     job_per_layout: Annotated[
         bool, typer.Option("--job-per-layout", help="With --slurm: a job per layout, all at once.")
     ] = False,
 ) -> None:
     """Measure layouts (TP, SP, ZeRO, micro-batch) and process counts from the same weights, on the same data."""
     settings = load_config(config, overrides or [], checks_batches=False)  # plan_cells does
-    _check_at_least(0, {"warmup": warmup, "gpus-per-node": gpus_per_node})
-    _check_at_least(1, {"steps": steps, "weak": weak})
-    _check_above_zero({"memory": memory, "time-limit": time_limit})
     if reference not in ("training", "fp32"):
         raise UserError(f"--reference must be training or fp32, got {reference}")
     deadline = None if time_limit is None else time.time() + 60 * time_limit
     counts = parse_counts(processes) if processes else []
-    options = [f"--{name}={value}" for name, value in (("partition", partition), ("account", account)) if value]
-    options += sbatch_argument or []
-    check_slurm_options(slurm, gpus_per_node, job_per_layout, options)
+    options = sbatch_options(slurm, gpus_per_node, partition, account, sbatch_argument)
+    if job_per_layout and not slurm:
+        raise UserError("--job-per-layout needs --slurm; give it, or leave both out to measure on this machine")
     from megatron_mosa.tools.scaling.cells import plan_cells
     from megatron_mosa.tools.scaling.layouts import parse_layout
 
@@ -177,36 +194,6 @@ def sweep(
     run_sweep(request, SlurmRun(output.absolute(), gpus_per_node or 0, tuple(options)), force=force)
 
 
-def _check_at_least(minimum: int, options: dict[str, int | None]) -> None:
-    for name, value in options.items():
-        if value is not None and value < minimum:
-            raise UserError(f"--{name} must be at least {minimum}, got {value}")
-
-
-def _check_above_zero(options: dict[str, float | None]) -> None:
-    for name, value in options.items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} must be above 0, got {value:g}")
-
-
-def check_slurm_options(slurm: bool, gpus_per_node: int | None, job_per_layout: bool, options: list[str]) -> None:
-    """Check that options for Slurm are given with --slurm alone, and that each is one.
-
-    Raises:
-        UserError: they are not.
-    """
-    if slurm and gpus_per_node is None:
-        raise UserError("--slurm needs --gpus-per-node: the GPUs of a node, or 0 to measure on CPUs")
-    if not slurm and (gpus_per_node is not None or job_per_layout or options):
-        raise UserError(
-            "--gpus-per-node, --partition, --account, --sbatch-argument and --job-per-layout need --slurm; give it, or "
-            "leave them out to measure on this machine"
-        )
-    for option in options:
-        if not option.startswith("-") or len(option.splitlines()) != 1:
-            raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
-
-
 def _command(
     config: Path,
     overrides: list[str] | None,
@@ -238,8 +225,8 @@ def parse_counts(text: str) -> list[int]:
             raise UserError(
                 f"--processes={text}: '{part.strip()}' is not an integer; give such as 4, or 1,2,4"
             ) from None
-        if count < 1:
-            raise UserError(f"--processes must be at least 1, got {count}")
+        if not 1 <= count <= MOST_PROCESSES:
+            raise UserError(f"--processes must be at least 1 and at most {MOST_PROCESSES}, got {count}")
         if count in counts:
             raise UserError(f"--processes={text}: {count} is given twice; give it once")
         counts.append(count)

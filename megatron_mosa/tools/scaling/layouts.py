@@ -12,9 +12,11 @@ from typing import Any
 
 from megatron_mosa.config import Config, check, check_world_size
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.options import MOST_PROCESSES
 
 _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"
 _KEYS = ("tp", "sp", "zero", "micro")
+_MOST = {"tp": MOST_PROCESSES, "micro": 2**24, "processes": MOST_PROCESSES, "zero": 3}
 _OPTIONAL = ("overlap", "processes")
 _NEIGHBOURS = 3
 
@@ -187,9 +189,12 @@ def objection_to(config: Config, layout: SweepLayout, processes: int) -> str | N
 
 def _number(text: str, key: str, value: str) -> int:
     try:
-        return int(value)
+        number = int(value)
     except ValueError:
         raise UserError(f"--layout {text}: {key} must be an integer, got {value}") from None
+    if number > _MOST[key]:
+        raise UserError(f"--layout {text}: {key} must be at most {_MOST[key]}, got {value}")
+    return number
 
 
 def _boolean(text: str, key: str, value: str) -> bool:

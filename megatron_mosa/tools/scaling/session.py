@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.entry import run as run_program
+from megatron_mosa.parallel import job_port
 from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
@@ -280,8 +281,7 @@ class SrunLaunch:
 
     def __call__(self, file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
         """Start srun; each start has a port of its own, since the one before may still be in use."""
-        port = 20000 + (int(os.environ["SLURM_JOB_ID"]) + 100 * number) % 10000
-        environment = os.environ | {"MASTER_PORT": str(port)}
+        environment = os.environ | {"MASTER_PORT": str(job_port(int(os.environ["SLURM_JOB_ID"]), number))}
         python = shlex.split(os.environ.get("MOSA_PYTHON", "python"))
         more = shlex.split(os.environ.get("MOSA_SRUN_ARGUMENTS", ""))
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # since Slurm 22.05 srun does not take it from sbatch

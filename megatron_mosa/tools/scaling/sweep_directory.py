@@ -14,7 +14,7 @@ from megatron_mosa.tools.scaling.sweep_request import Request
 from megatron_mosa.utils import write_atomically
 
 _OWN = (
-    "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs", "seed",
+    "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs",
 )  # fmt: skip
 
 

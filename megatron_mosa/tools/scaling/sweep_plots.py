@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
+from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _IDLE = "idle"
 
@@ -20,6 +17,7 @@ def plot_scaling(sweep: Sweep, path: Path) -> None:
     modes = [("strong", f"strong scaling: {sweep.global_batch} samples a step")]
     if sweep.weak:
         modes.append(("weak", f"weak scaling: {sweep.weak} samples a step and process"))
+    plt = load_pyplot()
     figure, panels = plt.subplots(1, len(modes), figsize=(6.5 * len(modes), 4.5), layout="constrained", squeeze=False)
     for axes, (mode, title) in zip(panels[0], modes, strict=True):
         _plot_lines(axes, sweep, f"{mode}_efficiency", "", "o-")
@@ -39,11 +37,10 @@ def plot_scaling(sweep: Sweep, path: Path) -> None:
         if axes.lines:
             axes.legend(fontsize=7)
     figure.suptitle(_title(sweep), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
-def _plot_lines(axes: plt.Axes, sweep: Sweep, attribute: str, suffix: str, style: str) -> None:
+def _plot_lines(axes: Any, sweep: Sweep, attribute: str, suffix: str, style: str) -> None:
     layouts = list(dict.fromkeys(str(row.cell.layout) for row in sweep.rows if not row.fp32))
     for number, layout in enumerate(layouts):
         points = sorted(
@@ -67,7 +64,7 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
     bars = [bar_of(row) for row in rows]
     kinds = sorted({kind for bar in bars for kind in bar}, key=lambda kind: (kind == _IDLE, kind == COLLECTIVES, kind))
     names = [_bar_name(row) for row in rows]
-    figure, axes = plt.subplots(figsize=(10, 1.8 + 0.5 * len(rows)), layout="constrained")
+    figure, axes = load_pyplot().subplots(figsize=(10, 1.8 + 0.5 * len(rows)), layout="constrained")
     left = [0.0] * len(rows)
     for number, kind in enumerate(kinds):
         widths = [bar.get(kind, 0.0) for bar in bars]
@@ -82,8 +79,7 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     figure.legend(fontsize=7, ncols=5, loc="outside lower center")
     figure.suptitle(_title(sweep), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def _bar_name(row: Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ from pathlib import Path
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
 from megatron_mosa.tools.scaling.sweep_checks import NORM_TOLERANCE, TOLERANCE
 from megatron_mosa.tools.scaling.sweep_plots import plot_breakdown, plot_scaling
+from megatron_mosa.utils import write_atomically
 
 
 def write_report(sweep: Sweep, folder: Path) -> list[str]:
     """Write the report into ``folder``; return the names of its files."""
     _write_csv(sweep, folder / "results.csv")
-    (folder / "results.md").write_text(markdown(sweep), encoding="utf-8")
+    write_atomically(folder / "results.md", markdown(sweep))
     written = ["results.md", "results.csv"]
     if any(row.is_measured for row in sweep.rows):
         plot_scaling(sweep, folder / "scaling.png")
@@ -30,14 +32,15 @@ def _write_csv(sweep: Sweep, path: Path) -> None:
     names = [entry.name for entry in fields(Row) if entry.name != "kinds"]
     kinds = list(dict.fromkeys(kind for row in sweep.rows for kind in row.kinds))
     columns = {kind: f"ms_{kind.replace(' ', '_').lower()}" for kind in kinds}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        # The note is in every line, because tables get cut up and pasted elsewhere.
-        writer = csv.DictWriter(file, [*names, *columns.values(), "note"])
-        writer.writeheader()
-        for row in sweep.rows:
-            values = asdict(row)
-            times = {columns[kind]: value for kind, value in values.pop("kinds").items()}
-            writer.writerow(values | times | {"note": NOT_PERFORMANCE if sweep.device == "cpu" else ""})
+    content = io.StringIO(newline="")
+    # The note is in every line, because tables get cut up and pasted elsewhere.
+    writer = csv.DictWriter(content, [*names, *columns.values(), "note"])
+    writer.writeheader()
+    for row in sweep.rows:
+        values = asdict(row)
+        times = {columns[kind]: value for kind, value in values.pop("kinds").items()}
+        writer.writerow(values | times | {"note": NOT_PERFORMANCE if sweep.device == "cpu" else ""})
+    write_atomically(path, content.getvalue())
 
 
 def setting(sweep: Sweep) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
+from megatron_mosa.utils import write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
@@ -129,14 +130,14 @@ class SlurmRun:
     def _submit(self, session: Session, command: list[str], jobs: dict[str, Session]) -> None:
         """Submit a session by its batch script, and add its job to ``jobs``."""
         session.write()
-        session.file.with_suffix(".sbatch").write_text(self.script(session, command), encoding="utf-8")
+        write_atomically(session.file.with_suffix(".sbatch"), self.script(session, command))
         done = call_slurm(*command)
         if done.returncode:
             session.file.unlink()
             others = f"; jobs submitted before go on: {', '.join(jobs)}" if jobs else ""
             raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}{others}")
         job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
-        session.file.with_suffix(".job").write_text(f"{job}\n", encoding="utf-8")
+        write_atomically(session.file.with_suffix(".job"), f"{job}\n")
         jobs[job] = session
         print(f"job {job}: {_size(session)}", flush=True)
 

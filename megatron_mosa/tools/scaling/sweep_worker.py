@@ -38,6 +38,7 @@ from megatron_mosa.tools.bench.measure import Batches, Measurement, Profiling, m
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import NO_MEMORY, NO_TIME, Event, Session, other_card, write_result
 from megatron_mosa.train import ResumePoint, check_start, learning_rate, training_samples
+from megatron_mosa.utils import naming
 
 PROFILING = Profiling(steps=2, warmup=0, on_cpu=True)
 MAX_LEFT_BYTES = 2**29
@@ -153,7 +154,8 @@ class Worker:
     def _tell(self, cell: Cell, phase: str, step: int = 0, of: int = 0) -> None:
         self.phases.setdefault(phase, time.time())
         if self.rank == 0:
-            with self.session.progress.open("a", encoding="utf-8") as file:
+            path = self.session.progress
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(Event(cell.name, phase, step, of))) + "\n")
 
 

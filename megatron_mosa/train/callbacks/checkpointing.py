@@ -80,13 +80,18 @@ class Checkpointing(Callback):
         except StorageError as error:
             problem = f"could not write the checkpoint of step {saving.step} to '{self.store.folder}': {error}"
             if saving.step >= trainer.last_step:
-                raise StorageError(f"{problem}; free some space and start the run again") from None
+                fix = f"free some space and start the run again{self._resumes_from()}"
+                raise StorageError(f"{problem}; {fix}") from None
             self.writers.note(f"{problem}; training continues")
         else:
             disk_seconds = time.perf_counter() - started
             waited = f"{saving.copy_seconds:.2f} s for the copy to memory, {disk_seconds:.2f} s for the disk"
             self.writers.note(f"saved checkpoint {path} (training waited {waited})")
             trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
+
+    def _resumes_from(self) -> str:
+        found = self.store.published()
+        return f": it resumes from {found[-1]}" if found else ""
 
     def _metadata(self, trainer: Trainer) -> Metadata:
         return Metadata(

@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_mosa.parallel import Layout
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
+from megatron_mosa.utils import naming, tolerating
 
+_NO_PROFILE = "a profile is missing"
 ALLOCATIONS = 200_000  # the last ones, that a snapshot holds
 
 
@@ -41,15 +43,17 @@ class Profiling(Callback):
         if step not in train.profile_steps or trainer.layout.rank not in train.profile_ranks:
             yield
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step-{step:08d}-rank-{trainer.layout.rank}"
         with (
             _memory_snapshot(path.with_suffix(".pickle"), trainer.layout),
             profile(activities=_activities()) as recorded,
         ):
             yield
-        recorded.export_chrome_trace(str(path.with_suffix(".json.gz")))
-        self.writers.note(f"profile of step {step}: {path}.json.gz")
+        trace = path.with_suffix(".json.gz")
+        with tolerating(_NO_PROFILE), naming(trace):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(trace))
+            self.writers.note(f"profile of step {step}: {trace}")
 
 
 def _activities() -> list[ProfilerActivity]:
@@ -65,6 +69,8 @@ def _memory_snapshot(path: Path, layout: Layout) -> Iterator[None]:
     torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
     try:
         yield
-        torch.cuda.memory._dump_snapshot(str(path))
+        with tolerating(_NO_PROFILE), naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(path))
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
