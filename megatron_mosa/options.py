@@ -28,16 +28,17 @@ def bounds(
         UserError: raised by the callback for any other number.
     """
     assert most is not None and (least is None) != (above is None)
-    lower = f"at least {least}" if above is None else f"above {above}"
+    lower = f"at least {least}" if above is None else f"greater than {above}"
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
         fits = value is None or (
             math.isfinite(value) and (value > above if above is not None else value >= least) and value <= most
         )
         if not fits:
+            shown = f"{value:g}" if isinstance(value, float) else value
             name = max(param.opts, key=len)
             name = name if name.startswith("-") else param.metavar or name
-            raise UserError(f"{name} must be {lower} and at most {most}, got {value}")
+            raise UserError(f"{name} must be {lower} and at most {most}, got {shown}")
         return value
 
     return check

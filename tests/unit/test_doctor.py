@@ -192,8 +192,8 @@ def test_a_torch_that_cannot_be_imported_is_one_error_line(tmp_path: Path) -> No
     ("option", "message"),
     [
         ("--timeout=0", "--timeout must be greater than 0 and at most 86400, got 0"),
-        ("--slow=1", "--slow must be greater than 1 and finite, got 1"),
-        ("--minimum-disk=-1", "--minimum-disk must be at least 0 and finite, got -1"),
+        ("--slow=1", "--slow must be greater than 1 and at most 1000, got 1"),
+        ("--minimum-disk=-1", "--minimum-disk must be at least 0 and at most 1000000000, got -1"),
     ],
 )
 def test_options_out_of_range_exit_with_2(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,7 +265,8 @@ def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("text", ["1", "2,x", "-2"])
 def test_invalid_lengths_are_refused(text: str) -> None:
     with pytest.raises(
-        UserError, match=rf"--lengths must be comma-separated integers of at least 2, such as 2,4, got {text}"
+        UserError,
+        match=rf"--lengths must be comma-separated integers of at least 2 and below 10000, such as 2,4, got {text}",
     ):
         _multiples(text)
     assert _multiples("2, 4") == (2, 4) and _multiples("") == ()

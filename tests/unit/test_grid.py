@@ -684,7 +684,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (["isoflop", "run", "FOLDER/none.yaml"], "cannot read .*none.yaml: No such file"),
         (["isoflop", "run", str(TINY)], "is not a grid: it has no members; .*mosa isoflop CONFIG prints"),
         (["isoflop", "run", "GRID", "--jobs", "0"], "--jobs must be at least 1 and at most "),
-        (["isoflop", "run", "GRID", "--time-limit", "0"], "--time-limit must be above 0 and at most "),
+        (["isoflop", "run", "GRID", "--time-limit", "0"], "--time-limit must be greater than 0 and at most "),
     ],
 )
 def test_wrong_use(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -60,7 +60,7 @@ def test_bounds_are_included() -> None:
     for value in (0, 6, math.nan):
         with pytest.raises(UserError, match=f"^--steps must be at least 1 and at most 5, got {value}$"):
             bounds(1, 5)(param, value)
-    with pytest.raises(UserError, match="^--steps must be above 0 and at most 5, got 0$"):
+    with pytest.raises(UserError, match="^--steps must be greater than 0 and at most 5, got 0$"):
         bounds(above=0, most=5)(param, 0)
 
 

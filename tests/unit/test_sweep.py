@@ -792,7 +792,7 @@ def test_counts_are_parsed() -> None:
         (["--processes", "1,x"], "--processes=1,x: 'x' is not an integer; give such as 4, or 1,2,4"),
         (["--processes", "2,2"], "--processes=2,2: 2 is given twice"),
         (["--weak", "0"], "--weak must be at least 1 and at most "),
-        (["--memory", "0"], "--memory must be above 0 and at most "),
+        (["--memory", "0"], "--memory must be greater than 0 and at most "),
         (["--reference", "bf16"], "--reference must be training or fp32, got bf16"),
         (["--slurm"], "--slurm needs --gpus-per-node"),
         (["--partition", "gpu"], "need --slurm; give it, or leave them out"),
