@@ -9,7 +9,7 @@ import typer
 
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
-from megatron_mosa.options import MOST_HEADS, bounds
+from megatron_mosa.options import MOST_HEADS, MOST_STEPS, bounds
 from megatron_mosa.tools.decoding.sampling import Sampling
 
 _LONGEST = 2**26  # tokens
@@ -122,7 +122,12 @@ def decode_bench(
     context: Annotated[
         str, typer.Option("--context", metavar="N", help="Tokens in the cache, such as 1000 or 8k (8 x 1024).")
     ] = "8k",
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps of each of two repetitions.")] = 32,
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="Timed steps of each of two repetitions."
+        ),
+    ] = 32,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -143,8 +148,6 @@ def decode_bench(
     batches, lengths = _parse_batches(batch), parse_lengths(context, "context")
     if len(lengths) > 1:
         raise UserError(f"--context must be one number of tokens, got {context}")
-    if steps < 1:
-        raise UserError(f"--steps must be at least 1, got {steps}")
     check_output("--output", output)
     require_model(path)
     from megatron_mosa.tools.decoding.bench import BenchOptions, bench
