@@ -180,19 +180,30 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
-SECONDS_FOR_THE_FIRST = 3.0
-"""For which the other ranks of a node wait before they report an error.
-
-If it is the first rank's error, too, the launcher ends them meanwhile, and it is said once. Otherwise only they know.
-If they ended at once, the launcher would end the first rank before it has said anything.
-"""
-
-
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of a program that ended with ``error``."""
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _NEVER_USABLE):
         return USAGE_ERROR
     return GAVE_UP if isinstance(error, UnrecoverableError) else FAILED
+
+
+SECONDS_FOR_THE_FIRST = 3.0
+
+
+def _wait_for_the_first(code: int) -> None:
+    """Give the first rank of this node some seconds before another one reports an error and exits with ``code``.
+
+    If it is the first rank's error, too, the launcher ends this process meanwhile, and the error is reported once.
+    Otherwise only this rank knows it. If this rank ended at once, the launcher might end the first one before it has
+    said anything.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(code)  # the code of the error: launchers report those of all ranks
+
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, end)
+    time.sleep(SECONDS_FOR_THE_FIRST)
 
 
 def run(program: Callable[[], object]) -> int:
@@ -222,7 +233,7 @@ def run(program: Callable[[], object]) -> int:
         _flush_output()
     except (UserError, RunError) as error:
         if not is_first:
-            time.sleep(SECONDS_FOR_THE_FIRST)
+            _wait_for_the_first(exit_code_of(error))
         print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
@@ -238,7 +249,7 @@ def run(program: Callable[[], object]) -> int:
         except OSError:
             _drop_output()
         if not is_first:
-            time.sleep(SECONDS_FOR_THE_FIRST)
+            _wait_for_the_first(exit_code_of(error))
         with suppress(OSError):  # it may be on the same disk
             print(f"error: {file_problem(error, 'the output')}", file=sys.stderr)
         return exit_code_of(error)
