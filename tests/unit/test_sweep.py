@@ -35,6 +35,7 @@ from megatron_mosa.tools.scaling.session import (
     failure,
     is_measured,
     read_result,
+    result_path,
     supervise,
     write_result,
 )
@@ -810,3 +811,13 @@ def test_the_command_rejects_mistakes_before_anything_starts(
             app, ["sweep", str(QUICKSTART), *arguments, "--output", str(tmp_path / "out")], catch_exceptions=False
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"cell": 3}', '{"cell": {"layout": {}}}', "\xff"])
+def test_a_damaged_result_is_measured_again(content: str, tmp_path: Path) -> None:
+    cell = Cell(LAYOUT, 2, 16)
+    result_path(tmp_path, cell.name).parent.mkdir()
+    write_result(tmp_path, cell, {"losses": [1.0]})
+    assert is_measured(tmp_path, cell.name)
+    result_path(tmp_path, cell.name).write_bytes(content.encode("latin-1"))
+    assert read_result(tmp_path, cell.name) is None and not is_measured(tmp_path, cell.name)

@@ -34,7 +34,7 @@ from megatron_mosa.parallel import job_port
 from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
@@ -124,11 +124,18 @@ def result_path(folder: str | Path, cell: str) -> Path:
 def read_result(folder: str | Path, cell: str) -> dict[str, Any] | None:
     """Return a cell's result, or None; the result of a failure holds a ``reason``.
 
-    None, too, if the file is of another cell: earlier versions named layouts without overlap as those with it are now.
+    None, too, if the file is damaged, so that the cell is measured again, or of another cell: earlier versions named
+    layouts without overlap as those with it are now.
     """
     path = result_path(folder, cell)
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return None if result is not None and "cell" in result and Cell.from_dict(result["cell"]).name != cell else result
+    if not path.is_file():
+        return None
+    try:
+        result = load_json(path)
+        is_own = "cell" not in result or Cell.from_dict(result["cell"]).name == cell
+    except (ValueError, TypeError, KeyError):
+        return None
+    return result if is_own and isinstance(result, dict) else None
 
 
 def is_measured(folder: str | Path, cell: str) -> bool:
