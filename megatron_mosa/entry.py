@@ -190,6 +190,14 @@ def exit_code_of(error: Exception) -> int:
 SECONDS_FOR_THE_FIRST = 3.0
 
 
+_joined: list[bool] = []
+
+
+def note_joining() -> None:
+    """Note that this process has joined the other ranks of its run."""
+    _joined.append(True)
+
+
 def _wait_for_the_first(code: int) -> None:
     """Give the first rank of this node some seconds before another one reports an error and exits with ``code``.
 
@@ -232,9 +240,11 @@ def run(program: Callable[[], object]) -> int:
         code = program()
         _flush_output()
     except (UserError, RunError) as error:
-        if not is_first:
+        is_a_start = isinstance(error, UserError) and not _joined  # later, ranks agree on errors
+        if is_a_start and not is_first:
             _wait_for_the_first(exit_code_of(error))
-        print(f"error: {error}", file=sys.stderr)
+        if is_a_start or is_first:
+            print(f"error: {error}", file=sys.stderr)
         return exit_code_of(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -248,10 +258,9 @@ def run(program: Callable[[], object]) -> int:
             _flush_output()
         except OSError:
             _drop_output()
-        if not is_first:
-            _wait_for_the_first(exit_code_of(error))
-        with suppress(OSError):  # it may be on the same disk
-            print(f"error: {file_problem(error, 'the output')}", file=sys.stderr)
+        if is_first:
+            with suppress(OSError):  # it may be on the same disk
+                print(f"error: {file_problem(error, 'the output')}", file=sys.stderr)
         return exit_code_of(error)
     except BaseException:
         if not interrupts:

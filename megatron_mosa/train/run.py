@@ -11,7 +11,7 @@ from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
 from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
-from megatron_mosa.entry import exit_code_of
+from megatron_mosa.entry import exit_code_of, note_joining
 from megatron_mosa.errors import StorageError, UnrecoverableError
 from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
@@ -87,6 +87,7 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceSe
         rendezvous_seconds=config.resilience.rendezvous_timeout,
     )
     survival.join(layout, HostGroup())
+    note_joining()
     # On a shared file system, nodes may temporarily see different files: all ranks use what rank 0 has found.
     start, last_validated = on_main_rank(lambda: (start, _last_validated(start)))
     config = replace(config, data=replace(config.data, index_samples=start.index_samples))
@@ -126,7 +127,7 @@ def _train(
         resumed_step=state.step,
         on_failure=survival.interruption.stop_as_unwritable,
     )
-    _write_on_main_rank(writers.open)
+    _write_on_main_rank(writers.start)
     vocab_size = start.manifest.vocab_size
     writers.note(
         f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "

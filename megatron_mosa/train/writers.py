@@ -51,7 +51,7 @@ class Writers:
         self._on_failure = on_failure
         self._unwritten: list[dict[str, Any]] = []
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Open the outputs on the main rank; before this, only ``note`` may be called.
 
         Raises:

@@ -120,7 +120,7 @@ def trainer(
 
 def writers(settings: Config, folder: Path, resumed_step: int = 0) -> Writers:
     opened = Writers(settings, folder, is_main=True, resumed_step=resumed_step)
-    opened.open()
+    opened.start()
     return opened
 
 

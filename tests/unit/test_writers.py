@@ -35,7 +35,7 @@ def opened(settings: Config, resumed_step: int = 0) -> Writers:
     directory = Path(settings.run.directory) / settings.run.name
     directory.mkdir(parents=True, exist_ok=True)
     writers = Writers(settings, directory, is_main=True, resumed_step=resumed_step)
-    writers.open()
+    writers.start()
     return writers
 
 
@@ -265,7 +265,7 @@ def test_lines_that_a_full_disk_refused_are_written_later(tmp_path: Path, monkey
     settings = config(tmp_path, logging={"tensorboard": False})
     stops: list[int] = []
     writers = Writers(settings, tmp_path, is_main=True, resumed_step=0, on_failure=lambda: stops.append(1))
-    writers.open()
+    writers.start()
     write(writers, 1, 2, OLD)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("megatron_mosa.metrics.journal.Path.open", half_written)
@@ -295,7 +295,7 @@ def test_a_run_goes_on_without_tensorboard(
 ) -> None:
     monkeypatch.setattr("megatron_mosa.utils.files._warned", set())
     writers = Writers(config(tmp_path, logging={"tensorboard": True}), tmp_path, is_main=True, resumed_step=0)
-    writers.open()
+    writers.start()
     write(writers, 1, 1, OLD)
     monkeypatch.setattr(writers.tensorboard._get_file_writer().event_writer._async_writer._writer, "write", no_space)
     write(writers, 2, 4, OLD)

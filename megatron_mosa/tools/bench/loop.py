@@ -102,6 +102,7 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
         survival.join(layout, HostGroup())
         try:
             writers = Writers(config, Path(folder), is_main=layout.is_main, resumed_step=0)
+            writers.start()
             callbacks = [
                 Heartbeat(survival),
                 StepMonitor(writers, config.resilience),
