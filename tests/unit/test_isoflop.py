@@ -208,7 +208,7 @@ def test_the_recipe_matches_the_paper(name: str) -> None:
 
 def test_the_paper_directory_is_complete() -> None:
     names = {path.stem for path in PAPER.glob("*.yaml")}
-    assert names == {*SIZES, *(f"{name}_mosa" for name in SIZES)}
+    assert names == {f"{size}{kind}" for size in SIZES for kind in ("", "_mosa", "_mosa_causal")}
     assert all(paper(name).run.name == f"paper_{name}" for name in names)
 
 
