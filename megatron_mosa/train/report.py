@@ -17,7 +17,7 @@ def report(directory: Path) -> None:
     lines = read_journal(directory / "metrics.jsonl")
     drawn = ""
     try:
-        with tolerating("there is no new picture of the losses"):
+        with tolerating("loss.png was not updated"):
             plot_losses(lines, directory / "loss.png", directory.name)
             drawn = "loss.png, "
     except RunError as error:

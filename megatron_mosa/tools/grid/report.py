@@ -41,7 +41,7 @@ _LEGEND = (
 def write_report(rows: Sequence[Row], folder: Path, output: Path) -> list[str]:
     """Write report.md and its pictures into a directory; return the names of the files.
 
-    Without matplotlib there are no pictures, and a line that says so is printed.
+    If matplotlib is not installed, this prints a line that says so and draws no pictures.
 
     Args:
         folder: of the grid; losses over time are read from its runs, as far as they are there.

@@ -91,7 +91,7 @@ class Row:
     """Of a rank."""
 
     evaluated_loss: float | None = None
-    """As trained, of the windows of ``mosa evaluate``."""
+    """Loss of the model as it was trained, on the windows of ``mosa evaluate``, in nats per token."""
 
     causal_loss: float | None = None
     """Of the same windows, as the model can be decoded: expert choice by calibrated thresholds."""

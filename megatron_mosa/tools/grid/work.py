@@ -366,7 +366,7 @@ class Work:
     # --- files
 
     def _write(self) -> None:
-        """Write all rows, and remove the checkpoints that are no longer needed if that was asked for."""
+        """Write all rows; with ``removes_checkpoints``, also remove the checkpoints that nothing needs any more."""
         write_results(self.rows(), self.folder)
         if not self.request.removes_checkpoints:
             return
