@@ -152,16 +152,7 @@ def _train(
     if layout.device.type == "cuda":
         writers.note(str(engine.acceleration))
     store = CheckpointStore.of(start.directory, config.checkpoint)
-    for path, damage in start.damaged:
-        aside = on_main_rank(functools.partial(store.set_aside, path))
-        writers.note(f"checkpoint {path} is damaged: {damage}; renamed to {aside.name}")
-    if start.checkpoint is not None:
-        survival.status.update("resuming", checkpoint=start.checkpoint.name)
-        store.load(engine, start.checkpoint)
-        writers.note(f"resumed from {start.checkpoint}")
-    elif start.initial is not None:
-        load_initial_weights(engine, start.initial)
-        writers.note(f"initialized the weights from {start.initial}; the optimizer state is new")
+    _restore(engine, start, store, writers, survival)
     callbacks = [
         Heartbeat(survival),
         StepMonitor(writers, config.resilience),
@@ -191,6 +182,22 @@ def _train(
     if failure := on_main_rank(lambda: writers.failure):
         raise StorageError(f"{failure}; the run stopped at step {trainer.state.step}, {_newest(store)}")
     return trainer.stop_reason
+
+
+def _restore(
+    engine: DeepSpeedEngine, start: ResumePoint, store: CheckpointStore, writers: Writers, survival: ResilienceServices
+) -> None:
+    """Set damaged checkpoints aside, and load the one to resume from or the weights to start with, if any."""
+    for path, damage in start.damaged:
+        aside = on_main_rank(functools.partial(store.set_aside, path))
+        writers.note(f"checkpoint {path} is damaged: {damage}; renamed to {aside.name}")
+    if start.checkpoint is not None:
+        survival.status.update("resuming", checkpoint=start.checkpoint.name)
+        store.load(engine, start.checkpoint)
+        writers.note(f"resumed from {start.checkpoint}")
+    elif start.initial is not None:
+        load_initial_weights(engine, start.initial)
+        writers.note(f"initialized the weights from {start.initial}; the optimizer state is new")
 
 
 def _write_on_main_rank(action: Callable[[], None]) -> None:
