@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
+import threading
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, cast
@@ -50,6 +52,8 @@ class DeepSpeedEngine:
             config.train.micro_batch_size * layout.data_parallel_size
         )
         self.acceleration = choose_acceleration(config, layout)
+        if self.acceleration.compiles_layers:  # the compiler is loaded while the model is built
+            threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
         if self.acceleration.uses_graphs:
             torch.cuda.set_stream(torch.cuda.Stream(layout.device))  # type: ignore[arg-type]  # see GraphedSteps
         settings = self._settings(config)

@@ -150,7 +150,7 @@ def test_the_usual_rule_counts_what_others_count() -> None:
 
 
 def test_what_is_not_training_is_told_apart(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock moves by 40 ms in a step, 3 ms for each of two batches, 5 in a callback and 70 when a line is written."""
+    """A clock moves by 40 ms in a step, 3 ms for each of two batches, 5 in a callback and 70 when a line is written, 500 the first time."""
     now = [0.0]
 
     def passes(milliseconds: float) -> None:
@@ -174,7 +174,8 @@ def test_what_is_not_training_is_told_apart(layout: Layout, monkeypatch: pytest.
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(loop, "random_batches", slow)
     monkeypatch.setattr(StepMonitor, "after_step", lambda *args: passes(5))
-    monkeypatch.setattr(Writers, "training", lambda *args: passes(70))
+    lines = iter((500, 70))
+    monkeypatch.setattr(Writers, "training", lambda *args: passes(next(lines)))
     found = loop.time_loop(config, cast(TrainingEngine, Engine()), layout, steps=3)
     assert (found.loading, found.between, found.logging, found.step) == pytest.approx((6, 5, 70, 51))
     assert found.share == pytest.approx(11 / 51)

@@ -32,7 +32,7 @@ class LoopTime:
     """From the end of a step to the next one: heartbeat, agreement on a stop, checks of the loss."""
 
     logging: float
-    """What a step takes longer that writes a line of metrics."""
+    """What a step takes longer that writes a line of metrics, not the first such."""
 
     step: float
     """The whole step in the run."""
@@ -72,12 +72,12 @@ class _Clock(Callback):
             yield batch
 
     def result(self) -> LoopTime:
-        """Sum up, without the first steps; the last one wrote a line of metrics."""
+        """Sum up, without the first steps; the last two wrote a line of metrics."""
         whole = [1000 * (end - start) for start, end in zip(self.ends, self.ends[1:], strict=False)][WARM_UPS - 1 :]
         inside, loading = ([1000 * s for s in times[WARM_UPS:]] for times in (self.inside, self.loading))
         between = [step - in_engine for step, in_engine in zip(whole, inside, strict=True)]
-        step = median(whole[:-1])
-        return LoopTime(median(loading[:-1]), median(between[:-1]), max(0.0, whole[-1] - step), step)
+        step = median(whole[:-2])
+        return LoopTime(median(loading[:-2]), median(between[:-2]), max(0.0, whole[-1] - step), step)
 
 
 def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int) -> LoopTime:
@@ -87,14 +87,14 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
         config: of the engine.
         engine: has taken its first steps.
         layout: of this process.
-        steps: to time, 1 or more, and one more that writes a line of metrics.
+        steps: to time, 1 or more, and two more that write a line of metrics.
 
     Raises:
         KeyboardInterrupt: a signal, or the job's time limit, asked to stop.
     """
-    last = WARM_UPS + steps + 1
+    last = WARM_UPS + steps + 2
     train = replace(config.train, steps=max(last, config.train.steps), stop_after_step=last, skip_steps=[])
-    logging = replace(config.logging, interval=last + 1, wandb_project=None)  # the last step writes a line all the same
+    logging = replace(config.logging, interval=last - 1, wandb_project=None)  # the last step writes a line all the same
     config = replace(config, train=train, logging=logging)
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
