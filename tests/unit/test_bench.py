@@ -56,7 +56,7 @@ def test_overlapping_kernels_are_busy_once() -> None:
 def test_communication_is_counted_once_and_told_apart_from_what_hides_it() -> None:
     kernels = [
         Kernel(0, 4 * MS, "gemm"), Kernel(3 * MS, 6 * MS, "ncclDevKernel_AllReduce"),
-        Kernel(5 * MS, 7 * MS, "ncclDevKernel_AllGather"),
+        Kernel(5 * MS, 7 * MS, "ncclDevKernel_AllGather"), Kernel(5 * MS, 7 * MS, "nccl:_all_gather_base"),
     ]  # fmt: skip
     found = summarize(kernels, steps=1)
     assert (found.communicating, found.exposed, found.busy) == pytest.approx((4.0, 3.0, 7.0))
