@@ -150,7 +150,10 @@ def test_the_usual_rule_counts_what_others_count() -> None:
 
 
 def test_what_is_not_training_is_told_apart(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock moves by 40 ms in a step, 3 ms for each of two batches, 5 in a callback and 70 when a line is written, 500 the first time."""
+    """A clock moves by 40 ms in a step, 3 for each of two batches, 5 in a callback, and when a line is written by 70.
+
+    The first line takes 500.
+    """
     now = [0.0]
 
     def passes(milliseconds: float) -> None:

@@ -22,7 +22,8 @@ def group(tiles: int, tile_bytes: int, gathered_bytes: int, repeated_bytes: int,
     """Return how many tiles of every head run before the next tiles, so that device memory is read least.
 
     What stands beside the states is read once per group. Of what the heads gather, a share is found in the cache, which
-    falls with the size of the states that a group needs. All tiles of a head run together unless that reads clearly more.
+    falls with the size of the states that a group needs. All tiles of a head run together unless that reads clearly
+    more.
 
     Args:
         tiles: number of tiles of one head.
