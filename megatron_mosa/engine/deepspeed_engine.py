@@ -59,8 +59,7 @@ class DeepSpeedEngine:
         settings = self._settings(config)
         with _partitioned_construction(config, settings):
             model = build_empty_model(config, vocab_size)
-        for parameter, weight in initial_weights(model, config.run.seed):
-            fill(parameter, weight)
+        _initialise(model, config, layout.device)
         draw_state(model, config.run.seed)
         _reject_unsummed_gradients(model)
         settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
@@ -288,6 +287,17 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
         config_dict_or_path=settings,  # has the dtype, which is ignored as an argument where fp16 is not supported
         mpu=ModelParallelUnit(),
     )
+
+
+def _initialise(model: MosaGPTModel, config: Config, device: torch.device) -> None:
+    """Give the model its initial weights; without ZeRO-3, where DeepSpeed will have them and in its type."""
+    if config.parallel.zero_stage == 3:
+        for parameter, weight in initial_weights(model, config.run.seed):
+            fill(parameter, weight)
+        return
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for parameter, weight in initial_weights(model, config.run.seed, dtype, device):
+        parameter.data = weight  # no copy
 
 
 def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
