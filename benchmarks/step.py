@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "tiny_equal_flops": ("paper/tiny.yaml", [*_PAIR, *_heads(276, 32)]),
     "small_equal_flops": ("paper/small.yaml", [*_PAIR, *_heads(210, 32)]),
 }
-"""Configuration and overrides of each; pairs are of equal perplexity, ``equal_flops`` is as costly as the dense model."""
+"""Configuration and overrides of each; pairs have equal perplexity, ``equal_flops`` the cost of the dense model."""
 
 
 def main() -> None:
