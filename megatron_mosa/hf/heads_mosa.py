@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
 from .fixed_mosa import MosaFixedHeads
-from .kernels_mosa import can_run_kernels, step_in_kernels
+from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
 from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
 from .tokens_mosa import Tokens, largest, rotate
@@ -196,6 +196,9 @@ class MosaHeads(nn.Module):
             raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, tokens, rows)
+        is_first = tokens.valid is None and (rows is None or rows.keys is None)
+        if is_first and (module := training_kernels(hidden_states, self.config.head_dim)) is not None:
+            return self.read_prompt(hidden_states, tokens, rows, module)
         scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
         indices = self.select(scores, tokens, None if rows is None else rows.counts)  # [B, E, k], padded with T
@@ -214,6 +217,23 @@ class MosaHeads(nn.Module):
             projected = torch.einsum("bekd,edh->bekh", gated, self.proj_weight)  # [B, E, k, h]
             output.index_add_(0, (sequence * length + columns).flatten(), projected.float().flatten(0, 2))
         return output.view(batch, length, width).to(hidden_states.dtype)
+
+    def read_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None, module: Any) -> Tensor:
+        """Compute the same for the first tokens of sequences without padding, by the kernels of training."""
+        config, kernels = self.config, module.prompt_kernels(hidden_states, self.config.head_dim)
+        scores = kernels.router_scores(hidden_states, self.router_weight)
+        if self.thresholds is None:
+            indices = self.select(scores, tokens, None)
+        else:
+            feedback, share = config.load_feedback, 1 / config.sparsity
+            capacity = int(kernels.count_above(scores, self.thresholds, None, feedback, share).max())
+            indices = kernels.select_above(scores, self.thresholds, capacity, None, feedback, share)
+        weights = self.qkv_weight, self.proj_weight
+        rotation = config.rotary_percent, config.rotary_base
+        prompt = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
+        if rows is not None:
+            rows.add_packed(prompt.keys, prompt.values, prompt.valid)
+        return prompt.output
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, rows: SelectedRows | None) -> Tensor:
         """Attend among selected tokens [B, E, k, h'] in order of position, of which the ``valid`` ones come first."""

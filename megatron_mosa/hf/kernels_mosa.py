@@ -7,6 +7,7 @@ never waits for the number of selected tokens. Weights and cached rows are read 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import shutil
 from typing import Any
@@ -41,6 +42,20 @@ def supports_kernels(device: torch.device) -> bool:
     """Return whether there are an NVIDIA GPU that supports bf16 and a C compiler, which Triton's launchers need."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and compiler is not None
+
+
+@functools.cache
+def _prompt_module() -> Any:
+    try:
+        return importlib.import_module("megatron_mosa.kernels.prompt")
+    except ImportError:
+        return None
+
+
+def training_kernels(states: Tensor, head_dim: int) -> Any:
+    """Return the module with which megatron_mosa reads prompts, or None if it is not installed or cannot run here."""
+    module = _prompt_module()
+    return module if module is not None and module.prompt_kernels(states, head_dim) is not None else None
 
 
 def step_in_kernels(
