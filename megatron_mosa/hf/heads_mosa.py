@@ -13,6 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
+from .dense_kernels_mosa import attend_to_rows
 from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
 from .routing_mosa import MosaRoutingHeads
@@ -42,13 +43,7 @@ class MosaCausalHeads(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]. The tokens attend to those in ``rows``, too, and are added to them."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, heads | groups, T, h']
-        cos, sin = (table.unsqueeze(1) for table in tokens.rotary)  # [B, 1, T, n]
-        rotated = rotate(torch.cat((query, key), dim=1), cos, sin)
-        query, key = rotated.split((query.shape[1], key.shape[1]), dim=1)
+        query, key, value = self.project(hidden_states, tokens)
         if self.window is None:
             assert rows is None or isinstance(rows, DenseRows)
             key, value = (key, value) if rows is None else to_dtype(query.dtype, rows.append(key, value))
@@ -56,7 +51,44 @@ class MosaCausalHeads(nn.Module):
         else:
             assert rows is None or isinstance(rows, WindowRows)
             attended = self.attend_in_window(query, key, value, tokens, rows)
-        attended = attended.transpose(1, 2)  # [B, T, heads, h']
+        return self.project_out(attended.transpose(1, 2), hidden_states)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        tokens: Tokens,
+        rows: DenseRows | WindowRows,
+        lengths: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured; see graph_mosa.py.
+
+        Args:
+            lengths: long [1], columns of the input including the token.
+            valid: bool [B, columns], False at padding other than the token; None: there is no padding.
+        """
+        query, key, value = self.project(hidden_states, tokens)
+        if isinstance(rows, DenseRows):
+            rows.put(key, value, lengths - 1)
+        else:
+            lengths, valid = rows.put(key, value, tokens.positions, tokens.valid), None
+        assert rows.keys is not None and rows.values is not None
+        attended = attend_to_rows(query[:, :, 0].contiguous(), rows.keys, rows.values, lengths, valid)
+        return self.project_out(attended[:, None], hidden_states)
+
+    def project(self, hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, [B, heads or groups, T, h'], rotated."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (table.unsqueeze(1) for table in tokens.rotary)  # [B, 1, T, n]
+        rotated = rotate(torch.cat((query, key), dim=1), cos, sin)
+        query, key = rotated.split((query.shape[1], key.shape[1]), dim=1)
+        return query, key, value
+
+    def project_out(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
+        """Gate what was attended, [B, T, heads, h'], and sum over the heads."""
         if self.g_proj is not None:
             gate = torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
             attended = (attended.float() * gate).to(attended.dtype)
@@ -246,14 +278,17 @@ class MosaHeads(nn.Module):
                 return F.scaled_dot_product_attention(query, keys, values, visible)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything."""
+    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows, has_room: bool = False) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything.
+
+        Args:
+            has_room: ``rows`` has room for the token already, so that the step can be captured.
+        """
         rows.initialize(hidden_states, len(self.router_weight))
         if self.thresholds is not None and can_run_kernels(hidden_states):
             weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
-            states, share = hidden_states[:, 0], 1 / config.sparsity
-            output = step_in_kernels(states, weights, self.thresholds, tokens, rows, config.load_feedback, share)
-            return output[:, None]
+            settings = config.load_feedback, 1 / config.sparsity, has_room
+            return step_in_kernels(hidden_states[:, 0], weights, self.thresholds, tokens, rows, *settings)[:, None]
         batch, _, width = hidden_states.shape
         scores = self.scores(hidden_states)
         chosen = self.chosen(scores, tokens, rows.counts)[..., 0]  # [B, E]
@@ -380,7 +415,25 @@ class MosaAttention(nn.Module):
         ]
         if cache is not None:
             cache.length += hidden_states.shape[1]
-        output = parts[0]
-        for part in parts[1:]:
-            output = output + part
-        return output
+        return sum_of(parts)
+
+    def step(
+        self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer, lengths: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured."""
+        parts = []
+        for kind in HEADS:
+            heads, rows = getattr(self, f"{kind}_heads"), getattr(cache, kind)
+            if isinstance(heads, MosaCausalHeads):
+                parts.append(heads.step(hidden_states, tokens, rows, lengths, valid))
+            elif heads is not None:
+                parts.append(heads.step(hidden_states, tokens, rows, has_room=True))
+        return sum_of(parts)
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors, of which there is at least one."""
+    output = parts[0]
+    for part in parts[1:]:
+        output = output + part
+    return output

@@ -66,6 +66,7 @@ def step_in_kernels(
     rows: SelectedRows,
     feedback: float,
     share: float,
+    has_room: bool = False,
 ) -> Tensor:
     """Return the sum over heads for one token of each sequence, and add the token to ``rows`` of heads that select it.
 
@@ -76,6 +77,7 @@ def step_in_kernels(
         tokens: positions, angles and padding with T = 1.
         rows: initialized storage of the layer.
         feedback, share: see ``MosaHeads.chosen``; share is 1 / sparsity.
+        has_room: ``rows`` has room already, and its totals are not copied to the host.
 
     Returns:
         [B, h].
@@ -83,7 +85,8 @@ def step_in_kernels(
     router, qkv, proj = (weight.contiguous() for weight in weights)
     states = states.contiguous()
     (batch, width), (heads, size, _) = states.shape, proj.shape
-    rows.reserve_one(states.new_empty(0, size))
+    if not has_room:
+        rows.reserve_one(states.new_empty(0, size))
     assert rows.counts is not None and rows.table is not None and rows.totals is not None
     assert rows.keys is not None and rows.values is not None
     cos, sin = (table.contiguous() for table in tokens.rotary)  # [B or 1, 1, n]
@@ -104,7 +107,8 @@ def step_in_kernels(
             WIDTH_BLOCK=WIDTH_BLOCK, ROUTER_BLOCK=min(power(width), ROUTER_BLOCK), ROWS=ROWS, BLOCK=BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
-        rows.set_totals(rows.totals)
+        if not has_room:
+            rows.set_totals(rows.totals)
         sum_kernel[(batch, -(-width // COLUMNS))](
             gated, chosen, proj, output, heads, width, size,
             HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS,

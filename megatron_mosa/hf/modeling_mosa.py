@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
+from .graph_mosa import can_capture, captured_steps
 from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
 from .routing_mosa import MosaRoutingHeads
 from .tokens_mosa import Tokens, read_tokens
@@ -251,6 +252,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     """A MoSA language model with output embedding, loss and ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    captures_steps = True
+    """Compute a token after others as a CUDA graph, where that is possible."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__(config)
@@ -301,10 +304,17 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             ValueError: an argument is not supported, such as position_ids or output_attentions.
         """
         check_others(MosaForCausalLM.forward, others, self.config)
+        cache = past_key_values if cache is None else cache
+        is_plain = inputs_embeds is None and labels is None and isinstance(logits_to_keep, int)
+        is_plain = is_plain and not (output_hidden_states or self.config.output_hidden_states)
+        if self.captures_steps and is_plain and can_capture(self, cache, input_ids):
+            check_cache(cache, self.config, len(input_ids))
+            logits = captured_steps(self, cache)(cache, input_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=logits, **cache_entry(cache))
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
-            cache=past_key_values if cache is None else cache,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=False,  # overrides the configuration; a request was rejected above

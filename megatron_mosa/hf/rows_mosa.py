@@ -25,6 +25,10 @@ class Rows:
         """Return the allocated tensors."""
         return [tensor for tensor in (self.keys, self.values) if tensor is not None]
 
+    def buffers(self) -> list[Tensor]:
+        """Return all tensors that a captured step reads or writes."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
     def select_sequences(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
         raise NotImplementedError
@@ -90,6 +94,12 @@ class DenseRows(UniformRows):
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def put(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+        """Store one token [B, heads, 1, h'] in a column [1] that the device knows; there must be room."""
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, column, keys)
+        self.values.index_copy_(2, column, values)
+
     def used_rows(self) -> int:
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[1] * self.length
 
@@ -127,6 +137,23 @@ class WindowRows(UniformRows):
         head = torch.arange(heads, device=keys.device)[:, None]
         self.keys[sequence, head, rows] = keys.to(self.keys.dtype)
         self.values[sequence, head, rows] = values.to(self.values.dtype)
+
+    def put(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
+        """Store one token [B, heads, 1, h'] at positions [B or 1, 1]; return the number of rows in use, [B].
+
+        Nothing moves in memory, unlike in ``write``. The rows in use are the window of the token.
+        """
+        assert self.keys is not None and self.values is not None and self.counts is not None
+        rows = (positions % self.window).expand(len(keys), 1)
+        if valid is None:
+            self.counts += 1
+        else:
+            rows = torch.where(valid, rows, self.window)
+            self.counts += valid[:, 0]
+        target = rows[:, None, :, None].expand_as(keys)  # [B, heads, 1, h']
+        self.keys.scatter_(2, target, keys)
+        self.values.scatter_(2, target, values)
+        return self.counts.clamp(1, self.window)
 
     def select_sequences(self, indices: Tensor) -> None:
         super().select_sequences(indices)
@@ -252,6 +279,13 @@ class SelectedRows(Rows):
         """Make room for one more token of every head and sequence."""
         blocks, largest, full = self.host_totals()
         self.reserve(like, largest + 1, blocks + full)
+
+    def reserve_more(self, like: Tensor, tokens: int) -> None:
+        """Make room for up to BLOCK more tokens of every head and sequence; waits for the device."""
+        assert self.counts is not None and self.totals is not None
+        self.set_totals(self.totals)  # captured steps do not copy them
+        blocks, largest, _ = self.host_totals()
+        self.reserve(like, largest + tokens, blocks + self.counts.numel())
 
     def store(
         self,

@@ -1,0 +1,154 @@
+"""Compute one token of every sequence as one CUDA graph, which the host launches in the time of a single kernel.
+
+A graph has fixed shapes and addresses. So lengths and positions are counted on the device, room in the cache is made
+for some steps at a time, and when a buffer of the cache has moved, as it grew or sequences were exchanged, the next
+step but one is captured anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .cache_mosa import MosaCache
+from .kernels_mosa import can_run_kernels
+from .rows_mosa import DenseRows, SelectedRows
+from .tokens_mosa import Tokens, rotary_tables
+
+STRETCH = 16  # steps for which MoSA heads reserve room at once: each of them then needs one more block at most
+
+
+class CapturedSteps:
+    """Takes steps with one cache; each call is one step.
+
+    Args:
+        model: a ``MosaForCausalLM`` that ``can_capture``.
+        cache: is not empty; every call must give the same.
+    """
+
+    def __init__(self, model: Any, cache: MosaCache) -> None:
+        device, batch = model.device, cache.batch
+        self.model = model
+        self.captures = device.type == "cuda"
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(batch if cache.padded else 1, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # of the input, including padding
+        self.is_valid = torch.ones(batch, 1, dtype=torch.bool, device=device) if cache.padded else None
+        self.valid: Tensor | None = None  # bool [B, columns of the dense rows]; None: no padding, or no such heads
+        self.columns = -1  # that ``column`` stands at
+        self.left = 0  # steps until MoSA heads need room
+        self.key: tuple[int, ...] = ()
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+
+    def __call__(self, cache: MosaCache, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return logits [B, 1, vocab_size] of ids [B, 1], and add the tokens to the cache.
+
+        Args:
+            attention_mask: [B, columns], including the token; used if the cache began with padding.
+        """
+        length = cache.get_seq_length()
+        self._make_room(cache, length)
+        self.ids.copy_(input_ids)
+        if length != self.columns:
+            self.column.fill_(length)
+            self.left = 0
+        if cache.padded:
+            assert attention_mask is not None and self.is_valid is not None
+            mask = attention_mask.to(torch.bool)
+            self.positions.copy_(mask.sum(dim=1, keepdim=True).sub_(1).clamp_(min=0))
+            self.is_valid.copy_(mask[:, -1:])
+            if self.valid is not None:
+                self.valid[:, : length + 1].copy_(mask)
+                self.valid[:, length] = True  # padding attends to itself
+        elif length != self.columns:
+            self.positions.fill_(length)
+        logits = self._run(cache)
+        for layer in cache.layers:
+            layer.length += 1
+            if isinstance(rows := layer.parts().get("dense"), DenseRows):
+                rows.length += 1
+        self.columns, self.left = length + 1, self.left - 1
+        return logits
+
+    def _make_room(self, cache: MosaCache, length: int) -> None:
+        size, dtype = self.model.config.head_dim, self.model.dtype
+        for layer in cache.layers:
+            for rows in layer.parts().values():
+                if isinstance(rows, DenseRows) and rows.keys is not None:
+                    rows.reserve(rows.keys, length + 1)
+                    if cache.padded and (self.valid is None or self.valid.shape[1] != rows.keys.shape[2]):
+                        shape = (len(self.ids), rows.keys.shape[2])
+                        self.valid = torch.zeros(shape, dtype=torch.bool, device=self.ids.device)
+                if isinstance(rows, SelectedRows) and self.left <= 0:
+                    rows.reserve_more(self.ids.new_empty(0, size, dtype=dtype), STRETCH)
+        self.left = STRETCH if self.left <= 0 else self.left
+
+    def _run(self, cache: MosaCache) -> Tensor:
+        parts = [rows for layer in cache.layers for rows in layer.parts().values()]
+        key = tuple(tensor.data_ptr() for rows in parts for tensor in rows.buffers())
+        key += (0 if self.valid is None else self.valid.data_ptr(),)
+        if key != self.key:
+            self.key, self.runs, self.graph = key, 0, None
+        self.runs += 1
+        if not self.captures or self.runs == 1:  # compiles kernels, which a capture does not allow
+            return self._step(cache)
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self._step(cache)
+            self.graph = graph
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits.clone()  # the next step writes there
+
+    def _step(self, cache: MosaCache) -> Tensor:
+        """Compute the step; reads and counts nothing on the host."""
+        model = self.model.model
+        tokens = Tokens(self.positions, rotary_tables(self.positions, model.config), self.is_valid)
+        lengths = self.column + 1
+        states = model.embed_tokens(self.ids)
+        for layer, stored in zip(model.layers, cache.layers, strict=True):
+            attention = layer.self_attn
+            states = states + attention.step(layer.input_layernorm(states), tokens, stored, lengths, self.valid)
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        self.positions += 1
+        self.column += 1
+        return self.model.lm_head(model.norm(states))
+
+
+_STEPS: WeakKeyDictionary[MosaCache, CapturedSteps] = WeakKeyDictionary()
+
+
+def captured_steps(model: Any, cache: MosaCache) -> CapturedSteps:
+    """Return what takes steps with this model and cache; it lives as long as the cache."""
+    steps = _STEPS.get(cache)
+    if steps is None or steps.model is not model or len(steps.ids) != cache.batch:
+        steps = _STEPS[cache] = CapturedSteps(model, cache)
+    return steps
+
+
+def can_capture(model: Any, cache: MosaCache | None, input_ids: Tensor | None) -> bool:
+    """Return whether a call is a step that can be captured: one token of each sequence, after others, on one device.
+
+    Fixed heads and token choice cannot be, because the host must know how many tokens they take.
+    """
+    config = model.config
+    return (
+        cache is not None
+        and input_ids is not None
+        and input_ids.shape[1] == 1
+        and cache.get_seq_length() > 0
+        and cache.batch == len(input_ids)
+        and not config.num_fixed_heads
+        and not (config.num_mosa_heads and config.selection != "threshold")
+        and getattr(model, "hf_device_map", None) is None
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(input_ids.device.type)
+        and all(rows.keys is not None and rows.keys.dtype == model.dtype for rows in cache.layers[0].parts().values())
+        and can_run_kernels(model.lm_head.weight)
+    )

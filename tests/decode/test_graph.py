@@ -1,0 +1,107 @@
+"""Steps as they are captured, but run one by one in Triton's interpreter; for graphs: tests/gpu/test_decode.py."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_mosa.hf import dense_kernels_mosa, graph_mosa, kernels_mosa
+from megatron_mosa.hf.dense_kernels_mosa import attend_to_rows
+from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from tests.decode.models import build, random_tokens
+
+PROMPT, LENGTH = 14, 34  # the dense rows grow, heads fill a block, and room is made twice
+KINDS = ["pure", "followed", "hybrid", "grouped", "local", "gated"]
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_mosa, "INTERPRETED", True)
+    monkeypatch.setattr(kernels_mosa, "ROWS", 16)
+    monkeypatch.setattr(kernels_mosa, "WIDTH_BLOCK", 32)
+    monkeypatch.setattr(kernels_mosa, "ROUTER_BLOCK", 32)
+    monkeypatch.setattr(dense_kernels_mosa, "ROWS", 16)
+    monkeypatch.setattr(dense_kernels_mosa, "PROGRAMS", 16)
+
+
+def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None, lengths: list[int]) -> Tensor:
+    """Decode pieces of these lengths; return all logits [B, T, V]."""
+    cache, logits, start = model.new_cache(), [], 0
+    for length in lengths:
+        end = start + length
+        seen = None if mask is None else mask[:, :end]
+        logits.append(model(tokens[:, start:end], attention_mask=seen, **{CACHE: cache}).logits)
+        start = end
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_steps_match_the_forward_pass(kind: str, padded: bool) -> None:
+    model, tokens = build(kind, num_hidden_layers=1), random_tokens(2, LENGTH)
+    mask = None
+    if padded:
+        mask = torch.ones_like(tokens)
+        mask[0, :5] = 0
+        mask[1, 20:22] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    lengths = [PROMPT, *[1] * 10, 3, *[1] * (LENGTH - PROMPT - 13)]  # one piece in between that is not captured
+    with mock.patch.object(
+        graph_mosa.CapturedSteps, "_step", autospec=True, side_effect=graph_mosa.CapturedSteps._step
+    ) as taken:
+        found = decoded(model, tokens, mask, lengths)
+    assert taken.call_count == lengths.count(1)
+    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.no_grad()
+def test_sequences_are_exchanged_and_caches_copied_between_steps() -> None:
+    model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)
+    order = torch.tensor([1, 1, 0])
+
+    def run() -> list[Tensor]:
+        cache = model.new_cache()
+        for piece in (tokens[:, :PROMPT], tokens[:, PROMPT : PROMPT + 1]):
+            model(piece, **{CACHE: cache})
+        other = copy.deepcopy(cache)
+        cache.reorder_cache(order)
+        return [
+            model(piece, **{CACHE: used}).logits
+            for column in range(PROMPT + 1, PROMPT + 4)
+            for used, piece in ((cache, tokens[order, column, None]), (other, tokens[:, column, None]))
+        ]
+
+    captured = run()
+    model.captures_steps = False
+    for found, expected in zip(captured, run(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "sizes", [(2, 4, 2, 8, 70, [53]), (1, 3, 3, 12, 40, [1]), (3, 2, 1, 16, 50, [5, 50, 33])], ids=str
+)
+def test_attention_to_stored_rows(sizes: tuple) -> None:
+    batch, heads, groups, size, stored, given = sizes
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, heads, size, generator=generator)
+    keys, values = torch.randn(2, batch, groups, stored, size, generator=generator)
+    lengths = torch.tensor(given)
+    last = lengths.expand(batch)
+    valid = torch.rand(batch, stored, generator=generator) > 0.5
+    valid[torch.arange(batch), last - 1] = True
+    for mask in (None, valid):
+        visible = torch.arange(stored) < last[:, None]
+        visible = visible if mask is None else visible & mask
+        whole = [part.repeat_interleave(heads // groups, 1) for part in (keys, values)]
+        expected = F.scaled_dot_product_attention(query[:, :, None], *whole, visible[:, None, None])[:, :, 0]
+        torch.testing.assert_close(attend_to_rows(query, keys, values, lengths, mask), expected, rtol=1e-5, atol=1e-6)
