@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--plain", action="store_true", help="without the decoding kernels")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--toy", action="store_true", help="narrow models, for a quick test")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -105,6 +106,7 @@ def main() -> None:
     for name in options.models:
         difference = check(MODELS[name], device)
         model = build(MosaConfig(**(SMALL | (TOY if options.toy else {}) | MODELS[name])), device, dtype)
+        model.captures_steps = not (options.eager or options.plain)
         for context in options.context:
             for batch in options.batch:
                 row = {"model": name, "check": difference}
@@ -121,6 +123,7 @@ def main() -> None:
         name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
         facts = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
         facts["kernels"] = device == "cuda" and not options.plain
+        facts["graphs"] = device == "cuda" and not (options.eager or options.plain)
         models = {name: SMALL | (TOY if options.toy else {}) | MODELS[name] for name in options.models}
         options.output.write_text(
             json.dumps(facts | {"models": models, "rows": results}, indent=2) + "\n", encoding="utf-8"

@@ -57,8 +57,10 @@ def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], p
         seen = None if mask is None else mask[:, :end]
         found.append(model(tokens[:, start:end], attention_mask=seen, **{CACHE: cache}).logits)
         start = end
-    found.append(steps(model, tokens, PROMPT, mask, cache))
-    torch.testing.assert_close(torch.cat(found, dim=1)[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    for captures, used in ((False, copy.deepcopy(cache)), (True, cache)):
+        model.captures_steps = captures
+        logits = torch.cat((*found, steps(model, tokens, PROMPT, mask, used)), dim=1)
+        torch.testing.assert_close(logits[valid], expected[valid], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
