@@ -5,7 +5,4 @@ An export copies the files in ``MODELLING_FILES`` unchanged.
 
 from pathlib import Path
 
-MODELLING_FILES = tuple(
-    Path(__file__).with_name(f"{name}_mosa.py")
-    for name in ("configuration", "modeling", "heads", "fixed", "routing", "tokens", "cache", "rows", "kernels")
-)
+MODELLING_FILES = tuple(sorted(Path(__file__).parent.glob("*_mosa.py")))
