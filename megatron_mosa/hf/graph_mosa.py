@@ -16,7 +16,7 @@ from torch import Tensor
 from .cache_mosa import MosaCache
 from .kernels_mosa import can_run_kernels
 from .rows_mosa import DenseRows, SelectedRows
-from .tokens_mosa import Tokens, rotary_tables
+from .tokens_mosa import Tokens, check_mask, rotary_tables
 
 STRETCH = 16  # steps for which MoSA heads reserve room at once: each of them then needs one more block at most
 
@@ -45,11 +45,17 @@ class CapturedSteps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
 
+    def fits(self, model: Any, cache: MosaCache) -> bool:
+        """Return whether this can take the next step with such a model and cache."""
+        is_frozen = self.ids.is_inference() and not torch.is_inference_mode_enabled()
+        is_same = self.model is model and self.ids.device == model.device and len(self.ids) == cache.batch
+        return is_same and not is_frozen and (self.is_valid is not None) == cache.padded
+
     def __call__(self, cache: MosaCache, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return logits [B, 1, vocab_size] of ids [B, 1], and add the tokens to the cache.
 
         Args:
-            attention_mask: [B, columns], including the token; used if the cache began with padding.
+            attention_mask: [B, columns], including the token; None if ``cache.padded`` is False.
         """
         length = cache.get_seq_length()
         self._make_room(cache, length)
@@ -59,7 +65,7 @@ class CapturedSteps:
             self.left = 0
         if cache.padded:
             assert attention_mask is not None and self.is_valid is not None
-            mask = attention_mask.to(torch.bool)
+            mask = attention_mask.to(self.ids.device, torch.bool)
             self.positions.copy_(mask.sum(dim=1, keepdim=True).sub_(1).clamp_(min=0))
             self.is_valid.copy_(mask[:, -1:])
             if self.valid is not None:
@@ -72,6 +78,8 @@ class CapturedSteps:
             layer.length += 1
             if isinstance(rows := layer.parts().get("dense"), DenseRows):
                 rows.length += 1
+            if layer.mosa is not None:
+                layer.mosa.is_ahead = True
         self.columns, self.left = length + 1, self.left - 1
         return logits
 
@@ -92,6 +100,7 @@ class CapturedSteps:
         parts = [rows for layer in cache.layers for rows in layer.parts().values()]
         key = tuple(tensor.data_ptr() for rows in parts for tensor in rows.buffers())
         key += (0 if self.valid is None else self.valid.data_ptr(),)
+        key += (self.model.lm_head.weight.data_ptr(),)  # moves with all others when a model is moved or converted
         if key != self.key:
             self.key, self.runs, self.graph = key, 0, None
         self.runs += 1
@@ -99,7 +108,7 @@ class CapturedSteps:
             return self._step(cache)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
                 self.logits = self._step(cache)
             self.graph = graph
         self.graph.replay()
@@ -124,12 +133,18 @@ class CapturedSteps:
 _STEPS: WeakKeyDictionary[MosaCache, CapturedSteps] = WeakKeyDictionary()
 
 
-def captured_steps(model: Any, cache: MosaCache) -> CapturedSteps:
-    """Return what takes steps with this model and cache; it lives as long as the cache."""
+def captured_step(model: Any, cache: MosaCache, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Take a step for which ``can_capture`` is True: return logits [B, 1, vocab_size], and extend the cache.
+
+    Raises:
+        ValueError: the mask has another shape, or is missing although the cache began with one.
+    """
+    check_mask(attention_mask, len(input_ids), cache.get_seq_length() + 1, cache.padded)
+    cache.padded |= attention_mask is not None  # what it holds is not inspected, which would wait for the device
     steps = _STEPS.get(cache)
-    if steps is None or steps.model is not model or len(steps.ids) != cache.batch:
+    if steps is None or not steps.fits(model, cache):
         steps = _STEPS[cache] = CapturedSteps(model, cache)
-    return steps
+    return steps(cache, input_ids, attention_mask)
 
 
 def can_capture(model: Any, cache: MosaCache | None, input_ids: Tensor | None) -> bool:

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
-from .graph_mosa import can_capture, captured_steps
+from .graph_mosa import can_capture, captured_step
 from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
 from .routing_mosa import MosaRoutingHeads
 from .tokens_mosa import Tokens, read_tokens
@@ -309,7 +309,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         is_plain = is_plain and not (output_hidden_states or self.config.output_hidden_states)
         if self.captures_steps and is_plain and can_capture(self, cache, input_ids):
             check_cache(cache, self.config, len(input_ids))
-            logits = captured_steps(self, cache)(cache, input_ids, attention_mask)
+            logits = captured_step(self, cache, input_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, **cache_entry(cache))
         outputs = self.model(
             input_ids,

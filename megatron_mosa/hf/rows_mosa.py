@@ -222,6 +222,7 @@ class SelectedRows(Rows):
         # next token needs a new block
         self.totals: Tensor | None = None
         self.host_copy: tuple[Tensor, torch.cuda.Event] | None = None  # of totals, valid once the event is complete
+        self.is_ahead = False  # captured steps have changed totals since they were copied
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"host_copy": None}  # an event cannot be copied; copies read totals from the device
@@ -242,7 +243,7 @@ class SelectedRows(Rows):
 
     def set_totals(self, totals: Tensor) -> None:
         """Set ``totals`` and start copying them to the host, so that only the next reader waits for the device."""
-        self.totals = totals
+        self.totals, self.is_ahead = totals, False
         if not totals.is_cuda:
             return
         if self.host_copy is None:
@@ -254,7 +255,7 @@ class SelectedRows(Rows):
     def host_totals(self) -> list[int]:
         """Return ``totals`` on the host, waiting for the copy if necessary."""
         assert self.totals is not None
-        if self.host_copy is None:
+        if self.host_copy is None or self.is_ahead:
             return self.totals.tolist()
         copy, event = self.host_copy
         event.synchronize()

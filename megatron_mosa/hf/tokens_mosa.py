@@ -89,6 +89,18 @@ def largest(keys: Tensor, tokens: Tokens, count: Callable[[int], int]) -> Tensor
     return ranked.masked_fill(is_unused[:, None], length).sort(dim=-1).values
 
 
+def check_mask(attention_mask: Tensor | None, batch: int, columns: int, is_padded: bool) -> None:
+    """Check the mask of a call up to a column.
+
+    Raises:
+        ValueError: the mask has another shape, or is missing although the cache began with one.
+    """
+    if attention_mask is not None and attention_mask.shape != (batch, columns):
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(batch, columns)}")
+    if attention_mask is None and is_padded:
+        raise ValueError(f"attention_mask is missing, and the cache began with one; expected {(batch, columns)}, ones")
+
+
 def read_tokens(
     attention_mask: Tensor | None, hidden_states: Tensor, cache: MosaCache | None, config: MosaConfig
 ) -> Tokens:
@@ -100,11 +112,8 @@ def read_tokens(
     batch, length, _ = hidden_states.shape
     columns = length + (0 if cache is None else cache.get_seq_length())
     device = hidden_states.device
-    if attention_mask is not None and attention_mask.shape != (batch, columns):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(batch, columns)}")
     padded = cache is not None and cache.padded
-    if attention_mask is None and padded:
-        raise ValueError(f"attention_mask is missing, and the cache began with one; expected {(batch, columns)}, ones")
+    check_mask(attention_mask, batch, columns, padded)
     # The mask of a single token is not inspected, which would wait for the device, but assumed to contain padding.
     if attention_mask is None or (not padded and length > 1 and bool((attention_mask == 1).all())):
         first = columns - length

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from megatron_mosa.hf import dense_kernels_mosa, graph_mosa, kernels_mosa
 from megatron_mosa.hf.dense_kernels_mosa import attend_to_rows
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.hf.rows_mosa import BLOCK
 from tests.decode.models import build, random_tokens
 
 PROMPT, LENGTH = 14, 34  # the dense rows grow, heads fill a block, and room is made twice
@@ -84,6 +85,52 @@ def test_sequences_are_exchanged_and_caches_copied_between_steps() -> None:
     model.captures_steps = False
     for found, expected in zip(captured, run(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("inference_first", [True, False])
+def test_captured_and_other_steps_take_turns(inference_first: bool) -> None:
+    model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)
+    modes = (torch.inference_mode, torch.no_grad) if inference_first else (torch.no_grad, torch.inference_mode)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    cache = model.new_cache()
+    with modes[0]():
+        found = [model(tokens[:, :PROMPT], **{CACHE: cache}).logits.clone()]
+    for column in range(PROMPT, LENGTH):
+        model.captures_steps = column % 3 != 0
+        with modes[column % 2]():
+            found.append(model(tokens[:, column, None], **{CACHE: cache}).logits.clone())
+        rows = cache.layers[0].mosa
+        blocks = (rows.counts + BLOCK - 1) // BLOCK
+        full = rows.counts % BLOCK == 0
+        assert rows.host_totals() == [1 + int(blocks.sum()), int(rows.counts.max()), int(full.sum())]
+        assert cache.bytes()["mosa"][1] == 2 * int(rows.counts.sum()) * model.config.head_dim * 4
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.no_grad()
+def test_padding_that_begins_after_the_prompt() -> None:
+    model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)
+    mask = torch.ones_like(tokens)
+    mask[1, PROMPT + 2 : PROMPT + 4] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    found = decoded(model, tokens, mask, [PROMPT, *[1] * (LENGTH - PROMPT)])
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.no_grad()
+def test_masks_that_do_not_fit() -> None:
+    model, tokens = build("dense", num_hidden_layers=1), random_tokens(2, PROMPT + 1)
+    mask = torch.ones_like(tokens)
+    mask[0, 0] = 0
+    cache = model.new_cache()
+    model(tokens[:, :PROMPT], attention_mask=mask[:, :PROMPT], **{CACHE: cache})
+    for given, message in ((None, "attention_mask is missing"), (mask[:, 1:], r"expected \(2, 15\)")):
+        with pytest.raises(ValueError, match=message):
+            model(tokens[:, PROMPT:], attention_mask=given, **{CACHE: cache})
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -61,6 +61,10 @@ def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], p
         model.captures_steps = captures
         logits = torch.cat((*found, steps(model, tokens, PROMPT, mask, used)), dim=1)
         torch.testing.assert_close(logits[valid], expected[valid], rtol=1e-4, atol=1e-4)
+        for layer in used.layers:
+            if layer.mosa is not None:
+                assert layer.mosa.host_totals() == layer.mosa.totals.tolist()
+                assert layer.mosa.host_totals()[1] == layer.mosa.counts.max()
 
 
 @torch.no_grad()
@@ -71,6 +75,7 @@ def test_the_kernels_match_the_plain_path(dtype: torch.dtype, head_dim: int, mon
     for parameter in model.parameters():
         parameter.mul_(0.3)
     model = model.cuda().to(dtype)
+    model.captures_steps = False  # it would call no hooks
     tokens = random_tokens(5, LENGTH).cuda()
     cache = model.new_cache()
     model(tokens[:, :PROMPT], **{CACHE: cache})
