@@ -254,17 +254,24 @@ class MosaHeads(nn.Module):
         """Compute the same for the first tokens of sequences without padding, by the kernels of training."""
         config, kernels = self.config, module.prompt_kernels(hidden_states, self.config.head_dim)
         scores = kernels.router_scores(hidden_states, self.router_weight)
+        following = None, config.load_feedback, 1 / config.sparsity
         if self.thresholds is None:
             indices = self.select(scores, tokens, None)
+            counts = (indices < scores.shape[2]).sum(dim=2) if rows is not None else None
         else:
-            feedback, share = config.load_feedback, 1 / config.sparsity
-            capacity = int(kernels.count_above(scores, self.thresholds, None, feedback, share).max())
-            indices = kernels.select_above(scores, self.thresholds, capacity, None, feedback, share)
+            indices, counts = None, kernels.count_above(scores, self.thresholds, *following)
+        first = None
+        if rows is not None and counts is not None:  # the only wait for the device
+            first = rows.begin(counts, hidden_states.new_empty(0, config.head_dim))
+        if indices is None:
+            capacity = rows.host_totals()[1] if rows is not None else int(counts.max())
+            capacity = -(-capacity // 16) * 16  # Triton compiles once more for sizes that 16 does not divide
+            indices = kernels.select_above(scores, self.thresholds, capacity, *following)
         weights = self.qkv_weight, self.proj_weight
         rotation = config.rotary_percent, config.rotary_base
         prompt = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
         if rows is not None:
-            rows.add_packed(prompt.keys, prompt.values, prompt.valid)
+            prompt.store(first, rows.table, rows.keys, rows.values)
         return prompt.output
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, rows: SelectedRows | None) -> Tensor:

@@ -327,6 +327,25 @@ class SelectedRows(Rows):
         full = self.counts % BLOCK == 0
         self.set_totals(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
+    def begin(self, counts: Tensor, like: Tensor) -> Tensor:
+        """Make room for the first tokens of every head and sequence, which the caller is to store. Waits for the device.
+
+        Args:
+            counts: integers [B, E].
+            like: keys like [.., h'].
+
+        Returns:
+            [B, E], the first of consecutive blocks for each sequence and head, whose numbers the table does not hold yet.
+        """
+        self.counts = counts.long()
+        blocks = (self.counts + BLOCK - 1) // BLOCK
+        ends = blocks.flatten().cumsum(0) + 1
+        self.table = torch.zeros((*counts.shape, 1), dtype=torch.long, device=counts.device)
+        self.set_totals(torch.stack((ends[-1], self.counts.max(), (self.counts % BLOCK == 0).sum())))
+        total, largest, _ = self.host_totals()
+        self.reserve(like, largest, total)
+        return ends.view_as(blocks) - blocks
+
     def add_packed(self, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Add [B, E, k, h'], of which the ``valid`` ones [B, E, k] come first; return their rows, [B, E, k]."""
         self.initialize(keys, keys.shape[1])

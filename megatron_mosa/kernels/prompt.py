@@ -17,14 +17,23 @@ class Prompt(NamedTuple):
     output: Tensor
     """[B, T, h], the sum over heads."""
 
-    keys: Tensor
-    """[B, E, k, h'], rotated, in position order."""
+    qkv: Tensor
+    """[E, B * k, 3h']: rotated queries and keys, and values, of each head's tokens in order, sequence by sequence."""
 
-    values: Tensor
-    """[B, E, k, h']."""
+    cu_seqlens: Tensor
+    """int32 [E, B + 1]: cumulative number of each head's tokens over the sequences."""
 
-    valid: Tensor
-    """bool [B, E, k], False in empty slots, which come last."""
+    def store(self, first: Tensor, table: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy keys and values to the blocks of a cache.
+
+        Args:
+            first: int64 [B, E], the first of consecutive blocks for each sequence and head.
+            table: int64 [B, E, n], which is to hold the numbers of these blocks.
+            keys, values: [blocks, rows per block, h'].
+        """
+        from megatron_mosa.kernels.triton.cached import store_rows  # imported here because triton is optional
+
+        store_rows(self.qkv, self.cu_seqlens, first, table, keys, values)
 
 
 def prompt_kernels(hidden_states: Tensor, head_dim: int) -> KernelBackend | None:
@@ -59,10 +68,4 @@ def read_prompt(
     output, qkv, _, _, _, *rows = fused_attention(
         hidden_states, router_weight, scores, indices, qkv_weight, proj_weight, *options
     )
-    ends = Rows(*rows).cu_seqlens.t()  # [B + 1, E]
-    slots = torch.arange(indices.shape[2], device=indices.device)
-    valid = slots < (ends[1:] - ends[:-1])[..., None]  # [B, E, k]
-    places = (ends[:-1, :, None] + slots).masked_fill(~valid, 0)
-    heads = torch.arange(len(qkv), device=qkv.device)[:, None]
-    _, keys, values = qkv[heads, places].chunk(3, dim=-1)
-    return Prompt(output, keys, values, valid)
+    return Prompt(output, qkv, Rows(*rows).cu_seqlens)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.kernels import prompt
+from megatron_mosa.kernels.triton import cached
 from tests.decode.models import build, random_tokens
 
 LENGTH, PROMPT = 40, 37
@@ -51,3 +52,21 @@ def test_plain_pytorch_reads_what_the_kernels_do_not(monkeypatch: pytest.MonkeyP
             model(tokens)
     assert read.call_count == 0
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_the_cache_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "BLOCKS", 1)  # so that there are several programs
+    model, tokens = build("pure", num_hidden_layers=1, head_dim=12), random_tokens(3, 90)
+    caches = []
+    for backend in ("naive", "triton"):
+        monkeypatch.setenv("MOSA_BACKEND", backend)
+        caches.append(model.new_cache())
+        model(tokens, **{CACHE: caches[-1]})
+    plain, found = (cache.layers[0].mosa for cache in caches)
+    assert plain.counts.max() > 32 > plain.counts.min()
+    assert torch.equal(plain.counts, found.counts) and plain.host_totals() == found.host_totals()
+    assert torch.equal(plain.table[..., :-1], found.table[..., :-1]) and plain.bytes() == found.bytes()
+    used = torch.arange(plain.read()[0].shape[2]) < plain.counts[..., None]
+    for expected, given in zip(plain.read(), found.read(), strict=True):
+        torch.testing.assert_close(given[used], expected[used], rtol=1e-5, atol=1e-5)
