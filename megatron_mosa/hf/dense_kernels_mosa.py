@@ -1,6 +1,7 @@
-"""Attention of one token of every sequence to stored rows, in two Triton kernels, whose lengths the device knows.
+"""One token of every sequence in heads that store all tokens, or a window, with lengths that the device knows.
 
-The rows of a sequence and group of heads are divided among several programs, whose results a second kernel joins.
+One Triton kernel rotates and stores, and two attend: the rows of a sequence and group of heads are divided among
+several programs, whose results the second one joins.
 """
 
 from __future__ import annotations
@@ -20,6 +21,42 @@ ROWS = 64  # rows per iteration
 PROGRAMS = 264  # to aim at: two for each multiprocessor of a large GPU
 MOST_PARTS = 64
 QUERIES = 16  # per group of heads at least, the minimum of a matrix product
+
+
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    row: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Rotate queries and keys, and store keys and values.
+
+    Args:
+        query: [B, H h'].
+        key, value: [B, G h'].
+        rotary: cosines and sines, fp32 [B or 1, 1, n].
+        row: long [B] or [1], the row of each sequence to store in.
+        keys, values: [B, G, rows, h'], contiguous, in the dtype of the others.
+
+    Returns:
+        Rotated queries, [B, H, h'].
+    """
+    batch, groups, stored, size = keys.shape
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    cos, sin = (table.contiguous() for table in rotary)
+    heads = query.shape[1] // size
+    output = query.new_empty(batch, heads, size)
+    power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
+    store_kernel: Any = _store_kernel
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        store_kernel[(batch, heads + groups)](
+            query, key, value, cos, sin, row, output, keys, values, heads, groups, stored, size, cos.shape[-1],
+            min(len(cos) - 1, 1), min(len(row) - 1, 1), SIZE_BLOCK=power(size), num_warps=1,
+        )  # fmt: skip
+    return output
 
 
 def attend_to_rows(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, valid: Tensor | None) -> Tensor:
@@ -57,6 +94,43 @@ def attend_to_rows(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
 
 
 if triton is not None:
+
+    @triton.jit
+    def _rotated(p_state, o_channel, m_channel, p_cos, p_sin, pairs):
+        """Load a head's state, and rotate its first 2 * ``pairs`` channels in fp32: channel i with i + ``pairs``."""
+        is_first, is_rotated = o_channel < pairs, o_channel < 2 * pairs
+        o_partner = tl.where(is_first, o_channel + pairs, tl.where(is_rotated, o_channel - pairs, o_channel))
+        o_angle = tl.where(is_first, o_channel, o_partner)
+        b_state = tl.load(p_state + o_channel, mask=m_channel, other=0.0).to(tl.float32)
+        b_partner = tl.load(p_state + o_partner, mask=m_channel, other=0.0).to(tl.float32)
+        b_cos = tl.load(p_cos + o_angle, mask=is_rotated, other=1.0)
+        b_sin = tl.load(p_sin + o_angle, mask=is_rotated, other=0.0)
+        return b_state * b_cos + b_partner * tl.where(is_first, -b_sin, b_sin)
+
+    @triton.jit(do_not_specialize=["stored", "angle_stride", "row_stride"])
+    def _store_kernel(
+        p_query, p_key, p_value, p_cos, p_sin, p_row, p_output, p_keys, p_values, heads, groups, stored, size, pairs,
+        angle_stride, row_stride, SIZE_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Rotate one query of a sequence, or rotate and store one of its keys, with its value."""
+        i_sequence, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        o_channel = tl.arange(0, SIZE_BLOCK)
+        m_channel = o_channel < size
+        o_angles = i_sequence * angle_stride * pairs
+        p_cos += o_angles
+        p_sin += o_angles
+        if i_head < heads:
+            o_query = (i_sequence * heads + i_head) * size
+            b_query = _rotated(p_query + o_query, o_channel, m_channel, p_cos, p_sin, pairs)
+            tl.store(p_output + o_query + o_channel, b_query.to(p_output.dtype.element_ty), mask=m_channel)
+        else:
+            i_group = i_sequence * groups + i_head - heads
+            row = tl.load(p_row + i_sequence * row_stride)
+            o_cached = (i_group * stored + row) * size + o_channel
+            b_key = _rotated(p_key + i_group * size, o_channel, m_channel, p_cos, p_sin, pairs)
+            b_value = tl.load(p_value + i_group * size + o_channel, mask=m_channel, other=0.0)
+            tl.store(p_keys + o_cached, b_key.to(p_keys.dtype.element_ty), mask=m_channel)
+            tl.store(p_values + o_cached, b_value, mask=m_channel)
 
     @triton.jit(do_not_specialize=["stored", "length_stride", "valid_stride"])
     def _part_kernel(

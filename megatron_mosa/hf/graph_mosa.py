@@ -16,7 +16,7 @@ from torch import Tensor
 from .cache_mosa import MosaCache
 from .kernels_mosa import can_run_kernels
 from .rows_mosa import DenseRows, SelectedRows
-from .tokens_mosa import Tokens, check_mask, rotary_tables
+from .tokens_mosa import Column, Tokens, check_mask, rotary_tables
 
 STRETCH = 16  # steps for which MoSA heads reserve room at once: each of them then needs one more block at most
 
@@ -40,7 +40,7 @@ class CapturedSteps:
         self.valid: Tensor | None = None  # bool [B, columns of the dense rows]; None: no padding, or no such heads
         self.columns = -1  # that ``column`` stands at
         self.left = 0  # steps until MoSA heads need room
-        self.key: tuple[int, ...] = ()
+        self.key: tuple[tuple[int, ...], ...] = ()  # addresses and shapes
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
@@ -98,9 +98,10 @@ class CapturedSteps:
 
     def _run(self, cache: MosaCache) -> Tensor:
         parts = [rows for layer in cache.layers for rows in layer.parts().values()]
-        key = tuple(tensor.data_ptr() for rows in parts for tensor in rows.buffers())
-        key += (0 if self.valid is None else self.valid.data_ptr(),)
-        key += (self.model.lm_head.weight.data_ptr(),)  # moves with all others when a model is moved or converted
+        used = [tensor for rows in parts for tensor in rows.buffers()]
+        used += [self.model.lm_head.weight]  # which moves with all others when a model is moved or converted
+        used += [] if self.valid is None else [self.valid]
+        key = tuple((tensor.data_ptr(), *tensor.shape) for tensor in used)
         if key != self.key:
             self.key, self.runs, self.graph = key, 0, None
         self.runs += 1
@@ -119,11 +120,11 @@ class CapturedSteps:
         """Compute the step; reads and counts nothing on the host."""
         model = self.model.model
         tokens = Tokens(self.positions, rotary_tables(self.positions, model.config), self.is_valid)
-        lengths = self.column + 1
+        column = Column(self.column, self.column + 1, self.valid)
         states = model.embed_tokens(self.ids)
         for layer, stored in zip(model.layers, cache.layers, strict=True):
             attention = layer.self_attn
-            states = states + attention.step(layer.input_layernorm(states), tokens, stored, lengths, self.valid)
+            states = states + attention.step(layer.input_layernorm(states), tokens, stored, column)
             states = states + layer.mlp(layer.post_attention_layernorm(states))
         self.positions += 1
         self.column += 1

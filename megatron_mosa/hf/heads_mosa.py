@@ -13,12 +13,12 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
-from .dense_kernels_mosa import attend_to_rows
+from .dense_kernels_mosa import attend_to_rows, rotate_and_store
 from .fixed_mosa import MosaFixedHeads
 from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
 from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
-from .tokens_mosa import Tokens, largest, rotate
+from .tokens_mosa import Column, Tokens, largest, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
 SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones
@@ -53,27 +53,16 @@ class MosaCausalHeads(nn.Module):
             attended = self.attend_in_window(query, key, value, tokens, rows)
         return self.project_out(attended.transpose(1, 2), hidden_states)
 
-    def step(
-        self,
-        hidden_states: Tensor,
-        tokens: Tokens,
-        rows: DenseRows | WindowRows,
-        lengths: Tensor,
-        valid: Tensor | None,
-    ) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured; see graph_mosa.py.
-
-        Args:
-            lengths: long [1], columns of the input including the token.
-            valid: bool [B, columns], False at padding other than the token; None: there is no padding.
-        """
-        query, key, value = self.project(hidden_states, tokens)
-        if isinstance(rows, DenseRows):
-            rows.put(key, value, lengths - 1)
-        else:
-            lengths, valid = rows.put(key, value, tokens.positions, tokens.valid), None
+    def step(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows, column: Column) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured; see graph_mosa.py."""
+        row, lengths, valid = column
+        if isinstance(rows, WindowRows):
+            row, lengths = rows.count_one(tokens.positions, tokens.valid)
+            valid = None
         assert rows.keys is not None and rows.values is not None
-        attended = attend_to_rows(query[:, :, 0].contiguous(), rows.keys, rows.values, lengths, valid)
+        projected = (projection(hidden_states)[:, 0] for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query = rotate_and_store(*projected, tokens.rotary, row, rows.keys, rows.values)
+        attended = attend_to_rows(query, rows.keys, rows.values, lengths, valid)
         return self.project_out(attended[:, None], hidden_states)
 
     def project(self, hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -424,15 +413,13 @@ class MosaAttention(nn.Module):
             cache.length += hidden_states.shape[1]
         return sum_of(parts)
 
-    def step(
-        self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer, lengths: Tensor, valid: Tensor | None
-    ) -> Tensor:
+    def step(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column) -> Tensor:
         """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured."""
         parts = []
         for kind in HEADS:
             heads, rows = getattr(self, f"{kind}_heads"), getattr(cache, kind)
             if isinstance(heads, MosaCausalHeads):
-                parts.append(heads.step(hidden_states, tokens, rows, lengths, valid))
+                parts.append(heads.step(hidden_states, tokens, rows, column))
             elif heads is not None:
                 parts.append(heads.step(hidden_states, tokens, rows, has_room=True))
         return sum_of(parts)

@@ -94,12 +94,6 @@ class DenseRows(UniformRows):
         self.values[:, :, start : self.length] = values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def put(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
-        """Store one token [B, heads, 1, h'] in a column [1] that the device knows; there must be room."""
-        assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, column, keys)
-        self.values.index_copy_(2, column, values)
-
     def used_rows(self) -> int:
         return 0 if self.keys is None else self.keys.shape[0] * self.keys.shape[1] * self.length
 
@@ -138,22 +132,19 @@ class WindowRows(UniformRows):
         self.keys[sequence, head, rows] = keys.to(self.keys.dtype)
         self.values[sequence, head, rows] = values.to(self.values.dtype)
 
-    def put(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
-        """Store one token [B, heads, 1, h'] at positions [B or 1, 1]; return the number of rows in use, [B].
+    def count_one(self, positions: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Count one token at positions [B or 1, 1]; return its row, [B or 1], and the number of rows in use, [B].
 
-        Nothing moves in memory, unlike in ``write``. The rows in use are the window of the token.
+        The caller is to store it. Nothing moves in memory, unlike in ``write``. The rows in use are its window.
         """
-        assert self.keys is not None and self.values is not None and self.counts is not None
-        rows = (positions % self.window).expand(len(keys), 1)
+        assert self.counts is not None
+        rows = positions[:, 0] % self.window
         if valid is None:
             self.counts += 1
         else:
-            rows = torch.where(valid, rows, self.window)
+            rows = torch.where(valid[:, 0], rows, self.window)
             self.counts += valid[:, 0]
-        target = rows[:, None, :, None].expand_as(keys)  # [B, heads, 1, h']
-        self.keys.scatter_(2, target, keys)
-        self.values.scatter_(2, target, values)
-        return self.counts.clamp(1, self.window)
+        return rows, self.counts.clamp(1, self.window)
 
     def select_sequences(self, indices: Tensor) -> None:
         super().select_sequences(indices)
@@ -328,14 +319,14 @@ class SelectedRows(Rows):
         self.set_totals(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
     def begin(self, counts: Tensor, like: Tensor) -> Tensor:
-        """Make room for the first tokens of every head and sequence, which the caller is to store. Waits for the device.
+        """Make room for the first tokens, which the caller is to store. Waits for the device.
 
         Args:
-            counts: integers [B, E].
+            counts: integers [B, E], number of tokens.
             like: keys like [.., h'].
 
         Returns:
-            [B, E], the first of consecutive blocks for each sequence and head, whose numbers the table does not hold yet.
+            [B, E], the first of consecutive blocks for each sequence and head; the table does not hold them yet.
         """
         self.counts = counts.long()
         blocks = (self.counts + BLOCK - 1) // BLOCK

@@ -50,6 +50,19 @@ class Tokens(NamedTuple):
     """None without fixed heads."""
 
 
+class Column(NamedTuple):
+    """The column of the input in which a captured step adds one token to every sequence; the device knows it."""
+
+    own: Tensor
+    """long [1]."""
+
+    length: Tensor
+    """long [1]: number of columns, including it."""
+
+    valid: Tensor | None
+    """bool [B, columns], False at padding other than the token; None: there is no padding."""
+
+
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, [..., n] each, for the n pairs of channels that are rotated at positions [...]."""
     size = 2 * int(config.head_dim * config.rotary_percent / 2)
