@@ -50,9 +50,9 @@ def rotate_and_store(
     heads = query.shape[1] // size
     output = query.new_empty(batch, heads, size)
     power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
-    store_kernel: Any = _store_kernel
+    rotate_kernel: Any = _rotate_kernel
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        store_kernel[(batch, heads + groups)](
+        rotate_kernel[(batch, heads + groups)](
             query, key, value, cos, sin, row, output, keys, values, heads, groups, stored, size, cos.shape[-1],
             min(len(cos) - 1, 1), min(len(row) - 1, 1), SIZE_BLOCK=power(size), num_warps=1,
         )  # fmt: skip
@@ -108,7 +108,7 @@ if triton is not None:
         return b_state * b_cos + b_partner * tl.where(is_first, -b_sin, b_sin)
 
     @triton.jit(do_not_specialize=["stored", "angle_stride", "row_stride"])
-    def _store_kernel(
+    def _rotate_kernel(
         p_query, p_key, p_value, p_cos, p_sin, p_row, p_output, p_keys, p_values, heads, groups, stored, size, pairs,
         angle_stride, row_stride, SIZE_BLOCK: tl.constexpr,
     ):  # fmt: skip

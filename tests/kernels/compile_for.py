@@ -32,17 +32,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_mosa.hf import kernels_mosa
-from megatron_mosa.hf.rows_mosa import SelectedRows
+from megatron_mosa.hf import dense_kernels_mosa, kernels_mosa
+from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import loss, tiles
+from megatron_mosa.kernels.triton import cached, loss, tiles
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
+    "_join_kernel", "_rotate_kernel", "_cache_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
     "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
@@ -100,8 +101,18 @@ def resources(cubin: bytes) -> str:
 
 
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
-    """Run a decoding step with padding and load feedback, and one without."""
+    """Store a prompt, and run a decoding step with padding and load feedback, and one without."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
+    size, first = proj.shape[1], torch.ones(4, len(router), dtype=torch.long)
+    cached.store_rows(
+        qkv.new_zeros(len(router), 64, 3 * size), torch.zeros(len(router), 5, dtype=torch.int32), first,
+        first[..., None], *qkv.new_zeros(2, 99, BLOCK, size),
+    )  # fmt: skip
+    keys, values = qkv.new_zeros(2, 4, 2, 99, size)
+    query, key, lengths = qkv.new_zeros(4, 4 * size), qkv.new_zeros(4, 2 * size), torch.ones(1, dtype=torch.long)
+    for valid in (torch.ones(4, 99, dtype=torch.bool), None):
+        rotated = dense_kernels_mosa.rotate_and_store(query, key, key, (angles, angles), lengths, keys, values)
+        dense_kernels_mosa.attend_to_rows(rotated, keys, values, lengths, valid)
     for feedback, valid in ((0.1, torch.ones(4, 1, dtype=torch.bool)), (0.0, None)):
         rows = SelectedRows()
         rows.initialize(states, len(router))

@@ -14,7 +14,7 @@ from tests.kernels.compile_for import SHARED_MEMORY, WITHOUT_PRODUCTS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_mosa"
-SOURCES = [*sorted((PACKAGE / "kernels" / "triton").glob("*.py")), PACKAGE / "hf" / "kernels_mosa.py"]
+SOURCES = [*sorted((PACKAGE / "kernels" / "triton").glob("*.py")), *sorted((PACKAGE / "hf").glob("*kernels_mosa.py"))]
 
 
 def functions() -> dict[str, str]:

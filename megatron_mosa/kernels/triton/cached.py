@@ -16,7 +16,7 @@ BLOCKS = 4  # of the cache, per program
 
 
 @triton.jit(do_not_specialize=["B", "R", "TABLE"])
-def _store_kernel(
+def _cache_kernel(
     p_qkv, p_cu_seqlens, p_first, p_table, p_keys, p_values, B, E, R, TABLE,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def store_rows(qkv: Tensor, cu_seqlens: Tensor, first: Tensor, table: Tensor, ke
     (batch, heads), (_, block, size) = first.shape, keys.shape
     rows = qkv.shape[1]
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        _store_kernel[(batch * heads, triton.cdiv(rows // batch, BLOCKS * block))](
+        _cache_kernel[(batch * heads, triton.cdiv(rows // batch, BLOCKS * block))](
             qkv, cu_seqlens, first, table, keys, values, batch, heads, rows, table.shape[2],
             D=size, WIDTH=power_of_2(size), BLOCKS=BLOCKS, BLOCK=block,
         )  # fmt: skip
