@@ -15,10 +15,13 @@ from torch import Tensor
 
 from .cache_mosa import MosaCache
 from .kernels_mosa import can_run_kernels
-from .rows_mosa import DenseRows, SelectedRows
+from .rows_mosa import DenseRows
 from .tokens_mosa import Column, Tokens, check_mask, rotary_tables
 
-STRETCH = 16  # steps for which MoSA heads reserve room at once: each of them then needs one more block at most
+STRETCH = 16  # steps for which MoSA heads have room for certain: each of them then needs one more block at most
+AHEAD = (
+    128  # steps for which there is probably room when buffers have grown, since capturing takes as long as many steps
+)
 
 
 class CapturedSteps:
@@ -88,13 +91,17 @@ class CapturedSteps:
         for layer in cache.layers:
             for rows in layer.parts().values():
                 if isinstance(rows, DenseRows) and rows.keys is not None:
-                    rows.reserve(rows.keys, length + 1)
+                    if length >= rows.rows:
+                        rows.reserve(rows.keys, length + AHEAD)
                     if cache.padded and (self.valid is None or self.valid.shape[1] != rows.keys.shape[2]):
                         shape = (len(self.ids), rows.keys.shape[2])
                         self.valid = torch.zeros(shape, dtype=torch.bool, device=self.ids.device)
-                if isinstance(rows, SelectedRows) and self.left <= 0:
-                    rows.reserve_more(self.ids.new_empty(0, size, dtype=dtype), STRETCH)
-        self.left = STRETCH if self.left <= 0 else self.left
+        if self.left <= 0:
+            selected = [layer.mosa for layer in cache.layers if layer.mosa is not None]
+            has_room = [rows.has_room(STRETCH) for rows in selected]
+            for rows in [] if all(has_room) else selected:  # all layers, so that not each has its own new capture
+                rows.reserve_ahead(self.ids.new_empty(0, size, dtype=dtype), AHEAD, 2 / self.model.config.sparsity)
+            self.left = STRETCH
 
     def _run(self, cache: MosaCache) -> Tensor:
         parts = [rows for layer in cache.layers for rows in layer.parts().values()]

@@ -5,6 +5,7 @@ If torch.autocast is active in some calls only, new keys and values differ in dt
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -272,12 +273,22 @@ class SelectedRows(Rows):
         blocks, largest, full = self.host_totals()
         self.reserve(like, largest + 1, blocks + full)
 
-    def reserve_more(self, like: Tensor, tokens: int) -> None:
-        """Make room for up to BLOCK more tokens of every head and sequence; waits for the device."""
-        assert self.counts is not None and self.totals is not None
+    def has_room(self, tokens: int) -> bool:
+        """Return whether ``tokens`` more of every head and sequence fit, BLOCK at most; waits for the device."""
+        assert self.counts is not None and self.totals is not None and self.table is not None and self.keys is not None
         self.set_totals(self.totals)  # captured steps do not copy them
         blocks, largest, _ = self.host_totals()
-        self.reserve(like, largest + tokens, blocks + self.counts.numel())
+        return largest + tokens <= BLOCK * (self.table.shape[2] - 1) and blocks + self.counts.numel() <= len(self.keys)
+
+    def reserve_ahead(self, like: Tensor, tokens: int, share: float) -> None:
+        """Make room for so many tokens of every sequence, if all heads together select at most ``share`` of them.
+
+        There is room for BLOCK more tokens of every head and sequence in any case.
+        """
+        assert self.counts is not None
+        blocks, largest, _ = self.host_totals()
+        pairs = self.counts.numel()
+        self.reserve(like, largest + tokens, blocks + pairs + math.ceil(pairs * tokens * share / BLOCK))
 
     def store(
         self,

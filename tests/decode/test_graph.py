@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -107,6 +108,18 @@ def test_captured_and_other_steps_take_turns(inference_first: bool) -> None:
         assert rows.host_totals() == [1 + int(blocks.sum()), int(rows.counts.max()), int(full.sum())]
         assert cache.bytes()["mosa"][1] == 2 * int(rows.counts.sum()) * model.config.head_dim * 4
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.no_grad()
+def test_buffers_of_all_layers_grow_together() -> None:
+    model, tokens = build("followed", num_hidden_layers=2), random_tokens(1, 70)
+    cache, keys = model.new_cache(), []
+    model(tokens[:, :30], **{CACHE: cache})
+    for column in range(30, 70):
+        model(tokens[:, column, None], **{CACHE: cache})
+        keys.append(graph_mosa._STEPS[cache].key)
+    assert 1 <= sum(before != after for before, after in pairwise(keys)) <= 2  # dense rows, and all MoSA heads
 
 
 @pytest.mark.usefixtures("interpreted")
