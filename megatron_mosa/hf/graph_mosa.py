@@ -34,6 +34,7 @@ class CapturedSteps:
 
     def __init__(self, model: Any, cache: MosaCache) -> None:
         device, batch = model.device, cache.batch
+        assert batch is not None
         self.model = model
         self.captures = device.type == "cuda"
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)

@@ -60,8 +60,8 @@ class MosaCausalHeads(nn.Module):
             row, lengths = rows.count_one(tokens.positions, tokens.valid)
             valid = None
         assert rows.keys is not None and rows.values is not None
-        projected = (projection(hidden_states)[:, 0] for projection in (self.q_proj, self.k_proj, self.v_proj))
-        query = rotate_and_store(*projected, tokens.rotary, row, rows.keys, rows.values)
+        query, key, value = (projection(hidden_states)[:, 0] for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query = rotate_and_store(query, key, value, tokens.rotary, row, rows.keys, rows.values)
         attended = attend_to_rows(query, rows.keys, rows.values, lengths, valid)
         return self.project_out(attended[:, None], hidden_states)
 
@@ -246,13 +246,13 @@ class MosaHeads(nn.Module):
         following = None, config.load_feedback, 1 / config.sparsity
         if self.thresholds is None:
             indices = self.select(scores, tokens, None)
-            counts = (indices < scores.shape[2]).sum(dim=2) if rows is not None else None
+            counts = (indices < scores.shape[2]).sum(dim=2)
         else:
-            indices, counts = None, kernels.count_above(scores, self.thresholds, *following)
+            counts = kernels.count_above(scores, self.thresholds, *following)
         first = None
-        if rows is not None and counts is not None:  # the only wait for the device
+        if rows is not None:  # with thresholds the only wait for the device
             first = rows.begin(counts, hidden_states.new_empty(0, config.head_dim))
-        if indices is None:
+        if self.thresholds is not None:
             capacity = rows.host_totals()[1] if rows is not None else int(counts.max())
             capacity = -(-capacity // 16) * 16  # Triton compiles once more for sizes that 16 does not divide
             indices = kernels.select_above(scores, self.thresholds, capacity, *following)

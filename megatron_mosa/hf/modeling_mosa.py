@@ -308,6 +308,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         is_plain = inputs_embeds is None and labels is None and isinstance(logits_to_keep, int)
         is_plain = is_plain and not (output_hidden_states or self.config.output_hidden_states)
         if self.captures_steps and is_plain and can_capture(self, cache, input_ids):
+            assert cache is not None and input_ids is not None
             check_cache(cache, self.config, len(input_ids))
             logits = captured_step(self, cache, input_ids, attention_mask)
             return CausalLMOutputWithPast(logits=logits, **cache_entry(cache))

@@ -5,7 +5,6 @@ If torch.autocast is active in some calls only, new keys and values differ in dt
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -288,7 +287,7 @@ class SelectedRows(Rows):
         assert self.counts is not None
         blocks, largest, _ = self.host_totals()
         pairs = self.counts.numel()
-        self.reserve(like, largest + tokens, blocks + pairs + math.ceil(pairs * tokens * share / BLOCK))
+        self.reserve(like, largest + tokens, blocks + pairs + int(pairs * tokens * share / BLOCK))
 
     def store(
         self,
