@@ -362,7 +362,16 @@ MISUSES: list[tuple[str, int, str]] = [
         }.items()
     ],
     (f"{SUBMIT} --exclude 'n[5-1]'", 2, "--exclude must be"),
-    (f"{SUBMIT} run.directory='a b'", 2, "contains whitespace"),
+    *[
+        (f"{SUBMIT} {shlex.quote(f'run.directory={path}')}", 2, f"contains {sign!r}, which a path in an #SBATCH line")
+        for path, sign in {
+            "a b": " ",
+            "it's": "'",
+            'a"b': '"',
+            "a#b": "#",
+            "a\\b": "\\",
+        }.items()
+    ],
     (f"{SUBMIT} --chain 0", 2, "--chain must be at least 1 and"),
     ("submit CONFIG run.name=new --gpus-per-node 1 optimizer.warmup_steps=11 --dry-run", 2, "optimizer.warmup_steps"),
     ("doctor --timeout -1", 2, "timeout"),
