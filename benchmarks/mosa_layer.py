@@ -3,8 +3,8 @@
     python -m benchmarks.mosa_layer [--shapes 1,2,3] [--output benchmarks/results]
 
 Times are GPU times of forward, and of forward and backward, including router and selection. "as called" includes the
-launches, where those take longer. A speed is printed only for kernels whose output and gradients agree with the naive
-path in fp32, which is checked in the same run.
+launches, where those take longer. "thresholds" selects about as many tokens by thresholds with feedback. A speed is
+printed only for kernels whose output and gradients agree with the naive path in fp32, which is checked in the same run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.timing import Measurement, measure
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.kernels import get_backend, naive
 
-BARS = [1.5, 1.5, 1.5, 1.8, 2.0, 1.8]  # allowed time relative to the dense heads, forward and backward
+BARS = [1.10, 1.25, 1.20, 1.50, 1.65, 1.75]  # allowed time relative to the dense heads, forward and backward
 CHECKED_ROWS = 40_000  # over all heads: more than 256 per multiprocessor
 PEAK = 780e12  # FLOP/s of a bf16 matrix product, measured on an H200
 ROTARY: dict[str, float] = {"rotary_percent": 0.5, "rotary_base": 10000.0}
@@ -94,6 +94,23 @@ def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return layer, inputs
 
 
+def threshold_layer(shape: Shape, inputs: list[Tensor]) -> Callable[..., Tensor]:
+    """Return heads that select about as many tokens by thresholds, with feedback and the default capacity."""
+    kernels = get_backend("triton", inputs[0])
+    with torch.no_grad():
+        scores = kernels.router_scores(*inputs[:2])
+        least = scores.gather(-1, kernels.select_tokens(scores, shape.selected).long()).amin(-1)  # [B, E]
+        thresholds = least.mean(0)
+    return lambda *inputs: mosa_attention(
+        *inputs,
+        thresholds=thresholds,
+        capacity=2 * shape.selected,
+        feedback=0.1,
+        share=1 / shape.sparsity,
+        backend="triton",
+    )
+
+
 def time_layer(layer: Callable[..., Tensor], inputs: list[Tensor], seconds: float = 0.5) -> dict[str, Any]:
     """Measure forward, and forward and backward, for some seconds each; or return why that is impossible."""
     upstream = torch.randn_like(inputs[0])
@@ -119,7 +136,10 @@ def measure_shape(number: int, shape: Shape) -> dict[str, Any]:
     release()
     if row["check"]["agrees"]:
         fused = lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="triton")  # noqa: E731
-        row["triton"] = time_layer(fused, layer_inputs(shape, shape.batch))
+        inputs = layer_inputs(shape, shape.batch)
+        row["triton"] = time_layer(fused, inputs)
+        row["threshold"] = time_layer(threshold_layer(shape, inputs), inputs)
+        del inputs
         release()
     compiled = torch.compile(
         lambda *inputs: mosa_attention(*inputs, num_selected=shape.selected, backend="naive"), dynamic=False
@@ -152,8 +172,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown with milliseconds, as forward / forward and backward."""
     lines = [
         "| shape | Triton, ms | TFLOP/s | share of floor | compiled naive, ms | dense, ms | Triton / dense | bar | "
-        "GiB: Triton, compiled | as called, ms: Triton, compiled, dense |",
-        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- | --- |",
+        "GiB: Triton, compiled | as called, ms: Triton, compiled, dense | thresholds / Triton |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- | --- | ---: |",
     ]
     for row in rows:
         cells = [f"{row['number']}: {row['name']}"]
@@ -173,9 +193,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{part['both']['called_milliseconds']:.2f}" if "both" in part else "-"
             for part in (ours, row["compiled"], row["dense"])
         )
-        cells += [f"{BARS[row['number'] - 1]:.1f}", memory, called]
+        cells += [f"{BARS[row['number'] - 1]:.2f}", memory, called, _price(row)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _price(row: dict[str, Any]) -> str:
+    """Return how many times as long heads with thresholds take."""
+    both = [row.get(key, {}).get("both") for key in ("threshold", "triton")]
+    return "-" if None in both else f"{both[0]['milliseconds'] / both[1]['milliseconds']:.2f}"
 
 
 def _pair(part: dict[str, Any]) -> str:

@@ -70,8 +70,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     ),
     "selection": ("selection", grid(maxnreg=[48, 64, 96, 128], num_warps=[1, 4, 8, 16])),
     "rows": ("", []),
-    "out, atomic": ("", []),
-    "dX, atomic": ("", []),
+    "ragged dX": ("", []),
     "above": ("select_above", grid(BLOCK=[512, 1024, 2048], num_warps=[1, 2, 4])),
     "followed": ("follow", grid(BLOCK=[256, 512, 1024], num_warps=[1, 2, 4])),
     "counted": ("count_scores", grid(BLOCK=[512, 1024], num_warps=[2, 4, 8])),
@@ -106,13 +105,11 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         selection.fused_count_scores(scores, histogram.zero_())
         return histogram
 
-    def out(deterministic: bool = True) -> Tensor:
-        return scattered.scattered_product(saved[0], proj_weight, rows, states, deterministic=deterministic)
+    def out() -> Tensor:
+        return scattered.scattered_product(saved[0], proj_weight, rows, states)
 
-    def dx(deterministic: bool = True) -> Tensor:
-        return scattered.scattered_product(
-            dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), deterministic=deterministic
-        )
+    def dx(is_full: bool = True) -> Tensor:
+        return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), is_full)
 
     return {
         "scores": lambda: selection.fused_router_scores(states, router),
@@ -127,15 +124,14 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "dW_QKV": lambda: weight_gradient(dqkv, dw_qkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter),
         "dX": dx,
         "sum over heads": out,
-        "out, atomic": lambda: out(False),
-        "dX, atomic": lambda: dx(False),
+        "ragged dX": lambda: dx(False),
         "above": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None),
         "followed": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
         "counted": counted,
     }
 
 
-ALTERNATIVES = ("sum over heads", "out, atomic", "dX, atomic", "above", "followed", "counted")  # not part of the sum
+ALTERNATIVES = ("sum over heads", "ragged dX", "above", "followed", "counted")  # not part of the sum
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def mosa_attention(
         document_starts=None if documents is None else documents.starts,
         restart_rotary=restart_rotary,
         slots=slots,
+        is_full=thresholds is None and slots is None,
     )
 
 

@@ -321,13 +321,13 @@ class MosaHeads(PartitionedHeads):
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
         slots = None
+        per_document = documents is not None and config.mosa_selection_scope == "document"
         if indices is None:
             keys, thresholds = self._keys(scores, above)
             if counts and config.mosa_selection == "threshold":
                 kernels.count_scores(scores, self.histogram)
             if counts and config.mosa_selection == "token_choice":
                 self.choices.add_(F.pad(keys.sum((0, 2), dtype=torch.int32), (0, 1), value=keys[:, 0].numel()))
-            per_document = documents is not None and config.mosa_selection_scope == "document"
             indices, slots = select(
                 kernels,
                 keys,
@@ -351,6 +351,7 @@ class MosaHeads(PartitionedHeads):
             document_starts=None if documents is None else documents.starts,
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
+            is_full=not (above or per_document or config.mosa_selection == "token_choice"),
         )
         return output.transpose(0, 1), scores, indices
 

@@ -65,6 +65,7 @@ class KernelBackend(Protocol):
         document_starts: Tensor | None = None,
         restart_rotary: bool = False,
         slots: Documents | None = None,
+        is_full: bool = False,
     ) -> Tensor: ...
 
     def split_heads(

@@ -251,6 +251,7 @@ def selected_attention(
     document_starts: Tensor | None = None,
     restart_rotary: bool = False,
     slots: Documents | None = None,
+    is_full: bool = False,
 ) -> Tensor:
     """Causal attention of each head among its selected tokens, gated by their scores, summed over heads per token.
 
@@ -268,6 +269,7 @@ def selected_attention(
         restart_rotary: count rotary positions from the beginning of the document.
         slots: the k slots as packed documents, if tokens were selected per document. Avoids the k x k matrix of logits,
             which with many short documents would be as large as T x T.
+        is_full: there are no empty slots; unused here, other backends are faster if they know it.
 
     Returns:
         [B, T, h], the sum over heads.

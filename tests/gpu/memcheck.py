@@ -44,10 +44,10 @@ def main() -> None:
             chosen = documents.selection(lambda length: num_selected_tokens(length, 2.0))
             quotas = chosen.quotas.cuda()
             indices = naive.select_tokens(scores, chosen.num_slots, True, starts, quotas)
-        for deterministic in (True, False):
+        for is_full in {False, documents is None}:
             output = fused.selected_attention(
                 *inputs[:2], scores, indices, *inputs[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts,
-                restart_rotary=has_documents, deterministic=deterministic,
+                restart_rotary=has_documents, is_full=is_full,
             )  # fmt: skip
             gradients = torch.autograd.grad(output.float().square().sum(), inputs)
             assert all(gradient.isfinite().all() for gradient in gradients)

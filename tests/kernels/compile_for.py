@@ -55,8 +55,8 @@ class Case:
     selected: int
     capabilities: tuple[int, ...] = (80, 90, 100)
     has_documents: bool = True
-    atomic: tuple[int, ...] = ()
-    """For which the output is also added up by atomics."""
+    full: tuple[int, ...] = ()
+    """For which the slots are also known to be filled."""
     decodes: tuple[int, ...] = ()
     """For which a step of decoding is compiled, too."""
     alone: frozenset[str] = frozenset()
@@ -65,8 +65,7 @@ class Case:
 
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
-    # In several; with atomics it takes the most shared memory of all.
-    Case(torch.bfloat16, 128, 256, atomic=(80, 90), decodes=(100,)),
+    Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
     Case(torch.float32, 32, 63, (80,)),  # several tiles, the last one partly filled
@@ -138,10 +137,10 @@ def layer(case: Case, capability: int) -> None:
         ranks = mock.Mock(**{"size.return_value": 2, "rank.return_value": 1})
         loss.linear_cross_entropy(tensors[0][0, :8], vocabulary, targets, torch.ones(8), ranks).backward()
     indices = torch.arange(case.selected).expand(64, 9, case.selected)
-    for deterministic in (True, False) if capability in case.atomic else (True,):
+    for is_full in (False, True) if capability in case.full else (False,):
         output = fused.selected_attention(
             *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,
-            document_starts=starts if case.has_documents else None, deterministic=deterministic,
+            document_starts=starts if case.has_documents else None, is_full=is_full,
         )  # fmt: skip
         output.sum().backward()
     if capability in case.decodes:

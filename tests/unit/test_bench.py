@@ -56,7 +56,7 @@ def test_overlapping_kernels_are_busy_once() -> None:
 def test_communication_is_counted_once_and_told_apart_from_what_hides_it() -> None:
     kernels = [
         Kernel(0, 4 * MS, "gemm"), Kernel(3 * MS, 6 * MS, "ncclDevKernel_AllReduce"),
-        Kernel(5 * MS, 7 * MS, "ncclDevKernel_AllGather"),
+        Kernel(5 * MS, 7 * MS, "ncclDevKernel_AllGather"), Kernel(5 * MS, 7 * MS, "nccl:_all_gather_base"),
     ]  # fmt: skip
     found = summarize(kernels, steps=1)
     assert (found.communicating, found.exposed, found.busy) == pytest.approx((4.0, 3.0, 7.0))
@@ -150,7 +150,10 @@ def test_the_usual_rule_counts_what_others_count() -> None:
 
 
 def test_what_is_not_training_is_told_apart(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock moves by 40 ms in a step, 3 ms for each of two batches, 5 in a callback and 70 when a line is written, 500 the first time."""
+    """A clock moves by 40 ms in a step, 3 for each of two batches, 5 in a callback, and when a line is written by 70.
+
+    The first line takes 500.
+    """
     now = [0.0]
 
     def passes(milliseconds: float) -> None:

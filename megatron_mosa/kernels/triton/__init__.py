@@ -76,14 +76,9 @@ def selected_attention(
     document_starts: Tensor | None = None,
     restart_rotary: bool = False,
     slots: Documents | None = None,
-    deterministic: bool = True,
+    is_full: bool = False,
 ) -> Tensor:
-    """Compute ``naive.selected_attention``; gradients of the gates flow to ``router_weight`` and ``hidden_states``.
-
-    Args:
-        deterministic: sum over heads in a fixed order; otherwise with fp32 atomics, which is slower but needs less
-            memory.
-    """
+    """Compute ``naive.selected_attention``; gradients of the gates flow to ``router_weight`` and ``hidden_states``."""
     del slots  # no k x k matrix is stored in any case
     return fused_attention(
         hidden_states,
@@ -96,7 +91,7 @@ def selected_attention(
         rotary_base,
         document_starts,
         restart_rotary,
-        deterministic,
+        is_full,
     )[0]
 
 

@@ -201,7 +201,10 @@ def gathered_product(
         )
         number = triton.cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
-        group = tiles.group(number, tile_bytes, weight.numel() * weight.element_size() // len(programs))
+        group = tiles.group(
+            number, tile_bytes, heads * capacity * width * states.element_size(),
+            weight.numel() * weight.element_size() // len(programs), tiles.GATHERED_BYTES,
+        )  # fmt: skip
         _gathered_kernel[(number * heads,)](
             states, rows.token_indices, rows.cu_seqlens, weight, output, cos, sin, starts, *(gating or (None,) * 4),
             batch, capacity, heads, length, width, group, *strides(states), *weight.stride(),

@@ -35,7 +35,7 @@ def fused_attention(
     rotary_base: float,
     document_starts: Tensor | None,
     restart_rotary: bool,
-    deterministic: bool,
+    is_full: bool,
 ) -> list[Tensor]:
     """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
@@ -43,7 +43,7 @@ def fused_attention(
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
     qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered_product(gated, proj_weight, rows, states, deterministic=deterministic)
+    output = scattered_product(gated, proj_weight, rows, states)
     return [output, qkv, gated, log_sums, gates, *rows]
 
 
@@ -89,7 +89,7 @@ def fused_attention_backward(
     rotary_percent: float,
     rotary_base: float,
     restart_rotary: bool,
-    deterministic: bool,
+    is_full: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the states, the router, W_QKV and W_O."""
     states, doutput = with_contiguous_rows(hidden_states), with_contiguous_rows(doutput)
@@ -100,9 +100,7 @@ def fused_attention_backward(
     dqkv = attend_backward(qkv, rows, dattended, log_sums, gating.deltas, starts, rotation)
     del dattended
     pairs = gating.dlogits, router_weight.to(gating.dlogits.dtype).contiguous()
-    dx = scattered_product(
-        dqkv, qkv_weight.transpose(1, 2), rows, states, parts=3, pairs=pairs, deterministic=deterministic
-    )
+    dx = scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, 3, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
     drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
     weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)
@@ -128,10 +126,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, deterministic = inputs
+    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, is_full = inputs
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for all outputs but the first
     ctx.save_for_backward(states, router, qkv_weight, proj_weight, starts, *output[1:])
-    ctx.options = percent, base, restarts, deterministic
+    ctx.options = percent, base, restarts, is_full
 
 
 def _backward(ctx: Any, doutputs: list[Tensor]) -> tuple[Tensor | None, ...]:

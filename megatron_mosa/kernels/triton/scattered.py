@@ -18,14 +18,15 @@ from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 FEWEST_CHUNKS = 4  # of the products of a layer; only one chunk at a time is in memory, until it is summed over heads
 SMALL_BYTES = 256 << 20  # products of a layer that need no more memory form one chunk
 MOST_BYTES = 1536 << 20  # of a chunk
+FEWEST_COLUMNS = 1024  # of a chunk, before it has fewer sequences
 
 
 @triton.jit(do_not_specialize=["FIRST", "LAST", "B"])
 def _scattered_kernel(
     p_values, p_token_indices, p_cu_seqlens, p_pairs, p_pair_weight, p_weight, p_products,
-    FIRST, LAST, B, R, E, K, T, H, FIRST_COLUMN, CHUNK, stride_e, stride_d, stride_h,
+    FIRST, LAST, B, R, K, H, FIRST_COLUMN, CHUNK, stride_e, stride_d, stride_h,
     D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
-    IS_ATOMIC: tl.constexpr, PARTS: tl.constexpr, PAIR: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, PAIR: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
     """Multiply rows of the sequences FIRST to LAST - 1 with CHUNK columns of the weights, from FIRST_COLUMN on."""
@@ -48,13 +49,10 @@ def _scattered_kernel(
         b_pair = tl.load(p_pairs + o_row * PAIR, mask=m_row, other=0.0).to(tl.float32)
         b_pair += tl.load(p_pairs + o_row * PAIR + 1, mask=m_row, other=0.0).to(tl.float32)
     b_index = tl.load(p_token_indices + o_row, mask=m_row, other=0)
-    i_batch, i_token = unpack_index(b_index, SHIFT)
-    if IS_ATOMIC:
-        p_out_rows = p_products + ((i_batch.to(tl.int64) * T + i_token) * H)[:, None]
-    else:
-        i_slot = i_row - tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch, mask=m_row, other=0)
-        i_entry = ((i_batch - FIRST).to(tl.int64) * E + i_head) * K + i_slot  # in the order of ``Rows.entries``
-        p_out_rows = p_products + (i_entry * CHUNK)[:, None]
+    i_batch, _ = unpack_index(b_index, SHIFT)
+    i_slot = i_row - tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch, mask=m_row, other=0)
+    i_product = (i_head.to(tl.int64) * (LAST - FIRST) + i_batch - FIRST) * K + i_slot
+    p_out_rows = p_products + (i_product * CHUNK)[:, None]
     p_weights = p_weight + i_head.to(tl.int64) * stride_e + o_inner.to(tl.int64)[:, None] * stride_d
     sweep_begin = tl.program_id(1) * (SWEEP * COLUMNS)
     sweep_end = tl.minimum(tl.minimum(CHUNK, H - FIRST_COLUMN), sweep_begin + SWEEP * COLUMNS)
@@ -79,42 +77,59 @@ def _scattered_kernel(
             b_w = tl.load(p_pair_row + o_column, mask=m_column, other=0.0)
             b_product += b_pair[:, None] * b_w.to(tl.float32)[None]
         mask = m_row[:, None] & m_column[None]
-        if IS_ATOMIC:
-            tl.atomic_add(p_out_rows + o_column[None], b_product, mask=mask, sem="relaxed")
-        else:
-            tl.store(p_out_rows + o_column[None], b_product.to(p_products.dtype.element_ty), mask=mask)
+        tl.store(p_out_rows + o_column[None], b_product.to(p_products.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sum_of_rows(p_rows, p_entries, begin, end, CHUNK, m_column, UNROLL: tl.constexpr):
+def _sum_of_rows(
+    p_rows, p_entries, p_pairs, p_pair_rows, begin, end, SEQUENCES, R, H, CHUNK, m_column,
+    K: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     """Sum the next UNROLL rows of a token, up to its last one; all loads are in flight at the same time."""
     i_entry = begin + tl.arange(0, UNROLL)
-    o_row = tl.load(p_entries + i_entry, mask=i_entry < end, other=0).to(tl.int64)
-    mask = (i_entry < end)[:, None] & m_column[None]
-    b_rows = tl.load(p_rows[None] + (o_row * CHUNK)[:, None], mask=mask, other=0.0)
-    return tl.sum(b_rows.to(tl.float32), axis=0)
+    m_entry = i_entry < end
+    i_entry = tl.load(p_entries + i_entry, mask=m_entry, other=0)
+    i_head = (i_entry // K).to(tl.int64)
+    i_slot = i_entry % K
+    mask = m_entry[:, None] & m_column[None]
+    o_row = (i_head * SEQUENCES * K + i_slot) * CHUNK
+    b_rows = tl.load(p_rows[None] + o_row[:, None], mask=mask, other=0.0).to(tl.float32)
+    if PAIR:
+        p_pair = p_pairs + (i_head * R + i_slot) * PAIR
+        b_pair = tl.load(p_pair, mask=m_entry, other=0.0).to(tl.float32)
+        b_pair += tl.load(p_pair + 1, mask=m_entry, other=0.0).to(tl.float32)
+        b_w = tl.load(p_pair_rows[None] + (i_head * H)[:, None], mask=mask, other=0.0)
+        b_rows += b_pair[:, None] * b_w.to(tl.float32)
+    return tl.sum(b_rows, axis=0)
 
 
 @triton.jit(do_not_specialize=["FIRST", "SEQUENCES"])
 def _combine_kernel(
-    p_products, p_offsets, p_entries, p_out, FIRST, SEQUENCES, PER_SEQUENCE, T, H, FIRST_COLUMN, CHUNK,
+    p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_out, FIRST, SEQUENCES, R, T, H, FIRST_COLUMN, CHUNK,
     stride_b, stride_t,
-    UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the products of each token of a chunk."""
+    """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added."""
     # The first tokens of all sequences run first: every head may select them, and long sums must not come last.
     i_sequence, i_token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_column, i_batch = (o_column < CHUNK) & (FIRST_COLUMN + o_column < H), FIRST + i_sequence
     begin = tl.load(p_offsets + i_batch.to(tl.int64) * T + i_token)
     end = tl.load(p_offsets + i_batch.to(tl.int64) * T + i_token + 1)
-    p_rows = p_products + i_sequence.to(tl.int64) * PER_SEQUENCE * CHUNK + o_column
+    p_rows = p_products + i_sequence.to(tl.int64) * K * CHUNK + o_column
+    p_pair_rows = p_pair_weight + FIRST_COLUMN + o_column if PAIR else p_pair_weight
+    p_pairs = p_pairs + i_batch.to(tl.int64) * (K * PAIR) if PAIR else p_pairs
     b_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
     unrolled_end = begin + (end - begin) // UNROLL * UNROLL
     for start in range(begin, unrolled_end, UNROLL):
-        b_sum += _sum_of_rows(p_rows, p_entries, start, unrolled_end, CHUNK, m_column, UNROLL)
+        b_sum += _sum_of_rows(
+            p_rows, p_entries, p_pairs, p_pair_rows, start, unrolled_end, SEQUENCES, R, H, CHUNK, m_column,
+            K, PAIR, UNROLL,
+        )  # fmt: skip
     for start in range(unrolled_end, end, 4):
-        b_sum += _sum_of_rows(p_rows, p_entries, start, end, CHUNK, m_column, 4)
+        b_sum += _sum_of_rows(
+            p_rows, p_entries, p_pairs, p_pair_rows, start, end, SEQUENCES, R, H, CHUNK, m_column, K, PAIR, 4
+        )
     p_out_row = p_out + i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64) * stride_t + FIRST_COLUMN + o_column
     tl.store(p_out_row, b_sum.to(p_out.dtype.element_ty), mask=m_column)
 
@@ -122,18 +137,22 @@ def _combine_kernel(
 def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
     """Return the number of sequences, and of columns of their products, in a chunk.
 
-    Products of at most ``SMALL_BYTES`` form one chunk. Larger ones are split by sequences, and by columns if one
-    sequence is too large for a chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a
-    narrow layer. No chunk has more than half of the products, except for an odd column.
+    Products of at most ``SMALL_BYTES`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
+    because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
+    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk has
+    more than half of the products, except for an odd column.
     """
     if batch * sequence_bytes <= SMALL_BYTES:
         return batch, width
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
     step = next(step for step in (128, 16, 1) if step == 1 or width >= step * FEWEST_CHUNKS)
     slices = 1
+    while batch * sequence_bytes > allowed * slices and width > FEWEST_COLUMNS * slices:
+        slices *= 2
     while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
-    return max(1, allowed // sequence_bytes), width if slices == 1 else -(-width // (step * slices)) * step
+    columns = width if slices == 1 else -(-width // (step * slices)) * step
+    return max(1, min(batch, allowed * slices // sequence_bytes)), columns
 
 
 def scattered_product(
@@ -143,9 +162,11 @@ def scattered_product(
     like: Tensor,
     parts: int = 1,
     pairs: tuple[Tensor, Tensor] | None = None,
-    deterministic: bool = True,
+    is_full: bool = False,
 ) -> Tensor:
     """Multiply the rows of each head with its matrix, and sum over the heads at the rows' tokens.
+
+    The products are kept, one chunk at a time and in the type of ``like``, and summed in fp32 in the order of heads.
 
     Args:
         values: [E, R, parts * d].
@@ -154,46 +175,67 @@ def scattered_product(
         like: [B, T, h]; the result has its shape, type and strides.
         parts: 1 or 3; affects only how d is tiled.
         pairs: [E, R, PAIR], numbers given as the sums of their columns, and [E, h]; their outer products are added.
-        deterministic: keep the products, one chunk at a time and in the type of ``like``, and sum them in fp32 in the
-            order of heads; otherwise add them with fp32 atomics in any order.
+        is_full: every slot is filled, so that the rows of some sequences are a matrix, which cuBLAS multiplies.
 
     Returns:
         [B, T, h].
     """
     batch, heads, selected, length = rows.shape
     width, capacity = like.shape[2], rows.token_indices.shape[1]
-    size = values.shape[2] // parts
     sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
-    chosen = tiles.scattered(values.dtype, values.device, parts, size, sequences * selected)
-    options = dict(
-        D=size, SHIFT=rows.shift, WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None,
-        PARTS=parts, PAIR=PAIR, IS_ATOMIC=not deterministic,
-        IS_WHOLE=width % columns == columns % chosen["COLUMNS"] == 0 and size == power_of_2(size), **chosen,
-    )  # fmt: skip
-
-    launch_product, launch_sum = RepeatedLaunch(_scattered_kernel), RepeatedLaunch(_combine_kernel)
-
-    def multiply(out: Tensor, columns: int, first: int, last: int, first_column: int) -> None:
-        row_tiles = triton.cdiv((last - first) * selected, chosen["ROWS"])
-        launch_product(
-            (row_tiles, triton.cdiv(columns, chosen["COLUMNS"] * chosen["SWEEP"]), heads),
-            values, rows.token_indices, rows.cu_seqlens, *(pairs or (None, None)), weight, out, first, last,
-            batch, capacity, heads, selected, length, width, first_column, columns, *weight.stride(), **options,
-        )  # fmt: skip
-
-    if not deterministic:
-        sums = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        multiply(sums, width, 0, batch, 0)
-        return torch.empty_like(like).copy_(sums)
-    output, chosen_sum = torch.empty_like(like), tiles.combine(columns, heads * selected // length)
-    products = values.new_empty(sequences * heads * selected * columns)
+    by_cublas = is_full and parts == 3
+    multiply = _TritonProduct(values, weight, rows, parts, None if by_cublas else pairs, sequences, columns)
+    launch_sum, chosen = RepeatedLaunch(_combine_kernel), tiles.combine(columns, heads * selected // length)
+    output, products = torch.empty_like(like), values.new_empty((heads * sequences * selected, columns))
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
         for first_column in range(0, width, columns):
-            multiply(products, columns, first, last, first_column)
+            if by_cublas:
+                part = weight[:, :, first_column : first_column + columns]
+                out = products[: heads * (last - first) * selected].view(heads, -1, columns)[:, :, : part.shape[2]]
+                torch.bmm(values[:, first * selected : last * selected], part, out=out)
+            else:
+                multiply(products, first, last, first_column)
             launch_sum(
-                (length * (last - first), triton.cdiv(columns, chosen_sum["COLUMNS"]), 1),
-                products, rows.offsets, rows.entries, output, first, last - first, heads * selected, length, width,
-                first_column, columns, *strides(output), **chosen_sum,
+                (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"]), 1),
+                products, rows.offsets, rows.entries, *((by_cublas and pairs) or (None, None)), output, first,
+                last - first, capacity, length, width, first_column, columns, *strides(output),
+                K=selected, PAIR=PAIR if by_cublas and pairs else 0, **chosen,
             )  # fmt: skip
     return output
+
+
+class _TritonProduct:
+    """Multiplies the rows of a chunk, any number of each head, with some columns of the weights."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        weight: Tensor,
+        rows: Rows,
+        parts: int,
+        pairs: tuple[Tensor, Tensor] | None,
+        sequences: int,
+        columns: int,
+    ) -> None:
+        width, size, selected = weight.shape[2], values.shape[2] // parts, rows.shape[2]
+        self.tiles = tiles.scattered(values.dtype, values.device, parts, size, sequences * selected)
+        self.tensors = values, rows.token_indices, rows.cu_seqlens, *(pairs or (None, None)), weight
+        self.rows, self.columns, self.width = rows, columns, width
+        self.options = dict(
+            D=size, SHIFT=rows.shift, WIDTH=power_of_2(size), INTERPRETED=INTERPRET, HAS_PAIRS=pairs is not None,
+            PARTS=parts, PAIR=PAIR, **self.tiles,
+            IS_WHOLE=width % columns == columns % self.tiles["COLUMNS"] == 0 and size == power_of_2(size),
+        )  # fmt: skip
+        self.launch = RepeatedLaunch(_scattered_kernel)
+
+    def __call__(self, products: Tensor, first: int, last: int, first_column: int) -> None:
+        """Write the products of the sequences ``first`` to ``last - 1``."""
+        batch, heads, selected, _ = self.rows.shape
+        row_tiles = triton.cdiv((last - first) * selected, self.tiles["ROWS"])
+        column_tiles = triton.cdiv(self.columns, self.tiles["COLUMNS"] * self.tiles["SWEEP"])
+        self.launch(
+            (row_tiles, column_tiles, heads),
+            *self.tensors, products, first, last, batch, self.rows.token_indices.shape[1], selected, self.width,
+            first_column, self.columns, *self.tensors[-1].stride(), **self.options,
+        )  # fmt: skip

@@ -108,14 +108,22 @@ def _select_kernel(
             b_key = _load_keys(p_scores, i_row, start + o_token, T, INCLUDES_FIRST)
         low = tl.minimum(low, tl.min(tl.where(b_key >= 0, b_key, 0x7FFFFFFF)))
         high = tl.maximum(high, tl.max(b_key))
-    # Bisect for the largest key that at least ``target`` keys reach. Enough keys reach low, and too few reach high. It
+    # Search for the largest key that at least ``target`` keys reach. Enough keys reach low, and too few reach high. It
     # ends when exactly ``target`` keys reach low, or no integer lies between: then ties at low must be broken.
+    # The next key to try is where a straight line between the numbers that reach low and high crosses the target; if
+    # the same end moves twice, the other end's number counts half (the Illinois method). Every fourth is the middle.
     target, reached = K - INCLUDES_FIRST, T - INCLUDES_FIRST
     high = high + 1
     if target == 0:
         low, reached = high, 0
+    above, below = tl.cast(reached - target, tl.float32), tl.cast(target, tl.float32)
+    moved, step = 0, 0
     while (reached != target) & (high - low > 1):
         middle = low + (high - low) // 2
+        if step % 4 != 3:
+            share = (high - low).to(tl.float32) * (above / (above + below))
+            middle = tl.minimum(tl.maximum(low + share.to(tl.int32), low + 1), high - 1)
+        step += 1
         count = 0
         for start in range(0, T, BLOCK):
             if not IS_ONE_BLOCK:
@@ -123,8 +131,12 @@ def _select_kernel(
             count += tl.sum((b_key >= middle).to(tl.int32))
         if count >= target:
             low, reached = middle, count
+            above, below = tl.cast(count - target, tl.float32), below * tl.where(moved == 1, 0.5, 1.0)
+            moved = 1
         else:
             high = middle
+            above, below = above * tl.where(moved == 2, 0.5, 1.0), tl.cast(target - count, tl.float32)
+            moved = 2
     ties_left = target
     if reached != target:
         for start in range(0, T, BLOCK):

@@ -5,6 +5,7 @@ Chosen by measurement on an H200 (docs/kernels.md); GPUs with less shared memory
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,20 +13,34 @@ import torch
 from megatron_mosa.kernels.triton.common import power_of_2, shared_memory
 
 Tiles = dict[str, int]
-L2_BYTES = 24 << 20  # of states that all heads gather from at the same time: half of Hopper's L2 cache
+GATHERED_BYTES = 24 << 20  # of states that stay in the L2 cache while all heads gather from them: half of Hopper's
+SWEPT_BYTES = 48 << 20  # of states where all heads go through the sequences in step
 
 
-def group(tiles: int, tile_bytes: int, weight_bytes: int) -> int:
+@functools.lru_cache
+def group(tiles: int, tile_bytes: int, gathered_bytes: int, repeated_bytes: int, cache_bytes: int) -> int:
     """Return how many tiles of every head run before the next tiles, so that device memory is read least.
+
+    What stands beside the states is read once per group. Of what the heads gather, a share is found in the cache, which
+    falls with the size of the states that a group needs. All tiles of a head run together unless that reads clearly
+    more.
 
     Args:
         tiles: number of tiles of one head.
-        tile_bytes: size of the states that contain the tokens of one tile.
-        weight_bytes: size of the matrices of all heads, which are read once per group.
+        tile_bytes: size of the states that contain what the heads gather for one tile.
+        gathered_bytes: what all heads gather for all tiles.
+        repeated_bytes: size of the other operand, of all heads.
+        cache_bytes: of the states that stay in the L2 cache.
     """
-    if weight_bytes <= L2_BYTES:
-        return 1
-    return max(1, min(tiles, L2_BYTES // max(1, tile_bytes)))
+
+    def bytes_read(size: int) -> float:
+        misses = 1 - cache_bytes / max(1, size * tile_bytes)
+        states = max(tiles * tile_bytes, gathered_bytes * misses)
+        repeats = 1 if repeated_bytes + size * tile_bytes <= cache_bytes else -(-tiles // size)
+        return states + repeated_bytes * repeats
+
+    best = min((1 << power for power in range(tiles.bit_length())), key=bytes_read)
+    return best if bytes_read(best) < 0.82 * bytes_read(tiles) else tiles
 
 
 def _fitted(chosen: Tiles, limit: float, shared_bytes: Callable[[Tiles], int], shrinks: str, minimum: int) -> Tiles:

@@ -11,21 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, multiprocessors, strides
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, strides
 from megatron_mosa.kernels.triton.gathered import PAIR, masked_tile, token_pointers
 from megatron_mosa.kernels.triton.rows import Rows
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "GROUP"])
 def _weight_gradient_kernel(
-    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, H, stride_b, stride_t,
+    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, E, H, GROUP, stride_b, stride_t,
     stride_s, stride_e, stride_h, stride_d, pair_stride_s,
     D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    i_head, i_split, i_part = tl.program_id(1), tl.program_id(2) % SPLITS, tl.program_id(2) // SPLITS
-    o_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # of the states
+    i_head, i_tile = grouped(tl.program_id(0), tl.cdiv(H, COLUMNS), E, GROUP)
+    i_split, i_part = tl.program_id(1) % SPLITS, tl.program_id(1) // SPLITS
+    o_column = i_tile * COLUMNS + tl.arange(0, COLUMNS)  # of the states
     o_first = tl.arange(0, WIDTH if PARTS == 1 else 2 * WIDTH)  # of the values: one part, or two in one tile
     m_first, o_first = o_first % WIDTH < D, (i_part + o_first // WIDTH) * D + o_first % WIDTH
     b_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
@@ -91,7 +92,7 @@ def weight_gradient(
         pairs: [E, R, PAIR], an additional column of values, given as the sum of these columns.
         pair_output: [E, h], the result for ``pairs``; written.
     """
-    batch, heads, _, _ = rows.shape
+    batch, heads, _, length = rows.shape
     width, capacity = states.shape[2], rows.token_indices.shape[1]
     size = values.shape[2] // parts
     at_once = parts if size <= 128 else 1  # all parts, if the registers hold their results
@@ -103,9 +104,14 @@ def weight_gradient(
     if splits > 1:
         outputs = torch.empty((splits, *output.shape), dtype=torch.float32, device=output.device)
         pair_outputs = None if pair_output is None else outputs.new_empty((splits, *pair_output.shape))
-    _weight_gradient_kernel[(number, heads, splits * parts // at_once)](
-        states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, width,
-        *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
+    group = number
+    if parts == 1:  # with three, all tiles of a head together are faster or as fast
+        size_of = states.element_size()
+        tile_bytes, gathered_bytes = batch * length * chosen["COLUMNS"] * size_of, heads * capacity * width * size_of
+        group = tiles.group(number, tile_bytes, gathered_bytes, values.numel() * size_of, tiles.SWEPT_BYTES)
+    _weight_gradient_kernel[(number * heads, splits * parts // at_once)](
+        states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, heads,
+        width, group, *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
         D=size, SHIFT=rows.shift, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
         HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
     )  # fmt: skip

@@ -26,6 +26,8 @@ KINDS = {
     COLLECTIVES: ("nccl", "gloo:"),
 }  # fmt: skip
 """Parts of kernels' names by kind, in this order; all others are elementwise work, norms and reductions."""
+ANNOTATIONS = ("ProfilerStep", "Optimizer.", "nccl:")
+"""Beginnings of names that the profiler writes on the GPU's timeline beside kernels, which have names of their own."""
 
 
 class Kernel(NamedTuple):
@@ -99,7 +101,7 @@ def profile_steps(step: Callable[[], object], steps: int = 3, warmup: int = 2, o
     kernels = [Kernel(e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in on_device]
     issued = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
     calls = [e for e in events if e.name().startswith("cu") and any(word in e.name() for word in issued)]
-    found = summarize([k for k in kernels if not k.name.startswith(("ProfilerStep", "Optimizer."))], steps)
+    found = summarize(kernels, steps)
     found.host_calls = len(calls) // steps
     found.wall = wall
     return found
@@ -107,6 +109,7 @@ def profile_steps(step: Callable[[], object], steps: int = 3, warmup: int = 2, o
 
 def summarize(kernels: list[Kernel], steps: int) -> StepProfile:
     """Sum up what ran in a number of steps."""
+    kernels = [kernel for kernel in kernels if not kernel.name.startswith(ANNOTATIONS)]
     kinds, each = dict.fromkeys([*KINDS, OTHER], 0.0), defaultdict[str, list[float]](list)
     for kernel in kernels:
         milliseconds = (kernel.end - kernel.start) / 1e6
