@@ -69,7 +69,7 @@ def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:
     chain: list[tuple[str, dict[str, Any]]] = []
     above: Path | None = path
     while above is not None:
-        tree, here = _read(above), above
+        tree, here = read_yaml(above), above
         base = tree.pop(_BASE, None)
         if base is not None and not (isinstance(base, str) and base):
             raise UserError(f"{here}: base must be the path of another YAML file, got {base!r}")
@@ -80,20 +80,29 @@ def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return chain
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "configuration file", example: str = "configs/quickstart.yaml") -> dict[str, Any]:
+    """Return what a YAML file holds.
+
+    Args:
+        what: what it should be.
+        example: one of these.
+
+    Raises:
+        UserError: it is unreadable, too large, or does not hold keys.
+    """
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"configuration file '{path}' {what}; give a YAML file such as configs/quickstart.yaml")
+        why = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        raise UserError(f"{what} '{path}' {why}; give a YAML file such as {example}")
     try:
         _refuse_expansion(path)
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
-    except (*_BROKEN, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"configuration file '{path}' is not valid YAML: {reason}") from None
+        raise UserError(f"{what} '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}"
-        )
+        raise UserError(f"{what} '{path}' must hold keys, as {example} does, got {type(tree).__name__}")
     return cast(dict[str, Any], tree)
 
 

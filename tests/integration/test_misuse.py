@@ -47,7 +47,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show none.yaml", 2, "'none.yaml' does not exist"),
     ("config show bad", 2, "'bad' is a directory"),
     ("config show bad/binary.yaml", 2, "is not valid YAML"),
-    ("config show bad/list.yaml", 2, "must hold sections"),
+    ("config show bad/list.yaml", 2, "must hold keys"),
     ("config show bad/empty.yaml", 2, "run.name is missing"),
     ("config show bad/twice.yaml", 2, "is not valid YAML"),
     ("config show bad/bomb.yaml", 2, "is not valid YAML"),

@@ -278,9 +278,9 @@ def test_a_bad_grid_is_rejected_in_one_line(tmp_path: Path, changes: dict[str, A
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="is not"):
+    with pytest.raises(UserError, match="is not|must hold keys"):
         read_grid(path, DENSE_FLAG)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="does not exist"):
         read_grid(tmp_path / "none.yaml", DENSE_FLAG)
 
 
@@ -681,7 +681,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (["isoflop", "run", "GRID", "--no-train", "--slurm"], "--no-train evaluates and measures on this machine"),
         (["report", "FOLDER"], r"has no results.jsonl; give the output directory of mosa isoflop run"),
         (["isoflop", "match", "FOLDER"], r"has no results.jsonl"),
-        (["isoflop", "run", "FOLDER/none.yaml"], "cannot read .*none.yaml: No such file"),
+        (["isoflop", "run", "FOLDER/none.yaml"], "grid '.*none.yaml' does not exist"),
         (["isoflop", "run", str(TINY)], "is not a grid: it has no members; .*mosa isoflop CONFIG prints"),
         (["isoflop", "run", "GRID", "--jobs", "0"], "--jobs must be at least 1 and at most "),
         (["isoflop", "run", "GRID", "--time-limit", "0"], "--time-limit must be greater than 0 and at most "),

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from megatron_mosa.config import read_yaml
 from megatron_mosa.errors import UserError, nearest
 
 EQUAL = ("paper_flops", "executed_flops", "step_time")
@@ -118,20 +115,13 @@ def read_grid(path: Path, kinds: Mapping[str, bool]) -> Grid:
     Raises:
         UserError: it is unreadable, or a key is unknown, missing or has a value that is not allowed.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give a grid such as configs/grids/example.yaml"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"grid {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or "members" not in tree:
+    tree = read_yaml(path, "grid", "configs/grids/example.yaml")
+    if "members" not in tree:
         raise UserError(
             f"{path} is not a grid: it has no members; give a file such as configs/grids/example.yaml (mosa isoflop "
             "CONFIG prints the numbers of heads for a configuration)"
         )
-    return _Reader(path, kinds).grid(cast(dict[str, Any], tree))
+    return _Reader(path, kinds).grid(tree)
 
 
 @dataclass(frozen=True)
