@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         forget_scores,
         is_causal,
         mosa_layers,
-        threshold_buffers,
+        selection_buffers,
         update_thresholds,
     )
 
@@ -59,7 +59,7 @@ __all__ = [
     "num_selected_tokens",
     "repetition",
     "run_overlapped",
-    "threshold_buffers",
+    "selection_buffers",
     "update_thresholds",
 ]
 

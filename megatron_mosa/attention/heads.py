@@ -31,7 +31,8 @@ from megatron_mosa.kernels import (
 from megatron_mosa.parallel import gather_first_dim
 
 _THRESHOLDS = ("thresholds", "threshold_updates")
-THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")  # that checkpoints contain
+SELECTION_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")
+"""What heads select by besides their weights, which checkpoints contain: of MoSA and Routing heads."""
 
 
 class PartitionedHeads(MegatronModule):
@@ -76,7 +77,7 @@ class PartitionedHeads(MegatronModule):
     ) -> None:
         """Register this rank's slice of an fp32 buffer, partitioned along its first dimension.
 
-        It is 0, or drawn by ``initialise`` like a weight. State dicts contain it if it is in ``THRESHOLD_BUFFERS``.
+        It is 0, or drawn by ``initialise`` like a weight. State dicts contain it if it is in ``SELECTION_BUFFERS``.
         """
         config, size = self.config, self.tp_group.size()
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
@@ -87,8 +88,8 @@ class PartitionedHeads(MegatronModule):
             if config.perform_initialization:
                 initialise(whole)
         own = whole.chunk(size)[self.tp_group.rank()].clone()
-        self.register_buffer(name, own, persistent=name in THRESHOLD_BUFFERS)
-        if name in THRESHOLD_BUFFERS:
+        self.register_buffer(name, own, persistent=name in SELECTION_BUFFERS)
+        if name in SELECTION_BUFFERS:
             self.partition_dims[name] = 0
 
     def contribute(
