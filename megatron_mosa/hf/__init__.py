@@ -1,11 +1,11 @@
-"""Modelling code for transformers, which every exported model contains. It needs only torch and transformers.
+"""Modeling code for transformers, which every exported model contains. It needs only torch and transformers.
 
-An export copies the files in ``MODELLING_FILES`` unchanged.
+An export copies the files in ``MODELING_FILES`` unchanged.
 """
 
 from pathlib import Path
 
-MODELLING_FILES = tuple(
+MODELING_FILES = tuple(
     Path(__file__).with_name(f"{name}_mosa.py")
     for name in ("configuration", "modeling", "heads", "fixed", "routing", "tokens", "cache", "rows", "kernels")
 )

@@ -44,7 +44,7 @@ def initialize_parallel(
 ) -> Layout:
     """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
 
-    Tensor-parallel ranks are neighbours: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
+    Tensor-parallel ranks are neighbors: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
 
     Args:
         tensor_model_parallel_size: number of ranks that share one model.
