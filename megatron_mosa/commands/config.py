@@ -19,6 +19,7 @@ from megatron_mosa.config import (
     summary,
 )
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import file_problem
 
 
 def show(
@@ -76,3 +77,5 @@ def _summary(path: Path) -> str:
         return summary(load_config(path))
     except UserError as error:
         return f"cannot be used: {error}"
+    except OSError as error:
+        return f"cannot be used: {file_problem(error)}"
