@@ -31,11 +31,14 @@ _DENSE = [
 ]  # fmt: skip
 
 
+def _heads(number: int, sparsity: int) -> list[str]:
+    return [f"mosa.num_heads={number}", f"mosa.sparsity={sparsity}", "model.num_dense_heads=4"]
+
+
 def _pair(size: str, heads: int, sparsity: int, *more: str) -> dict[str, tuple[str, list[str]]]:
-    mosa = [f"mosa.num_heads={heads}", f"mosa.sparsity={sparsity}", "model.num_dense_heads=4"]
     return {
         f"{size}_dense": (f"paper/{size}.yaml", [*_PAIR, *more]),
-        f"{size}_mosa": (f"paper/{size}.yaml", [*_PAIR, *more, *mosa]),
+        f"{size}_mosa": (f"paper/{size}.yaml", [*_PAIR, *more, *_heads(heads, sparsity)]),
     }
 
 
@@ -51,8 +54,10 @@ CASES: dict[str, tuple[str, list[str]]] = {
     **_pair("small", 14, 32),
     **_pair("medium", 12, 32),
     **_pair("large", 16, 16, "train.micro_batch_size=32"),
+    "tiny_equal_flops": ("paper/tiny.yaml", [*_PAIR, *_heads(276, 32)]),
+    "small_equal_flops": ("paper/small.yaml", [*_PAIR, *_heads(210, 32)]),
 }
-"""Configuration and overrides of each."""
+"""Configuration and overrides of each; pairs have equal perplexity, ``equal_flops`` the cost of the dense model."""
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from megatron_mosa.attention.layer import MosaSelfAttention
     from megatron_mosa.attention.overlap import run_overlapped
-    from megatron_mosa.attention.recompute import MosaTransformerLayer, repetition
+    from megatron_mosa.attention.recompute import MosaTransformerLayer
     from megatron_mosa.attention.spec import MosaSpecProvider, get_mosa_block_spec, get_mosa_layer_spec
     from megatron_mosa.attention.thresholds import (
         DEAD,
@@ -57,7 +57,6 @@ __all__ = [
     "mosa_head_flops",
     "mosa_layers",
     "num_selected_tokens",
-    "repetition",
     "run_overlapped",
     "selection_buffers",
     "update_thresholds",

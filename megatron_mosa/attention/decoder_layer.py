@@ -15,8 +15,8 @@ from megatron_mosa.attention.recompute import MosaTransformerLayer
 from megatron_mosa.kernels import KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion
 
-Selected = tuple[Tensor | None, ...]
-"""What the heads of each kind in a layer have selected; None: they do not select."""
+OfHeads = tuple[Tensor | None, ...]
+"""A tensor of the heads of each kind in a layer; None: they have none."""
 
 
 class DecoderLayer(torch.nn.Module):
@@ -68,35 +68,69 @@ class DecoderLayer(torch.nn.Module):
         """
         recompute = self.layer.config.mosa_recompute
         if recompute == "attention":
-            return self._mlp(_recomputed(self._attention, hidden_states, above, documents))
+            return self._mlp(self._recomputed(self._attention, hidden_states, above, documents))
         if recompute == "full":
-            return _recomputed(self._whole, hidden_states, above, documents)
-        return self._whole(hidden_states, above, documents, None)[0]
+            return self._recomputed(self._whole, hidden_states, above, documents)
+        output, _, scores = self._whole(hidden_states, above, documents, None)
+        self.keep(scores)
+        return output
+
+    def keep(self, scores: OfHeads) -> None:
+        """Let the heads keep what statistics need; not compiled."""
+        for heads, own in zip(self.layer.self_attention.heads, scores, strict=True):
+            heads.keep(own)
 
     def whole(
-        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
-    ) -> tuple[Tensor, Selected]:
-        """Return the output of the whole layer, and what its heads selected."""
-        hidden_states, selected = self.attention(hidden_states, above, documents, selected)
-        return self.mlp(hidden_states), selected
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: OfHeads | None
+    ) -> tuple[Tensor, OfHeads, OfHeads]:
+        """Return the output of the whole layer, and what its heads selected and by which scores."""
+        hidden_states, selected, scores = self.attention(hidden_states, above, documents, selected)
+        return self.mlp(hidden_states), selected, scores
 
     def attention(
-        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
-    ) -> tuple[Tensor, Selected]:
+        self, hidden_states: Tensor, above: bool, documents: PackedDocuments | None, selected: OfHeads | None
+    ) -> tuple[Tensor, OfHeads, OfHeads]:
         """Add what the heads of all kinds contribute; ``selected`` is what they have selected before."""
-        part, selected = self._heads(self._enter_heads(hidden_states), above, documents, selected)
-        return hidden_states + self.region.leave(part), selected
+        part, selected, scores = self._heads(self._enter_heads(hidden_states), above, documents, selected)
+        return hidden_states + self.region.leave(part), selected, scores
 
     def mlp(self, hidden_states: Tensor) -> Tensor:
         """Add what the MLP contributes."""
         return hidden_states + self.region.leave(self._feed_forward(self._enter_mlp(hidden_states)))
 
+    def _recomputed(
+        self,
+        part: Callable[..., tuple[Tensor, OfHeads, OfHeads]],
+        hidden_states: Tensor,
+        above: bool,
+        documents: PackedDocuments | None,
+    ) -> Tensor:
+        """Run part of the layer without keeping its activations; backward repeats it with what was selected before.
+
+        Reentrant, unlike ``recompute.recomputed``: what is compiled keeps other tensors when it is given a selection,
+        which torch's other way of checkpointing does not allow, and its first pass need not keep any.
+        """
+        selected: list[OfHeads] = []
+
+        def run(hidden_states: Tensor) -> Tensor:
+            output, found, scores = part(hidden_states, above, documents, selected[0] if selected else None)
+            if not selected:
+                self.keep(scores)
+                if any(indices is not None for indices in found):  # otherwise nothing is compiled for the repetition
+                    selected.append(found)
+            return output
+
+        return cast(Tensor, checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False))
+
     # The same layer in pieces that begin where a collective has ended and end with two of them, for ``overlap``. Each
     # is given hidden states as they are outside of the region, and what enters it, [T, B, h].
 
-    def _heads_then_enter_mlp(self, hidden_states: Tensor, entered: Tensor, above: bool) -> tuple[Tensor, Tensor]:
-        hidden_states = hidden_states + self.region.leave(self._heads(entered, above, None, None)[0])
-        return hidden_states, self._enter_mlp(hidden_states)
+    def _heads_then_enter_mlp(
+        self, hidden_states: Tensor, entered: Tensor, above: bool
+    ) -> tuple[Tensor, Tensor, OfHeads]:
+        part, _, scores = self._heads(entered, above, None, None)
+        hidden_states = hidden_states + self.region.leave(part)
+        return hidden_states, self._enter_mlp(hidden_states), scores
 
     def _mlp_then_enter_next(self, hidden_states: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states = hidden_states + self.region.leave(self._feed_forward(entered))
@@ -109,16 +143,14 @@ class DecoderLayer(torch.nn.Module):
         return self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
 
     def _heads(
-        self, states: Tensor, above: bool, documents: PackedDocuments | None, selected: Selected | None
-    ) -> tuple[Tensor, Selected]:
-        parts: list[Tensor] = []
-        found: Selected = ()
-        for number, heads in enumerate(self.layer.self_attention.heads):
-            before = None if selected is None else selected[number]
-            part, own = heads.contribute(states, documents, self.kernels, above, before)
-            parts.append(part)
-            found = (*found, own)
-        return reduce(torch.add, parts), found
+        self, states: Tensor, above: bool, documents: PackedDocuments | None, selected: OfHeads | None
+    ) -> tuple[Tensor, OfHeads, OfHeads]:
+        found = [
+            heads.contribute(states, documents, self.kernels, above, None if selected is None else selected[number])
+            for number, heads in enumerate(self.layer.self_attention.heads)
+        ]
+        output = reduce(torch.add, [part.output for part in found])
+        return output, tuple([part.selected for part in found]), tuple([part.scores for part in found])
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         config, mlp = self.layer.config, self.layer.mlp
@@ -132,25 +164,3 @@ class DecoderLayer(torch.nn.Module):
             return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
         assert isinstance(norm, torch.nn.RMSNorm)
         return F.rms_norm(states, norm.normalized_shape, self.region.outside(norm.weight), norm.eps)
-
-
-def _recomputed(
-    part: Callable[..., tuple[Tensor, Selected]],
-    hidden_states: Tensor,
-    above: bool,
-    documents: PackedDocuments | None,
-) -> Tensor:
-    """Run part of a layer without keeping its activations; backward repeats it with what was selected before.
-
-    Reentrant, unlike ``recompute.recomputed``: what is compiled keeps other tensors when it is given a selection, which
-    torch's other way of checkpointing does not allow, and its first pass need not keep any.
-    """
-    selected: list[Selected] = []
-
-    def run(hidden_states: Tensor) -> Tensor:
-        output, found = part(hidden_states, above, documents, selected[0] if selected else None)
-        if any(indices is not None for indices in found):  # otherwise nothing is compiled for the repetition
-            selected.append(found)
-        return output
-
-    return cast(Tensor, checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False))

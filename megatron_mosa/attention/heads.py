@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -21,6 +21,7 @@ from megatron_mosa.attention.token_choice import choose_heads
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
     AnyDocuments,
+    Documents,
     KernelBackend,
     autocast_operands,
     document_attention,
@@ -33,6 +34,19 @@ from megatron_mosa.parallel import gather_first_dim
 _THRESHOLDS = ("thresholds", "threshold_updates")
 SELECTION_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")
 """What heads select by besides their weights, which checkpoints contain: of MoSA and Routing heads."""
+
+
+class Contribution(NamedTuple):
+    """What the heads of one kind return to a compiled layer."""
+
+    output: Tensor
+    """This rank's part of the sum over heads, [T, B, h]."""
+
+    selected: Tensor | None = None
+    """What a repetition must not decide anew; None: nothing."""
+
+    scores: Tensor | None = None
+    """What ``keep`` takes."""
 
 
 class PartitionedHeads(MegatronModule):
@@ -99,7 +113,7 @@ class PartitionedHeads(MegatronModule):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Contribution:
         """Compute the forward pass of training as a function of its arguments, for compiled layers.
 
         Args:
@@ -108,12 +122,11 @@ class PartitionedHeads(MegatronModule):
             kernels: the backend.
             above: MoSA heads select by their thresholds, not by expert choice.
             selected: what an earlier call with the same states returned, in a repetition for backward; else None.
-
-        Returns:
-            This rank's part of the sum over heads, [T, B, h], and what a repetition must not decide anew; None if the
-            heads decide nothing.
         """
         raise NotImplementedError("abstract")
+
+    def keep(self, scores: Tensor | None) -> None:
+        """Keep what statistics need of the scores that ``contribute`` returned."""
 
     def is_causal(self, training: bool) -> bool:
         """Return whether no output depends on later tokens, in training or in evaluation."""
@@ -214,8 +227,8 @@ class CausalHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self(hidden_states, documents, kernels), None
+    ) -> Contribution:
+        return Contribution(self(hidden_states, documents, kernels))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         """Compute causal attention to all earlier tokens of the document, without a T x T matrix in memory.
@@ -284,6 +297,7 @@ class MosaHeads(PartitionedHeads):
         # Of the last recorded forward pass: scores [B, E, T] and indices [B, E, k] (T in empty slots).
         self.selection: tuple[Tensor, Tensor] | None = None
         self.dropped: Tensor | None = None  # [E / tp]: tokens that the capacity dropped there
+        self._kept: Tensor | None = None  # [1, E / tp, T]: scores of the last forward pass of a compiled layer
 
     def forward(self, hidden_states: Tensor, documents: AnyDocuments | None = None) -> Tensor:
         """Compute this rank's part of the sum over heads: [T, B, h] from [T, B, h]."""
@@ -317,29 +331,18 @@ class MosaHeads(PartitionedHeads):
         Returns:
             The output [T, B, h], the scores [B, E / tp, T] and the indices [B, E / tp, k].
         """
-        config, length = self.config, hidden_states.shape[0]
+        config = self.config
         states = hidden_states.transpose(0, 1)  # [B, T, h]
         scores = kernels.router_scores(states, self.router_weight)
         states, qkv_weight, proj_weight = autocast_operands(states, self.qkv_weight, self.proj_weight)
         slots = None
-        per_document = documents is not None and config.mosa_selection_scope == "document"
         if indices is None:
             keys, thresholds = self._keys(scores, above)
             if counts and config.mosa_selection == "threshold":
                 kernels.count_scores(scores, self.histogram)
             if counts and config.mosa_selection == "token_choice":
                 self.choices.add_(F.pad(keys.sum((0, 2), dtype=torch.int32), (0, 1), value=keys[:, 0].numel()))
-            indices, slots = select(
-                kernels,
-                keys,
-                config.num_selected if per_document else config.num_selected(length),
-                thresholds=thresholds,
-                capacity=config.capacity(length) if self.training else None,
-                feedback=config.mosa_load_feedback,
-                share=1 / config.mosa_sparsity,
-                include_first_token=config.mosa_include_first_token or config.mosa_selection != "expert_choice",
-                documents=documents,
-            )
+            indices, slots = self._select(kernels, keys, thresholds, documents)
         output = kernels.selected_attention(
             states,
             self.router_weight,
@@ -352,7 +355,7 @@ class MosaHeads(PartitionedHeads):
             document_starts=None if documents is None else documents.starts,
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
-            is_full=not (above or per_document or config.mosa_selection == "token_choice"),
+            is_full=not (above or self._per_document(documents) or config.mosa_selection == "token_choice"),
         )
         return output.transpose(0, 1), scores, indices
 
@@ -363,9 +366,53 @@ class MosaHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        output, _, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
-        return output, indices
+    ) -> Contribution:
+        output, scores, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
+        return Contribution(output, indices, scores.detach())
+
+    @torch.no_grad()
+    def keep(self, scores: Tensor | None) -> None:
+        """Keep the scores [B, E / tp, T] of the first sequence, at a fixed address, so that a graph can do it."""
+        assert scores is not None
+        if self._kept is None or self._kept.shape[1:] != scores.shape[1:]:
+            self._kept = torch.empty_like(scores[:1])
+        self._kept.copy_(scores[:1])
+
+    @torch.no_grad()
+    def record_kept(self, documents: Documents | None) -> None:
+        """Record what was selected by the kept scores, which selects once more; as in training.
+
+        A collective over the tensor-parallel group, with token choice.
+
+        Args:
+            documents: of the kept sequence.
+        """
+        assert self._kept is not None
+        kernels = get_backend(self.config.mosa_backend, self.router_weight, self.config.head_dim)
+        keys, thresholds = self._keys(self._kept, self.selects_above(training=True))
+        indices, _ = self._select(kernels, keys, thresholds, documents)
+        self.selection = self._kept.clone(), indices
+        self.dropped = self._dropped(kernels, self._kept, indices, documents)
+
+    def _select(
+        self, kernels: KernelBackend, keys: Tensor, thresholds: Tensor | None, documents: AnyDocuments | None
+    ) -> tuple[Tensor, Documents | None]:
+        """Return the indices [B, E / tp, k] of the tokens that the keys [B, E / tp, T] select; see ``select``."""
+        config, length = self.config, keys.shape[-1]
+        return select(
+            kernels,
+            keys,
+            config.num_selected if self._per_document(documents) else config.num_selected(length),
+            thresholds=thresholds,
+            capacity=config.capacity(length) if self.training else None,
+            feedback=config.mosa_load_feedback,
+            share=1 / config.mosa_sparsity,
+            include_first_token=config.mosa_include_first_token or config.mosa_selection != "expert_choice",
+            documents=documents,
+        )
+
+    def _per_document(self, documents: AnyDocuments | None) -> bool:
+        return documents is not None and self.config.mosa_selection_scope == "document"
 
     def _dropped(
         self, kernels: KernelBackend, scores: Tensor, indices: Tensor, documents: AnyDocuments | None

@@ -36,15 +36,18 @@ def run_overlapped(layers: Sequence[DecoderLayer], hidden_states: Tensor, above:
     for layer in layers:
         for number, stream in enumerate(streams):
             with _on(stream):
-                halves[number] = layer.heads_then_enter_mlp(*halves[number], above)
+                hidden, entered, scores = layer.heads_then_enter_mlp(*halves[number], above)
+                halves[number] = hidden, entered
+                if number == 0:  # the other half would write to the same place at any time
+                    layer.keep(scores)
         for number, stream in enumerate(streams):
             with _on(stream):
                 halves[number] = layer.mlp_then_enter_next(*halves[number])
-    entered = [states for _, states in halves]
+    outputs = [states for _, states in halves]
     if streams[0] is not None and streams[1] is not None:
         streams[0].wait_stream(streams[1])
-        entered[1].record_stream(streams[0])
-    return torch.cat(entered, dim=1)
+        outputs[1].record_stream(streams[0])
+    return torch.cat(outputs, dim=1)
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

@@ -42,16 +42,10 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 @contextmanager
 def _repeated(again: AbstractContextManager[Any]) -> Iterator[None]:
-    with repetition(), again:
-        yield
-
-
-@contextmanager
-def repetition() -> Iterator[None]:
-    """Context in which forward passes are repetitions and count no scores."""
     token = _is_repetition.set(True)
     try:
-        yield
+        with again:
+            yield
     finally:
         _is_repetition.reset(token)
 

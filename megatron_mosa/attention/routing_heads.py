@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.functional import num_selected_tokens
-from megatron_mosa.attention.heads import PartitionedHeads
+from megatron_mosa.attention.heads import Contribution, PartitionedHeads
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.kernels import AnyDocuments, KernelBackend, accumulation_dtype, get_backend, naive, without_autocast
 
@@ -56,8 +56,8 @@ class RoutingHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self.attend(hidden_states, documents, kernels, True, selected)
+    ) -> Contribution:
+        return Contribution(*self.attend(hidden_states, documents, kernels, True, selected))
 
     def is_causal(self, training: bool) -> bool:
         return False

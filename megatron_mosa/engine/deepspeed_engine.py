@@ -21,7 +21,6 @@ from megatron_mosa.attention import (
     MosaTransformerLayer,
     forget_scores,
     mosa_layers,
-    repetition,
     selection_buffers,
     update_thresholds,
 )
@@ -59,8 +58,7 @@ class DeepSpeedEngine:
         settings = self._settings(config)
         with _partitioned_construction(config, settings):
             model = build_empty_model(config, vocab_size)
-        for parameter, weight in initial_weights(model, config.run.seed):
-            fill(parameter, weight)
+        _initialize(model, config, layout.device)
         draw_state(model, config.run.seed)
         _reject_unsummed_gradients(model)
         settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
@@ -127,7 +125,6 @@ class DeepSpeedEngine:
         if len(micro_batches) != self.accumulation_steps:
             raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
         self._engine.train()
-        self._record_selection(micro_batches[-1])
         counted = self._counted_tokens(micro_batches)
         if self._graphed is not None:
             selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
@@ -137,6 +134,7 @@ class DeepSpeedEngine:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = learning_rate
             total, norm = self._deepspeed_step(micro_batches, counted)
+        self._record_selection(micro_batches[-1])
         # This waits for the device: in a step of CUDA graphs, the only time.
         mean, count, norm = torch.stack((total.double(), counted, norm.double())).tolist()
         result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
@@ -161,15 +159,18 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return total / parts, torch.as_tensor(norm, dtype=torch.float64, device=self.layout.device)
 
-    @torch.no_grad()
     def _record_selection(self, batch: Batch) -> None:
-        """If the selection is to be recorded but layers are compiled, which record none, run an extra forward pass.
+        """If the selection is to be recorded but layers are compiled, which record none, select once more.
 
-        Over one sequence, which is enough for statistics; over all, it would take more than 1 % of the time of a run.
+        In one sequence, whose scores compiled layers keep.
         """
-        if self.acceleration.compiles_layers and any(heads.records_selection for heads in mosa_layers(self.module)):
-            with repetition():
-                self._loss(self.module, {name: tensor[:1] for name, tensor in batch.items()})
+        if not self.acceleration.compiles_layers:
+            return
+        starts = batch.get("document_starts")
+        documents = None if starts is None else Documents.from_starts(starts[:1])
+        for heads in mosa_layers(self.module):
+            if heads.records_selection:
+                heads.record_kept(documents)
 
     def _in_fixed_shapes(self, batch: Batch) -> Batch:
         """Return a batch whose tensors have the same shapes in most batches, for a graph."""
@@ -288,6 +289,17 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
         config_dict_or_path=settings,  # has the dtype, which is ignored as an argument where fp16 is not supported
         mpu=ModelParallelUnit(),
     )
+
+
+def _initialize(model: MosaGPTModel, config: Config, device: torch.device) -> None:
+    """Give the model its initial weights; without ZeRO-3, where DeepSpeed will have them and in its type."""
+    if config.parallel.zero_stage == 3:
+        for parameter, weight in initial_weights(model, config.run.seed):
+            fill(parameter, weight)
+        return
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for parameter, weight in initial_weights(model, config.run.seed, dtype, device):
+        parameter.data = weight  # no copy
 
 
 def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -49,12 +49,19 @@ def mark_partitioned(model: torch.nn.Module) -> None:
                 setattr(module.weight, tag, value)
 
 
-def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+def initial_weights(
+    model: GPTModel, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Yield each matrix of the model with this rank's slice of its initial value, in the order of the model.
 
-    The global weights are drawn in fp32 on the CPU, a few at a time in threads, and sliced. Parameters of one dimension
-    (norms) keep their values. Parameters may be partitioned by ZeRO-3.
+    The global weights are drawn in fp32 on the CPU, a few at a time in threads, sliced, and converted and moved as
+    asked for. Each tensor has memory of its own, of its size. Parameters of one dimension (norms) keep their values.
+    Parameters may be partitioned by ZeRO-3.
     """
+
+    def part(*arguments: Any) -> Tensor:
+        return _part(*arguments).to(device or "cpu", dtype)
+
     threads = _threads()
     drawn: deque[tuple[torch.nn.Parameter, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -64,12 +71,12 @@ def initial_weights(model: GPTModel, seed: int) -> Iterator[tuple[torch.nn.Param
                 if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
                     continue
                 initialize = _initializer(module, name, model.config)
-                drawn.append((parameter, pool.submit(_part, parameter, seed, f"{module_name}.{name}", initialize)))
+                drawn.append((parameter, pool.submit(part, parameter, seed, f"{module_name}.{name}", initialize)))
                 if len(drawn) > threads:  # so few are in memory
-                    parameter, part = drawn.popleft()
-                    yield parameter, part.result()
-        for parameter, part in drawn:
-            yield parameter, part.result()
+                    parameter, future = drawn.popleft()
+                    yield parameter, future.result()
+        for parameter, future in drawn:
+            yield parameter, future.result()
 
 
 @torch.no_grad()
@@ -94,7 +101,7 @@ def _part(parameter: torch.nn.Parameter, seed: int, name: str, initialize: Initi
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape[partition.dim] *= size
     whole = draw(seed, name, tuple(shape), initialize)
-    return partition.part_of(whole, parallel_state.get_tensor_model_parallel_rank(), size)
+    return partition.part_of(whole, parallel_state.get_tensor_model_parallel_rank(), size).clone()
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], initialize: Initializer) -> Tensor:

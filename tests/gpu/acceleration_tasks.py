@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_mosa.attention.thresholds import mosa_layers, selection_buffers, update_thresholds
 from megatron_mosa.config import Config
@@ -59,7 +60,8 @@ def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
     """Return which tokens each head selected, bool [B, E, T]."""
     assert selection is not None
     scores, indices = selection
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, indices, True).cpu()
+    taken = F.pad(torch.zeros_like(scores, dtype=torch.bool), (0, 1))  # empty slots hold T
+    return taken.scatter_(-1, indices, True)[..., :-1].cpu()
 
 
 def steps(config: Config, number: int) -> dict[str, Any]:
