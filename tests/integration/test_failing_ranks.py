@@ -31,7 +31,8 @@ def test_the_reason_is_one_line(runner: Runner, ranks: str, error: str, code: in
     name = f"failing-{ranks.replace(',', '-')}-{error}"
     found, errors = runner.all_ranks(name, module=PROGRAM, RANKS=ranks, ERROR=error)
     lines = [text for text in errors.splitlines() if text.startswith("error: ")]
-    assert {found[int(rank)] for rank in ranks.split(",")} == {code}, errors
+    # The first to end does so with its code; the other one may be terminated at its end.
+    assert code in {found[int(rank)] for rank in ranks.split(",")} <= {code, -15}, errors
     assert "Traceback" not in errors, errors
     bystander = [f"error: rank 1 {LOST}"] if ranks == "0" else []  # without a launcher, the store ends with rank 0
     assert lines == [line, *bystander[: len(lines) - 1]], errors
