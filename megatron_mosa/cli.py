@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from megatron_mosa.cluster.slurm.command import submit
 from megatron_mosa.cluster.status import status
 from megatron_mosa.commands import checkpoint, config, data
 from megatron_mosa.commands.pretrain import pretrain
-from megatron_mosa.entry import keep_freed_memory, raise_gc_threshold, run
+from megatron_mosa.entry import keep_freed_memory
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import USAGE_ERROR
 from megatron_mosa.tools.bench.commands import bench
@@ -136,7 +135,7 @@ app = build_app(COMMANDS)
 
 
 def command_line() -> object:
-    """Run the command of ``sys.argv``; return its exit code.
+    """Run the command of the process's arguments; return its exit code.
 
     Raises:
         UserError: an unknown command or option, or a missing or malformed argument.
@@ -150,9 +149,3 @@ def command_line() -> object:
             return USAGE_ERROR  # a group without a command has shown its help
         command = getattr(getattr(error, "ctx", None), "command_path", "mosa")
     raise UserError(f"{message}; see {command} --help")
-
-
-def main() -> None:
-    """Run ``mosa``, for programs that have imported this module; the console command is ``__main__.main``."""
-    raise_gc_threshold()
-    sys.exit(run(command_line))

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-from megatron_mosa.errors import RunError, UnrecoverableError, UserError
+from megatron_mosa.errors import RunError, StorageError, UnrecoverableError, UserError
 from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, INTERRUPTED, USAGE_ERROR
 
 if TYPE_CHECKING:
@@ -189,13 +189,64 @@ def exit_code_of(error: Exception) -> int:
 
 SECONDS_FOR_THE_FIRST = 3.0
 
+_joined: list[tuple[int, Callable[[str], bool]]] = []
+_reported: list[Exception] = []
+"""The last error that ``report_error`` has dealt with."""
 
-_joined: list[bool] = []
+
+@contextmanager
+def joined(rank: int, claim: Callable[[str], bool]) -> Iterator[None]:
+    """Have the ranks of a run, which this process has joined, agree on whose error is printed.
+
+    Args:
+        rank: this process's rank.
+        claim: called with the line of an error that ends this rank; returns whether no other rank has failed before.
+    """
+    _joined.append((rank, claim))
+    try:
+        yield
+    finally:
+        _joined.clear()
 
 
-def note_joining() -> None:
-    """Note that this process has joined the other ranks of its run."""
-    _joined.append(True)
+def report_error(error: Exception) -> bool:
+    """Print the line of an error that a user sees as one line, unless it has been printed here or by another rank.
+
+    Returns:
+        Whether it is such an error.
+    """
+    if (line := _line_of(error)) is None:
+        return False
+    if error in _reported:
+        return True
+    _reported[:] = [error]
+    if _joined:
+        rank, claim = _joined[-1]
+        # These errors are of all ranks, or say where they come from.
+        if not isinstance(error, (UnrecoverableError, StorageError)) and not line.startswith(f"rank {rank}"):
+            line = f"rank {rank}: {line}"
+        if not claim(line):
+            return True
+    elif not _is_first_of_node():
+        _wait_for_the_first(exit_code_of(error))
+    with suppress(OSError):  # it may be on the same full disk
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return True
+
+
+def _line_of(error: Exception) -> str | None:
+    if isinstance(error, (UserError, RunError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        from megatron_mosa.utils import file_problem  # as little as possible is imported before Ctrl-C is handled
+
+        return file_problem(error, "the output")
+    return None
+
+
+def _is_first_of_node() -> bool:
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return local_rank == "0" or not local_rank.isdecimal()  # where it is not a number, it is itself the error
 
 
 def _wait_for_the_first(code: int) -> None:
@@ -228,9 +279,7 @@ def run(program: Callable[[], object]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Megatron-core warns at import about every absent optional package; the README lists what is optional.
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
-    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    # Once per node. Where the variable is not a number, it is itself the error.
-    is_first = local_rank == "0" or not local_rank.isdecimal()
+    is_first = _is_first_of_node()
     try:
         from megatron_mosa.utils import (
             drop_known_noise,  # here, so that Ctrl-C during its imports ends in one line, too
@@ -240,11 +289,7 @@ def run(program: Callable[[], object]) -> int:
         code = program()
         _flush_output()
     except (UserError, RunError) as error:
-        is_a_start = isinstance(error, UserError) and not _joined  # later, ranks agree on errors
-        if is_a_start and not is_first:
-            _wait_for_the_first(exit_code_of(error))
-        if is_a_start or is_first:
-            print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return exit_code_of(error)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -252,15 +297,11 @@ def run(program: Callable[[], object]) -> int:
             return FAILED
         if error.errno not in _ENVIRONMENT:
             raise
-        from megatron_mosa.utils import file_problem
-
         try:
             _flush_output()
         except OSError:
             _drop_output()
-        if is_first:
-            with suppress(OSError):  # it may be on the same disk
-                print(f"error: {file_problem(error, 'the output')}", file=sys.stderr)
+        report_error(error)
         return exit_code_of(error)
     except BaseException:
         if not interrupts:

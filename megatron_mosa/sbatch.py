@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -122,9 +123,9 @@ def check_sbatch_option(option: str, taken: Mapping[str, str], *, is_line: bool 
     match = re.fullmatch(r"--([A-Za-z][A-Za-z0-9-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", option, re.ASCII)
     if match is None or not option.isprintable():
         raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
-    if is_line and (bad := sorted(set(re.findall(r"[\s\"'\\#]", option)))):
+    if is_line and (bad := unfit_for_a_line(option)):
         raise UserError(
-            f"--sbatch-argument={option!r} contains {bad[0]!r}, with which Slurm would not read it as one option; "
+            f"--sbatch-argument={option!r} contains {bad!r}, with which Slurm would not read it as one option; "
             "leave it out"
         )
     name, value = match[1] or _LETTERS.get(match[3], match[3]), (match[2] if match[1] else match[4]) or ""
@@ -133,6 +134,19 @@ def check_sbatch_option(option: str, taken: Mapping[str, str], *, is_line: bool 
     pattern, example = _OTHER_PATTERNS.get(name, (".*", ""))
     if not (re.fullmatch(pattern, value, re.ASCII) and (name not in ("exclude", "nodelist") or _ascend(value))):
         raise UserError(f"--sbatch-argument={option}: --{name} must be {example}, got {value!r}")
+
+
+def unfit_for_a_line(text: str) -> str | None:
+    """Return a character of ``text`` that it must not contain in an #SBATCH line, or None.
+
+    Slurm splits words and reads quotes and comments there as a shell does.
+    """
+    return next((sign for sign in text if sign in "\"'\\#" or sign.isspace() or not sign.isprintable()), None)
+
+
+def as_pattern(path: Path) -> str:
+    """Return a path for --output, in which Slurm replaces what follows a percent sign."""
+    return str(path).replace("%", "%%")
 
 
 def _ascend(value: str) -> bool:

@@ -12,7 +12,7 @@ usage() {
     exit 2
 }
 
-if (($# < 1)) || [[ $1 == -* || $1 == *=* || -z ${HOSTFILE:-} ]]; then usage; fi
+if (($# < 1)) || [[ $1 == -* || $1 =~ ^[a-z_.]+= || -z ${HOSTFILE:-} ]]; then usage; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then export PATH=$root/.venv/bin:$PATH; fi
 

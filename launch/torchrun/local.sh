@@ -5,7 +5,7 @@
 # tensor parallelism off unless an override sets it. A single process needs no torchrun and runs without.
 set -euo pipefail
 
-if (($# < 1)) || [[ $1 == -* || $1 == *=* ]]; then
+if (($# < 1)) || [[ $1 == -* || $1 =~ ^[a-z_.]+= ]]; then
     echo "usage: [NPROC=n] $0 CONFIG [section.key=value ...]" >&2
     exit 2
 fi

@@ -16,7 +16,7 @@ usage() {
     exit 2
 }
 
-if (($# < 1)) || [[ $1 == -* || $1 == *=* ]]; then usage; fi
+if (($# < 1)) || [[ $1 == -* || $1 =~ ^[a-z_.]+= ]]; then usage; fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [[ -z ${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]]; then export PATH=$root/.venv/bin:$PATH; fi
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         forget_scores,
         is_causal,
         mosa_layers,
-        threshold_buffers,
+        selection_buffers,
         update_thresholds,
     )
 
@@ -58,7 +58,7 @@ __all__ = [
     "mosa_layers",
     "num_selected_tokens",
     "run_overlapped",
-    "threshold_buffers",
+    "selection_buffers",
     "update_thresholds",
 ]
 

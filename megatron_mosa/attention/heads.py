@@ -32,7 +32,8 @@ from megatron_mosa.kernels import (
 from megatron_mosa.parallel import gather_first_dim
 
 _THRESHOLDS = ("thresholds", "threshold_updates")
-THRESHOLD_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")  # that checkpoints contain
+SELECTION_BUFFERS = (*_THRESHOLDS, "head_bias", "centroids")
+"""What heads select by besides their weights, which checkpoints contain: of MoSA and Routing heads."""
 
 
 class Contribution(NamedTuple):
@@ -57,16 +58,16 @@ class PartitionedHeads(MegatronModule):
         super().__init__(config=config)
         self.tp_group = tp_group
         self.partition_dims: dict[str, int] = {}
-        self.initialisers: dict[str, Callable[..., object]] = {}
+        self.initializers: dict[str, Callable[..., object]] = {}
 
     def add_weight(
         self,
         name: str,
         global_shape: tuple[int, ...],
         partition_dim: int,
-        initialise: Callable[..., object],
+        initialize: Callable[..., object],
     ) -> None:
-        """Register this rank's slice of a weight, initialised as a function of the global shape and the seed.
+        """Register this rank's slice of a weight, initialized as a function of the global shape and the seed.
 
         Every rank draws the global weight from the default generator of its device, which has the same seed on all
         ranks of the tensor-parallel group, and keeps its slice: the model does not depend on the tensor-parallel size.
@@ -78,31 +79,31 @@ class PartitionedHeads(MegatronModule):
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
             master = torch.empty(global_shape, device=device)
-            initialise(master)
+            initialize(master)
             weight.data.copy_(master.chunk(size, dim=partition_dim)[self.tp_group.rank()])
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
         self.register_parameter(name, weight)
         self.partition_dims[name] = partition_dim
-        self.initialisers[name] = initialise
+        self.initializers[name] = initialize
 
     def add_state(
-        self, name: str, global_shape: tuple[int, ...], initialise: Callable[..., object] | None = None
+        self, name: str, global_shape: tuple[int, ...], initialize: Callable[..., object] | None = None
     ) -> None:
         """Register this rank's slice of an fp32 buffer, partitioned along its first dimension.
 
-        It is 0, or drawn by ``initialise`` like a weight. State dicts contain it if it is in ``THRESHOLD_BUFFERS``.
+        It is 0, or drawn by ``initialize`` like a weight. State dicts contain it if it is in ``SELECTION_BUFFERS``.
         """
         config, size = self.config, self.tp_group.size()
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         # Created as integers, because ZeRO-3 converts new fp32 tensors to bf16 while a model is constructed.
         whole = torch.zeros(global_shape, dtype=torch.int32, device=device).float()
-        if initialise is not None:
-            self.initialisers[name] = initialise
+        if initialize is not None:
+            self.initializers[name] = initialize
             if config.perform_initialization:
-                initialise(whole)
+                initialize(whole)
         own = whole.chunk(size)[self.tp_group.rank()].clone()
-        self.register_buffer(name, own, persistent=name in THRESHOLD_BUFFERS)
-        if name in THRESHOLD_BUFFERS:
+        self.register_buffer(name, own, persistent=name in SELECTION_BUFFERS)
+        if name in SELECTION_BUFFERS:
             self.partition_dims[name] = 0
 
     def contribute(
@@ -265,7 +266,7 @@ class LocalHeads(CausalHeads):
 
 
 class MosaHeads(PartitionedHeads):
-    """MoSA heads with expert choice, thresholds or token choice, initialised like the authors' code.
+    """MoSA heads with expert choice, thresholds or token choice, initialized like the authors' code.
 
     For ``update_thresholds``, every forward pass in training adds its scores to ``histogram`` with thresholds, and its
     choices to ``choices`` with token choice.

@@ -60,7 +60,7 @@ class HeadKind(ABC):
         """
 
     def looks_ahead(self, config: Config) -> bool:
-        """Return whether an output depends on later tokens, so that losses are labelled NON-CAUSAL."""
+        """Return whether an output depends on later tokens, so that losses are labeled NON-CAUSAL."""
         return False
 
     def describe(self, config: Config) -> str:

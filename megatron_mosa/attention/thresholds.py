@@ -1,7 +1,8 @@
 """Thresholds of MoSA heads: each follows the quantile of its head's scores that keeps the head's load at 1 / rho.
 
 A token is selected if its score is above the threshold. The threshold depends only on past steps of the training run,
-so the selection is causal. docs/causal.md has the reasons and measurements.
+so the selection is causal. docs/causal.md has the reasons and measurements. Biases of token choice and centroids of
+Routing heads, which are updated at the same time, are no thresholds, but are updated here, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.heads import THRESHOLD_BUFFERS, MosaHeads, PartitionedHeads
+from megatron_mosa.attention.heads import SELECTION_BUFFERS, MosaHeads, PartitionedHeads
 from megatron_mosa.attention.routing_heads import RoutingHeads
 from megatron_mosa.attention.token_choice import balanced
 from megatron_mosa.kernels import HISTOGRAM_LOGITS
@@ -23,12 +24,12 @@ def mosa_layers(model: torch.nn.Module) -> list[MosaHeads]:
     return [module for module in model.modules() if isinstance(module, MosaHeads)]
 
 
-def threshold_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that checkpoints contain, by name, fp32 [E / tp, ...] each.
+def selection_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return what heads select by besides their weights, by name, fp32 [E / tp, ...] each; checkpoints contain it.
 
     Thresholds and the numbers of their updates, or the biases of token choice; the centroids of Routing heads.
     """
-    return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in THRESHOLD_BUFFERS}
+    return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in SELECTION_BUFFERS}
 
 
 def is_causal(model: torch.nn.Module, *, training: bool = False) -> bool:

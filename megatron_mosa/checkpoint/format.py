@@ -92,7 +92,7 @@ def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
 
 
 def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
-    """Load weights, and thresholds if the checkpoint has any, into the engine, with fresh moments.
+    """Load weights, and thresholds, biases or centroids if the checkpoint has any, into the engine, with fresh moments.
 
     Reads checkpoints of any layout; collective over all ranks.
     """

@@ -9,16 +9,17 @@ import typer
 
 from megatron_mosa.commands.arguments import Overrides
 from megatron_mosa.config import (
-    GRIDS_FOLDER,
     REFERENCE_FILE,
     difference,
     load_config,
     origins,
+    read_yaml,
     reference,
     resolved,
     summary,
 )
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import file_problem
 
 
 def show(
@@ -52,16 +53,29 @@ def diff(
 def list_configurations(
     folder: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The directory to search.")] = Path("configs"),
 ) -> None:
-    """List the configurations in a directory with a summary of each model."""
+    """List the configurations in a directory with a summary of each model, and the grids with their members."""
     if not folder.is_dir():
         raise UserError(
             f"'{folder}' is not a directory; give one that contains YAML files, such as the project's configs/"
         )
-    found = [path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE]
-    rows = {str(path): path for path in found if path.parent.name != GRIDS_FOLDER}
-    if not rows:
+    found = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
+    if not found:
         raise UserError(
             f"'{folder}' contains no YAML files; give a directory that does, such as the project's configs/"
         )
-    for name, path in rows.items():
-        print(f"{name:{max(map(len, rows))}}  {summary(load_config(path))}")
+    width = max(map(len, found))
+    for name, path in found.items():
+        print(f"{name:{width}}  {_summary(path)}")
+
+
+def _summary(path: Path) -> str:
+    """Return one line on a configuration, on a grid, which names configurations and is none, or on what is wrong."""
+    try:
+        members = read_yaml(path).get("members")
+        if isinstance(members, dict):
+            return f"grid of {', '.join(map(str, members))}: mosa isoflop run {path}"
+        return summary(load_config(path))
+    except UserError as error:
+        return f"cannot be used: {error}"
+    except OSError as error:
+        return f"cannot be used: {file_problem(error)}"

@@ -23,7 +23,7 @@ def build(
         bool, typer.Option("--force", help="Replace an existing dataset or the remains of an earlier build.")
     ] = False,
 ) -> None:
-    """Tokenise the sources in section `data` into a Megatron dataset (.bin/.idx) with a manifest."""
+    """Tokenize the sources in section `data` into a Megatron dataset (.bin/.idx) with a manifest."""
     settings = load_config(config, overrides or [])
     from megatron_mosa.data import build_dataset  # slow to import, like those below
 

@@ -3,8 +3,8 @@
 from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.heads import HeadCount, head_counts
 from megatron_mosa.config.keys import keys_of
-from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, save_config
-from megatron_mosa.config.render import GRIDS_FOLDER, REFERENCE_FILE, difference, reference, resolved, summary
+from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, read_yaml, save_config
+from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
 from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
@@ -20,7 +20,6 @@ from megatron_mosa.config.schema import (
 )
 
 __all__ = [
-    "GRIDS_FOLDER",
     "REFERENCE_FILE",
     "CheckpointSection",
     "Config",
@@ -45,6 +44,7 @@ __all__ = [
     "load_config",
     "origins",
     "padded_vocab_size",
+    "read_yaml",
     "reference",
     "resolved",
     "save_config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,7 +23,8 @@ _TYPES = {
 _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initialize_from")
 _BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
-_BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError)
+_MOST_BASES = 20
+_BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
@@ -66,34 +68,48 @@ def save_config(config: Config, path: str | Path) -> None:
 
 def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return the files that make up a configuration, each with its sections; later ones override earlier ones."""
-    chain: list[tuple[str, dict[str, Any]]] = []
-    above: Path | None = path
-    while above is not None:
-        tree, here = _read(above), above
-        base = tree.pop(_BASE, None)
-        if base is not None and not (isinstance(base, str) and base):
-            raise UserError(f"{here}: base must be the path of another YAML file, got {base!r}")
-        chain.insert(0, (str(here), tree))
-        above = None if base is None else here.parent / base
-        if above is not None and any(above.resolve() == Path(file).resolve() for file, _ in chain):
+    tree = read_yaml(path)
+    chain, seen = [(str(path), tree)], {path.resolve()}
+    while (base := tree.pop(_BASE, None)) is not None:
+        if not (isinstance(base, str) and base and "\0" not in base):
+            raise UserError(f"{path}: base must be the path of another YAML file, got {base!r}")
+        here, path = path, path.parent / base
+        try:
+            tree = read_yaml(path)
+        except UserError as error:
+            raise UserError(f"{here}: base={base}: {error}") from None
+        if path.resolve() in seen:
             raise UserError(f"{here}: base={base} is based on this file itself; remove one base")
+        if len(chain) == _MOST_BASES:
+            raise UserError(f"{here}: base={base} is file {_MOST_BASES + 1} of a chain; the most are {_MOST_BASES}")
+        seen.add(path.resolve())
+        chain.insert(0, (str(path), tree))
     return chain
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "configuration file", example: str = "configs/quickstart.yaml") -> dict[str, Any]:
+    """Return what a YAML file holds.
+
+    Args:
+        what: what it should be.
+        example: one of these.
+
+    Raises:
+        UserError: it is unreadable, too large, or does not hold keys.
+    """
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"configuration file '{path}' {what}; give a YAML file such as configs/quickstart.yaml")
+        why = "is a directory" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
+        raise UserError(f"{what} '{path}' {why}; give a YAML file such as {example}")
     try:
         _refuse_expansion(path)
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
-    except (*_BROKEN, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"configuration file '{path}' is not valid YAML: {reason}") from None
+        raise UserError(f"{what} '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"configuration file '{path}' must hold sections (run:, model:, ...), got {type(tree).__name__}"
-        )
+        raise UserError(f"{what} '{path}' must hold keys, as {example} does, got {type(tree).__name__}")
     return cast(dict[str, Any], tree)
 
 
@@ -181,6 +197,8 @@ def _refuse_unknown_keys(tree: dict[str, Any]) -> None:
 
 def _set(config: Any, section: str, name: str, value: Any) -> None:
     key, kind = f"{section}.{name}", _TYPES[section][name]
+    if key in _PATHS and value == "":
+        raise UserError(f"{key} is empty; give a path, or leave it out")
     fits = _fits(value, kind.removesuffix(" | None")) or (value is None and kind.endswith("| None"))
     if fits and key in _PATHS and isinstance(value, str):
         try:
@@ -196,7 +214,8 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     except _BROKEN:
         pass
     hint = "; quote it" if kind.startswith("str") else ""
-    raise UserError(f"{key} must be of type {kind}, got {value!r}{hint}") from None
+    shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
+    raise UserError(f"{key} must be of type {kind}, got {shown}{hint}") from None
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -209,4 +228,12 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, {"bool": bool, "str": str}[kind]) and "\0" not in str(value)
+    return isinstance(value, {"bool": bool, "str": str}[kind]) and _is_a_name(str(value))
+
+
+def _is_a_name(text: str) -> bool:
+    """Return whether the operating system could take a text, such as a path."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False

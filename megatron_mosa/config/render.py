@@ -19,8 +19,6 @@ _HEADER = """\
 # Generated from megatron_mosa/config/schema.py: mosa config show > configs/reference.yaml
 """
 REFERENCE_FILE = "reference.yaml"
-GRIDS_FOLDER = "grids"
-"""Below configs/: files for `mosa isoflop run`, which name configurations and are none."""
 
 _COMMENT_COLUMN = 34
 

@@ -31,7 +31,7 @@ class ModelWithAddedHeads:
     model: ModelReader
     config: Config
     weights: list[Weight]
-    initialisers: dict[str, Callable[..., object]]
+    initializers: dict[str, Callable[..., object]]
     """Initializers, keyed by the last component of a weight's name."""
 
     @classmethod
@@ -50,8 +50,8 @@ class ModelWithAddedHeads:
         one_layer = replace(config, model=replace(config.model, num_layers=1))
         with single_process_groups(one_layer):
             modules = dict(build_empty_model(one_layer, model.vocab_rows).named_modules())
-        initialisers = cast("PartitionedHeads", modules["decoder.layers.0.self_attention.mosa_heads"]).initialisers
-        return cls(model, config, model_weights(config, model.vocab_rows), initialisers)
+        initializers = cast("PartitionedHeads", modules["decoder.layers.0.self_attention.mosa_heads"]).initializers
+        return cls(model, config, model_weights(config, model.vocab_rows), initializers)
 
     @property
     def path(self) -> Path:
@@ -72,4 +72,4 @@ class ModelWithAddedHeads:
         shape = next(weight.shape for weight in self.weights if weight.name == name)
         if name.endswith((".proj_weight", ".thresholds", ".threshold_updates", ".head_bias")):
             return torch.zeros(shape)
-        return draw(self.config.run.seed, name, shape, self.initialisers[name.rpartition(".")[2]])
+        return draw(self.config.run.seed, name, shape, self.initializers[name.rpartition(".")[2]])

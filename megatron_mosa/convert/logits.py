@@ -42,12 +42,12 @@ def megatron_logits(config: Config, vocab_rows: int, read: Callable[[str], Tenso
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, read: Callable[[str], Tensor], names: Collection[str] | None = None) -> None:
-    """Copy weights and thresholds into a single-process model.
+    """Copy weights, and thresholds, biases and centroids of heads, into a single-process model.
 
     Args:
         model: a GPTModel.
         read: returns the tensor of a Megatron name, in checkpoint shape.
-        names: the names that ``read`` knows; None: all. Thresholds that are not among them keep their values.
+        names: the names that ``read`` knows; None: all. Buffers that are not among them keep their values.
     """
     from megatron_mosa.model import stored_tensors
 

@@ -21,7 +21,7 @@ from megatron_mosa.attention import (
     MosaTransformerLayer,
     forget_scores,
     mosa_layers,
-    threshold_buffers,
+    selection_buffers,
     update_thresholds,
 )
 from megatron_mosa.config import Config
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         settings = self._settings(config)
         with _partitioned_construction(config, settings):
             model = build_empty_model(config, vocab_size)
-        _initialise(model, config, layout.device)
+        _initialize(model, config, layout.device)
         draw_state(model, config.run.seed)
         _reject_unsummed_gradients(model)
         settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
@@ -224,11 +224,11 @@ class DeepSpeedEngine:
     def state(self, names: Collection[str] | None = None, copy: CopyToHost = to_host) -> dict[str, Tensor]:
         """Return this tensor-parallel rank's fp32 master weights and Adam moments, gathered over data-parallel ranks.
 
-        Keys are ``model.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` with Megatron's parameter names; thresholds of
-        MoSA heads have only ``model.NAME``. A collective.
+        Keys are ``model.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` with Megatron's parameter names; thresholds,
+        biases and centroids of heads have only ``model.NAME``. A collective.
 
         Args:
-            names: the parameters and thresholds whose state this rank keeps; all by default.
+            names: the parameters and buffers whose state this rank keeps; all by default.
             copy: copies each tensor to host memory, on the current stream.
         """
         if not self.optimizer_step():
@@ -240,7 +240,7 @@ class DeepSpeedEngine:
                 tensor = self._zero.read(parameter, moment).detach()
                 if names is None or name in names:
                     state[f"{key}.{name}"] = copy(f"{key}.{name}", tensor)
-        for name, buffer in threshold_buffers(self.module).items():
+        for name, buffer in selection_buffers(self.module).items():
             if names is None or name in names:
                 state[f"model.{name}"] = copy(f"model.{name}", buffer)
         if self.layout.device.type == "cuda":
@@ -253,7 +253,7 @@ class DeepSpeedEngine:
         for name, parameter in self.module.named_parameters():
             for key, moment in _KEYS.items():
                 self._zero.write(parameter, moment, state[f"{key}.{name}"].to(self.layout.device))
-        for name, buffer in threshold_buffers(self.module).items():
+        for name, buffer in selection_buffers(self.module).items():
             buffer.copy_(state[f"model.{name}"])
         forget_scores(self.module)
 
@@ -291,7 +291,7 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
     )
 
 
-def _initialise(model: MosaGPTModel, config: Config, device: torch.device) -> None:
+def _initialize(model: MosaGPTModel, config: Config, device: torch.device) -> None:
     """Give the model its initial weights; without ZeRO-3, where DeepSpeed will have them and in its type."""
     if config.parallel.zero_stage == 3:
         for parameter, weight in initial_weights(model, config.run.seed):

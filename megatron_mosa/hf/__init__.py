@@ -1,8 +1,8 @@
-"""Modelling code for transformers, which every exported model contains. It needs only torch and transformers.
+"""Modeling code for transformers, which every exported model contains. It needs only torch and transformers.
 
-An export copies the files in ``MODELLING_FILES`` unchanged.
+An export copies the files in ``MODELING_FILES`` unchanged.
 """
 
 from pathlib import Path
 
-MODELLING_FILES = tuple(sorted(Path(__file__).parent.glob("*_mosa.py")))
+MODELING_FILES = tuple(sorted(Path(__file__).parent.glob("*_mosa.py")))

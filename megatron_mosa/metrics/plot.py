@@ -37,7 +37,7 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
             *zip(*validation, strict=True), label="validation" + _label(validation_causal), marker="o", markersize=3
         )
     if entropies:
-        axes.axhline(entropies[-1], color="grey", linestyle="--", linewidth=1, label="unigram entropy of validation")
+        axes.axhline(entropies[-1], color="gray", linestyle="--", linewidth=1, label="unigram entropy of validation")
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss, nats per token")
     axes.set_title(title)

@@ -7,7 +7,7 @@ from megatron_mosa.utils import lazy_face
 if TYPE_CHECKING:
     from megatron_mosa.attention import dense_head_flops, local_head_flops, local_window, mosa_head_flops
     from megatron_mosa.model.calibration import CALIBRATION_PASSES, calibrate, calibration_config
-    from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count, usual_flops
+    from megatron_mosa.model.costs import model_flops, paper_flops, parameter_count, state_bytes, usual_flops
     from megatron_mosa.model.gpt import build_empty_model, build_model, language_model_loss, transformer_config
     from megatron_mosa.model.initialization import draw, draw_state, initial_weights
     from megatron_mosa.model.mosa_gpt import MosaGPTModel
@@ -32,6 +32,7 @@ __all__ = [
     "mosa_head_flops",
     "paper_flops",
     "parameter_count",
+    "state_bytes",
     "stored_tensors",
     "transformer_config",
     "usual_flops",

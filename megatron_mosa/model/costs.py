@@ -1,4 +1,4 @@
-"""FLOPs and parameters of a model.
+"""FLOPs, parameters and memory of a model.
 
 ``paper_flops`` follows the paper (section 2): dense attention is counted in full, the vocabulary and document
 boundaries are not. It defines equal budgets. ``model_flops`` counts what must be executed: causal attention counts each
@@ -72,6 +72,29 @@ def parameter_count(config: Config, vocab_size: int) -> int:
     layer = attention + _mlp_matrices(config) * hidden * config.model.mlp_width + 2 * norm
     embeddings = (1 if model.tie_embeddings else 2) * hidden * padded_vocab_size(vocab_size, model.vocab_size_multiple)
     return model.num_layers * layer + embeddings + norm
+
+
+def state_bytes(config: Config, vocab_size: int, world_size: int) -> dict[str, int]:
+    """Return the bytes of model and optimizer state on each rank's device, by part.
+
+    Parameters are counted as if all were divided by the tensor-parallel size; the norms, which are not, are small. bf16
+    keeps an fp32 master of each weight beside Adam's two moments, and accumulates gradients in fp32. ZeRO divides
+    optimizer state (1), gradients (2) and weights (3) over the data-parallel ranks.
+    """
+    tensor_parallel, stage = config.parallel.tensor_model_parallel_size, config.parallel.zero_stage
+    replicas = max(world_size // tensor_parallel, 1)
+    parameters = -(-parameter_count(config, vocab_size) // tensor_parallel)
+    is_bf16 = config.train.precision == "bf16"
+
+    def share(size: int, least_stage: int) -> int:
+        return -(-parameters * size // (replicas if stage >= least_stage else 1))
+
+    state = share(12 if is_bf16 else 8, 1)
+    return {
+        "weights": share(2 if is_bf16 else 4, 3),
+        "gradients": share(4, 2),
+        "optimizer state": 0 if config.parallel.offload_optimizer else state,
+    }
 
 
 def _mlp_matrices(config: Config) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_mosa.attention import PartitionedHeads
 from megatron_mosa.parallel import partition_of
 
-Initialiser = Callable[..., object]
+Initializer = Callable[..., object]
 """Fills a tensor in place, with numbers of the ``generator`` it is given."""
 
 
@@ -70,8 +70,8 @@ def initial_weights(
                 # ds_shape: before ZeRO-3 partitioned it
                 if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
                     continue
-                initialise = _initialiser(module, name, model.config)
-                drawn.append((parameter, pool.submit(part, parameter, seed, f"{module_name}.{name}", initialise)))
+                initialize = _initializer(module, name, model.config)
+                drawn.append((parameter, pool.submit(part, parameter, seed, f"{module_name}.{name}", initialize)))
                 if len(drawn) > threads:  # so few are in memory
                     parameter, future = drawn.popleft()
                     yield parameter, future.result()
@@ -86,28 +86,28 @@ def draw_state(model: torch.nn.Module, seed: int) -> None:
         if not isinstance(module, PartitionedHeads):
             continue
         for name, buffer in module.named_buffers(recurse=False):
-            if name in module.initialisers:
+            if name in module.initializers:
                 size, rank = module.tp_group.size(), module.tp_group.rank()
                 shape = (len(buffer) * size, *buffer.shape[1:])
-                whole = draw(seed, f"{module_name}.{name}", shape, module.initialisers[name])
+                whole = draw(seed, f"{module_name}.{name}", shape, module.initializers[name])
                 buffer.copy_(whole.chunk(size)[rank])
 
 
-def _part(parameter: torch.nn.Parameter, seed: int, name: str, initialise: Initialiser) -> Tensor:
+def _part(parameter: torch.nn.Parameter, seed: int, name: str, initialize: Initializer) -> Tensor:
     """Draw a weight, and return this tensor-parallel rank's slice."""
     shape, partition = list(getattr(parameter, "ds_shape", parameter.shape)), partition_of(parameter)
     if partition is None:
-        return draw(seed, name, tuple(shape), initialise)
+        return draw(seed, name, tuple(shape), initialize)
     size = parallel_state.get_tensor_model_parallel_world_size()
     shape[partition.dim] *= size
-    whole = draw(seed, name, tuple(shape), initialise)
+    whole = draw(seed, name, tuple(shape), initialize)
     return partition.part_of(whole, parallel_state.get_tensor_model_parallel_rank(), size).clone()
 
 
-def draw(seed: int, name: str, shape: tuple[int, ...], initialise: Initialiser) -> Tensor:
+def draw(seed: int, name: str, shape: tuple[int, ...], initialize: Initializer) -> Tensor:
     """Return the fp32 initial value of the parameter with this name and global shape."""
     weight = torch.empty(shape)
-    initialise(weight, generator=torch.Generator().manual_seed(_seed_of(seed, name)))
+    initialize(weight, generator=torch.Generator().manual_seed(_seed_of(seed, name)))
     return weight
 
 
@@ -122,8 +122,8 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _initialiser(module: torch.nn.Module, name: str, config: TransformerConfig) -> Initialiser:
+def _initializer(module: torch.nn.Module, name: str, config: TransformerConfig) -> Initializer:
     if isinstance(module, PartitionedHeads):
-        return module.initialisers[name]
+        return module.initializers[name]
     method = config.output_layer_init_method if isinstance(module, RowParallelLinear) else config.init_method
-    return cast(Initialiser, method)
+    return cast(Initializer, method)

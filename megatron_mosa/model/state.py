@@ -1,4 +1,4 @@
-"""The tensors of a model that checkpoints store: parameters, and the thresholds of MoSA heads."""
+"""The tensors of a model that checkpoints store: parameters, and what heads select by besides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mosa.attention import threshold_buffers
+from megatron_mosa.attention import selection_buffers
 from megatron_mosa.parallel import Partition, partition_of
 
 
@@ -33,4 +33,4 @@ def stored_tensors(model: torch.nn.Module) -> dict[str, StoredTensor]:
     """Return the stored tensors by Megatron's names, parameters first."""
     parameters = {name: StoredTensor(p, partition_of(p), True) for name, p in model.named_parameters()}
     over_heads = Partition(dim=0)
-    return parameters | {name: StoredTensor(b, over_heads, False) for name, b in threshold_buffers(model).items()}
+    return parameters | {name: StoredTensor(b, over_heads, False) for name, b in selection_buffers(model).items()}

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
     from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
     from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
+    from megatron_mosa.parallel.failures import LOST_CONNECTION, FirstFailure, is_lost_connection
     from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
     from megatron_mosa.parallel.launch import job_port, launch_environment, slurm_nodes
     from megatron_mosa.parallel.mpu import ModelParallelUnit
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "LOST_CONNECTION",
+    "FirstFailure",
     "HostGroup",
     "Layout",
     "ModelParallelUnit",
@@ -36,6 +39,7 @@ __all__ = [
     "destroy_parallel",
     "gather_first_dim",
     "initialize_parallel",
+    "is_lost_connection",
     "job_port",
     "join_store",
     "launch_environment",

@@ -1,6 +1,6 @@
 """Running Megatron-core without a GPU.
 
-Megatron-core allocates its communication buffers on ``torch.cuda.current_device()`` and synchronises CUDA when it
+Megatron-core allocates its communication buffers on ``torch.cuda.current_device()`` and synchronizes CUDA when it
 saves. Without CUDA both calls are patched for this process to use the CPU, which is enough for tensor and sequence
 parallelism and ``dist_checkpointing`` over gloo.
 """

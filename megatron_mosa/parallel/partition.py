@@ -1,4 +1,4 @@
-"""How a parameter is split over the tensor-parallel group, for both initialisation and checkpoints."""
+"""How a parameter is split over the tensor-parallel group, for both initialization and checkpoints."""
 
 from __future__ import annotations
 

@@ -40,18 +40,16 @@ def initialize_parallel(
     tensor_model_parallel_size: int,
     seed: int,
     timeout_minutes: float = 10.0,
-    rendezvous_seconds: float | None = None,
     store: dist.Store | None = None,
 ) -> Layout:
     """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
 
-    Tensor-parallel ranks are neighbours: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
+    Tensor-parallel ranks are neighbors: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
 
     Args:
         tensor_model_parallel_size: number of ranks that share one model.
         seed: seed of torch's generators.
         timeout_minutes: timeout of a collective.
-        rendezvous_seconds: timeout for all ranks to join; None: that of a collective.
         store: from ``join_store``, under a prefix of its own if this process has had other groups; None: join one.
 
     Raises:
@@ -69,7 +67,7 @@ def initialize_parallel(
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
         timeout = timedelta(minutes=timeout_minutes)
-        store = store or join_store(rendezvous_seconds or timeout.total_seconds())
+        store = store or join_store(timeout.total_seconds())
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
-from megatron_mosa.model import model_flops, parameter_count
+from megatron_mosa.model import model_flops, parameter_count, state_bytes
 from megatron_mosa.train.start import ResumePoint
 
 _MIB = 2**20
@@ -18,7 +18,7 @@ def describe(config: Config, start: ResumePoint, world_size: int) -> str:
     """Return lines about a run of ``world_size`` processes, for ``--check-only``."""
     train, length = config.train, config.data.sequence_length
     vocab_size = start.manifest.vocab_size
-    memory = memory_per_rank(config, vocab_size, world_size)
+    memory = state_bytes(config, vocab_size, world_size)
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     flops = model_flops(config, vocab_size) * train.global_batch_size
     tokens = train.global_batch_size * length
@@ -35,29 +35,6 @@ def describe(config: Config, start: ResumePoint, world_size: int) -> str:
     }
     width = max(map(len, facts))
     return "\n".join(f"{name:{width}}  {fact}" for name, fact in facts.items())
-
-
-def memory_per_rank(config: Config, vocab_size: int, world_size: int) -> dict[str, int]:
-    """Return the bytes of model and optimizer state on each rank, by part.
-
-    Parameters are counted as if all were divided by the tensor-parallel size. bf16 keeps an fp32 master of each weight
-    beside Adam's two moments, and accumulates gradients in fp32. ZeRO divides optimizer state (1), gradients (2) and
-    weights (3) over the data-parallel ranks.
-    """
-    tensor_parallel, stage = config.parallel.tensor_model_parallel_size, config.parallel.zero_stage
-    replicas = max(world_size // tensor_parallel, 1)
-    parameters = -(-parameter_count(config, vocab_size) // tensor_parallel)
-    is_bf16 = config.train.precision == "bf16"
-
-    def share(size: int, least_stage: int) -> int:
-        return -(-parameters * size // (replicas if stage >= least_stage else 1))
-
-    state = share(12 if is_bf16 else 8, 1)
-    return {
-        "weights": share(2 if is_bf16 else 4, 3),
-        "gradients": share(4, 2),
-        "optimizer state": 0 if config.parallel.offload_optimizer else state,
-    }
 
 
 def refuse_impossible(config: Config, vocab_size: int) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
 from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
-from megatron_mosa.entry import exit_code_of, note_joining
-from megatron_mosa.errors import StorageError, UnrecoverableError
+from megatron_mosa.entry import exit_code_of, joined, report_error
+from megatron_mosa.errors import RunError, StorageError, UnrecoverableError
 from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
 from megatron_mosa.parallel import (
+    FirstFailure,
     HostGroup,
     Layout,
     destroy_parallel,
     initialize_parallel,
+    is_lost_connection,
+    join_store,
     launch_environment,
     on_main_rank,
     use_deterministic_algorithms,
@@ -40,7 +43,7 @@ from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
-from megatron_mosa.utils import log_libraries, tolerating
+from megatron_mosa.utils import first_line, log_libraries, tolerating
 
 
 def pretrain(config: Config) -> int:
@@ -66,7 +69,8 @@ def pretrain(config: Config) -> int:
         stopped = _pretrain(config, rank, world_size, survival)
         survival.peers.leave()
     except Exception as error:
-        survival.status.end(exit_code_of(error), f"rank {rank}: {error or type(error).__name__}")
+        reason = str(error) or type(error).__name__
+        survival.status.end(exit_code_of(error), reason if reason.startswith("rank ") else f"rank {rank}: {reason}")
         if isinstance(error, (StorageError, UnrecoverableError)):  # all ranks have it
             survival.peers.leave()
         raise
@@ -81,13 +85,38 @@ def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceSe
     start = check_start(config, world_size, reads_all=rank == 0)
     refuse_impossible(config, start.manifest.vocab_size)
     survival.watchdog.beat("joining the other ranks")
-    layout = initialize_parallel(
-        config.parallel.tensor_model_parallel_size,
-        config.run.seed,
-        rendezvous_seconds=config.resilience.rendezvous_timeout,
-    )
-    survival.join(layout, HostGroup())
-    note_joining()
+    store = join_store(config.resilience.rendezvous_timeout)
+    with _failing_with_one_line(FirstFailure(store, rank, world_size)) if world_size > 1 else nullcontext():
+        layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed, store=store)
+        survival.join(layout, HostGroup())
+        return _train_or_report(config, start, layout, survival)
+
+
+@contextmanager
+def _failing_with_one_line(first: FirstFailure) -> Iterator[None]:
+    """Print the error that ends this rank while the others are still there, if none of them has failed before.
+
+    Raises:
+        RunError: this rank lost the connection to another one, which may have said why it failed.
+    """
+    with joined(first.rank, first.claim):
+        try:
+            yield
+        except Exception as error:
+            if not report_error(error):
+                if is_lost_connection(error):
+                    lost = f"rank {first.rank} lost the connection to another rank, whose own output may say why"
+                    error = RunError(first.another() or lost)
+                    report_error(error)
+                else:  # its traceback says it
+                    first.claim(f"rank {first.rank}: {type(error).__name__}: {first_line(error)}")
+            destroy_parallel()  # the others notice
+            first.wait_for_the_others()
+            raise error from error.__cause__
+
+
+def _train_or_report(config: Config, start: ResumePoint, layout: Layout, survival: ResilienceServices) -> str | None:
+    """Train if there are steps left, and report; return the reason for an early stop, if there was one."""
     # On a shared file system, nodes may temporarily see different files: all ranks use what rank 0 has found.
     start, last_validated = on_main_rank(lambda: (start, _last_validated(start)))
     config = replace(config, data=replace(config.data, index_samples=start.index_samples))
@@ -175,7 +204,11 @@ def _train(
     with ExitStack() as cleanup:
         cleanup.callback(engine.destroy)
         cleanup.callback(store.close)
-        trainer.run(batches)
+        try:
+            trainer.run(batches)
+        except Exception as error:
+            report_error(error)  # now, since cleaning up may wait for other ranks
+            raise
     if trainer.stop_reason:
         writers.note(f"stopped at step {state.step}: {trainer.stop_reason}; start the run again to resume it")
     writers.close()

@@ -14,7 +14,7 @@ def lazy_face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[
     """Return ``__getattr__`` and ``__dir__`` for the ``__init__.py`` of a package (PEP 562).
 
     They serve the names that the file imports under ``if TYPE_CHECKING``, and import a name's module at its first use.
-    So a command loads the modules it needs, not torch or Megatron-core because a neighbour in the package needs them.
+    So a command loads the modules it needs, not torch or Megatron-core because a neighbor in the package needs them.
     """
     homes = {
         alias.asname or alias.name: (node.module, alias.name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from megatron_mosa.attention.thresholds import is_causal, threshold_buffers
+from megatron_mosa.attention.thresholds import is_causal, selection_buffers
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.checkpoint.format import as_dtensors
 from megatron_mosa.checkpoint.manifest import files_below, hash_files, write_manifest
@@ -77,7 +77,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         spread = 0.3 if parameter.dim() > 1 else 0.1
         center = 0.0 if parameter.dim() > 1 else 1.0
         parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
-    for name, buffer in threshold_buffers(model).items():  # as after 7 updates; selects about a quarter of the tokens
+    for name, buffer in selection_buffers(model).items():  # as after 7 updates; selects about a quarter of the tokens
         if name.endswith("centroids"):
             buffer.normal_(generator=generator).div_(buffer.norm(dim=-1, keepdim=True))
         else:
@@ -89,7 +89,7 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
             f"exp_avg.{name}": torch.randn(parameter.shape, generator=generator),
             f"exp_avg_sq.{name}": torch.rand(parameter.shape, generator=generator),
         }
-    state |= {f"model.{name}": buffer.clone() for name, buffer in threshold_buffers(model).items()}
+    state |= {f"model.{name}": buffer.clone() for name, buffer in selection_buffers(model).items()}
     checkpoint = directory / "checkpoints" / "step-00000012"
     checkpoint.mkdir(parents=True)
     dcp.save(as_dtensors(model, state), checkpoint_id=checkpoint / "state")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mosa.__main__ import main
 from megatron_mosa.checkpoint.manifest import find_damage
 from megatron_mosa.checkpoint.reader import StateReader
-from megatron_mosa.cli import main
 from megatron_mosa.config import load_config
 from megatron_mosa.convert.commands.causalize import causalize
 from megatron_mosa.convert.logits import megatron_logits

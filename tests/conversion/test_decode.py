@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mosa.cli import main
+from megatron_mosa.__main__ import main
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from tests.conversion.models import Trained

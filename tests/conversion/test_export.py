@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from megatron_mosa.__main__ import main
 from megatron_mosa.attention import looks_ahead
 from megatron_mosa.checkpoint.manifest import files_below, hash_files
-from megatron_mosa.cli import main
 from megatron_mosa.convert.commands import export_hf as export_module
 from megatron_mosa.convert.commands.export_fp32 import export_state_dict
 from megatron_mosa.convert.commands.export_hf import export_hf

@@ -47,7 +47,7 @@ def single_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """Load an export as a user does, with the modelling code in its folder."""
+    """Load an export as a user does, with the modeling code in its folder."""
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_mosa.cli import main
+from megatron_mosa.__main__ import main
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.tools.decoding.cache_report import baseline_heads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from megatron_mosa.hf import MODELLING_FILES
+from megatron_mosa.hf import MODELING_FILES
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from tests.decode.models import KINDS, build, random_tokens
@@ -156,7 +156,7 @@ def test_it_works_from_a_folder_alone(tmp_path: Path) -> None:
         "AutoModelForCausalLM": "modeling_mosa.MosaForCausalLM",
     }
     model.save_pretrained(tmp_path / "model")
-    for file in MODELLING_FILES:
+    for file in MODELING_FILES:
         shutil.copyfile(file, tmp_path / "model" / file.name)
     expected = greedy(model, tokens, attention_mask=mask)
     case = {"folder": str(tmp_path / "model"), "tokens": tokens, "mask": mask, "expected": expected}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention import num_selected_tokens, routing_heads
-from megatron_mosa.attention.thresholds import mosa_layers, routing_layers, threshold_buffers, update_thresholds
+from megatron_mosa.attention.thresholds import mosa_layers, routing_layers, selection_buffers, update_thresholds
 from megatron_mosa.checkpoint.format import read_state
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine
@@ -25,7 +25,7 @@ def gather_heads(model: torch.nn.Module) -> dict[str, Tensor]:
     """Gather the threshold buffers of all tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     whole = {}
-    for name, buffer in threshold_buffers(model).items():
+    for name, buffer in selection_buffers(model).items():
         parts = [torch.empty_like(buffer) for _ in range(group.size())]
         dist.all_gather(parts, buffer.contiguous(), group=group)
         whole[name] = torch.cat(parts)
@@ -52,7 +52,7 @@ def facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dict:
                 if step >= config.mosa.threshold_warmup_steps:
                     found["margin"] = min(found["margin"], (scores - old[:, None]).abs().min().item())
                 assert not layer.histogram.any()  # the update used all counts
-        found["types"] = {str(buffer.dtype) for buffer in threshold_buffers(engine.module).values()}
+        found["types"] = {str(buffer.dtype) for buffer in selection_buffers(engine.module).values()}
         found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
         assert not any(layer.histogram.any() for layer in layers)  # evaluation counts no scores
         engine.destroy()
@@ -135,10 +135,10 @@ def nan_step(config: Config) -> tuple[bool, bool]:
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         engine.train_step(micro_batches(config, layout, 0), 1e-3)
-        before = {name: buffer.clone() for name, buffer in threshold_buffers(engine.module).items()}
+        before = {name: buffer.clone() for name, buffer in selection_buffers(engine.module).items()}
         with nan_loss_on_last_rank(layout):
             engine.train_step(micro_batches(config, layout, 1), 1e-3)
-        after = threshold_buffers(engine.module)
+        after = selection_buffers(engine.module)
         same = all(torch.equal(before[name], after[name]) for name in before)
         counts = [layer.histogram for layer in mosa_layers(engine.module)]
         counts += [layer.cluster_sums for layer in routing_layers(engine.module)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers, update_thresholds
+from megatron_mosa.attention.thresholds import mosa_layers, selection_buffers, update_thresholds
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.acceleration import choose_acceleration
@@ -76,7 +76,7 @@ def steps(config: Config, number: int) -> dict[str, Any]:
                 results.append(engine.train_step(micro_batches(config, layout, step), 1e-3))
             if step == 0:
                 selected = [_taken(heads.selection) for heads in mosa_layers(engine.module)]
-                buffers = threshold_buffers(engine.module).items()
+                buffers = selection_buffers(engine.module).items()
                 thresholds = [buffer.cpu().clone() for name, buffer in buffers if name.endswith("thresholds")]
         facts = {
             "chose": str(engine.acceleration),

@@ -67,10 +67,20 @@ class Runner:
         return done.stdout
 
     def start(
-        self, name: str, *overrides: str, processes: int = 2, largest_file: int | None = None, **variables: str
+        self,
+        name: str,
+        *overrides: str,
+        processes: int = 2,
+        largest_file: int | None = None,
+        module: str | None = None,
+        **variables: str,
     ) -> list[subprocess.Popen[bytes]]:
-        """Start the ranks of a run from the loaded Python; their output is appended to NAME.out and NAME.err."""
-        script = [str(ROOT / "pretrain_mosa.py"), self.config, *self.overrides, f"run.name={name}", *overrides]
+        """Start the ranks of a run from the loaded Python; their output is appended to NAME.out and NAME.err.
+
+        ``module`` takes the place of pretrain_mosa.py.
+        """
+        program = ["-m", module] if module else [str(ROOT / "pretrain_mosa.py")]
+        script = [*program, self.config, *self.overrides, f"run.name={name}", *overrides]
         world = {"WORLD_SIZE": f"{processes}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
         limit = (
             (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))) if largest_file else None
@@ -90,6 +100,11 @@ class Runner:
         codes = wait_for_ranks(self.start(name, *overrides, **options))
         output, errors = (self.printed(name, stream)[len(before[stream]) :] for stream in before)
         return subprocess.CompletedProcess([name, *overrides], max(codes, key=abs), output, errors)
+
+    def all_ranks(self, name: str, *overrides: str, **options: Any) -> tuple[list[int], str]:
+        """``start`` a run and wait for its end; return the exit codes by rank, and what all have written to stderr."""
+        codes = wait_for_ranks(self.start(name, *overrides, **options))
+        return codes, self.printed(name, "err")
 
     def pretrain(self, name: str, *overrides: str, **options: Any) -> str:
         """``run``, which must succeed; return the standard output of all ranks."""

@@ -6,6 +6,7 @@ Each command is a start of the loaded Python, in a directory with a dataset (dat
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,48 @@ SUBMIT = "submit CONFIG run.name=new --gpus-per-node 1 --dry-run"
 RANKS = "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511"
 
 LONG = "a" * 300
+
+GRIDS = "bad/grids"
+GRID = {
+    "name": "g",
+    "base": "config.yaml",
+    "sizes": {"mini": {"model.num_layers": 1}},
+    "corpora": {"c": {"data.path": "data"}},
+    "members": {"dense": {"kind": "dense"}},
+}
+# by name: what is changed in GRID, and words of the answer
+BAD_GRIDS: dict[str, tuple[dict[str, Any], str]] = {
+    "kind": ({"members": {"dense": {"kind": ["dense"]}}}, "members.dense.kind must be one of"),
+    "sparsity": (
+        {"members": {"dense": {"kind": "dense"}, "t": {"kind": "threshold", "sparsity": []}}},
+        "members.t.sparsity is missing",
+    ),
+    "rates": ({"learning_rates": [10**400]}, "learning_rates must be different numbers of at least 1e-12"),
+    "rate": ({"learning_rates": [0]}, "learning_rates must be different numbers of at least 1e-12"),
+    "passes": ({"passes": 10**400}, "passes must be a number above 0 and at most"),
+    "samples": ({"evaluate": {"samples": 10**30}}, "evaluate.samples must be"),
+    "decode": ({"evaluate": {"decode": [10**30]}}, "evaluate.decode must be"),
+    "seeds": ({"seeds": [10**30]}, "seeds must be different integers"),
+    "relative": ({"relative_to": {"a": 1}}, "relative_to must be one of dense"),
+    "long": ({"name": "g" * 300}, "name must be a name of at most 64 letters"),
+    "unicode": ({"name": "größe"}, "name must be a name of at most 64 letters"),
+    "home": ({"base": "~nobody9/x"}, "base=~nobody9/x refers to the home directory of an unknown user"),
+    "nul": ({"base": "a\0b"}, "base must be a configuration's file"),
+    "folder": ({"base": "data"}, "configuration file 'data' is a directory"),
+}
+# by name: the value of base, and words of the answer
+BAD_BASES = {
+    "itself": ("itself.yaml", "is based on this file itself"),
+    "circle": ("circle2.yaml", "base=circle.yaml is based on this file itself"),
+    "circle2": ("circle.yaml", "base=circle2.yaml is based on this file itself"),
+    "nothing": ("none.yaml", "nothing.yaml: base=none.yaml: configuration file"),
+    "folder": ("..", "is a directory"),
+    "link": ("../loop", "does not exist"),
+    "nul": ("a\0b", "base must be the path of another YAML file"),
+    "list": (["a"], "base must be the path of another YAML file"),
+    "zero": ("/dev/zero", "is not a regular file"),
+    "chain": ("chain20.yaml", "is file 21 of a chain; the most are 20"),
+}
 
 # (command, exit code, words of its line): environment variables may precede the command.
 MISUSES: list[tuple[str, int, str]] = [
@@ -47,7 +91,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show none.yaml", 2, "'none.yaml' does not exist"),
     ("config show bad", 2, "'bad' is a directory"),
     ("config show bad/binary.yaml", 2, "is not valid YAML"),
-    ("config show bad/list.yaml", 2, "must hold sections"),
+    ("config show bad/list.yaml", 2, "must hold keys"),
     ("config show bad/empty.yaml", 2, "run.name is missing"),
     ("config show bad/twice.yaml", 2, "is not valid YAML"),
     ("config show bad/bomb.yaml", 2, "is not valid YAML"),
@@ -316,6 +360,17 @@ MISUSES: list[tuple[str, int, str]] = [
     ("sweep CONFIG --layout tp=x", 2, "tp"),
     ("sweep CONFIG --layout pp=2", 2, "pp"),
     ("bench CONFIG --output /proc/x.json", 2, "no file can be created in '/proc'"),
+    (f"isoflop run {GRIDS}/good.yaml --steps 3", 2, "--steps=3 is for what is measured; give --measure"),
+    (f"isoflop run {GRIDS}/good.yaml --output texts.jsonl", 2, "--output=texts.jsonl is a file"),
+    ("isoflop run /dev/zero", 2, "grid '/dev/zero' is not a regular file"),
+    ("isoflop run data", 2, "grid 'data' is a directory"),
+    ("isoflop run bad/bomb.yaml", 2, "its aliases expand to more than"),
+    ("isoflop run CONFIG", 2, "is not a grid: it has no members"),
+    *[(f"isoflop run {GRIDS}/{name}.yaml --dry-run", 2, words) for name, (_, words) in BAD_GRIDS.items()],
+    *[(f"config show bad/bases/{name}.yaml", 2, words) for name, (_, words) in BAD_BASES.items()],
+    ("sweep CONFIG --processes ''", 2, "--processes=: '' is not an integer"),
+    ("config show CONFIG data.path=", 2, "data.path is empty"),
+    (f"config show CONFIG optimizer.learning_rate=1{'0' * 400}", 2, "optimizer.learning_rate must be of type float"),
     # Runs side by side
     ("compare", 2, "Missing argument"),
     ("compare none", 2, "'none' has no metrics.jsonl with losses"),
@@ -362,7 +417,16 @@ MISUSES: list[tuple[str, int, str]] = [
         }.items()
     ],
     (f"{SUBMIT} --exclude 'n[5-1]'", 2, "--exclude must be"),
-    (f"{SUBMIT} run.directory='a b'", 2, "contains whitespace"),
+    *[
+        (f"{SUBMIT} {shlex.quote(f'run.directory={path}')}", 2, f"contains {sign!r}, which a path in an #SBATCH line")
+        for path, sign in {
+            "a b": " ",
+            "it's": "'",
+            'a"b': '"',
+            "a#b": "#",
+            "a\\b": "\\",
+        }.items()
+    ],
     (f"{SUBMIT} --chain 0", 2, "--chain must be at least 1 and"),
     ("submit CONFIG run.name=new --gpus-per-node 1 optimizer.warmup_steps=11 --dry-run", 2, "optimizer.warmup_steps"),
     ("doctor --timeout -1", 2, "timeout"),
@@ -450,6 +514,13 @@ def damage(folder: Path) -> None:
         else:
             (bad / copy / name).write_text(content)
     (bad / "itself.yaml").write_text("run: &r\n  name: a\n  x: *r\n")
+    (bad / "grids").mkdir()
+    for name, (changes, _) in {"good": ({}, ""), **BAD_GRIDS}.items():
+        (bad / "grids" / f"{name}.yaml").write_text(json.dumps(GRID | changes))  # JSON is YAML, too
+    (bad / "bases").mkdir()
+    chain = {"chain0": "../../config.yaml"} | {f"chain{number}": f"chain{number - 1}.yaml" for number in range(1, 21)}
+    for name, base in (chain | {name: base for name, (base, _) in BAD_BASES.items()}).items():
+        (bad / "bases" / f"{name}.yaml").write_text(json.dumps({"base": base}))
     (bad / "loop").symlink_to("loop")
     (bad / "odd").mkdir()
     (bad / "odd" / "status.json").write_text('{"state": "running", "updated": 1, "step": "a", "seconds_per_step": "b"}')

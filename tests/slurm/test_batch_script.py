@@ -110,13 +110,13 @@ def test_a_signal_leads_to_a_requeue_or_a_restart(jobs: Jobs, stand_in: str, tar
 
 
 def test_scancel_is_final(jobs: Jobs, stand_in: str) -> None:
-    job = jobs.submit("cancelled", "--nodes=2", MOSA_ROOT=stand_in, EXITS="wait 0")
-    jobs.cluster.wait((jobs.run("cancelled") / "waiting").exists, 20, "run that waits")
+    job = jobs.submit("canceled", "--nodes=2", MOSA_ROOT=stand_in, EXITS="wait 0")
+    jobs.cluster.wait((jobs.run("canceled") / "waiting").exists, 20, "run that waits")
     jobs.cluster.call("scancel", job)
-    assert jobs.cluster.wait_for_job(job)["JobState"] == "CANCELLED", jobs.output("cancelled")
+    assert jobs.cluster.wait_for_job(job)["JobState"] == "CANCELLED", jobs.output("canceled")
     jobs.cluster.wait_for_nodes()
     assert jobs.cluster.job(job)["Restarts"] == "0"
-    assert "Slurm is ending this job itself; not requeued" in jobs.output("cancelled")
+    assert "Slurm is ending this job itself; not requeued" in jobs.output("canceled")
 
 
 def test_without_requeue_the_next_job_of_the_chain_continues(jobs: Jobs, stand_in: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_mosa.hf import MODELLING_FILES
+from megatron_mosa.hf import MODELING_FILES
 
 PACKAGE = Path(__file__).parents[2] / "megatron_mosa"
 ROOT = PACKAGE.parent
@@ -146,12 +146,12 @@ def test_packages_are_imported_through_their_faces() -> None:
     assert set(FACE_EXCEPTIONS) <= used, f"not needed any more: {set(FACE_EXCEPTIONS) - used}"
 
 
-def test_modelling_code_is_self_contained() -> None:
-    assert {path.name for path in MODELLING_FILES} == {path.name for path in (PACKAGE / "hf").glob("*_mosa.py")}
-    for path in MODELLING_FILES:
+def test_modeling_code_is_self_contained() -> None:
+    assert {path.name for path in MODELING_FILES} == {path.name for path in (PACKAGE / "hf").glob("*_mosa.py")}
+    for path in MODELING_FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and f"{node.module}.py" in {other.name for other in MODELLING_FILES}
+                assert node.level == 1 and f"{node.module}.py" in {other.name for other in MODELING_FILES}
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
                 known = {

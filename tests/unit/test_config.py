@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_mosa.commands.config import list_configurations
 from megatron_mosa.config import (
     Config,
     check_plan,
@@ -314,7 +315,7 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
     cases = {
         "missing.yaml": (None, "does not exist"),
         "broken.yaml": ("train: [", "is not valid YAML"),
-        "list.yaml": ("- 1\n", "must hold sections"),
+        "list.yaml": ("- 1\n", "must hold keys"),
         "scalar.yaml": ("train: 3\n", "section 'train' must hold keys"),
         "short.yaml": ("run: {name: a}\n", "model.num_layers is missing"),
         "reference.yaml": (reference(), "run.name is missing"),
@@ -442,3 +443,15 @@ def test_plans_without_sense_are_refused_before_a_run(overrides: list[str], mess
     config = load_config(QUICKSTART, overrides)  # a checkpoint may record them
     with pytest.raises(UserError, match=message) if message else nullcontext():
         check_plan(config, origins(QUICKSTART, overrides))
+
+
+def test_the_list_has_grids_and_what_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("train: {stepz: 3}")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "quick.yaml").write_text(f"base: {QUICKSTART}\n")
+    (tmp_path / "grid.yaml").write_text("members: {dense: {}, other: {}}")
+    list_configurations(tmp_path)
+    broken, quick, grid = capsys.readouterr().out.splitlines()
+    assert "cannot be used: unknown key 'train.stepz' (did you mean 'steps'?)" in broken
+    assert "deep/quick.yaml  4 layers of width 128" in quick
+    assert grid == f"{tmp_path}/grid.yaml        grid of dense, other: mosa isoflop run {tmp_path}/grid.yaml"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mosa.cli import main
+from megatron_mosa.__main__ import main
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import TrainingSamples, ValidationSamples, build_dataset, open_mixture, read_manifest

@@ -210,7 +210,7 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
     ("changes", "parts"),
     [
         ({"member": {}}, ["unknown key 'member'", "did you mean 'members'?"]),
-        ({"name": "a b"}, ["name must be a name of letters", "got 'a b'"]),
+        ({"name": "a b"}, ["name must be a name of at most 64 letters", "got 'a b'"]),
         ({"base": None}, ["base is missing"]),
         ({"base": "nowhere.yaml"}, ["configuration file 'nowhere.yaml' does not exist"]),
         ({"sizes": {}}, ["sizes must be names"]),
@@ -222,17 +222,17 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ({"relative_to": "dens"}, ["relative_to must be one of dense, mosa, got 'dens'"]),
         ({"relative_to": "mosa"}, ["relative_to=mosa", "kind dense"]),
         ({"processes": 0}, ["processes must be an integer of at least 1 and at most 1024, got 0"]),
-        ({"passes": "all"}, ["passes must be a number above 0, got 'all'"]),
+        ({"passes": "all"}, ["passes must be a number above 0 and at most 2147483647, got 'all'"]),
         ({"overrides": {"run.seed": 3}}, ["overrides must not set run.seed", "remove it there"]),
         ({"evaluate": 64}, ["evaluate must be keys such as {samples: 64}, or {} for the defaults, got 64"]),
         ({"evaluate": {"windows": 64}}, ["unknown key 'evaluate.windows'", "samples"]),
-        ({"evaluate": {"samples": 1}}, ["evaluate.samples must be an integer of at least 2, got 1"]),
+        ({"evaluate": {"samples": 1}}, ["evaluate.samples must be an integer of at least 2 and", "got 1"]),
         ({"evaluate": {"decode": [0]}}, ["evaluate.decode must be different integers of at least 1", "got [0]"]),
         ({"members": members(x={"kind": "dens"})}, ["members.x.kind must be one of dense, fixed", "got 'dens'"]),
         ({"members": members(x={"kind": "dense", "sparsity": 2})}, ["members.x.sparsity=2", "remove the key"]),
         ({"members": members(x={"kind": "fixed"})}, ["members.x.sparsity is missing", "sparsity: [16, 32]"]),
         ({"members": members(x={"kind": "fixed", "sparsity": [8, 8]})}, ["members.x.sparsity must be different"]),
-        ({"members": members(x={"kind": "fixed", "sparsity": 0.5})}, ["at least 1, such as", "got 0.5"]),
+        ({"members": members(x={"kind": "fixed", "sparsity": 0.5})}, ["2147483647, such as", "got 0.5"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "sead": 1})}, ["unknown key 'members.x.sead'"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "tune_at": 4})}, ["members.x.tune_at", "got 4"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "seeds": {4: [1]}})}, ["4 is not a sparsity"]),
@@ -278,9 +278,9 @@ def test_a_bad_grid_is_rejected_in_one_line(tmp_path: Path, changes: dict[str, A
 def test_a_file_that_is_no_grid(tmp_path: Path, text: str) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="is not"):
+    with pytest.raises(UserError, match="is not|must hold keys"):
         read_grid(path, DENSE_FLAG)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="does not exist"):
         read_grid(tmp_path / "none.yaml", DENSE_FLAG)
 
 
@@ -681,7 +681,7 @@ def test_the_commands(tmp_path: Path) -> None:
         (["isoflop", "run", "GRID", "--no-train", "--slurm"], "--no-train evaluates and measures on this machine"),
         (["report", "FOLDER"], r"has no results.jsonl; give the output directory of mosa isoflop run"),
         (["isoflop", "match", "FOLDER"], r"has no results.jsonl"),
-        (["isoflop", "run", "FOLDER/none.yaml"], "cannot read .*none.yaml: No such file"),
+        (["isoflop", "run", "FOLDER/none.yaml"], "grid '.*none.yaml' does not exist"),
         (["isoflop", "run", str(TINY)], "is not a grid: it has no members; .*mosa isoflop CONFIG prints"),
         (["isoflop", "run", "GRID", "--jobs", "0"], "--jobs must be at least 1 and at most "),
         (["isoflop", "run", "GRID", "--time-limit", "0"], "--time-limit must be greater than 0 and at most "),

@@ -22,7 +22,7 @@ from megatron_mosa.attention.thresholds import (
     is_causal,
     mosa_layers,
     routing_layers,
-    threshold_buffers,
+    selection_buffers,
     update_thresholds,
 )
 from megatron_mosa.attention.token_choice import choose_heads
@@ -74,13 +74,13 @@ def random_model(config: Config) -> MosaGPTModel:
 
 
 def set_biases(model: MosaGPTModel) -> None:
-    for name, buffer in threshold_buffers(model).items():
+    for name, buffer in selection_buffers(model).items():
         if name.endswith("head_bias"):
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(5)))
 
 
 def set_centroids(module: torch.nn.Module) -> None:
-    for name, buffer in threshold_buffers(module).items():
+    for name, buffer in selection_buffers(module).items():
         if name.endswith("centroids"):
             random_directions(buffer, torch.Generator().manual_seed(6))
 
@@ -339,7 +339,7 @@ class TestRouting(HeadKindTests):
 
     def test_centroids_begin_as_unit_vectors_drawn_from_the_seed(self, layout: Layout) -> None:
         first, again, other = (
-            threshold_buffers(build_model(replace(self.config, run=replace(self.config.run, seed=seed)), VOCAB_SIZE))
+            selection_buffers(build_model(replace(self.config, run=replace(self.config.run, seed=seed)), VOCAB_SIZE))
             for seed in (5, 5, 6)
         )
         assert len(first) == self.config.model.num_layers

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_mosa.attention import get_mosa_block_spec
-from megatron_mosa.attention.thresholds import mosa_layers, threshold_buffers
+from megatron_mosa.attention.thresholds import mosa_layers, selection_buffers
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.triton import scattered, tiles
 from megatron_mosa.parallel import Layout
@@ -39,7 +39,7 @@ def gradients(
         num_mosa_heads=heads,
     )  # fmt: skip
     model = build_gpt(config, get_mosa_block_spec(config))
-    for buffer_name, buffer in threshold_buffers(model).items():
+    for buffer_name, buffer in selection_buffers(model).items():
         buffer.fill_(1000 if buffer_name.endswith("updates") else 0.5)
     tokens = torch.randint(0, 64, (batch, length + 1), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(length).expand(batch, length)

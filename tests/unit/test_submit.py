@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_mosa.cluster.slurm.command import submit
-from megatron_mosa.cluster.slurm.submit import Request, Submission
+from megatron_mosa.cluster.slurm.submit import TEMPLATE, Request, Submission, prepare
 from megatron_mosa.config import config_from_dict
 from megatron_mosa.errors import RunError, UserError
 
@@ -42,6 +45,72 @@ def submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submission:
     )
     request = Request(nodes=2, tasks_per_node=2, options=("--time=10:00",), chain=3)
     return Submission(config, request, tmp_path / "run" / "submit" / "now", "mosa submit")
+
+
+STUBS = {
+    # -m megatron_mosa.cluster.slurm.NAME ARGUMENT...
+    "python": """case $2 in
+    *.begin) printf '%s\\n' "$RUN" go ;;
+    *.verdict) printf '%s\\n' done 0 ;;
+esac""",
+    "srun": "",
+    "scontrol": "echo localhost",
+    "getent": "",
+}
+NAMES = ["plain", "$HOME", "a;b&c", "`id`", "$(id)", "*?[x]", "!a", "50%j", "(a)", "größe", "=,", "~", "a|b>c"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_with_odd_paths_runs(
+    submission: Submission, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By bash, with stubs that record their arguments; the repository's directory may have any name."""
+    root, run = tmp_path / f"my 'code' \"{name}\" # \\" / name, tmp_path / name / "runs"
+    (root / "launch" / "slurm").mkdir(parents=True)
+    shutil.copy(QUICKSTART.parents[1] / TEMPLATE, root / TEMPLATE)
+    (root / "pretrain_mosa.py").touch()
+    run.mkdir(parents=True)
+    for program, body in STUBS.items():
+        text = f"""#!/bin/bash\nprintf '%s\\n' "{program}" "$@" >> "$CALLS"\n{body}\n"""
+        (tmp_path / "bin" / program).write_text(text)
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setattr("megatron_mosa.cluster.slurm.submit.ROOT", root)
+    monkeypatch.chdir(run)
+    odd = replace(submission, folder=run / "submit" / "now")
+    odd.write()
+    script = odd.folder / "job.sbatch"
+    environment = {"PATH": os.environ["PATH"], "CALLS": str(tmp_path / "calls"), "RUN": str(run), "VIRTUAL_ENV": "x"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment |= {"SLURM_CPUS_ON_NODE": "2", "MOSA_PREFLIGHT": "0"}
+    assert subprocess.run(["bash", "-n", script], check=True).returncode == 0
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"the run is done: {run}" in done.stdout, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    config = str(odd.folder / "config.yaml")
+    begin, srun = calls.index("megatron_mosa.cluster.slurm.begin"), calls.index("srun")
+    assert calls[begin + 1 : begin + 3] == ["4", config]
+    escaped = str(run).replace("%", "%%")
+    assert calls[srun + 6 :][:6] == [
+        f"--output={escaped}/logs/7-0-1/rank-%t.log", "python", "-u", f"{root}/pretrain_mosa.py", config, "python",
+    ]  # fmt: skip
+    lines = script.read_text().splitlines()
+    assert f"#SBATCH --output={escaped}/logs/slurm-%j.out" in lines and f"#SBATCH --chdir={run}" in lines
+
+
+@pytest.mark.parametrize("sign", [" ", "\t", "'", '"', "\\", "#", "\n", "\x07", "\u2028"])
+def test_a_path_that_sbatch_would_misread_is_refused(
+    sign: str, submission: Submission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_mosa.train.check_start", lambda *_, **__: None)
+    odd = replace(submission.config.run, directory=f"{tmp_path}/a{sign}b")
+    with pytest.raises(UserError, match=r"run directory .* which a path in an #SBATCH line must not contain") as caught:
+        prepare(replace(submission.config, run=odd), submission.request, "")
+    assert repr(sign) in str(caught.value)
+    (tmp_path / f"a{sign}b").mkdir()
+    monkeypatch.chdir(tmp_path / f"a{sign}b")
+    here = replace(submission.config.run, directory=str(tmp_path))
+    with pytest.raises(UserError, match="current directory"):
+        prepare(replace(submission.config, run=here), submission.request, "")
 
 
 def test_each_job_of_a_chain_waits_for_the_previous_one(submission: Submission, tmp_path: Path) -> None:

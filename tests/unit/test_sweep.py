@@ -113,7 +113,7 @@ def test_malformed_layouts_are_rejected(config: Config, text: str, parts: list[s
         (SweepLayout(1, False, 1, 0), 2, ["must be at least 1", "nearest valid layouts: tp=1,sp=false,zero=1,micro=1"]),
     ],
 )  # fmt: skip
-def test_an_invalid_layout_is_reported_with_its_neighbours(
+def test_an_invalid_layout_is_reported_with_its_neighbors(
     config: Config, layout: SweepLayout, processes: int, parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:

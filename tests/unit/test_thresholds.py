@@ -13,7 +13,7 @@ from megatron_mosa.attention.thresholds import (
     forget_scores,
     is_causal,
     mosa_layers,
-    threshold_buffers,
+    selection_buffers,
     update_thresholds,
 )
 from megatron_mosa.kernels import Documents
@@ -182,7 +182,7 @@ def test_statistics_of_expert_choice_are_what_they_were(layout: Layout) -> None:
         run(model, random_tokens(0))
     update_thresholds(model, None)
     assert set(selection_statistics(model)) == {"selected_score_mean", "unselected_share"}
-    assert not threshold_buffers(model) and not is_causal(model)
+    assert not selection_buffers(model) and not is_causal(model)
 
 
 @pytest.mark.parametrize("kind", ["dense", "local", "mosa", "all", "documents"])
@@ -210,7 +210,7 @@ def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str, feedback
         return (before - after)[:, :20].abs().max().item()
 
     model = build(**heads, **within, mosa_load_feedback=feedback)
-    for name, buffer in threshold_buffers(model).items():
+    for name, buffer in selection_buffers(model).items():
         buffer.fill_(1 if name.endswith("updates") else 0.52)
     assert largest_change(model) < 1e-6
     by_choice = build(**heads, **within, mosa_selection="expert_choice")
@@ -220,9 +220,9 @@ def test_nothing_after_a_token_matters_to_it(layout: Layout, kind: str, feedback
 def test_thresholds_stay_fp32_and_are_read_again_when_others_change_them(layout: Layout) -> None:
     model = build()
     calibrate(model, 2)
-    before = {name: buffer.clone() for name, buffer in threshold_buffers(model).items()}
+    before = {name: buffer.clone() for name, buffer in selection_buffers(model).items()}
     model.bfloat16()
-    for name, buffer in threshold_buffers(model).items():
+    for name, buffer in selection_buffers(model).items():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name])
     layer = mosa_layers(model)[0]
     assert not layer.selects_above(training=True)
@@ -235,7 +235,7 @@ def test_thresholds_stay_fp32_and_are_read_again_when_others_change_them(layout:
 
 def test_documents_take_their_first_tokens(layout: Layout) -> None:
     model = build(mosa_attend_within_documents=True)
-    for name, buffer in threshold_buffers(model).items():
+    for name, buffer in selection_buffers(model).items():
         buffer.fill_(1.0 if not name.endswith("updates") else 1000)
     documents = Documents.from_lengths([[5, 20, 7]])
     with recorded_selection(model):

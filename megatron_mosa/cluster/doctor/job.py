@@ -211,7 +211,7 @@ class _RunDirectory:
         self.created: list[Path] = []
 
     def open(self) -> None:
-        """Create the directory and a token file by which other nodes recognise it; on failure, no token."""
+        """Create the directory and a token file by which other nodes recognize it; on failure, no token."""
         with suppress(OSError):  # the check of rank 0's node reports it
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -136,7 +136,7 @@ def compare_clocks(reports: list[Report]) -> list[Finding]:
         Finding(
             "clock skew",
             f"its clock is {offset - reference:+.1f} s off",
-            "synchronise it (chronyc makestep)",
+            "synchronize it (chronyc makestep)",
             is_bad=abs(offset - reference) > _CLOCK_BAD_SECONDS,
             nodes=(node,),
         )

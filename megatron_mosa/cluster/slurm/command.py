@@ -95,5 +95,5 @@ def submit(
     print(f"job {', then '.join(jobs)}: {nodes} node(s) x {request.tasks_per_node} task(s)")
     print(f"files:  {submission.folder}")
     print(f"log:    {submission.run}/logs/slurm-{jobs[0]}.out")
-    print(f"watch:  mosa status {submission.run} --watch;  squeue -j {','.join(jobs)}")
+    print(f"watch:  mosa status {shlex.quote(str(submission.run))} --watch;  squeue -j {','.join(jobs)}")
     print(f"cancel: scancel {' '.join(jobs)}")

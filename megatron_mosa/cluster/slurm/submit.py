@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_mosa.config import Config, check_world_size, save_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.sbatch import as_pattern, unfit_for_a_line
 from megatron_mosa.utils import tolerating, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +71,7 @@ class Submission:
             f"--nodes={self.request.nodes}",
             f"--ntasks-per-node={self.request.tasks_per_node}",
             f"--chdir={Path.cwd()}",  # paths in the configuration may be relative
-            f"--output={self.run / 'logs' / 'slurm-%j.out'}",
+            f"--output={as_pattern(self.run / 'logs')}/slurm-%j.out",
             *self.request.options,
         ]
         lines = [f"#SBATCH {option}" for option in options]
@@ -151,10 +152,10 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     check_start(config, world_size, checks_devices=False)
     run = config.run.path.absolute()
     for name, path in (("run directory", run), ("current directory", Path.cwd())):
-        if any(character.isspace() or not character.isprintable() for character in str(path)):
+        if sign := unfit_for_a_line(str(path)):
             raise UserError(
-                f"{name} {str(path)!r} contains whitespace or control characters, which #SBATCH lines do not allow; "
-                "choose another path"
+                f"{name} {str(path)!r} contains {sign!r}, which a path in an #SBATCH line must not contain; choose "
+                "another path"
             )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = run / "submit" / stamp

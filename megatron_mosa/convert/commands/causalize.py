@@ -125,7 +125,7 @@ def _calibrated(
     source: CheckpointReader, config: Config, read: TrainingSamples, samples: int
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Return the new tensors by name, and the losses with expert choice and with thresholds."""
-    from megatron_mosa.attention import threshold_buffers
+    from megatron_mosa.attention import selection_buffers
     from megatron_mosa.model import build_empty_model, calibrate
 
     numbers = range(samples)
@@ -135,7 +135,7 @@ def _calibrated(
         load_weights(model, source.read, {weight.name for weight in source.weights})
         calibrate(model, lambda: losses.append(_pass(model, read, numbers)))
         losses.append(_pass(model, read, numbers))
-        found = {name: buffer.clone() for name, buffer in threshold_buffers(model).items()}
+        found = {name: buffer.clone() for name, buffer in selection_buffers(model).items()}
     counts = {name: torch.full_like(buffer, CALIBRATED) for name, buffer in found.items() if name.endswith("_updates")}
     return found | counts, [losses[0], losses[-1]]
 

@@ -32,7 +32,7 @@ from megatron_mosa.convert.model_config import to_transformers
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.hf import MODELLING_FILES
+from megatron_mosa.hf import MODELING_FILES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,7 +46,7 @@ def export_hf(
     checks_logits: bool = True,
     force: bool = False,
 ) -> None:
-    """Write safetensors, configuration, modelling code, tokenizer and a model card to ``target``.
+    """Write safetensors, configuration, modeling code, tokenizer and a model card to ``target``.
 
     Reads one tensor at a time. The final check builds whole models in fp32: first Megatron's, then the exported one.
 
@@ -80,7 +80,7 @@ def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundToke
         end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_of_document_id, folder)
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)
-        for file in MODELLING_FILES:
+        for file in MODELING_FILES:
             shutil.copyfile(file, folder / file.name)
         if checks_logits:
             check_exported_tokenizer(found, folder)

@@ -48,7 +48,7 @@ def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRE
 
 
 class RepeatedLaunch:
-    """Launches one kernel in a loop in which only arguments change that the kernel does not specialise on.
+    """Launches one kernel in a loop in which only arguments change that the kernel does not specialize on.
 
     From the second launch on, Triton does not look up the compiled kernel, and tensors are passed as addresses, which
     need no query of the driver. Either would take longer than a small kernel runs.

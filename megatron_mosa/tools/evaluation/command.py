@@ -61,7 +61,7 @@ def evaluate(
 ) -> None:
     """Measure a model with and without access to future tokens: losses, leak, flip rate, by position and length.
 
-    A model that looks ahead (expert choice) is measured as trained, labelled NON-CAUSAL, and as it can be decoded: with
+    A model that looks ahead (expert choice) is measured as trained, labeled NON-CAUSAL, and as it can be decoded: with
     thresholds calibrated on the training split. Models with Routing heads are only measured as trained.
     """
     multiples = _multiples(lengths)

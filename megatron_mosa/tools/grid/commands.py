@@ -55,15 +55,17 @@ def run(
         bool, typer.Option("--remove-checkpoints", help="Remove those with which nothing is left to be measured.")
     ] = False,
     steps: Annotated[
-        int,
-        typer.Option("--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: measured steps."),
-    ] = 20,
-    warmup: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--warmup", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: steps before them."
+            "--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: measured steps. Default: 20."
         ),
-    ] = 5,
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            "--warmup", metavar="N", callback=bounds(1, MOST_STEPS), help="With --measure: steps before. Default: 5."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the models and their heads, and stop.")] = False,
     slurm: Slurm = False,
     gpus_per_node: GpusPerNode = None,
@@ -83,9 +85,12 @@ def run(
         trains=not no_train,
         measures=measure,
         removes_checkpoints=remove_checkpoints,
-        steps=steps,
-        warmup=warmup,
+        steps=steps or 20,
+        warmup=warmup or 5,
     )
+    for option, number in (("--steps", steps), ("--warmup", warmup)):
+        if number is not None and not (measure or request.measures_first):
+            raise UserError(f"{option}={number} is for what is measured; give --measure, too, or leave it out")
     from megatron_mosa.tools.grid.run import run_grid, table
 
     if dry_run:

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from megatron_mosa.config import read_yaml
 from megatron_mosa.errors import UserError, nearest
 
 EQUAL = ("paper_flops", "executed_flops", "step_time")
@@ -25,7 +22,8 @@ _KEYS = (
 )  # fmt: skip
 _MEMBER_KEYS = ("kind", "overrides", "sparsity", "heads", "dense_heads", "seeds", "learning_rates", "tune_at")
 _EVALUATE_KEYS = ("samples", "calibration_samples", "decode", "decode_context")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]{0,63}")  # several of them make the name of a file
+_MOST = 2**31 - 1  # of any count
 _MOST_RANKS = 1024  # of a cell, which runs on one node
 Overrides = Mapping[str, Any]
 
@@ -118,20 +116,13 @@ def read_grid(path: Path, kinds: Mapping[str, bool]) -> Grid:
     Raises:
         UserError: it is unreadable, or a key is unknown, missing or has a value that is not allowed.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # its loader rejects duplicate keys
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; give a grid such as configs/grids/example.yaml"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError) as error:
-        raise UserError(f"grid {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or "members" not in tree:
+    tree = read_yaml(path, "grid", "configs/grids/example.yaml")
+    if "members" not in tree:
         raise UserError(
             f"{path} is not a grid: it has no members; give a file such as configs/grids/example.yaml (mosa isoflop "
             "CONFIG prints the numbers of heads for a configuration)"
         )
-    return _Reader(path, kinds).grid(cast(dict[str, Any], tree))
+    return _Reader(path, kinds).grid(tree)
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,7 @@ class _Reader:
             for name, values in self._sections(tree, "members", self.name).items()
         }
         relative = tree.get("relative_to", next(iter(members)))
-        self._expect("relative_to", relative, relative in members, f"one of {', '.join(members)}")
+        self._expect("relative_to", relative, relative in list(members), f"one of {', '.join(members)}")
         reference = members[relative]
         if (
             len(reference.sparsities) > 1
@@ -165,11 +156,13 @@ class _Reader:
             _is_whole(processes) and 1 <= processes <= _MOST_RANKS,
             f"an integer of at least 1 and at most {_MOST_RANKS}",
         )
-        self._expect("passes", passes, _is_number(passes) and passes > 0, "a number above 0")
+        self._expect(
+            "passes", passes, _is_number(passes) and 0 < passes <= _MOST, f"a number above 0 and at most {_MOST}"
+        )
         return Grid(
             path=self.path,
             name=self.name("name", tree.get("name")),
-            base=Path(self._text("base", tree.get("base"))).expanduser(),
+            base=self._base(tree.get("base")),
             overrides=self._overrides("overrides", tree.get("overrides")),
             sizes=self._all_overrides(tree, "sizes"),
             corpora=self._all_overrides(tree, "corpora"),
@@ -190,8 +183,8 @@ class _Reader:
         counts = {}
         for key, least in (("samples", 2), ("calibration_samples", 1), ("decode_context", 1)):
             counts[key] = values.get(key, getattr(default, key))
-            is_fine = _is_whole(counts[key]) and counts[key] >= least
-            self._expect(f"evaluate.{key}", counts[key], is_fine, f"an integer of at least {least}")
+            is_fine = _is_whole(counts[key]) and least <= counts[key] <= _MOST
+            self._expect(f"evaluate.{key}", counts[key], is_fine, f"an integer of at least {least} and at most {_MOST}")
         decode = self._numbers("evaluate.decode", values.get("decode", [*default.decode]), _is_whole, 1)
         return Evaluation(decode=tuple(sorted(decode)), **counts)
 
@@ -200,16 +193,21 @@ class _Reader:
         self._expect(where, values, isinstance(values, dict), "keys such as kind: dense")
         self._known(where, values, _MEMBER_KEYS)
         kind = values.get("kind")
-        self._expect(f"{where}.kind", kind, kind in self.kinds, f"one of {', '.join(self.kinds)}")
+        self._expect(f"{where}.kind", kind, kind in list(self.kinds), f"one of {', '.join(self.kinds)}")
         is_dense = self.kinds[kind]
         for key in ("sparsity", "dense_heads") if is_dense else ():
             if key in values:
                 raise self._wrong(f"{where}.{key}={values[key]}: kind dense has dense heads alone; remove the key")
-        if not is_dense and "sparsity" not in values:
+        if not is_dense and values.get("sparsity", []) in ([], None):
             raise self._wrong(f"{where}.sparsity is missing; kind {kind} needs it, such as sparsity: [16, 32]")
         sparsities = self._numbers(f"{where}.sparsity", values.get("sparsity", []), _is_number, 1)
         dense_heads = values.get("dense_heads", 4)
-        self._expect(f"{where}.dense_heads", dense_heads, _is_whole(dense_heads) and dense_heads >= 0, "at least 0")
+        self._expect(
+            f"{where}.dense_heads",
+            dense_heads,
+            _is_whole(dense_heads) and 0 <= dense_heads <= _MOST,
+            f"at least 0 and at most {_MOST}",
+        )
         seeds, seeds_at = values.get("seeds", tree.get("seeds", [1])), {}
         if isinstance(seeds, dict):
             if unknown := [rho for rho in seeds if not _is_number(rho) or rho not in sparsities]:
@@ -233,7 +231,7 @@ class _Reader:
             dense_heads=dense_heads,
             seeds=self._numbers(f"{where}.seeds", seeds, _is_whole, 0) or (1,),
             seeds_at={float(rho): given for rho, given in seeds_at.items()},
-            learning_rates=self._numbers(f"{where}.learning_rates", rates, _is_number, 0),
+            learning_rates=self._numbers(f"{where}.learning_rates", rates, _is_number, 1e-12),
             tune_at=None if tune_at is None else float(tune_at),
         )
 
@@ -245,13 +243,19 @@ class _Reader:
             key,
             value,
             isinstance(value, str) and bool(_NAME.fullmatch(value)),
-            "a name of letters, digits, '_' and '.'",
+            "a name of at most 64 letters, digits, '_' and '.'",
         )
         return value
 
-    def _text(self, key: str, value: Any) -> str:
-        self._expect(key, value, isinstance(value, str) and bool(value), "a configuration's file")
-        return value
+    def _base(self, value: Any) -> Path:
+        is_fine = isinstance(value, str) and bool(value) and "\0" not in value
+        self._expect("base", value, is_fine, "a configuration's file")
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise self._wrong(
+                f"base={value} refers to the home directory of an unknown user; give a full path"
+            ) from None
 
     def _sections(self, tree: dict[str, Any], key: str, check: Callable[[str, Any], str]) -> dict[str, Any]:
         values = tree.get(key)
@@ -274,13 +278,14 @@ class _Reader:
 
     def _numbers(self, key: str, value: Any, fits: Callable[[Any], bool], least: float) -> tuple[Any, ...]:
         values = value if isinstance(value, list) else [value]
-        is_fine = all(fits(one) and one >= least for one in values) and len(set(map(str, values))) == len(values)
+        is_fine = all(fits(one) and least <= one <= _MOST for one in values)
         what = "integers" if fits is _is_whole else "numbers"
+        example = " such as [16, 32]" if least >= 1 else ""
         self._expect(
             key,
             value,
-            is_fine,
-            f"different {what} of at least {least}, such as [16, 32]" if least else f"different {what}",
+            is_fine and len(set(map(str, values))) == len(values),
+            f"different {what} of at least {least:.3g} and at most {_MOST}{',' * bool(example)}{example}",
         )
         return tuple(values)
 
@@ -293,10 +298,15 @@ class _Reader:
     def _expect(self, key: str, value: Any, is_fine: bool, what: str) -> None:
         if not is_fine:
             problem = f"{key} is missing; it must be" if value is None else f"{key} must be"
-            raise self._wrong(f"{problem} {what}" + ("" if value is None else f", got {value!r}"))
+            raise self._wrong(f"{problem} {what}" + ("" if value is None else f", got {_short(value)}"))
 
     def _wrong(self, message: str) -> UserError:
         return UserError(f"{self.path}: {message}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:50]}...{text[-20:]}"
 
 
 def _is_whole(value: Any) -> bool:
@@ -304,4 +314,4 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

@@ -15,6 +15,7 @@ from typing import Protocol
 from megatron_mosa.errors import RunError
 from megatron_mosa.exit_codes import FAILED
 from megatron_mosa.resilience import read_status
+from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.processes import end_with_parent
 from megatron_mosa.tools.scaling.sweep_slurm import ROOT, call_slurm, running_jobs
 from megatron_mosa.utils import write_atomically
@@ -229,11 +230,13 @@ class SlurmLauncher:
             f"--ntasks-per-node={self.processes}",
             *([f"--gpus-per-node={self.processes}"] if self.gpus_per_node else []),
             f"--chdir={Path.cwd()}",  # paths in the configuration may be relative
-            f"--output={log.absolute()}",
-            f"--export=ALL,MOSA_ROOT={ROOT},MOSA_TASKS_PER_NODE={self.processes}",
+            f"--output={as_pattern(log.absolute())}",
+            "--export=ALL",
             *self.options,
         ]
-        done = call_slurm("sbatch", "--parsable", *options, str(ROOT / _SCRIPT), str(config))
+        # In the environment, since --export would end a path at a comma.
+        variables = {"MOSA_ROOT": str(ROOT), "MOSA_TASKS_PER_NODE": f"{self.processes}"}
+        done = call_slurm("sbatch", "--parsable", *options, str(ROOT / _SCRIPT), str(config), **variables)
         if done.returncode:
             others = f"; jobs submitted before go on: {', '.join(self._jobs)}" if self._jobs else ""
             raise RunError(f"sbatch refused the job: {' '.join(done.stderr.split())}{others}")

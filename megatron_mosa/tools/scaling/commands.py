@@ -138,7 +138,7 @@ def sweep(
     if reference not in ("training", "fp32"):
         raise UserError(f"--reference must be training or fp32, got {reference}")
     deadline = None if time_limit is None else time.time() + 60 * time_limit
-    counts = parse_counts(processes) if processes else []
+    counts = parse_counts(processes) if processes is not None else []
     options = sbatch_options(slurm, gpus_per_node, partition, account, sbatch_argument)
     if job_per_layout and not slurm:
         raise UserError("--job-per-layout needs --slurm; give it, or leave both out to measure on this machine")

@@ -18,7 +18,7 @@ _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"
 _KEYS = ("tp", "sp", "zero", "micro")
 _MOST = {"tp": MOST_PROCESSES, "micro": 2**24, "processes": MOST_PROCESSES, "zero": 3}
 _OPTIONAL = ("overlap", "processes")
-_NEIGHBOURS = 3
+_NEIGHBORS = 3
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def nearest_valid_layouts(config: Config, layout: SweepLayout, processes: int) -
         sizes = ((layout.tp, other.tp), (layout.micro, other.micro), (layout.zero + 1, other.zero + 1))
         return keys, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
 
-    found = sorted(valid_layouts(config, processes), key=distance)[:_NEIGHBOURS]
+    found = sorted(valid_layouts(config, processes), key=distance)[:_NEIGHBORS]
     return [replace(other, overlap=layout.overlap or other.tp == 1) for other in found]
 
 

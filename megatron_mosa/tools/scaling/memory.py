@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 
 from megatron_mosa.config import Config
-from megatron_mosa.model import parameter_count
+from megatron_mosa.model import state_bytes
 
 GIB = 2**30
 
@@ -28,26 +28,8 @@ def least_gib(config: Config, vocab_size: int, processes: int) -> float:
     the residual stream, and without recomputation the input of the activation function. So a real run needs more, but
     none needs less.
     """
-    tensor = config.parallel.tensor_model_parallel_size
-    data = processes // tensor
-    parameters = parameter_count(config, vocab_size) / tensor  # norms are replicated, but small
-    return (parameters * _state_bytes(config, data) + _activation_bytes(config, tensor)) / GIB
-
-
-def _state_bytes(config: Config, data: int) -> float:
-    """Return the bytes of a rank for each parameter of its tensor-parallel part.
-
-    Weights and fp32 gradients, whole up to the stage that partitions them, and the optimizer's part.
-    """
-    stage = config.parallel.zero_stage
-    if config.train.precision == "bf16":
-        weights, gradients, optimizer = 2, 4, 12  # fp32 weights and two moments
-    else:
-        weights, gradients, optimizer = 4, 4, 8
-    size = weights / (data if stage == 3 else 1) + gradients / (data if stage >= 2 else 1)
-    if config.parallel.offload_optimizer:
-        return size
-    return size + optimizer / (data if stage >= 1 else 1)
+    state = sum(state_bytes(config, vocab_size, processes).values())
+    return (state + _activation_bytes(config, config.parallel.tensor_model_parallel_size)) / GIB
 
 
 def _activation_bytes(config: Config, tensor: int) -> float:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.entry import run as run_program
-from megatron_mosa.parallel import job_port
+from megatron_mosa.parallel import LOST_CONNECTION, job_port
 from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
@@ -43,7 +43,6 @@ STALL_SECONDS = 900.0
 """Time without an event, such as a step, after which a session counts as hung; the first step compiles."""
 
 STALLED = 124  # timeout's exit code
-_LOST_CONNECTION = re.compile(r"[Cc]onnection|Read error|remote process|remote worker")
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 60.0  # between the last moment for a result and the end of a Slurm job
 
@@ -258,7 +257,7 @@ def _cause(errors: Path, log: Path, code: int) -> str:
     # A killed rank leaves no error, and the others only report a closed connection, which torchrun may take for the
     # cause. SIGTERM comes from the launcher and SIGABRT from NCCL's watchdog, both after another rank has failed.
     texts = [path.read_text(encoding="utf-8") for path in reasons]
-    if "Signal 9 (SIGKILL)" in text and texts and all(_LOST_CONNECTION.search(reason) for reason in texts):
+    if "Signal 9 (SIGKILL)" in text and texts and all(LOST_CONNECTION.search(reason) for reason in texts):
         name = "SIGKILL"
     if name and not (reasons and name in ("SIGTERM", "SIGABRT")):
         hint = ", often for lack of memory" if name == "SIGKILL" else ""

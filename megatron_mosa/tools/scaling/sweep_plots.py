@@ -28,7 +28,7 @@ def plot_scaling(sweep: Sweep, path: Path) -> None:
         axes.set_xticks(counts, list(map(str, counts)))
         axes.set_xlim(0.9 * counts[0], 1.1 * counts[-1])
         axes.minorticks_off()
-        axes.axhline(100, color="grey", linewidth=0.8)
+        axes.axhline(100, color="gray", linewidth=0.8)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("ranks")
         axes.set_ylabel("tokens/s per rank, % of the fewest ranks'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
 from megatron_mosa.utils import write_atomically
@@ -114,7 +116,7 @@ class SlurmRun:
             f"--ntasks-per-node={per_node}",
             *([f"--gpus-per-node={per_node}"] if self.gpus_per_node else []),
             f"--chdir={Path.cwd()}",  # paths in the configuration may be relative
-            f"--output={Path(session.folder, 'logs', 'slurm-%j.out')}",
+            f"--output={as_pattern(Path(session.folder, 'logs'))}/slurm-%j.out",
             *self.options,
             str(session.file.with_suffix(".sbatch")),
         ]
@@ -242,13 +244,16 @@ def _gpus_in(resources: str) -> int:
     return sum(int(count or 1) for count in re.findall(r"gpu(?::[A-Za-z][^:,()]*)?(?::(\d+))?", resources))
 
 
-def call_slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs to its end.
+def call_slurm(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's programs to its end, with ``variables`` in addition to this process's environment.
 
     Raises:
         RunError: it is not installed.
     """
+    environment = os.environ | variables
     try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except FileNotFoundError:
         raise RunError(f"{command[0]} is not on PATH; run this on a login node of a Slurm cluster") from None

@@ -15,7 +15,7 @@ from megatron_mosa.train.writers import Writers
 class Validation(Callback):
     """Measures the loss on the same validation samples every time.
 
-    Expert choice selects with the whole sequence in view, so the loss of a model with such MoSA heads is labelled
+    Expert choice selects with the whole sequence in view, so the loss of a model with such MoSA heads is labeled
     non-causal: no decoder can reach it. Heads with thresholds select by threshold here, even during warm-up.
 
     Args:
