@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
-from megatron_mosa.errors import RunError, StorageError, UnrecoverableError, UserError
+from megatron_mosa.errors import RunError, UnrecoverableError, UserError
 from megatron_mosa.exit_codes import DONE, FAILED, GAVE_UP, INTERRUPTED, USAGE_ERROR
 
 if TYPE_CHECKING:
@@ -222,8 +222,7 @@ def report_error(error: Exception) -> bool:
     _reported[:] = [error]
     if _joined:
         rank, claim = _joined[-1]
-        # These errors are of all ranks, or say where they come from.
-        if not isinstance(error, (UnrecoverableError, StorageError)) and not line.startswith(f"rank {rank}"):
+        if not getattr(error, "of_all_ranks", False) and not line.startswith(f"rank {rank}"):
             line = f"rank {rank}: {line}"
         if not claim(line):
             return True

@@ -13,17 +13,27 @@ class UserError(Exception):
     bug and keeps its traceback.
     """
 
+    of_all_ranks = False
+    """Every rank of the run raises it, and so none of them has to be named, nor ended because another one has."""
+
 
 class RunError(Exception):
     """A run that cannot continue, though the user made no mistake: one line, exit code 1."""
+
+    of_all_ranks = False
+    """As for a UserError."""
 
 
 class UnrecoverableError(RunError):
     """A run that a restart would not help: exit code 3 of pretrain_mosa.py."""
 
+    of_all_ranks = True
+
 
 class StorageError(RunError):
     """A failed write to the file system, on any rank."""
+
+    of_all_ranks = True
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

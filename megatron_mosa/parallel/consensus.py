@@ -21,7 +21,7 @@ def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup |
     plain call. The result must be picklable.
 
     Raises:
-        UserError: ``action`` raised it.
+        UserError: ``action`` raised it; marked as an error of all ranks.
         StorageError: ``action`` raised an OSError.
     """
     if not distributed.is_initialized():
@@ -36,6 +36,7 @@ def on_main_rank(action: Callable[[], Result], group: distributed.ProcessGroup |
             outcome = [None, StorageError(file_problem(error, has_remedy=False))]
     distributed.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
+        outcome[1].of_all_ranks = True
         raise outcome[1]
     return outcome[0]
 

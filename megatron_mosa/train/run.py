@@ -12,7 +12,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of, joined, report_error
-from megatron_mosa.errors import RunError, StorageError, UnrecoverableError
+from megatron_mosa.errors import RunError, StorageError
 from megatron_mosa.exit_codes import DONE, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.model import parameter_count
@@ -71,7 +71,7 @@ def pretrain(config: Config) -> int:
     except Exception as error:
         reason = str(error) or type(error).__name__
         survival.status.end(exit_code_of(error), reason if reason.startswith("rank ") else f"rank {rank}: {reason}")
-        if isinstance(error, (StorageError, UnrecoverableError)):  # all ranks have it
+        if getattr(error, "of_all_ranks", False):  # or this rank's end would end another that is still saving
             survival.peers.leave()
         raise
     finally:

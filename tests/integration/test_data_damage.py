@@ -76,7 +76,7 @@ def test_a_run_stops_when_its_dataset_is_damaged(runner: Runner, tmp_path: Path)
     assert "hashing 4 files of the dataset in the background" in output and "the dataset is intact" not in output
     assert len(errors.splitlines()) == 1, errors  # no traceback, and one line for both ranks
     found = re.fullmatch(
-        rf"error: rank \d: {data}/train.bin is damaged: its SHA-256 is \w+... instead of the recorded \w+...; "
+        rf"error: {data}/train.bin is damaged: its SHA-256 is \w+... instead of the recorded \w+...; "
         r"restore it .*; the run stopped at step (\d+), its last intact checkpoint is (.*)\n",
         errors,
     )

@@ -38,6 +38,11 @@ def test_the_reason_is_one_line(runner: Runner, ranks: str, error: str, code: in
     assert lines == [line, *bystander[: len(lines) - 1]], errors
 
 
+def test_an_error_of_all_ranks_names_none_and_each_ends_in_its_own_time(runner: Runner) -> None:
+    found, errors = runner.all_ranks("failing-shared", module=PROGRAM, RANKS="0,1", ERROR="shared")
+    assert (found, errors) == ([2, 2], "error: data.path=x has gone; restore it\n")
+
+
 def test_a_bug_of_one_rank_is_one_traceback(runner: Runner) -> None:
     found, errors = runner.all_ranks("failing-1-bug", module=PROGRAM, RANKS="1", ERROR="bug")
     assert found[1] == 1

@@ -37,9 +37,7 @@ class DataCheck(Callback):
         if not self.is_running or not trainer.any_rank(self._process is not None and self._process.is_over):
             return
         self.is_running = False
-        damage = on_main_rank(self._result)
-        if damage is not None:
-            raise UserError(f"{damage}; the run stopped at step {trainer.state.step}, {self.newest()}")
+        on_main_rank(lambda: self._refuse_damage(trainer.state.step))
         self.writers.note("the dataset is intact: all hashes match its manifest")
 
     def on_end(self, trainer: Trainer) -> None:
@@ -47,9 +45,10 @@ class DataCheck(Callback):
         if self._process is not None:
             self._process.close()
 
-    def _result(self) -> str | None:
+    def _refuse_damage(self, step: int) -> None:
         assert self._process is not None
         damage = self._process.damage()
         self._process.close()
         self._process = None
-        return damage
+        if damage is not None:
+            raise UserError(f"{damage}; the run stopped at step {step}, {self.newest()}")
