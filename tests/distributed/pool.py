@@ -98,13 +98,19 @@ class WorkerPools:
             pool.close()
 
 
+_given_ports = set[int]()
+
+
 def free_port() -> int:
-    """Return a free port that neither the kernel nor launch/slurm/pretrain.sbatch would choose.
+    """Return a free port that neither the kernel nor launch/slurm/pretrain.sbatch would choose; another one each time.
 
     It is below the kernel's ephemeral ports, so that no outgoing connection takes it before the ranks have joined.
     """
     while True:
         port = random.SystemRandom().randint(30_000, 32_700)
+        if port in _given_ports:  # once in so many tests, two jobs of one test would meet
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given_ports.add(port)
             return port
