@@ -21,7 +21,7 @@ class RunError(Exception):
     """A run that cannot continue, though the user made no mistake: one line, exit code 1."""
 
     of_all_ranks = False
-    """As for a UserError."""
+    """Every rank of the run raises it; see ``UserError``."""
 
 
 class UnrecoverableError(RunError):

@@ -2,7 +2,7 @@
 
 A token is selected if its score is above the threshold. The threshold depends only on past steps of the training run,
 so the selection is causal. docs/causal.md has the reasons and measurements. Biases of token choice and centroids of
-Routing heads, which are updated at the same time, are no thresholds, but are updated here, too.
+Routing heads are updated here, too, at the same time.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def selected_attention(
         restart_rotary: count rotary positions from the beginning of the document.
         slots: the k slots as packed documents, if tokens were selected per document. Avoids the k x k matrix of logits,
             which with many short documents would be as large as T x T.
-        is_full: there are no empty slots; unused here, other backends are faster if they know it.
+        is_full: every slot is filled, which lets other backends be faster; unused here.
 
     Returns:
         [B, T, h], the sum over heads.

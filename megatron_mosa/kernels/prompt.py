@@ -64,8 +64,17 @@ def read_prompt(
     from megatron_mosa.kernels.triton.ops import fused_attention  # imported here because triton is optional
     from megatron_mosa.kernels.triton.rows import Rows
 
-    options = rotary_percent, rotary_base, None, False, True
     output, qkv, _, _, _, *rows = fused_attention(
-        hidden_states, router_weight, scores, indices, qkv_weight, proj_weight, *options
+        hidden_states,
+        router_weight,
+        scores,
+        indices,
+        qkv_weight,
+        proj_weight,
+        rotary_percent,
+        rotary_base,
+        document_starts=None,
+        restart_rotary=False,
+        is_full=False,  # of the backward pass alone
     )
     return Prompt(output, qkv, Rows(*rows).cu_seqlens)
