@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
     from megatron_mosa.data.loader import training_batches, validation_batches
     from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
-    from megatron_mosa.data.mixture import Mixture, open_mixture
-    from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, document_starts
+    from megatron_mosa.data.mixture import Mixture, check_tokenizer, open_mixture
+    from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, check_lengths, document_starts
     from megatron_mosa.data.sources import iter_documents
     from megatron_mosa.data.tokenizer import (
         PROBE,
@@ -38,6 +38,8 @@ __all__ = [
     "ValidationSamples",
     "adds_special_tokens",
     "build_dataset",
+    "check_lengths",
+    "check_tokenizer",
     "document_starts",
     "end_of_document_id",
     "is_large",

@@ -68,6 +68,18 @@ def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
     return mixture
 
 
+def check_tokenizer(data: DataSection, mixture: Mixture) -> None:
+    """Raise a UserError if a dataset was built with another tokenizer than the section names."""
+    if data.path is None:
+        return  # a blend: one dataset's tokenizer is usually given to the others by its path
+    built, wanted = mixture.manifest.request["tokenizer"], data.tokenizer
+    if built != wanted:
+        raise UserError(
+            f"data.tokenizer={wanted or 'null'}, but the dataset {data.path} was built with another tokenizer: "
+            f"{built or 'null (trained on its data)'}; rebuild it (mosa data build CONFIG --force) or restore the key"
+        )
+
+
 def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: Manifest) -> bool:
     if manifest.tokenizer.is_same(other.tokenizer):
         return True

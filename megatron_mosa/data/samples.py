@@ -57,7 +57,7 @@ class TrainingSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
             mixture, sequence_length, index_samples, seed, Path(index_path).expanduser() if index_path else None
         )
         self._passes: dict[int, Any] = {}
-        _check_lengths(mixture, "train", sequence_length)
+        check_lengths(mixture, "train", sequence_length)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return sample ``index``, 0 or higher: tokens and labels int64 [T], loss_mask float32 [T].
@@ -153,7 +153,7 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.mixture = mixture
         self.mark_documents = mark_documents
         self.sequence_length = sequence_length
-        _check_lengths(mixture, split, sequence_length)
+        check_lengths(mixture, split, sequence_length)
         available = [m.splits[split]["tokens"] // (sequence_length + 1) for m in mixture.manifests]
         counts = _apportion(mixture.weights, available, num_samples)
         self._prefixes = [path / split for path in mixture.paths]
@@ -233,7 +233,8 @@ def _first_failure(failure: str | None) -> str | None:
     return next(filter(None, failures), None)
 
 
-def _check_lengths(mixture: Mixture, split: str, sequence_length: int) -> None:
+def check_lengths(mixture: Mixture, split: str, sequence_length: int) -> None:
+    """Raise a UserError if a dataset's split is shorter than T + 1 tokens."""
     for path, manifest in zip(mixture.paths, mixture.manifests, strict=True):
         tokens = manifest.splits[split]["tokens"]
         if tokens < sequence_length + 1:

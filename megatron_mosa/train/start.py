@@ -11,7 +11,14 @@ import torch
 
 from megatron_mosa.checkpoint import CheckpointStore, Metadata, NewestCheckpoint, check_same_model, read_metadata
 from megatron_mosa.config import Config, check_world_size, config_to_dict
-from megatron_mosa.data import Manifest, Mixture, TrainingSamples, ValidationSamples, open_mixture
+from megatron_mosa.data import (
+    Manifest,
+    Mixture,
+    TrainingSamples,
+    ValidationSamples,
+    check_tokenizer,
+    open_mixture,
+)
 from megatron_mosa.errors import UserError
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.parallel import apex_fused_adam, apex_norms, reject_wrong_apex
@@ -81,7 +88,7 @@ def check_start(
     _check_wandb(config)
     check_world_size(config, world_size)
     data = open_mixture(config.data, reads_all=reads_all)
-    _check_tokenizer(config, data.manifest)
+    check_tokenizer(config.data, data)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
     start = ResumePoint(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
@@ -177,17 +184,6 @@ def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Me
     """Return the run directory, its newest checkpoint and that checkpoint's metadata."""
     newest = CheckpointStore.of(config.run.path, config.checkpoint).newest(reads_all=reads_all)
     return config.run.path, newest, read_metadata(newest.path) if newest.path else None
-
-
-def _check_tokenizer(config: Config, manifest: Manifest) -> None:
-    if config.data.path is None:
-        return  # a blend: one dataset's tokenizer is usually given to the others by its path
-    built, wanted = manifest.request["tokenizer"], config.data.tokenizer
-    if built != wanted:
-        raise UserError(
-            f"data.tokenizer={wanted or 'null'}, but the dataset {config.data.path} was built with another tokenizer: "
-            f"{built or 'null (trained on its data)'}; rebuild it (mosa data build CONFIG --force) or restore the key"
-        )
 
 
 def _index_samples(config: Config, metadata: Metadata | None) -> int:

@@ -54,13 +54,13 @@ GRID: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every dataset has 100M tokens of training text and a vocabulary of 8000."""
+    """Every dataset has 100M tokens of training text and a vocabulary of 8000, by a tokenizer of its own."""
 
     def open_mixture(data: Any, *, reads_all: bool = True) -> Mixture:
         if data.path == "missing":
             raise UserError("data.path=missing does not exist; build it with: mosa data build CONFIG")
         splits = {"train": {"tokens": 100_000_000}, "validation": {"tokens": 1_000_000}}
-        return Mixture((Path(data.path),), (1.0,), (Manifest("hash", "bpe", 8000, 0, splits),))
+        return Mixture((Path(data.path),), (1.0,), (Manifest("hash", "bpe", 8000, 0, splits, {"tokenizer": None}),))
 
     monkeypatch.setattr(plan_module, "open_mixture", open_mixture)
 
@@ -237,6 +237,31 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "tune_at": 4})}, ["members.x.tune_at", "got 4"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "seeds": {4: [1]}})}, ["4 is not a sparsity"]),
         (
+            {"members": members(x={"kind": "dense", "learning_rate_of": "dense"})},
+            ["members.x.learning_rate_of must be a member with learning_rates, got 'dense'"],
+        ),
+        ({"members": members(x={"kind": "dense", "learning_rate_of": ["mosa"]})}, ["learning_rates, got ['mosa']"]),
+        (
+            {"members": members(x={"kind": "dense", "learning_rate_of": "mosa", "learning_rates": [1e-3]})},
+            ["members.x.learning_rate_of=mosa stands in place of learning_rates; remove one of them"],
+        ),
+        (
+            {
+                "learning_rates": [1e-3, 2e-3],
+                "members": GRID["members"] | {"x": {"kind": "dense", "learning_rate_of": "mosa"}},
+            },
+            ["members.x.learning_rate_of=mosa, which tries its learning rates for each of several", "give it tune_at"],
+        ),
+        ({"overrides": GRID["overrides"] | {"data.tokenizer": "other"}}, ["corpora.text: data.tokenizer=other, but"]),
+        (
+            {"members": members(x={"kind": "dense", "overrides": {"data.tokenizer": "other"}})},
+            ["members.x has data.tokenizer=other, but members.dense has None"],
+        ),
+        (
+            {"overrides": GRID["overrides"] | {"data.sequence_length": 1_000_000}},
+            ["corpora.text: data.sequence_length must be at most 999999"],
+        ),
+        (
             {"members": members(x={"kind": "fixed", "sparsity": 8, "overrides": {"model.num_fixed_heads": 3}})},
             ["members.x.overrides must not set model.num_fixed_heads", "heads: N"],
         ),
@@ -346,6 +371,22 @@ def test_a_learning_rate_found_at_one_sparsity_serves_the_others(tmp_path: Path)
         settle(work, name, loss)
     later = ["tiny-text-mosa-rho16-seed1-lr0.001", *tried, "tiny-text-mosa-rho32-seed2-lr0.001"]
     assert names(work.cells()) == ["tiny-text-dense-seed1", *later]
+
+
+def test_a_learning_rate_found_for_one_member_serves_another(tmp_path: Path) -> None:
+    mosa = {"kind": "expert_choice", "sparsity": [16, 32], "learning_rates": [1e-3, 2e-3], "tune_at": 32}
+    gate = {"kind": "dense", "learning_rate_of": "mosa", "seeds": [3, 4]}
+    sizes = {"tiny": {}, "wide": {"model.hidden_size": 1024}}
+    wanted = request(tmp_path, members=members(mosa=mosa, gate=gate), sizes=sizes)
+    work = Work(wanted, wanted.plan())
+    assert not [name for name in names(work.cells()) if "gate" in name] and work.later() == 2 * (1 + 2)
+    for size, losses in (("tiny", (1.5, 1.4)), ("wide", (1.2, 1.3))):
+        for rate, loss in zip(("0.001", "0.002"), losses, strict=True):
+            settle(work, f"{size}-text-mosa-rho32-seed1-lr{rate}", loss)
+    found = [cell for cell in work.cells() if "gate" in cell.name]
+    assert names(found) == [f"{size}-text-gate-seed{seed}-lr{rate}" for size, rate in
+                            (("tiny", "0.002"), ("wide", "0.001")) for seed in (3, 4)]  # fmt: skip
+    assert found[0].config(tmp_path).optimizer.learning_rate == 2e-3 and work.later() == 0
 
 
 def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
@@ -604,6 +645,10 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
     ):
         assert part in text, part
     assert "at an end of the list" not in text
+    named = "mosa rho 32, mosa rho 64, search rho 32, 12 heads, search rho 32, 16 heads, search rho 32, 20 heads"
+    assert f"No learning rates were tried for {named}, but for dense they were" in text
+    same = [row("mosa", 1, 1.8, sparsity=32.0, heads=276, learning_rate=2e-3, **MOSA)]
+    assert "No learning rates were tried" not in markdown(MADE_UP[:4] + same, {})
     at_edge = [row("dense", 1, 2.0), row("dense", 1, 1.9, learning_rate=2e-3)]
     assert "at an end of the list" in markdown(at_edge, {})
 

@@ -20,7 +20,9 @@ _KEYS = (
     "name", "base", "overrides", "sizes", "corpora", "members", "equal", "relative_to", "seeds", "learning_rates",
     "processes", "passes", "evaluate",
 )  # fmt: skip
-_MEMBER_KEYS = ("kind", "overrides", "sparsity", "heads", "dense_heads", "seeds", "learning_rates", "tune_at")
+_MEMBER_KEYS = (
+    "kind", "overrides", "sparsity", "heads", "dense_heads", "seeds", "learning_rates", "tune_at", "learning_rate_of",
+)  # fmt: skip
 _EVALUATE_KEYS = ("samples", "calibration_samples", "decode", "decode_context")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]{0,63}")  # several of them make the name of a file
 _MOST = 2**31 - 1  # of any count
@@ -53,6 +55,9 @@ class Member:
 
     tune_at: float | None = None
     """The sparsity at which learning rates are tried; None: at each."""
+
+    learning_rate_of: str | None = None
+    """Another member, whose best learning rate is taken."""
 
     def seeds_of(self, sparsity: float | None) -> tuple[int, ...]:
         """Return the seeds of the model of a sparsity."""
@@ -136,6 +141,7 @@ class _Reader:
             name: self._member(name, values, tree)
             for name, values in self._sections(tree, "members", self.name).items()
         }
+        self._check_sources_of_rates(members)
         relative = tree.get("relative_to", next(iter(members)))
         self._expect("relative_to", relative, relative in list(members), f"one of {', '.join(members)}")
         reference = members[relative]
@@ -173,6 +179,22 @@ class _Reader:
             passes=float(passes),
             evaluation=self._evaluation(tree),
         )
+
+    def _check_sources_of_rates(self, members: Mapping[str, Member]) -> None:
+        for name, member in members.items():
+            if (source := member.learning_rate_of) is None:
+                continue
+            where = f"members.{name}.learning_rate_of"
+            other = members.get(source) if isinstance(source, str) else None
+            self._expect(
+                where, source, other is not None and bool(other.learning_rates), "a member with learning_rates"
+            )
+            assert other is not None
+            if (len(other.sparsities) > 1 and other.tune_at is None) or len(other.heads) > 1:
+                raise self._wrong(
+                    f"{where}={source}, which tries its learning rates for each of several models; give it tune_at, or "
+                    "one sparsity and one number of heads"
+                )
 
     def _evaluation(self, tree: dict[str, Any]) -> Evaluation | None:
         if "evaluate" not in tree:
@@ -214,7 +236,13 @@ class _Reader:
                 raise self._wrong(f"{where}.seeds: {unknown[0]} is not a sparsity of this member; it has {sparsities}")
             seeds_at = {rho: self._numbers(f"{where}.seeds", given, _is_whole, 0) for rho, given in seeds.items()}
             seeds = tree.get("seeds", [1])
-        rates = values.get("learning_rates", tree.get("learning_rates", []))
+        rates, source = values.get("learning_rates", tree.get("learning_rates", [])), values.get("learning_rate_of")
+        if source is not None:
+            if given := [key for key in ("learning_rates", "tune_at") if key in values]:
+                raise self._wrong(
+                    f"{where}.learning_rate_of={source} stands in place of {given[0]}; remove one of them"
+                )
+            rates = []
         tune_at = values.get("tune_at")
         self._expect(
             f"{where}.tune_at",
@@ -233,6 +261,7 @@ class _Reader:
             seeds_at={float(rho): given for rho, given in seeds_at.items()},
             learning_rates=self._numbers(f"{where}.learning_rates", rates, _is_number, 1e-12),
             tune_at=None if tune_at is None else float(tune_at),
+            learning_rate_of=source,
         )
 
     def _is_dense(self, member: Member) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_mosa.config import Config, check_plan, check_world_size, config_to_dict, load_config
-from megatron_mosa.data import Mixture, open_mixture
+from megatron_mosa.data import Mixture, check_lengths, check_tokenizer, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.tools.grid.budget import Cost, flops_cost, solve_heads
 from megatron_mosa.tools.grid.grid import Grid, Member, Overrides
@@ -21,8 +21,9 @@ from megatron_mosa.tools.grid.kinds import KINDS, other_counts
 
 # What all members at one size and on one corpus must share, or their losses could not be compared.
 _SHARED = (
-    "data.path", "data.blend", "data.sequence_length", "model.vocab_size_multiple", "train.global_batch_size",
-    "train.steps", "train.stop_after_step", "validation.num_samples", "model.attend_within_documents",
+    "data.path", "data.blend", "data.tokenizer", "data.sequence_length", "model.vocab_size_multiple",
+    "train.global_batch_size", "train.steps", "train.stop_after_step", "validation.num_samples",
+    "model.attend_within_documents",
 )  # fmt: skip
 _SIZE = "parallel.tensor_model_parallel_size"
 _OWN = ("run.name", "run.directory", "run.seed")  # the grid sets them
@@ -218,6 +219,8 @@ class _Place:
             own |= {"model.num_dense_heads": "give the member dense_heads: N"}
         if member.learning_rates:
             own |= {"optimizer.learning_rate": "the member's learning_rates set it"}
+        if member.learning_rate_of:
+            own |= {"optimizer.learning_rate": "the member's learning_rate_of sets it"}
         self._refuse({f"members.{member.name}.overrides": member.overrides}, own)
 
     def _refuse(self, places: Mapping[str, Overrides], own: Mapping[str, str]) -> None:
@@ -244,6 +247,9 @@ class _Place:
     def _dataset(self, config: Config) -> Corpus:
         try:
             data = open_mixture(config.data, reads_all=False)
+            check_tokenizer(config.data, data)
+            for split in ("train", "validation"):
+                check_lengths(data, split, config.data.sequence_length)
         except UserError as error:
             raise UserError(f"{self.grid.path}: corpora.{self.corpus}: {error}") from None
         path = config.data.path or ", ".join(config.data.blend)
@@ -318,9 +324,17 @@ class Plan:
 
     def _tuned_at(self, model: Model) -> Model:
         member = model.member
+        if member.learning_rate_of is not None:
+            return next(other for other in self.models if self._is_source(other, model))
         if member.tune_at is None or not member.learning_rates:
             return model
         return next(self._siblings(model, member.tune_at), model)
+
+    @staticmethod
+    def _is_source(other: Model, model: Model) -> bool:
+        """Return whether the learning rate of a model is found with another member's model."""
+        wanted, member = (model.size, model.corpus, model.member.learning_rate_of), other.member
+        return (other.size, other.corpus, member.name) == wanted and member.tune_at in (None, other.sparsity)
 
     def _siblings(self, model: Model, sparsity: float) -> Iterator[Model]:
         for other in self.models:

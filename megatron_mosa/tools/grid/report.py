@@ -233,7 +233,23 @@ def _learning_rates(place: Place) -> list[str]:
         at_edge = model.row.learning_rate in (trials[0].learning_rate, trials[-1].learning_rate)
         edge = "; the best is at an end of the list, so the optimum may lie beyond it" if at_edge else ""
         lines.append(f"- {model.name}: {', '.join(parts)}{edge}")
+    if untuned := _untuned(place):
+        lines += [
+            "",
+            f"**No learning rates were tried for {', '.join(untuned)}, but for {place.relative_to} they were: part of "
+            "the difference may be the learning rate.**",
+        ]
     return lines
+
+
+def _untuned(place: Place) -> list[str]:
+    """Return the models without a tuned learning rate, neither their own nor the reference's, although it has one."""
+    reference = place.reference
+    if reference is None or not reference.trials:
+        return []
+    tuned = {model.row.member for model in place.models if model.trials}
+    rates = {model.row.learning_rate for model in place.models if model.trials}
+    return [m.name for m in place.models if m.row.member not in tuned and m.row.learning_rate not in rates]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
