@@ -95,7 +95,7 @@ def dense_layer(shape: Shape) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 
 def threshold_layer(shape: Shape, inputs: list[Tensor]) -> Callable[..., Tensor]:
-    """Return heads that select about as many tokens by thresholds, with feedback and the default capacity."""
+    """Return heads that select about as many tokens by thresholds, with feedback and a capacity of 1.25."""
     kernels = get_backend("triton", inputs[0])
     with torch.no_grad():
         scores = kernels.router_scores(*inputs[:2])
@@ -104,7 +104,7 @@ def threshold_layer(shape: Shape, inputs: list[Tensor]) -> Callable[..., Tensor]
     return lambda *inputs: mosa_attention(
         *inputs,
         thresholds=thresholds,
-        capacity=2 * shape.selected,
+        capacity=-(-5 * shape.selected // 4),
         feedback=0.1,
         share=1 / shape.sparsity,
         backend="triton",

@@ -72,7 +72,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "rows": ("", []),
     "ragged dX": ("", []),
     "above": ("select_above", grid(BLOCK=[512, 1024, 2048], num_warps=[1, 2, 4])),
-    "followed": ("follow", grid(BLOCK=[256, 512, 1024], num_warps=[1, 2, 4])),
+    "followed": ("follow", grid(BLOCK=[32, 64, 128, 256], num_warps=[1])),
     "counted": ("count_scores", grid(BLOCK=[512, 1024], num_warps=[2, 4, 8])),
 }
 
@@ -106,7 +106,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         return histogram
 
     def out() -> Tensor:
-        return scattered.scattered_product(saved[0], proj_weight, rows, states)
+        return scattered.scattered_product(saved[0], proj_weight, rows, states, is_full=True)
 
     def dx(is_full: bool = True) -> Tensor:
         return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), is_full)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
 import threading
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -51,8 +52,8 @@ class DeepSpeedEngine:
             config.train.micro_batch_size * layout.data_parallel_size
         )
         self.acceleration = choose_acceleration(config, layout)
-        if self.acceleration.compiles_layers:  # the compiler is loaded while the model is built
-            threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
+        if self.acceleration.compiles_layers:
+            load_compiler()
         if self.acceleration.uses_graphs:
             torch.cuda.set_stream(torch.cuda.Stream(layout.device))  # type: ignore[arg-type]  # see GraphedSteps
         settings = self._settings(config)
@@ -278,6 +279,17 @@ class DeepSpeedEngine:
 def _sum(mask: Tensor) -> Tensor | float:
     """Sum in fp64; on the host with NumPy, which spares waking up torch's threads."""
     return float(mask.numpy().sum(dtype="float64")) if mask.device.type == "cpu" else mask.sum(dtype=torch.float64)
+
+
+def load_compiler() -> None:
+    """Load torch's compiler in a thread, while the model is built, and let it share Triton's cache with our kernels.
+
+    Otherwise it sets TRITON_CACHE_DIR when it makes its first kernel. Ours are compiled before and after that, in an
+    order that depends on what its own cache holds, so that a second start would not find all that the first compiled.
+    """
+    home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
+    threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
 
 
 def _partitioned_construction(config: Config, settings: dict[str, Any]) -> AbstractContextManager[object]:

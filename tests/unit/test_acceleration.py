@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from megatron_mosa.engine import acceleration
 from megatron_mosa.engine.acceleration import Acceleration, choose_acceleration
+from megatron_mosa.engine.deepspeed_engine import load_compiler
 from megatron_mosa.parallel import Layout
 from tests.distributed.tasks import tiny_config
 
@@ -59,3 +62,15 @@ def test_the_line_says_how_far_it_goes() -> None:
     assert str(Acceleration(True, True, overlaps=True)).endswith("one CUDA graph, collectives beside computation")
     line = str(Acceleration(True, True, no_overlap="train.recompute=full"))
     assert line.endswith("one CUDA graph, no overlap of collectives: train.recompute=full")
+
+
+@pytest.mark.parametrize("chosen", [None, "/a/cache"])
+def test_kernels_are_cached_in_one_place_from_the_first_start_on(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", chosen or "/removed/below")  # so that it is restored
+    if chosen is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    default = triton.knobs.cache.dir
+    load_compiler()
+    assert os.environ["TRITON_CACHE_DIR"] == (chosen or default)

@@ -43,7 +43,7 @@ def fused_attention(
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
     qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered_product(gated, proj_weight, rows, states)
+    output = scattered_product(gated, proj_weight, rows, states, is_full=is_full)
     return [output, qkv, gated, log_sums, gates, *rows]
 
 

@@ -116,8 +116,10 @@ def _popcount(b_word):
 
 @triton.jit
 def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr):
-    """Count the rows of each token: those of all heads, and those before each group of heads."""
+    """Count the rows of each token, after a 0: those of all heads, and those before each group of heads."""
     i_batch = tl.program_id(1)
+    if (tl.program_id(0) == 0) & (i_batch == 0):
+        tl.store(p_counts, 0)
     i_token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     b_count = tl.zeros((TOKENS,), dtype=tl.int32)
     for i_group in range(GROUPS):
@@ -180,7 +182,7 @@ def rows_of(indices: Tensor, length: int) -> Rows:
         num_warps=max(1, block // 64),
     )  # fmt: skip
     before = torch.empty_like(bitmap)
-    counts = torch.zeros(batch * length + 1, dtype=torch.int32, device=device)
+    counts = torch.empty(batch * length + 1, dtype=torch.int32, device=device)
     _count_kernel[(triton.cdiv(length, TOKENS), batch)](bitmap, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)

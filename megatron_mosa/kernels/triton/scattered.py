@@ -183,14 +183,15 @@ def scattered_product(
     batch, heads, selected, length = rows.shape
     width, capacity = like.shape[2], rows.token_indices.shape[1]
     sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
-    by_cublas = is_full and parts == 3
-    multiply = _TritonProduct(values, weight, rows, parts, None if by_cublas else pairs, sequences, columns)
-    launch_sum, chosen = RepeatedLaunch(_combine_kernel), tiles.combine(columns, heads * selected // length)
+    multiply = _TritonProduct(values, weight, rows, parts, None if is_full else pairs, sequences, columns)
+    sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
+    chosen = tiles.combine(columns, heads * selected // length, sum_pairs is not None)
+    launch_sum = RepeatedLaunch(_combine_kernel)
     output, products = torch.empty_like(like), values.new_empty((heads * sequences * selected, columns))
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
         for first_column in range(0, width, columns):
-            if by_cublas:
+            if is_full:
                 part = weight[:, :, first_column : first_column + columns]
                 out = products[: heads * (last - first) * selected].view(heads, -1, columns)[:, :, : part.shape[2]]
                 torch.bmm(values[:, first * selected : last * selected], part, out=out)
@@ -198,9 +199,9 @@ def scattered_product(
                 multiply(products, first, last, first_column)
             launch_sum(
                 (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"]), 1),
-                products, rows.offsets, rows.entries, *((by_cublas and pairs) or (None, None)), output, first,
+                products, rows.offsets, rows.entries, *(sum_pairs or (None, None)), output, first,
                 last - first, capacity, length, width, first_column, columns, *strides(output),
-                K=selected, PAIR=PAIR if by_cublas and pairs else 0, **chosen,
+                K=selected, PAIR=PAIR if sum_pairs else 0, **chosen,
             )  # fmt: skip
     return output
 

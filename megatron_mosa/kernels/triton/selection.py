@@ -180,9 +180,9 @@ def _(scores: Tensor, num_selected: int, include_first_token: bool) -> Tensor:
 @triton.jit
 def _fill_empty_slots(p_indices, num_selected, T, C, BLOCK: tl.constexpr):
     """Store T in the slots of one head and sequence from ``num_selected`` on."""
-    for start in range(0, C, BLOCK):
+    for start in range(num_selected, C, BLOCK):
         i_slot = start + tl.arange(0, BLOCK)
-        tl.store(p_indices + i_slot, tl.zeros((BLOCK,), tl.int64) + T, mask=(i_slot >= num_selected) & (i_slot < C))
+        tl.store(p_indices + i_slot, tl.zeros((BLOCK,), tl.int64) + T, mask=i_slot < C)
 
 
 @triton.jit
@@ -206,6 +206,19 @@ def _select_above_kernel(
 
 
 @triton.jit
+def _load_margins(p_scores, p_starts, i_token, T, threshold_logit, FEEDBACK, SHARE, HAS_STARTS: tl.constexpr):
+    """Return by how much scores exceed the threshold, in logits, before any token is selected, and which are first."""
+    b_score = tl.load(p_scores + i_token, mask=i_token < T, other=0.0)
+    b_start = tl.zeros_like(i_token)
+    if HAS_STARTS:
+        b_start = tl.load(p_starts + i_token, mask=i_token < T, other=-1).to(tl.int32)
+    b_margin = tl.log(b_score) - tl.log(1.0 - b_score) - threshold_logit
+    b_margin = b_margin + FEEDBACK * SHARE * (i_token - b_start).to(tl.float32)
+    b_margin = tl.where((b_score == b_score) & (i_token < T), b_margin, float("-inf"))
+    return b_margin, (i_token == b_start) & (i_token < T)
+
+
+@triton.jit
 def _follow_kernel(
     p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C, FEEDBACK, SHARE,
     HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
@@ -217,30 +230,29 @@ def _follow_kernel(
     i_row = tl.program_id(0).to(tl.int64)  # b * E + e
     threshold = tl.load(p_thresholds + i_row % E)
     threshold_logit = tl.log(threshold) - tl.log(1.0 - threshold)
+    p_row, p_start_row = p_scores + i_row * T, p_scores
+    if HAS_STARTS:
+        p_start_row = p_starts + i_row // E * T
     num_selected, in_document = 0, 0  # selected so far in the sequence, and in the current document
+    i_token = tl.arange(0, BLOCK)
+    next_margin, next_first = _load_margins(
+        p_row, p_start_row, i_token, T, threshold_logit, FEEDBACK, SHARE, HAS_STARTS
+    )
     for start in range(0, T, BLOCK):
-        i_token = start + tl.arange(0, BLOCK)
-        b_score = tl.load(p_scores + i_row * T + i_token, mask=i_token < T, other=0.0)
-        b_start = tl.zeros((BLOCK,), tl.int32)
-        if HAS_STARTS:
-            b_start = tl.load(p_starts + i_row // E * T + i_token, mask=i_token < T, other=-1).to(tl.int32)
-        b_margin = tl.log(b_score) - tl.log(1.0 - b_score) - threshold_logit
-        b_margin = b_margin + FEEDBACK * SHARE * (i_token - b_start).to(tl.float32)
-        b_margin = tl.where((b_score == b_score) & (i_token < T), b_margin, float("-inf"))
-        m_first = (i_token == b_start) & (i_token < T)
-        last = start - 1  # the last token that was selected
-        while last < start + BLOCK:
-            m_later = i_token > last
-            next_first = tl.min(tl.where(m_later & m_first, i_token, start + BLOCK))
-            m_above = m_later & (b_margin > FEEDBACK * in_document)
-            last = tl.minimum(tl.min(tl.where(m_above, i_token, start + BLOCK)), next_first)
-            if last < start + BLOCK:
-                in_document = tl.where(last == next_first, 1, in_document + 1)
-                if STORES:
-                    tl.store(p_indices + i_row * C + num_selected, last.to(tl.int64), mask=num_selected < C)
-                num_selected += 1
-                if STORES:
-                    last = tl.where(num_selected < C, last, start + BLOCK)
+        i_token, b_margin, m_first = start + tl.arange(0, BLOCK), next_margin, next_first
+        next_margin, next_first = _load_margins(  # while these are compared
+            p_row, p_start_row, i_token + BLOCK, T, threshold_logit, FEEDBACK, SHARE, HAS_STARTS
+        )
+        # The smallest key says which token is next, and whether it is the first of a document.
+        b_key, end = 2 * i_token + 1 - m_first.to(tl.int32), 2 * (start + BLOCK)
+        key = tl.min(tl.where(m_first | (b_margin > FEEDBACK * in_document), b_key, end))
+        while key < end:
+            in_document = tl.where(key % 2 == 0, 1, in_document + 1)
+            if STORES:
+                tl.store(p_indices + i_row * C + num_selected, (key // 2).to(tl.int64), mask=num_selected < C)
+            num_selected += 1
+            m_next = (b_key > key) & (m_first | (b_margin > FEEDBACK * in_document))
+            key = tl.min(tl.where(m_next, b_key, end))
     if STORES:
         _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
     else:

@@ -75,9 +75,8 @@ def select_above(length: int) -> Tiles:
 
 
 def follow(length: int) -> Tiles:
-    """BLOCK: scores of a head among which a program searches for the next selected token."""
-    block = min(power_of_2(length), 1024)
-    return dict(BLOCK=block, num_warps=max(1, block // 512))
+    """BLOCK: scores of a head among which a program, one warp, searches for the next selected token."""
+    return dict(BLOCK=min(power_of_2(length), 64), num_warps=1)
 
 
 def count_scores(length: int) -> Tiles:
@@ -129,9 +128,12 @@ def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, r
     return _fitted(chosen, limit, shared_bytes, "COLUMNS", 16)
 
 
-def combine(width: int, each: int) -> Tiles:
-    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output."""
-    columns = min(power_of_2(width), 1024)
+def combine(width: int, each: int, has_pairs: bool) -> Tiles:
+    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output.
+
+    With pairs, each product needs a row of the router, too: of many heads, only few columns stay in the L1 cache.
+    """
+    columns = min(power_of_2(width), 128 if has_pairs and each >= 32 else 1024)
     unroll = 32 if each >= 16 else 16 if each >= 10 else 8
     return dict(UNROLL=unroll, COLUMNS=columns, num_warps=max(1, columns // 256))
 
