@@ -87,12 +87,14 @@ def initialize_parallel(
 
 
 def join_store(seconds: float) -> dist.Store:
-    """Return the store that all ranks share, once they have joined.
+    """Return the store that all ranks share, once they have joined; a single process needs no port.
 
     Raises:
         RunError: not all ranks joined within ``seconds``.
     """
     rank, world_size, _ = launch_environment()
+    if world_size == 1:
+        return dist.HashStore()
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=seconds)))
     except (dist.DistError, RuntimeError) as error:  # some store errors of torch are plain RuntimeErrors

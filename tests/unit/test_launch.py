@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from megatron_mosa.commands.local import number_of_processes
 from megatron_mosa.errors import UserError
-from megatron_mosa.parallel import launch_environment
+from megatron_mosa.parallel import FirstFailure, join_store, launch_environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -104,3 +105,14 @@ def test_mistakes_in_the_variables_of_a_launcher(
 @pytest.mark.parametrize(("gpus", "chosen", "number"), [(0, "", 2), (1, "", 1), (6, "", 4), (8, "", 8), (8, "3", 3)])
 def test_processes_on_one_machine(gpus: int, chosen: str, number: int) -> None:
     assert number_of_processes(gpus, chosen) == number
+
+
+def test_a_single_process_needs_no_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(taken.getsockname()[1]))):
+            monkeypatch.setenv(name, value)
+        store = join_store(seconds=1)
+    assert FirstFailure(store, rank=0, world_size=1).claim("why")
+    assert store.check(["failures/first"])
