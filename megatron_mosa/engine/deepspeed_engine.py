@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, cast
 
@@ -27,11 +27,13 @@ from megatron_mosa.attention import (
 )
 from megatron_mosa.config import Config
 from megatron_mosa.engine.acceleration import choose_acceleration
+from megatron_mosa.engine.flat_buffers import Storage, WholeGradients
 from megatron_mosa.engine.graphed import GraphedSteps
-from megatron_mosa.engine.optimizer import MOMENTS, adamw, set_state, step_count
+from megatron_mosa.engine.optimizer import MOMENTS, adamw, is_matrix, set_state, step_count
 from megatron_mosa.engine.protocol import Batch, CopyToHost, StepResult, to_host
+from megatron_mosa.engine.sharded import ShardedLayers
 from megatron_mosa.engine.zero_state import fill, zero_state
-from megatron_mosa.kernels import Documents, PackedDocuments, get_backend
+from megatron_mosa.kernels import Documents, KernelBackend, PackedDocuments, get_backend
 from megatron_mosa.model import MosaGPTModel, build_empty_model, draw_state, initial_weights, language_model_loss
 from megatron_mosa.parallel import Layout, ModelParallelUnit, data_parallel_group
 
@@ -57,13 +59,14 @@ class DeepSpeedEngine:
         if self.acceleration.uses_graphs:
             torch.cuda.set_stream(torch.cuda.Stream(layout.device))  # type: ignore[arg-type]  # see GraphedSteps
         settings = self._settings(config)
-        with _partitioned_construction(config, settings):
+        stage = settings["zero_optimization"]["stage"]
+        with _partitioned_construction(settings):
             model = build_empty_model(config, vocab_size)
-        _initialize(model, config, layout.device)
+        _initialize(model, config, stage, layout.device)
         draw_state(model, config.run.seed)
         _reject_unsummed_gradients(model)
-        settings["zero_optimization"] |= _sizes(model, config.parallel.zero_stage)
-        if config.parallel.zero_stage == 3:
+        settings["zero_optimization"] |= _sizes(model, stage)
+        if stage == 3:
             # Weights of a layer are gathered as a whole, in one collective. Within a layer, recompute could not do it,
             # nor a compiled layer, which does not call its modules.
             set_z3_leaf_modules(model, [MosaTransformerLayer])
@@ -78,15 +81,19 @@ class DeepSpeedEngine:
         if self.acceleration.compiles_layers:
             kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
             model.compile_layers(kernels, overlaps=self.acceleration.overlaps)
-            if config.parallel.zero_stage == 3:
+            if stage == 3:
                 deepspeed.zero.register_external_parameter(model.output_loss, model.vocabulary_layer.weight)
             if self.acceleration.uses_graphs:
+                storage = _storage(self._engine.optimizer, model, config.parallel.zero_stage, kernels)
                 clipping = config.optimizer.gradient_clipping
-                self._graphed = GraphedSteps(self._engine.optimizer, self._loss_in_graph, clipping, kernels)
+                self._graphed = GraphedSteps(storage, self._optimizer, self._loss_in_graph, clipping)
 
     def _settings(self, config: Config) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
-        if config.parallel.zero_stage == 3:
+        stage = config.parallel.zero_stage
+        if stage == 2 and self.acceleration.uses_graphs:
+            stage = 3  # see ShardedLayers, which keeps the weights whole
+        zero: dict[str, Any] = {"stage": stage}
+        if stage == 3:
             zero["stage3_param_persistence_threshold"] = config.model.hidden_size  # only norms stay whole
             # True would copy gradients to a buffer, from which a reduction of several parameters copies them once more.
             zero["contiguous_gradients"] = False
@@ -202,13 +209,17 @@ class DeepSpeedEngine:
         """Return the mean loss in nats per token. All ranks must get the same number of batches."""
         self._engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        if self._graphed is not None:
+            self._graphed.prepare_evaluation()
+        # Not a call, before which DeepSpeed lets parameters gather themselves.
+        model = self._engine if self._graphed is None else self.module.forward
         for batch in batches:
-            totals += torch.stack(self._loss(self._engine, batch)).double()
+            totals += torch.stack(self._loss(model, batch)).double()
         dist.all_reduce(totals, group=data_parallel_group())
         self._engine.train()
         return (totals[0] / totals[1]).item()
 
-    def _loss(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _loss(self, model: Callable[..., Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         names = ("tokens", "labels", "loss_mask")
         tokens, labels, loss_mask = (batch[name].to(self.layout.device, non_blocking=True) for name in names)
         # The host reads document starts, so they stay where they are.
@@ -268,7 +279,7 @@ class DeepSpeedEngine:
     def destroy(self) -> None:
         """Free CUDA graphs and remove all hooks from the model; call it before groups are destroyed.
 
-        After it, nothing but the caller keeps the model and the optimizer's state, except under ZeRO-3.
+        After it, nothing but the caller keeps the model and the optimizer's state, except under ZeRO-3 without graphs.
         """
         if self._graphed is not None:
             self._graphed.close()
@@ -292,9 +303,9 @@ def load_compiler() -> None:
     threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
 
 
-def _partitioned_construction(config: Config, settings: dict[str, Any]) -> AbstractContextManager[object]:
+def _partitioned_construction(settings: dict[str, Any]) -> AbstractContextManager[object]:
     """Return a context in which ZeRO-3 partitions each module's parameters as soon as it is built."""
-    if config.parallel.zero_stage != 3:
+    if settings["zero_optimization"]["stage"] != 3:
         return nullcontext()
     return deepspeed.zero.Init(
         data_parallel_group=data_parallel_group(),
@@ -303,9 +314,9 @@ def _partitioned_construction(config: Config, settings: dict[str, Any]) -> Abstr
     )
 
 
-def _initialize(model: MosaGPTModel, config: Config, device: torch.device) -> None:
+def _initialize(model: MosaGPTModel, config: Config, stage: int, device: torch.device) -> None:
     """Give the model its initial weights; without ZeRO-3, where DeepSpeed will have them and in its type."""
-    if config.parallel.zero_stage == 3:
+    if stage == 3:
         for parameter, weight in initial_weights(model, config.run.seed):
             fill(parameter, weight)
         return
@@ -338,6 +349,16 @@ def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
         # layer. With fewer, what is gathered for backward would displace them; with more, they displace the next layer.
         "stage3_max_reuse_distance": layer + numel(norm) + vocabulary + 1,
     }
+
+
+def _storage(optimizer: Any, model: MosaGPTModel, stage: int, kernels: KernelBackend) -> Storage:
+    """Return where CUDA graphs find weights and leave gradients under a ZeRO stage of the configuration."""
+    if stage == 1:
+        return WholeGradients(optimizer, kernels)
+    embedding, output = cast(Any, model.embedding).word_embeddings, model.output_loss
+    layers = [(layer, list(filter(is_matrix, layer.parameters()))) for layer in model.decoder.layers]
+    modules = [(embedding, [embedding.weight]), *layers, (output, [model.vocabulary_layer.weight])]
+    return ShardedLayers(optimizer, cast(Any, modules), stage == 2, kernels)
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

@@ -1,24 +1,22 @@
-"""Optimizer steps under ZeRO-1 in bf16 whose micro-batches are one CUDA graph each.
+"""Optimizer steps in bf16 whose micro-batches are one CUDA graph each.
 
-DeepSpeed's optimizer keeps weights and fp32 gradients in flat buffers whose addresses never change, which is what makes
-graphs possible. Its engine calls nothing here: its hooks would wait for the device, and round gradients to bf16.
+DeepSpeed's optimizer keeps the state. Its engine calls nothing here: its hooks would wait for the device, and round
+accumulated gradients to bf16 under ZeRO-1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.hooks import RemovableHandle
 
+from megatron_mosa.engine.flat_buffers import Storage
 from megatron_mosa.engine.optimizer import MOMENTS, adamw_step, set_state
 from megatron_mosa.engine.protocol import Batch
-from megatron_mosa.kernels import KernelBackend, naive
-from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
+from megatron_mosa.parallel import data_parallel_group, tensor_parallel_group
 
 WARM_UPS = 2  # micro-batches that run as they are before one is captured: the first compiles
 
@@ -40,33 +38,24 @@ class GraphedSteps:
     autograd's nodes that accumulate gradients belong to the stream they were made on, and a capture refuses any other.
 
     Args:
-        optimizer: DeepSpeed's BF16_Optimizer around torch's AdamW.
+        storage: of weights and gradients.
+        adamw: torch's AdamW, which holds the moments.
         loss: returns the loss of a micro-batch, summed over its tokens; must not wait for the device.
         max_norm: limit for the norm of the gradients; 0: no clipping.
-        kernels: the backend that accumulates gradients.
     """
 
     def __init__(
-        self, optimizer: Any, loss: Callable[[Batch], Tensor], max_norm: float, kernels: KernelBackend = naive
+        self, storage: Storage, adamw: torch.optim.Optimizer, loss: Callable[[Batch], Tensor], max_norm: float
     ) -> None:
-        self.optimizer = optimizer
+        self.storage = storage
+        self.adamw = adamw
         self.loss = loss
         self.max_norm = max_norm
-        self.kernels = kernels
         self.group = data_parallel_group()
-        self.flat_gradients: list[Tensor] = optimizer.fp32_groups_gradients_flat
-        self.partitions: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition  # views of these
-        device = self.flat_gradients[0].device
+        device = storage.parts[0].gradient.device
         self.scale, self.total, self.learning_rate = torch.zeros(3, device=device).unbind()
         self._captured: _Captured | None = None
         self._adamw_step = torch.compile(adamw_step, dynamic=False) if device.type == "cuda" else adamw_step
-        self._totals: dict[torch.nn.Parameter, Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
-        for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                self._totals[parameter] = gradient.view_as(parameter)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._move_gradient))
-        self._left: dict[torch.nn.Parameter, Tensor] = {}  # whose gradients this backward pass has not reached
         # Of a step's first micro-batch: its gradients replace those of the last step, which nothing has to clear then.
         self._is_first = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -86,6 +75,7 @@ class GraphedSteps:
         """
         self.scale.copy_(counted.reciprocal())
         self.total.zero_()
+        self.storage.start_step()
         for number, batch in enumerate(micro_batches):
             self._is_first.fill_(number == 0)
             self._add(batch, phase)
@@ -93,9 +83,15 @@ class GraphedSteps:
         total = self.total.clone()
         if self.group.size() > 1:
             dist.all_reduce(total, group=self.group)
-        norm = self._reduce()
+        self.storage.reduce()
+        norm = self._norm()
         self._update(norm)
         return total, norm
+
+    def prepare_evaluation(self) -> None:
+        """Let the model have its weights in forward passes until the next step."""
+        self.storage.start_step()
+        self.storage.start_pass(self._is_first)
 
     def _add(self, batch: Batch, phase: Hashable) -> None:
         """Add a micro-batch's loss and gradients."""
@@ -120,15 +116,13 @@ class GraphedSteps:
         captured.graph.replay()
 
     def close(self) -> None:
-        """Free the graph and take the hooks off the parameters, after the last step.
+        """Free the graph and take the hooks off the model, after the last step.
 
         Python's garbage collector does not see what a parameter's hooks refer to: with them, neither the parameters nor
         this object and what it refers to, such as the optimizer's state, would ever be freed.
         """
         self.release()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self.storage.close()
 
     def release(self) -> None:
         """Free the graph, if there is one, and its memory.
@@ -140,57 +134,33 @@ class GraphedSteps:
             torch.cuda.empty_cache()  # what the graph held would lie beside the memory of the next
 
     def _run(self, inputs: Batch) -> None:
-        self._left = dict(self._totals)
+        self.storage.start_pass(self._is_first)
         loss = self.loss(inputs) * self.scale
         loss.backward()
         self.total += loss.detach()
-        for total in self._left.values():
-            total.masked_fill_(self._is_first, 0.0)
+        self.storage.finish_pass()
 
-    @torch.no_grad()
-    def _move_gradient(self, parameter: torch.nn.Parameter) -> None:
-        total, gradient = self._left.pop(parameter), parameter.grad
-        assert gradient is not None
-        self.kernels.accumulate(total, gradient, self._is_first)
-        # Else autograd would add the next gradient to this one: in a graph, to memory that others use by then.
-        parameter.grad = None
-
-    def _reduce(self) -> Tensor:
-        """Sum the gradients over the data-parallel ranks, each rank its partition; the norm of the whole."""
-        if self.group.size() > 1:
-            for flat, partition in zip(self.flat_gradients, self.partitions, strict=True):
-                if dist.get_backend(self.group) == "nccl":
-                    dist.reduce_scatter_tensor(partition, flat, group=self.group)
-                else:
-                    dist.all_reduce(flat, group=self.group)
-        is_counted = [self._is_counted(group) for group in self.optimizer.bf16_groups]
-        counted = [partition for partition, is_here in zip(self.partitions, is_counted, strict=True) if is_here]
-        squares = torch.stack([torch.linalg.vector_norm(partition) for partition in counted]).square().sum()
+    def _norm(self) -> Tensor:
+        """Return the norm of the gradients of the whole model."""
+        counted = [part.gradient for part in self.storage.parts if part.is_counted]
+        squares = torch.stack([torch.linalg.vector_norm(gradient) for gradient in counted]).square().sum()
         for group in (self.group, tensor_parallel_group()):
             if group.size() > 1:
                 dist.all_reduce(squares, group=group)
         return squares.sqrt()
 
-    def _is_counted(self, parameters: list[torch.nn.Parameter]) -> bool:
-        """Return whether the norm counts a group on this rank: replicated parameters count on one rank only."""
-        is_split = {partition_of(parameter) is not None for parameter in parameters}
-        assert len(is_split) == 1, "an optimizer group has parameters of both kinds"
-        return is_split.pop() or tensor_parallel_group().rank() == 0
-
     def _update(self, norm: Tensor) -> None:
         """Clip, step, and hand the weights to the model."""
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_norm > 0 else torch.ones_like(norm)
-        is_finite, adamw = norm.isfinite(), self.optimizer.optimizer
-        rank = dist.get_rank(self.group)
-        for number, group in enumerate(adamw.param_groups):
-            weights = self.optimizer.fp32_groups_flat_partition[number]
-            if weights not in adamw.state:
-                set_state(adamw, weights, {moment: torch.zeros_like(weights) for moment in MOMENTS}, 0)
-            state, (beta1, beta2) = adamw.state[weights], group["betas"]
+        is_finite = norm.isfinite()
+        for part in self.storage.parts:
+            if part.weights not in self.adamw.state:
+                moments = {moment: torch.zeros_like(part.weights) for moment in MOMENTS}
+                set_state(self.adamw, part.weights, moments, 0)
+            state, (beta1, beta2) = self.adamw.state[part.weights], part.options["betas"]
             self._adamw_step(
-                weights.detach(), self.optimizer.bf16_partitioned_groups[number][rank], self.partitions[number],
+                part.weights.detach(), part.rounded, part.gradient,
                 state["exp_avg"], state["exp_avg_sq"], state["step"], self.learning_rate, scale, is_finite,
-                beta1, beta2, group["eps"], group["weight_decay"],
+                beta1, beta2, part.options["eps"], part.options["weight_decay"],
             )  # fmt: skip
-        if self.group.size() > 1:
-            self.optimizer.update_lp_params()
+        self.storage.publish()

@@ -16,10 +16,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Return AdamW with weight decay on matrices but not on norms: NVIDIA apex's or torch's, fused on GPUs."""
     options, parallel = config.optimizer, config.parallel
-
-    def is_matrix(parameter: torch.nn.Parameter) -> bool:
-        return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ds_shape: before ZeRO-3 partitioned it
-
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if is_matrix(p)], "weight_decay": options.weight_decay},
@@ -40,6 +36,11 @@ def adamw(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
         clipping: Any = type(f"Clipping{kind.__name__}", (GradientClipping, kind), {})
         return clipping(groups, max_norm=options.gradient_clipping, **settings)
     return kind(groups, **settings)
+
+
+def is_matrix(parameter: torch.nn.Parameter) -> bool:
+    """Return whether a parameter has two dimensions or more, also if ZeRO-3 has partitioned it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 def step_count(optimizer: torch.optim.Optimizer, tensor: Tensor) -> int:

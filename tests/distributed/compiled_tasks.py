@@ -10,11 +10,12 @@ from unittest import mock
 
 import torch
 from deepspeed.runtime.zero import partition_parameters
+from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_mosa.attention import mosa_layers
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine
+from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, graphed
 from megatron_mosa.engine.acceleration import Acceleration
 from megatron_mosa.kernels import KernelBackend, naive
 from megatron_mosa.metrics import recorded_selection
@@ -30,33 +31,45 @@ from tests.distributed.tasks import (
     whole,
 )
 
+PATHS = {
+    "plain": Acceleration(hindrance="on cpu"),
+    "compiled": Acceleration(compiles_layers=True, hindrance="on cpu"),
+    "graphs": Acceleration(compiles_layers=True, uses_graphs=True),
+    "overlapped graphs": Acceleration(compiles_layers=True, uses_graphs=True, overlaps=True),
+}
+
 
 @contextlib.contextmanager
-def _engine(config: Config, layout: Layout, is_compiled: bool, backend: str = "aot_eager") -> Iterator[DeepSpeedEngine]:
-    """Yield an engine whose layers are traced as on a GPU, but on the plain kernels; the loss is interpreted."""
+def engine_on(path: str, config: Config, layout: Layout) -> Iterator[DeepSpeedEngine]:
+    """Yield an engine whose layers are traced as on a GPU, but on the plain kernels; the loss is interpreted.
+
+    With "graphs" it takes the steps that they are captured of, and captures none.
+    """
     compile_layers = MosaGPTModel.compile_layers
 
     def compile_plain(model: MosaGPTModel, kernels: KernelBackend, overlaps: bool) -> None:
-        compile_layers(model, naive, kernels.linear_cross_entropy, backend, overlaps)
+        compile_layers(model, naive, kernels.linear_cross_entropy, "aot_eager", overlaps)
 
-    choice = Acceleration(compiles_layers=is_compiled, hindrance="on cpu")
     with (
-        mock.patch.object(deepspeed_engine, "choose_acceleration", lambda *_: choice),
+        mock.patch.object(deepspeed_engine, "choose_acceleration", lambda *_: PATHS[path]),
         mock.patch.object(MosaGPTModel, "compile_layers", compile_plain),
+        mock.patch.object(torch.cuda, "Stream"),
+        mock.patch.object(torch.cuda, "set_stream"),
     ):
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
-    yield engine
+    with mock.patch.object(graphed, "WARM_UPS", 1 << 30):
+        yield engine
     engine.destroy()
 
 
-def steps(config: Config, number: int, is_compiled: bool) -> dict[str, Any]:
+def steps(config: Config, number: int, path: str) -> dict[str, Any]:
     """Everything that steps lead to, with evaluations and a state that is written and read between them.
 
     "tensors" are the gradients of every step and the final weights; "graphs" counts what was compiled after each step;
     "selected" is what the last step records of its first sequence.
     """
     facts: dict[str, Any] = {"losses": [], "norms": [], "tensors": [], "validation": [], "graphs": []}
-    with parallel(config) as layout, _engine(config, layout, is_compiled) as engine:
+    with parallel(config) as layout, engine_on(path, config, layout) as engine:
         torch._dynamo.utils.counters.clear()
         for step in range(number):
             recorded = recorded_selection(engine.module) if step == number - 1 else contextlib.nullcontext()
@@ -79,7 +92,7 @@ def gathered(config: Config) -> dict[str, Any]:
     """How often each weight is gathered in a micro-batch, whose memory is kept after it was released, and more."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with parallel(config) as layout, _engine(config, layout, True) as engine:
+    with parallel(config) as layout, engine_on("compiled", config, layout) as engine:
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         free_param, released, kept = partition_parameters.free_param, Counter[str](), list[str]()
         storages: list[tuple[str, StorageWeakRef]] = []
@@ -106,3 +119,29 @@ def gathered(config: Config) -> dict[str, Any]:
         linear = torch.nn.functional.linear
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return {"released": released, "kept": kept, "graphs": graphs, "linear is torch's": linear is torch._C._nn.linear}
+
+
+def collectives(config: Config) -> tuple[dict[str, int], float]:
+    """How often a step of "graphs" gathers each weight, and how often it reduces a gradient on average."""
+    gathered, reduced = Counter[str](), 0
+    with parallel(config) as layout, engine_on("graphs", config, layout) as engine:
+        parameters = dict(engine.module.named_parameters())
+        names = {parameter.ds_tensor.data_ptr(): name for name, parameter in parameters.items()}  # type: ignore
+        gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+        def gather_counted(whole: torch.Tensor, shard: torch.Tensor, **options: Any) -> None:
+            gathered[names[shard.data_ptr()]] += 1
+            gather(whole, shard, **options)
+
+        def reduce_counted(part: torch.Tensor, gradient: torch.Tensor, **options: Any) -> None:
+            nonlocal reduced
+            reduced += 1
+            reduce(part, gradient, **options)
+
+        engine.evaluate(micro_batches(config, layout, 99))  # leaves weights gathered
+        with (
+            mock.patch.object(dist, "all_gather_into_tensor", gather_counted),
+            mock.patch.object(dist, "reduce_scatter_tensor", reduce_counted),
+        ):
+            engine.train_step(micro_batches(config, layout, 0), 1e-3)
+    return dict(gathered), reduced / len(parameters)

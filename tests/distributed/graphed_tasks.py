@@ -12,19 +12,30 @@ from torch import Tensor
 
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine, graphed
+from megatron_mosa.engine.flat_buffers import WholeGradients
 from megatron_mosa.kernels import get_backend, naive
 from megatron_mosa.model import build_model, language_model_loss
 from megatron_mosa.parallel import Layout
+from tests.distributed.compiled_tasks import engine_on
 from tests.distributed.tasks import RATES, VOCAB_SIZE, global_batch, micro_batches, parallel
+
+
+def take_graphed_steps(engine: DeepSpeedEngine, clipping: float) -> None:
+    """Let an engine that was built for the plain path under ZeRO-1 take the steps that graphs are captured of."""
+    storage = WholeGradients(engine._engine.optimizer)
+    engine._graphed = graphed.GraphedSteps(storage, engine._optimizer, engine._loss_in_graph, clipping)
 
 
 @contextlib.contextmanager
 def _engine(config: Config, layout: Layout, is_graphed: bool = True) -> Iterator[DeepSpeedEngine]:
+    if config.parallel.zero_stage > 1:
+        with engine_on("graphs" if is_graphed else "compiled", config, layout) as engine:
+            yield engine
+        return
     with mock.patch.object(graphed, "WARM_UPS", 1 << 30):
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         if is_graphed:
-            clipping = config.optimizer.gradient_clipping
-            engine._graphed = graphed.GraphedSteps(engine._engine.optimizer, engine._loss_in_graph, clipping)
+            take_graphed_steps(engine, config.optimizer.gradient_clipping)
         yield engine
         engine.destroy()
 
@@ -55,6 +66,25 @@ def around_a_poisoned_step(config: Config) -> dict[str, Any]:
             "counted steps": engine.optimizer_step() - count,
             "then is finite": engine.train_step(micro_batches(config, layout, 3), 1e-3).is_finite,
         }
+
+
+def resumed(config: Config, stages: tuple[int, int], before: int, after: int) -> tuple[list[float], list[float]]:
+    """Losses after ``before`` steps at the first stage: in the same engine, and in a new one at the second stage."""
+    found: list[list[float]] = []
+    state: dict[str, Tensor] = {}
+    for stage in stages:
+        config.parallel.zero_stage = stage
+        with parallel(config) as layout, _engine(config, layout) as engine:
+            if state:
+                engine.load_state(state, before)
+            else:
+                for step in range(before):
+                    engine.train_step(micro_batches(config, layout, step), 1e-3)
+                state = _copied(engine)
+            steps = range(before, before + after)
+            found.append([engine.train_step(micro_batches(config, layout, step), 1e-3).loss for step in steps])
+        config.run.seed += 1  # other initial weights, which the state must replace
+    return found[0], found[1]
 
 
 def _copied(engine: DeepSpeedEngine) -> dict[str, Tensor]:

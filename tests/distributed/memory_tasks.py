@@ -10,13 +10,14 @@ from unittest import mock
 import torch
 
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine, deepspeed_engine, graphed
+from megatron_mosa.engine import DeepSpeedEngine, acceleration, deepspeed_engine, graphed
 from megatron_mosa.engine.acceleration import Acceleration
 from megatron_mosa.kernels import KernelBackend, naive
 from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel import Layout
 from megatron_mosa.tools.bench.measure import Profiling, measure
 from megatron_mosa.tools.scaling.sweep_worker import release_memory
+from tests.distributed.graphed_tasks import take_graphed_steps
 from tests.distributed.tasks import VOCAB_SIZE, parallel
 
 
@@ -27,20 +28,23 @@ def left(config: Config, is_graphed: bool) -> tuple[list[str], int]:
 
     def build_as_on_a_gpu(engine: DeepSpeedEngine, config: Config, vocab_size: int, layout: Layout) -> None:
         build(engine, config, vocab_size, layout)
-        if is_graphed:
-            engine._graphed = graphed.GraphedSteps(engine._engine.optimizer, engine._loss_in_graph, max_norm=0.5)
+        if engine._graphed is None and is_graphed:  # ZeRO-1
+            take_graphed_steps(engine, clipping=0.5)
         found.extend((name, weakref.ref(thing)) for name, thing in _large(engine))
 
     def compile_plain(model: MosaGPTModel, kernels: KernelBackend, overlaps: bool) -> None:
         compile_layers(model, naive, kernels.linear_cross_entropy, "aot_eager", overlaps)
 
     overlaps = config.parallel.tensor_model_parallel_size > 1
-    choice = Acceleration(compiles_layers=True, hindrance="on cpu", overlaps=overlaps)
+    is_sharded = is_graphed and config.parallel.zero_stage > 1
+    choice = Acceleration(True, is_sharded, hindrance="on cpu", overlaps=overlaps)
     with (
         parallel(config) as layout,
         mock.patch.object(deepspeed_engine, "choose_acceleration", lambda *_: choice),
         mock.patch.object(MosaGPTModel, "compile_layers", compile_plain),
         mock.patch.object(DeepSpeedEngine, "__init__", build_as_on_a_gpu),
+        mock.patch.object(torch.cuda, "Stream"),
+        mock.patch.object(torch.cuda, "set_stream"),
         mock.patch.object(graphed, "WARM_UPS", 1 << 30),
     ):
         measure(
@@ -53,13 +57,13 @@ def left(config: Config, is_graphed: bool) -> tuple[list[str], int]:
 
 def left_on_gpu(config: Config) -> tuple[str, list[int]]:
     """What a measurement ran, and the bytes that each of two leaves allocated."""
-    left, acceleration = [], ""
-    with parallel(config) as layout:
+    left, chosen = [], ""
+    with parallel(config) as layout, mock.patch.object(acceleration, "GRAPHED_STAGES", (1, 2, 3)):
         before = release_memory()
         for _ in range(2):
-            acceleration = measure(config, layout, steps=2, warmup=4, times_loop=False).acceleration
+            chosen = measure(config, layout, steps=2, warmup=4, times_loop=False).acceleration
             left.append(release_memory() - before)
-    return acceleration, left
+    return chosen, left
 
 
 def _large(engine: DeepSpeedEngine) -> Iterator[tuple[str, Any]]:

@@ -217,14 +217,16 @@ def load_each(config: Config, paths: list[Path]) -> list[tuple[int, float]]:
 def recorded_gradients(engine: DeepSpeedEngine) -> Iterator[dict[str, Tensor]]:
     """Yield a dictionary that the next step fills with its gathered gradients, before clipping."""
     gradients: dict[str, Tensor] = {}
-    model, step = engine.module, engine._engine.step
+    model, graphed = engine.module, engine._graphed
+    stepping, name = (engine._engine, "step") if graphed is None else (graphed, "_update")
+    step = getattr(stepping, name)
 
-    def look_and_step() -> None:
-        if engine._engine.is_gradient_accumulation_boundary():
+    def look_and_step(*args: Tensor) -> None:
+        if graphed is not None or engine._engine.is_gradient_accumulation_boundary():
             gradients.update(whole(model, {name: engine.gradient(p) for name, p in model.named_parameters()}))
-        step()
+        step(*args)
 
-    with mock.patch.object(engine._engine, "step", look_and_step):
+    with mock.patch.object(stepping, name, look_and_step):
         yield gradients
 
 

@@ -27,8 +27,24 @@ def test_losses_norms_and_moments_are_those_of_deepspeeds_steps(
     assert graphed["moments"] == pytest.approx(plain["moments"], rel=0.2)
 
 
-def test_a_non_finite_step_on_one_rank_is_skipped_on_all(workers: WorkerPools) -> None:
-    for facts in workers(2).run(graphed_tasks.around_a_poisoned_step, accumulating(2)):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_is_that_of_deepspeeds_steps_where_layers_are_reduced_one_by_one(workers: WorkerPools, stage: int) -> None:
+    config = accumulating(2, parallel__zero_stage=stage)
+    graphed, plain = (workers(2).run(graphed_tasks.steps, config, 5, is_graphed)[0] for is_graphed in (True, False))
+    assert graphed["losses"] == pytest.approx(plain["losses"], rel=3e-3)
+    assert graphed["norms"] == pytest.approx(plain["norms"], rel=3e-2)
+    assert graphed["moments"] == pytest.approx(plain["moments"], rel=0.2)
+
+
+@pytest.mark.parametrize("stages", [(3, 3), (3, 2)])
+def test_a_new_engine_goes_on_from_the_state_of_another(workers: WorkerPools, stages: tuple[int, int]) -> None:
+    straight, resumed = workers(2).run(graphed_tasks.resumed, accumulating(2), stages, 2, 2)[0]
+    assert resumed == straight
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_non_finite_step_on_one_rank_is_skipped_on_all(workers: WorkerPools, stage: int) -> None:
+    for facts in workers(2).run(graphed_tasks.around_a_poisoned_step, accumulating(2, parallel__zero_stage=stage)):
         assert facts == {"is finite": False, "is unchanged": True, "counted steps": 0, "then is finite": True}
 
 

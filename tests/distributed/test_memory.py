@@ -8,7 +8,10 @@ from tests.distributed import memory_tasks, tasks
 from tests.distributed.pool import WorkerPools
 
 
-@pytest.mark.parametrize(("zero_stage", "tensor_parallel", "is_graphed"), [(1, 1, True), (1, 2, True), (2, 1, False)])
+@pytest.mark.parametrize(
+    ("zero_stage", "tensor_parallel", "is_graphed"),
+    [(1, 1, True), (1, 2, True), (2, 1, False), (2, 1, True), (3, 1, True)],
+)
 def test_nothing_is_left_of_an_engine(
     workers: WorkerPools, zero_stage: int, tensor_parallel: int, is_graphed: bool
 ) -> None:

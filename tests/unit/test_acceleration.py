@@ -55,10 +55,38 @@ def test_collectives_run_beside_computation_if_that_is_asked_for(
     assert found.overlaps == (hindrance == "") and found.no_overlap == (hindrance or "")
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("changes", "hindrance"),
+    [
+        ({}, ""),
+        ({"train__precision": "fp32"}, "train.precision=fp32"),
+        ({"parallel__offload_optimizer": True}, "parallel.offload_optimizer=true"),
+    ],
+)
+def test_micro_batches_are_graphs_wherever_weights_and_gradients_lie(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, zero_stage: int, changes: dict, hindrance: str
+) -> None:
+    monkeypatch.setattr(acceleration, "_against_compiled_layers", lambda config, layout: iter(()))
+    monkeypatch.setattr(acceleration, "GRAPHED_STAGES", (1, 2, 3))
+    config = tiny_config(**{"train__precision": "bf16", "parallel__zero_stage": zero_stage} | changes)
+    found = choose_acceleration(config, layout)
+    assert (found.uses_graphs, found.hindrance) == (not hindrance, hindrance)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_graphs_that_have_not_run_on_gpus_are_not_taken(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, zero_stage: int
+) -> None:
+    monkeypatch.setattr(acceleration, "_against_compiled_layers", lambda config, layout: iter(()))
+    found = choose_acceleration(tiny_config(train__precision="bf16", parallel__zero_stage=zero_stage), layout)
+    assert (found.uses_graphs, found.hindrance) == (False, f"parallel.zero_stage={zero_stage}")
+
+
 def test_the_line_says_how_far_it_goes() -> None:
     assert str(Acceleration(True, True)) == "acceleration: compiled layers, each micro-batch one CUDA graph"
-    some = Acceleration(compiles_layers=True, hindrance="parallel.zero_stage=2")
-    assert str(some) == "acceleration: compiled layers, no CUDA graphs: parallel.zero_stage=2"
+    some = Acceleration(compiles_layers=True, hindrance="train.precision=fp32")
+    assert str(some) == "acceleration: compiled layers, no CUDA graphs: train.precision=fp32"
     assert str(Acceleration(True, True, overlaps=True)).endswith("one CUDA graph, collectives beside computation")
     line = str(Acceleration(True, True, no_overlap="train.recompute=full"))
     assert line.endswith("one CUDA graph, no overlap of collectives: train.recompute=full")

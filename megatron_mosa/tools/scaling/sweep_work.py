@@ -81,7 +81,7 @@ class Work:
     def sessions(self) -> list[Session]:
         """Return what must be started: a session per number of processes, or per cell."""
         groups: dict[Any, list[Cell]] = {}
-        # DeepSpeed's ZeRO-3 keeps its memory, so that the cell after it needs new processes.
+        # Without graphs DeepSpeed's ZeRO-3 keeps its memory, so that the cell after it needs new processes.
         for cell in sorted(self.missing, key=lambda cell: (cell.processes, cell.layout.zero == 3)):
             key = cell if self.request.session_per_cell else (cell.processes, cell.fp32)
             groups.setdefault(key, []).append(cell)
