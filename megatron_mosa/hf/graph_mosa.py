@@ -62,11 +62,12 @@ class CapturedSteps:
             attention_mask: [B, columns], including the token; None if ``cache.padded`` is False.
         """
         length = cache.get_seq_length()
+        if length != self.columns or self.key != self._key(cache):  # others have changed the cache
+            self.left = 0
         self._make_room(cache, length)
         self.ids.copy_(input_ids)
         if length != self.columns:
             self.column.fill_(length)
-            self.left = 0
         if cache.padded:
             assert attention_mask is not None and self.is_valid is not None
             mask = attention_mask.to(self.ids.device, torch.bool)
@@ -104,13 +105,16 @@ class CapturedSteps:
                 rows.reserve_ahead(self.ids.new_empty(0, size, dtype=dtype), AHEAD, 2 / self.model.config.sparsity)
             self.left = STRETCH
 
-    def _run(self, cache: MosaCache) -> Tensor:
+    def _key(self, cache: MosaCache) -> tuple[tuple[int, ...], ...]:
+        """Return addresses and shapes of all that the step reads or writes and that may be replaced."""
         parts = [rows for layer in cache.layers for rows in layer.parts().values()]
         used = [tensor for rows in parts for tensor in rows.buffers()]
         used += [self.model.lm_head.weight]  # which moves with all others when a model is moved or converted
         used += [] if self.valid is None else [self.valid]
-        key = tuple((tensor.data_ptr(), *tensor.shape) for tensor in used)
-        if key != self.key:
+        return tuple((tensor.data_ptr(), *tensor.shape) for tensor in used)
+
+    def _run(self, cache: MosaCache) -> Tensor:
+        if (key := self._key(cache)) != self.key:
             self.key, self.runs, self.graph = key, 0, None
         self.runs += 1
         if not self.captures or self.runs == 1:  # compiles kernels, which a capture does not allow

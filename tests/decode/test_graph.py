@@ -89,6 +89,25 @@ def test_sequences_are_exchanged_and_caches_copied_between_steps() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("change", ["reorder", "piece"])
+@torch.no_grad()
+def test_there_is_room_after_others_have_changed_the_cache(change: str) -> None:
+    model, tokens = build("pure", num_hidden_layers=1, num_mosa_heads=24), random_tokens(2, 300)
+    cache, column = model.new_cache(), 43
+    for piece in tokens[:, :column].split((40, 1, 1, 1), dim=1):
+        model(piece, **{CACHE: cache})
+    if change == "reorder":  # allocates as many blocks as are in use
+        cache.reorder_cache(torch.tensor([1, 0]))
+    else:
+        model(tokens[:, column : column + 240], **{CACHE: cache})
+        column += 240
+    rows = cache.layers[0].mosa
+    for end in range(column + 1, column + 9):
+        model(tokens[:, end - 1 : end], **{CACHE: cache})
+        assert rows.totals[0] <= len(rows.keys) and rows.totals[1] <= BLOCK * (rows.table.shape[2] - 1)
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("inference_first", [True, False])
 def test_captured_and_other_steps_take_turns(inference_first: bool) -> None:
     model, tokens = build("hybrid", num_hidden_layers=1), random_tokens(2, LENGTH)
