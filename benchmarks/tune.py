@@ -61,7 +61,7 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "attention backward": ("attention", ATTENTION),
     "out": ("scattered", SCATTERED),
     "dX": ("scattered", SCATTERED),
-    "sum over heads": ("combine", grid(UNROLL=[8, 16], COLUMNS=[256, 512, 1024], num_warps=[1, 2, 4])),
+    "sum over heads": ("combine", grid(UNROLL=[8, 16], TAIL=[2, 4], COLUMNS=[256, 1024], num_warps=[1, 2, 4])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[128, 256], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": (

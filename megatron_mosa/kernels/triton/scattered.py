@@ -107,7 +107,7 @@ def _sum_of_rows(
 def _combine_kernel(
     p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_out, FIRST, SEQUENCES, R, T, H, FIRST_COLUMN, CHUNK,
     stride_b, stride_t,
-    K: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added."""
     # The first tokens of all sequences run first: every head may select them, and long sums must not come last.
@@ -126,9 +126,9 @@ def _combine_kernel(
             p_rows, p_entries, p_pairs, p_pair_rows, start, unrolled_end, SEQUENCES, R, H, CHUNK, m_column,
             K, PAIR, UNROLL,
         )  # fmt: skip
-    for start in range(unrolled_end, end, 4):
+    for start in range(unrolled_end, end, TAIL):
         b_sum += _sum_of_rows(
-            p_rows, p_entries, p_pairs, p_pair_rows, start, end, SEQUENCES, R, H, CHUNK, m_column, K, PAIR, 4
+            p_rows, p_entries, p_pairs, p_pair_rows, start, end, SEQUENCES, R, H, CHUNK, m_column, K, PAIR, TAIL
         )
     p_out_row = p_out + i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64) * stride_t + FIRST_COLUMN + o_column
     tl.store(p_out_row, b_sum.to(p_out.dtype.element_ty), mask=m_column)

@@ -129,13 +129,14 @@ def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, r
 
 
 def combine(width: int, each: int, has_pairs: bool) -> Tiles:
-    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output.
+    """UNROLL: products of a token, which has about ``each``, that are loaded at once, and TAIL of what is left of them;
+    COLUMNS of the output.
 
     With pairs, each product needs a row of the router, too: of many heads, only few columns stay in the L1 cache.
     """
     columns = min(power_of_2(width), 128 if has_pairs and each >= 32 else 1024)
     unroll = 32 if each >= 16 else 16 if each >= 10 else 8
-    return dict(UNROLL=unroll, COLUMNS=columns, num_warps=max(1, columns // 256))
+    return dict(UNROLL=unroll, TAIL=4, COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
