@@ -6,13 +6,13 @@ A child whose client has died is killed, as the client would have been. When sta
 from __future__ import annotations
 
 import array
+import ast
 import atexit
 import contextlib
 import ctypes
 import gc
 import importlib
 import io
-import json
 import os
 import pkgutil
 import resource
@@ -25,7 +25,9 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,9 +57,28 @@ def load() -> None:
         if not module.name.endswith(("__main__", "hybrid_model")):  # the latter needs Megatron-core 0.19
             importlib.import_module(module.name)
     share_device()
+    prepare_commands()
+    keep_libraries()
     gc.collect()
     gc.freeze()  # so that children keep sharing these pages
     assert threading.active_count() == 1  # threads of native libraries handle forks themselves
+
+
+def prepare_commands() -> None:
+    """Let all children share Typer's table of commands and options, which takes as long as most commands that fail."""
+    import typer.main
+
+    from megatron_mosa.cli import app
+
+    typer.main.get_command = cache(typer.main.get_command)
+    typer.main.get_command(app)
+
+
+def keep_libraries() -> None:
+    """Let children end without removing torch's custom ops one by one, which takes longer than many a command."""
+    for finalizer in weakref.finalize._registry:  # type: ignore[attr-defined]
+        if (known := finalizer.peek()) and getattr(known[1], "__module__", "") == "torch.library":
+            finalizer.atexit = False
 
 
 @dataclass
@@ -116,7 +137,7 @@ class Server:
             return self.forget(client)
         client.received += data
         if client.received.count(b"\n") == 2:  # the first one came with the streams
-            job = json.loads(client.received)
+            job = ast.literal_eval(client.received.decode().strip())
             client.child = os.fork()
             if client.child == 0:
                 self.become(job, client.streams)
