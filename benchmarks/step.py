@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.bench.report import slower
 
 CONFIGS = Path(__file__).parents[1] / "configs"

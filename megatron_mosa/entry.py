@@ -123,18 +123,23 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def check_output(option: str, path: Path | None, *, is_directory: bool = False) -> None:
+def check_output(option: str, path: Path | None, *, is_directory: bool = False, suffix: str = "") -> None:
     """Check that the file or directory of an option can be written, before anything is computed for it.
 
     What writes it makes missing parent directories.
 
+    Args:
+        suffix: what the name of a file must end in, unless it is a device.
+
     Raises:
-        UserError: it cannot.
+        UserError: it cannot, or has another name.
     """
     if path is None:
         return
     from megatron_mosa.utils import creation_problem  # as little as possible is imported before Ctrl-C is handled
 
+    if suffix and path.suffix != suffix and path.parts[:2] != ("/", "dev"):
+        raise UserError(f"{option} must be a file name that ends in {suffix}, got {path}")
     what = "directory" if is_directory else "file"
     if os.path.lexists(path) and os.path.isdir(path) is not is_directory:
         problem = f"is a {'file' if is_directory else 'directory'}"
@@ -229,8 +234,13 @@ def report_error(error: Exception) -> bool:
     elif not _is_first_of_node():
         _wait_for_the_first(exit_code_of(error))
     with suppress(OSError):  # it may be on the same full disk
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(line)}", file=sys.stderr, flush=True)
     return True
+
+
+def _printable(line: str) -> str:
+    """Return a line that stays one, and says nothing to the terminal, whatever the names of files contain."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def _line_of(error: Exception) -> str | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_mosa.convert.dataset import open_dataset
+    from megatron_mosa.convert.dataset import open_dataset, open_given_dataset
     from megatron_mosa.convert.formats.mosa import CheckpointReader
     from megatron_mosa.convert.formats.mosa_pytorch import import_layer
     from megatron_mosa.convert.formats.safetensors import read_json
@@ -25,6 +25,7 @@ __all__ = [
     "import_layer",
     "load_weights",
     "open_dataset",
+    "open_given_dataset",
     "open_model",
     "read_json",
     "single_process_groups",

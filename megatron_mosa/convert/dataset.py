@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from megatron_mosa.data import Mixture
 
 
+def open_given_dataset(path: Path) -> Mixture:
+    """Open the built dataset of the option ``--data``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from megatron_mosa.data import open_mixture
+
+    try:
+        return open_mixture(DataSection(path=str(path)))
+    except UserError as error:
+        raise type(error)(str(error).replace("data.path=", "--data=", 1)) from None
+
+
 def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
     """Open the built dataset at ``path``, or the one recorded in the checkpoint if ``path`` is None.
 
@@ -23,9 +37,7 @@ def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
 
     recorded = metadata.config["data"]
     section = DataSection(path=recorded.get("path"), blend=list(recorded.get("blend") or []))
-    if path is not None:
-        section = DataSection(path=str(path))
-    mixture = open_mixture(section)
+    mixture = open_mixture(section) if path is None else open_given_dataset(path)
     if not mixture.manifest.tokenizer.is_same(metadata.tokenizer):
         raise UserError(
             f"'{mixture.paths[0]}' was built with another tokenizer ({mixture.manifest.tokenizer_hash}) than the model "

@@ -79,7 +79,8 @@ def load_manifest(path: str | Path) -> Manifest:
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        problem = f"is not a dataset: it has no {MANIFEST_FILE}" if Path(path).is_dir() else "does not exist"
+        known = f"is not a dataset: it has no {MANIFEST_FILE}" if Path(path).is_dir() else "is not a directory"
+        problem = known if Path(path).exists() else "does not exist"
         raise UserError(f"data.path={path} {problem}; build it with: {_BUILD}")
     try:
         content = load_json(file)

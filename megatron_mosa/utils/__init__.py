@@ -14,6 +14,7 @@ from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
 from megatron_mosa.utils.parsing import load_json, parse_json
 from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "file_problem",
     "first_line",
     "free_megabytes",
+    "known_values",
     "lazy_face",
     "load_json",
     "log_libraries",
     "naming",
     "parse_json",
     "progress",
+    "read_record",
     "replace_directory",
     "sync",
     "tolerating",

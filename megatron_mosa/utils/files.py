@@ -61,7 +61,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
         OSError: the file could not be written; it names ``path``, and what stood there is unchanged.
     """
     content = content.encode() if isinstance(content, str) else content
-    is_device = path.exists() and not path.is_file()
+    is_device = path.is_char_device() or path.is_block_device()  # writing to a pipe would wait for its reader
     temporary = path if is_device else path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with naming(path):

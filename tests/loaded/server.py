@@ -200,7 +200,7 @@ def show_command(words: list[str]) -> None:
     """Make ``ps`` show the program's command line, in the memory of the server's last argument, which is long."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     first, last = int(fields[45]), int(fields[46])
-    text = "\0".join(words).encode()[: last - first - 1]
+    text = os.fsencode("\0".join(words))[: last - first - 1]
     ctypes.memmove(first, text.ljust(last - first, b"\0"), last - first)
 
 

@@ -15,7 +15,7 @@ from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.model import model_flops, usual_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.tools.bench import loop, measure, report
-from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.bench.profile import Kernel, kind_of, profile_steps, summarize
 from megatron_mosa.tools.bench.samples import random_batches
 from megatron_mosa.train import StepMonitor, Writers

@@ -13,10 +13,10 @@ from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_STEPS, bounds
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import load_json, read_record, write_atomically
 
 if TYPE_CHECKING:
-    from megatron_mosa.tools.bench.measure import Measurement
+    from megatron_mosa.tools.bench.measurement import Measurement
 
 
 def bench(
@@ -40,14 +40,16 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the training step of a configuration on this machine's devices; under torchrun, on several."""
-    check_output("--output", output)
+    check_output("--output", output, suffix=".json")
     settings = load_config(config, overrides or [])
     before = None if compare is None else read(compare)
     from megatron_mosa.parallel import destroy_parallel, initialize_parallel, launch_environment  # slow to import
     from megatron_mosa.tools.bench import report
     from megatron_mosa.tools.bench.measure import measure
+    from megatron_mosa.train import refuse_impossible
 
     check_world_size(settings, launch_environment()[1])
+    refuse_impossible(settings, settings.data.vocab_size)
     layout = initialize_parallel(settings.parallel.tensor_model_parallel_size, settings.run.seed)
     try:
         found = measure(settings, layout, steps, warmup)
@@ -71,11 +73,11 @@ def read(path: Path) -> Measurement:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    from megatron_mosa.tools.bench.measure import Measurement
+    from megatron_mosa.tools.bench.measurement import Measurement
 
     try:
-        return Measurement(**load_json(path))
-    except (OSError, ValueError, TypeError) as error:
+        return read_record(Measurement, load_json(path))
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a result of mosa bench --output"
         raise UserError(f"cannot read {path}: {reason}; give a file that mosa bench --output wrote") from None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.loop import LoopTime
-from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.measurement import Measurement
 
 SLOWER = 0.05  # of a step, from where on it is reported
 

@@ -19,11 +19,9 @@ def compare(
     ),
 ) -> None:
     """Compare runs: a table, and a picture of their losses over steps, tokens and seconds."""
-    if output.suffix != ".png":
-        raise UserError(f"--output must be a file name that ends in .png, got {output}")
     if len({os.path.realpath(run) for run in runs}) < len(runs):
         raise UserError("compare takes each run once; name different run directories")
-    check_output("--output", output)
+    check_output("--output", output, suffix=".png")
     from rich.console import Console  # slow to import, like matplotlib
 
     from megatron_mosa.tools.comparison.curves import plot, read_run, table

@@ -47,7 +47,8 @@ def read_run(run: Path) -> RunCurves:
         for key, points in (("loss", training), ("validation_loss", validation)):
             if line.get("tokens") is not None and line.get(key) is not None:
                 points.append((line["step"], line["tokens"], seconds, line[key]))
-    is_causal = all(line.get("causal", True) for line in lines)
+    # As of the end: heads may look ahead while their thresholds warm up.
+    is_causal = next((line["causal"] for line in reversed(lines) if "causal" in line), True)
     return RunCurves(os.path.basename(os.path.realpath(run)), run_totals(lines), is_causal, training, validation)
 
 

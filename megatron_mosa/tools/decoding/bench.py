@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mosa.config import DataSection
-from megatron_mosa.data import ValidationSamples, open_mixture
+from megatron_mosa.convert import open_given_dataset
+from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.tools.decoding.loading import check_thresholds, find_device, load_model, require_cache
@@ -58,7 +58,8 @@ def bench(options: BenchOptions, output: Path | None) -> None:
     rows: list[DecodingSpeed] = []
     for batch in options.batches:
         row = measure(model, *_tokens(model, batch, options))
-        print(f"{batch} sequences: {row.milliseconds_per_step:.2f} ms a step, {row.tokens_per_second:,.0f} tokens/s")
+        what = f"{batch} sequence{'s' * (batch > 1)}"
+        print(f"{what}: {row.milliseconds_per_step:.2f} ms a step, {row.tokens_per_second:,.0f} tokens/s")
         rows.append(row)
     if output is not None:
         facts = {"model": str(options.path), "device": name, "dtype": dtype, "data": str(options.data or "random")}
@@ -72,7 +73,7 @@ def _tokens(model: MosaForCausalLM, batch: int, options: BenchOptions) -> tuple[
     context, each = options.context, 3 * options.steps
     if options.data is None:
         return random_tokens(model, batch, context, options.steps)
-    mixture = open_mixture(DataSection(path=str(options.data)))
+    mixture = open_given_dataset(options.data)
     if mixture.manifest.vocab_size > model.config.vocab_size:
         raise UserError(
             f"--data={options.data} has a vocabulary of {mixture.manifest.vocab_size}, but the model only "

@@ -148,7 +148,7 @@ def decode_bench(
     batches, lengths = _parse_batches(batch), parse_lengths(context, "context")
     if len(lengths) > 1:
         raise UserError(f"--context must be one number of tokens, got {context}")
-    check_output("--output", output)
+    check_output("--output", output, suffix=".json")
     require_model(path)
     from megatron_mosa.tools.decoding.bench import BenchOptions, bench
 
@@ -173,7 +173,7 @@ def parse_lengths(text: str, option: str = "lengths") -> list[int]:
         UserError: a part is not a positive integer, with or without k.
     """
     lengths = set()
-    example = "8k" if option == "context" else "a list such as 1000,4k,128k"
+    example = "a number such as 1000 or 8k" if option == "context" else "a list such as 1000,4k,128k"
     for part in text.split(","):
         digits = part.strip().lower()
         factor = 1024 if digits.endswith("k") else 1
@@ -188,6 +188,11 @@ def parse_lengths(text: str, option: str = "lengths") -> list[int]:
 
 def _parse_batches(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and 1 <= int(word) <= _MOST_SEQUENCES for word in words):
-        raise UserError(f"--batch must be numbers of sequences from 1 to {_MOST_SEQUENCES:,}, such as 1,64, got {text}")
-    return sorted(map(int, words))
+    if not all(word.isdecimal() and len(word) < 20 and 1 <= int(word) <= _MOST_SEQUENCES for word in words):
+        raise UserError(
+            f"--batch must be numbers of sequences from 1 to {_MOST_SEQUENCES:,}, such as 1,64, got {text or 'none'}"
+        )
+    numbers = list(map(int, words))
+    if twice := next((number for number in numbers if numbers.count(number) > 1), None):
+        raise UserError(f"--batch={text}: {twice} is given twice; give it once")
+    return sorted(numbers)

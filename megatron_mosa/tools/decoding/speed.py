@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 
 _PIECE = 32_768  # tokens of the context per call; the kernels of training read the first one
@@ -48,6 +50,9 @@ def measure(model: MosaForCausalLM, context: Tensor, tokens: Tensor) -> Decoding
     Args:
         context: tokens [1, T].
         tokens: what the sequences continue with, [B, 3 N]: N steps of warm-up, and two repetitions of N timed steps.
+
+    Raises:
+        UserError: the copies need more memory than the device has.
     """
     device = model.device
     batch, steps = len(tokens), tokens.shape[1] // 3
@@ -58,6 +63,7 @@ def measure(model: MosaForCausalLM, context: Tensor, tokens: Tensor) -> Decoding
         for piece in context.split(_PIECE, dim=1):
             model(piece, logits_to_keep=1, **{CACHE: cache})
         prefill = _now(device) - start
+    _check_memory(batch * sum(allocated for allocated, _ in cache.bytes().values()), batch, context.shape[1], device)
     cache.batch_repeat_interleave(batch)
     for step in range(steps):  # warm-up, in which kernels are chosen and buffers grow
         model(tokens[:, step : step + 1], **{CACHE: cache})
@@ -78,6 +84,18 @@ def measure(model: MosaForCausalLM, context: Tensor, tokens: Tensor) -> Decoding
         cache_gib=sum(used for _, used in sizes) / 2**30,
         cache_allocated_gib=sum(allocated for allocated, _ in sizes) / 2**30,
     )
+
+
+def _check_memory(needed: int, batch: int, context: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"--batch={batch} needs {needed / 2**30:,.1f} GiB for keys and values of --context={context}, but this "
+            f"device has {memory / 2**30:,.1f} GiB; lower one of them"
+        )
 
 
 def _now(device: torch.device) -> float:

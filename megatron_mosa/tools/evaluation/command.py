@@ -115,15 +115,13 @@ def _device(name: str) -> Any:
 
 def _dataset(model: ModelReader, path: Path | None) -> Mixture:
     """Open the given dataset, or the one that the model was trained on."""
-    from megatron_mosa.config import DataSection
-    from megatron_mosa.convert import CheckpointReader, open_dataset
-    from megatron_mosa.data import open_mixture
+    from megatron_mosa.convert import CheckpointReader, open_dataset, open_given_dataset
 
     if isinstance(model, CheckpointReader):
         return open_dataset(model.metadata, path)
     if path is None:
         raise UserError(f"'{model.path}' does not record its dataset; pass a built dataset: --data PATH")
-    mixture = open_mixture(DataSection(path=str(path)))
+    mixture = open_given_dataset(path)
     if mixture.manifest.vocab_size > model.vocab_rows:  # an exported model does not record its tokenizer's hash
         raise UserError(
             f"--data={path} has a vocabulary of {mixture.manifest.vocab_size}, but '{model.path}' only "

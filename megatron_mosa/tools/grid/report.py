@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_mosa.errors import RunError
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.metrics import load_pyplot
 from megatron_mosa.tools.comparison.curves import plot, read_run
 from megatron_mosa.tools.grid.match import matched
@@ -17,7 +16,7 @@ from megatron_mosa.tools.grid.match import table as match_table
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.plots import plot_costs
 from megatron_mosa.tools.grid.results import DONE, Row
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 _EQUAL = {
     "paper_flops": "forward FLOPs by the paper's formulas",
@@ -67,8 +66,8 @@ def _plot_all(rows: Sequence[Row], folder: Path, output: Path) -> dict[tuple[str
 
 def _command(folder: Path) -> str:
     """Return the command that trained the grid, as far as its folder says."""
-    with suppress(OSError, ValueError):
-        return f"mosa isoflop run {json.loads((folder / 'grid.json').read_text(encoding='utf-8'))['file']}"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return f"mosa isoflop run {load_json(folder / 'grid.json')['file']}"
     return "mosa isoflop run"
 
 
@@ -78,7 +77,10 @@ def _plot(place: Place, folder: Path, output: Path) -> list[str]:
         place, f"{place.size} on {place.corpus}: equal {_EQUAL[place.models[0].row.equal]}", output / f"{stem}.png"
     )
     runs = [folder / "runs" / row.cell for model in place.models for row in model.rows[:1]]
-    found = [read_run(run) for run in runs if (run / "metrics.jsonl").is_file()]
+    found = []
+    for run in runs:
+        with suppress(UserError):  # without losses, as when the directories of runs have been removed
+            found.append(read_run(run))
     if not found:
         return [f"{stem}.png"]
     plot(found, output / f"{stem}-losses.png")

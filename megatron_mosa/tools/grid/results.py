@@ -17,7 +17,7 @@ from megatron_mosa.metrics import read_journal, run_totals
 from megatron_mosa.model import model_flops, paper_flops, parameter_count
 from megatron_mosa.tools.grid.kinds import kv_bytes
 from megatron_mosa.tools.grid.plan import Cell, config_hash
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import known_values, load_json, parse_json, read_record, write_atomically
 
 RESULTS = "results.jsonl"
 KV_TOKENS = 8192
@@ -200,17 +200,24 @@ def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | No
     }
 
 
-def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    causal, leak = found["causal"], found["leak"] or {}
-    values = {
-        "evaluated_loss": found["full_sequence"]["loss"],
-        "causal_loss": None if causal is None else causal["loss"],
-        "leak": leak.get("mean"),
-        "leak_error": leak.get("error"),
-        "flip_rate": found["flip_rate"],
-    }
+def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply.
+
+    None if there is no such file, or it is damaged, so that the model is evaluated again.
+    """
+    try:
+        found = load_json(path)
+        causal, leak = found["causal"], found["leak"] or {}
+        measured = {
+            "evaluated_loss": found["full_sequence"]["loss"],
+            "causal_loss": None if causal is None else causal["loss"],
+            "leak": leak.get("mean"),
+            "leak_error": leak.get("error"),
+            "flip_rate": found["flip_rate"],
+        }
+        values = known_values(Row, measured)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
     reasons = {"causal_loss": "it has no causal counterpart", "flip_rate": "it has no MoSA heads, which select tokens"}
     return values, {name: reason for name, reason in reasons.items() if values[name] is None}
 
@@ -239,15 +246,13 @@ def read_results(folder: Path) -> list[Row]:
     path = folder / RESULTS
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS}; give the output directory of mosa isoflop run")
-    known = {item.name for item in fields(Row)}
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            values = json.loads(line)
-            rows.append(Row(**{key: value for key, value in values.items() if key in known}))
-        except (ValueError, TypeError, AttributeError) as error:
+            rows.append(read_record(Row, parse_json(line)))
+        except ValueError as error:
             raise UserError(
-                f"{path}, line {number} is not a result of mosa isoflop run ({' '.join(str(error).split())}); repeat "
+                f"{path}, line {number} is not a result of mosa isoflop run: {' '.join(str(error).split())}; repeat "
                 "that command to write the file again"
             ) from None
     if not rows:

@@ -27,7 +27,7 @@ from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, write_results
 from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 
 def run_grid(request: Request) -> list[Row]:
@@ -92,7 +92,7 @@ def prepare_output(folder: Path, grid: Grid) -> None:
             raise UserError(f"--output={folder} is a file; give a directory")
         if file.is_file():
             try:
-                earlier = json.loads(file.read_text(encoding="utf-8"))
+                earlier = load_json(file)
                 differ = [key for key, value in identity.items() if earlier[key] != value]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"--output={folder}: its grid.json is damaged; {fix}") from None

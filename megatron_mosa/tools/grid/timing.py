@@ -19,7 +19,7 @@ from megatron_mosa.config import Config, config_to_dict, save_config
 from megatron_mosa.errors import RunError
 from megatron_mosa.tools.grid.grid import Evaluation
 from megatron_mosa.tools.processes import end, end_with_parent
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, read_record, write_atomically
 
 _TRAIN = ("micro_batch_size", "global_batch_size", "precision", "recompute", "acceleration", "apex", "deterministic")
 
@@ -102,8 +102,7 @@ class Timings:
 
     def find(self, config: Config, vocab_size: int) -> Timing | None:
         """Return the measured step of a model on this device, if there is one."""
-        path = self.path(config, vocab_size)
-        return _read(path) if path.is_file() else None
+        return _read(self.path(config, vocab_size))
 
     def find_anywhere(self, config: Config, vocab_size: int) -> Timing | None:
         """Return the measured step of a model on this device, or else on the only other one that has one."""
@@ -119,7 +118,9 @@ class Timings:
         if (found := self.find(config, vocab_size)) is not None:
             return found
         self.start(config, vocab_size, slot).finish()
-        return _read(self.path(config, vocab_size))
+        found = self.find(config, vocab_size)
+        assert found is not None
+        return found
 
     def start(self, config: Config, vocab_size: int, slot: str) -> Measurement:
         """Begin to measure the step of a model."""
@@ -139,10 +140,7 @@ class Timings:
     def find_decoding(self, config: Config, vocab_size: int, evaluation: Evaluation) -> Decoding | None:
         """Return the measured decoding of a model on this device, or else on the only other one that has one."""
         path = _here_or_elsewhere(self.decoding_path(config, vocab_size, evaluation))
-        if path is None:
-            return None
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return Decoding({str(row["batch"]): row["milliseconds_per_step"] for row in rows}, evaluation.decode_context)
+        return None if path is None else read_decoding(path, evaluation)
 
     def start_decoding(
         self, config: Config, vocab_size: int, evaluation: Evaluation, run: Path, slot: str
@@ -160,7 +158,7 @@ class Timings:
         return self._start(arguments, path, slot, 1)
 
     def _start(self, arguments: Sequence[str], path: Path, slot: str, ranks: int | None) -> Measurement:
-        new, log = path.with_suffix(".new"), path.with_suffix(".log")
+        new, log = path.with_name(f"new-{path.name}"), path.with_suffix(".log")
         command, environment = self.launch([*arguments, "--output", str(new)], slot, ranks)
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
@@ -181,9 +179,25 @@ def _file_name(device: str) -> str:
     return re.sub(r"\W+", "_", device)
 
 
-def _read(path: Path) -> Timing:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Timing(statistics.median(found["milliseconds"]) / 1000, found["allocated_gib"], found["device"])
+def _read(path: Path) -> Timing | None:
+    """Return what ``mosa bench`` measured, or None if there is no such file, or it is damaged: it is measured again."""
+    try:
+        found = load_json(path)
+        seconds = statistics.median(map(float, found["milliseconds"])) / 1000
+        return read_record(
+            Timing, {"seconds": seconds, "peak_memory_gib": found["allocated_gib"], "device": found["device"]}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_decoding(path: Path, evaluation: Evaluation) -> Decoding | None:
+    """Return what ``mosa decode-bench`` measured, or None as ``_read``."""
+    try:
+        times = {str(row["batch"]): row["milliseconds_per_step"] for row in load_json(path)["rows"]}
+        return read_record(Decoding, {"milliseconds": times, "context": evaluation.decode_context})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _model_hash(config: Config, vocab_size: int) -> str:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,16 @@ from megatron_mosa.tools.grid.launch import Handle, Launcher
 from megatron_mosa.tools.grid.plan import Cell, Plan, config_hash
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
-from megatron_mosa.tools.grid.timing import Measurement, last_line
-from megatron_mosa.utils import naming, versions, write_atomically
+from megatron_mosa.tools.grid.timing import Measurement, last_line, read_decoding
+from megatron_mosa.utils import (
+    known_values,
+    load_json,
+    naming,
+    parse_json,
+    read_record,
+    versions,
+    write_atomically,
+)
 
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "triton")
 _POLL_SECONDS = 0.2
@@ -38,6 +46,17 @@ class _Running:
     handle: Handle
     settle: Callable[[Cell, int], None]
     """Takes the exit code."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A line of starts.jsonl."""
+
+    cell: str
+    time: float
+    alone: bool
+    device: str
+    versions: dict[str, str]
 
 
 class Work:
@@ -87,8 +106,8 @@ class Work:
         if cell.name not in self._results:
             self._results[cell.name] = {}
             with suppress(OSError, ValueError):  # a damaged one is written again: its run is complete
-                path = self.folder / "cells" / f"{cell.name}.json"
-                self._results[cell.name] = json.loads(path.read_text(encoding="utf-8"))
+                content = load_json(self.folder / "cells" / f"{cell.name}.json")
+                self._results[cell.name] = known_values(Row, content)
         return self._results[cell.name]
 
     def without_a_rate(self) -> list[str]:
@@ -161,8 +180,8 @@ class Work:
         config = cell.model.config
         missing = "not measured yet" if self._has_checkpoint(cell) else "not measured, and no checkpoint is left"
         reasons: dict[str, str] = dict.fromkeys(results.EVALUATED, missing)
-        if (path := self._evaluation_path(cell)).is_file():
-            values, reasons = results.evaluated(path)
+        if (found := results.evaluated(self._evaluation_path(cell))) is not None:
+            values, reasons = found
             row = replace(row, **values)
         decoding = self.timings.find_decoding(config, cell.model.dataset.vocab_size, asked)
         if decoding is not None:
@@ -211,10 +230,10 @@ class Work:
         save_config(config, path)
         launcher = self.launcher
         handle = launcher.start(cell.name, path, config.run.path, self._log(cell))
-        start = {"cell": cell.name, "time": time.time(), "alone": launcher.is_alone, "device": launcher.device}
+        start = _Start(cell.name, time.time(), launcher.is_alone, launcher.device, versions(*_PACKAGES))
         path = self.folder / "starts.jsonl"
         with naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(start | {"versions": versions(*_PACKAGES)}) + "\n")
+            file.write(json.dumps(asdict(start)) + "\n")
         self._running.append(_Running(cell, handle, self._settle_training))
         print(f"{self._counter()} {cell.name}: training", flush=True)
 
@@ -236,13 +255,13 @@ class Work:
         else:
             result = {"status": results.FAILED, "reason": f"exit code {code}: {last_line(log)}"}
             said = f"failed: {result['reason']}"
-        starts = [start for start in self._starts() if start["cell"] == cell.name]
+        starts = [start for start in self._starts() if start.cell == cell.name]
         result |= {
             "config_hash": config_hash(config),
             "dataset_hash": cell.model.dataset.fingerprint,
             "starts": len(starts),
-            "step_alone": all(start["alone"] for start in starts),
-            "device": ", ".join(dict.fromkeys(start["device"] for start in starts)),
+            "step_alone": all(start.alone for start in starts),
+            "device": ", ".join(dict.fromkeys(start.device for start in starts)),
             "versions": versions(*_PACKAGES),
             "finished": time.time(),
         }
@@ -256,7 +275,7 @@ class Work:
         return (
             self.request.grid.evaluation is not None
             and self.result(cell).get("status") == results.DONE
-            and not self._evaluation_path(cell).is_file()
+            and results.evaluated(self._evaluation_path(cell)) is None
             and self._has_checkpoint(cell)
         )
 
@@ -337,7 +356,7 @@ class Work:
         for cell in filter(self.is_settled, self.cells()):
             config, vocab_size = cell.model.config, cell.model.dataset.vocab_size
             path = self.timings.path(config, vocab_size)
-            if path not in seen and not path.is_file():
+            if path not in seen and self.timings.find(config, vocab_size) is None:
                 seen.add(path)
                 yield f"{cell.model.name}: measuring a step alone", partial(self.timings.start, config, vocab_size)
 
@@ -352,7 +371,7 @@ class Work:
                 if not is_done or looks_ahead(model.config) or not self._has_checkpoint(cell):
                     continue
                 path = self.timings.decoding_path(model.config, model.dataset.vocab_size, asked)
-                if not path.is_file():
+                if read_decoding(path, asked) is None:
                     found.setdefault(path, cell)
         return list(found.values())
 
@@ -394,11 +413,11 @@ class Work:
     def _log(self, cell: Cell) -> Path:
         return self.folder / "logs" / f"{cell.name}.log"
 
-    def _starts(self) -> list[dict[str, Any]]:
+    def _starts(self) -> list[_Start]:
         found = []
         for line in (self.folder / "starts.jsonl").read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # cut off by a crash
-                found.append(json.loads(line))
+                found.append(read_record(_Start, parse_json(line)))
         return found
 
     # --- progress

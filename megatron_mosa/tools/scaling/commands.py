@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_mosa.config import Config, load_config
+from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_HEADS, MOST_MINUTES, MOST_PROCESSES, MOST_STEPS, bounds
 from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
@@ -140,6 +142,7 @@ def sweep(
     deadline = None if time_limit is None else time.time() + 60 * time_limit
     counts = parse_counts(processes) if processes is not None else []
     options = sbatch_options(slurm, gpus_per_node, partition, account, sbatch_argument)
+    check_output("--output", output, is_directory=True)
     if job_per_layout and not slurm:
         raise UserError("--job-per-layout needs --slurm; give it, or leave both out to measure on this machine")
     from megatron_mosa.tools.scaling.cells import plan_cells
@@ -160,6 +163,7 @@ def sweep(
 
     flags = ["--reference", "fp32"] * (reference == "fp32") + ["--random-tokens"] * random_tokens
     output = output or settings.run.path.with_name(f"{settings.run.name}-sweep")
+    _check_beside(beside or [], output)
     request = Request(
         settings,
         cells,
@@ -192,6 +196,14 @@ def sweep(
     if time_limit is not None:
         options.append(f"--time={max(1, round(time_limit))}")
     run_sweep(request, SlurmRun(output.absolute(), gpus_per_node or 0, tuple(options)), force=force)
+
+
+def _check_beside(folders: list[Path], output: Path) -> None:
+    seen = {os.path.realpath(output)}
+    for folder in folders:
+        if (path := os.path.realpath(folder)) in seen:
+            raise UserError(f"--beside={folder} is --output itself or given twice; give other sweeps, each once")
+        seen.add(path)
 
 
 def _command(

@@ -170,7 +170,10 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
 
 def _what_fits(config: Config, processes: int) -> str:
     """Return the advice for when no layout fits ``processes``: the nearest numbers for which one does."""
-    fewer = next((count for count in range(processes - 1, 0, -1) if valid_layouts(config, count)), None)
+    heads = math.gcd(config.model.num_dense_heads, config.mosa.num_heads)
+    batches = _divisors(config.train.global_batch_size)
+    candidates = {tp * dp for tp in _divisors(heads) for dp in batches if tp * dp < processes}
+    fewer = next((count for count in sorted(candidates, reverse=True) if valid_layouts(config, count)), None)
     batch = max(1, round(config.train.global_batch_size / processes)) * processes  # one or more samples per rank
     fixes = [f"--processes={fewer}"] if fewer else []
     if valid_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
@@ -192,8 +195,9 @@ def _number(text: str, key: str, value: str) -> int:
         number = int(value)
     except ValueError:
         raise UserError(f"--layout {text}: {key} must be an integer, got {value}") from None
-    if number > _MOST[key]:
-        raise UserError(f"--layout {text}: {key} must be at most {_MOST[key]}, got {value}")
+    least = 0 if key == "zero" else 1
+    if not least <= number <= _MOST[key]:
+        raise UserError(f"--layout {text}: {key} must be at least {least} and at most {_MOST[key]}, got {value}")
     return number
 
 
@@ -204,4 +208,5 @@ def _boolean(text: str, key: str, value: str) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})

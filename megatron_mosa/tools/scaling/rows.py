@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.tools.bench.measure import Measurement
+from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.bench.report import time_by_kind
 from megatron_mosa.tools.scaling.cells import Cell

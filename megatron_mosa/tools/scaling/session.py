@@ -32,9 +32,10 @@ from typing import Any
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.parallel import LOST_CONNECTION, job_port
 from megatron_mosa.resilience import job_end
+from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import load_json, read_record, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
@@ -115,6 +116,22 @@ class Session:
         return Path(self.folder, "logs", f"{self.name}-{number}.log")
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """What every result of a cell has."""
+
+    cell: dict[str, Any]
+    finished: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the result of a cell that failed has besides."""
+
+    reason: str
+    status: str = "failed"
+
+
 def result_path(folder: str | Path, cell: str) -> Path:
     """Return the file of a cell's result, by the cell's name."""
     return Path(folder, "layouts", f"{cell}.json")
@@ -129,12 +146,24 @@ def read_result(folder: str | Path, cell: str) -> dict[str, Any] | None:
     path = result_path(folder, cell)
     if not path.is_file():
         return None
+    found = _read_file(path)
+    return found[1] if found is not None and found[0].name == cell else None
+
+
+def all_results(folder: str | Path) -> list[tuple[Cell, dict[str, Any]]]:
+    """Return all cells with a result or a failure, in the order in which they ended; damaged files are left out."""
+    found = [one for path in sorted(Path(folder, "layouts").glob("*.json")) if (one := _read_file(path)) is not None]
+    return sorted(found, key=lambda one: one[1]["finished"])
+
+
+def _read_file(path: Path) -> tuple[Cell, dict[str, Any]] | None:
     try:
         result = load_json(path)
-        is_own = "cell" not in result or Cell.from_dict(result["cell"]).name == cell
-    except (ValueError, TypeError, KeyError):
+        read_record(_Failure if "reason" in result else Measurement, result)
+        read_record(_Ended, result)
+        return Cell.from_dict(result["cell"]), result
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return result if is_own and isinstance(result, dict) else None
 
 
 def is_measured(folder: str | Path, cell: str) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.rows import Sweep, make_rows
+from megatron_mosa.tools.scaling.session import all_results
 from megatron_mosa.tools.scaling.sweep_request import Request
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 _OWN = (
     "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs",
@@ -53,10 +53,10 @@ def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
             "next to what is there"
         )
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+        difference = _difference(load_json(file), identity)
+    except (ValueError, AttributeError):
         raise UserError(f"--output={folder}: its request.json is damaged; {fix}") from None
-    if difference := _difference(earlier, identity):
+    if difference:
         raise UserError(f"--output={folder} holds another sweep: {difference}; {fix}")
 
 
@@ -78,13 +78,12 @@ def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Swee
         UserError: there is none, or it measured something else.
     """
     try:
-        theirs = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("layouts/*.json"))]
-        results, their_versions = [(Cell.from_dict(result["cell"]), result) for result in found], theirs["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
+        theirs = load_json(folder / "request.json")
+        difference, their_versions = _difference(theirs, ours), theirs["versions"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--beside={folder} does not hold a sweep; give the --output of another one") from None
-    ours = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
-    if difference := _difference(theirs, ours):
+    if difference:
         raise UserError(f"--beside={folder} measured something else: {difference}")
     batch = request.config.train.global_batch_size
     return Sweep(
@@ -93,7 +92,7 @@ def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Swee
         global_batch=batch,
         weak=request.weak,
         precision=request.config.train.precision,
-        rows=make_rows(results, batch, request.weak, None),
+        rows=make_rows(all_results(folder), batch, request.weak, None),
         device=request.device,
         command="",
         versions=their_versions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from megatron_mosa.config import Config, config_to_dict
@@ -10,7 +9,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, reference_cell
 from megatron_mosa.tools.scaling.memory import Card, host_gib, least_gib
 from megatron_mosa.tools.scaling.rows import Row, Sweep, make_rows
-from megatron_mosa.tools.scaling.session import Session, is_measured, other_card, read_result
+from megatron_mosa.tools.scaling.session import Session, all_results, is_measured, other_card, read_result
 from megatron_mosa.tools.scaling.sweep_request import PACKAGES, Request
 from megatron_mosa.utils import versions
 
@@ -62,13 +61,11 @@ class Work:
         needed = self.least(cell)
         if room is None or needed <= room:
             return ""
-        return f"needs at least {needed:.0f} GiB on each rank, which has {room:.0f}"
+        return f"needs at least {needed:,.3g} GiB on each rank, which has {room:,.3g}"
 
     def _earlier(self) -> list[Cell]:
         """Return the cells measured by earlier calls, in their order."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("layouts/*.json")]
-        found.sort(key=lambda result: result["finished"])
-        cells = [Cell.from_dict(result["cell"]) for result in found if "reason" not in result]
+        cells = [cell for cell, result in all_results(self.folder) if "reason" not in result]
         return [cell for cell in cells if is_measured(self.folder, cell.name)]
 
     def refuse_other_cards(self, here: Card) -> None:

@@ -34,9 +34,18 @@ from megatron_mosa.parallel import (
     launch_environment,
     use_deterministic_algorithms,
 )
-from megatron_mosa.tools.bench.measure import Batches, Measurement, Profiling, measure
+from megatron_mosa.tools.bench.measure import Batches, Profiling, measure
+from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.tools.scaling.session import NO_MEMORY, NO_TIME, Event, Session, other_card, write_result
+from megatron_mosa.tools.scaling.session import (
+    NO_MEMORY,
+    NO_TIME,
+    Event,
+    Session,
+    all_results,
+    other_card,
+    write_result,
+)
 from megatron_mosa.train import ResumePoint, check_start, learning_rate, training_samples
 from megatron_mosa.utils import naming
 
@@ -139,11 +148,10 @@ class Worker:
 
     def _check_card(self) -> None:
         name = torch.cuda.get_device_name()
-        for path in Path(self.session.folder, "layouts").glob("*.json"):
-            with suppress(OSError, ValueError):
-                theirs = json.loads(path.read_text(encoding="utf-8")).get("device", name)
-                if theirs != name:
-                    raise UserError(other_card(self.session.folder, theirs, name))
+        for _, result in all_results(self.session.folder):
+            theirs = result.get("device", name)
+            if theirs != name:
+                raise UserError(other_card(self.session.folder, theirs, name))
 
     def _phase_seconds(self) -> dict[str, float]:
         begins = [*self.phases.values(), time.time()]

@@ -1,0 +1,69 @@
+"""Dataclasses from JSON that may be damaged, or that another version has written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Record = TypeVar("Record")
+
+
+def read_record(kind: type[Record], content: Any) -> Record:
+    """Return the dataclass ``kind`` with the values of a JSON object; keys that it does not know are left out.
+
+    Raises:
+        ValueError: it is not an object, lacks a value, or has one of another type.
+    """
+    values = known_values(kind, content)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"it has no {field.name}")
+    return kind(**values)
+
+
+def known_values(kind: type, content: Any) -> dict[str, Any]:
+    """Return those values of a JSON object that are fields of the dataclass ``kind``.
+
+    Types are checked as far as JSON tells them apart, below lists and mappings, too; numbers must be finite.
+
+    Raises:
+        ValueError: it is not an object, or a value has another type.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    hints = _hints(kind)
+    values = {name: value for name, value in content.items() if name in hints}
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name} has a value of another type")
+    return values
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(one, parts[1]) for one in value.values())
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    return True  # of a class of its own, which checks itself
