@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake as every other one: in one line."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("config, section.key=value", "config")  # argparse names optional arguments, too
         raise UserError(f"{message}; see pretrain_mosa.py --help")
 
 

@@ -148,4 +148,4 @@ def command_line() -> object:
         if not (message := str(format_message()).strip().rstrip(".")):
             return USAGE_ERROR  # a group without a command has shown its help
         command = getattr(getattr(error, "ctx", None), "command_path", "mosa")
-    raise UserError(f"{message}; see {command} --help")
+    raise UserError(f"{message}{' See' if message.endswith('?') else '; see'} {command} --help")

@@ -1,10 +1,10 @@
-"""Bounds of the numbers on the command line."""
+"""Bounds of the numbers on the command line, and options that several commands have."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -42,3 +42,14 @@ def bounds(
         return value
 
     return check
+
+
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        metavar="MINUTES",
+        callback=bounds(above=0, most=MOST_MINUTES),
+        help="Save and stop by then; the same command continues later.",
+    ),
+]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mosa.checkpoint.manifest import DamagedError
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import load_json
+from megatron_mosa.utils import load_json, read_record
 
 if TYPE_CHECKING:
     from megatron_mosa.data import TokenizerIdentity
@@ -85,7 +85,7 @@ def read_metadata(path: Path) -> Metadata:
         content = load_json(file)
         version = content["format_version"]
         if int(version) <= FORMAT_VERSION:
-            return Metadata(**content)
+            return read_record(Metadata, content)
     except OSError as error:
         raise DamagedError(f"metadata.json cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -19,12 +19,15 @@ def number_of_processes(gpus: int, chosen: str) -> int:
     """Return ``chosen``, or how many of the GPUs are a power of two, by which batch sizes divide; on a CPU, 2.
 
     Raises:
-        UserError: ``chosen`` is not a positive number.
+        UserError: ``chosen`` is not a positive number, or far more than this machine has processors for.
     """
     if not chosen:
         return 2 ** (gpus.bit_length() - 1) if gpus else 2
-    if not chosen.isdecimal() or not int(chosen):
+    most = max(16, gpus, 4 * (os.cpu_count() or 1))  # each takes half a gigabyte before it trains anything
+    if not chosen.isdecimal() or not int(chosen) or len(chosen) > 9:
         raise UserError(f"NPROC must be a positive number of processes, got {chosen}")
+    if int(chosen) > most:
+        raise UserError(f"NPROC must be at most {most} on this machine, got {chosen}")
     return int(chosen)
 
 

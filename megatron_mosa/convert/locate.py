@@ -83,6 +83,10 @@ def find_model(path: Path) -> tuple[Path, Kind]:
     if not path.exists():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; pass the folder of a checkpoint")
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        raise UserError(
+            f"'{path}' is a run without a checkpoint yet; wait for its first one (checkpoint.interval), or pass another"
+        )
     raise UserError(
         f"'{path}' does not contain a model; pass a checkpoint (metadata.json, state/), a run directory or its "
         "checkpoints/, a Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM "

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mosa.data.hashing import REBUILD
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_hash
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import load_json
+from megatron_mosa.utils import load_json, read_record
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -86,7 +86,7 @@ def load_manifest(path: str | Path) -> Manifest:
         content = load_json(file)
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            manifest = Manifest(**content)
+            manifest = read_record(Manifest, content)
             if manifest.checksum is not None and manifest.sealed() != manifest:
                 raise ValueError("its content does not match its checksum")
             return manifest

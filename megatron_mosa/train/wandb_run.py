@@ -63,13 +63,13 @@ class WandbRun:
         name = self.config.run.name
         try:
             record = load_json(self.directory / RECORD)
+            if (record["project"], record["name"]) != (self.config.logging.wandb_project, name):
+                return None
+            return {"run_id": record["id"], "title": record["title"]}
         except FileNotFoundError:  # earlier versions wrote no such file, and used the run's name as id
             return {"run_id": name, "title": name} if (self.directory / "wandb").is_dir() else None
-        except ValueError:  # a power failure left half of it
+        except (ValueError, KeyError, TypeError):  # a power failure left half of it
             return None
-        if (record["project"], record["name"]) != (self.config.logging.wandb_project, name):
-            return None
-        return {"run_id": record["id"], "title": record["title"]}
 
     def _replace(self, step: int) -> None:
         self._create(step, f"{self.config.run.name} (again from step {step + 1})")

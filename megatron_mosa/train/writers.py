@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import NON_CAUSAL, Journal, kind, scalars
 from megatron_mosa.train.wandb_run import WandbRun
-from megatron_mosa.utils import file_problem, naming, tolerating
+from megatron_mosa.utils import file_problem, first_line, naming, tolerating
 
 _NO_TENSORBOARD = "TensorBoard gets no more events"
 _NO_OUTPUT = "the output lacks some lines"
@@ -23,6 +24,8 @@ class Writers:
     """Sends each training or validation line to all outputs, on the main rank only.
 
     A run ends in order, with a checkpoint, if metrics.jsonl cannot be written; it goes on without the other outputs.
+    Lines that could not be written even at the end are only in the output of the terminal: they are those of the last
+    step, and repeating it for them would cost more than they are worth.
 
     Args:
         resumed_step: lines of later steps are dropped.
@@ -61,7 +64,8 @@ class Writers:
             return
         # Before the journal drops the lines of steps that will be repeated: WandbRun must see them.
         if self.config.logging.wandb_project:
-            self.wandb = WandbRun(self.config, self.run_directory, self.resumed_step)
+            with self._tolerating_wandb():
+                self.wandb = WandbRun(self.config, self.run_directory, self.resumed_step)
         self.journal = Journal(self.run_directory / "metrics.jsonl", self.resumed_step)
         if self.journal.damage is not None:
             self.note(self.journal.damage)
@@ -77,7 +81,8 @@ class Writers:
         if not self.is_main:
             return
         if self.wandb is not None:
-            self.wandb.rewind(step)
+            with self._tolerating_wandb():
+                self.wandb.rewind(step)
         self.journal = Journal(self.journal.path, step)
         if self.tensorboard is not None:
             self._close_tensorboard()
@@ -133,7 +138,8 @@ class Writers:
         self._write_journal()
         self._close_tensorboard()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self._tolerating_wandb():
+                self.wandb.finish()
 
     def _record(self, line: dict[str, Any]) -> None:
         per_head = {key: value for key, value in line.items() if isinstance(value, list) and _is_per_head(value)}
@@ -149,7 +155,17 @@ class Writers:
         if self.tensorboard is not None:
             self._write_tensorboard(numbers, histograms, line["step"])
         if self.wandb is not None:
-            self.wandb.log(numbers, histograms, line["step"])
+            with self._tolerating_wandb():
+                self.wandb.log(numbers, histograms, line["step"])
+
+    @contextmanager
+    def _tolerating_wandb(self) -> Iterator[None]:
+        """Go on without W&B after an error, whose type may be of any library below it, and say so once."""
+        try:
+            yield
+        except Exception as error:
+            self.wandb = None
+            self.note(f"W&B gets no more rows until the next start, which adds them: {first_line(error)}")
 
     def _write_journal(self) -> None:
         """Write the lines that are not written yet, of earlier failures too."""

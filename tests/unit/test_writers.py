@@ -236,6 +236,27 @@ def test_a_repeated_validation_is_not_dropped(settings: Config, server: Server) 
     assert server.rows[server.opened[-1]][4]["validation/validation_loss"] == 2.5
 
 
+def test_a_run_goes_on_without_wandb_and_the_next_start_catches_up(
+    settings: Config, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = opened(settings)
+    write(writers, 1, 2, OLD)
+    assert writers.wandb is not None
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the network is down")
+
+    writers.wandb.run.log = unreachable
+    write(writers, 3, 4, OLD)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "init", unreachable)
+        write(opened(settings, resumed_step=4), 5, 5, OLD)
+    assert capsys.readouterr().out.count("W&B gets no more rows until the next start, which adds them: the net") == 2
+    opened(settings, resumed_step=5)
+    (rows,) = server.rows.values()
+    assert sorted(rows) == [1, 2, 3, 4, 5]
+
+
 def test_runs_without_a_record_keep_their_id(settings: Config, server: Server) -> None:
     """The id was the run's name. Runs that started without W&B or in another project get a new one."""
     directory = Path(settings.run.directory) / settings.run.name

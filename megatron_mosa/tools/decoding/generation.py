@@ -22,6 +22,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise UserError("pass either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if file is not None:
         prompt = read_document("--prompt-file", file)
+    elif prompt and not prompt.isascii() and prompt.encode(errors="replace").decode() != prompt:
+        raise UserError("--prompt is not UTF-8 text; write it as UTF-8, or pass --prompt-file FILE")
     if not prompt:
         raise UserError(f"--{'prompt-file' if file else 'prompt'} is empty; pass at least one token of text")
     return prompt

@@ -13,7 +13,7 @@ import typer
 from megatron_mosa.config import load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
-from megatron_mosa.options import MOST_MINUTES, MOST_STEPS, bounds
+from megatron_mosa.options import MOST_STEPS, TimeLimit, bounds
 from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
 
 if TYPE_CHECKING:
@@ -37,15 +37,7 @@ def run(
             help="Cells at once. Default: one per visible GPU, or one.",
         ),
     ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit",
-            metavar="MINUTES",
-            callback=bounds(above=0, most=MOST_MINUTES),
-            help="Save and stop by then; the same command continues later.",
-        ),
-    ] = None,
+    time_limit: TimeLimit = None,
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Afterwards, measure step and decoding of each model with nothing beside it."),

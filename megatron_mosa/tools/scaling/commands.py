@@ -13,7 +13,7 @@ import typer
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
-from megatron_mosa.options import MOST_HEADS, MOST_MINUTES, MOST_PROCESSES, MOST_STEPS, bounds
+from megatron_mosa.options import MOST_HEADS, MOST_PROCESSES, MOST_STEPS, TimeLimit, bounds
 from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
 
 if TYPE_CHECKING:
@@ -108,15 +108,7 @@ def sweep(
             help="Memory of a device, to predict what fits. Default: this one's.",
         ),
     ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--time-limit",
-            metavar="MINUTES",
-            callback=bounds(above=0, most=MOST_MINUTES),
-            help="Stop by then; the same command goes on later.",
-        ),
-    ] = None,
+    time_limit: TimeLimit = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Default: {run.directory}/{run.name}-sweep.")
     ] = None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_mosa.errors import UserError
 from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.bench.report import time_by_kind
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.layouts import SweepLayout
+from megatron_mosa.utils import read_record
 
 NOT_PERFORMANCE = "functional, not performance"
 
@@ -189,8 +191,16 @@ def _kinds(found: Measurement) -> dict[str, float]:
 
 
 def measurement(result: dict[str, Any]) -> Measurement:
-    """Return the measurement in a cell's result."""
-    return Measurement(**{entry.name: result[entry.name] for entry in fields(Measurement) if entry.name in result})
+    """Return the measurement in a cell's result.
+
+    Raises:
+        UserError: it is incomplete.
+    """
+    try:
+        return read_record(Measurement, result)
+    except ValueError as error:
+        name = Cell.from_dict(result["cell"]).name
+        raise UserError(f"layouts/{name}.json is damaged: {error}; remove it to measure the layout again") from None
 
 
 def _efficiency(rows: Sequence[Row], belongs: Callable[[Row], bool]) -> dict[Cell, float]:

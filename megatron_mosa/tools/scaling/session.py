@@ -35,7 +35,7 @@ from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.utils import load_json, read_record, write_atomically
+from megatron_mosa.utils import known_values, load_json, read_record, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
@@ -159,7 +159,7 @@ def all_results(folder: str | Path) -> list[tuple[Cell, dict[str, Any]]]:
 def _read_file(path: Path) -> tuple[Cell, dict[str, Any]] | None:
     try:
         result = load_json(path)
-        read_record(_Failure if "reason" in result else Measurement, result)
+        known_values(_Failure if "reason" in result else Measurement, result)
         read_record(_Ended, result)
         return Cell.from_dict(result["cell"]), result
     except (OSError, ValueError, TypeError, KeyError):
