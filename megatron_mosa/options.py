@@ -50,6 +50,6 @@ TimeLimit = Annotated[
         "--time-limit",
         metavar="MINUTES",
         callback=bounds(above=0, most=MOST_MINUTES),
-        help="Save and stop by then; the same command continues later.",
+        help="Stop in order by then; the same command continues later.",
     ),
 ]

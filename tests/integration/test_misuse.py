@@ -7,6 +7,7 @@ Each command is a start of the loaded Python, in a directory with a dataset (dat
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -53,6 +54,23 @@ BAD_GRIDS: dict[str, tuple[dict[str, Any], str]] = {
     "relative": ({"relative_to": {"a": 1}}, "relative_to must be one of dense"),
     "long": ({"name": "g" * 300}, "name must be a name of at most 64 letters"),
     "unicode": ({"name": "größe"}, "name must be a name of at most 64 letters"),
+    "tune": (
+        {"members": {"dense": {"kind": "dense"}, "t": {"kind": "threshold", "sparsity": 8, "tune_at": [4]}}},
+        "members.t.tune_at must be a sparsity of this member",
+    ),
+    "source": (
+        {"members": {"dense": {"kind": "dense", "learning_rate_of": ["dense"]}}},
+        "members.dense.learning_rate_of must be a member with learning_rates",
+    ),
+    "both": (
+        {"members": {"dense": {"kind": "dense", "learning_rate_of": "dense", "learning_rates": [0.1]}}},
+        "stands in place of learning_rates",
+    ),
+    "itself": (
+        {"learning_rates": [0.1], "members": {"dense": {"kind": "dense", "learning_rate_of": "dense"}}},
+        "learning_rate_of must be a member with learning_rates",
+    ),
+    "twice": ({"evaluate": {"decode": [1, 1]}}, "evaluate.decode must be different integers"),
     "home": ({"base": "~nobody9/x"}, "base=~nobody9/x refers to the home directory of an unknown user"),
     "nul": ({"base": "a\0b"}, "base must be a configuration's file"),
     "folder": ({"base": "data"}, "configuration file 'data' is a directory"),
@@ -69,6 +87,23 @@ BAD_BASES = {
     "list": (["a"], "base must be the path of another YAML file"),
     "zero": ("/dev/zero", "is not a regular file"),
     "chain": ("chain20.yaml", "is file 21 of a chain; the most are 20"),
+}
+
+ROW = {
+    "cell": "a", "size": "s", "corpus": "c", "member": "m", "kind": "dense", "sparsity": None, "heads": 1,
+    "dense_heads": 1, "heads_given": True, "seed": 1, "learning_rate": 0.1, "status": "done", "causal": True,
+    "equal": "paper_flops", "relative_to": "m", "budget_share": 1.0, "paper_flops": 1, "executed_flops": 1,
+    "parameters": 1, "kv_bytes_8k": 1, "steps": 1, "tokens": 1, "loss": 1.0, "perplexity": 2.7,
+}  # fmt: skip
+# by name: content of a grid's results.jsonl, and words of the answer
+BAD_RESULTS = {
+    "empty": ("", "results.jsonl is empty"),
+    "nested": ("[" * 100_000, "line 1 is not a result of mosa isoflop run: it is nested too deeply"),
+    "list": ("[]", "it is not a JSON object"),
+    "short": ("{}", "it has no cell"),
+    "type": (json.dumps(ROW | {"loss": "low"}), "loss has a value of another type"),
+    "mapping": (json.dumps(ROW | {"decode_ms": 3}), "decode_ms has a value of another type"),
+    "infinite": (json.dumps(ROW) + "\n" + json.dumps(ROW | {"loss": math.inf}), "line 2 is not a result"),
 }
 
 # (command, exit code, words of its line): environment variables may precede the command.
@@ -336,8 +371,8 @@ MISUSES: list[tuple[str, int, str]] = [
     ("sweep CONFIG --processes 1,1000000000000", 2, "--processes must be at least 1 and at most 100000"),
     ("sweep CONFIG --memory nan", 2, "--memory must be greater than 0 and at most"),
     ("sweep CONFIG --time-limit inf", 2, "--time-limit must be greater than 0 and at most"),
-    ("sweep CONFIG --layout tp=100000000000000000000", 2, "tp must be at most 100000"),
-    ("sweep CONFIG --layout processes=100000000", 2, "processes must be at most 100000"),
+    ("sweep CONFIG --layout tp=100000000000000000000", 2, "tp must be at least 1 and at most 100000"),
+    ("sweep CONFIG --layout processes=100000000", 2, "processes must be at least 1 and at most 100000"),
     ("sweep CONFIG --slurm --gpus-per-node 100000000", 2, "--gpus-per-node must be at least 0 and at most 1024"),
     ("sweep CONFIG --slurm --gpus-per-node 1 --sbatch-argument --nodes=3", 2, "follows from the number of processes"),
     ("isoflop run none.yaml --jobs 100000000", 2, "--jobs must be at least 1 and at most"),
@@ -371,6 +406,27 @@ MISUSES: list[tuple[str, int, str]] = [
     ("sweep CONFIG --processes ''", 2, "--processes=: '' is not an integer"),
     ("config show CONFIG data.path=", 2, "data.path is empty"),
     (f"config show CONFIG optimizer.learning_rate=1{'0' * 400}", 2, "optimizer.learning_rate must be of type float"),
+    *[(f"report bad/results/{name}", 2, words) for name, (_, words) in BAD_RESULTS.items()],
+    ("isoflop match bad/results/type", 2, "loss has a value of another type"),
+    ("isoflop match bad", 2, "bad has no results.jsonl"),
+    ("report none --output /proc/x", 2, "--output=/proc/x cannot be written"),
+    (f"isoflop run {GRIDS}/good.yaml --output bad/folder", 2, "its grid.json is damaged"),
+    ("sweep CONFIG --layout tp=1 --processes 1 --output bad/folder", 2, "its request.json is damaged"),
+    ("sweep CONFIG --layout tp=1 --processes 1 --output /proc/x", 2, "--output=/proc/x cannot be written"),
+    ("sweep CONFIG --layout tp=1 --processes 1 --output s --beside s", 2, "--beside=s is --output itself"),
+    ("sweep CONFIG --layout processes=0", 2, "processes must be at least 1 and at most"),
+    ("sweep CONFIG --processes 100000 --dry-run", 2, "set --processes=16, or train.global_batch_size"),
+    ("decode-bench hf --batch 1,1", 2, "1 is given twice"),
+    ("decode-bench hf --output x.txt", 2, "--output must be a file name that ends in .json"),
+    ("bench CONFIG --output x.png", 2, "--output must be a file name that ends in .json"),
+    ("bench CONFIG model.hidden_size=65536 model.ffn_hidden_size=262144", 2, "but this machine has"),
+    ("evaluate runs/a --data none", 2, "--data=none does not exist"),
+    ("evaluate runs/a --data texts.jsonl", 2, "--data=texts.jsonl is not a directory"),
+    ("checkpoint inspect bad/step", 1, "step has a value of another type"),
+    ("checkpoint inspect runs/early", 2, "is a run without a checkpoint yet"),
+    ("checkpoint exprt runs/a out", 2, "Did you mean 'export'? See mosa checkpoint --help"),
+    ("generate hf --prompt \udc80", 2, "--prompt is not UTF-8 text"),
+    (f"{CHECK} 'data.path=a\n\x1b[2Jb'", 2, "data.path=a\\n\\x1b[2Jb does not exist"),
     # Runs side by side
     ("compare", 2, "Missing argument"),
     ("compare none", 2, "'none' has no metrics.jsonl with losses"),
@@ -521,6 +577,17 @@ def damage(folder: Path) -> None:
     chain = {"chain0": "../../config.yaml"} | {f"chain{number}": f"chain{number - 1}.yaml" for number in range(1, 21)}
     for name, base in (chain | {name: base for name, (base, _) in BAD_BASES.items()}).items():
         (bad / "bases" / f"{name}.yaml").write_text(json.dumps({"base": base}))
+    for name, (content, _) in BAD_RESULTS.items():
+        (bad / "results" / name).mkdir(parents=True)
+        (bad / "results" / name / "results.jsonl").write_text(content)
+    (bad / "folder").mkdir()
+    (bad / "folder" / "grid.json").write_text("[" * 100_000)
+    (bad / "folder" / "request.json").write_text('{"request": 3}')
+    shutil.copytree(newest, bad / "step")
+    metadata = json.loads((bad / "step" / "metadata.json").read_text()) | {"step": "last"}
+    (bad / "step" / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "runs" / "early" / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "config.yaml", folder / "runs" / "early")
     (bad / "loop").symlink_to("loop")
     (bad / "odd").mkdir()
     (bad / "odd" / "status.json").write_text('{"state": "running", "updated": 1, "step": "a", "seconds_per_step": "b"}')
