@@ -70,6 +70,10 @@ BAD_GRIDS: dict[str, tuple[dict[str, Any], str]] = {
         {"learning_rates": [0.1], "members": {"dense": {"kind": "dense", "learning_rate_of": "dense"}}},
         "learning_rate_of must be a member with learning_rates",
     ),
+    "equal": (
+        {"members": {"dense": {"kind": "dense"}, "t": {"kind": "threshold", "sparsity": [8, 8.0]}}},
+        "members.t.sparsity must be different numbers",
+    ),
     "twice": ({"evaluate": {"decode": [1, 1]}}, "evaluate.decode must be different integers"),
     "home": ({"base": "~nobody9/x"}, "base=~nobody9/x refers to the home directory of an unknown user"),
     "nul": ({"base": "a\0b"}, "base must be a configuration's file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -233,7 +233,9 @@ class _Reader:
         seeds, seeds_at = values.get("seeds", tree.get("seeds", [1])), {}
         if isinstance(seeds, dict):
             if unknown := [rho for rho in seeds if not _is_number(rho) or rho not in sparsities]:
-                raise self._wrong(f"{where}.seeds: {unknown[0]} is not a sparsity of this member; it has {sparsities}")
+                raise self._wrong(
+                    f"{where}.seeds: {unknown[0]} is not a sparsity of this member; it has {_listed(sparsities)}"
+                )
             seeds_at = {rho: self._numbers(f"{where}.seeds", given, _is_whole, 0) for rho, given in seeds.items()}
             seeds = tree.get("seeds", [1])
         rates, source = values.get("learning_rates", tree.get("learning_rates", [])), values.get("learning_rate_of")
@@ -248,7 +250,7 @@ class _Reader:
             f"{where}.tune_at",
             tune_at,
             tune_at is None or tune_at in sparsities,
-            f"a sparsity of this member: {sparsities}",
+            f"a sparsity of this member, which has {_listed(sparsities)}",
         )
         return Member(
             name=name,
@@ -313,7 +315,7 @@ class _Reader:
         self._expect(
             key,
             value,
-            is_fine and len(set(map(str, values))) == len(values),
+            is_fine and len({f"{one:g}" if fits is _is_number else one for one in values}) == len(values),  # in names
             f"different {what} of at least {least:.3g} and at most {_MOST}{',' * bool(example)}{example}",
         )
         return tuple(values)
@@ -331,6 +333,10 @@ class _Reader:
 
     def _wrong(self, message: str) -> UserError:
         return UserError(f"{self.path}: {message}")
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers) or "none"
 
 
 def _short(value: Any) -> str:
