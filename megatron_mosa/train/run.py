@@ -158,12 +158,7 @@ def _train(
     )
     _write_on_main_rank(writers.start)
     vocab_size = start.manifest.vocab_size
-    writers.note(
-        f"{start.directory}: {parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
-        f"{layout.world_size} x {layout.device.type}: tensor parallel {layout.tensor_parallel_size}, "
-        f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}"
-        + (f", {mosa_backend(config)} kernels for MoSA heads" if config.mosa.num_heads else "")
-    )
+    writers.note(f"{start.directory}: {_describe(config, vocab_size, layout)}")
     per_step = config.train.global_batch_size // (config.train.micro_batch_size * layout.data_parallel_size)
 
     def batches_from(state: TrainingState) -> Iterator[Batch]:
@@ -194,13 +189,8 @@ def _train(
     ]
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
     trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
-    if config.optimizer.warmup_steps > config.train.steps:
-        writers.note(
-            "the learning rate will not reach its peak: "
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is above train.steps={config.train.steps}"
-        )
-    if state.step >= trainer.last_step:
-        writers.note(f"nothing to do: step {state.step} has already reached train.stop_after_step={trainer.last_step}")
+    for surprise in _surprises(config, state.step, trainer.last_step):
+        writers.note(surprise)
     with ExitStack() as cleanup:
         cleanup.callback(engine.destroy)
         cleanup.callback(store.close)
@@ -215,6 +205,27 @@ def _train(
     if failure := on_main_rank(lambda: writers.failure):
         raise StorageError(f"{failure}; the run stopped at step {trainer.state.step}, {_newest(store)}")
     return trainer.stop_reason
+
+
+def _describe(config: Config, vocab_size: int, layout: Layout) -> str:
+    """Describe what is trained where, for the log."""
+    backend = f", {mosa_backend(config)} kernels for MoSA heads" if config.mosa.num_heads else ""
+    return (
+        f"{parameter_count(config, vocab_size):,} parameters, {config.train.precision}, on "
+        f"{layout.world_size} x {layout.device.type}: tensor parallel {layout.tensor_parallel_size}, "
+        f"data parallel {layout.data_parallel_size}, ZeRO {config.parallel.zero_stage}{backend}"
+    )
+
+
+def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
+    """Yield what a user may not expect of this start."""
+    if config.optimizer.warmup_steps > config.train.steps:
+        yield (
+            "the learning rate will not reach its peak: "
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is above train.steps={config.train.steps}"
+        )
+    if step >= last_step:
+        yield f"nothing to do: step {step} has already reached train.stop_after_step={last_step}"
 
 
 def _restore(
