@@ -286,6 +286,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             ["corpora.text: text has 100,000,000 training tokens", "at most 1,525", "passes: 1.97"],
         ),
         (
+            {"evaluate": {"decode_context": 1_000_000}},
+            ["evaluate.decode_context must be below 1,000,000, the tokens in the validation split of text"],
+        ),
+        (
             {"overrides": GRID["overrides"] | {"train.steps": 50}},
             ["optimizer.warmup_steps must be at most train.steps=50"],
         ),
