@@ -85,7 +85,7 @@ def read_metadata(path: Path) -> Metadata:
         content = load_json(file)
         version = content["format_version"]
         if int(version) <= FORMAT_VERSION:
-            return read_record(Metadata, content)
+            return read_record(Metadata, content, knows_all=True)
     except OSError as error:
         raise DamagedError(f"metadata.json cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:

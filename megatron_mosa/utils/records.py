@@ -12,13 +12,18 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 Record = TypeVar("Record")
 
 
-def read_record(kind: type[Record], content: Any) -> Record:
-    """Return the dataclass ``kind`` with the values of a JSON object; keys that it does not know are left out.
+def read_record(kind: type[Record], content: Any, *, knows_all: bool = False) -> Record:
+    """Return the dataclass ``kind`` with the values of a JSON object.
+
+    Args:
+        knows_all: keys that are no fields are damage; otherwise they are left out.
 
     Raises:
         ValueError: it is not an object, lacks a value, or has one of another type.
     """
     values = known_values(kind, content)
+    if knows_all and len(values) < len(content):
+        raise ValueError(f"unknown key {next(name for name in content if name not in values)!r}")
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"it has no {field.name}")
