@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, RepeatedLaunch, dot, power_of_2, strides
+from megatron_mosa.kernels.triton.common import INTERPRET, dot, launch, power_of_2, strides
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 
@@ -186,7 +186,6 @@ def scattered_product(
     multiply = _TritonProduct(values, weight, rows, parts, None if is_full else pairs, sequences, columns)
     sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
     chosen = tiles.combine(columns, heads * selected // length, sum_pairs is not None)
-    launch_sum = RepeatedLaunch(_combine_kernel)
     output, products = torch.empty_like(like), values.new_empty((heads * sequences * selected, columns))
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
@@ -197,7 +196,8 @@ def scattered_product(
                 torch.bmm(values[:, first * selected : last * selected], part, out=out)
             else:
                 multiply(products, first, last, first_column)
-            launch_sum(
+            launch(
+                _combine_kernel,
                 (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"]), 1),
                 products, rows.offsets, rows.entries, *(sum_pairs or (None, None)), output, first,
                 last - first, capacity, length, width, first_column, columns, *strides(output),
@@ -228,15 +228,14 @@ class _TritonProduct:
             PARTS=parts, PAIR=PAIR, **self.tiles,
             IS_WHOLE=width % columns == columns % self.tiles["COLUMNS"] == 0 and size == power_of_2(size),
         )  # fmt: skip
-        self.launch = RepeatedLaunch(_scattered_kernel)
 
     def __call__(self, products: Tensor, first: int, last: int, first_column: int) -> None:
         """Write the products of the sequences ``first`` to ``last - 1``."""
         batch, heads, selected, _ = self.rows.shape
         row_tiles = triton.cdiv((last - first) * selected, self.tiles["ROWS"])
         column_tiles = triton.cdiv(self.columns, self.tiles["COLUMNS"] * self.tiles["SWEEP"])
-        self.launch(
-            (row_tiles, column_tiles, heads),
+        launch(
+            _scattered_kernel, (row_tiles, column_tiles, heads),
             *self.tensors, products, first, last, batch, self.rows.token_indices.shape[1], selected, self.width,
             first_column, self.columns, *self.tensors[-1].stride(), **self.options,
         )  # fmt: skip
