@@ -75,6 +75,7 @@ def read_prompt(
         rotary_base,
         document_starts=None,
         restart_rotary=False,
-        is_full=False,  # of the backward pass alone
+        is_full=False,  # of the backward pass alone, as is the next
+        totals=[],
     )
     return Prompt(output, qkv, Rows(*rows).cu_seqlens)
