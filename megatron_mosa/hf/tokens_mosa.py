@@ -60,7 +60,7 @@ class Column(NamedTuple):
     """long [1]: number of columns, including it."""
 
     valid: Tensor | None
-    """bool [B, columns], False at padding, except at the token of this step; None: there is no padding."""
+    """bool [B, columns], which tokens are attended to: padding only by itself, in its own step. None: all."""
 
 
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ def read_record(kind: type[Record], content: Any, *, knows_all: bool = False) ->
     """Return the dataclass ``kind`` with the values of a JSON object.
 
     Args:
-        knows_all: keys that are no fields are damage; otherwise they are left out.
+        knows_all: reject keys that are not fields of ``kind``, instead of leaving them out.
 
     Raises:
         ValueError: it is not an object, lacks a value, or has one of another type.

@@ -203,7 +203,7 @@ def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | No
 def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
     """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply.
 
-    None if there is no such file, or it is damaged, so that the model is evaluated again.
+    If the file is missing or damaged, return None; the model is then evaluated again.
     """
     try:
         found = load_json(path)
