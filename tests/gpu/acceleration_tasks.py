@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.thresholds import mosa_layers, selection_buffers, update_thresholds
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine, acceleration
+from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.metrics import recorded_selection
@@ -66,11 +65,8 @@ def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def steps(config: Config, number: int) -> dict[str, Any]:
-    """Losses, norms, a validation in between, and what the first step has selected and counted.
-
-    Also with graphs that a run does not take yet.
-    """
-    with parallel(config) as layout, mock.patch.object(acceleration, "GRAPHED_STAGES", (1, 2, 3)):
+    """Losses, norms, a validation in between, and what the first step has selected and counted."""
+    with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
         results, validation, selected, thresholds = [], 0.0, [], []
         for step in range(number):
