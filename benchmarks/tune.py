@@ -44,10 +44,10 @@ GATHERED = [
     for more in [*grid(INNER=[64], num_stages=[2, 3, 4]), *grid(INNER=[32], num_stages=[4, 6])]
 ]
 SCATTERED = [
-    dict(ROWS=rows, num_warps=warps, COLUMNS=columns, SWEEP=sweep, num_stages=stages)
-    for rows, warps, columns, stages, sweep in [
-        (64, 4, 64, 2, 16), (64, 4, 64, 3, 16), (128, 4, 64, 2, 16), (128, 8, 64, 2, 16), (128, 8, 64, 2, 4),
-        (128, 8, 64, 3, 16), (128, 8, 32, 3, 16), (128, 8, 128, 2, 8), (256, 8, 64, 2, 16), (256, 8, 32, 2, 16),
+    dict(ROWS=rows, COLUMNS=columns, INNER=inner, PROGRAMS=programs, num_warps=warps, num_stages=stages)
+    for rows, columns, inner, programs, warps, stages in [
+        (128, 256, 64, 1, 8, 3), (256, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4), (128, 128, 64, 1, 8, 6),
+        (128, 128, 64, 2, 8, 2), (128, 128, 64, 2, 8, 4), (128, 128, 64, 2, 4, 2), (64, 256, 64, 2, 4, 2),
     ]
 ]  # fmt: skip
 ATTENTION = [
@@ -59,8 +59,8 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     "dA": ("gathered", GATHERED),
     "attention": ("attention", ATTENTION),
     "attention backward": ("attention", ATTENTION),
-    "out": ("scattered", SCATTERED),
-    "dX": ("scattered", SCATTERED),
+    "out": ("", []),
+    "dX": ("", []),
     "sum over heads": ("combine", grid(UNROLL=[8, 16], TAIL=[2, 4], COLUMNS=[256, 1024], num_warps=[1, 2, 4])),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[128, 256], num_warps=[4, 8], num_stages=[3, 4])),
@@ -70,7 +70,8 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     ),
     "selection": ("selection", grid(maxnreg=[48, 64, 96, 128], num_warps=[1, 4, 8, 16])),
     "rows": ("", []),
-    "ragged dX": ("", []),
+    "ragged out": ("scattered", SCATTERED),
+    "ragged dX": ("scattered", SCATTERED),
     "above": ("select_above", grid(BLOCK=[512, 1024, 2048], num_warps=[1, 2, 4])),
     "followed": ("follow", grid(BLOCK=[32, 64, 128, 256], num_warps=[1])),
     "counted": ("count_scores", grid(BLOCK=[512, 1024], num_warps=[2, 4, 8])),
@@ -105,11 +106,11 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         selection.fused_count_scores(scores, histogram.zero_())
         return histogram
 
-    def out() -> Tensor:
-        return scattered.scattered_product(saved[0], proj_weight, rows, states, is_full=True)
+    def out(is_full: bool = True) -> Tensor:
+        return scattered.scattered_product(saved[0], proj_weight, rows, states, is_full=is_full)
 
     def dx(is_full: bool = True) -> Tensor:
-        return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), is_full)
+        return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, (gating.dlogits, router), is_full)
 
     return {
         "scores": lambda: selection.fused_router_scores(states, router),
@@ -124,6 +125,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "dW_QKV": lambda: weight_gradient(dqkv, dw_qkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter),
         "dX": dx,
         "sum over heads": out,
+        "ragged out": lambda: out(False),
         "ragged dX": lambda: dx(False),
         "above": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None),
         "followed": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
@@ -131,7 +133,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     }
 
 
-ALTERNATIVES = ("sum over heads", "ragged dX", "above", "followed", "counted")  # not part of the sum
+ALTERNATIVES = ("sum over heads", "ragged out", "ragged dX", "above", "followed", "counted")  # not part of the sum
 
 
 @contextmanager

@@ -8,7 +8,8 @@ must not be set. Another version of Triton, unpacked into a directory that PYTHO
 
 What is not compiled is the same program as something that is:
 
-- Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80.
+- Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80, except
+  where later cards move tiles by descriptors.
 - Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
 - Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
   closest to the limit, and attention in one tile.
@@ -37,13 +38,13 @@ from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import cached, loss, tiles
+from megatron_mosa.kernels.triton import cached, common, loss, tiles
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
-    "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
-    "_join_kernel", "_rotate_kernel", "_cache_kernel",
+    "_pack_kernel", "_count_kernel", "_entries_kernel", "_tiles_kernel", "_combine_kernel", "_pair_kernel",
+    "_sum_kernel", "_join_kernel", "_rotate_kernel", "_cache_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
     "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
@@ -64,12 +65,14 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
+SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
     Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
     Case(torch.float32, 32, 63, (80,)),  # several tiles, the last one partly filled
+    *(Case(dtype, size, 63, (90, 100), alone=SCATTERED) for dtype, size in ((torch.float32, 32), (torch.bfloat16, 36))),
 ]
 
 
@@ -187,6 +190,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(tiles, "shared_memory", lambda device: SHARED_MEMORY[capability]),
+        mock.patch.object(common, "has_descriptors", lambda device: capability >= 90),
     ):
         for case in CASES:
             if capability in case.capabilities:

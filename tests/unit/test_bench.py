@@ -30,6 +30,7 @@ MS = 1_000_000  # nanoseconds
         ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
         ("_scattered_kernel", "MoSA"),
+        ("_tiles_kernel", "MoSA"),
         ("_swiglu_backward_kernel", "elementwise"),
         ("_accumulate_kernel", "elementwise"),
         ("triton_poi_fused__unsafe_view_gelu_gelu_backward_view_0", "elementwise"),

@@ -14,6 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -93,6 +98,19 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 232_448
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Return whether tiles are moved by descriptors: from Hopper on, and without a GPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def can_be_described(tensor: Tensor) -> bool:
+    """Return whether a descriptor can be made of a tensor, which must be aligned to 16 bytes in all dimensions."""
+    if TensorDescriptor is None or not has_descriptors(tensor.device):
+        return False
+    *outer, last = tensor.stride()
+    return last == 1 and not any(offset % 16 for offset in (tensor.data_ptr(), *(tensor.itemsize * s for s in outer)))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -100,7 +100,7 @@ def fused_attention_backward(
     dqkv = attend_backward(qkv, rows, dattended, log_sums, gating.deltas, starts, rotation)
     del dattended
     pairs = gating.dlogits, router_weight.to(gating.dlogits.dtype).contiguous()
-    dx = scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, 3, pairs, is_full)
+    dx = scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
     drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
     weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     """int32 [B * T + 1]: cumulative number of rows over the tokens of the batch, which delimits their entries."""
 
     entries: Tensor
-    """int32 [B * E * k]: for each token the slots that hold it, as e * k + slot, in the order of heads."""
+    """int32 [B * E * k]: for each token the rows that hold it, as e << ``bits_of(R)`` | row, in the order of heads."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,20 +49,25 @@ class Rows(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """``bits_of(T)``."""
+        """``bits_of(T)``, of ``token_indices``."""
         return bits_of(self.shape[3])
+
+    @property
+    def row_shift(self) -> int:
+        """``bits_of(R)``, of ``entries``."""
+        return bits_of(self.token_indices.shape[1])
 
 
 def bits_of(length: int) -> int:
-    """Return the number of bits of a position in ``token_indices``; shifts then replace divisions in kernels."""
+    """Return the number of bits of an index below ``length``; shifts then replace divisions in kernels."""
     return max(1, (length - 1).bit_length())
 
 
 @triton.jit
 def unpack_index(b_index, SHIFT: tl.constexpr):
-    """Return sequence and position of a packed token index."""
-    i_batch = b_index >> SHIFT
-    return i_batch, b_index - (i_batch << SHIFT)
+    """Return sequence and position of a packed token index, or head and row of an entry."""
+    i_outer = b_index >> SHIFT
+    return i_outer, b_index - (i_outer << SHIFT)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -131,8 +136,8 @@ def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr)
 
 @triton.jit(do_not_specialize=["B"])
 def _entries_kernel(
-    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, B, R, K, T, GROUPS,
-    SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, B, R, T, GROUPS,
+    SHIFT: tl.constexpr, ROW_SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write each row of one head to the entries of its token, behind those of the heads before it."""
     i_head = tl.program_id(1)
@@ -148,8 +153,7 @@ def _entries_kernel(
         + tl.load(p_before + o_word, mask=m_row, other=0)
         + _popcount(b_lower)
     )
-    i_slot = i_row - tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch, mask=m_row, other=0)
-    tl.store(p_entries + o_entry, i_head * K + i_slot, mask=m_row)
+    tl.store(p_entries + o_entry, (i_head << ROW_SHIFT) + i_row, mask=m_row)
 
 
 def rows_of(indices: Tensor, length: int) -> Rows:
@@ -160,15 +164,15 @@ def rows_of(indices: Tensor, length: int) -> Rows:
         length: T.
 
     Raises:
-        ValueError: B * E * k, or B times T rounded up to a power of 2, exceeds int32.
+        ValueError: E times R, or B times T, rounded up to a power of 2 each, exceeds int32.
     """
     batch, heads, selected = indices.shape
     rows, device = batch * selected, indices.device
     shift = bits_of(length)
-    if max(indices.numel(), batch << shift) >= 2**31:
+    if max(heads << bits_of(rows), batch << shift) >= 2**31:
         raise ValueError(
-            f"B * E * k = {indices.numel()} selected tokens, B = {batch} sequences of T = {length}; "
-            f"expected B * E * k and B * {1 << shift} below {2**31}"
+            f"E = {heads} heads of B * k = {rows} rows, B = {batch} sequences of T = {length}; "
+            f"expected E * {1 << bits_of(rows)} and B * {1 << shift} below {2**31}"
         )
     cu_seqlens = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), SLOTS)
@@ -187,7 +191,7 @@ def rows_of(indices: Tensor, length: int) -> Rows:
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
     _entries_kernel[(triton.cdiv(rows, ROWS), heads)](
-        token_indices, cu_seqlens, bitmap, before, offsets, entries, batch, rows, selected, length, groups,
-        SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
+        token_indices, cu_seqlens, bitmap, before, offsets, entries, batch, rows, length, groups,
+        SHIFT=shift, ROW_SHIFT=bits_of(rows), HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
     return Rows(token_indices, cu_seqlens, offsets, entries)

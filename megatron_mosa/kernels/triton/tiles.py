@@ -109,23 +109,29 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 32)
 
 
-def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, rows: int) -> Tiles:
-    """Tiles of ROWS of a head by COLUMNS of the output, SWEEP of them per program; a chunk has ``rows`` of a head."""
-    inner = parts * power_of_2(size)
-    chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=3 if inner <= 128 else 2)
+def scattered(dtype: torch.dtype, device: torch.device, inner: int, rows: int, is_described: bool) -> Tiles:
+    """Tiles of ROWS of a head by COLUMNS of the output, PROGRAMS of them at a time on a multiprocessor.
+
+    Args:
+        inner: size of the dimension that is summed over, along which a tile is INNER.
+        rows: number of rows of a head in a chunk, at most.
+        is_described: whether tiles are moved by descriptors.
+    """
+    chosen = dict(ROWS=128, COLUMNS=128, INNER=64, PROGRAMS=1, num_warps=8, num_stages=4 if is_described else 3)
     if dtype == torch.float32:
-        chosen |= dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=2)
-    elif rows <= 64 or inner <= 64:
-        chosen |= dict(ROWS=64, num_warps=4, num_stages=3)
+        chosen |= dict(ROWS=32, COLUMNS=32, INNER=32, PROGRAMS=8, num_warps=4, num_stages=2)
+    elif rows <= 64:
+        chosen |= dict(ROWS=64, PROGRAMS=2, num_warps=4, num_stages=3)
+    elif is_described and inner > 128:  # enough to do until the products are stored
+        chosen |= dict(COLUMNS=256, num_stages=3)
+    if -(-inner // 32) % 2:  # a tile of 64 would be half empty
+        chosen |= dict(INNER=32)
 
     def shared_bytes(tiles: Tiles) -> int:
-        weights = tiles["num_stages"] * tiles["COLUMNS"]
-        return dtype.itemsize * inner * (tiles["ROWS"] + weights) + 4 * tiles["ROWS"] * tiles["COLUMNS"]
+        stages = tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + tiles["COLUMNS"])
+        return tiles["PROGRAMS"] * dtype.itemsize * (stages + tiles["ROWS"] * min(tiles["COLUMNS"], 128))
 
-    limit = shared_memory(device)
-    if shared_bytes(chosen) > limit:
-        chosen |= dict(ROWS=min(64, chosen["ROWS"]), num_warps=4)
-    return _fitted(chosen, limit, shared_bytes, "COLUMNS", 16)
+    return _fitted(chosen, shared_memory(device), shared_bytes, "COLUMNS", 16)
 
 
 def combine(width: int, each: int, has_pairs: bool) -> Tiles:

@@ -17,7 +17,8 @@ KINDS = {
     "attention": ("flash", "fmha", "cudnn_generated"),
     "MoSA": (
         "_scores_kernel", "_select", "_starts_kernel", "_pack_kernel", "_count_kernel", "_entries_kernel", "_gathered",
-        "_forward_kernel", "_backward_", "_scattered", "_combine", "_weight_gradient", "_follow", "_count_scores",
+        "_forward_kernel", "_backward_", "_tiles_kernel", "_scattered", "_combine", "_weight_gradient", "_follow",
+        "_count_scores",
     ),
     "rotary embedding": ("_rotary_kernel",),
     "cross entropy": ("_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel"),
