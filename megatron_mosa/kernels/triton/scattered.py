@@ -292,7 +292,7 @@ class _RaggedProduct:
         is_transposed = weight.stride(2) != 1
         matrix = weight.mT if is_transposed else weight  # contiguous in its last dimension, if in any
         is_described = all(map(can_be_described, (values, matrix, products)))
-        chosen = tiles.scattered(values.dtype, values.device, inner, capacity, is_described)
+        chosen = tiles.scattered(values.dtype, values.device, inner, self.width, capacity, is_described)
         programs, self.tile = chosen.pop("PROGRAMS"), chosen["COLUMNS"]
         row_tiles = heads * triton.cdiv(capacity, chosen["ROWS"])  # at most
         self.grid = (

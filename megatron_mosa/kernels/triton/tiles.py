@@ -109,11 +109,12 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 32)
 
 
-def scattered(dtype: torch.dtype, device: torch.device, inner: int, rows: int, is_described: bool) -> Tiles:
+def scattered(dtype: torch.dtype, device: torch.device, inner: int, width: int, rows: int, is_described: bool) -> Tiles:
     """Tiles of ROWS of a head by COLUMNS of the output, PROGRAMS of them at a time on a multiprocessor.
 
     Args:
         inner: size of the dimension that is summed over, along which a tile is INNER.
+        width: number of columns of the output.
         rows: number of rows of a head in a chunk, at most.
         is_described: whether tiles are moved by descriptors.
     """
@@ -122,10 +123,13 @@ def scattered(dtype: torch.dtype, device: torch.device, inner: int, rows: int, i
         chosen |= dict(ROWS=32, COLUMNS=32, INNER=32, PROGRAMS=8, num_warps=4, num_stages=2)
     elif rows <= 64:
         chosen |= dict(ROWS=64, PROGRAMS=2, num_warps=4, num_stages=3)
-    elif is_described and inner > 128:  # enough to do until the products are stored
+    elif is_described and inner > 128:  # enough to multiply while the products of the last tile are stored
         chosen |= dict(COLUMNS=256, num_stages=3)
-    if -(-inner // 32) % 2:  # a tile of 64 would be half empty
+    elif not is_described and (inner % 64 or width % 128):  # masks, too, need registers
+        chosen |= dict(COLUMNS=64)
+    if inner % 64:  # tiles of 64 would be empty in part
         chosen |= dict(INNER=32)
+    chosen["COLUMNS"] = min(chosen["COLUMNS"], power_of_2(width))
 
     def shared_bytes(tiles: Tiles) -> int:
         stages = tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + tiles["COLUMNS"])
