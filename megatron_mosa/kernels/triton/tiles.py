@@ -125,6 +125,8 @@ def scattered(dtype: torch.dtype, device: torch.device, inner: int, width: int, 
         chosen |= dict(ROWS=64, PROGRAMS=2, num_warps=4, num_stages=3)
     elif is_described and inner > 128:  # enough to multiply while the products of the last tile are stored
         chosen |= dict(COLUMNS=256, num_stages=3)
+    elif is_described and inner <= 64:  # one step a tile, whose entry in the list is loaded in stages, too
+        chosen |= dict(num_stages=6)
     elif not is_described and (inner % 64 or width % 128):  # masks, too, need registers
         chosen |= dict(COLUMNS=64)
     if inner % 64:  # tiles of 64 would be empty in part
