@@ -87,7 +87,8 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         indices = selection.fused_select_tokens(scores, k, True)
         thresholds = scores.gather(-1, scores.topk(k).indices[..., -1:]).mean(0).squeeze(-1)  # a load of about 1 / rho
         histogram = torch.zeros(shape.heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
-        rows = rows_of(indices, shape.length)
+        sequences, _ = scattered.chunks_of(indices.shape, states)
+        rows = rows_of(indices, shape.length, sequences)
         rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
         saved = attention.attend(qkv, rows, scores, None)
@@ -115,7 +116,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     return {
         "scores": lambda: selection.fused_router_scores(states, router),
         "selection": lambda: selection.fused_select_tokens(scores, k, True),
-        "rows": lambda: rows_of(indices, shape.length).entries,
+        "rows": lambda: rows_of(indices, shape.length, sequences).entries,
         "qkv": lambda: gathered.gathered_product(states, rows, qkv_weight, rotation),
         "attention": lambda: attention.attend(qkv, rows, scores, None)[0],
         "out": out,

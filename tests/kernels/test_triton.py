@@ -162,22 +162,26 @@ def test_selection_on_ties(fused: KernelBackend, name: str, include_first_token:
 
 @pytest.mark.parametrize("tiles", ["as they are chosen", "small"])
 def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
-    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything."""
+    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything.
+
+    Of three sequences two make a chunk, from whose beginning the rows of entries are counted.
+    """
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     batch, length, heads, selected = 3, 10, 34, 5
     generator = torch.Generator().manual_seed(0)
     slots = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected].sort(-1).values
     slots[0, 31:, 3:] = slots[2, :, 4:] = length  # empty
-    found = rows_of(slots, length)
+    found = rows_of(slots, length, 2)
     entries = [[[] for _ in range(length)] for _ in range(batch)]
     for e in range(heads):
         token_indices = []
         for b in range(batch):
             assert found.cu_seqlens[e, b] == len(token_indices)
+            chunk_begin = int(found.cu_seqlens[e, b // 2 * 2])
             for token in slots[b, e].tolist():
                 if token < length:
-                    entries[b][token].append(e << 4 | len(token_indices))
+                    entries[b][token].append(e << 4 | len(token_indices) - chunk_begin)
                     token_indices.append(b << 4 | token)
         assert (
             found.cu_seqlens[e, batch] == len(token_indices)
@@ -212,7 +216,7 @@ def test_products_of_ragged_rows(
     counts = torch.tensor([[0] * 5, [7] * 5, [5, 4, 0, 7, 1], [0, 0, 0, 3, 0]]).T  # none, all, more than a tile, one's
     slots = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected]
     slots = torch.where(torch.arange(selected) < counts[..., None], slots, length).sort(-1).values.contiguous()
-    rows = rows_of(slots, length)
+    rows = rows_of(slots, length, 2)
     numbers = torch.randn(heads * size * width + offset, generator=generator)[offset:]
     weight = numbers.view(heads, width, size).mT if is_transposed else numbers.view(heads, size, width)
     values, like = torch.full((heads, batch * selected, size), torch.nan), torch.zeros(batch, length, width)
@@ -275,6 +279,11 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, mon
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
+def bytes_of(width: int) -> torch.Tensor:
+    """States whose products have one byte per column."""
+    return torch.empty(1, 1, width, dtype=torch.int8, device="meta")
+
+
 @pytest.mark.parametrize(
     ("width", "fewest", "most_bytes", "chunk"),
     [
@@ -291,24 +300,24 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, mon
 def test_sequences_and_columns_of_a_chunk(
     width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five sequences, whose products have one byte per column."""
+    """Five sequences of one product, with one byte per column."""
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
-    assert scattered.chunks_of(5, width, width) == chunk
+    assert scattered.chunks_of((5, 1, 1), bytes_of(width)) == chunk
 
 
 def test_few_bytes_are_one_chunk() -> None:
-    sequence = scattered.SMALL_BYTES // 4
-    assert scattered.chunks_of(4, sequence, 64) == (4, 64)
-    assert scattered.chunks_of(4, sequence + 1, 64) == (1, 64)
+    rows = scattered.SMALL_BYTES // (4 * 64)
+    assert scattered.chunks_of((4, 1, rows), bytes_of(64)) == (4, 64)
+    assert scattered.chunks_of((4, 1, rows + 1), bytes_of(64)) == (1, 64)
 
 
 def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     for width in range(2, 1200):
         for batch in (1, 2, 3, 4, 9):
-            sequences, columns = scattered.chunks_of(batch, 1000 * width, width)
+            sequences, columns = scattered.chunks_of((batch, 10, 100), bytes_of(width))
             assert sequences * columns <= batch * (width + 1) // 2
 
 

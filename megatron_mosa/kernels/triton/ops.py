@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_mosa.kernels.naive import rotary_dim
+from megatron_mosa.kernels.triton import scattered
 from megatron_mosa.kernels.triton.attention import attend, rotary_table
 from megatron_mosa.kernels.triton.attention_backward import attend_backward
 from megatron_mosa.kernels.triton.common import optional_contiguous, with_contiguous_rows
 from megatron_mosa.kernels.triton.gathered import PAIR, Gating, Rotation, gathered_product
 from megatron_mosa.kernels.triton.rows import Rows, rows_of
-from megatron_mosa.kernels.triton.scattered import scattered_product
 from megatron_mosa.kernels.triton.weights import weight_gradient
 
 
@@ -39,11 +39,12 @@ def fused_attention(
 ) -> list[Tensor]:
     """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
-    rows = rows_of(indices.contiguous(), states.shape[1])
+    sequences, _ = scattered.chunks_of(indices.shape, states)
+    rows = rows_of(indices.contiguous(), states.shape[1], sequences)
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
     qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered_product(gated, proj_weight, rows, states, is_full=is_full)
+    output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full)
     return [output, qkv, gated, log_sums, gates, *rows]
 
 
@@ -100,7 +101,7 @@ def fused_attention_backward(
     dqkv = attend_backward(qkv, rows, dattended, log_sums, gating.deltas, starts, rotation)
     del dattended
     pairs = gating.dlogits, router_weight.to(gating.dlogits.dtype).contiguous()
-    dx = scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
+    dx = scattered.scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
     drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
     weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)

@@ -21,7 +21,7 @@ from megatron_mosa.kernels.triton.common import (
     strides,
 )
 from megatron_mosa.kernels.triton.gathered import PAIR
-from megatron_mosa.kernels.triton.rows import Rows, unpack_index
+from megatron_mosa.kernels.triton.rows import Rows, bits_of, unpack_index
 
 FEWEST_CHUNKS = 4  # of the products of a layer; only one chunk at a time is in memory, until it is summed over heads
 SMALL_BYTES = 256 << 20  # products of a layer that need no more memory form one chunk
@@ -31,7 +31,7 @@ HEADS = 1024  # whose tiles a program lists at once
 WIDEST_STORE = 128  # columns; a wider tile is stored in halves, which need half as much shared memory
 
 
-@triton.jit(do_not_specialize=["SEQUENCES", "B"])
+@triton.jit(do_not_specialize=["SEQUENCES", "B", "TILES"])
 def _tiles_kernel(
     p_cu_seqlens, p_tiles, p_number, SEQUENCES, B, E, TILES, ROWS: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _product_tile(
         products.store([i_head, i_product, i_column], b_product.to(products.dtype).reshape(1, ROWS, COLUMNS))
 
 
-@triton.jit(do_not_specialize=["I_CHUNK", "FIRST_COLUMN", "COLUMN_TILES"])
+@triton.jit(do_not_specialize=["I_CHUNK", "FIRST_COLUMN", "COLUMN_TILES", "TILES", "R", "CAPACITY"])
 def _scattered_kernel(
     values, weight, products, p_pairs, p_pair_weight, p_tiles, p_number, I_CHUNK, FIRST_COLUMN, COLUMN_TILES, TILES,
     R, H, CAPACITY, CHUNK, stride_e, stride_d, stride_h,
@@ -148,70 +148,73 @@ def _scattered_kernel(
 
 @triton.jit
 def _sum_of_rows(
-    p_products, p_entries, p_cu_seqlens, p_pairs, p_pair_rows, begin, end, FIRST, B, R, K, H, CAPACITY, CHUNK, m_column,
-    SHIFT: tl.constexpr, IS_FULL: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr,
+    p_products, p_entries, p_pairs, p_pair_weight, begin, end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
+    PAIR: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Sum the next UNROLL rows of a token, up to its last one; all loads are in flight at the same time."""
     i_entry = begin + tl.arange(0, UNROLL)
     m_entry = i_entry < end
     i_head, i_row = unpack_index(tl.load(p_entries + i_entry, mask=m_entry, other=0), SHIFT)
-    if IS_FULL:
-        i_first = FIRST * K
-    else:
-        i_first = tl.load(p_cu_seqlens + i_head * (B + 1) + FIRST, mask=m_entry, other=0)
-    i_head = i_head.to(tl.int64)
     mask = m_entry[:, None] & m_column[None]
-    o_product = (i_head * CAPACITY + i_row - i_first) * CHUNK
+    i_product = (i_head * CAPACITY + i_row).to(tl.uint32)  # signed, it would need a quarter more registers
+    o_product = i_product.to(tl.int64) * CHUNK
     b_rows = tl.load(p_products[None] + o_product[:, None], mask=mask, other=0.0).to(tl.float32)
     if PAIR:
+        i_head = i_head.to(tl.int64)
         p_pair = p_pairs + (i_head * R + i_row) * PAIR
         b_pair = tl.load(p_pair, mask=m_entry, other=0.0).to(tl.float32)
         b_pair += tl.load(p_pair + 1, mask=m_entry, other=0.0).to(tl.float32)
-        b_w = tl.load(p_pair_rows[None] + (i_head * H)[:, None], mask=mask, other=0.0)
+        b_w = tl.load(p_pair_weight[None] + (i_head * H)[:, None], mask=mask, other=0.0)
         b_rows += b_pair[:, None] * b_w.to(tl.float32)
     return tl.sum(b_rows, axis=0)
 
 
-@triton.jit(do_not_specialize=["FIRST", "SEQUENCES", "B"])
+@triton.jit(do_not_specialize=["FIRST", "SEQUENCES", "R", "CAPACITY", "SHIFT"])
 def _combine_kernel(
-    p_products, p_offsets, p_entries, p_cu_seqlens, p_pairs, p_pair_weight, p_out,
-    FIRST, SEQUENCES, B, R, K, T, H, FIRST_COLUMN, CAPACITY, CHUNK, stride_b, stride_t,
-    SHIFT: tl.constexpr, IS_FULL: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_out, FIRST, SEQUENCES, R, CAPACITY, SHIFT,
+    T, H, FIRST_COLUMN, CHUNK, stride_b, stride_t,
+    PAIR: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the products of each token of a chunk; if PAIR, outer products are added."""
+    """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added."""
     # The first tokens of all sequences run first: every head may select them, and long sums must not come last.
     i_sequence, i_token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_column, i_batch = (o_column < CHUNK) & (FIRST_COLUMN + o_column < H), FIRST + i_sequence
     begin = tl.load(p_offsets + i_batch.to(tl.int64) * T + i_token)
     end = tl.load(p_offsets + i_batch.to(tl.int64) * T + i_token + 1)
-    p_columns = p_products + o_column
-    p_pair_rows = p_pair_weight + FIRST_COLUMN + o_column if PAIR else p_pair_weight
+    p_products += o_column
+    if PAIR:
+        p_pair_weight += FIRST_COLUMN + o_column
     b_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
     unrolled_end = begin + (end - begin) // UNROLL * UNROLL
     for start in range(begin, unrolled_end, UNROLL):
         b_sum += _sum_of_rows(
-            p_columns, p_entries, p_cu_seqlens, p_pairs, p_pair_rows, start, unrolled_end, FIRST, B, R, K, H, CAPACITY,
-            CHUNK, m_column, SHIFT, IS_FULL, PAIR, UNROLL,
+            p_products, p_entries, p_pairs, p_pair_weight, start, unrolled_end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
+            PAIR, UNROLL,
         )  # fmt: skip
     for start in range(unrolled_end, end, TAIL):
         b_sum += _sum_of_rows(
-            p_columns, p_entries, p_cu_seqlens, p_pairs, p_pair_rows, start, end, FIRST, B, R, K, H, CAPACITY,
-            CHUNK, m_column, SHIFT, IS_FULL, PAIR, TAIL,
+            p_products, p_entries, p_pairs, p_pair_weight, start, end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
+            PAIR, TAIL,
         )  # fmt: skip
     p_out_row = p_out + i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64) * stride_t + FIRST_COLUMN + o_column
     tl.store(p_out_row, b_sum.to(p_out.dtype.element_ty), mask=m_column)
 
 
-def chunks_of(batch: int, sequence_bytes: int, width: int) -> tuple[int, int]:
+def chunks_of(shape: tuple[int, ...], like: Tensor) -> tuple[int, int]:
     """Return the number of sequences, and of columns of their products, in a chunk.
 
     Products of at most ``SMALL_BYTES`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
     because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
     chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk has
     more than half of the products, except for an odd column.
+
+    Args:
+        shape: B, E and k of the selection.
+        like: [B, T, h] of the type of the products.
     """
+    (batch, heads, selected), width = shape, like.shape[2]
+    sequence_bytes = heads * selected * width * like.element_size()
     if batch * sequence_bytes <= SMALL_BYTES:
         return batch, width
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
@@ -240,7 +243,7 @@ def scattered_product(
     Args:
         values: [E, R, d].
         weight: [E, d, h] with any strides.
-        rows: the rows of the selection.
+        rows: the rows of the selection, with entries for the chunks of ``like``.
         like: [B, T, h]; the result has its shape, type and strides.
         pairs: [E, R, PAIR], numbers given as the sums of their columns, and [E, h]; their outer products are added.
         is_full: every slot is filled, so that the rows of some sequences are a matrix, which cuBLAS multiplies.
@@ -248,16 +251,17 @@ def scattered_product(
     Returns:
         [B, T, h].
     """
-    batch, heads, selected, length = rows.shape
-    width = like.shape[2]
-    sequences, columns = chunks_of(batch, heads * selected * width * values.element_size(), width)
-    products, output = values.new_empty((heads, sequences * selected, columns)), torch.empty_like(like)
+    (batch, heads, selected, length), width = rows.shape, like.shape[2]
+    sequences, columns = chunks_of((batch, heads, selected), like)
+    capacity = sequences * selected  # of the products of a head
+    products, output = like.new_empty((heads, capacity, columns)), torch.empty_like(like)
     multiply = None if is_full else _RaggedProduct(values, weight, rows, pairs, products, sequences)
     sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
     chosen = tiles.combine(columns, heads * selected // length, sum_pairs is not None)
     launch_sum = RepeatedLaunch(_combine_kernel)
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
+        pairs_of_chunk = (sum_pairs[0][:, first * selected :], sum_pairs[1]) if sum_pairs else (None, None)
         for first_column in range(0, width, columns):
             if multiply is None:
                 part = weight[:, :, first_column : first_column + columns]
@@ -267,10 +271,9 @@ def scattered_product(
                 multiply(first // sequences, first_column)
             launch_sum(
                 (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"]), 1),
-                products, rows.offsets, rows.entries, rows.cu_seqlens, *(sum_pairs or (None, None)), output,
-                first, last - first, batch, batch * selected, selected, length, width, first_column,
-                sequences * selected, columns, *strides(output),
-                SHIFT=rows.row_shift, IS_FULL=is_full, PAIR=PAIR if sum_pairs else 0, **chosen,
+                products, rows.offsets, rows.entries, *pairs_of_chunk, output, first, last - first, values.shape[1],
+                capacity, bits_of(capacity), length, width, first_column, columns, *strides(output),
+                PAIR=PAIR if sum_pairs else 0, **chosen,
             )  # fmt: skip
     return output
 
