@@ -193,6 +193,7 @@ def exit_code_of(error: Exception) -> int:
 
 
 SECONDS_FOR_THE_FIRST = 3.0
+_FEWEST_COLUMNS = 20
 
 _joined: list[tuple[int, Callable[[str], bool]]] = []
 _reported: list[Exception] = []
@@ -274,6 +275,14 @@ def _wait_for_the_first(code: int) -> None:
     time.sleep(SECONDS_FOR_THE_FIRST)
 
 
+def _require_folder() -> None:
+    """Raise a UserError in a directory that has been removed, where libraries end the process in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory has been removed; change to another one") from None
+
+
 def run(program: Callable[[], object]) -> int:
     """Run a program and return its exit code (``exit_codes``): its own return value if that is an integer.
 
@@ -281,6 +290,9 @@ def run(program: Callable[[], object]) -> int:
     other exception is a bug and keeps its traceback.
     """
     interrupts = _interrupts_noted()
+    columns = os.environ.get("COLUMNS", "")
+    if not (columns.isascii() and columns.isdecimal() and len(columns) <= 4 and int(columns) >= _FEWEST_COLUMNS):
+        os.environ.pop("COLUMNS", None)  # tables of no width, or of one that fills the memory, show nothing
     for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -290,6 +302,7 @@ def run(program: Callable[[], object]) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     is_first = _is_first_of_node()
     try:
+        _require_folder()
         from megatron_mosa.utils import (
             drop_known_noise,  # here, so that Ctrl-C during its imports ends in one line, too
         )

@@ -16,6 +16,7 @@ from megatron_mosa.config.schema import (
     OptimizerSection,
     ParallelSection,
     ResilienceSection,
+    RunSection,
     TrainSection,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "ResilienceSection",
+    "RunSection",
     "TrainSection",
     "blend_parts",
     "check",

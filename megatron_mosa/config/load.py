@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from megatron_mosa.config.rules import COMMAND_LINE, check
 from megatron_mosa.config.schema import Config
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import is_plain, write_atomically
 
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
@@ -24,7 +23,11 @@ _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initializ
 _BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _MOST_BASES = 20
-_BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError)
+_BROKEN = (
+    yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError, LookupError,
+    AttributeError,
+)  # fmt: skip
+"""What the readers of YAML raise: the last two for values whose tags do not fit them, as in ``!!bool x``."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
@@ -199,6 +202,8 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     key, kind = f"{section}.{name}", _TYPES[section][name]
     if key in _PATHS and value == "":
         raise UserError(f"{key} is empty; give a path, or leave it out")
+    if isinstance(value, str) and not is_plain(value):
+        raise UserError(f"{key} must be UTF-8 text without control characters, got {value!r}")
     fits = _fits(value, kind.removesuffix(" | None")) or (value is None and kind.endswith("| None"))
     if fits and key in _PATHS and isinstance(value, str):
         try:
@@ -228,12 +233,4 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, {"bool": bool, "str": str}[kind]) and _is_a_name(str(value))
-
-
-def _is_a_name(text: str) -> bool:
-    """Return whether the operating system could take a text, such as a path."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, {"bool": bool, "str": str}[kind])

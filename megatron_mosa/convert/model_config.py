@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mosa.attention import KINDS
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import first_line
 
 # Keys of MosaConfig with a direct counterpart; the rest is spelled out below.
 _SAME = {
@@ -102,6 +103,8 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
                 tree[section][name] = value
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing; importing a {kind} model requires it") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: a value has another type than expected ({first_line(error)})") from None
     return model_config(tree), theirs["vocab_size"]
 
 

@@ -27,6 +27,7 @@ _COLUMNS = (
     "model", "heads", "budget", "seeds", "learning rate", "loss", "spread", "perplexity", "loss - reference",
     "parameters", "step, ms", "memory, GiB", "KV at 8k, MiB", "causal",
 )  # fmt: skip
+_MOST_NATS = 10  # difference of losses, beyond which a share of perplexity says nothing
 _MEASURED = {"causal_loss": "made causal", "leak": "leak", "flip_rate": "flip rate", "decode_ms": "decoding"}
 """Fields of a row that are measured once a model is trained, and what the report calls them."""
 
@@ -221,6 +222,8 @@ def _signed(change: float | None) -> str:
 
 
 def _delta(difference: float) -> str:
+    if difference > _MOST_NATS:
+        return f"{difference:+.4f}"
     return f"{difference:+.4f} ({100 * math.expm1(difference):+.1f} % perplexity)"
 
 
