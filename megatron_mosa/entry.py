@@ -123,6 +123,13 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
+_OF_OTHERS = (
+    "config.json", "grid.json", "manifest.json", "metadata.json", "model.safetensors.index.json", "request.json",
+    "skip_steps.json", "status.json", "tokenizer.json", "tokenizer_config.json", "wandb.json",
+)  # fmt: skip
+"""Names of files that an option must not replace."""
+
+
 def check_output(option: str, path: Path | None, *, is_directory: bool = False, suffix: str = "") -> None:
     """Check that the file or directory of an option can be written, before anything is computed for it.
 
@@ -143,6 +150,8 @@ def check_output(option: str, path: Path | None, *, is_directory: bool = False, 
     what = "directory" if is_directory else "file"
     if os.path.lexists(path) and os.path.isdir(path) is not is_directory:
         problem = f"is a {'file' if is_directory else 'directory'}"
+    elif not is_directory and path.name in _OF_OTHERS and os.path.exists(path):
+        problem = "would replace a file of a run, a dataset or a model"
     elif not is_directory and os.path.exists(path):
         is_file = os.path.isfile(path) or os.path.realpath(path).startswith("/dev/")  # a pipe would be waited for
         why = "it is not writable" if is_file else "it is not a regular file"

@@ -109,7 +109,8 @@ def read_yaml(path: Path, what: str = "configuration file", example: str = "conf
     except OSError as error:
         raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
     except _BROKEN as error:
-        reason = " ".join(str(error).split())
+        is_bare = isinstance(error, LookupError | AttributeError)
+        reason = "a value does not fit its tag" if is_bare else " ".join(str(error).split())
         raise UserError(f"{what} '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{what} '{path}' must hold keys, as {example} does, got {type(tree).__name__}")
@@ -219,7 +220,10 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     except _BROKEN:
         pass
     hint = "; quote it" if kind.startswith("str") else ""
-    shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
+    try:
+        shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        shown = "a number of thousands of digits"
     raise UserError(f"{key} must be of type {kind}, got {shown}{hint}") from None
 
 
@@ -230,7 +234,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "list[int]":
         return isinstance(value, list) and all(_fits(item, "int") for item in value)
     if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or _fits(value, "int")
     if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, {"bool": bool, "str": str}[kind])

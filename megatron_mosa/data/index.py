@@ -108,8 +108,8 @@ class PassIndex:
             ) from None
         except (FileExistsError, NotADirectoryError):
             raise UserError(
-                f"could not write the sample index to {self.root}, which is not a directory and must be writable when a "
-                "run starts; set data.index_path to another folder"
+                f"could not write the sample index to {self.root}, which is not a directory and must be writable when "
+                "a run starts; set data.index_path to another folder"
             ) from None
         except OSError as error:
             raise UserError(

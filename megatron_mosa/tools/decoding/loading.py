@@ -143,6 +143,8 @@ def read_document(option: str, file: Path) -> str:
         UserError: it cannot be read, is not UTF-8 text, or never ends.
     """
     is_pipe_of_shell = file.parent.name == "fd"  # as in <(command)
+    if str(file) == "-" and sys.stdin is None:
+        raise UserError(f"{option}=-: standard input is closed; pass a text file")
     try:
         if str(file) != "-" and file.exists() and not (file.is_file() or file.is_dir() or is_pipe_of_shell):
             raise UserError(f"{option}={file} is not a file; pass a text file, or - for standard input")

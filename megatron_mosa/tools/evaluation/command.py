@@ -67,7 +67,7 @@ def evaluate(
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
-    check_output("--output", output)
+    check_output("--output", output, suffix=".json")
     from megatron_mosa.convert import find_model
 
     find_model(path)  # what does not exist is reported before the imports, which take seconds
@@ -96,7 +96,7 @@ def evaluate(
 
 def _multiples(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() and len(word) <= 4 and int(word) >= 2 for word in words):
+    if not all(word.isascii() and word.isdecimal() and len(word) <= 4 and int(word) >= 2 for word in words):
         raise UserError(
             f"--lengths must be comma-separated integers of at least 2 and below 10000, such as 2,4, got {text}"
         )
