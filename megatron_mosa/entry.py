@@ -128,6 +128,7 @@ _OF_OTHERS = (
     "skip_steps.json", "status.json", "tokenizer.json", "tokenizer_config.json", "wandb.json",
 )  # fmt: skip
 """Names of files that an option must not replace."""
+_NO_RESULTS = (".bin", ".distcp", ".idx", ".jsonl", ".parquet", ".safetensors", ".yaml", ".yml")
 
 
 def check_output(option: str, path: Path | None, *, is_directory: bool = False, suffix: str = "") -> None:
@@ -150,7 +151,7 @@ def check_output(option: str, path: Path | None, *, is_directory: bool = False, 
     what = "directory" if is_directory else "file"
     if os.path.lexists(path) and os.path.isdir(path) is not is_directory:
         problem = f"is a {'file' if is_directory else 'directory'}"
-    elif not is_directory and path.name in _OF_OTHERS and os.path.exists(path):
+    elif not is_directory and (path.name in _OF_OTHERS or path.suffix in _NO_RESULTS) and os.path.isfile(path):
         problem = "would replace a file of a run, a dataset or a model"
     elif not is_directory and os.path.exists(path):
         is_file = os.path.isfile(path) or os.path.realpath(path).startswith("/dev/")  # a pipe would be waited for

@@ -144,6 +144,13 @@ BAD_METADATA: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "layers": (("model", "num_layers"), "two", "num_layers has a value of another type"),
     "seed": (("run",), {"name": "a"}, "config.run has no seed"),
 }
+# by name: content of a run's metrics.jsonl
+BAD_JOURNALS = {
+    "tokens": '{"step": 1, "loss": 1.0}',
+    "digits": f'{{"step": 1, "tokens": 1, "loss": {"9" * 400}}}',
+    "steps": f'{{"step": {10**30}, "tokens": 1, "loss": 1.0}}',
+    "slow": '{"step": 1, "tokens": 1, "loss": 1.0, "tokens_per_second": 1e-300}',
+}
 # by name: what is changed in a result of mosa bench, and words of the answer
 BAD_BENCHES: dict[str, tuple[dict[str, Any], str]] = {
     "profile": ({"profile": {"kinds": 3}}, "kinds has a value of another type"),
@@ -496,7 +503,7 @@ MISUSES: list[tuple[str, int, str]] = [
     (f"{CHECK} 'data.path=a\n\x1b[2Jb'", 2, "data.path must be UTF-8 text without control characters"),
     (f"{CHECK} data.path=a\udcff", 2, "data.path must be UTF-8 text without control characters"),
     ("evaluate runs/a --output data/manifest.json", 2, "would replace a file of a run, a dataset or a model"),
-    ("evaluate runs/a --output runs/a/metrics.jsonl", 2, "--output must be a file name that ends in .json"),
+    ("evaluate runs/a --output runs/a/metrics.jsonl", 2, "would replace a file of a run, a dataset or a model"),
     ("bench CONFIG --output hf/config.json", 2, "would replace a file of a run, a dataset or a model"),
     ("doctor --json runs/a/status.json", 2, "would replace a file of a run, a dataset or a model"),
     ("checkpoint import bad/keys.pt out.safetensors --from mosa-pytorch", 2, "does not contain a state dict"),
@@ -507,10 +514,13 @@ MISUSES: list[tuple[str, int, str]] = [
     # Runs side by side
     ("compare", 2, "Missing argument"),
     ("compare none", 2, "'none' has no metrics.jsonl with losses"),
-    ("compare runs/none", 2, "runs there: a"),
+    ("compare runs/none", 2, "runs there: [b]$^, a"),
     ("compare runs/a runs/a", 2, "each run once"),
     ("compare bad/odd", 2, "has no metrics.jsonl with losses"),
     ("status bad/odd", 2, "has no status.json that can be read"),
+    *[(f"compare bad/runs/{name}", 2, "has no metrics.jsonl with losses") for name in BAD_JOURNALS],
+    ("compare 'runs/[b]$^' runs/a --output markup.png", 0, ""),
+    ("status 'runs/[b]$^'", 0, ""),
     ("compare bad/loop", 2, "'bad/loop' has no metrics.jsonl"),
     (f"compare {LONG}", 2, "File name too long"),
     ("compare runs/a --output x.jpg", 2, "ends in .png"),
@@ -692,6 +702,14 @@ def damage_below(folder: Path, newest: Path) -> None:
         (bad / "tags" / f"{name}.yaml").write_text(f"base: ../../config.yaml\ntrain: {{steps: {value}}}\n")
     for name, (changes, _) in BAD_BENCHES.items():
         (bad / "bench" / f"{name}.json").write_text(json.dumps(BENCH | changes))
+    for name, content in BAD_JOURNALS.items():
+        (bad / "runs" / name).mkdir(parents=True)
+        (bad / "runs" / name / "metrics.jsonl").write_text(content)
+    marked = folder / "runs" / "[b]$^"
+    marked.mkdir()
+    shutil.copy(folder / "runs" / "a" / "metrics.jsonl", marked)
+    shutil.copy(folder / "runs" / "a" / "status.json", marked)
+    rewrite(marked / "status.json", {"host": "[/b]"})
     others = {"architectures": {"architectures": [3]}, "activation": {"hidden_act": [None]}, "tokenizer": {}}
     for name, changes in (others | {name: changes for name, (changes, _) in BAD_MODELS.items()}).items():
         shutil.copytree(folder / "hf", bad / "models" / name)

@@ -27,7 +27,7 @@ def compare(
     from megatron_mosa.tools.comparison.curves import plot, read_run, table
 
     found = [read_run(run) for run in runs]
-    Console().print(table(found))
+    Console(markup=False).print(table(found))
     output.parent.mkdir(parents=True, exist_ok=True)
     plot(found, output)
     print(f"Wrote {output}")

@@ -35,7 +35,7 @@ def read_run(run: Path) -> RunCurves:
         UserError: it has no metrics.
     """
     lines = read_journal(run / "metrics.jsonl")
-    if not any(line.get("loss") is not None for line in lines):
+    if not any(line.get("loss") is not None and line.get("tokens") is not None for line in lines):
         known = sorted(path.parent.name for path in run.parent.glob("*/metrics.jsonl")) if run.parent.is_dir() else []
         hint = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"'{run}' has no metrics.jsonl with losses; pass run directories{hint}")
@@ -86,7 +86,7 @@ def plot(runs: Sequence[RunCurves], path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
         for number, run in enumerate(runs):
-            name = run.name + ("" if run.is_causal else ", NON-CAUSAL")
+            name = run.name.replace("$", r"\$") + ("" if run.is_causal else ", NON-CAUSAL")
             losses = [point[3] for point in run.training]
             panel.plot([point[axis] for point in run.training], losses, color=f"C{number}", linewidth=1, label=name)
             measured = [point[3] for point in run.validation]

@@ -95,7 +95,9 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     if as_json:
         print(json.dumps(content, indent=2))
     else:
-        print_report(facts, rows, Console(width=None if sys.stdout.isatty() else 140))  # a file has no width
+        print_report(
+            facts, rows, Console(markup=False, width=None if sys.stdout.isatty() else 140)
+        )  # a file has no width
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "cache.json", json.dumps(content, indent=2) + "\n")

@@ -67,7 +67,7 @@ def evaluate(
     multiples = _multiples(lengths)
     if dtype not in _DTYPES:
         raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
-    check_output("--output", output, suffix=".json")
+    check_output("--output", output)
     from megatron_mosa.convert import find_model
 
     find_model(path)  # what does not exist is reported before the imports, which take seconds
@@ -89,7 +89,7 @@ def evaluate(
     )
     with progress(None, "evaluating", unit="token") as bar:
         found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update, bar.reset)
-    print_report(found, Console())
+    print_report(found, Console(markup=False))
     if output is not None:
         _write(found, output)
 
