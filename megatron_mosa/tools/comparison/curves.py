@@ -57,9 +57,9 @@ def table(runs: Sequence[RunCurves]) -> Table:
     from rich.table import Table
 
     drawn = Table(title="Runs side by side", title_justify="left")
-    drawn.add_column("run")
+    drawn.add_column("run", overflow="fold")
     for name in ("steps", "tokens", "loss", "val. loss", "causal", "tokens/s", "MFU", "in steps"):
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", overflow="fold")
     for run in runs:
         totals = run.totals
         drawn.add_row(
