@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import measure
+from benchmarks.timing import measure, require_gpu
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS
 from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles, weights
 from megatron_mosa.kernels.triton.gathered import Gating, Rotation
@@ -187,6 +187,7 @@ def main(
     workers: Annotated[int, typer.Option(help="number of processes that compile; 0 compiles in this one")] = 12,
 ) -> None:
     """Print a line for each stage."""
+    require_gpu()
     names = [name for name in CANDIDATES if not only or name in only.split(",")]
     for number in map(int, shapes.split(",")):
         chosen = SHAPES[number - 1]
