@@ -218,12 +218,13 @@ def _efficiency(rows: Sequence[Row], belongs: Callable[[Row], bool]) -> dict[Cel
 
 
 def _deviation(name: str, cell: Cell, result: dict[str, Any], expected: dict[str, Any]) -> float:
-    if len(result[name]) != len(expected[name]):  # the steps of a sweep are the same for all cells
+    values, theirs = result.get(name, []), expected.get(name, [])
+    if len(values) != len(theirs):  # the steps of a sweep are the same for all cells
         raise UserError(
-            f"layouts/{cell.name}.json is damaged: it has {len(result[name])} {name}, the reference has "
-            f"{len(expected[name])}; remove it to measure the layout again"
+            f"layouts/{cell.name}.json is damaged: it has {len(values)} {name}, the reference has {len(theirs)}; "
+            "remove it to measure the layout again"
         )
-    return deviation(result[name], expected[name])
+    return deviation(values, theirs)
 
 
 def deviation(values: Sequence[float], expected: Sequence[float]) -> float:

@@ -162,7 +162,8 @@ def _read_file(path: Path) -> tuple[Cell, dict[str, Any]] | None:
     try:
         result = load_json(path)
         read_record(_Failure, result) if "reason" in result else check_measurement(result)
-        known_values(Cell, read_record(_Ended, result).cell)
+        if known_values(Cell, read_record(_Ended, result).cell)["processes"] < 1:
+            raise ValueError("it ran on no process")
         known_values(SweepLayout, result["cell"]["layout"])
         return Cell.from_dict(result["cell"]), result
     except (OSError, ValueError, TypeError, KeyError):
