@@ -15,6 +15,7 @@ from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
 from .dense_kernels_mosa import attend_to_rows, rotate_and_store
 from .fixed_mosa import MosaFixedHeads
+from .graph_mosa import Branch
 from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
 from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
@@ -274,17 +275,20 @@ class MosaHeads(nn.Module):
                 return F.scaled_dot_product_attention(query, keys, values, visible)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows, has_room: bool = False) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything.
+    def step_in_kernels(
+        self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows, residual: Tensor | None = None
+    ) -> Tensor:
+        """Do the same as ``step`` where the kernels run; the residual, [B, 1, h], is that of a captured step."""
+        weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
+        assert self.thresholds is not None
+        settings = config.load_feedback, 1 / config.sparsity, None if residual is None else residual[:, 0]
+        return step_in_kernels(hidden_states[:, 0], weights, self.thresholds, tokens, rows, *settings)[:, None]
 
-        Args:
-            has_room: ``rows`` has room for the token already, so that the step can be captured.
-        """
+    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything."""
         rows.initialize(hidden_states, len(self.router_weight))
         if self.thresholds is not None and can_run_kernels(hidden_states):
-            weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
-            settings = config.load_feedback, 1 / config.sparsity, has_room
-            return step_in_kernels(hidden_states[:, 0], weights, self.thresholds, tokens, rows, *settings)[:, None]
+            return self.step_in_kernels(hidden_states, tokens, rows)
         batch, _, width = hidden_states.shape
         scores = self.scores(hidden_states)
         chosen = self.chosen(scores, tokens, rows.counts)[..., 0]  # [B, E]
@@ -399,6 +403,7 @@ class MosaAttention(nn.Module):
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
+        self.mosa_heads: MosaHeads | None
         for kind, create in HEADS.items():
             setattr(self, f"{kind}_heads", create(config) if getattr(config, f"num_{kind}_heads") else None)
 
@@ -413,16 +418,25 @@ class MosaAttention(nn.Module):
             cache.length += hidden_states.shape[1]
         return sum_of(parts)
 
-    def step(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured."""
-        parts = []
-        for kind in HEADS:
-            heads, rows = getattr(self, f"{kind}_heads"), getattr(cache, kind)
-            if isinstance(heads, MosaCausalHeads):
-                parts.append(heads.step(hidden_states, tokens, rows, column))
-            elif heads is not None:
-                parts.append(heads.step(hidden_states, tokens, rows, has_room=True))
-        return sum_of(parts)
+    def step(
+        self, hidden_states: Tensor, residual: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column
+    ) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h], and add the residual, as a step that can be captured.
+
+        The kernels of MoSA heads run beside those of the other heads.
+        """
+        total, branch, mosa = residual, Branch(residual.device), self.mosa_heads
+        if mosa is not None:
+            assert cache.mosa is not None
+            with branch:
+                total = mosa.step_in_kernels(hidden_states, tokens, cache.mosa, residual)
+        parts = [
+            heads.step(hidden_states, tokens, getattr(cache, kind), column)
+            for kind in HEADS
+            if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads)
+        ]
+        branch.join()
+        return total + sum_of(parts) if parts else total
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

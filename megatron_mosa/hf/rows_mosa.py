@@ -5,6 +5,7 @@ If torch.autocast is active in some calls only, new keys and values differ in dt
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,22 +13,25 @@ from torch import Tensor
 
 MIN_GROWTH = 16  # rows, or blocks, that a buffer grows by at least
 BLOCK = 16  # rows that a MoSA head allocates at once
+_CHANGES = count()
 
 
 class Rows:
     """Keys and values of one kind of heads; None: nothing is stored yet."""
 
     def __init__(self) -> None:
+        self.changes = next(_CHANGES)  # a number that no other has, whenever a tensor is replaced by another
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value is not getattr(self, name, None):
+            super().__setattr__("changes", next(_CHANGES))
+        super().__setattr__(name, value)
 
     def tensors(self) -> list[Tensor]:
         """Return the allocated tensors."""
         return [tensor for tensor in (self.keys, self.values) if tensor is not None]
-
-    def buffers(self) -> list[Tensor]:
-        """Return all tensors that a captured step reads or writes."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def select_sequences(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -272,11 +276,10 @@ class SelectedRows(Rows):
         blocks, largest, full = self.host_totals()
         self.reserve(like, largest + 1, blocks + full)
 
-    def has_room(self, tokens: int) -> bool:
-        """Return whether ``tokens`` more of every head and sequence fit, BLOCK at most; waits for the device."""
-        assert self.counts is not None and self.totals is not None and self.table is not None and self.keys is not None
-        self.set_totals(self.totals)  # captured steps do not copy them
-        blocks, largest, _ = self.host_totals()
+    def has_room(self, totals: list[int], tokens: int) -> bool:
+        """Return whether ``tokens`` more of every head and sequence fit, BLOCK at most, after such ``totals``."""
+        assert self.counts is not None and self.table is not None and self.keys is not None
+        blocks, largest, _ = totals
         return largest + tokens <= BLOCK * (self.table.shape[2] - 1) and blocks + self.counts.numel() <= len(self.keys)
 
     def reserve_ahead(self, like: Tensor, tokens: int, share: float) -> None:

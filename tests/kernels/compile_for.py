@@ -43,8 +43,8 @@ from megatron_mosa.kernels.triton import cached, common, loss, tiles
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
-    "_pack_kernel", "_count_kernel", "_entries_kernel", "_tiles_kernel", "_combine_kernel", "_pair_kernel",
-    "_sum_kernel", "_join_kernel", "_rotate_kernel", "_cache_kernel",
+    "_pack_kernel", "_count_kernel", "_entries_kernel", "_tiles_kernel", "_combine_kernel", "_sum_kernel",
+    "_join_kernel", "_rotate_kernel", "_cache_kernel", "_score_kernel", "_project_kernel", "_attend_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
     "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
