@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .fixed_mosa import MosaFixedHeads
 from .graph_mosa import Branch
 from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
 from .routing_mosa import MosaRoutingHeads
-from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
+from .rows_mosa import BLOCK, DenseRows, SelectedRows, WindowRows, to_dtype
 from .tokens_mosa import Column, Tokens, largest, rotate
 
 QUERY_CHUNK = 512  # queries per attention call if a mask is needed
@@ -125,10 +125,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | 
         valid: [B, n], False at padding, which only attends to itself and nothing else attends to; None: no padding.
     """
     length, columns, groups = query.shape[2], key.shape[2], key.shape[1]
-    own = torch.arange(columns - length, columns, device=query.device)[:, None]  # [T, 1]
-    column = torch.arange(columns, device=query.device)
     if length == 1:  # queries that share a key become rows of one matrix product
-        visible = None if valid is None else (valid | (column == own))[:, None, None]
+        visible = None
+        if valid is not None:
+            visible = (valid | (torch.arange(columns, device=query.device) == columns - 1))[:, None, None]
         rows = query.squeeze(2).unflatten(1, (groups, -1))  # [B, groups, queries, h']
         return F.scaled_dot_product_attention(rows, key, value, visible).flatten(1, 2).unsqueeze(2)
     repeats = query.shape[1] // groups
@@ -136,6 +136,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | 
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if valid is None and length == columns:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    own = torch.arange(columns - length, columns, device=query.device)[:, None]  # [T, 1]
+    column = torch.arange(columns, device=query.device)
     outputs = []
     for start in range(0, length, QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
@@ -183,6 +185,25 @@ def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
     return is_above | (is_tied & (is_tied.cumsum(dim=1, dtype=torch.int32) <= room))
 
 
+class Prompt(NamedTuple):
+    """The first tokens of sequences in MoSA heads, once the heads have counted those that they select."""
+
+    module: Any
+    """``megatron_mosa.kernels.prompt``."""
+
+    scores: Tensor
+    """fp32 [B, E, T]."""
+
+    indices: Tensor | None
+    """[B, E, k], padded with T; None: still to be selected, by thresholds."""
+
+    first: Tensor
+    """long [B, E], the first of consecutive blocks in ``rows`` for each sequence and head."""
+
+    rows: SelectedRows
+    """Knows counts and totals; has no room yet."""
+
+
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
 
@@ -212,15 +233,17 @@ class MosaHeads(nn.Module):
             setattr(self, name, fn(buffer.view(torch.int32)).view(torch.float32))
         return self
 
-    def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None, prompt: Prompt | None = None
+    ) -> Tensor:
         """Map [B, T, h] to [B, T, h], summed over heads. Selected tokens attend to those in ``rows``, and are added."""
         if self.was_offloaded and self.lacks_thresholds():  # the weights are loaded by now
             raise ValueError(UNCALIBRATED.format("an offloaded layer"))
         if rows is not None and hidden_states.shape[1] == 1:
             return self.step(hidden_states, tokens, rows)
-        is_first = tokens.valid is None and (rows is None or rows.keys is None)
-        if is_first and (module := training_kernels(hidden_states, self.config.head_dim)) is not None:
-            return self.read_prompt(hidden_states, tokens, rows, module)
+        prompt = self.start_prompt(hidden_states, tokens, rows) if prompt is None else prompt
+        if prompt is not None:
+            return self.read_prompt(hidden_states, prompt, rows is not None)
         scores = self.scores(hidden_states)  # [B, E, T]
         batch, length, width = hidden_states.shape
         indices = self.select(scores, tokens, None if rows is None else rows.counts)  # [B, E, k], padded with T
@@ -240,29 +263,44 @@ class MosaHeads(nn.Module):
             output.index_add_(0, (sequence * length + columns).flatten(), projected.float().flatten(0, 2))
         return output.view(batch, length, width).to(hidden_states.dtype)
 
-    def read_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None, module: Any) -> Tensor:
-        """Compute the same for the first tokens of sequences without padding, by the kernels of training."""
-        config, kernels = self.config, module.prompt_kernels(hidden_states, self.config.head_dim)
-        scores = kernels.router_scores(hidden_states, self.router_weight)
-        following = None, config.load_feedback, 1 / config.sparsity
+    def start_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Prompt | None:
+        """Start what ``forward`` then does with the first tokens of sequences, if the kernels of training can.
+
+        The host learns how many tokens the heads select while the device does what is launched in between.
+        """
+        is_first = tokens.valid is None and (rows is None or rows.keys is None)
+        if not is_first or self.router_weight.device != hidden_states.device:
+            return None
+        module, config = training_kernels(hidden_states, self.config.head_dim), self.config
+        if module is None or (rows is not None and hidden_states.shape[1] == 1):
+            return None
+        scores = module.router_scores(hidden_states, self.router_weight)
+        indices = None
         if self.thresholds is None:
             indices = self.select(scores, tokens, None)
             counts = (indices < scores.shape[2]).sum(dim=2)
         else:
-            counts = kernels.count_above(scores, self.thresholds, *following)
-        first = None
-        if rows is not None:  # with thresholds the only wait for the device
-            first = rows.begin(counts, hidden_states.new_empty(0, config.head_dim))
+            counts = module.count_above(scores, self.thresholds, config.load_feedback, 1 / config.sparsity)
+        rows = SelectedRows() if rows is None else rows
+        counts, first, totals = module.lay_out(counts, BLOCK)
+        rows.begin(counts, totals)
+        return Prompt(module, scores, indices, first, rows)
+
+    def read_prompt(self, hidden_states: Tensor, prompt: Prompt, is_stored: bool) -> Tensor:
+        """Compute the same as ``forward`` for a prompt that has been started, and store keys and values."""
+        module, scores, indices, first, rows = prompt
+        config = self.config
         if self.thresholds is not None:
-            capacity = rows.host_totals()[1] if rows is not None else int(counts.max())
-            capacity = -(-capacity // 16) * 16  # Triton compiles once more for sizes that 16 does not divide
-            indices = kernels.select_above(scores, self.thresholds, capacity, *following)
+            capacity = module.capacity_for(rows.host_totals()[1])
+            following = config.load_feedback, 1 / config.sparsity
+            indices = module.select_above(scores, self.thresholds, capacity, *following)
         weights = self.qkv_weight, self.proj_weight
         rotation = config.rotary_percent, config.rotary_base
-        prompt = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
-        if rows is not None:
-            prompt.store(first, rows.table, rows.keys, rows.values)
-        return prompt.output
+        read = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
+        if is_stored:
+            rows.reserve_counted(hidden_states.new_empty(0, config.head_dim))
+            read.store(first, rows.table, rows.keys, rows.values)
+        return read.output
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, rows: SelectedRows | None) -> Tensor:
         """Attend among selected tokens [B, E, k, h'] in order of position, of which the ``valid`` ones come first."""
@@ -304,12 +342,15 @@ class MosaHeads(nn.Module):
         gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
         return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
 
+    def loaded_thresholds(self) -> Tensor | None:
+        """Return the thresholds, or None if there are none, or if they are not loaded, which is remembered."""
+        self.was_offloaded = self.thresholds is not None and self.thresholds.is_meta
+        return None if self.was_offloaded else self.thresholds
+
     def lacks_thresholds(self) -> bool:
         """Return whether a threshold is NaN, as far as they are loaded. Waits for the device."""
-        if self.thresholds is None:
-            return False
-        self.was_offloaded = self.thresholds.is_meta
-        return not self.was_offloaded and bool(self.thresholds.isnan().any())
+        thresholds = self.loaded_thresholds()
+        return thresholds is not None and bool(thresholds.isnan().any())
 
     def scores(self, hidden_states: Tensor) -> Tensor:
         """Return the router's scores [B, E, T] in fp32, whatever the model's dtype, also under autocast."""
@@ -409,8 +450,12 @@ class MosaAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]."""
+        stored = {kind: None if cache is None else getattr(cache, kind) for kind in HEADS}
+        prompt: dict[str, Any] = {}
+        if self.mosa_heads is not None:  # first, so that its counts have reached the host when they are needed
+            prompt = {"prompt": self.mosa_heads.start_prompt(hidden_states, tokens, stored["mosa"])}
         parts = [
-            heads(hidden_states, tokens, None if cache is None else getattr(cache, kind))
+            heads(hidden_states, tokens, stored[kind], **(prompt if kind == "mosa" else {}))
             for kind in HEADS
             if (heads := getattr(self, f"{kind}_heads")) is not None
         ]

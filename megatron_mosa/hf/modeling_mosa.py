@@ -243,6 +243,9 @@ class MosaModel(MosaPreTrainedModel):
             ValueError: some are not; the message names the layers.
         """
         layers = [heads for heads in self.modules() if isinstance(heads, MosaHeads)]
+        known = [thresholds for heads in layers if (thresholds := heads.loaded_thresholds()) is not None]
+        if not known or not bool(torch.cat([thresholds.to(known[0].device) for thresholds in known]).isnan().any()):
+            return  # after a single wait for the device
         missing = [str(number) for number, heads in enumerate(layers) if heads.lacks_thresholds()]
         if missing:
             raise ValueError(UNCALIBRATED.format(f"layers {', '.join(missing)}"))

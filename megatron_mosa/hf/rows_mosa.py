@@ -259,10 +259,11 @@ class SelectedRows(Rows):
     def reserve(self, like: Tensor, largest: int, blocks: int) -> None:
         """Make room for ``largest`` rows per head and sequence and ``blocks`` blocks in total; keys like [.., h']."""
         columns = -(-largest // BLOCK)
-        assert self.table is not None
-        if columns >= self.table.shape[2]:
-            grown = self.table.new_zeros(*self.table.shape[:2], columns + max(1, columns // 16) + 1)
-            grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
+        assert self.counts is not None
+        if self.table is None or columns >= self.table.shape[2]:
+            grown = self.counts.new_zeros(*self.counts.shape, columns + max(1, columns // 16) + 1)
+            if self.table is not None:
+                grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
             self.table = grown
         if self.keys is None or self.values is None or blocks > len(self.keys):
             shape = (blocks + max(MIN_GROWTH, blocks // 16), BLOCK, like.shape[-1])
@@ -331,24 +332,15 @@ class SelectedRows(Rows):
         full = self.counts % BLOCK == 0
         self.set_totals(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
-    def begin(self, counts: Tensor, like: Tensor) -> Tensor:
-        """Make room for the first tokens, which the caller is to store. Waits for the device.
+    def begin(self, counts: Tensor, totals: Tensor) -> None:
+        """Count the first tokens, long [B, E], with their ``totals``; the caller then reserves room and stores them."""
+        self.counts = counts
+        self.set_totals(totals)
 
-        Args:
-            counts: integers [B, E], number of tokens.
-            like: keys like [.., h'].
-
-        Returns:
-            [B, E], the first of consecutive blocks for each sequence and head; the table does not hold them yet.
-        """
-        self.counts = counts.long()
-        blocks = (self.counts + BLOCK - 1) // BLOCK
-        ends = blocks.flatten().cumsum(0) + 1
-        self.table = torch.zeros((*counts.shape, 1), dtype=torch.long, device=counts.device)
-        self.set_totals(torch.stack((ends[-1], self.counts.max(), (self.counts % BLOCK == 0).sum())))
-        total, largest, _ = self.host_totals()
-        self.reserve(like, largest, total)
-        return ends.view_as(blocks) - blocks
+    def reserve_counted(self, like: Tensor) -> None:
+        """Make room for all that is counted, keys like [.., h']; waits for the totals."""
+        blocks, largest, _ = self.host_totals()
+        self.reserve(like, largest, blocks)
 
     def add_packed(self, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Add [B, E, k, h'], of which the ``valid`` ones [B, E, k] come first; return their rows, [B, E, k]."""

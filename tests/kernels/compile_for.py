@@ -44,7 +44,8 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
     "_pack_kernel", "_count_kernel", "_entries_kernel", "_tiles_kernel", "_combine_kernel", "_sum_kernel",
-    "_join_kernel", "_rotate_kernel", "_cache_kernel", "_score_kernel", "_project_kernel", "_attend_kernel",
+    "_join_kernel", "_rotate_kernel", "_cache_kernel", "_layout_kernel",
+    "_score_kernel", "_project_kernel", "_attend_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
     "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
@@ -106,7 +107,8 @@ def resources(cubin: bytes) -> str:
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
     """Store a prompt, and run a decoding step with padding and load feedback, and one without."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
-    size, first = proj.shape[1], torch.ones(4, len(router), dtype=torch.long)
+    size = proj.shape[1]
+    _, first, _ = cached.lay_out(torch.ones(4, len(router), dtype=torch.int32), BLOCK)
     cached.store_rows(
         qkv.new_zeros(len(router), 64, 3 * size), torch.zeros(len(router), 5, dtype=torch.int32), first,
         first[..., None], *qkv.new_zeros(2, 99, BLOCK, size),

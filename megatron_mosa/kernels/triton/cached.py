@@ -10,9 +10,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import power_of_2
+from megatron_mosa.kernels.triton.common import launch, power_of_2
 
 BLOCKS = 4  # of the cache, per program
+PAIRS = 1024  # sequences and heads per iteration
+
+
+@triton.jit(do_not_specialize=["NUMBER"])
+def _layout_kernel(p_counts, p_long, p_first, p_totals, NUMBER, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Give consecutive blocks to all pairs of sequence and head, from block 1 on; a single program."""
+    ends, largest, full = tl.full((), 1, tl.int64), tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    for start in range(0, NUMBER, PAIRS):
+        i_pair = start + tl.arange(0, PAIRS)
+        mask = i_pair < NUMBER
+        b_count = tl.load(p_counts + i_pair, mask=mask, other=0).to(tl.int64)
+        b_blocks = (b_count + BLOCK - 1) // BLOCK
+        tl.store(p_long + i_pair, b_count, mask=mask)
+        tl.store(p_first + i_pair, ends + tl.cumsum(b_blocks, axis=0) - b_blocks, mask=mask)
+        ends += tl.sum(b_blocks)
+        largest = tl.maximum(largest, tl.max(b_count))
+        full += tl.sum((mask & (b_count % BLOCK == 0)).to(tl.int64))
+    tl.store(p_totals, ends)
+    tl.store(p_totals + 1, largest)
+    tl.store(p_totals + 2, full)
+
+
+def lay_out(counts: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give consecutive blocks of a cache to all sequences and heads.
+
+    Args:
+        counts: integers [B, E], contiguous: number of rows.
+        block: rows per block.
+
+    Returns:
+        The same counts, int64; int64 [B, E], the first block of each; int64 [3], the number of blocks and the one
+        before the first, the largest count, and how many counts fill their blocks.
+    """
+    long, first = torch.empty(2, *counts.shape, dtype=torch.int64, device=counts.device)
+    totals = torch.empty(3, dtype=torch.int64, device=counts.device)
+    with torch.cuda.device_of(counts):  # Triton launches on the current device
+        launch(_layout_kernel, (1,), counts, long, first, totals, counts.numel(), PAIRS=PAIRS, BLOCK=block)
+    return long, first, totals
 
 
 @triton.jit(do_not_specialize=["B", "R", "TABLE"])
@@ -49,7 +87,8 @@ def store_rows(qkv: Tensor, cu_seqlens: Tensor, first: Tensor, table: Tensor, ke
     (batch, heads), (_, block, size) = first.shape, keys.shape
     rows = qkv.shape[1]
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        _cache_kernel[(batch * heads, triton.cdiv(rows // batch, BLOCKS * block))](
+        launch(
+            _cache_kernel, (batch * heads, triton.cdiv(rows // batch, BLOCKS * block)),
             qkv, cu_seqlens, first, table, keys, values, batch, heads, rows, table.shape[2],
             D=size, WIDTH=power_of_2(size), BLOCKS=BLOCKS, BLOCK=block,
         )  # fmt: skip

@@ -52,25 +52,41 @@ def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRE
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
-class RepeatedLaunch:
-    """Launches one kernel in a loop in which only arguments change that the kernel does not specialize on.
+_COMPILED: dict[tuple[object, ...], Any] = {}
+MOST_COMPILED = 4096  # kernels that are remembered
 
-    From the second launch on, Triton does not look up the compiled kernel, and tensors are passed as addresses, which
-    need no query of the driver. Either would take longer than a small kernel runs.
+
+def _kind(value: Any) -> object:
+    """Return what an argument's compiled kernel depends on."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if TensorDescriptor is not None and isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
+    return value
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Launch a kernel as ``kernel[grid]`` does, in less time if the same numbers have been passed before.
+
+    Then Triton does not look up the compiled kernel, and tensors are passed as addresses, which need no query of the
+    driver. Either would take longer than a small kernel runs.
+
+    Args:
+        grid: number of programs.
+        arguments: tensors, all on the same device, descriptors of tensors, and numbers.
+        options: constexprs and launch options.
     """
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: Any = None
-
-    def __call__(self, grid: tuple[int, int, int], *arguments: object, **options: object) -> None:
-        """Launch the kernel; pass constexprs by name and all other arguments by position."""
-        if self.compiled is None:
-            self.compiled = self.kernel[grid](*arguments, **options)  # None from the interpreter
-        else:
-            constants = [options[name] for name in self.kernel.arg_names[len(arguments) :]]
-            plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-            self.compiled[grid](*plain, *constants)
+    kinds = [_kind(value) for value in arguments]
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    key = (kernel, device, *kinds, *options.values())
+    if (compiled := _COMPILED.get(key)) is None:
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+        _COMPILED[key] = kernel[grid](*arguments, **options)  # None from the interpreter
+        return
+    constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+    plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    compiled[(*grid, 1, 1)[:3]](*plain, *constants)
 
 
 def power_of_2(size: int) -> int:

@@ -23,8 +23,7 @@ def _rotation(states: Tensor, proj_weight: Tensor, percent: float, base: float, 
     return Rotation(*rotary_table(states.shape[1], half, base, states.device), starts)
 
 
-@torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())
-def fused_attention(
+def launch_attention(
     hidden_states: Tensor,
     router_weight: Tensor,
     scores: Tensor,
@@ -46,6 +45,9 @@ def fused_attention(
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
     output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full)
     return [output, qkv, gated, log_sums, gates, *rows]
+
+
+fused_attention = torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())(launch_attention)
 
 
 @fused_attention.register_fake

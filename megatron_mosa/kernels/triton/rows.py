@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import power_of_2
+from megatron_mosa.kernels.triton.common import launch, power_of_2
 
 HEADS = 32  # heads per word of the bitmap
 # Block sizes of one program:
@@ -177,21 +177,27 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
         )
     cu_seqlens = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), SLOTS)
-    _starts_kernel[(heads,)](indices, cu_seqlens, batch, heads, selected, length, SEQUENCES=SEQUENCES, BLOCK=block)
+    launch(
+        _starts_kernel, (heads,), indices, cu_seqlens, batch, heads, selected, length,
+        SEQUENCES=SEQUENCES, BLOCK=block,
+    )  # fmt: skip
     groups = triton.cdiv(heads, HEADS)
     token_indices = torch.empty((heads, rows), dtype=torch.int32, device=device)
     bitmap = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
-    _pack_kernel[(heads, batch)](
+    launch(
+        _pack_kernel, (heads, batch),
         indices, cu_seqlens, token_indices, bitmap, batch, heads, rows, selected, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),
     )  # fmt: skip
     before = torch.empty_like(bitmap)
     counts = torch.empty(batch * length + 1, dtype=torch.int32, device=device)
-    _count_kernel[(triton.cdiv(length, TOKENS), batch)](bitmap, before, counts, length, groups, TOKENS=TOKENS)
+    tiles = triton.cdiv(length, TOKENS), batch
+    launch(_count_kernel, tiles, bitmap, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
-    _entries_kernel[(triton.cdiv(rows, ROWS), heads)](
+    launch(
+        _entries_kernel, (triton.cdiv(rows, ROWS), heads),
         token_indices, cu_seqlens, bitmap, before, offsets, entries, sequences, row_shift, batch, rows, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip

@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import (
     INTERPRET,
-    RepeatedLaunch,
     TensorDescriptor,
     can_be_described,
     dot,
+    launch,
     multiprocessors,
     strides,
 )
@@ -258,7 +258,6 @@ def scattered_product(
     multiply = None if is_full else _RaggedProduct(values, weight, rows, pairs, products, sequences)
     sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
     chosen = tiles.combine(columns, heads * selected // length, sum_pairs is not None)
-    launch_sum = RepeatedLaunch(_combine_kernel)
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
         pairs_of_chunk = (sum_pairs[0][:, first * selected :], sum_pairs[1]) if sum_pairs else (None, None)
@@ -269,8 +268,9 @@ def scattered_product(
                 torch.bmm(values[:, first * selected : last * selected], part, out=out)
             else:
                 multiply(first // sequences, first_column)
-            launch_sum(
-                (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"]), 1),
+            launch(
+                _combine_kernel,
+                (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"])),
                 products, rows.offsets, rows.entries, *pairs_of_chunk, output, first, last - first, values.shape[1],
                 capacity, bits_of(capacity), length, width, first_column, columns, *strides(output),
                 PAIR=PAIR if sum_pairs else 0, **chosen,
@@ -298,16 +298,14 @@ class _RaggedProduct:
         chosen = tiles.scattered(values.dtype, values.device, inner, self.width, capacity, is_described)
         programs, self.tile = chosen.pop("PROGRAMS"), chosen["COLUMNS"]
         row_tiles = heads * triton.cdiv(capacity, chosen["ROWS"])  # at most
-        self.grid = (
-            min(programs * multiprocessors(values.device), row_tiles * triton.cdiv(self.columns, self.tile)),
-            1,
-            1,
-        )
+        most = row_tiles * triton.cdiv(self.columns, self.tile)
+        self.grid = (min(programs * multiprocessors(values.device), most),)
         lists = rows.cu_seqlens.new_empty((triton.cdiv(batch, sequences), 3, row_tiles))
         numbers = lists.new_empty(len(lists))
-        _tiles_kernel[(len(lists),)](
-            rows.cu_seqlens, lists, numbers, sequences, batch, heads, row_tiles, ROWS=chosen["ROWS"], HEADS=HEADS
-        )
+        launch(
+            _tiles_kernel, (len(lists),), rows.cu_seqlens, lists, numbers, sequences, batch, heads, row_tiles,
+            ROWS=chosen["ROWS"], HEADS=HEADS,
+        )  # fmt: skip
         operands = values, weight, products
         if is_described:
             block = [1, chosen["ROWS"], chosen["INNER"]]
@@ -322,9 +320,10 @@ class _RaggedProduct:
             D=inner, IS_DESCRIBED=is_described, IS_TRANSPOSED=is_transposed, IS_WHOLE=is_whole, INTERPRETED=INTERPRET,
             HAS_PAIRS=pairs is not None, PAIR=PAIR, WIDEST_STORE=WIDEST_STORE, **chosen,
         )  # fmt: skip
-        self.launch = RepeatedLaunch(_scattered_kernel)
 
     def __call__(self, chunk: int, first_column: int) -> None:
         """Write the products of a chunk of sequences."""
         column_tiles = triton.cdiv(min(self.columns, self.width - first_column), self.tile)
-        self.launch(self.grid, *self.before, chunk, first_column, column_tiles, *self.behind, **self.options)
+        launch(
+            _scattered_kernel, self.grid, *self.before, chunk, first_column, column_tiles, *self.behind, **self.options
+        )
