@@ -70,3 +70,12 @@ def test_the_cache_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     used = torch.arange(plain.read()[0].shape[2]) < plain.counts[..., None]
     for expected, given in zip(plain.read(), found.read(), strict=True):
         torch.testing.assert_close(given[used], expected[used], rtol=1e-5, atol=1e-5)
+
+
+def test_capacities_are_few() -> None:
+    capacities = [prompt.capacity_for(largest) for largest in range(1, 4097)]
+    assert all(largest <= found for largest, found in enumerate(capacities, 1))
+    assert all(
+        found <= max(16 * -(-largest // 16), largest * 8 / 7 + 16) for largest, found in enumerate(capacities, 1)
+    )
+    assert len(set(capacities)) <= 16 + 8 * 5 and all(found % 16 == 0 for found in capacities)
