@@ -92,20 +92,19 @@ def test_sequences_are_exchanged_and_caches_copied_between_steps() -> None:
 @pytest.mark.parametrize("change", ["reorder", "piece"])
 @torch.no_grad()
 def test_there_is_room_after_others_have_changed_the_cache(change: str) -> None:
-    model, tokens = build("pure", num_hidden_layers=1), random_tokens(2, LENGTH + 20)
-    cache, column = model.new_cache(), PROMPT + 1
-    for piece in (tokens[:, :PROMPT], tokens[:, PROMPT : PROMPT + 1]):
+    model, tokens = build("pure", num_hidden_layers=1, num_mosa_heads=24), random_tokens(2, 300)
+    cache, column = model.new_cache(), 43
+    for piece in tokens[:, :column].split((40, 1, 1, 1), dim=1):
         model(piece, **{CACHE: cache})
     if change == "reorder":  # allocates as many blocks as are in use
         cache.reorder_cache(torch.tensor([1, 0]))
     else:
-        model(tokens[:, column : column + 20], **{CACHE: cache})
-        column += 20
+        model(tokens[:, column : column + 240], **{CACHE: cache})
+        column += 240
     rows = cache.layers[0].mosa
-    while column < LENGTH + 20:
-        model(tokens[:, column, None], **{CACHE: cache})
+    for end in range(column + 1, column + 9):
+        model(tokens[:, end - 1 : end], **{CACHE: cache})
         assert rows.totals[0] <= len(rows.keys) and rows.totals[1] <= BLOCK * (rows.table.shape[2] - 1)
-        column += 1
 
 
 @pytest.mark.usefixtures("interpreted")
