@@ -80,9 +80,10 @@ def supports_kernels(device: torch.device) -> bool:
 @functools.cache
 def _prompt_module() -> Any:
     try:
-        return importlib.import_module("megatron_mosa.kernels.prompt")
+        module = importlib.import_module("megatron_mosa.kernels.prompt")
     except ImportError:
         return None
+    return module if hasattr(module, "lay_out") else None  # earlier versions lack what this one calls
 
 
 def training_kernels(states: Tensor, head_dim: int) -> Any:
