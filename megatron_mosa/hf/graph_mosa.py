@@ -8,7 +8,8 @@ step but one is captured anew.
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,40 +24,44 @@ from .tokens_mosa import Column, Tokens, check_mask, rotary_tables
 STRETCH = 12  # steps for which MoSA heads have room for certain
 EARLY = 4  # steps before the end of a stretch at which the host asks for its outcome, so that it need not wait for it
 assert STRETCH + EARLY <= BLOCK  # each head then needs one more block at most
-AHEAD = (
-    128  # steps for which there is probably room when buffers have grown, since capturing takes as long as many steps
-)
+# Steps for which there is probably room when buffers have grown, since capturing takes as long as many steps.
+AHEAD = 128
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Return the stream on which graphs are captured, and the one of their branches."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Branch:
-    """A context whose kernels run beside those that follow it until ``join``, if a CUDA graph is being captured.
+    """A context in which kernels launched within ``beside`` run beside the others, if a CUDA graph is being captured.
 
-    Otherwise there is one stream: memory that one stream frees could be in use in another. In a graph what the branch
-    reads must live until ``join``.
+    What follows the context waits for both. Outside of a graph there is one stream: memory that one stream frees could
+    be in use in another. In a graph what ``beside`` reads must live until the context ends.
     """
 
     def __init__(self, device: torch.device) -> None:
-        captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.stream = _stream(device) if captures else None
-        self.context = ExitStack()
+        self.device = device
+        self.stream: torch.cuda.Stream | None = None  # that what follows has to wait for
 
-    def __enter__(self) -> None:
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-            self.context.enter_context(torch.cuda.stream(self.stream))
+    def __enter__(self) -> Branch:
+        return self
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        self.stream = _streams(self.device)[1]
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which makes it part of the graph
+        with torch.cuda.stream(self.stream):
+            yield
 
     def __exit__(self, *error: Any) -> None:
-        self.context.close()
-
-    def join(self) -> None:
-        """Let what follows wait for the branch."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        if self.stream is not None:  # after an error, too: a capture cannot end before its streams are joined
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self.stream = None
 
 
 class CapturedSteps:
@@ -171,7 +176,8 @@ class CapturedSteps:
             return self._step(cache)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+            stream = _streams(self.ids.device)[0]  # the default one is that of the current device
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # others may use the device
                 self.logits = self._step(cache)
             self.graph = graph
         self.graph.replay()

@@ -226,10 +226,8 @@ class MosaHeads(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = {name: buffer for name in ("thresholds", "head_bias") if (buffer := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
-        for (
-            name,
-            buffer,
-        ) in kept.items():  # moved as integers, so that a change of the model's dtype does not round them
+        for name, buffer in kept.items():
+            # Moved as integers, so that a change of the model's dtype does not round them.
             setattr(self, name, fn(buffer.view(torch.int32)).view(torch.float32))
         return self
 
@@ -470,17 +468,15 @@ class MosaAttention(nn.Module):
 
         The kernels of MoSA heads run beside those of the other heads.
         """
-        total, branch, mosa = residual, Branch(residual.device), self.mosa_heads
-        if mosa is not None:
-            assert cache.mosa is not None
-            with branch:
-                total = mosa.step_in_kernels(hidden_states, tokens, cache.mosa, residual)
-        parts = [
-            heads.step(hidden_states, tokens, getattr(cache, kind), column)
-            for kind in HEADS
-            if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads)
-        ]
-        branch.join()
+        total, parts = residual, []
+        with Branch(residual.device) as branch:
+            if self.mosa_heads is not None:
+                assert cache.mosa is not None
+                with branch.beside():
+                    total = self.mosa_heads.step_in_kernels(hidden_states, tokens, cache.mosa, residual)
+            for kind in HEADS:
+                if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads):
+                    parts.append(heads.step(hidden_states, tokens, getattr(cache, kind), column))
         return total + sum_of(parts) if parts else total
 
 

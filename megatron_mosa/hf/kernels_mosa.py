@@ -348,8 +348,8 @@ if triton is not None:
         b_number = _numbered(p_chosen + i_sequence * heads, heads, HEADS_BLOCK)
         b_output = tl.zeros((COLUMNS,), dtype=tl.float32)
         if HAS_RESIDUAL:
-            p_row = p_residual + i_sequence * width
-            b_output += tl.load(p_row + o_column, mask=o_column < width, other=0.0).to(tl.float32)
+            o_residual = i_sequence * width + o_column
+            b_output += tl.load(p_residual + o_residual, mask=o_column < width, other=0.0).to(tl.float32)
         last = tl.max(b_number)
         for first in range(0, last + 1, AT_ONCE):
             o_number = first + tl.arange(0, AT_ONCE)
@@ -372,5 +372,4 @@ if triton is not None:
             b_output += tl.sum(tl.sum(b_state[:, :, None] * b_weight, axis=1), axis=0)
         tl.store(p_output + i_sequence * width + o_column, b_output.to(dtype), mask=o_column < width)
         if tl.program_id(1) == 0:
-            p_row = p_counts + i_sequence * heads
-            _count(p_row, p_totals, b_number >= 0, heads, HEADS_BLOCK, BLOCK)
+            _count(p_counts + i_sequence * heads, p_totals, b_number >= 0, heads, HEADS_BLOCK, BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 from unittest import mock
 
@@ -105,6 +106,22 @@ def test_there_is_room_after_others_have_changed_the_cache(change: str) -> None:
     for end in range(column + 1, column + 9):
         model(tokens[:, end - 1 : end], **{CACHE: cache})
         assert rows.totals[0] <= len(rows.keys) and rows.totals[1] <= BLOCK * (rows.table.shape[2] - 1)
+
+
+def test_a_branch_is_joined_once_if_it_was_entered() -> None:
+    own, side, device = mock.Mock(), mock.Mock(), torch.device("cuda", 0)
+    given = {"is_current_stream_capturing": lambda: True, "current_stream": lambda _: own, "stream": nullcontext}
+    with (
+        mock.patch.multiple(torch.cuda, **given),
+        mock.patch.object(graph_mosa, "_streams", lambda _: (own, side)),
+    ):
+        with graph_mosa.Branch(device):
+            pass
+        assert not own.mock_calls and not side.mock_calls  # which is in no graph
+        with pytest.raises(ValueError, match="inside"), graph_mosa.Branch(device) as branch, branch.beside():
+            raise ValueError("inside")
+        side.wait_stream.assert_called_once_with(own)
+        own.wait_stream.assert_called_once_with(side)
 
 
 @pytest.mark.usefixtures("interpreted")

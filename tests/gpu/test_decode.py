@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf import graph_mosa, heads_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from tests.decode.models import build, random_tokens
 
@@ -65,6 +65,18 @@ def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], p
             if layer.mosa is not None:
                 assert layer.mosa.host_totals() == layer.mosa.totals.tolist()
                 assert layer.mosa.host_totals()[1] == layer.mosa.counts.max()
+    assert graph_mosa._STEPS[cache].graph is not None
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("kind", ["pure", "grouped", "hybrid"])
+def test_steps_are_captured_on_another_device_than_the_current_one(kind: str) -> None:
+    model, tokens = build(kind).to("cuda:1"), random_tokens(3, 30).to("cuda:1")
+    cache, expected = model.new_cache(), model(tokens).logits
+    model(tokens[:, :20], **{CACHE: cache})
+    torch.testing.assert_close(steps(model, tokens, 20, None, cache), expected[:, 20:], rtol=1e-4, atol=1e-4)
+    assert graph_mosa._STEPS[cache].graph is not None
 
 
 @torch.no_grad()

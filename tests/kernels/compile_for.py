@@ -72,7 +72,7 @@ CASES = [
     Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
-    Case(torch.float32, 32, 63, (80,)),  # several tiles, the last one partly filled
+    Case(torch.float32, 32, 63, (80,), decodes=(80,)),  # several tiles, the last one partly filled
     *(Case(dtype, size, 63, (90, 100), alone=SCATTERED) for dtype, size in ((torch.float32, 32), (torch.bfloat16, 4))),
 ]
 
@@ -105,7 +105,7 @@ def resources(cubin: bytes) -> str:
 
 
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
-    """Store a prompt, and run a decoding step with padding and load feedback, and one without."""
+    """Store a prompt, and run a decoding step with padding and load feedback, and one without; also as if captured."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
     size = proj.shape[1]
     _, first, _ = cached.lay_out(torch.ones(4, len(router), dtype=torch.int32), BLOCK)
@@ -122,8 +122,9 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
         rows = SelectedRows()
         rows.initialize(states, len(router))
         tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
-        thresholds = torch.full((len(router),), 0.5)
-        kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)
+        given = states, (router, qkv, proj), torch.full((len(router),), 0.5), tokens, rows, feedback, 1 / 32
+        for residual in (None, states):
+            kernels_mosa.step_in_kernels(*given, residual)
 
 
 def layer(case: Case, capability: int) -> None:
