@@ -39,10 +39,16 @@ class Branch:
 
     What follows the context waits for both. Outside of a graph there is one stream: memory that one stream frees could
     be in use in another. In a graph what ``beside`` reads must live until the context ends.
+
+    Args:
+        device: of the kernels.
+        programs: of the others at a time, at least. Where they fill the GPU nothing runs beside them: both would only
+            take longer.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, programs: int = 0) -> None:
         self.device = device
+        self.programs = programs
         self.stream: torch.cuda.Stream | None = None  # that what follows has to wait for
 
     def __enter__(self) -> Branch:
@@ -50,13 +56,18 @@ class Branch:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        if not self._can_run_beside():
             yield
             return
         self.stream = _streams(self.device)[1]
         self.stream.wait_stream(torch.cuda.current_stream(self.device))  # which makes it part of the graph
         with torch.cuda.stream(self.stream):
             yield
+
+    def _can_run_beside(self) -> bool:
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return False
+        return self.programs <= torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def __exit__(self, *error: Any) -> None:
         if self.stream is not None:  # after an error, too: a capture cannot end before its streams are joined

@@ -35,6 +35,7 @@ class MosaCausalHeads(nn.Module):
     def __init__(self, config: MosaConfig, heads: int, groups: int, window: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.groups = groups
         self.window = window
         self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
@@ -466,17 +467,17 @@ class MosaAttention(nn.Module):
     ) -> Tensor:
         """Map one token of each sequence, [B, 1, h] to [B, 1, h], and add the residual, as a step that can be captured.
 
-        The kernels of MoSA heads run beside those of the other heads.
+        The kernels of MoSA heads run beside those of the other heads, if these leave room.
         """
+        others = {kind: heads for kind in HEADS if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads)}
         total, parts = residual, []
-        with Branch(residual.device) as branch:
+        with Branch(residual.device, len(residual) * sum(heads.groups for heads in others.values())) as branch:
             if self.mosa_heads is not None:
                 assert cache.mosa is not None
                 with branch.beside():
                     total = self.mosa_heads.step_in_kernels(hidden_states, tokens, cache.mosa, residual)
-            for kind in HEADS:
-                if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads):
-                    parts.append(heads.step(hidden_states, tokens, getattr(cache, kind), column))
+            for kind, heads in others.items():
+                parts.append(heads.step(hidden_states, tokens, getattr(cache, kind), column))
         return total + sum_of(parts) if parts else total
 
 

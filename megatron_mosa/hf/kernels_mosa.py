@@ -51,17 +51,19 @@ class Plan(NamedTuple):
     """Programs among which the rows of a head are divided."""
 
     at_once: int
-    """Heads that are summed at a time."""
+    """Heads that are summed at a time; more of them hide latency, and leave room for fewer programs."""
 
 
-def plan(batch: int, heads: int, size: int, share: float) -> Plan:
+def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     """Return the plan for heads that each select ``share`` of the tokens; others only take longer."""
     power: Any = triton.next_power_of_2  # pyright: ignore[reportOptionalMemberAccess]
     expected = heads * share  # of a sequence
     wanted = max(1, int(PROGRAMS / max(batch * expected, 1)))
     slots = min(power(int(2 * expected) + 2), MOST_SLOTS, power(heads))
     columns, parts = min(-(-3 * size // COLUMNS), wanted), min(MOST_PARTS, power(wanted + 1) // 2)
-    sequences, at_once = min(4, power(max(1, batch // 8) + 1) // 2), min(slots, max(1, 512 // power(size)))
+    sequences = min(4, power(max(1, batch // 8) + 1) // 2)
+    most_at_once = max(1, PROGRAMS * COLUMNS // (batch * width))
+    at_once = min(slots, power(most_at_once + 1) // 2, max(1, 512 // power(size)))
     return Plan(sequences, slots, columns, parts, at_once)
 
 
@@ -127,7 +129,7 @@ def step_in_kernels(
     cos, sin = (table.contiguous() for table in tokens.rotary)  # [B or 1, 1, n]
     position_stride = tokens.positions.stride(0) if tokens.positions.shape[0] > 1 else 0
     valid_stride = 0 if tokens.valid is None else tokens.valid.stride(0)
-    sequences, slots, columns, parts, at_once = plan(batch, heads, size, share)
+    sequences, slots, columns, parts, at_once = plan(batch, heads, width, size, share)
     chosen = torch.empty(batch, heads, dtype=torch.int8, device=states.device)
     scores = torch.empty(batch, heads, dtype=torch.float32, device=states.device)
     projected = torch.empty(batch, heads, 3 * size, dtype=states.dtype, device=states.device)
@@ -158,7 +160,7 @@ def step_in_kernels(
         sum_kernel[(batch, -(-width // COLUMNS))](
             sums, scales[0], scales[1], chosen, scores, proj, residual, output, rows.counts, rows.totals, heads, width,
             size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts, HEADS_BLOCK=power(heads),
-            SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=8,
+            SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=8 if at_once > 1 else 4,
         )  # fmt: skip
     if residual is None:
         rows.set_totals(rows.totals)

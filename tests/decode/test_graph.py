@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -110,15 +111,24 @@ def test_there_is_room_after_others_have_changed_the_cache(change: str) -> None:
 
 def test_a_branch_is_joined_once_if_it_was_entered() -> None:
     own, side, device = mock.Mock(), mock.Mock(), torch.device("cuda", 0)
-    given = {"is_current_stream_capturing": lambda: True, "current_stream": lambda _: own, "stream": nullcontext}
+    given = {
+        "is_current_stream_capturing": lambda: True, "current_stream": lambda _: own, "stream": nullcontext,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=132),
+    }  # fmt: skip
     with (
         mock.patch.multiple(torch.cuda, **given),
         mock.patch.object(graph_mosa, "_streams", lambda _: (own, side)),
     ):
         with graph_mosa.Branch(device):
             pass
+        with graph_mosa.Branch(device, programs=133) as branch, branch.beside():
+            pass
         assert not own.mock_calls and not side.mock_calls  # which is in no graph
-        with pytest.raises(ValueError, match="inside"), graph_mosa.Branch(device) as branch, branch.beside():
+        with (
+            pytest.raises(ValueError, match="inside"),
+            graph_mosa.Branch(device, programs=132) as branch,
+            branch.beside(),
+        ):
             raise ValueError("inside")
         side.wait_stream.assert_called_once_with(own)
         own.wait_stream.assert_called_once_with(side)
