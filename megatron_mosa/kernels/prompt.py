@@ -121,6 +121,6 @@ def read_prompt(
             rotary_base,
             document_starts=None,
             restart_rotary=False,
-            is_full=False,  # of the backward pass alone
+            is_full=False,  # some slots may be empty
         )
     return Prompt(output, qkv, Rows(*rows).cu_seqlens)
