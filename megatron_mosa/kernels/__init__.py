@@ -5,6 +5,7 @@ from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import BACKENDS, get_backend
 from megatron_mosa.kernels.documents import AnyDocuments, Documents, PackedDocuments, document_attention
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS, HISTOGRAM_LOGITS, accumulation_dtype
+from megatron_mosa.kernels.totals import GradientTotals
 from megatron_mosa.kernels.window import sliding_window_attention
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "HISTOGRAM_LOGITS",
     "AnyDocuments",
     "Documents",
+    "GradientTotals",
     "KernelBackend",
     "PackedDocuments",
     "accumulation_dtype",

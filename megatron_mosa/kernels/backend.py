@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.totals import GradientTotals
 
 
 class KernelBackend(Protocol):
@@ -66,6 +67,7 @@ class KernelBackend(Protocol):
         restart_rotary: bool = False,
         slots: Documents | None = None,
         is_full: bool = False,
+        totals: GradientTotals | None = None,
     ) -> Tensor: ...
 
     def split_heads(

@@ -7,12 +7,15 @@ whatever the type of the activations; matrix products return the type of their o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mosa.kernels.autocast import without_autocast
 from megatron_mosa.kernels.documents import Documents, document_attention
+from megatron_mosa.kernels.totals import GradientTotals
 
 NAME = "naive"
 
@@ -252,6 +255,7 @@ def selected_attention(
     restart_rotary: bool = False,
     slots: Documents | None = None,
     is_full: bool = False,
+    totals: GradientTotals | None = None,
 ) -> Tensor:
     """Causal attention of each head among its selected tokens, gated by their scores, summed over heads per token.
 
@@ -270,10 +274,15 @@ def selected_attention(
         slots: the k slots as packed documents, if tokens were selected per document. Avoids the k x k matrix of logits,
             which with many short documents would be as large as T x T.
         is_full: every slot is filled, which lets other backends be faster; unused here.
+        totals: where backward adds the gradients of ``qkv_weight`` and ``proj_weight``, which it does not return then.
+            Another backward pass may use the same totals only after this one.
 
     Returns:
         [B, T, h], the sum over heads.
     """
+    if totals is not None:
+        qkv_weight = with_total(qkv_weight, totals.qkv, totals.replaces)
+        proj_weight = with_total(proj_weight, totals.proj, totals.replaces)
     batch, length, width = hidden_states.shape
     dtype = accumulation_dtype(hidden_states.dtype)
     sequence = torch.arange(batch, device=hidden_states.device)[:, None, None]
@@ -318,6 +327,30 @@ def accumulate(total: Tensor, gradient: Tensor, replaces: Tensor) -> None:
         replaces: a bool scalar on their device: whether the total is replaced, whatever it holds.
     """
     total.masked_fill_(replaces, 0.0).add_(gradient)
+
+
+@torch.library.custom_op("megatron_mosa::with_total", mutates_args=())
+def with_total(weight: Tensor, total: Tensor, replaces: Tensor) -> Tensor:
+    """Return a copy of a weight; backward does not return its gradient, but passes it to ``accumulate``."""
+    return weight.clone()
+
+
+@with_total.register_fake
+def _(weight: Tensor, total: Tensor, replaces: Tensor) -> Tensor:
+    return weight.clone()
+
+
+def _keep_total(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _add_to_total(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+    total, replaces = ctx.saved_tensors
+    accumulate(total, gradient, replaces)
+    return None, None, None
+
+
+with_total.register_autograd(_add_to_total, setup_context=_keep_total)
 
 
 @without_autocast

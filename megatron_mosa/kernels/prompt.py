@@ -122,5 +122,6 @@ def read_prompt(
             document_starts=None,
             restart_rotary=False,
             is_full=False,  # some slots may be empty
+            totals=[],  # of the backward pass alone
         )
     return Prompt(output, qkv, Rows(*rows).cu_seqlens)

@@ -36,9 +36,9 @@ from triton.runtime.jit import JITFunction
 from megatron_mosa.hf import dense_kernels_mosa, kernels_mosa
 from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
-from megatron_mosa.kernels import Documents, naive
+from megatron_mosa.kernels import Documents, GradientTotals, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import cached, common, loss, tiles
+from megatron_mosa.kernels.triton import cached, common, loss, tiles, weights
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
@@ -60,6 +60,8 @@ class Case:
     has_documents: bool = True
     full: tuple[int, ...] = ()
     """For which the slots are also known to be filled."""
+    adds: tuple[int, ...] = ()
+    """For which gradients are also added to totals, by kernels for many programs."""
     decodes: tuple[int, ...] = ()
     """For which a step of decoding is compiled, too."""
     alone: frozenset[str] = frozenset()
@@ -68,8 +70,8 @@ class Case:
 
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
-    Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
-    Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
+    Case(torch.bfloat16, 64, 64, (80, 90), adds=(90,), decodes=(80, 90)),  # attention in one tile
+    Case(torch.bfloat16, 128, 256, full=(80, 90), adds=(80, 100), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
     Case(torch.float32, 32, 63, (80,), decodes=(80,)),  # several tiles, the last one partly filled
@@ -160,6 +162,12 @@ def layer(case: Case, capability: int) -> None:
             document_starts=starts if case.has_documents else None, is_full=is_full,
         )  # fmt: skip
         output.sum().backward()
+    if capability in case.adds:
+        totals = GradientTotals(*(torch.zeros(size) for size in sizes[2:]), torch.tensor(True))
+        with mock.patch.object(weights, "multiprocessors", lambda device: 1):
+            fused.selected_attention(
+                *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4, totals=totals
+            ).sum().backward()
     if capability in case.decodes:
         with torch.no_grad():
             decode(*tensors[1:])

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
-from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
-from megatron_mosa.kernels.triton import scattered
+from megatron_mosa.kernels import Documents, GradientTotals, KernelBackend, get_backend, naive
+from megatron_mosa.kernels.triton import ops, scattered, weights
 from megatron_mosa.kernels.triton.common import can_be_described
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import rows_of
@@ -344,10 +344,16 @@ def test_schemas_fake_kernels_and_autograd_of_the_operators(fused: KernelBackend
     scores = fused.router_scores(inputs[0], inputs[1])
     operators = torch.ops.megatron_mosa
     indices = fused.select_tokens(scores, 2)
+    options = 0.5, 100.0, None, False, True
+    detached = [tensor.detach() for tensor in inputs]
+    output, *saved = operators.fused_attention(*detached[:2], scores, indices, *detached[2:], *options, [])
+    totals = *(torch.zeros_like(weight) for weight in detached[2:]), torch.tensor(False)
+    backward = output, *detached, None, *saved[:4], saved[4:], *options[:2], *options[3:], *totals
     calls = {
         operators.fused_router_scores: (inputs[0].detach(), inputs[1].detach()),
         operators.fused_select_tokens: (scores, 2, True),
-        operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True),
+        operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], *options, []),
+        operators.fused_attention_backward_to_totals: backward,
     }
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for operator, arguments in calls.items():
@@ -365,6 +371,69 @@ def test_a_compiled_program_is_one_graph(fused: KernelBackend) -> None:
     gradients = [torch.autograd.grad(output.square().sum(), inputs) for output in outputs]
     for ours, theirs in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_products_are_added_to_a_total_or_replace_it(parts: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "multiprocessors", lambda device: splits)
+    batch, length, heads, width, size, selected = 16, 70, 1, 20, 12, 64 if splits > 1 else 5
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(batch, length, width, generator=generator)
+    indices = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected].sort(-1).values
+    indices[-1, 0, -1] = length  # an empty slot, of the last row
+    values = torch.randn(heads, batch * selected, parts * size, generator=generator)
+    pairs = torch.randn(heads, batch * selected, PAIR, generator=generator)
+    x = states[torch.arange(batch)[:, None, None], indices % length].transpose(0, 1)  # [E, B, k, h]
+    x = x.flatten(1, 2)[:, :-1]  # [E, R - 1, h]
+    wanted, wanted_pairs = x.mT @ values[:, :-1], (x * pairs[:, :-1].sum(-1, keepdim=True)).sum(1)
+    total = torch.full((heads, parts * size, width), torch.nan).mT if parts == 1 else torch.full_like(wanted, torch.nan)
+    for times, replaces in ((1, True), (2, False), (1, True)):
+        sums = torch.full((heads, width), torch.nan)
+        rows = rows_of(indices, length)
+        weights.weight_gradient(states, rows, values, total, parts, pairs, sums, torch.tensor(replaces))
+        torch.testing.assert_close(total, times * wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums, wanted_pairs, rtol=1e-4, atol=1e-4)
+
+
+@torch.compiler.config.patch(force_disable_caches=True)  # which do not ask what shares a storage
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+def test_backward_adds_to_totals_in_place(
+    fused: KernelBackend, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, too, it writes to their own memory, and not to a copy. Both totals are parts of one buffer."""
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(2, 6, 2, 8, 4)]
+    flat, is_first, written = torch.full((2 * 8 * 16,), torch.nan), torch.tensor(True), []
+    parts: list[torch.Tensor] = [flat[: 2 * 8 * 12].view(2, 8, 12), flat[2 * 8 * 12 :].view(2, 4, 8)]
+    totals = GradientTotals(torch.from_dlpack(parts[0]), torch.from_dlpack(parts[1]), is_first)
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        written.append(arguments[3].data_ptr())
+        weights.weight_gradient(*arguments, **options)
+
+    def run(kernels: Any, tensors: list[torch.Tensor], totals: GradientTotals | None) -> torch.Tensor:
+        scores = kernels.router_scores(*tensors[:2])
+        indices = kernels.select_tokens(scores, 3)
+        arguments = *tensors[:2], scores, indices, *tensors[2:]
+        return kernels.selected_attention(*arguments, rotary_percent=0.5, rotary_base=100.0, totals=totals)
+
+    monkeypatch.setattr(ops, "weight_gradient", watched)
+    for kernels in (fused, naive) if backend != "inductor" else (fused,):  # naive would take long to compile
+        wanted = torch.autograd.grad(run(kernels, inputs, None).square().sum(), inputs)
+        compiled = run if backend is None else torch.compile(run, fullgraph=True, dynamic=False, backend=backend)
+        written.clear()
+        for times in (1, 2, 1):
+            is_first.fill_(times == 1)
+            for tensor in inputs:
+                tensor.grad = None
+            compiled(kernels, inputs, totals).square().sum().backward()
+            assert inputs[2].grad is inputs[3].grad is None
+            found = inputs[0].grad, inputs[1].grad, *(part / times for part in parts)
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        if kernels is fused and backend != "aot_eager":  # which copies whatever is written to
+            assert written == 3 * [part.data_ptr() for part in parts]
 
 
 def test_flops_are_those_of_the_naive_path(fused: KernelBackend) -> None:

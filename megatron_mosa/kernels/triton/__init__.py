@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels import naive
 from megatron_mosa.kernels.documents import Documents
+from megatron_mosa.kernels.totals import GradientTotals
 from megatron_mosa.kernels.triton.elementwise import accumulate, fused_swiglu
 from megatron_mosa.kernels.triton.loss import linear_cross_entropy
 from megatron_mosa.kernels.triton.ops import fused_attention
@@ -77,6 +78,7 @@ def selected_attention(
     restart_rotary: bool = False,
     slots: Documents | None = None,
     is_full: bool = False,
+    totals: GradientTotals | None = None,
 ) -> Tensor:
     """Compute ``naive.selected_attention``; gradients of the gates flow to ``router_weight`` and ``hidden_states``."""
     del slots  # no k x k matrix is stored in any case
@@ -92,6 +94,7 @@ def selected_attention(
         document_starts,
         restart_rotary,
         is_full,
+        list(totals or ()),
     )[0]
 
 

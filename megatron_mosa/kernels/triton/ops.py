@@ -35,8 +35,12 @@ def launch_attention(
     document_starts: Tensor | None,
     restart_rotary: bool,
     is_full: bool,
+    totals: list[Tensor],
 ) -> list[Tensor]:
-    """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
+    """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``.
+
+    ``totals`` are ``GradientTotals`` for the backward pass, or empty.
+    """
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
     sequences, _ = scattered.chunks_of(indices.shape, states)
     rows = rows_of(indices.contiguous(), states.shape[1], sequences)
@@ -76,8 +80,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("megatron_mosa::fused_attention_backward", mutates_args=())
-def fused_attention_backward(
+def _gradients(
     doutput: Tensor,
     hidden_states: Tensor,
     router_weight: Tensor,
@@ -93,8 +96,9 @@ def fused_attention_backward(
     rotary_base: float,
     restart_rotary: bool,
     is_full: bool,
+    *totals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the states, the router, W_QKV and W_O."""
+    """Return the gradients of the states, the router, W_QKV and W_O; of the two last the totals, if there are any."""
     states, doutput = with_contiguous_rows(hidden_states), with_contiguous_rows(doutput)
     rows, starts = Rows(*row_tensors), optional_contiguous(document_starts)
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
@@ -105,10 +109,38 @@ def fused_attention_backward(
     pairs = gating.dlogits, router_weight.to(gating.dlogits.dtype).contiguous()
     dx = scattered.scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
-    drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
-    weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)
-    weight_gradient(doutput, rows, gated, dw_o.transpose(1, 2))
+    dw_qkv, dw_o, replaces = totals or (*_empty_gradients(qkv_weight, proj_weight), None)
+    drouter = _empty_gradients(router_weight)[0]
+    weight_gradient(states, rows, dqkv, dw_qkv, 3, gating.dlogits, drouter, replaces)
+    weight_gradient(doutput, rows, gated, dw_o.transpose(1, 2), replaces=replaces)
     return dx, drouter, dw_qkv, dw_o
+
+
+_BACKWARD = (
+    "Tensor doutput, Tensor hidden_states, Tensor router_weight, Tensor qkv_weight, Tensor proj_weight, "
+    "Tensor? document_starts, Tensor qkv, Tensor gated, Tensor log_sums, Tensor gates, Tensor[] row_tensors, "
+    "float rotary_percent, float rotary_base, bool restart_rotary, bool is_full"
+)
+
+
+@torch.library.custom_op(
+    "megatron_mosa::fused_attention_backward",
+    mutates_args=(),
+    schema=f"({_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def fused_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the states, the router, W_QKV and W_O."""
+    return _gradients(*arguments)
+
+
+@torch.library.custom_op(
+    "megatron_mosa::fused_attention_backward_to_totals",
+    mutates_args=("qkv_total", "proj_total"),
+    schema=f"({_BACKWARD}, Tensor(a!) qkv_total, Tensor(b!) proj_total, Tensor replaces) -> (Tensor, Tensor)",
+)
+def fused_attention_backward_to_totals(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the states and the router, and add those of W_QKV and W_O to ``GradientTotals``."""
+    return _gradients(*arguments)[:2]
 
 
 def _empty_gradients(*weights: Tensor) -> list[Tensor]:
@@ -128,17 +160,27 @@ def _(
     return torch.empty_like(hidden_states), drouter, dw_qkv, dw_o
 
 
+@fused_attention_backward_to_totals.register_fake
+def _(doutput: Tensor, hidden_states: Tensor, router_weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_states), _empty_gradients(router_weight)[0]
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, is_full = inputs
+    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, is_full, totals = inputs
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for all outputs but the first
-    ctx.save_for_backward(states, router, qkv_weight, proj_weight, starts, *output[1:])
+    ctx.save_for_backward(states, router, qkv_weight, proj_weight, starts, *output[1:], *totals)
     ctx.options = percent, base, restarts, is_full
 
 
-def _backward(ctx: Any, doutputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    dx, drouter, dw_qkv, dw_o = fused_attention_backward(doutputs[0], *saved[:9], list(saved[9:]), *ctx.options)
-    return dx, drouter, None, None, dw_qkv, dw_o, None, None, None, None, None
+def _backward(ctx: Any, doutputs: list[Tensor]) -> tuple[Tensor | list[None] | None, ...]:
+    saved, end = ctx.saved_tensors, 9 + len(Rows._fields)
+    arguments, totals = (doutputs[0], *saved[:9], list(saved[9:end]), *ctx.options), saved[end:]
+    if totals:
+        dx, drouter = fused_attention_backward_to_totals(*arguments, *totals)
+        dw_qkv, dw_o = None, None
+    else:
+        dx, drouter, dw_qkv, dw_o = fused_attention_backward(*arguments)
+    return dx, drouter, None, None, dw_qkv, dw_o, *[None] * 5, [None] * len(totals)
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -164,7 +206,9 @@ def _(
     return _flops(states[2], batch, heads, selected, proj_weight[1])
 
 
-@register_flop_formula(torch.ops.megatron_mosa.fused_attention_backward)
+@register_flop_formula(
+    [torch.ops.megatron_mosa.fused_attention_backward, torch.ops.megatron_mosa.fused_attention_backward_to_totals]
+)
 def _(
     doutput: object,
     states: tuple[int, ...],

@@ -18,10 +18,10 @@ from megatron_mosa.kernels.triton.rows import Rows
 
 @triton.jit(do_not_specialize=["B", "GROUP"])
 def _weight_gradient_kernel(
-    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, E, H, GROUP, stride_b, stride_t,
-    stride_s, stride_e, stride_h, stride_d, pair_stride_s,
+    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, p_replaces, B, R, E, H, GROUP, stride_b,
+    stride_t, stride_s, stride_e, pair_stride_s, stride_h: tl.constexpr, stride_d: tl.constexpr,
     D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
-    PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
+    ADDS: tl.constexpr, PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     i_head, i_tile = grouped(tl.program_id(0), tl.cdiv(H, COLUMNS), E, GROUP)
@@ -29,11 +29,22 @@ def _weight_gradient_kernel(
     o_column = i_tile * COLUMNS + tl.arange(0, COLUMNS)  # of the states
     o_first = tl.arange(0, WIDTH if PARTS == 1 else 2 * WIDTH)  # of the values: one part, or two in one tile
     m_first, o_first = o_first % WIDTH < D, (i_part + o_first // WIDTH) * D + o_first % WIDTH
-    b_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
+    # Strides are constants, and offsets count from the tile, so that addresses need no registers beside the results.
+    p_out += i_split * stride_s + i_head.to(tl.int64) * stride_e + i_tile.to(tl.int64) * COLUMNS * stride_h
+    p_out_rows = p_out + tl.arange(0, COLUMNS)[:, None] * stride_h
+    m_column = (tl.arange(0, COLUMNS) < (COLUMNS if IS_WHOLE else H - i_tile * COLUMNS))[:, None]
+    if ADDS:  # begins with what is there, for which no registers are left after the products
+        m_added = m_column & (tl.load(p_replaces) == 0)
+        b_first = tl.load(p_out_rows + o_first[None] * stride_d, mask=m_added & m_first[None], other=0.0)
+    else:
+        b_first = tl.zeros((COLUMNS, WIDTH if PARTS == 1 else 2 * WIDTH), dtype=tl.float32)
     if PARTS == 3:
         o_last = tl.arange(0, WIDTH)
         m_last, o_last = o_last < D, 2 * D + o_last
-        b_last = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
+        if ADDS:
+            b_last = tl.load(p_out_rows + o_last[None] * stride_d, mask=m_added & m_last[None], other=0.0)
+        else:
+            b_last = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
     if HAS_PAIRS:
         b_pairs = tl.zeros((COLUMNS, PAIR), dtype=tl.float32)
     count = tl.load(p_cu_seqlens + i_head * (B + 1) + B)
@@ -60,9 +71,7 @@ def _weight_gradient_kernel(
             p_pair_rows = p_pairs + o_row * PAIR + i_lane[:, None] * PAIR + o_pair[None]
             b_pair = tl.load(p_pair_rows, mask=m_row[:, None], other=0.0)
             b_pairs = dot(tl.trans(b_x), b_pair, b_pairs, INTERPRETED)
-    p_out_rows = p_out + i_split * stride_s + i_head.to(tl.int64) * stride_e + o_column.to(tl.int64)[:, None] * stride_h
     TYPE: tl.constexpr = p_out.dtype.element_ty
-    m_column = (o_column < H)[:, None]
     tl.store(p_out_rows + o_first[None] * stride_d, b_first.to(TYPE), mask=m_column & m_first[None])
     if PARTS == 3:
         tl.store(p_out_rows + o_last[None] * stride_d, b_last.to(TYPE), mask=m_column & m_last[None])
@@ -79,6 +88,7 @@ def weight_gradient(
     parts: int = 1,
     pairs: Tensor | None = None,
     pair_output: Tensor | None = None,
+    replaces: Tensor | None = None,
 ) -> None:
     """Compute, for each head, the selected tokens transposed times the values of its rows.
 
@@ -88,9 +98,10 @@ def weight_gradient(
         states: [B, T, h], contiguous in the last dimension.
         rows: the rows of the selection.
         values: [E, R, parts * d].
-        output: [E, h, parts * d] with any strides; written.
+        output: [E, h, parts * d] with any strides; written. Fp32 if ``replaces`` is given.
         pairs: [E, R, PAIR], an additional column of values, given as the sum of these columns.
         pair_output: [E, h], the result for ``pairs``; written.
+        replaces: a bool scalar on the device; where it is false, the result is added to ``output``.
     """
     batch, heads, _, length = rows.shape
     width, capacity = states.shape[2], rows.token_indices.shape[1]
@@ -110,12 +121,17 @@ def weight_gradient(
         tile_bytes, gathered_bytes = batch * length * chosen["COLUMNS"] * size_of, heads * capacity * width * size_of
         group = tiles.group(number, tile_bytes, gathered_bytes, values.numel() * size_of, tiles.SWEPT_BYTES)
     _weight_gradient_kernel[(number * heads, splits * parts // at_once)](
-        states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, heads,
-        width, group, *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
+        states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, replaces, batch, capacity,
+        heads, width, group, *strides(states), *outputs.stride()[:2],
+        0 if pair_outputs is None else pair_outputs.stride(0), *outputs.stride()[2:],
         D=size, SHIFT=rows.shift, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
-        HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
+        HAS_PAIRS=pairs is not None, ADDS=replaces is not None and splits == 1, PARTS=at_once, ALL_PARTS=parts,
+        SPLITS=splits, PAIR=PAIR, **chosen,
     )  # fmt: skip
     if splits > 1:
-        output.copy_(outputs.sum(0))
+        if replaces is None:
+            output.copy_(outputs.sum(0))
+        else:
+            output.masked_fill_(replaces, 0.0).add_(outputs.sum(0))
         if pair_output is not None and pair_outputs is not None:
             pair_output.copy_(pair_outputs.sum(0))
