@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from megatron_mosa.attention.config import MosaTransformerConfig
     from megatron_mosa.attention.decoder_layer import DecoderLayer
     from megatron_mosa.attention.functional import mosa_attention, num_selected_tokens
-    from megatron_mosa.attention.heads import PartitionedHeads
+    from megatron_mosa.attention.heads import MosaHeads, PartitionedHeads
     from megatron_mosa.attention.kind import HeadKind
     from megatron_mosa.attention.kinds import (
         KINDS,
@@ -39,6 +39,7 @@ __all__ = [
     "OVERLOADED",
     "DecoderLayer",
     "HeadKind",
+    "MosaHeads",
     "MosaSelfAttention",
     "MosaSpecProvider",
     "MosaTransformerConfig",

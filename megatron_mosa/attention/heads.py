@@ -22,6 +22,7 @@ from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
     AnyDocuments,
     Documents,
+    GradientTotals,
     KernelBackend,
     autocast_operands,
     document_attention,
@@ -297,6 +298,9 @@ class MosaHeads(PartitionedHeads):
         # Of the last recorded forward pass: scores [B, E, T] and indices [B, E, k] (T in empty slots).
         self.selection: tuple[Tensor, Tensor] | None = None
         self.dropped: Tensor | None = None  # [E / tp]: tokens that the capacity dropped there
+        # Where backward of a compiled layer adds the gradients of W_QKV and W_O; None: it returns them. In either case
+        # it reaches them if it reaches the router.
+        self.gradient_totals: GradientTotals | None = None
         self._kept: Tensor | None = None  # [1, E / tp, T]: scores of the last forward pass of a compiled layer
 
     def forward(self, hidden_states: Tensor, documents: AnyDocuments | None = None) -> Tensor:
@@ -317,6 +321,7 @@ class MosaHeads(PartitionedHeads):
         counts: bool,
         above: bool,
         indices: Tensor | None = None,
+        totals: GradientTotals | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the forward pass as a function of its arguments; records nothing.
 
@@ -327,6 +332,7 @@ class MosaHeads(PartitionedHeads):
             counts: whether scores are added to the histogram, if the heads have thresholds.
             above: whether tokens are selected by thresholds, see ``selects_above``.
             indices: the selection of an earlier call with the same states, without documents; None: select.
+            totals: where backward adds the gradients of W_QKV and W_O; None: it returns them.
 
         Returns:
             The output [T, B, h], the scores [B, E / tp, T] and the indices [B, E / tp, k].
@@ -356,6 +362,7 @@ class MosaHeads(PartitionedHeads):
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
             is_full=not (above or self._per_document(documents) or config.mosa_selection == "token_choice"),
+            totals=totals,
         )
         return output.transpose(0, 1), scores, indices
 
@@ -367,7 +374,9 @@ class MosaHeads(PartitionedHeads):
         above: bool,
         selected: Tensor | None,
     ) -> Contribution:
-        output, scores, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
+        output, scores, indices = self.attend(
+            hidden_states, documents, kernels, True, above, selected, self.gradient_totals
+        )
         return Contribution(output, indices, scores.detach())
 
     @torch.no_grad()

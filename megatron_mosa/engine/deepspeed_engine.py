@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_mosa.attention import (
+    MosaHeads,
     MosaTransformerLayer,
     forget_scores,
     mosa_layers,
@@ -84,7 +85,9 @@ class DeepSpeedEngine:
             if stage == 3:
                 deepspeed.zero.register_external_parameter(model.output_loss, model.vocabulary_layer.weight)
             if self.acceleration.uses_graphs:
-                storage = _storage(self._engine.optimizer, model, config.parallel.zero_stage, kernels)
+                # With overlap, two backward passes go through the heads at the same time.
+                heads = [] if self.acceleration.overlaps else mosa_layers(model)
+                storage = _storage(self._engine.optimizer, model, config.parallel.zero_stage, kernels, heads)
                 clipping = config.optimizer.gradient_clipping
                 self._graphed = GraphedSteps(storage, self._optimizer, self._loss_in_graph, clipping)
 
@@ -351,10 +354,16 @@ def _sizes(model: MosaGPTModel, stage: int) -> dict[str, int]:
     }
 
 
-def _storage(optimizer: Any, model: MosaGPTModel, stage: int, kernels: KernelBackend) -> Storage:
-    """Return where CUDA graphs find weights and leave gradients under a ZeRO stage of the configuration."""
+def _storage(
+    optimizer: Any, model: MosaGPTModel, stage: int, kernels: KernelBackend, heads: Sequence[MosaHeads]
+) -> Storage:
+    """Return where CUDA graphs find weights and leave gradients under a ZeRO stage of the configuration.
+
+    Args:
+        heads: those that may add the gradients of their matrices to whole gradients themselves.
+    """
     if stage == 1:
-        return WholeGradients(optimizer, kernels)
+        return WholeGradients(optimizer, kernels, heads)
     embedding, output = cast(Any, model.embedding).word_embeddings, model.output_loss
     layers = [(layer, list(filter(is_matrix, layer.parameters()))) for layer in model.decoder.layers]
     modules = [(embedding, [embedding.weight]), *layers, (output, [model.vocabulary_layer.weight])]

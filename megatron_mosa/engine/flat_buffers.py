@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from megatron_mosa.kernels import KernelBackend, naive
+from megatron_mosa.attention import MosaHeads
+from megatron_mosa.kernels import GradientTotals, KernelBackend, naive
 from megatron_mosa.parallel import data_parallel_group, partition_of, tensor_parallel_group
 
 
@@ -74,9 +76,11 @@ class WholeGradients:
     Args:
         optimizer: DeepSpeed's BF16_Optimizer around torch's AdamW.
         kernels: the backend that accumulates gradients.
+        heads: those whose backward pass in compiled layers adds the gradients of their matrices itself, which saves
+            writing and reading them in bf16. It must not run more than once in a pass.
     """
 
-    def __init__(self, optimizer: Any, kernels: KernelBackend = naive) -> None:
+    def __init__(self, optimizer: Any, kernels: KernelBackend = naive, heads: Sequence[MosaHeads] = ()) -> None:
         self.optimizer = optimizer
         self.kernels = kernels
         self.group = data_parallel_group()
@@ -100,6 +104,10 @@ class WholeGradients:
                 self._totals[parameter] = gradient.view_as(parameter)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._move_gradient))
         self._left: dict[torch.nn.Parameter, Tensor] = {}  # whose gradients this backward pass has not reached
+        self._along = {of.router_weight: (of.qkv_weight, of.proj_weight) for of in heads}
+        self._in_place = [
+            (of, self._separate_total(of.qkv_weight), self._separate_total(of.proj_weight)) for of in heads
+        ]
         self._is_first: Tensor
 
     def start_step(self) -> None:
@@ -107,10 +115,13 @@ class WholeGradients:
 
     def start_pass(self, is_first: Tensor) -> None:
         self._left, self._is_first = dict(self._totals), is_first
+        for heads, qkv_total, proj_total in self._in_place:
+            heads.gradient_totals = GradientTotals(qkv_total, proj_total, is_first)
 
     def finish_pass(self) -> None:
         for total in self._left.values():
             total.masked_fill_(self._is_first, 0.0)
+        self._forget_totals()
 
     def reduce(self) -> None:
         if self.group.size() == 1:
@@ -126,15 +137,30 @@ class WholeGradients:
             self.optimizer.update_lp_params()
 
     def close(self) -> None:
+        self._forget_totals()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
+    def _forget_totals(self) -> None:
+        for heads, *_ in self._in_place:
+            heads.gradient_totals = None
+
+    def _separate_total(self, parameter: torch.nn.Parameter) -> Tensor:
+        """Return the total of a parameter with a storage and a version of its own.
+
+        Inductor would copy the whole storage if two inputs of a graph shared it and one were written to; autograd would
+        take a change of one total for a change of all.
+        """
+        return torch.from_dlpack(self._totals[parameter])
+
     @torch.no_grad()
     def _move_gradient(self, parameter: torch.nn.Parameter) -> None:
-        total, gradient = self._left.pop(parameter), parameter.grad
-        assert gradient is not None
-        self.kernels.accumulate(total, gradient, self._is_first)
+        if (gradient := parameter.grad) is None:  # heads have added it
+            return
+        self.kernels.accumulate(self._left.pop(parameter), gradient, self._is_first)
+        for weight in self._along.get(parameter, ()):
+            del self._left[weight]
         # Else autograd would add the next gradient to this one: in a graph, to memory that others use by then.
         parameter.grad = None
 

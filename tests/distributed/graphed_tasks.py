@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from megatron_mosa.attention import mosa_layers
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine, graphed
 from megatron_mosa.engine.flat_buffers import WholeGradients
@@ -17,7 +18,7 @@ from megatron_mosa.kernels import get_backend, naive
 from megatron_mosa.model import build_model, language_model_loss
 from megatron_mosa.parallel import Layout
 from tests.distributed.compiled_tasks import engine_on
-from tests.distributed.tasks import RATES, VOCAB_SIZE, global_batch, micro_batches, parallel
+from tests.distributed.tasks import RATES, VOCAB_SIZE, global_batch, micro_batches, parallel, recorded_gradients
 
 
 def take_graphed_steps(engine: DeepSpeedEngine, clipping: float) -> None:
@@ -47,6 +48,38 @@ def steps(config: Config, number: int, is_graphed: bool) -> dict[str, list[float
         moments = [tensor.norm().item() for key, tensor in engine.state().items() if key.startswith("exp_avg.")]
     losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
     return {"losses": losses, "norms": norms, "moments": moments}
+
+
+def gradients(
+    config: Config, path: str, number: int = 3, adds_in_place: bool = True
+) -> tuple[list[dict[str, Tensor]], set[str]]:
+    """Return the gradients of up to three steps, before clipping, and for which parameters autograd was given one.
+
+    The first step takes all layers, the second leaves out the last layer in both micro-batches, the third in one.
+    """
+    found, returned = [], set()
+    with parallel(config) as layout, engine_on(path, config, layout) as engine:
+        if engine._graphed is not None and not adds_in_place:
+            engine._graphed.storage.close()
+            take_graphed_steps(engine, config.optimizer.gradient_clipping)
+        for name, parameter in engine.module.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: returned.add(name) if gradient is not None else None)
+        layer = engine.module.decoder.layers[-1]
+        call, left_out = layer.forward, [False, False, True, True, True, False]
+
+        def call_or_not(states: Tensor, *args: Any, **options: Any) -> Any:
+            for totals in filter(None, [heads.gradient_totals for heads in mosa_layers(engine.module)]):
+                assert all(total.untyped_storage().nbytes() == total.nbytes for total in totals)  # nothing to be copied
+            if left_out.pop(0):
+                return states if "compiled" in options else (states, None)
+            return call(states, *args, **options)
+
+        with mock.patch.object(layer, "forward", call_or_not):
+            for step in range(number):
+                with recorded_gradients(engine) as gradients:
+                    engine.train_step(micro_batches(config, layout, step), 1e-3)
+                found.append(gradients)
+    return found, returned
 
 
 def around_a_poisoned_step(config: Config) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from megatron_mosa.model.mosa_gpt import MosaGPTModel
 from megatron_mosa.parallel import Layout
 from megatron_mosa.tools.bench.measure import Profiling, measure
 from megatron_mosa.tools.scaling.sweep_worker import release_memory
-from tests.distributed.graphed_tasks import take_graphed_steps
 from tests.distributed.tasks import VOCAB_SIZE, parallel
 
 
@@ -28,16 +27,13 @@ def left(config: Config, is_graphed: bool) -> tuple[list[str], int]:
 
     def build_as_on_a_gpu(engine: DeepSpeedEngine, config: Config, vocab_size: int, layout: Layout) -> None:
         build(engine, config, vocab_size, layout)
-        if engine._graphed is None and is_graphed:  # ZeRO-1
-            take_graphed_steps(engine, clipping=0.5)
         found.extend((name, weakref.ref(thing)) for name, thing in _large(engine))
 
     def compile_plain(model: MosaGPTModel, kernels: KernelBackend, overlaps: bool) -> None:
         compile_layers(model, naive, kernels.linear_cross_entropy, "aot_eager", overlaps)
 
     overlaps = config.parallel.tensor_model_parallel_size > 1
-    is_sharded = is_graphed and config.parallel.zero_stage > 1
-    choice = Acceleration(True, is_sharded, hindrance="on cpu", overlaps=overlaps)
+    choice = Acceleration(True, is_graphed, hindrance="on cpu", overlaps=overlaps)
     with (
         parallel(config) as layout,
         mock.patch.object(deepspeed_engine, "choose_acceleration", lambda *_: choice),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.distributed import graphed_tasks, tasks
 from tests.distributed.pool import WorkerPools
@@ -25,6 +26,33 @@ def test_losses_norms_and_moments_are_those_of_deepspeeds_steps(
     assert graphed["losses"] == pytest.approx(plain["losses"], rel=3e-3)
     assert graphed["norms"] == pytest.approx(plain["norms"], rel=3e-2)
     assert graphed["moments"] == pytest.approx(plain["moments"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"model__attend_within_documents": True}),
+        (2, {"parallel__sequence_parallel": True, "train__recompute": "full"}),
+    ],
+)
+def test_heads_add_their_gradients_to_the_totals_of_a_step(workers: WorkerPools, ranks: int, changes: dict) -> None:
+    """Two micro-batches; bitwise what hooks add of the same graphs, also where a layer is left out."""
+    config = accumulating(ranks, ranks, data__sequence_length=12, **changes)
+    (ours, few), (hooks, every), (plain, _) = (
+        workers(ranks).run(graphed_tasks.gradients, config, *of)[0]
+        for of in (("graphs",), ("graphs", 3, False), ("plain", 1))
+    )
+    assert {name.rpartition(".")[2] for name in every - few} == {"qkv_weight", "proj_weight"} and every == plain[
+        0
+    ].keys()
+    for step, (found, wanted) in enumerate(zip(ours, hooks, strict=True)):
+        for name, gradient in wanted.items():
+            assert torch.equal(found[name], gradient), (step, name)
+    left_out = [name for name in ours[1] if name.startswith("decoder.layers.1.")]
+    assert any("qkv_weight" in name for name in left_out)
+    assert all(ours[0][name].any() and not ours[1][name].any() and ours[2][name].any() for name in left_out)
+    for name, gradient in plain[0].items():
+        assert torch.linalg.vector_norm(ours[0][name] - gradient) < 0.05 * torch.linalg.vector_norm(gradient), name
 
 
 @pytest.mark.parametrize("stage", [2, 3])
