@@ -390,7 +390,7 @@ def test_products_are_added_to_a_total_or_replace_it(parts: int, splits: int, mo
     total = torch.full((heads, parts * size, width), torch.nan).mT if parts == 1 else torch.full_like(wanted, torch.nan)
     for times, replaces in ((1, True), (2, False), (1, True)):
         sums = torch.full((heads, width), torch.nan)
-        rows = rows_of(indices, length)
+        rows = rows_of(indices, length, batch)
         weights.weight_gradient(states, rows, values, total, parts, pairs, sums, torch.tensor(replaces))
         torch.testing.assert_close(total, times * wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sums, wanted_pairs, rtol=1e-4, atol=1e-4)
