@@ -438,12 +438,15 @@ HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
 }
 
 
+_OWN = (MosaCausalHeads, MosaFixedHeads, MosaRoutingHeads, MosaHeads)
+
+
 class MosaAttention(nn.Module):
     """The sum of a layer's heads of all kinds: ``dense_heads``, ``local_heads``, ...; None: there are none."""
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
-        self.mosa_heads: MosaHeads | None
+        self.mosa_heads: nn.Module | None
         for kind, create in HEADS.items():
             setattr(self, f"{kind}_heads", create(config) if getattr(config, f"num_{kind}_heads") else None)
 
@@ -451,7 +454,7 @@ class MosaAttention(nn.Module):
         """Map [B, T, h] to [B, T, h]."""
         stored = {kind: None if cache is None else getattr(cache, kind) for kind in HEADS}
         prompt: dict[str, Any] = {}
-        if self.mosa_heads is not None:  # first, so that its counts have reached the host when they are needed
+        if isinstance(self.mosa_heads, MosaHeads):  # first: its counts have then reached the host when it needs them
             prompt = {"prompt": self.mosa_heads.start_prompt(hidden_states, tokens, stored["mosa"])}
         parts = [
             heads(hidden_states, tokens, stored[kind], **(prompt if kind == "mosa" else {}))
@@ -461,6 +464,10 @@ class MosaAttention(nn.Module):
         if cache is not None:
             cache.length += hidden_states.shape[1]
         return sum_of(parts)
+
+    def can_step(self) -> bool:
+        """Return whether ``step`` computes what ``forward`` does: no adapter stands around heads, as PEFT's may."""
+        return all(isinstance(heads := getattr(self, f"{kind}_heads"), _OWN) or heads is None for kind in HEADS)
 
     def step(
         self, hidden_states: Tensor, residual: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column
@@ -472,7 +479,7 @@ class MosaAttention(nn.Module):
         others = {kind: heads for kind in HEADS if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads)}
         total, parts = residual, []
         with Branch(residual.device, len(residual) * sum(heads.groups for heads in others.values())) as branch:
-            if self.mosa_heads is not None:
+            if isinstance(self.mosa_heads, MosaHeads):
                 assert cache.mosa is not None
                 with branch.beside():
                     total = self.mosa_heads.step_in_kernels(hidden_states, tokens, cache.mosa, residual)

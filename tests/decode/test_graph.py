@@ -134,6 +134,31 @@ def test_a_branch_is_joined_once_if_it_was_entered() -> None:
         own.wait_stream.assert_called_once_with(side)
 
 
+class Adapter(torch.nn.Module):
+    """Stands around a module as PEFT's do."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: object, **options: object) -> Tensor:
+        return self.module(*arguments, **options)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["mosa", "dense"])
+def test_heads_in_an_adapter_take_part(kind: str) -> None:
+    model, tokens = build("hybrid", num_hidden_layers=2), random_tokens(2, PROMPT + 3)
+    expected = model(tokens).logits
+    attention = model.model.layers[1].self_attn
+    setattr(attention, f"{kind}_heads", Adapter(getattr(attention, f"{kind}_heads")))
+    cache = model.new_cache()
+    found = [model(tokens[:, :PROMPT], **{CACHE: cache}).logits]
+    found += [model(tokens[:, end - 1 : end], **{CACHE: cache}).logits for end in range(PROMPT + 1, PROMPT + 4)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("inference_first", [True, False])
 def test_captured_and_other_steps_take_turns(inference_first: bool) -> None:
