@@ -122,10 +122,14 @@ def products(shape, batch):
         for b in range(batch):
             scores = torch.rand(E, T, device="cuda", generator=g)
             indices[b] = torch.where(scores < 1 / shape.sparsity, torch.arange(T, device="cuda"), T).sort(-1).values[:, :capacity]
-    rows, like = rows_of(indices, T), r(batch, T, h)
+    like = r(batch, T, h)
+    made = {}  # by the sequences of a chunk, which an override may change
+    def rows():
+        sequences, _ = scattered.chunks_of(indices.shape, like)
+        return made.setdefault(sequences, None) or made.update({sequences: rows_of(indices, T, sequences)}) or made[sequences]
     v3, v1, w3, w1 = r(E, batch * capacity, 3 * D), r(E, batch * capacity, D), r(E, h, 3 * D).mT, r(E, D, h)
     pairs = r(E, batch * capacity, 16), r(E, h)
-    return {"dX": lambda: scattered.scattered_product(v3, w3, rows, like, pairs), "dX without pairs": lambda: scattered.scattered_product(v3, w3, rows, like), "out": lambda: scattered.scattered_product(v1, w1, rows, like)}
+    return {"dX": lambda: scattered.scattered_product(v3, w3, rows(), like, pairs), "dX without pairs": lambda: scattered.scattered_product(v3, w3, rows(), like), "out": lambda: scattered.scattered_product(v1, w1, rows(), like)}
 
 def all_tiles(n, seconds, overrides=TILES):
     shape = ALL[n]
