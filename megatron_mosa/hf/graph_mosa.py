@@ -242,7 +242,7 @@ def can_capture(model: Any, cache: MosaCache | None, input_ids: Tensor | None) -
         and not config.num_fixed_heads
         and not (config.num_mosa_heads and config.selection != "threshold")
         and getattr(model, "hf_device_map", None) is None
-        and (cache in _STEPS or all(layer.self_attn.can_step() for layer in model.model.layers))
+        and all(layer.self_attn.can_step() for layer in model.model.layers)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(input_ids.device.type)
         and all(rows.keys is not None and rows.keys.dtype == model.dtype for rows in cache.layers[0].parts().values())

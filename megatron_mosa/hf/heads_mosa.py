@@ -467,7 +467,7 @@ class MosaAttention(nn.Module):
 
     def can_step(self) -> bool:
         """Return whether ``step`` computes what ``forward`` does: no adapter stands around heads, as PEFT's may."""
-        return all(isinstance(heads := getattr(self, f"{kind}_heads"), _OWN) or heads is None for kind in HEADS)
+        return all(isinstance(heads, _OWN) for heads in self.children())
 
     def step(
         self, hidden_states: Tensor, residual: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column
