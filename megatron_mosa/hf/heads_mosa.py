@@ -17,6 +17,7 @@ from .dense_kernels_mosa import attend_to_rows, rotate_and_store
 from .fixed_mosa import MosaFixedHeads
 from .graph_mosa import Branch
 from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
+from .room_mosa import Prompts, Room
 from .routing_mosa import MosaRoutingHeads
 from .rows_mosa import BLOCK, DenseRows, SelectedRows, WindowRows, to_dtype
 from .tokens_mosa import Column, Tokens, largest, rotate
@@ -204,6 +205,9 @@ class Prompt(NamedTuple):
     rows: SelectedRows
     """Knows counts and totals; has no room yet."""
 
+    room: Room | None
+    """To be made, and guessed; None: the totals say how much."""
+
 
 class MosaHeads(nn.Module):
     """Heads that attend among the tokens that they select, gated by the router's score."""
@@ -218,6 +222,7 @@ class MosaHeads(nn.Module):
         self.router_weight = nn.Parameter(torch.empty(heads, width))  # [E, h]
         self.qkv_weight = nn.Parameter(torch.empty(heads, width, 3 * head_dim))  # [E, h, 3h'], columns q, k, v
         self.proj_weight = nn.Parameter(torch.empty(heads, head_dim, width))  # [E, h', h]
+        self.prompts = Prompts(heads)
         self.was_offloaded = False  # accelerate loads the weights from memory or disk for each call
         is_causal = config.selection == "threshold"  # thresholds are NaN until calibrated
         self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if is_causal else None)
@@ -265,7 +270,8 @@ class MosaHeads(nn.Module):
     def start_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Prompt | None:
         """Start what ``forward`` then does with the first tokens of sequences, if the kernels of training can.
 
-        The host learns how many tokens the heads select while the device does what is launched in between.
+        In a trial the host guesses how many tokens the heads select, if it can. Otherwise it learns their number while
+        the device does what is launched in between.
         """
         is_first = tokens.valid is None and (rows is None or rows.keys is None)
         if not is_first or self.router_weight.device != hidden_states.device:
@@ -274,30 +280,41 @@ class MosaHeads(nn.Module):
         if module is None or (rows is not None and hidden_states.shape[1] == 1):
             return None
         scores = module.router_scores(hidden_states, self.router_weight)
-        indices = None
+        indices, trial = None, None if self.thresholds is None else tokens.trial
+        room = None if trial is None else self.prompts.guess(*hidden_states.shape[:2])
+        following = config.load_feedback, 1 / config.sparsity
         if self.thresholds is None:
             indices = self.select(scores, tokens, None)
             counts = (indices < scores.shape[2]).sum(dim=2)
+        elif room is not None:
+            room = room._replace(rows=module.capacity_for(room.rows))
+            indices, counts = module.select_and_count(scores, self.thresholds, room.rows, *following)
         else:
-            counts = module.count_above(scores, self.thresholds, config.load_feedback, 1 / config.sparsity)
+            counts = module.count_above(scores, self.thresholds, *following)
         rows = SelectedRows() if rows is None else rows
         counts, first, totals = module.lay_out(counts, BLOCK)
         rows.begin(counts, totals)
-        return Prompt(module, scores, indices, first, rows)
+        if trial is not None and room is not None:
+            trial.layers.append((self.prompts, rows, room))
+        return Prompt(module, scores, indices, first, rows, room)
 
     def read_prompt(self, hidden_states: Tensor, prompt: Prompt, is_stored: bool) -> Tensor:
         """Compute the same as ``forward`` for a prompt that has been started, and store keys and values."""
-        module, scores, indices, first, rows = prompt
+        module, scores, indices, first, rows, room = prompt
         config = self.config
-        if self.thresholds is not None:
-            capacity = module.capacity_for(rows.host_totals()[1])
+        if indices is None:
+            assert self.thresholds is not None
+            totals = rows.host_totals()
+            self.prompts.learn(*hidden_states.shape[:2], totals)
+            capacity = module.capacity_for(totals[1])
             following = config.load_feedback, 1 / config.sparsity
             indices = module.select_above(scores, self.thresholds, capacity, *following)
         weights = self.qkv_weight, self.proj_weight
         rotation = config.rotary_percent, config.rotary_base
         read = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
         if is_stored:
-            rows.reserve_counted(hidden_states.new_empty(0, config.head_dim))
+            blocks, largest, _ = rows.host_totals() if room is None else (room.blocks, room.rows, 0)
+            rows.reserve(hidden_states.new_empty(0, config.head_dim), largest, blocks)
             read.store(first, rows.table, rows.keys, rows.values)
         return read.output
 

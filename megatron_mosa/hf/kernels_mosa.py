@@ -85,7 +85,7 @@ def _prompt_module() -> Any:
         module = importlib.import_module("megatron_mosa.kernels.prompt")
     except ImportError:
         return None
-    return module if hasattr(module, "lay_out") else None  # earlier versions lack what this one calls
+    return module if hasattr(module, "select_and_count") else None  # earlier versions lack what this one calls
 
 
 def training_kernels(states: Tensor, head_dim: int) -> Any:

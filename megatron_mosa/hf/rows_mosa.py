@@ -337,11 +337,6 @@ class SelectedRows(Rows):
         self.counts = counts
         self.set_totals(totals)
 
-    def reserve_counted(self, like: Tensor) -> None:
-        """Make room for all that is counted, keys like [.., h']; waits for the totals."""
-        blocks, largest, _ = self.host_totals()
-        self.reserve(like, largest, blocks)
-
     def add_packed(self, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Add [B, E, k, h'], of which the ``valid`` ones [B, E, k] come first; return their rows, [B, E, k]."""
         self.initialize(keys, keys.shape[1])

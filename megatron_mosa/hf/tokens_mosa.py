@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache_mosa import MosaCache
 from .configuration_mosa import MosaConfig
+from .room_mosa import Trial
 
 
 class Strided(NamedTuple):
@@ -48,6 +49,9 @@ class Tokens(NamedTuple):
 
     strided: Strided | None = None
     """None without fixed heads."""
+
+    trial: Trial | None = None
+    """Of the first tokens of sequences, for which MoSA heads may guess how much room they need; None: they must know."""
 
 
 class Column(NamedTuple):

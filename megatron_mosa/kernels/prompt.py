@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
         Args:
             first: int64 [B, E], the first of consecutive blocks for each sequence and head.
             table: int64 [B, E, n], which is to hold the numbers of these blocks.
-            keys, values: [blocks, rows per block, h'].
+            keys, values: [blocks, rows per block, h']. Rows of blocks beyond these are not stored.
         """
         from megatron_mosa.kernels.triton.cached import store_rows  # imported here because triton is optional
 
@@ -69,6 +69,16 @@ def select_above(scores: Tensor, thresholds: Tensor, capacity: int, feedback: fl
 
     with torch.cuda.device_of(scores):
         return launch_select_above(scores, thresholds, capacity, None, feedback, share)
+
+
+def select_and_count(
+    scores: Tensor, thresholds: Tensor, capacity: int, feedback: float, share: float
+) -> tuple[Tensor, Tensor]:
+    """Compute ``naive.select_above``, and what ``naive.count_above`` returns, int32 [B, E], in one launch."""
+    from megatron_mosa.kernels.triton.selection import launch_select_and_count  # imported here because triton is optional
+
+    with torch.cuda.device_of(scores):
+        return launch_select_and_count(scores, thresholds, capacity, feedback, share)
 
 
 def lay_out(counts: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,9 +137,8 @@ def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: di
     names = [
         "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "dense_kernels_mosa.py", "fixed_mosa.py",
         "graph_mosa.py", "heads_mosa.py", "kernels_mosa.py", "manifest.json", "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json", "modeling_mosa.py", "routing_mosa.py", "rows_mosa.py", "tokenizer.json",
-        "tokenizer_config.json",
-        "tokens_mosa.py",
+        "model.safetensors.index.json", "modeling_mosa.py", "room_mosa.py", "routing_mosa.py", "rows_mosa.py",
+        "tokenizer.json", "tokenizer_config.json", "tokens_mosa.py",
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(

@@ -53,12 +53,12 @@ def lay_out(counts: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return long, first, totals
 
 
-@triton.jit(do_not_specialize=["B", "R", "TABLE"])
+@triton.jit(do_not_specialize=["B", "R", "TABLE", "POOL"])
 def _cache_kernel(
-    p_qkv, p_cu_seqlens, p_first, p_table, p_keys, p_values, B, E, R, TABLE,
+    p_qkv, p_cu_seqlens, p_first, p_table, p_keys, p_values, B, E, R, TABLE, POOL,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy some rows of one head in one sequence, and write the numbers of their blocks."""
+    """Copy some rows of one head in one sequence, those whose blocks exist, and write the numbers of their blocks."""
     i_pair, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_batch, i_head = i_pair // E, i_pair % E
     begin = tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch)
@@ -66,7 +66,8 @@ def _cache_kernel(
     first = tl.load(p_first + i_pair)
     i_block, o_column = i_part * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, WIDTH)
     i_row = i_part * (BLOCKS * BLOCK) + tl.arange(0, BLOCKS * BLOCK)
-    mask = (i_row < count)[:, None] & (o_column < D)[None]
+    m_row = (i_row < count) & (first + i_row // BLOCK < POOL)
+    mask = m_row[:, None] & (o_column < D)[None]
     p_rows = p_qkv + (i_head * R + begin + i_row)[:, None] * (3 * D) + o_column[None]
     o_rows = (first * BLOCK + i_row)[:, None] * D + o_column[None]
     tl.store(p_keys + o_rows, tl.load(p_rows + D, mask=mask, other=0.0), mask=mask)
@@ -82,7 +83,8 @@ def store_rows(qkv: Tensor, cu_seqlens: Tensor, first: Tensor, table: Tensor, ke
         cu_seqlens: int32 [E, B + 1], as in ``Rows``.
         first: int64 [B, E], the first block of each.
         table: int64 [B, E, n], with room for the numbers of all blocks.
-        keys, values: [blocks, rows per block, h'] in the dtype of ``qkv``; the rows per block are a power of 2.
+        keys, values: [blocks, rows per block, h'] in the dtype of ``qkv``; the rows per block are a power of 2. Rows of
+            blocks beyond these are not stored.
     """
     (batch, heads), (_, block, size) = first.shape, keys.shape
     rows = qkv.shape[1]
@@ -90,5 +92,6 @@ def store_rows(qkv: Tensor, cu_seqlens: Tensor, first: Tensor, table: Tensor, ke
         launch(
             _cache_kernel, (batch * heads, triton.cdiv(rows // batch, BLOCKS * block)),
             qkv, cu_seqlens, first, table, keys, values, batch, heads, rows, table.shape[2],
+            len(keys),
             D=size, WIDTH=power_of_2(size), BLOCKS=BLOCKS, BLOCK=block,
         )  # fmt: skip

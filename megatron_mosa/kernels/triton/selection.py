@@ -192,9 +192,9 @@ def _fill_empty_slots(p_indices, num_selected, T, C, BLOCK: tl.constexpr):
 @triton.jit
 def _select_above_kernel(
     p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C,
-    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Select for one head in one sequence. STORES: write indices, up to C of them; otherwise write their number."""
+    """Select for one head in one sequence. STORES: write indices, up to C of them; COUNTS: write how many there are."""
     i_row = tl.program_id(0).to(tl.int64)  # b * E + e
     threshold = tl.load(p_thresholds + i_row % E)
     num_selected = 0
@@ -211,7 +211,7 @@ def _select_above_kernel(
         num_selected += tl.sum(m_selected.to(tl.int32))
     if STORES:
         _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
-    else:
+    if COUNTS:
         tl.store(p_counts + i_row, num_selected)
 
 
@@ -231,11 +231,11 @@ def _load_margins(p_scores, p_starts, i_token, T, threshold_logit, FEEDBACK, SHA
 @triton.jit
 def _follow_kernel(
     p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C, FEEDBACK, SHARE,
-    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Select with feedback for one head in one sequence, stepping from one selected token to the next.
 
-    STORES: write indices, up to C of them; otherwise write the number of selected tokens.
+    STORES: write indices, up to C of them; COUNTS: write how many tokens are selected.
     """
     i_row = tl.program_id(0).to(tl.int64)  # b * E + e
     threshold = tl.load(p_thresholds + i_row % E)
@@ -265,7 +265,7 @@ def _follow_kernel(
             key = tl.min(tl.where(m_next, b_key, end))
     if STORES:
         _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
-    else:
+    if COUNTS:
         tl.store(p_counts + i_row, num_selected)
 
 
@@ -300,7 +300,7 @@ def count_with_feedback(
     starts = optional_contiguous(document_starts)
     _follow_kernel[(batch * heads,)](
         scores.contiguous(), thresholds.contiguous(), starts, None, counts, length, heads, 0, feedback, share,
-        HAS_STARTS=starts is not None, STORES=False, **tiles.follow(length),
+        HAS_STARTS=starts is not None, STORES=False, COUNTS=True, **tiles.follow(length),
     )  # fmt: skip
     return counts
 
@@ -310,6 +310,16 @@ def launch_count_above(scores: Tensor, thresholds: Tensor, feedback: float, shar
     counts = torch.empty(scores.shape[:2], dtype=torch.int32, device=scores.device)
     _launch_above(scores, thresholds, None, None, counts, feedback, share)
     return counts
+
+
+def launch_select_and_count(
+    scores: Tensor, thresholds: Tensor, capacity: int, feedback: float, share: float
+) -> tuple[Tensor, Tensor]:
+    """Compute ``launch_select_above``, and how many tokens it would select without a capacity, int32 [B, E]."""
+    indices = torch.empty((*scores.shape[:2], capacity), dtype=torch.int64, device=scores.device)
+    counts = torch.empty(scores.shape[:2], dtype=torch.int32, device=scores.device)
+    _launch_above(scores, thresholds, None, indices, counts, feedback, share)
+    return indices, counts
 
 
 def _launch_above(
@@ -324,7 +334,7 @@ def _launch_above(
     batch, heads, length = scores.shape
     tensors = scores.contiguous(), thresholds.contiguous(), optional_contiguous(document_starts), indices, counts
     sizes = length, heads, 0 if indices is None else indices.shape[2]
-    options = dict(HAS_STARTS=document_starts is not None, STORES=indices is not None)
+    options = dict(HAS_STARTS=document_starts is not None, STORES=indices is not None, COUNTS=counts is not None)
     if feedback == 0:
         launch(_select_above_kernel, (batch * heads,), *tensors, *sizes, **options, **tiles.select_above(length))
     else:

@@ -58,8 +58,8 @@ def measure(model: MosaForCausalLM, context: Tensor, tokens: Tensor) -> Decoding
     device = model.device
     batch, steps = len(tokens), tokens.shape[1] // 3
     context, tokens = context.to(device), tokens.to(device)
-    with progress(2 * context.shape[1], "reading the context twice", unit=" tokens") as bar:
-        for _ in range(2):  # in the first, kernels are compiled
+    with progress(3 * context.shape[1], "reading the context three times", unit=" tokens") as bar:
+        for _ in range(3):  # in the first two, kernels are compiled: the second knows how much room the first needed
             cache = model.new_cache()
             start = _now(device)
             for piece in context.split(_PIECE, dim=1):
