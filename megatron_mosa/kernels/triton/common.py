@@ -52,21 +52,13 @@ def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRE
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
-_COMPILED: dict[tuple[object, ...], Any] = {}
-MOST_COMPILED = 4096  # kernels that are remembered
-
-
-def _kind(value: Any) -> object:
-    """Return what an argument's compiled kernel depends on."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16
-    if TensorDescriptor is not None and isinstance(value, TensorDescriptor):
-        return value.base.dtype, *value.block_shape
-    return value
+# By kernel, device, and what compiled kernels depend on: the kernel, what it was compiled to, and its constexprs.
+_COMPILED: dict[tuple[object, ...], tuple[Any, Any, list[object]]] = {}
+MOST_COMPILED = 4096  # that are remembered
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Launch a kernel as ``kernel[grid]`` does, in less time if the same numbers have been passed before.
+    """Launch a kernel as ``kernel[grid]`` does, in less time if a similar launch came before.
 
     Then Triton does not look up the compiled kernel, and tensors are passed as addresses, which need no query of the
     driver. Either would take longer than a small kernel runs.
@@ -76,16 +68,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
         arguments: tensors, all on the same device, descriptors of tensors, and numbers.
         options: constexprs and launch options.
     """
-    kinds = [_kind(value) for value in arguments]
-    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    key = (kernel, device, *kinds, *options.values())
-    if (compiled := _COMPILED.get(key)) is None:
+    key, plain, device = [id(kernel)], [], None
+    for value in arguments:  # without a call per argument, which would take most of the time
+        kind = type(value)
+        if kind is int:
+            # Triton compiles other kernels for 1, for multiples of 16, and for what needs 64 bits.
+            key.append(value if value >= 1 << 31 or value < 0 else 0 if not value & 15 else 1 if value == 1 else 2)
+        elif value is None or kind is float or kind is bool:
+            key.append(kind)
+        elif kind is TensorDescriptor:
+            device = value.base.get_device() if device is None else device
+            key += kind, value.base.dtype, *value.block_shape
+        else:
+            device = value.get_device() if device is None else device
+            plain.append(address := value.data_ptr())
+            key += value.dtype, address & 15
+            continue
+        plain.append(value)
+    key = (*key, device, *options.values())
+    if (found := _COMPILED.get(key)) is None:
         if len(_COMPILED) >= MOST_COMPILED:
             _COMPILED.clear()
-        _COMPILED[key] = kernel[grid](*arguments, **options)  # None from the interpreter
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None:  # as it is in the interpreter
+            _COMPILED[key] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
         return
-    constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-    plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    _, compiled, constants = found
     compiled[(*grid, 1, 1)[:3]](*plain, *constants)
 
 
