@@ -65,6 +65,8 @@ def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | N
         model(torch.randint(config.vocab_size, (1, 4096), device=device), logits_to_keep=1)
     for hook in hooks:
         hook.remove()
+    for module in heads:
+        module.prompts.shares.clear()  # of other thresholds
     return model
 
 

@@ -67,7 +67,7 @@ class UniformRows(Rows):
         """Allocate ``rows`` rows for keys like [B, heads, n, h'], and copy what is stored."""
         old = self.keys, self.values
         shape = (*like.shape[:2], rows + 1, like.shape[3])
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys, self.values = like.new_zeros(2, *shape).unbind()
         for before, now in zip(old, (self.keys, self.values), strict=True):
             if before is not None:
                 now[:, :, : before.shape[2] - 1] = before[:, :, :-1]
@@ -267,7 +267,7 @@ class SelectedRows(Rows):
             self.table = grown
         if self.keys is None or self.values is None or blocks > len(self.keys):
             shape = (blocks + max(MIN_GROWTH, blocks // 16), BLOCK, like.shape[-1])
-            old, (self.keys, self.values) = (self.keys, self.values), (like.new_zeros(shape), like.new_zeros(shape))
+            old, (self.keys, self.values) = (self.keys, self.values), like.new_zeros(2, *shape).unbind()
             for before, now in zip(old, (self.keys, self.values), strict=True):
                 if before is not None:
                     now[: len(before)] = before

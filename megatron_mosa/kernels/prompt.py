@@ -10,6 +10,10 @@ from torch import Tensor
 from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import get_backend
 
+# Products of a layer that need no more memory are summed over heads at once: twice as much as in training, where more
+# is in memory, and where the host has not so few tokens to launch kernels for.
+SMALL_BYTES = 512 << 20
+
 
 class Prompt(NamedTuple):
     """What MoSA heads compute from a prompt."""
@@ -116,21 +120,11 @@ def read_prompt(
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
     """
-    from megatron_mosa.kernels.triton.ops import launch_attention  # imported here because triton is optional
-    from megatron_mosa.kernels.triton.rows import Rows
+    from megatron_mosa.kernels.triton.ops import launch_prompt  # imported here because triton is optional
 
+    rotation = rotary_percent, rotary_base
     with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
-        output, qkv, _, _, _, *rows = launch_attention(
-            hidden_states,
-            router_weight,
-            scores,
-            indices,
-            qkv_weight,
-            proj_weight,
-            rotary_percent,
-            rotary_base,
-            document_starts=None,
-            restart_rotary=False,
-            is_full=False,  # some slots may be empty
+        output, qkv, rows = launch_prompt(
+            hidden_states, scores, indices, qkv_weight, proj_weight, *rotation, small_bytes=SMALL_BYTES
         )
-    return Prompt(output, qkv, Rows(*rows).cu_seqlens)
+    return Prompt(output, qkv, rows.cu_seqlens)

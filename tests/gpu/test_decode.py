@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from megatron_mosa.hf import graph_mosa, heads_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.hf.room_mosa import Room
+from megatron_mosa.kernels import prompt
 from tests.decode.models import build, random_tokens
 
 WIDE = {"hidden_size": 192, "head_dim": 64, "num_mosa_heads": 40, "sparsity": 4, "num_hidden_layers": 2}
@@ -66,6 +69,24 @@ def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], p
                 assert layer.mosa.host_totals() == layer.mosa.totals.tolist()
                 assert layer.mosa.host_totals()[1] == layer.mosa.counts.max()
     assert graph_mosa._STEPS[cache].graph is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "followed"])
+def test_prompts_in_guessed_room(kind: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (first, tokens) = build(kind).cuda(), random_tokens(6, LENGTH).cuda().split(3)
+    expected = model(tokens).logits  # no earlier prompt is known
+    model(first[:, :PROMPT])
+    if not fits:
+        monkeypatch.setattr(model.model.layers[1].self_attn.mosa_heads.prompts, "guess", lambda *_: Room(8, 9))
+    with mock.patch.object(prompt, "read_prompt", wraps=prompt.read_prompt) as read:
+        for captures in (False, True):
+            model.captures_steps, cache = captures, model.new_cache()
+            found = model(tokens[:, :PROMPT], **{CACHE: cache}).logits
+            logits = torch.cat((found, steps(model, tokens, PROMPT, None, cache)), dim=1)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert read.call_count == 2 * len(model.model.layers) * (1 if fits else 2)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -38,7 +39,7 @@ from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import cached, common, loss, tiles
+from megatron_mosa.kernels.triton import cached, common, loss, selection, tiles
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
@@ -139,6 +140,8 @@ def layer(case: Case, capability: int) -> None:
         fused.select_above(scores, thresholds, case.selected, documents)
         fused.select_above(scores, thresholds, case.selected, documents, 0.1, 0.1)
         fused.count_above(scores, thresholds, documents, 0.1, 0.1)
+    for feedback in (0.0, 0.1):
+        selection.launch_select_and_count(scores, thresholds, case.selected, feedback, 0.1)
     fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
     for documents in (starts, None):
         parts = fused.split_heads(tensors[0].view(512, 64, -1, 4, case.head_dim // 4), 0.5, 1e4, documents)
@@ -163,6 +166,20 @@ def layer(case: Case, capability: int) -> None:
     if capability in case.decodes:
         with torch.no_grad():
             decode(*tensors[1:])
+
+
+@triton.jit
+def _write_kernel(p_out, N, BLOCK: tl.constexpr):
+    tl.store(p_out + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int64) + N)
+
+
+def check_kinds_of_numbers() -> None:
+    """Check that numbers which ``common.launch`` does not tell apart have the same compiled kernel."""
+    out = torch.zeros(16, dtype=torch.int64)
+    for numbers in ((2, 3, 17, (1 << 31) - 1), (0, 16, 48, (1 << 31) - 16)):
+        assert len({id(_write_kernel.warmup(out, number, grid=(1,), BLOCK=16)) for number in numbers}) == 1
+    kinds = 1, 2, 16, 1 << 31
+    assert len({id(_write_kernel.warmup(out, number, grid=(1,), BLOCK=16)) for number in kinds}) == len(kinds)
 
 
 def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
@@ -190,6 +207,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
         return compile_only
 
     driver.set_active(Driver(capability))  # type: ignore[arg-type]
+    check_kinds_of_numbers()
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(tiles, "shared_memory", lambda device: SHARED_MEMORY[capability]),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels.naive import rotary_frequencies
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, launch, power_of_2
+from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, dot, launch, power_of_2
 from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -145,7 +145,7 @@ def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tu
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
     options = launch_options(qkv, rows, starts)
     launch(
-        _forward_kernel, (triton.cdiv(selected, options["BLOCK"]), heads, batch),
+        _forward_kernel, (cdiv(selected, options["BLOCK"]), heads, batch),
         qkv, rows.token_indices, rows.cu_seqlens, scores, starts, gated, log_sums, gates, batch, heads, length,
         capacity, size**-0.5, **options,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import launch, power_of_2
+from megatron_mosa.kernels.triton.common import cdiv, launch, power_of_2
 
 BLOCKS = 4  # of the cache, per program
 PAIRS = 1024  # sequences and heads per iteration
@@ -90,7 +90,7 @@ def store_rows(qkv: Tensor, cu_seqlens: Tensor, first: Tensor, table: Tensor, ke
     rows = qkv.shape[1]
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         launch(
-            _cache_kernel, (batch * heads, triton.cdiv(rows // batch, BLOCKS * block)),
+            _cache_kernel, (batch * heads, cdiv(rows // batch, BLOCKS * block)),
             qkv, cu_seqlens, first, table, keys, values, batch, heads, rows, table.shape[2],
             len(keys),
             D=size, WIDTH=power_of_2(size), BLOCKS=BLOCKS, BLOCK=block,

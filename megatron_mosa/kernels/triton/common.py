@@ -89,12 +89,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
     if (found := _COMPILED.get(key)) is None:
         if len(_COMPILED) >= MOST_COMPILED:
             _COMPILED.clear()
-        compiled = kernel[grid](*arguments, **options)
-        if compiled is not None:  # as it is in the interpreter
+        if (compiled := kernel[grid](*arguments, **options)) is not None:  # as it is in the interpreter
             _COMPILED[key] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
         return
     _, compiled, constants = found
     compiled[(*grid, 1, 1)[:3]](*plain, *constants)
+
+
+def cdiv(size: int, block: int) -> int:
+    """Return the number of blocks that cover a size; ``triton.cdiv`` takes microseconds, since kernels can call it."""
+    return -(-size // block)
 
 
 def power_of_2(size: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import (
     INTERPRET,
+    cdiv,
     dot,
     grouped,
     launch,
@@ -208,7 +209,7 @@ def gathered_product(
         chosen = tiles.gathered(
             states.dtype, states.device, columns, heads * capacity // processors, gating is not None
         )
-        number = triton.cdiv(capacity, chosen["ROWS"])
+        number = cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
         group = tiles.group(
             number, tile_bytes, heads * capacity * width * states.element_size(),

@@ -38,13 +38,46 @@ def launch_attention(
 ) -> list[Tensor]:
     """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
-    sequences, _ = scattered.chunks_of(indices.shape, states)
-    rows = rows_of(indices.contiguous(), states.shape[1], sequences)
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
+    return _attention(states, scores, indices, qkv_weight, proj_weight, rotation, starts, is_full, None)
+
+
+def _attention(
+    states: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotation: Rotation,
+    starts: Tensor | None,
+    is_full: bool,
+    small_bytes: int | None,
+) -> list[Tensor]:
+    sequences, _ = scattered.chunks_of(indices.shape, states, small_bytes)
+    rows = rows_of(indices.contiguous(), states.shape[1], sequences)
     qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full)
+    output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full, small_bytes=small_bytes)
     return [output, qkv, gated, log_sums, gates, *rows]
+
+
+def launch_prompt(
+    hidden_states: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    small_bytes: int,
+) -> tuple[Tensor, Tensor, Rows]:
+    """Return output [B, T, h], qkv [E, R, 3h'] and rows of whole sequences, some of whose slots may be empty."""
+    states = with_contiguous_rows(hidden_states)
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, None)
+    output, qkv, _, _, _, *rows = _attention(
+        states, scores, indices, qkv_weight, proj_weight, rotation, None, False, small_bytes
+    )
+    return output, qkv, Rows(*rows)
 
 
 fused_attention = torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())(launch_attention)

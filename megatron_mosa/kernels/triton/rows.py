@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import launch, power_of_2
+from megatron_mosa.kernels.triton.common import cdiv, launch, power_of_2
 
 HEADS = 32  # heads per word of the bitmap
 # Block sizes of one program:
@@ -181,7 +181,7 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
         _starts_kernel, (heads,), indices, cu_seqlens, batch, heads, selected, length,
         SEQUENCES=SEQUENCES, BLOCK=block,
     )  # fmt: skip
-    groups = triton.cdiv(heads, HEADS)
+    groups = cdiv(heads, HEADS)
     token_indices = torch.empty((heads, rows), dtype=torch.int32, device=device)
     bitmap = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
     launch(
@@ -192,12 +192,12 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
     )  # fmt: skip
     before = torch.empty_like(bitmap)
     counts = torch.empty(batch * length + 1, dtype=torch.int32, device=device)
-    tiles = triton.cdiv(length, TOKENS), batch
+    tiles = cdiv(length, TOKENS), batch
     launch(_count_kernel, tiles, bitmap, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
     launch(
-        _entries_kernel, (triton.cdiv(rows, ROWS), heads),
+        _entries_kernel, (cdiv(rows, ROWS), heads),
         token_indices, cu_seqlens, bitmap, before, offsets, entries, sequences, row_shift, batch, rows, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip

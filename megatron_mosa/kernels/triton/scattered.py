@@ -15,6 +15,7 @@ from megatron_mosa.kernels.triton.common import (
     INTERPRET,
     TensorDescriptor,
     can_be_described,
+    cdiv,
     dot,
     launch,
     multiprocessors,
@@ -202,10 +203,10 @@ def _combine_kernel(
     tl.store(p_out_row, b_sum.to(p_out.dtype.element_ty), mask=m_column)
 
 
-def chunks_of(shape: tuple[int, ...], like: Tensor) -> tuple[int, int]:
+def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = None) -> tuple[int, int]:
     """Return the number of sequences, and of columns of their products, in a chunk.
 
-    Products of at most ``SMALL_BYTES`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
+    Products of at most ``small_bytes`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
     because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
     chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk has
     more than half of the products, except for an odd column.
@@ -213,10 +214,11 @@ def chunks_of(shape: tuple[int, ...], like: Tensor) -> tuple[int, int]:
     Args:
         shape: B, E and k of the selection.
         like: [B, T, h] of the type of the products.
+        small_bytes: None: ``SMALL_BYTES``.
     """
     (batch, heads, selected), width = shape, like.shape[2]
     sequence_bytes = heads * selected * width * like.element_size()
-    if batch * sequence_bytes <= SMALL_BYTES:
+    if batch * sequence_bytes <= (SMALL_BYTES if small_bytes is None else small_bytes):
         return batch, width
     allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
     step = next(step for step in (128, 16, 1) if step == 1 or width >= step * FEWEST_CHUNKS)
@@ -236,6 +238,7 @@ def scattered_product(
     like: Tensor,
     pairs: tuple[Tensor, Tensor] | None = None,
     is_full: bool = False,
+    small_bytes: int | None = None,
 ) -> Tensor:
     """Multiply the rows of each head with its matrix, and sum over the heads at the rows' tokens.
 
@@ -248,12 +251,13 @@ def scattered_product(
         like: [B, T, h]; the result has its shape, type and strides.
         pairs: [E, R, PAIR], numbers given as the sums of their columns, and [E, h]; their outer products are added.
         is_full: every slot is filled, so that the rows of some sequences are a matrix, which cuBLAS multiplies.
+        small_bytes: see ``chunks_of``, also for the chunks of ``rows``.
 
     Returns:
         [B, T, h].
     """
     (batch, heads, selected, length), width = rows.shape, like.shape[2]
-    sequences, columns = chunks_of((batch, heads, selected), like)
+    sequences, columns = chunks_of((batch, heads, selected), like, small_bytes)
     capacity = sequences * selected  # of the products of a head
     products, output = like.new_empty((heads, capacity, columns)), torch.empty_like(like)
     multiply = None if is_full else _RaggedProduct(values, weight, rows, pairs, products, sequences)
@@ -271,7 +275,7 @@ def scattered_product(
                 multiply(first // sequences, first_column)
             launch(
                 _combine_kernel,
-                (length * (last - first), triton.cdiv(columns, chosen["COLUMNS"])),
+                (length * (last - first), cdiv(columns, chosen["COLUMNS"])),
                 products, rows.offsets, rows.entries, *pairs_of_chunk, output, first, last - first, values.shape[1],
                 capacity, bits_of(capacity), length, width, first_column, columns, *strides(output),
                 PAIR=PAIR if sum_pairs else 0, **chosen,
@@ -298,10 +302,10 @@ class _RaggedProduct:
         is_described = all(map(can_be_described, (values, matrix, products)))
         chosen = tiles.scattered(values.dtype, values.device, inner, self.width, capacity, is_described)
         programs, self.tile = chosen.pop("PROGRAMS"), chosen["COLUMNS"]
-        row_tiles = heads * triton.cdiv(capacity, chosen["ROWS"])  # at most
-        most = row_tiles * triton.cdiv(self.columns, self.tile)
+        row_tiles = heads * cdiv(capacity, chosen["ROWS"])  # at most
+        most = row_tiles * cdiv(self.columns, self.tile)
         self.grid = (min(programs * multiprocessors(values.device), most),)
-        lists = rows.cu_seqlens.new_empty((triton.cdiv(batch, sequences), 3, row_tiles))
+        lists = rows.cu_seqlens.new_empty((cdiv(batch, sequences), 3, row_tiles))
         numbers = lists.new_empty(len(lists))
         launch(
             _tiles_kernel, (len(lists),), rows.cu_seqlens, lists, numbers, sequences, batch, heads, row_tiles,
@@ -324,7 +328,7 @@ class _RaggedProduct:
 
     def __call__(self, chunk: int, first_column: int) -> None:
         """Write the products of a chunk of sequences."""
-        column_tiles = triton.cdiv(min(self.columns, self.width - first_column), self.tile)
+        column_tiles = cdiv(min(self.columns, self.width - first_column), self.tile)
         launch(
             _scattered_kernel, self.grid, *self.before, chunk, first_column, column_tiles, *self.behind, **self.options
         )

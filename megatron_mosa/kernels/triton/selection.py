@@ -15,6 +15,7 @@ from megatron_mosa.kernels.naive import HISTOGRAM_LOGITS
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import (
     INTERPRET,
+    cdiv,
     dot,
     launch,
     multiprocessors,
@@ -59,7 +60,7 @@ def launch_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     scores = states.new_empty((batch, heads, length), dtype=torch.float32)
     in_fp32 = states.dtype == torch.float32 or weight.dtype != states.dtype
     chosen = tiles.scores(heads, in_fp32)
-    grid = (triton.cdiv(length, chosen["TOKENS"]), triton.cdiv(heads, chosen["HEADS"]), batch)
+    grid = (cdiv(length, chosen["TOKENS"]), cdiv(heads, chosen["HEADS"]), batch)
     launch(
         _scores_kernel, grid,
         states, weight, scores, length, heads, width, *strides(states),
