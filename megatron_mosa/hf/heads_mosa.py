@@ -305,7 +305,8 @@ class MosaHeads(nn.Module):
         if indices is None:
             assert self.thresholds is not None
             totals = rows.host_totals()
-            self.prompts.learn(*hidden_states.shape[:2], totals)
+            batch, length, _ = hidden_states.shape
+            self.prompts.learn(batch, length, totals)
             capacity = module.capacity_for(totals[1])
             following = config.load_feedback, 1 / config.sparsity
             indices = module.select_above(scores, self.thresholds, capacity, *following)

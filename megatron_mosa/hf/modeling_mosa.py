@@ -229,7 +229,7 @@ class MosaModel(MosaPreTrainedModel):
             self.check_thresholds()
         tokens = read_tokens(attention_mask, hidden_states, cache, self.config)
         run = self.run_trial if is_first and tokens.valid is None else self.run_layers
-        hidden_states, states = run(hidden_states, tokens, cache, output_hidden_states)
+        hidden_states, states = run(hidden_states, tokens, cache, bool(output_hidden_states))
         outputs = (*states[:-1], hidden_states) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=outputs, **cache_entry(cache))
 

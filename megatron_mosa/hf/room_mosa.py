@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .rows_mosa import SelectedRows
 
 MORE_ROWS = 1.25  # than the largest number of an earlier prompt; some memory while the layer is computed
-MORE_BLOCKS = 1.125  # than those of all heads, which vary less; memory of the cache, which grows into it
+MORE_BLOCKS = 1.125  # than those of all heads, which vary less; memory of the cache, in which it grows later
 FORGETTING = 1 / 8  # of what exceeds the latest prompt, at each; slow, because a prompt that does not fit is read twice
 
 
@@ -69,10 +69,14 @@ class Trial:
         self.layers: list[tuple[Prompts, SelectedRows, Room]] = []
 
     def succeeded(self, batch: int, length: int) -> bool:
-        """Return whether all guesses were large enough, and learn from them. Waits until the last layer has counted."""
-        counted = [(prompts, room, rows.host_totals()) for prompts, rows, room in self.layers]
-        if not all(room.holds(totals) for _, room, totals in counted):
+        """Return whether all guesses were large enough, and learn from them; caches keep little more than they need.
+
+        Waits until the last layer has counted.
+        """
+        counted = [rows.host_totals() for _, rows, _ in self.layers]
+        if not all(room.holds(totals) for (_, _, room), totals in zip(self.layers, counted, strict=True)):
             return False  # after the first guess that was not, states were wrong, and so were the numbers
-        for prompts, _, totals in counted:
+        for (prompts, rows, _), totals in zip(self.layers, counted, strict=True):
             prompts.learn(batch, length, totals)
+            rows.shrink(totals[0])
         return True

@@ -202,6 +202,11 @@ def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tupl
     return keys.to(dtype), values.to(dtype)
 
 
+def with_spare(blocks: int) -> int:
+    """Return how many blocks to allocate where some are needed."""
+    return blocks + max(MIN_GROWTH, blocks // 16)
+
+
 class SelectedRows(Rows):
     """The tokens that each head has selected of each sequence; row n holds the n-th of them, at any position.
 
@@ -266,11 +271,16 @@ class SelectedRows(Rows):
                 grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
             self.table = grown
         if self.keys is None or self.values is None or blocks > len(self.keys):
-            shape = (blocks + max(MIN_GROWTH, blocks // 16), BLOCK, like.shape[-1])
+            shape = (with_spare(blocks), BLOCK, like.shape[-1])
             old, (self.keys, self.values) = (self.keys, self.values), like.new_zeros(2, *shape).unbind()
             for before, now in zip(old, (self.keys, self.values), strict=True):
                 if before is not None:
                     now[: len(before)] = before
+
+    def shrink(self, blocks: int) -> None:
+        """Keep room for ``blocks`` blocks, if there is room for a quarter more than ``reserve`` would have made."""
+        if self.keys is not None and self.values is not None and len(self.keys) > 1.25 * with_spare(blocks):
+            self.keys, self.values = (part[: with_spare(blocks)].clone() for part in (self.keys, self.values))
 
     def reserve_one(self, like: Tensor) -> None:
         """Make room for one more token of every head and sequence."""

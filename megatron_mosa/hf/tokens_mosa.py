@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
     """None without fixed heads."""
 
     trial: Trial | None = None
-    """Of the first tokens of sequences, for which MoSA heads may guess how much room they need; None: they must know."""
+    """Of the first tokens of sequences, of which MoSA heads may guess how many they select; None: they must know."""
 
 
 class Column(NamedTuple):

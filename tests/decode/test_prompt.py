@@ -142,19 +142,22 @@ def test_a_prompt_without_enough_room_is_read_again(rows: int, blocks: int, monk
 
 
 @torch.no_grad()
-def test_a_prompt_that_selects_more_is_read_twice_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_select_more_or_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOSA_BACKEND", "triton")
-    model, tokens = build("pure", num_hidden_layers=2), random_tokens(1, 120)
-    heads = model.model.layers[0].self_attn.mosa_heads
-    heads.thresholds.fill_(0.999)
-    model(tokens)
-    heads.thresholds.fill_(0.05)
-    calls = []
-    for _ in range(3):
+    model, tokens = build("pure", num_hidden_layers=1), random_tokens(4, LENGTH)
+    calls, blocks = [], []
+    for threshold in (0.999, 0.05, 0.05, 0.999):
+        model.model.layers[0].self_attn.mosa_heads.thresholds.fill_(threshold)
+        cache = model.new_cache()
         with mock.patch.object(prompt, "read_prompt", wraps=prompt.read_prompt) as read:
-            model(tokens)
+            found = model(tokens[:, :PROMPT], **{CACHE: cache}).logits
         calls.append(read.call_count)
-    assert calls == [4, 2, 2]
+        blocks.append(len(cache.layers[0].mosa.keys))
+    assert calls == [1, 2, 1, 1]  # the second did not fit
+    assert blocks[0] == blocks[3] < blocks[1] < blocks[2] <= 1.25 * blocks[1]
+    found = torch.cat((found, model(tokens[:, PROMPT:], **{CACHE: cache}).logits), dim=1)
+    monkeypatch.setenv("MOSA_BACKEND", "naive")
+    torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_room_follows_earlier_prompts() -> None:

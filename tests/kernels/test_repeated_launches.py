@@ -43,8 +43,8 @@ def test_what_triton_compiles_anew_is_looked_up() -> None:
 @pytest.mark.skipif(TensorDescriptor is None, reason="no descriptors")
 def test_descriptors_of_other_blocks_are_looked_up() -> None:
     states = torch.zeros(64, 64)
-    of_blocks = [TensorDescriptor.from_tensor(tensor, [16, size]) for tensor in (states, states + 1) for size in (16, 32)]
-    looked_up, compiled = launches(*((described, None, 3) for described in of_blocks))
+    kinds = [(tensor, [16, size]) for tensor in (states, states + 1) for size in (16, 32)]
+    looked_up, compiled = launches(*((TensorDescriptor.from_tensor(*kind), None, 3) for kind in kinds))
     assert looked_up.call_count == compiled.__getitem__.call_count == 2
 
 

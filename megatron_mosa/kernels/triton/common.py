@@ -57,7 +57,7 @@ _COMPILED: dict[tuple[object, ...], tuple[Any, Any, list[object]]] = {}
 MOST_COMPILED = 4096  # that are remembered
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: object) -> None:
     """Launch a kernel as ``kernel[grid]`` does, in less time if a similar launch came before.
 
     Then Triton does not look up the compiled kernel, and tensors are passed as addresses, which need no query of the
@@ -68,7 +68,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
         arguments: tensors, all on the same device, descriptors of tensors, and numbers.
         options: constexprs and launch options.
     """
-    key, plain, device = [id(kernel)], [], None
+    key: list[Any] = [id(kernel)]
+    plain, device = [], None
     for value in arguments:  # without a call per argument, which would take most of the time
         kind = type(value)
         if kind is int:
@@ -85,12 +86,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
             key += value.dtype, address & 15
             continue
         plain.append(value)
-    key = (*key, device, *options.values())
-    if (found := _COMPILED.get(key)) is None:
+    whole = (*key, device, *options.values())
+    if (found := _COMPILED.get(whole)) is None:
         if len(_COMPILED) >= MOST_COMPILED:
             _COMPILED.clear()
         if (compiled := kernel[grid](*arguments, **options)) is not None:  # as it is in the interpreter
-            _COMPILED[key] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+            _COMPILED[whole] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
         return
     _, compiled, constants = found
     compiled[(*grid, 1, 1)[:3]](*plain, *constants)
