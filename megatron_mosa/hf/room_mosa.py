@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .rows_mosa import SelectedRows
 
-MORE_ROWS = 1.25  # than the largest number of an earlier prompt; some memory while the layer is computed
+MORE_ROWS = 1.5  # than the largest number of an earlier prompt, which varies; memory while a layer is computed
 MORE_BLOCKS = 1.125  # than those of all heads, which vary less; memory of the cache, in which it grows later
 FORGETTING = 1 / 8  # of what exceeds the latest prompt, at each; slow, because a prompt that does not fit is read twice
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import get_backend
 
-# Products of a layer that need no more memory are summed over heads at once: twice as much as in training, where more
-# is in memory, and where the host has not so few tokens to launch kernels for.
+# Products of a layer that are summed over heads at once: more than in training, where more is in memory, and where the
+# host does not launch kernels for so few tokens.
 SMALL_BYTES = 512 << 20
 
 

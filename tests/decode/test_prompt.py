@@ -168,12 +168,12 @@ def test_room_follows_earlier_prompts() -> None:
         return [1 + batch * heads * (mean // 16) + batch * heads // 2, most, 0]
 
     prompts.learn(batch, 1000, totals(1000, 100, 64))
-    assert prompts.guess(batch, 1000) == Room(141, 2 + 16 + int(1.125 * 128))
+    assert prompts.guess(batch, 1000) == Room(166, 2 + 16 + int(1.125 * 128))
     room = prompts.guess(2 * batch, 520)
-    assert room is not None and room.rows == 81 and room.blocks < 2 + 32 + 1.125 * 256 * 0.53
+    assert room is not None and room.rows == 94 and room.blocks < 2 + 32 + 1.125 * 256 * 0.53
     assert prompts.guess(batch, 400) is None and prompts.guess(batch, 1024) is None  # other lengths
     prompts.learn(batch, 1000, totals(1000, 20, 16))  # fewer: forgotten slowly
-    assert prompts.guess(batch, 1000) == Room(128, 2 + 16 + int(1.125 * 116))
+    assert prompts.guess(batch, 1000) == Room(151, 2 + 16 + int(1.125 * 116))
     prompts.learn(batch, 1000, totals(1000, 900, 640))  # more: at once, and never more rows than tokens
     assert prompts.guess(batch, 1000) == Room(1000, 2 + 16 + int(1.125 * 1280))
     for room, fits in ((Room(900, 1297), True), (Room(899, 1297), False), (Room(900, 1296), False)):

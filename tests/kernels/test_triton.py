@@ -311,6 +311,9 @@ def test_few_bytes_are_one_chunk() -> None:
     rows = scattered.SMALL_BYTES // (4 * 64)
     assert scattered.chunks_of((4, 1, rows), bytes_of(64)) == (4, 64)
     assert scattered.chunks_of((4, 1, rows + 1), bytes_of(64)) == (1, 64)
+    twice = 2 * scattered.SMALL_BYTES  # prompts split no smaller chunks
+    assert scattered.chunks_of((1, 8, rows), bytes_of(64), twice) == (1, 64)
+    assert scattered.chunks_of((1, 9, rows), bytes_of(64), twice) == (1, 32)
 
 
 def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,13 +214,13 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     Args:
         shape: B, E and k of the selection.
         like: [B, T, h] of the type of the products.
-        small_bytes: None: ``SMALL_BYTES``.
+        small_bytes: up to which chunks are not split; None: all products up to ``SMALL_BYTES``, larger ones as above.
     """
     (batch, heads, selected), width = shape, like.shape[2]
     sequence_bytes = heads * selected * width * like.element_size()
     if batch * sequence_bytes <= (SMALL_BYTES if small_bytes is None else small_bytes):
         return batch, width
-    allowed = min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS)
+    allowed = max(small_bytes or 0, min(MOST_BYTES, batch * sequence_bytes // FEWEST_CHUNKS))
     step = next(step for step in (128, 16, 1) if step == 1 or width >= step * FEWEST_CHUNKS)
     slices = 1
     while batch * sequence_bytes > allowed * slices and width > FEWEST_COLUMNS * slices:
