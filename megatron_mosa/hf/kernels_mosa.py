@@ -27,6 +27,7 @@ except ImportError:  # torch for CPUs comes without it
 
 INTERPRETED = False  # for tests with TRITON_INTERPRET=1: run on a CPU in Triton's interpreter
 PROGRAMS = 1024  # with work to do, to aim at: eight for each multiprocessor of a large GPU
+WARPS = 0
 MOST_PARTS = 16  # of a head's rows
 MOST_SLOTS = 32  # heads of a sequence that have programs of their own; the others share these
 ROWS = 64  # rows of the cache per iteration
@@ -53,6 +54,9 @@ class Plan(NamedTuple):
     at_once: int
     """Heads that are summed at a time; more of them hide latency, and leave room for fewer programs."""
 
+    outputs: int
+    """Output channels for which one program sums them."""
+
 
 def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     """Return the plan for heads that each select ``share`` of the tokens; others only take longer."""
@@ -64,7 +68,7 @@ def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     sequences = min(4, power(max(1, batch // 8) + 1) // 2)
     most_at_once = max(1, PROGRAMS * COLUMNS // (batch * width))
     at_once = min(slots, power(most_at_once + 1) // 2, max(1, 512 // power(size)))
-    return Plan(sequences, slots, columns, parts, at_once)
+    return Plan(sequences, slots, columns, parts, at_once, COLUMNS)
 
 
 def can_run_kernels(states: Tensor) -> bool:
@@ -129,9 +133,10 @@ def step_in_kernels(
     cos, sin = (table.contiguous() for table in tokens.rotary)  # [B or 1, 1, n]
     position_stride = tokens.positions.stride(0) if tokens.positions.shape[0] > 1 else 0
     valid_stride = 0 if tokens.valid is None else tokens.valid.stride(0)
-    sequences, slots, columns, parts, at_once = plan(batch, heads, width, size, share)
+    sequences, slots, columns, parts, at_once, outputs = plan(batch, heads, width, size, share)
     chosen = torch.empty(batch, heads, dtype=torch.int8, device=states.device)
     scores = torch.empty(batch, heads, dtype=torch.float32, device=states.device)
+    listed = torch.empty(batch, heads, dtype=torch.int32, device=states.device)
     projected = torch.empty(batch, heads, 3 * size, dtype=states.dtype, device=states.device)
     sums = torch.empty(batch * heads, parts, size, dtype=torch.float32, device=states.device)
     scales = torch.empty(2, batch * heads, parts, dtype=torch.float32, device=states.device)
@@ -152,15 +157,15 @@ def step_in_kernels(
             WIDTH_BLOCK=min(power(width), WIDTH_BLOCK), COLUMNS=COLUMNS,
         )  # fmt: skip
         attend_kernel[(batch, slots * parts)](
-            projected, chosen, cos, sin, rows.counts, rows.table, rows.totals, rows.keys, rows.values, sums, scales[0],
+            projected, chosen, listed, cos, sin, rows.counts, rows.table, rows.totals, rows.keys, rows.values, sums, scales[0],
             scales[1], heads, size, cos.shape[-1], rows.table.shape[2], min(len(cos) - 1, 1), size**-0.5,
             SLOTS=slots, PARTS=parts, HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size),
             ROWS=min(ROWS, 8192 // power(size)), BLOCK=BLOCK,
         )  # fmt: skip
-        sum_kernel[(batch, -(-width // COLUMNS))](
-            sums, scales[0], scales[1], chosen, scores, proj, residual, output, rows.counts, rows.totals, heads, width,
+        sum_kernel[(batch, -(-width // outputs))](
+            sums, scales[0], scales[1], chosen, listed, scores, proj, residual, output, rows.counts, rows.totals, heads, width,
             size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts, HEADS_BLOCK=power(heads),
-            SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK, num_warps=8 if at_once > 1 else 4,
+            SIZE_BLOCK=power(size), COLUMNS=outputs, BLOCK=BLOCK, num_warps=WARPS or (8 if at_once > 1 else 4),
         )  # fmt: skip
     if residual is None:
         rows.set_totals(rows.totals)
@@ -272,7 +277,7 @@ if triton is not None:
     # Without specialization on values that change as the cache grows, which would compile the kernel anew.
     @triton.jit(do_not_specialize=["columns", "angle_stride"])
     def _attend_kernel(
-        p_projected, p_chosen, p_cos, p_sin, p_counts, p_table, p_totals, p_keys, p_values, p_sums, p_largest,
+        p_projected, p_chosen, p_heads, p_cos, p_sin, p_counts, p_table, p_totals, p_keys, p_values, p_sums, p_largest,
         p_weights, heads, size, pairs, columns, angle_stride, scale,
         SLOTS: tl.constexpr, PARTS: tl.constexpr, HEADS_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -289,7 +294,8 @@ if triton is not None:
         b_number = _numbered(p_chosen + i_sequence * heads, heads, HEADS_BLOCK)
         o_angles = i_sequence * angle_stride * pairs
         for number in range(tl.program_id(1) // PARTS, tl.max(b_number) + 1, SLOTS):
-            i_pair = i_sequence * heads + tl.sum(tl.where(b_number == number, o_head, 0))
+            i_head = tl.sum(tl.where(b_number == number, o_head, 0))
+            i_pair = i_sequence * heads + i_head
             count = tl.load(p_counts + i_pair)
             p_state, p_slots = p_projected + i_pair * 3 * size, p_table + i_pair * columns
             b_query = _rotated(p_state, p_cos + o_angles, p_sin + o_angles, size, pairs, SIZE_BLOCK).to(tl.float32)
@@ -310,6 +316,7 @@ if triton is not None:
                 total = total * correction + tl.sum(weights)
                 b_sum = b_sum * correction + tl.sum(weights[:, None] * b_values, axis=0)
             if i_part == 0:
+                tl.store(p_heads + i_sequence * heads + number, i_head)
                 b_key = _rotated(p_state + size, p_cos + o_angles, p_sin + o_angles, size, pairs, SIZE_BLOCK)
                 p_slot = p_slots + count // BLOCK
                 b_value = _append(p_state, b_key, count, p_slot, p_totals, p_keys, p_values, size, SIZE_BLOCK, BLOCK)
@@ -333,7 +340,7 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        p_sums, p_largest, p_weights, p_chosen, p_scores, p_proj, p_residual, p_output, p_counts, p_totals, heads,
+        p_sums, p_largest, p_weights, p_chosen, p_heads, p_scores, p_proj, p_residual, p_output, p_counts, p_totals, heads,
         width, size,
         HAS_RESIDUAL: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
         SIZE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -347,31 +354,33 @@ if triton is not None:
         o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         o_head, o_channel, o_part = tl.arange(0, HEADS_BLOCK), tl.arange(0, SIZE_BLOCK), tl.arange(0, PARTS)
         dtype = p_output.dtype.element_ty
-        b_number = _numbered(p_chosen + i_sequence * heads, heads, HEADS_BLOCK)
+        b_chosen = tl.load(p_chosen + i_sequence * heads + o_head, mask=o_head < heads, other=0).to(tl.int32)
         b_output = tl.zeros((COLUMNS,), dtype=tl.float32)
         if HAS_RESIDUAL:
             o_residual = i_sequence * width + o_column
             b_output += tl.load(p_residual + o_residual, mask=o_column < width, other=0.0).to(tl.float32)
-        last = tl.max(b_number)
-        for first in range(0, last + 1, AT_ONCE):
+        b_products = tl.zeros((AT_ONCE, SIZE_BLOCK, COLUMNS), dtype=tl.float32)  # summed once: one barrier, not many
+        total = tl.sum(b_chosen)
+        for first in range(0, total, AT_ONCE):
             o_number = first + tl.arange(0, AT_ONCE)
-            m_number = o_number <= last
-            b_head = tl.sum(tl.where(b_number[None] == o_number[:, None], o_head[None], 0), axis=1).to(tl.int64)
+            m_number = o_number < total
+            b_head = tl.load(p_heads + i_sequence * heads + o_number, mask=m_number, other=0)
             b_pair = i_sequence * heads + b_head  # [AT_ONCE]
             o_parts = b_pair[:, None] * PARTS + o_part  # [AT_ONCE, PARTS]
             b_largest = tl.load(p_largest + o_parts, mask=m_number[:, None], other=0.0)
             b_correction = tl.exp(b_largest - tl.max(b_largest, axis=1)[:, None])
             b_weights = tl.load(p_weights + o_parts, mask=m_number[:, None], other=1.0)
-            total = tl.sum(b_weights * b_correction, axis=1)
+            weight = tl.sum(b_weights * b_correction, axis=1)
             mask = m_number[:, None, None] & (o_channel < size)
             b_sums = tl.load(p_sums + o_parts[:, :, None] * size + o_channel, mask=mask, other=0.0)
-            b_state = tl.sum(b_sums * b_correction[:, :, None], axis=1) / total[:, None]
+            b_state = tl.sum(b_sums * b_correction[:, :, None], axis=1) / weight[:, None]
             b_gate = tl.load(p_scores + b_pair, mask=m_number, other=0.0)
             b_state = (b_state.to(dtype).to(tl.float32) * b_gate[:, None]).to(dtype).to(tl.float32)  # [AT_ONCE, h']
-            o_weight = (b_head[:, None] * size + o_channel)[:, :, None] * width + o_column
+            p_head = p_proj + b_head.to(tl.int64) * size * width
+            p_weight = p_head[:, None, None] + (o_channel * width)[:, None] + o_column
             mask = m_number[:, None, None] & (o_channel < size)[:, None] & (o_column < width)
-            b_weight = tl.load(p_proj + o_weight, mask=mask, other=0.0).to(tl.float32)
-            b_output += tl.sum(tl.sum(b_state[:, :, None] * b_weight, axis=1), axis=0)
+            b_products += b_state[:, :, None] * tl.load(p_weight, mask=mask, other=0.0).to(tl.float32)
+        b_output += tl.sum(tl.sum(b_products, axis=1), axis=0)
         tl.store(p_output + i_sequence * width + o_column, b_output.to(dtype), mask=o_column < width)
         if tl.program_id(1) == 0:
-            _count(p_counts + i_sequence * heads, p_totals, b_number >= 0, heads, HEADS_BLOCK, BLOCK)
+            _count(p_counts + i_sequence * heads, p_totals, b_chosen != 0, heads, HEADS_BLOCK, BLOCK)
