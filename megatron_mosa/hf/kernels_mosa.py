@@ -27,7 +27,6 @@ except ImportError:  # torch for CPUs comes without it
 
 INTERPRETED = False  # for tests with TRITON_INTERPRET=1: run on a CPU in Triton's interpreter
 PROGRAMS = 1024  # with work to do, to aim at: eight for each multiprocessor of a large GPU
-WARPS = 0
 MOST_PARTS = 16  # of a head's rows
 MOST_SLOTS = 32  # heads of a sequence that have programs of their own; the others share these
 ROWS = 64  # rows of the cache per iteration
@@ -54,9 +53,6 @@ class Plan(NamedTuple):
     at_once: int
     """Heads that are summed at a time; more of them hide latency, and leave room for fewer programs."""
 
-    outputs: int
-    """Output channels for which one program sums them."""
-
 
 def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     """Return the plan for heads that each select ``share`` of the tokens; others only take longer."""
@@ -67,8 +63,8 @@ def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     columns, parts = min(-(-3 * size // COLUMNS), wanted), min(MOST_PARTS, power(wanted + 1) // 2)
     sequences = min(4, power(max(1, batch // 8) + 1) // 2)
     most_at_once = max(1, PROGRAMS * COLUMNS // (batch * width))
-    at_once = min(slots, power(most_at_once + 1) // 2, max(1, 512 // power(size)))
-    return Plan(sequences, slots, columns, parts, at_once, COLUMNS)
+    at_once = min(slots, power(most_at_once + 1) // 2, max(1, 256 // power(size)))
+    return Plan(sequences, slots, columns, parts, at_once)
 
 
 def can_run_kernels(states: Tensor) -> bool:
@@ -133,7 +129,7 @@ def step_in_kernels(
     cos, sin = (table.contiguous() for table in tokens.rotary)  # [B or 1, 1, n]
     position_stride = tokens.positions.stride(0) if tokens.positions.shape[0] > 1 else 0
     valid_stride = 0 if tokens.valid is None else tokens.valid.stride(0)
-    sequences, slots, columns, parts, at_once, outputs = plan(batch, heads, width, size, share)
+    sequences, slots, columns, parts, at_once = plan(batch, heads, width, size, share)
     chosen = torch.empty(batch, heads, dtype=torch.int8, device=states.device)
     scores = torch.empty(batch, heads, dtype=torch.float32, device=states.device)
     listed = torch.empty(batch, heads, dtype=torch.int32, device=states.device)
@@ -157,15 +153,15 @@ def step_in_kernels(
             WIDTH_BLOCK=min(power(width), WIDTH_BLOCK), COLUMNS=COLUMNS,
         )  # fmt: skip
         attend_kernel[(batch, slots * parts)](
-            projected, chosen, listed, cos, sin, rows.counts, rows.table, rows.totals, rows.keys, rows.values, sums, scales[0],
-            scales[1], heads, size, cos.shape[-1], rows.table.shape[2], min(len(cos) - 1, 1), size**-0.5,
+            projected, chosen, listed, cos, sin, rows.counts, rows.table, rows.totals, rows.keys, rows.values, sums,
+            scales[0], scales[1], heads, size, cos.shape[-1], rows.table.shape[2], min(len(cos) - 1, 1), size**-0.5,
             SLOTS=slots, PARTS=parts, HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size),
             ROWS=min(ROWS, 8192 // power(size)), BLOCK=BLOCK,
         )  # fmt: skip
-        sum_kernel[(batch, -(-width // outputs))](
-            sums, scales[0], scales[1], chosen, listed, scores, proj, residual, output, rows.counts, rows.totals, heads, width,
-            size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts, HEADS_BLOCK=power(heads),
-            SIZE_BLOCK=power(size), COLUMNS=outputs, BLOCK=BLOCK, num_warps=WARPS or (8 if at_once > 1 else 4),
+        sum_kernel[(batch, -(-width // COLUMNS))](
+            sums, scales[0], scales[1], chosen, listed, scores, proj, residual, output, rows.counts, rows.totals,
+            heads, width, size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts, HEADS_BLOCK=power(heads),
+            SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK,
         )  # fmt: skip
     if residual is None:
         rows.set_totals(rows.totals)
@@ -277,7 +273,7 @@ if triton is not None:
     # Without specialization on values that change as the cache grows, which would compile the kernel anew.
     @triton.jit(do_not_specialize=["columns", "angle_stride"])
     def _attend_kernel(
-        p_projected, p_chosen, p_heads, p_cos, p_sin, p_counts, p_table, p_totals, p_keys, p_values, p_sums, p_largest,
+        p_projected, p_chosen, p_listed, p_cos, p_sin, p_counts, p_table, p_totals, p_keys, p_values, p_sums, p_largest,
         p_weights, heads, size, pairs, columns, angle_stride, scale,
         SLOTS: tl.constexpr, PARTS: tl.constexpr, HEADS_BLOCK: tl.constexpr, SIZE_BLOCK: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -286,7 +282,8 @@ if triton is not None:
 
         Of the heads in question, program i attends for those with the numbers i, i + SLOTS, and so on. Updates table
         [B, E, columns], totals [3], keys and values [blocks, BLOCK, h']. Writes for each pair of sequence and head and
-        each part weighted sums [B E, PARTS, h'], the largest logit and the sum of weights [B E, PARTS].
+        each part weighted sums [B E, PARTS, h'], the largest logit and the sum of weights [B E, PARTS]; and the heads
+        in question, in order, to listed [B, E].
         """
         i_sequence, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1) % PARTS
         o_head, o_channel = tl.arange(0, HEADS_BLOCK), tl.arange(0, SIZE_BLOCK)
@@ -316,7 +313,7 @@ if triton is not None:
                 total = total * correction + tl.sum(weights)
                 b_sum = b_sum * correction + tl.sum(weights[:, None] * b_values, axis=0)
             if i_part == 0:
-                tl.store(p_heads + i_sequence * heads + number, i_head)
+                tl.store(p_listed + i_sequence * heads + number, i_head)
                 b_key = _rotated(p_state + size, p_cos + o_angles, p_sin + o_angles, size, pairs, SIZE_BLOCK)
                 p_slot = p_slots + count // BLOCK
                 b_value = _append(p_state, b_key, count, p_slot, p_totals, p_keys, p_values, size, SIZE_BLOCK, BLOCK)
@@ -340,15 +337,15 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        p_sums, p_largest, p_weights, p_chosen, p_heads, p_scores, p_proj, p_residual, p_output, p_counts, p_totals, heads,
-        width, size,
+        p_sums, p_largest, p_weights, p_chosen, p_listed, p_scores, p_proj, p_residual, p_output, p_counts, p_totals,
+        heads, width, size,
         HAS_RESIDUAL: tl.constexpr, AT_ONCE: tl.constexpr, PARTS: tl.constexpr, HEADS_BLOCK: tl.constexpr,
         SIZE_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Join the parts of each head, gate, and project to output channels of one sequence, summed in fp32.
 
-        The heads that selected the token are summed in order, AT_ONCE of them at a time. Updates counts [B, E] and
-        totals [3]. Rounds wherever the forward pass of a whole sequence does.
+        Of the heads that selected the token, AT_ONCE are added at a time, and channels only at the end: a sum in every
+        iteration would be a barrier in each, and made Triton 3.6.0 spill. Updates counts [B, E] and totals [3]. Rounds wherever the forward pass of a whole sequence does.
         """
         i_sequence = tl.program_id(0).to(tl.int64)
         o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -359,12 +356,12 @@ if triton is not None:
         if HAS_RESIDUAL:
             o_residual = i_sequence * width + o_column
             b_output += tl.load(p_residual + o_residual, mask=o_column < width, other=0.0).to(tl.float32)
-        b_products = tl.zeros((AT_ONCE, SIZE_BLOCK, COLUMNS), dtype=tl.float32)  # summed once: one barrier, not many
+        b_products = tl.zeros((AT_ONCE, SIZE_BLOCK, COLUMNS), dtype=tl.float32)
         total = tl.sum(b_chosen)
         for first in range(0, total, AT_ONCE):
             o_number = first + tl.arange(0, AT_ONCE)
             m_number = o_number < total
-            b_head = tl.load(p_heads + i_sequence * heads + o_number, mask=m_number, other=0)
+            b_head = tl.load(p_listed + i_sequence * heads + o_number, mask=m_number, other=0)
             b_pair = i_sequence * heads + b_head  # [AT_ONCE]
             o_parts = b_pair[:, None] * PARTS + o_part  # [AT_ONCE, PARTS]
             b_largest = tl.load(p_largest + o_parts, mask=m_number[:, None], other=0.0)

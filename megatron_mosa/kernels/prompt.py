@@ -12,7 +12,7 @@ from megatron_mosa.kernels.dispatch import get_backend
 
 # Products of a layer that are summed over heads at once: more than in training, where more is in memory, and where the
 # host does not launch kernels for so few tokens.
-SMALL_BYTES = 512 << 20
+SMALL_BYTES = 1 << 30
 
 
 class Prompt(NamedTuple):

@@ -6,6 +6,7 @@ T tokens of width H; E heads of width D with K slots each; R = B * K rows of a h
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -122,6 +123,8 @@ def optional_contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+# Asking torch for a property of a device takes as long as a launch.
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return the shared memory of one program in bytes; Hopper's without a GPU (interpreter, cross-compilation)."""
     if device.type != "cuda":
@@ -129,6 +132,7 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@functools.cache
 def has_descriptors(device: torch.device) -> bool:
     """Return whether tiles are moved by descriptors: from Hopper on, and without a GPU."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
@@ -142,6 +146,7 @@ def can_be_described(tensor: Tensor) -> bool:
     return last == 1 and not any(offset % 16 for offset in (tensor.data_ptr(), *(tensor.itemsize * s for s in outer)))
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of the GPU; 1 for the interpreter, which runs programs one by one."""
     if device.type == "cuda":
