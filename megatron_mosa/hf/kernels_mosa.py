@@ -160,8 +160,8 @@ def step_in_kernels(
         )  # fmt: skip
         sum_kernel[(batch, -(-width // COLUMNS))](
             sums, scales[0], scales[1], chosen, listed, scores, proj, residual, output, rows.counts, rows.totals,
-            heads, width, size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts, HEADS_BLOCK=power(heads),
-            SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK,
+            heads, width, size, HAS_RESIDUAL=residual is not None, AT_ONCE=at_once, PARTS=parts,
+            HEADS_BLOCK=power(heads), SIZE_BLOCK=power(size), COLUMNS=COLUMNS, BLOCK=BLOCK,
         )  # fmt: skip
     if residual is None:
         rows.set_totals(rows.totals)
@@ -345,7 +345,8 @@ if triton is not None:
         """Join the parts of each head, gate, and project to output channels of one sequence, summed in fp32.
 
         Of the heads that selected the token, AT_ONCE are added at a time, and channels only at the end: a sum in every
-        iteration would be a barrier in each, and made Triton 3.6.0 spill. Updates counts [B, E] and totals [3]. Rounds wherever the forward pass of a whole sequence does.
+        iteration would be a barrier in each, and made Triton 3.6.0 spill. Updates counts [B, E] and totals [3]. Rounds
+        wherever the forward pass of a whole sequence does.
         """
         i_sequence = tl.program_id(0).to(tl.int64)
         o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
