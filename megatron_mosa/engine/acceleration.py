@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import distributed as dist
 
 from megatron_mosa.config import Config
 from megatron_mosa.kernels import get_backend
@@ -76,6 +77,8 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
     else:
         if config.mosa.num_heads and get_backend(config.mosa.backend, states, model.head_dim) is not triton:
             yield "MoSA heads do not run on Triton's kernels"
+    if dist.is_initialized() and dist.get_backend() != "nccl":
+        yield f"collectives over {dist.get_backend()}, whose ranks end in compiled layers"
 
 
 def _against_graphs(config: Config) -> Iterator[str]:

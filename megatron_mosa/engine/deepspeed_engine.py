@@ -175,7 +175,7 @@ class DeepSpeedEngine:
         if not self.acceleration.compiles_layers:
             return
         starts = batch.get("document_starts")
-        documents = None if starts is None else Documents.from_starts(starts[:1])
+        documents = None if starts is None else Documents.from_starts(starts[:1], self.layout.device)
         for heads in mosa_layers(self.module):
             if heads.records_selection:
                 heads.record_kept(documents)

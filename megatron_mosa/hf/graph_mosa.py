@@ -164,7 +164,7 @@ class CapturedSteps:
         if self.left == EARLY or self.totals is None:
             totals, event = torch.stack([rows.totals for rows in selected if rows.totals is not None]), None
             if totals.is_cuda:
-                copy = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+                copy = torch.empty(totals.shape, dtype=totals.dtype, device="cpu", pin_memory=True)
                 totals, event = copy.copy_(totals, non_blocking=True), torch.cuda.Event()
                 event.record(torch.cuda.current_stream(self.ids.device))
             self.totals = totals, event

@@ -247,7 +247,7 @@ class SelectedRows(Rows):
         if not totals.is_cuda:
             return
         if self.host_copy is None:
-            self.host_copy = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
+            self.host_copy = torch.empty(3, dtype=torch.long, device="cpu", pin_memory=True), torch.cuda.Event()
         copy, event = self.host_copy
         copy.copy_(totals, non_blocking=True)
         event.record(torch.cuda.current_stream(totals.device))  # the stream of the copy, whatever the current device

@@ -17,7 +17,7 @@ from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.metrics import recorded_selection
 from megatron_mosa.model import build_model, language_model_loss
-from tests.distributed.tasks import VOCAB_SIZE, global_batch, micro_batches, parallel
+from tests.distributed.tasks import VOCAB_SIZE, global_batch, master_weights, micro_batches, parallel, whole
 
 
 def gradients(config: Config, precision: str) -> dict[str, Any]:
@@ -69,9 +69,10 @@ def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def steps(config: Config, number: int) -> dict[str, Any]:
-    """Losses, norms, a validation in between, and what the first step has selected and counted."""
+    """Losses, norms, a validation in between, how weights moved, and what the first step has selected and counted."""
     with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        before = master_weights(engine)
         results, validation, selected, thresholds = [], 0.0, [], []
         for step in range(number):
             if step == number - 2:
@@ -87,6 +88,9 @@ def steps(config: Config, number: int) -> dict[str, Any]:
             "losses": [result.loss for result in results],
             "norms": [result.grad_norm for result in results],
             "validation": validation,
+            "moved": whole(
+                engine.module, {name: weight - before[name] for name, weight in master_weights(engine).items()}
+            ),
             "selected": selected,
             "is graphed": _is_graphed(engine),
             "thresholds": thresholds,

@@ -114,20 +114,20 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(
     fused: KernelBackend, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = [tensor.bfloat16().requires_grad_() for tensor in inputs_on_gpu(7, 256, 40, width, 64)]
-
+    upstream = torch.randn_like(inputs[0])
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
 
     def run(fewest: int, most_bytes: int = 1 << 30) -> list[torch.Tensor]:
         monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
         monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
         output = mosa_attention(*inputs, num_selected=33, backend="triton")
-        return [output, *torch.autograd.grad(output.float().square().sum(), inputs)]
+        return [output, *torch.autograd.grad(output, inputs, upstream)]
 
     sequence = 40 * 33 * width * 2
     whole = run(1)
     for cut in ((3,), (1, sequence), (1, 1), (4, 1)):  # pairs of sequences; each; columns of each
         for number, (ours, theirs) in enumerate(zip(run(*cut), whole, strict=True)):
-            if number == 1:  # dX, for which cuBLAS may choose other kernels
+            if number <= 1:  # the output and dX, for which cuBLAS may choose other kernels
                 assert (ours - theirs).norm() < 1e-3 * theirs.norm()
             else:
                 assert torch.equal(ours, theirs)

@@ -36,6 +36,13 @@ def test_what_hinders_is_named(layout: Layout, changes: dict, hindrance: str) ->
     assert choose_acceleration(tiny_config(**changes), on_gpu) == Acceleration(hindrance=hindrance)
 
 
+def test_ranks_that_share_a_gpu_compile_nothing(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "get_backend", lambda *_: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there is no GPU
+    found = choose_acceleration(tiny_config(), replace(layout, device=torch.device("cuda")))
+    assert found.hindrance.startswith("collectives over gloo")
+
+
 @pytest.mark.parametrize(
     ("changes", "hindrance"),
     [
