@@ -206,7 +206,7 @@ class Prompt(NamedTuple):
     """Knows counts and totals; has no room yet."""
 
     room: Room | None
-    """To be made, and guessed; None: the totals say how much."""
+    """Guessed; None: the totals say how much is needed."""
 
 
 class MosaHeads(nn.Module):

@@ -28,7 +28,7 @@ from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cac
 from .configuration_mosa import MosaConfig
 from .graph_mosa import can_capture, captured_step
 from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
-from .room_mosa import Trial
+from .room_mosa import Trial, may_read_twice
 from .routing_mosa import MosaRoutingHeads
 from .tokens_mosa import Tokens, read_tokens
 
@@ -228,7 +228,8 @@ class MosaModel(MosaPreTrainedModel):
         if is_first:
             self.check_thresholds()
         tokens = read_tokens(attention_mask, hidden_states, cache, self.config)
-        run = self.run_trial if is_first and tokens.valid is None else self.run_layers
+        can_guess = is_first and tokens.valid is None and may_read_twice()
+        run = self.run_trial if can_guess else self.run_layers
         hidden_states, states = run(hidden_states, tokens, cache, bool(output_hidden_states))
         outputs = (*states[:-1], hidden_states) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=outputs, **cache_entry(cache))

@@ -142,6 +142,29 @@ def test_a_prompt_without_enough_room_is_read_again(rows: int, blocks: int, monk
 
 
 @torch.no_grad()
+def test_no_prompt_is_read_again_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each layer may be a collective of ranks that share its weights, and no other rank would repeat it.
+    model, tokens = build("pure", num_hidden_layers=1), random_tokens(1, LENGTH)
+    expected = model(tokens).logits
+    monkeypatch.setenv("MOSA_BACKEND", "triton")
+    prompts = model.model.layers[0].self_attn.mosa_heads.prompts
+
+    def calls(room: Room, cache: MosaCache | None) -> int:
+        with mock.patch.object(prompts, "guess", lambda *_: room):
+            with mock.patch.object(prompt, "read_prompt", wraps=prompt.read_prompt) as read:
+                found = model(tokens, **{} if cache is None else {CACHE: cache}).logits
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        return read.call_count
+
+    few_blocks, few_rows = Room(LENGTH, 3), Room(2, 400)
+    assert calls(few_blocks, None) == 1 and calls(few_blocks, model.new_cache()) == 2  # blocks are of the cache
+    assert calls(few_rows, None) == 2
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert calls(few_rows, None) == calls(few_blocks, model.new_cache()) == 1
+
+
+@torch.no_grad()
 def test_prompts_that_select_more_or_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOSA_BACKEND", "triton")
     model, tokens = build("pure", num_hidden_layers=1), random_tokens(4, LENGTH)
