@@ -40,6 +40,16 @@ def test_what_triton_compiles_anew_is_looked_up() -> None:
     assert looked_up.call_count == 2 * len(calls) and not compiled.__getitem__.called
 
 
+def test_options_are_told_apart_by_name() -> None:
+    kernel = mock.MagicMock(arg_names=["p_x", "SHIFT", "BLOCK"])
+    states = torch.zeros(4)
+    launch(kernel, (1,), states, SHIFT=1, BLOCK=16)
+    launch(kernel, (1,), states, BLOCK=1, SHIFT=16)
+    launch(kernel, (1,), states, SHIFT=1, BLOCK=16, num_warps=2)
+    launch(kernel, (1,), states, SHIFT=1, BLOCK=16, num_stages=2)
+    assert kernel.__getitem__.return_value.call_count == 4
+
+
 @pytest.mark.skipif(TensorDescriptor is None, reason="no descriptors")
 def test_descriptors_of_other_blocks_are_looked_up() -> None:
     states = torch.zeros(64, 64)

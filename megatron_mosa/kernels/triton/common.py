@@ -87,7 +87,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: objec
             key += value.dtype, address & 15
             continue
         plain.append(value)
-    whole = (*key, device, *options.values())
+    whole = (*key, device, *options, *options.values())
     if (found := _COMPILED.get(whole)) is None:
         if len(_COMPILED) >= MOST_COMPILED:
             _COMPILED.clear()
