@@ -39,8 +39,11 @@ def test_what_hinders_is_named(layout: Layout, changes: dict, hindrance: str) ->
 def test_ranks_that_share_a_gpu_compile_nothing(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "get_backend", lambda *_: None)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there is no GPU
-    found = choose_acceleration(tiny_config(), replace(layout, device=torch.device("cuda")))
-    assert found.hindrance.startswith("collectives over gloo")
+    on_gpu = replace(layout, device=torch.device("cuda"))
+    assert choose_acceleration(tiny_config(), on_gpu).hindrance.startswith("collectives over gloo")
+    for backends in ("cuda:nccl", "cpu:gloo,cuda:nccl"):  # "nccl", and as other programs set up their groups
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda backends=backends: backends)
+        assert choose_acceleration(tiny_config(), on_gpu).compiles_layers
 
 
 @pytest.mark.parametrize(
