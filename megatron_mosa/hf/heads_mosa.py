@@ -270,8 +270,8 @@ class MosaHeads(nn.Module):
     def start_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Prompt | None:
         """Start what ``forward`` then does with the first tokens of sequences, if the kernels of training can.
 
-        In a trial the host guesses how many tokens the heads select, if it can. Otherwise it learns their number while
-        the device does what is launched in between.
+        In a trial the host guesses how many tokens the heads select, if an earlier prompt was similar. Otherwise their
+        number is copied to the host while the device runs what is launched in between.
         """
         is_first = tokens.valid is None and (rows is None or rows.keys is None)
         if not is_first or self.router_weight.device != hidden_states.device:

@@ -249,7 +249,7 @@ class MosaModel(MosaPreTrainedModel):
     def run_trial(
         self, hidden_states: Tensor, tokens: Tokens, cache: MosaCache | None, keeps_all: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Do the same as ``run_layers`` for the first tokens of sequences, where layers may guess; see room_mosa.py."""
+        """Do the same as ``run_layers`` for the first tokens of sequences, where layers may guess (room_mosa.py)."""
         trial = Trial()
         result = self.run_layers(hidden_states, tokens._replace(trial=trial), cache, keeps_all)
         if trial.succeeded(*hidden_states.shape[:2]):

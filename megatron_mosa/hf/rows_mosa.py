@@ -203,7 +203,7 @@ def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tupl
 
 
 def with_spare(blocks: int) -> int:
-    """Return how many blocks to allocate where some are needed."""
+    """Return how many blocks to allocate where so many are needed."""
     return blocks + max(MIN_GROWTH, blocks // 16)
 
 
@@ -278,7 +278,7 @@ class SelectedRows(Rows):
                     now[: len(before)] = before
 
     def shrink(self, blocks: int) -> None:
-        """Keep room for ``blocks`` blocks, if there is room for a quarter more than ``reserve`` would have made."""
+        """Give back the room beyond that of ``reserve`` for ``blocks`` blocks, if it is more than a quarter of that."""
         if self.keys is not None and self.values is not None and len(self.keys) > 1.25 * with_spare(blocks):
             self.keys, self.values = (part[: with_spare(blocks)].clone() for part in (self.keys, self.values))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_mosa.kernels.backend import KernelBackend
 from megatron_mosa.kernels.dispatch import get_backend
 
-# Products of a layer that are summed over heads at once: more than in training, where more is in memory, and where the
-# host does not launch kernels for so few tokens.
+# Products of a layer that are summed over heads at once. More than in training, which needs memory for more, and whose
+# layers have so many tokens that the host's time for launches does not matter.
 SMALL_BYTES = 1 << 30
 
 
@@ -116,7 +116,8 @@ def read_prompt(
     """Compute the heads' output at positions 0 to T - 1 with the Triton kernels, and keep keys and values.
 
     Args:
-        hidden_states, router_weight, scores, indices, qkv_weight, proj_weight: as in ``naive.selected_attention``.
+        hidden_states, scores, indices, qkv_weight, proj_weight: as in ``naive.selected_attention``.
+        router_weight: not used; exported models pass it.
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
     """

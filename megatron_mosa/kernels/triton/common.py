@@ -53,9 +53,10 @@ def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRE
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
-# By kernel, device, and what compiled kernels depend on: the kernel, what it was compiled to, and its constexprs.
+# The kernel (kept alive, since its id is in the key), what it was compiled to, and its constexprs; by all that the
+# compiled kernel depends on.
 _COMPILED: dict[tuple[object, ...], tuple[Any, Any, list[object]]] = {}
-MOST_COMPILED = 4096  # that are remembered
+MOST_COMPILED = 4096  # entries; numbers beyond 31 bits have one each
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: object) -> None:
@@ -123,7 +124,7 @@ def optional_contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-# Asking torch for a property of a device takes as long as a launch.
+# Cached, because asking torch for a property of a device takes as long as a launch.
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return the shared memory of one program in bytes; Hopper's without a GPU (interpreter, cross-compilation)."""

@@ -208,13 +208,14 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
 
     Products of at most ``small_bytes`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
     because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
-    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk has
-    more than half of the products, except for an odd column.
+    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk of
+    more than ``small_bytes`` has more than half of the products, except for an odd column.
 
     Args:
         shape: B, E and k of the selection.
         like: [B, T, h] of the type of the products.
-        small_bytes: up to which chunks are not split; None: all products up to ``SMALL_BYTES``, larger ones as above.
+        small_bytes: chunks of up to so many bytes are not split; None: of up to ``SMALL_BYTES``, if one holds all
+            products.
     """
     (batch, heads, selected), width = shape, like.shape[2]
     sequence_bytes = heads * selected * width * like.element_size()
