@@ -254,7 +254,7 @@ class MosaModel(MosaPreTrainedModel):
         result = self.run_layers(hidden_states, tokens._replace(trial=trial), cache, keeps_all)
         if trial.succeeded(*hidden_states.shape[:2]):
             return result
-        del result
+        del result, trial  # with the keys and values of this attempt
         for layer in [] if cache is None else cache.layers:
             layer.reset()
         return self.run_layers(hidden_states, tokens, cache, keeps_all)

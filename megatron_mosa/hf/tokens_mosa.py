@@ -51,7 +51,7 @@ class Tokens(NamedTuple):
     """None without fixed heads."""
 
     trial: Trial | None = None
-    """Of the first tokens of sequences, of which MoSA heads may guess how many they select; None: they must know."""
+    """Of a prompt of which MoSA heads may guess how many tokens they select; None: they must not guess."""
 
 
 class Column(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unittest import mock
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -129,10 +130,19 @@ def test_a_prompt_without_enough_room_is_read_again(rows: int, blocks: int, monk
     short = model.model.layers[1].self_attn.mosa_heads.prompts
     monkeypatch.setattr(short, "guess", lambda *_: Room(rows, blocks))
     assert 16 < counts[1].max() < 64
+    parts: WeakSet[SelectedRows] = WeakSet()  # in memory
+    numbers, begin = [], SelectedRows.begin
+
+    def count(rows: SelectedRows, *counted: Tensor) -> None:
+        parts.add(rows)
+        numbers.append(len(parts))
+        begin(rows, *counted)
+
+    monkeypatch.setattr(SelectedRows, "begin", count)
     with mock.patch.object(prompt, "read_prompt", wraps=prompt.read_prompt) as read:
         cache = model.new_cache()
         found = [model(tokens[:, :67], **{CACHE: cache}).logits]
-        assert read.call_count == 6
+        assert read.call_count == 6 and numbers == [1, 2, 3, 1, 2, 3]
         monkeypatch.undo()
     assert cache.get_seq_length() == 67
     for given, wanted in zip(selected(model, cache), selected(model, plain), strict=True):
