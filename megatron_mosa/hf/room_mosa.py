@@ -67,8 +67,8 @@ class Prompts:
         if (shares := self.shares.get(length.bit_length())) is None:
             return None
         rows = min(length, int(MORE_ROWS * shares[0] * length) + 16)
-        blocks = batch * (MORE_BLOCKS * shares[1] * length + self.heads / 2)
-        return Room(rows, int(blocks) + 2)
+        blocks = max(self.heads, MORE_BLOCKS * shares[1] * length + self.heads / 2)  # heads select the first token
+        return Room(rows, int(batch * blocks) + 2)
 
 
 class Trial:

@@ -205,6 +205,8 @@ def test_room_follows_earlier_prompts() -> None:
     room = prompts.guess(2 * batch, 520)
     assert room is not None and room.rows == 94 and room.blocks < 2 + 32 + 1.125 * 256 * 0.53
     assert prompts.guess(batch, 400) is None and prompts.guess(batch, 1024) is None  # other lengths
+    prompts.learn(1, 127, [1 + heads, 16, 0])
+    assert prompts.guess(1, 66) == Room(28, 2 + heads)  # a block of each head, which holds the first token
     prompts.learn(batch, 1000, totals(1000, 20, 16))  # fewer: forgotten slowly
     assert prompts.guess(batch, 1000) == Room(151, 2 + 16 + int(1.125 * 116))
     prompts.learn(batch, 1000, totals(1000, 900, 640))  # more: at once, and never more rows than tokens
