@@ -314,8 +314,10 @@ class MosaHeads(nn.Module):
         rotation = config.rotary_percent, config.rotary_base
         read = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
         if is_stored:
-            blocks, largest, _ = rows.host_totals() if room is None else (room.blocks, room.rows, 0)
-            rows.reserve(hidden_states.new_empty(0, config.head_dim), largest, blocks)
+            if room is None:
+                blocks, most, _ = rows.host_totals()
+                room = Room(most, blocks)
+            rows.reserve(hidden_states.new_empty(0, config.head_dim), room.rows, room.blocks)
             read.store(first, rows.table, rows.keys, rows.values)
         return read.output
 

@@ -1,8 +1,8 @@
 """Compute one token of every sequence in MoSA heads with four Triton kernels.
 
-The first one scores, and the others find the heads that select the token, so the host never waits for their number. If
-they are few, several programs share the projection of one, and others its stored rows. Weights and cached rows are
-read in place.
+The first one scores, and the others find on the device which heads select the token, so the host never waits for their
+number. If they are few, several programs share the projection of one, and others its stored rows. Weights and cached
+rows are read in place.
 """
 
 from __future__ import annotations
