@@ -78,7 +78,7 @@ def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:
         if config.mosa.num_heads and get_backend(config.mosa.backend, states, model.head_dim) is not triton:
             yield "MoSA heads do not run on Triton's kernels"
     if dist.is_initialized() and "cuda:gloo" in dist.get_backend_config():
-        yield "collectives over gloo, with which ranks of compiled layers ended"
+        yield "collectives over gloo, with which compiled layers crash"
 
 
 def _against_graphs(config: Config) -> Iterator[str]:

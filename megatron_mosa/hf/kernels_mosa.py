@@ -63,7 +63,7 @@ def plan(batch: int, heads: int, width: int, size: int, share: float) -> Plan:
     columns, parts = min(-(-3 * size // COLUMNS), wanted), min(MOST_PARTS, power(wanted + 1) // 2)
     sequences = min(4, power(max(1, batch // 8) + 1) // 2)
     most_at_once = max(1, PROGRAMS * COLUMNS // (batch * width))
-    at_once = min(slots, power(most_at_once + 1) // 2, max(1, 256 // power(size)))
+    at_once = min(slots, power(most_at_once + 1) // 2, max(1, 256 // power(size)))  # 256 x COLUMNS sums in registers
     return Plan(sequences, slots, columns, parts, at_once)
 
 
