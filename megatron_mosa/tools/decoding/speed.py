@@ -104,5 +104,5 @@ def _check_memory(needed: int, batch: int, context: int, device: torch.device) -
 def _now(device: torch.device) -> float:
     """Return the time in seconds once the device has finished all work."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
