@@ -76,13 +76,13 @@ def larger_config(**changes: object) -> tasks.Config:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_every_gradient_are_those_of_the_plain_path(workers: WorkerPools, kind: str, precision: str) -> None:
-    # fp32: the two differ by rounding alone. bf16: the fast path is about as far from fp32 as the plain path is; one
-    # token more that rounding selects doubles either.
+    # fp32: the two differ by rounding alone. bf16: the fast path is about as far from fp32 as the plain path is, but a
+    # token more that rounding selects adds up to 0.15 to a router's error. A missing gradient has an error of 1.
     found = workers(1).run(acceleration_tasks.gradients, larger_config(**KINDS[kind]), precision)[0]
     assert found["chose"].startswith("acceleration: compiled layers")
     assert found["fast loss"] == pytest.approx(found["exact loss"], rel=1e-5 if precision == "fp32" else 5e-3)
     for name, (fast, plain) in found["errors"].items():
-        assert fast < (1e-4 if precision == "fp32" else 3 * plain + 1e-3), (name, fast, plain)
+        assert fast < (1e-4 if precision == "fp32" else 2 * plain + 0.15), (name, fast, plain)
 
 
 def check_alike(fast: dict[str, Any], plain: dict[str, Any], precision: str) -> None:

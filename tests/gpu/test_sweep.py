@@ -55,7 +55,8 @@ def test_layouts_in_reused_processes(tmp_path: Path) -> None:
         assert "one CUDA graph" in row["acceleration"]
         if row["processes"] != "1":
             assert float(row["ms_collectives"]) > 0
-            assert 0 <= float(row["exposed_communication_share"]) <= float(row["communication_share"]) * 1.5
+            # The first is of one rank, the second the mean of two, of which one may have waited for the other.
+            assert 0 <= float(row["exposed_communication_share"]) <= float(row["communication_share"]) * 2
     # Engines free their memory, so that the next one begins in the same processes.
     assert done.stdout.count("starting 1 process") == 1, done.stdout
     for file in (tmp_path / "out" / "layouts").glob("*.json"):
