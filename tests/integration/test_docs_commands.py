@@ -239,6 +239,17 @@ TABLE: dict[str, dict[str, Way]] = {
         "mosa report runs/grid_example": Way(),
         "mosa isoflop match runs/grid_example": Way(),
     },
+    "docs/results.md": {
+        'mosa data build configs/paper/tiny.yaml data.path=data/novels "data.sources=[novels.jsonl]" '
+        "data.validation_fraction=0.03": Way((("novels.jsonl", "TEXTS"),), "data.vocab_size=400"),
+        "mosa isoflop run configs/grids/paper_tiny.yaml --jobs 10 --measure --remove-checkpoints": instead(
+            GPU, "mosa isoflop configs/paper/tiny.yaml"
+        ),
+        "mosa isoflop run configs/grids/paper_small.yaml --jobs 4 --measure --remove-checkpoints": instead(
+            GPU, "mosa isoflop configs/paper/small.yaml"
+        ),
+        "mosa report runs/grid_paper_tiny": instead("is run for docs/isoflop.md"),
+    },
     "docs/profiling.md": {
         "mosa bench configs/first_gpu_run.yaml": Way(added=f"{SMALL} --steps 1 --warmup 1"),
         "torchrun --nproc-per-node 4 -m megatron_mosa bench configs/scale/1b_mosa.yaml "

@@ -84,16 +84,22 @@ def plot(runs: Sequence[RunCurves], path: Path) -> None:
     """
     plt = load_pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
+    names = [run.name.replace("$", r"\$") + ("" if run.is_causal else ", NON-CAUSAL") for run in runs]
     for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
         for number, run in enumerate(runs):
-            name = run.name.replace("$", r"\$") + ("" if run.is_causal else ", NON-CAUSAL")
+            color, dashes = f"C{number}", ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
             losses = [point[3] for point in run.training]
-            panel.plot([point[axis] for point in run.training], losses, color=f"C{number}", linewidth=1, label=name)
+            panel.plot(
+                [point[axis] for point in run.training], losses, dashes, color=color, linewidth=1, label=names[number]
+            )
             measured = [point[3] for point in run.validation]
-            panel.plot([point[axis] for point in run.validation], measured, "o", color=f"C{number}", markersize=4)
+            panel.plot([point[axis] for point in run.validation], measured, "o", color=color, markersize=4)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss, nats per token")
     figure.suptitle("lines: training; points: validation", fontsize="small")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
+    column = 5 * max(map(len, names)) + 40  # points, of letters of 8 points and a line
+    columns = max(1, min(len(runs), int(72 * figure.get_figwidth() // column)))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=columns)
     save_figure(figure, path, dpi=120)
