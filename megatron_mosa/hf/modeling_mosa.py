@@ -27,9 +27,10 @@ from transformers.utils import can_return_tuple, logging
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
 from .graph_mosa import can_capture, captured_step
-from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
+from .heads_mosa import MosaAttention
 from .room_mosa import Trial, may_read_twice
 from .routing_mosa import MosaRoutingHeads
+from .sparse_mosa import UNCALIBRATED, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)

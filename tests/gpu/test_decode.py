@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_mosa.hf import graph_mosa, heads_mosa
+from megatron_mosa.hf import graph_mosa, sparse_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.hf.room_mosa import Room
 from megatron_mosa.kernels import prompt
@@ -118,7 +118,7 @@ def test_the_kernels_match_the_plain_path(dtype: torch.dtype, head_dim: int, mon
     model.model.layers[0].self_attn.mosa_heads.register_forward_hook(lambda *call: outputs[number].append(call[2]))
     steps(model, tokens, PROMPT, None, caches[0])
     number = 1
-    monkeypatch.setattr(heads_mosa, "can_run_kernels", lambda states: False)
+    monkeypatch.setattr(sparse_mosa, "can_run_kernels", lambda states: False)
     steps(model, tokens, PROMPT, None, caches[1])
     rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for found, plain in zip(*outputs, strict=True):

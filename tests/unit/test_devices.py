@@ -18,7 +18,7 @@ from megatron_mosa.attention import functional, mosa_attention, update_threshold
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.acceleration import Acceleration
-from megatron_mosa.hf import graph_mosa, heads_mosa, kernels_mosa
+from megatron_mosa.hf import dense_mosa, graph_mosa, kernels_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.metrics import recorded_selection, selection_statistics
@@ -100,7 +100,7 @@ def test_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_mosa.CapturedSteps, "_run", lambda self, cache, key: self._step(cache))
     monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda *_: check_arguments)
     monkeypatch.setattr(
-        heads_mosa, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool, device=GPU).tril(k - q)
+        dense_mosa, "causal_lower_right", lambda q, k: torch.ones(q, k, dtype=torch.bool, device=GPU).tril(k - q)
     )  # torch's is another subclass of Tensor
     model, tokens = build("hybrid" if captures else kind, num_hidden_layers=2), random_tokens(2, 24)
     for is_default in (False, True):
