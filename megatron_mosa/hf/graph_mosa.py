@@ -228,19 +228,13 @@ def captured_step(model: Any, cache: MosaCache, input_ids: Tensor, attention_mas
 
 
 def can_capture(model: Any, cache: MosaCache | None, input_ids: Tensor | None) -> bool:
-    """Return whether a call is a step that can be captured: one token of each sequence, after others, on one device.
-
-    Fixed heads and token choice cannot be, because the host must know how many tokens they take.
-    """
-    config = model.config
+    """Return whether a call is a step that can be captured: one token of each sequence, after others, on one device."""
     return (
         cache is not None
         and input_ids is not None
         and input_ids.shape[1] == 1
         and cache.get_seq_length() > 0
         and cache.batch == len(input_ids)
-        and not config.num_fixed_heads
-        and not (config.num_mosa_heads and config.selection != "threshold")
         and getattr(model, "hf_device_map", None) is None
         and all(layer.self_attn.can_step() for layer in model.model.layers)
         and not torch.is_grad_enabled()

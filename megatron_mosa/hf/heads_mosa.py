@@ -28,9 +28,6 @@ HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
 }
 
 
-_OWN = (MosaCausalHeads, MosaFixedHeads, MosaRoutingHeads, MosaHeads)
-
-
 class MosaAttention(nn.Module):
     """The sum of a layer's heads of all kinds: ``dense_heads``, ``local_heads``, ...; None: there are none."""
 
@@ -56,8 +53,14 @@ class MosaAttention(nn.Module):
         return sum_of(parts)
 
     def can_step(self) -> bool:
-        """Return whether ``step`` computes what ``forward`` does: no adapter stands around heads, as PEFT's may."""
-        return all(isinstance(heads, _OWN) for heads in self.children())
+        """Return whether ``step`` computes what ``forward`` does: all heads have a step, and no adapter around them.
+
+        Of Fixed heads and with token choice, the host must know how many tokens they take; PEFT puts adapters around.
+        """
+        return all(
+            isinstance(heads, MosaCausalHeads) or (isinstance(heads, MosaHeads) and heads.thresholds is not None)
+            for heads in self.children()
+        )
 
     def step(
         self, hidden_states: Tensor, residual: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column
