@@ -145,6 +145,18 @@ class Adapter(torch.nn.Module):
         return self.module(*arguments, **options)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["fixed", "chosen"])
+@torch.no_grad()
+def test_heads_without_a_step_are_not_captured(kind: str) -> None:
+    model, tokens = build(kind, num_hidden_layers=1), random_tokens(2, PROMPT + 3)
+    expected = model(tokens).logits
+    with mock.patch.object(graph_mosa.CapturedSteps, "_step") as taken:
+        found = decoded(model, tokens, None, [PROMPT, 1, 1, 1])
+    assert not taken.called
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kind", ["mosa", "dense"])
