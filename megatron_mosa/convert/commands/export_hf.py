@@ -32,7 +32,7 @@ from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELING_FILES
-from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
