@@ -1,4 +1,4 @@
-"""The attention of a layer: the sum of its heads of all kinds, each of which is in a file of its own."""
+"""The attention of a layer: the sum of its heads of all kinds, which are in files of their own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MosaAttention(nn.Module):
     def can_step(self) -> bool:
         """Return whether ``step`` computes what ``forward`` does: all heads have a step, and no adapter around them.
 
-        Of Fixed heads and with token choice, the host must know how many tokens they take; PEFT puts adapters around.
+        Fixed and Routing heads and token choice have no step that can be captured. PEFT may put adapters around heads.
         """
         return all(
             isinstance(heads, MosaCausalHeads) or (isinstance(heads, MosaHeads) and heads.thresholds is not None)
