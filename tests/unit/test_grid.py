@@ -22,7 +22,7 @@ from megatron_mosa.data import Manifest, Mixture
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.model import model_flops, paper_flops
 from megatron_mosa.tools.grid import plan as plan_module
-from megatron_mosa.tools.grid import results
+from megatron_mosa.tools.grid import report, results
 from megatron_mosa.tools.grid.budget import Cost, _closest
 from megatron_mosa.tools.grid.grid import Evaluation, read_grid
 from megatron_mosa.tools.grid.kinds import KINDS, kv_bytes
@@ -667,12 +667,21 @@ def test_a_report_without_matplotlib_says_so(
     assert "| dense | 9 |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / MADE_UP[1].cell
-    run.mkdir(parents=True)
-    lines = [{"step": s, "tokens": s, "loss": 3 / s, "tokens_per_second": 1.0, "mfu": 0.1} for s in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, shared = MADE_UP[4:6]
+    lines = [{"step": s, "tokens": s, "loss": 3 / s, "tokens_per_second": 0.5, "mfu": 0.1} for s in (1, 2)]
+    for cell in (alone.cell, shared.cell):
+        run = tmp_path / "runs" / cell
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "plot", lambda runs, path: drawn.extend(runs))
     assert "tiny-text-losses.png" in write_report(MADE_UP, tmp_path, tmp_path)
+    found = {curves.name: [seconds for _, _, seconds, _ in curves.training] for curves in drawn}
+    # Steps of 0.1 s, measured alone; otherwise what the run took.
+    assert found == {alone.cell: pytest.approx([0.1, 0.2]), f"{shared.cell} (shared device)": [2.0, 4.0]}
 
 
 def test_the_fewest_heads_that_match_dense() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,14 @@ class RunCurves:
     """(step, tokens, seconds, loss)"""
 
     validation: list[tuple[float, float, float, float]]
+
+    def at_pace(self, seconds: float) -> RunCurves:
+        """Return the same losses as if each step had taken so many seconds."""
+        training, validation = (
+            [(step, tokens, step * seconds, loss) for step, tokens, _, loss in points]
+            for points in (self.training, self.validation)
+        )
+        return replace(self, training=training, validation=validation)
 
 
 def read_run(run: Path) -> RunCurves:

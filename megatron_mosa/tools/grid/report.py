@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mosa.errors import RunError, UserError
@@ -77,11 +78,12 @@ def _plot(place: Place, folder: Path, output: Path) -> list[str]:
     plot_costs(
         place, f"{place.size} on {place.corpus}: equal {_EQUAL[place.models[0].row.equal]}", output / f"{stem}.png"
     )
-    runs = [folder / "runs" / row.cell for model in place.models for row in model.rows[:1]]
     found = []
-    for run in runs:
+    for model in place.models:
         with suppress(UserError):  # without losses, as when the directories of runs have been removed
-            found.append(read_run(run))
+            curves = read_run(folder / "runs" / model.row.cell)
+            paced = curves.at_pace(model.step_seconds) if model.is_alone and model.step_seconds else None
+            found.append(paced or replace(curves, name=f"{curves.name} (shared device)"))
     if not found:
         return [f"{stem}.png"]
     plot(found, output / f"{stem}-losses.png")
@@ -114,6 +116,8 @@ def markdown(
         "heads of the same sparsity.",
         "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
         "`--measure` replaces them.",
+        "- In the picture of losses, seconds are steps times the time of one measured alone, or what the run took where "
+        "its name says that it shared the device.",
         "- Keys and values are computed, in bf16, for the share of tokens that the sparsity asks for.",
     ]
     for place in places(rows):
