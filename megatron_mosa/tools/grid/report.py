@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_mosa.errors import RunError, UserError
@@ -81,12 +80,12 @@ def _plot(place: Place, folder: Path, output: Path) -> list[str]:
     found = []
     for model in place.models:
         with suppress(UserError):  # without losses, as when the directories of runs have been removed
-            curves = read_run(folder / "runs" / model.row.cell)
-            paced = curves.at_pace(model.step_seconds) if model.is_alone and model.step_seconds else None
-            found.append(paced or replace(curves, name=f"{curves.name} (shared device)"))
+            found.append((model, read_run(folder / "runs" / model.row.cell)))
+    if all(model.is_alone for model, _ in found):  # otherwise, own and shared paces would stand side by side
+        found = [(model, curves.at_pace(model.step_seconds or 0.0)) for model, curves in found]
     if not found:
         return [f"{stem}.png"]
-    plot(found, output / f"{stem}-losses.png")
+    plot([curves for _, curves in found], output / f"{stem}-losses.png")
     return [f"{stem}.png", f"{stem}-losses.png"]
 
 
@@ -116,8 +115,8 @@ def markdown(
         "heads of the same sparsity.",
         "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
         "`--measure` replaces them.",
-        "- In the picture of losses, seconds are steps times the time of one measured alone, or what the run took where "
-        "its name says that it shared the device.",
+        "- In the picture of losses, seconds are steps times the time of one, if all models' were measured alone; "
+        "otherwise they are those of the runs.",
         "- Keys and values are computed, in bf16, for the share of tokens that the sparsity asks for.",
     ]
     for place in places(rows):
