@@ -8,7 +8,16 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_mosa.kernels.triton import common
 from megatron_mosa.kernels.triton.common import TensorDescriptor, launch
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch: pytest.MonkeyPatch) -> object:
+    """The stream of a GPU that is not there."""
+    driver = mock.MagicMock()
+    monkeypatch.setattr(common, "driver", driver)
+    return driver.active.get_current_stream.return_value
 
 
 def launches(*calls: tuple[Any, ...], options: tuple[int, ...] = (16,)) -> tuple[mock.MagicMock, mock.MagicMock]:
@@ -22,12 +31,12 @@ def launches(*calls: tuple[Any, ...], options: tuple[int, ...] = (16,)) -> tuple
     return kernel.__getitem__.return_value, compiled
 
 
-def test_a_similar_launch_is_not_looked_up() -> None:
+def test_a_similar_launch_is_not_looked_up(stream: object) -> None:
     states, other = torch.zeros(2, 64).unbind(0)
     looked_up, compiled = launches((states, None, 3), (other, None, 5))
     looked_up.assert_called_once_with(states, None, 3, BLOCK=16, SHIFT=1, num_warps=4)
-    compiled.__getitem__.assert_called_once_with((5, 2, 1))
-    compiled.__getitem__.return_value.assert_called_once_with(other.data_ptr(), None, 5, 1, 16)
+    how = stream, compiled.function, compiled.packed_metadata, None, None, None
+    compiled.run.assert_called_once_with(5, 2, 1, *how, other.data_ptr(), None, 5, 1, 16)
 
 
 def test_what_triton_compiles_anew_is_looked_up() -> None:
@@ -37,7 +46,7 @@ def test_what_triton_compiles_anew_is_looked_up() -> None:
     calls = [(states, None, number) for number in numbers] + [(tensor, None, 3) for tensor in tensors[1:]]
     calls += [(states, states, 3)]
     looked_up, compiled = launches(*calls, options=(16, 32))
-    assert looked_up.call_count == 2 * len(calls) and not compiled.__getitem__.called
+    assert looked_up.call_count == 2 * len(calls) and not compiled.run.called
 
 
 def test_options_are_told_apart_by_name() -> None:
@@ -55,7 +64,7 @@ def test_descriptors_of_other_blocks_are_looked_up() -> None:
     states = torch.zeros(64, 64)
     kinds = [(tensor, [16, size]) for tensor in (states, states + 1) for size in (16, 32)]
     looked_up, compiled = launches(*((TensorDescriptor.from_tensor(*kind), None, 3) for kind in kinds))
-    assert looked_up.call_count == compiled.__getitem__.call_count == 2
+    assert looked_up.call_count == compiled.run.call_count == 2
 
 
 def test_the_interpreter_compiles_nothing() -> None:

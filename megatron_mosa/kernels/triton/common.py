@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -96,7 +97,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: objec
             _COMPILED[whole] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
         return
     _, compiled, constants = found
-    compiled[(*grid, 1, 1)[:3]](*plain, *constants)
+    # As CompiledKernel's own launch, without what it does for hooks, such as those of Triton's profiler.
+    stream = driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
+    compiled.run(
+        *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None, *plain, *constants
+    )
 
 
 def cdiv(size: int, block: int) -> int:
