@@ -7,7 +7,9 @@ from benchmarks.shapes import SHAPES
 from megatron_mosa.attention import mosa_attention
 out, *flags = sys.argv[1:]
 rows = []
-for n, shape in enumerate(SHAPES, 1):
+only = [int(f) for f in flags if f.isdigit()]
+for n in only or range(1, 1 + len(SHAPES)):
+    shape = SHAPES[n - 1]
     t = time.time()
     row = {"number": n}
     if "check" in flags:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# arena_gpu.sh CORPUS SECONDS: trains, evaluates and measures the corpus's part of configs/grids/paper_tiny.yaml within SECONDS.
+# arena_gpu.sh CORPUS SECONDS: trains, evaluates and measures the corpus's part of configs/grids/$GRID.yaml (paper_tiny) within SECONDS.
 # JOBS: cells at once on a card (5). MEASURE: the last seconds, for what is left to evaluate, then decoding and steps alone (110).
 # Run again: continues from runs/arena_NAME if it is there, else from .arena/state_NAME.tar.xz. NAME: CORPUS, or another set of results. SHRINK=1: a test on a CPU.
 corpus=${1:?corpus}; seconds=${2:?seconds}; jobs=${JOBS:-5}; tail=${MEASURE:-110}; name=${NAME:-$corpus}
@@ -23,7 +23,7 @@ if [ ! -f data/$corpus/manifest.json ]; then
       data.tokenizer_bytes=30000000 data.validation_fraction=0.02 2>&1 | tr '\r' '\n' | tail -3
   fi
 fi
-at "dataset"; out=runs/arena_$name; grid=data/paper_tiny_$name.yaml
+at "dataset"; out=runs/arena_$name; grid=data/${GRID:-paper_tiny}_$name.yaml
 s=.arena/state_$name.tar.xz; if [ ! -d $out ] && [ -f $s ]; then python3 -m tarfile -e $s . && at "unpacked $s"; fi
 python3 .arena/grid.py $corpus $grid ${SHRINK:+--shrink}
 [ -n "$SHRINK" ] || cp $grid "$OUT/"

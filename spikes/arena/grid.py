@@ -1,4 +1,4 @@
-"""grid.py CORPUS OUT [--shrink]: configs/grids/paper_tiny.yaml with one corpus, the most valuable members first.
+"""grid.py CORPUS OUT [--shrink]: configs/grids/$GRID.yaml (paper_tiny) with one corpus, the most valuable members first.
 
 ARENA_STEPS=N: steps of a run. ARENA_MEMBERS="dense threshold": these alone. ARENA_RATES="0.001 0.002": rates that are tried.
 ARENA_SEEDS=1: seeds of every member.
@@ -10,7 +10,7 @@ import sys
 import yaml
 
 corpus, out, *flags = sys.argv[1:]
-tree = yaml.safe_load(open("configs/grids/paper_tiny.yaml"))
+tree = yaml.safe_load(open(f"configs/grids/{os.environ.get('GRID', 'paper_tiny')}.yaml"))
 tree["corpora"] = {corpus: tree["corpora"][corpus]}
 tokens = json.load(open(f"data/{corpus}/manifest.json"))["splits"]["train"]["tokens"]
 asked = tree["corpora"][corpus]["train.steps"]

@@ -1,0 +1,3 @@
+# Two cards, 330 s: faults under NCCL.
+. .spike/lib.sh
+timeout 320 python3 -m benchmarks.faults --processes 2 --device cuda --out $D/faults > $D/faults.txt 2>&1; say "faults rc $?"; cat $D/faults/faults.md | cut -c1-220; tail -5 $D/faults.txt
