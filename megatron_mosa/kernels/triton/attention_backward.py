@@ -95,24 +95,34 @@ def _load_query_data(
 
 
 @triton.jit
+def _visible(i_query, i_key, b_document, b_key_index, HAS_DOCUMENTS: tl.constexpr):
+    """Return which queries see which keys; all arguments have the two dimensions of the result, of which one is 1."""
+    m_visible = i_query >= i_key
+    if HAS_DOCUMENTS:
+        m_visible = m_visible & (b_key_index >= b_document)
+    return m_visible
+
+
+@triton.jit
 def _logit_gradients(
-    b_q_first, b_q_second, b_q_rest, b_k_first, b_k_second, b_k_rest, b_v, b_do, b_log_sum, b_delta, i_query, i_key,
-    b_document, b_key_index, SCALE,
-    D: tl.constexpr, HALF: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    b_first, b_second, b_rest, b_other_first, b_other_second, b_other_rest, b_left, b_right, b_log_sum, b_delta,
+    m_visible, SCALE,
+    D: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the attention weights and the gradient of the logits of one tile, [queries, keys] each."""
+    """Return the attention weights and the gradient of the logits of one tile.
+
+    [queries, keys] of queries with keys, and of the gradients of attention with values; [keys, queries] of keys with
+    queries, and of values with these gradients.
+    """
     b_logits = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     if HALF > 0:
-        b_logits = dot(b_q_first, tl.trans(b_k_first), b_logits, INTERPRETED)
-        b_logits = dot(b_q_second, tl.trans(b_k_second), b_logits, INTERPRETED)
+        b_logits = dot(b_first, tl.trans(b_other_first), b_logits, INTERPRETED)
+        b_logits = dot(b_second, tl.trans(b_other_second), b_logits, INTERPRETED)
     if D > 2 * HALF:
-        b_logits = dot(b_q_rest, tl.trans(b_k_rest), b_logits, INTERPRETED)
-    m_visible = i_query[:, None] >= i_key[None]
-    if HAS_DOCUMENTS:
-        m_visible = m_visible & (b_key_index[None] >= b_document[:, None])
-    b_p = tl.where(m_visible, tl.exp2(b_logits * (SCALE * LOG2_E) - b_log_sum[:, None]), 0.0)
-    b_dp = dot(b_do, tl.trans(b_v), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
-    return b_p, b_p * (b_dp - b_delta[:, None]) * SCALE
+        b_logits = dot(b_rest, tl.trans(b_other_rest), b_logits, INTERPRETED)
+    b_p = tl.where(m_visible, tl.exp2(b_logits * (SCALE * LOG2_E) - b_log_sum), 0.0)
+    b_dp = dot(b_left, tl.trans(b_right), tl.zeros((BLOCK, BLOCK), dtype=tl.float32), INTERPRETED)
+    return b_p, b_p * (b_dp - b_delta) * SCALE
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -141,21 +151,31 @@ def _backward_keys_kernel(
             p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, D, WIDTH, HAS_DOCUMENTS,
             SHIFT,
         )  # fmt: skip
+        # [keys, queries], which the next products take from registers.
+        m_visible = _visible(i_query[None], i_key[:, None], b_document[None], b_key_index[:, None], HAS_DOCUMENTS)
         b_p, b_ds = _logit_gradients(
-            b_q_first, b_q_second, b_q_rest, b_k_first, b_k_second, b_k_rest, b_v, b_do, b_log_sum, b_delta, i_query,
-            i_key, b_document, b_key_index, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
+            b_k_first, b_k_second, b_k_rest, b_q_first, b_q_second, b_q_rest, b_v, b_do, b_log_sum[None], b_delta[None],
+            m_visible, SCALE, D, HALF, INTERPRETED, BLOCK,
         )  # fmt: skip
-        b_dv = dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, INTERPRETED)
-        # Transposed before the cast, not after: Triton 3.6 could not pipeline its several products for Blackwell.
-        b_ds, b_ds_t = b_ds.to(b_do.dtype), tl.trans(b_ds).to(b_do.dtype)
+        b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv, INTERPRETED)
+        b_ds = b_ds.to(b_do.dtype)
         b_dk_first, b_dk_second, b_dk_rest = _add_product(
-            b_ds_t, b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
+            b_ds, b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
         )
         if IS_ONE_TILE:
             b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, RESTARTS, SHIFT)
             b_dq_first, b_dq_second, b_dq_rest = _zero_parts(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
             b_dq_first, b_dq_second, b_dq_rest = _add_product(
-                b_ds, b_k_first, b_k_second, b_k_rest, b_dq_first, b_dq_second, b_dq_rest, D, HALF, INTERPRETED
+                tl.trans(b_ds),
+                b_k_first,
+                b_k_second,
+                b_k_rest,
+                b_dq_first,
+                b_dq_second,
+                b_dq_rest,
+                D,
+                HALF,
+                INTERPRETED,
             )
             _store_parts(
                 p_out, b_dq_first, b_dq_second, b_dq_rest, i_query, count, b_position, p_cos, p_sin, D, HALF,
@@ -194,9 +214,10 @@ def _backward_queries_kernel(
         b_key_index = tl.load(p_token_indices + o_row + i_key, mask=i_key < count, other=0)
         b_k_first, b_k_second, b_k_rest = _load_parts(p_rows + D, i_key, count, D, HALF, HALF_WIDTH, REST_WIDTH)
         b_v = load_tile(p_rows + 2 * D, i_key, count, o_column, 3 * D, D)
+        m_visible = _visible(i_query[:, None], i_key[None], b_document[:, None], b_key_index[None], HAS_DOCUMENTS)
         _, b_ds = _logit_gradients(
-            b_q_first, b_q_second, b_q_rest, b_k_first, b_k_second, b_k_rest, b_v, b_do, b_log_sum, b_delta, i_query,
-            i_key, b_document, b_key_index, SCALE, D, HALF, HAS_DOCUMENTS, INTERPRETED, BLOCK,
+            b_q_first, b_q_second, b_q_rest, b_k_first, b_k_second, b_k_rest, b_do, b_v, b_log_sum[:, None],
+            b_delta[:, None], m_visible, SCALE, D, HALF, INTERPRETED, BLOCK,
         )  # fmt: skip
         b_dq_first, b_dq_second, b_dq_rest = _add_product(
             b_ds.to(b_do.dtype), b_k_first, b_k_second, b_k_rest, b_dq_first, b_dq_second, b_dq_rest, D, HALF,
