@@ -33,7 +33,7 @@ def row_range(p_cu_seqlens, i_head, i_batch, B, R):
 
 
 @triton.jit
-def document_index(p_starts, b_index, m_row, T, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr):
+def document_index(p_starts, b_index, m_row, T, SHIFT, HAS_DOCUMENTS: tl.constexpr):
     """Return the packed index of the first token in each query's document."""
     if HAS_DOCUMENTS:
         i_batch, i_token = unpack_index(b_index, SHIFT)
@@ -49,10 +49,10 @@ def load_tile(p_rows, i_slot, count, o_column, STRIDE: tl.constexpr, D: tl.const
     return tl.load(p_rows + i_slot[:, None] * STRIDE + o_column[None], mask, 0.0)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "T", "R", "SHIFT"])
 def _forward_kernel(
-    p_qkv, p_token_indices, p_cu_seqlens, p_scores, p_starts, p_gated, p_log_sums, p_gates, B, E, T, R, SCALE,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    p_qkv, p_token_indices, p_cu_seqlens, p_scores, p_starts, p_gated, p_log_sums, p_gates, B, E, T, R, SHIFT, SCALE,
+    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_batch = tl.program_id(1), tl.program_id(2)
@@ -62,7 +62,7 @@ def _forward_kernel(
     i_query, o_column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     m_query = i_query < count
     b_index = tl.load(p_token_indices + o_row + i_query, mask=m_query, other=0)
-    b_document = document_index(p_starts, b_index, m_query, T, HAS_DOCUMENTS, SHIFT)
+    b_document = document_index(p_starts, b_index, m_query, T, SHIFT, HAS_DOCUMENTS)
     p_rows = p_qkv + o_row * (3 * D)
     b_q = load_tile(p_rows, i_query, count, o_column, 3 * D, D)
     b_max = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -133,7 +133,7 @@ def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, is_backward: 
     """Return constexprs and launch options that the forward and backward kernels share."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
-    options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET)
+    options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=starts is not None, INTERPRETED=INTERPRET)
     return options | tiles.attention(qkv.dtype, qkv.device, rows.shape[2], width, is_backward)
 
 
@@ -157,6 +157,6 @@ def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tu
     launch(
         _forward_kernel, (cdiv(selected, options["BLOCK"]), heads, batch),
         qkv, rows.token_indices, rows.cu_seqlens, scores, starts, gated, log_sums, gates, batch, heads, length,
-        capacity, size**-0.5, **options,
+        capacity, rows.shift, size**-0.5, **options,
     )  # fmt: skip
     return gated, log_sums, gates

@@ -82,13 +82,13 @@ def _add_product(
 
 @triton.jit
 def _load_query_data(
-    p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, SHIFT: tl.constexpr,
+    p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, SHIFT,
+    D: tl.constexpr, WIDTH: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Load what the backward pass needs of a tile of queries besides the queries."""
     m_query = i_query < count
     b_index = tl.load(p_token_indices + o_row + i_query, mask=m_query, other=0)
-    b_document = document_index(p_starts, b_index, m_query, T, HAS_DOCUMENTS, SHIFT)
+    b_document = document_index(p_starts, b_index, m_query, T, SHIFT, HAS_DOCUMENTS)
     b_do = load_tile(p_do + o_row * D, i_query, count, tl.arange(0, WIDTH), D, D)
     b_log_sum = tl.load(p_log_sums + o_row + i_query, mask=m_query, other=0.0)
     return b_index, b_document, b_do, b_log_sum, tl.load(p_deltas + o_row + i_query, mask=m_query, other=0.0)
@@ -125,12 +125,12 @@ def _logit_gradients(
     return b_p, b_p * (b_dp - b_delta) * SCALE
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "T", "R", "SHIFT"])
 def _backward_keys_kernel(
     p_qkv, p_token_indices, p_cu_seqlens, p_starts, p_rotary_starts, p_cos, p_sin, p_do, p_log_sums, p_deltas, p_dqkv,
-    B, T, R, SCALE,
+    B, T, R, SHIFT, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr,
     IS_ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_batch = tl.program_id(1), tl.program_id(2)
@@ -148,8 +148,8 @@ def _backward_keys_kernel(
         i_query = start + tl.arange(0, BLOCK)
         b_q_first, b_q_second, b_q_rest = _load_parts(p_rows, i_query, count, D, HALF, HALF_WIDTH, REST_WIDTH)
         b_index, b_document, b_do, b_log_sum, b_delta = _load_query_data(
-            p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, D, WIDTH, HAS_DOCUMENTS,
-            SHIFT,
+            p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, SHIFT, D, WIDTH,
+            HAS_DOCUMENTS,
         )  # fmt: skip
         # [keys, queries], which the next products take from registers.
         m_visible = _visible(i_query[None], i_key[:, None], b_document[None], b_key_index[:, None], HAS_DOCUMENTS)
@@ -163,7 +163,7 @@ def _backward_keys_kernel(
             b_ds, b_q_first, b_q_second, b_q_rest, b_dk_first, b_dk_second, b_dk_rest, D, HALF, INTERPRETED
         )
         if IS_ONE_TILE:
-            b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, RESTARTS, SHIFT)
+            b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, SHIFT, RESTARTS)
             b_dq_first, b_dq_second, b_dq_rest = _zero_parts(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
             b_dq_first, b_dq_second, b_dq_rest = _add_product(
                 tl.trans(b_ds),
@@ -181,7 +181,7 @@ def _backward_keys_kernel(
                 p_out, b_dq_first, b_dq_second, b_dq_rest, i_query, count, b_position, p_cos, p_sin, D, HALF,
                 HALF_WIDTH, REST_WIDTH,
             )  # fmt: skip
-    b_position = load_positions(b_key_index, i_key < count, p_rotary_starts, T, RESTARTS, SHIFT)
+    b_position = load_positions(b_key_index, i_key < count, p_rotary_starts, T, SHIFT, RESTARTS)
     _store_parts(
         p_out + D, b_dk_first, b_dk_second, b_dk_rest, i_key, count, b_position, p_cos, p_sin, D, HALF, HALF_WIDTH,
         REST_WIDTH,
@@ -190,12 +190,12 @@ def _backward_keys_kernel(
     tl.store(p_dv, b_dv.to(p_dqkv.dtype.element_ty), mask=(i_key < count)[:, None] & (o_column < D)[None])
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "T", "R", "SHIFT"])
 def _backward_queries_kernel(
     p_qkv, p_token_indices, p_cu_seqlens, p_starts, p_rotary_starts, p_cos, p_sin, p_do, p_log_sums, p_deltas, p_dqkv,
-    B, T, R, SCALE,
+    B, T, R, SHIFT, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_batch = tl.program_id(1), tl.program_id(2)
@@ -206,7 +206,7 @@ def _backward_queries_kernel(
     p_rows = p_qkv + o_row * (3 * D)
     b_q_first, b_q_second, b_q_rest = _load_parts(p_rows, i_query, count, D, HALF, HALF_WIDTH, REST_WIDTH)
     b_index, b_document, b_do, b_log_sum, b_delta = _load_query_data(
-        p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, D, WIDTH, HAS_DOCUMENTS, SHIFT
+        p_do, p_log_sums, p_deltas, p_token_indices, p_starts, o_row, i_query, count, T, SHIFT, D, WIDTH, HAS_DOCUMENTS
     )  # fmt: skip
     b_dq_first, b_dq_second, b_dq_rest = _zero_parts(BLOCK, D, HALF, HALF_WIDTH, REST_WIDTH)
     for start in range(0, (tl.program_id(0) + 1) * BLOCK, BLOCK):
@@ -223,7 +223,7 @@ def _backward_queries_kernel(
             b_ds.to(b_do.dtype), b_k_first, b_k_second, b_k_rest, b_dq_first, b_dq_second, b_dq_rest, D, HALF,
             INTERPRETED,
         )  # fmt: skip
-    b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, RESTARTS, SHIFT)
+    b_position = load_positions(b_index, i_query < count, p_rotary_starts, T, SHIFT, RESTARTS)
     p_out = p_dqkv + o_row * (3 * D)
     _store_parts(
         p_out, b_dq_first, b_dq_second, b_dq_rest, i_query, count, b_position, p_cos, p_sin, D, HALF, HALF_WIDTH,
@@ -259,7 +259,7 @@ def attend_backward(
     )  # fmt: skip
     arguments = (
         qkv, rows.token_indices, rows.cu_seqlens, starts, rotation.starts, rotation.cos, rotation.sin, dattended,
-        log_sums, deltas, dqkv, batch, length, capacity, size**-0.5,
+        log_sums, deltas, dqkv, batch, length, capacity, rows.shift, size**-0.5,
     )  # fmt: skip
     grid = (cdiv(selected, options["BLOCK"]), heads, batch)
     launch(_backward_keys_kernel, grid, *arguments, IS_ONE_TILE=grid[0] == 1, **options)

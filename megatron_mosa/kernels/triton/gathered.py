@@ -60,7 +60,7 @@ class Gating(NamedTuple):
 
 
 @triton.jit
-def load_positions(b_index, m_row, p_starts, T, RESTARTS: tl.constexpr, SHIFT: tl.constexpr):
+def load_positions(b_index, m_row, p_starts, T, SHIFT, RESTARTS: tl.constexpr):
     """Return the rotary positions of rows."""
     i_batch, b_position = unpack_index(b_index, SHIFT)
     if RESTARTS:
@@ -69,7 +69,7 @@ def load_positions(b_index, m_row, p_starts, T, RESTARTS: tl.constexpr, SHIFT: t
 
 
 @triton.jit
-def token_pointers(p_x, b_index, stride_b, stride_t, SHIFT: tl.constexpr):
+def token_pointers(p_x, b_index, stride_b, stride_t, SHIFT):
     """Return pointers to the tokens of rows, [rows, 1]."""
     i_batch, i_token = unpack_index(b_index, SHIFT)
     return p_x + (i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64) * stride_t)[:, None]
@@ -93,12 +93,12 @@ def _store_pair(p_pairs, o_row, m_row, b_number, PAIR: tl.constexpr):
     tl.store(p_pairs + o_row[:, None] * PAIR + o_pair[None], b_pair.to(TYPE), mask=m_row[:, None])
 
 
-@triton.jit(do_not_specialize=["B", "GROUP"])
+@triton.jit(do_not_specialize=["B", "GROUP", "SHIFT"])
 def _gathered_kernel(
     p_x, p_token_indices, p_cu_seqlens, p_weight, p_out, p_cos, p_sin, p_starts, p_gated, p_gates, p_deltas, p_dlogits,
-    B, R, E, T, H, GROUP, stride_b, stride_t,
+    B, R, E, T, H, GROUP, SHIFT, stride_b, stride_t,
     stride_e, stride_h, stride_d,
-    D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, RESTARTS: tl.constexpr, IS_WHOLE: tl.constexpr,
     INTERPRETED: tl.constexpr, FIRST_PART: tl.constexpr, ROTATED: tl.constexpr, ALL_PARTS: tl.constexpr,
     HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     VECTOR: tl.constexpr, HAS_GATES: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
@@ -148,7 +148,7 @@ def _gathered_kernel(
     p_out_rows = p_out + (i_head.to(tl.int64) * R + i_row)[:, None] * (ALL_PARTS * D) + FIRST_PART * D
     TYPE: tl.constexpr = p_out.dtype.element_ty
     if HALVES > 0:
-        b_position = load_positions(b_index, m_row, p_starts, T, RESTARTS, SHIFT)
+        b_position = load_positions(b_index, m_row, p_starts, T, SHIFT, RESTARTS)
         o_half = tl.arange(0, HALVES)
         m_half = o_half % HALF_WIDTH < HALF
         b_first, b_second = tl.split(tl.permute(tl.reshape(b_rotated, (ROWS, 2, HALVES)), (0, 2, 1)))
@@ -218,8 +218,8 @@ def gathered_product(
         launch(
             _gathered_kernel, (number * heads,),
             states, rows.token_indices, rows.cu_seqlens, weight, output, cos, sin, starts, *(gating or (None,) * 4),
-            batch, capacity, heads, length, width, group, *strides(states), *weight.stride(),
-            D=size, HALF=half, RESTARTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET,
+            batch, capacity, heads, length, width, group, rows.shift, *strides(states), *weight.stride(),
+            D=size, HALF=half, RESTARTS=starts is not None, INTERPRETED=INTERPRET,
             IS_WHOLE=width % chosen["INNER"] == 0 and columns == parts * size // len(programs),
             FIRST_PART=first, ALL_PARTS=parts, VECTOR=math.gcd(16, half, size), HAS_GATES=gating is not None,
             PAIR=PAIR, **widths, **chosen,

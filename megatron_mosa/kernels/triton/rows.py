@@ -68,7 +68,7 @@ def unpack_index(b_index, SHIFT):
     return i_outer, b_index - (i_outer << SHIFT)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "K", "T"])
 def _starts_kernel(p_indices, p_cu_seqlens, B, E, K, T, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
     """Count the filled slots of one head in each sequence, and accumulate over the sequences."""
     i_head = tl.program_id(0)
@@ -87,10 +87,10 @@ def _starts_kernel(p_indices, p_cu_seqlens, B, E, K, T, SEQUENCES: tl.constexpr,
         total += tl.sum(b_count)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "R", "K", "T", "SHIFT"])
 def _pack_kernel(
-    p_indices, p_cu_seqlens, p_token_indices, p_bitmap, B, E, R, K, T, GROUPS,
-    SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    p_indices, p_cu_seqlens, p_token_indices, p_bitmap, B, E, R, K, T, GROUPS, SHIFT,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the token indices of one head in one sequence, and set the head's bit in the words of its tokens."""
     i_head, i_batch = tl.program_id(0), tl.program_id(1)
@@ -117,7 +117,7 @@ def _popcount(b_word):
     return ((b_word * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr):
     """Count the rows of each token, after a 0: those of all heads, and those before each group of heads."""
     i_batch = tl.program_id(1)
@@ -132,10 +132,10 @@ def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr)
     tl.store(p_counts + 1 + i_batch.to(tl.int64) * T + i_token, b_count, mask=i_token < T)
 
 
-@triton.jit(do_not_specialize=["SEQUENCES", "ROW_SHIFT", "B"])
+@triton.jit(do_not_specialize=["SEQUENCES", "SHIFT", "ROW_SHIFT", "B", "R", "T"])
 def _entries_kernel(
-    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, SEQUENCES, ROW_SHIFT, B, R, T, GROUPS,
-    SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, SEQUENCES, SHIFT, ROW_SHIFT, B, R, T,
+    GROUPS, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write each row of one head to the entries of its token, behind those of the heads before it."""
     i_head = tl.program_id(1)
@@ -186,8 +186,8 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
     bitmap = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
     launch(
         _pack_kernel, (heads, batch),
-        indices, cu_seqlens, token_indices, bitmap, batch, heads, rows, selected, length, groups,
-        SHIFT=shift, HEADS=HEADS, BLOCK=block,
+        indices, cu_seqlens, token_indices, bitmap, batch, heads, rows, selected, length, groups, shift,
+        HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),
     )  # fmt: skip
     before = torch.empty_like(bitmap)
@@ -198,7 +198,7 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
     launch(
         _entries_kernel, (cdiv(rows, ROWS), heads),
-        token_indices, cu_seqlens, bitmap, before, offsets, entries, sequences, row_shift, batch, rows, length, groups,
-        SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
+        token_indices, cu_seqlens, bitmap, before, offsets, entries, sequences, shift, row_shift, batch, rows, length,
+        groups, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
     return Rows(token_indices, cu_seqlens, offsets, entries)

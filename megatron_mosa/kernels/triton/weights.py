@@ -16,11 +16,11 @@ from megatron_mosa.kernels.triton.gathered import PAIR, masked_tile, token_point
 from megatron_mosa.kernels.triton.rows import Rows
 
 
-@triton.jit(do_not_specialize=["B", "GROUP"])
+@triton.jit(do_not_specialize=["B", "GROUP", "SHIFT"])
 def _weight_gradient_kernel(
-    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, E, H, GROUP, stride_b, stride_t,
-    stride_s, stride_e, stride_h, stride_d, pair_stride_s,
-    D: tl.constexpr, SHIFT: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
+    p_x, p_token_indices, p_cu_seqlens, p_values, p_pairs, p_out, p_pair_out, B, R, E, H, GROUP, SHIFT, stride_b,
+    stride_t, stride_s, stride_e, stride_h, stride_d, pair_stride_s,
+    D: tl.constexpr, IS_WHOLE: tl.constexpr, INTERPRETED: tl.constexpr, HAS_PAIRS: tl.constexpr,
     PARTS: tl.constexpr, ALL_PARTS: tl.constexpr, SPLITS: tl.constexpr, PAIR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -112,8 +112,9 @@ def weight_gradient(
     launch(
         _weight_gradient_kernel, (number * heads, splits * parts // at_once),
         states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, heads,
-        width, group, *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
-        D=size, SHIFT=rows.shift, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
+        width, group, rows.shift, *strides(states), *outputs.stride(),
+        0 if pair_outputs is None else pair_outputs.stride(0),
+        D=size, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,
         HAS_PAIRS=pairs is not None, PARTS=at_once, ALL_PARTS=parts, SPLITS=splits, PAIR=PAIR, **chosen,
     )  # fmt: skip
     if splits > 1:
