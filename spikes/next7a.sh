@@ -26,7 +26,7 @@ C=$R/.spike/combine_tree; export MOSA_COMBINE=$D/combine.json
   for part in stage_qkv layer5 layer6 stage_dw; do
     PYTHONPATH=$R/site:$R/.spike/gluon_tree MOSA_GLUON=0 timeout 65 python3 -X faulthandler .spike/gluon_bench.py $D/g.json $part > $D/g_$part.txt 2>&1; say "$part rc $?"; cut -c1-330 $D/g_$part.txt | tail -12
   done
-  timeout 165 python3 .spike/products_bench.py $D/products.json > $D/products.txt 2>&1; say "products rc $?"; tail -60 $D/products.txt | cut -c1-200
+  timeout 165 python3 .spike/products_bench.py $D/products.json > $D/products.txt 2>&1; say "products rc $?"; tail -90 $D/products.txt | cut -c1-200
   for i in $(seq 120); do [ -f $D/ready ] && break; sleep 1; done
   for t in main combine; do
     p=$R; [ $t = combine ] && p=$C

@@ -1,7 +1,9 @@
 """products_bench.py OUT.json: the products that a MoSA layer writes before it sums over heads, Gluon against cuBLAS.
 
-Runs on one Hopper GPU, for at most 150 s; needs Triton 3.6 and the repository that contains this folder. Each part is a
-process with a limit of 60 s, whose lines of JSON are printed as they come; a table follows at the end.
+dX also with the router's part inside the product, as one more short step of the sum over K, and the sum over heads that
+follows without it. Runs on one Hopper GPU, for at most 150 s; needs Triton 3.6 and the repository that contains this
+folder. Each part is a process with a limit of 60 s, whose lines of JSON are printed as they come; a table follows at
+the end.
 
 `products_bench.py OUT.json PART...` runs some parts only, `products_bench.py --hang` a small case under a watchdog that
 prints where every role stands.
@@ -47,6 +49,8 @@ SHARED_BYTES = 232_448
 BOX_SIZE = 64
 BOX = gl.constexpr(BOX_SIZE)  # rows of a tile, and its columns that are summed over in one step
 RUN_SIZE = 32
+PAIR_SIZE = 16
+PAIR = gl.constexpr(PAIR_SIZE)  # columns of a pair: one more, short step of the sum
 RUN = gl.constexpr(RUN_SIZE)  # columns of which a thread has 8 that are neighbours, if it stores them directly
 
 
@@ -75,11 +79,18 @@ def _unit(unit, E, COLUMN_TILES, HEADS_INNER: gl.constexpr):
 
 @gluon.jit
 def _produce_values(
-    values, boxes, full, empty, p_trace, E, PAIRS, COLUMN_TILES, TOTAL,
-    KB: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, HEADS_INNER: gl.constexpr, TRACED: gl.constexpr,
+    values, pairs, boxes, pair_boxes, full, empty, p_trace, E, PAIRS, COLUMN_TILES, TOTAL,
+    KB: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, HEADS_INNER: gl.constexpr, HAS_PAIRS: gl.constexpr,
+    TRACED: gl.constexpr,
 ):  # fmt: skip
-    """Load the boxes of the rows: of 64 rows for the first consumer, then of 64 for the second."""
+    """Load the boxes of the rows: of 64 rows for the first consumer, then of 64 for the second.
+
+    Pairs of numbers come with the last step of their rows. Their ring needs no barriers: a stage is free as soon as the
+    stage of that step is, because the ring has at least as many tiles as that of the steps.
+    """
     STEPS: gl.constexpr = 2 * KB // GROUP  # of a place
+    TILE_STEPS: gl.constexpr = KB // GROUP
+    PAIR_SLOTS: gl.constexpr = (SLOTS + TILE_STEPS - 1) // TILE_STEPS
     begin, end = _range(TOTAL)
     for place in range(begin, end):
         i_head, _ = _unit(place // PAIRS, E, COLUMN_TILES, HEADS_INNER)
@@ -90,7 +101,13 @@ def _produce_values(
             _trace(p_trace, 2, place, 1, TRACED)
             mbarrier.wait(empty.index(slot), (number // SLOTS & 1) ^ 1)
             _trace(p_trace, 2, place, 2, TRACED)
-            mbarrier.expect(full.index(slot), GROUP * BOX * BOX * 2)
+            if HAS_PAIRS and i % TILE_STEPS == TILE_STEPS - 1:
+                mbarrier.expect(full.index(slot), (GROUP * BOX + PAIR) * BOX * 2)
+                coordinates = [i_head, i_row + i // TILE_STEPS * BOX, 0]
+                pair_slot = number // TILE_STEPS % PAIR_SLOTS
+                tma.async_copy_global_to_shared(pairs, coordinates, full.index(slot), pair_boxes.index(pair_slot))
+            else:
+                mbarrier.expect(full.index(slot), GROUP * BOX * BOX * 2)
             for j in gl.static_range(GROUP):
                 i_box = i * GROUP + j
                 coordinates = [i_head, i_row + i_box // KB * BOX, i_box % KB * BOX]
@@ -100,12 +117,14 @@ def _produce_values(
 
 @gluon.jit
 def _produce_weight(
-    weight, boxes, full, empty, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, HEAD_RUNS,
+    weight, pair_weight, boxes, pair_boxes, full, empty, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, HEAD_RUNS,
     KB: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr,
-    K_LAST: gl.constexpr, DIRECT: gl.constexpr, HEADS_INNER: gl.constexpr, TRACED: gl.constexpr,
+    K_LAST: gl.constexpr, DIRECT: gl.constexpr, HEADS_INNER: gl.constexpr, HAS_PAIRS: gl.constexpr,
+    TRACED: gl.constexpr,
 ):  # fmt: skip
-    """Load the boxes of the matrices, of 64 rows and N columns each."""
+    """Load the boxes of the matrices, of 64 rows and N columns each, and with the last one what pairs multiply."""
     STEPS: gl.constexpr = KB // GROUP
+    PAIR_SLOTS: gl.constexpr = (SLOTS + STEPS - 1) // STEPS
     begin, end = _range(TOTAL)
     first = begin // PAIRS
     for unit in range(first, (end - 1) // PAIRS + 1):
@@ -116,7 +135,16 @@ def _produce_weight(
             _trace(p_trace, 3, unit, 1, TRACED)
             mbarrier.wait(empty.index(slot), (number // SLOTS & 1) ^ 1)
             _trace(p_trace, 3, unit, 2, TRACED)
-            mbarrier.expect(full.index(slot), GROUP * BOX * N * 2)
+            if HAS_PAIRS and i == STEPS - 1:
+                mbarrier.expect(full.index(slot), (GROUP * BOX + PAIR) * N * 2)
+                pair_box = pair_boxes.index((unit - first) % PAIR_SLOTS)
+                if DIRECT:
+                    coordinates = [i_head * HEAD_RUNS + i_tile * (N // RUN), 0, 0, 0, 0]
+                    tma.async_copy_global_to_shared(pair_weight, coordinates, full.index(slot), pair_box)
+                else:
+                    tma.async_copy_global_to_shared(pair_weight, [i_head, i_tile * N, 0], full.index(slot), pair_box)
+            else:
+                mbarrier.expect(full.index(slot), GROUP * BOX * N * 2)
             for j in gl.static_range(GROUP):
                 i_inner = (i * GROUP + j) * BOX
                 box, barrier = boxes.index(slot * GROUP + j), full.index(slot)
@@ -178,12 +206,12 @@ def _store(b, p_tile, stride_r, CACHE: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    products, p_products, value_boxes, weight_boxes, staging, full_values, empty_values, full_weight, empty_weight,
-    turn, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, ROWS, stride_e, stride_r,
+    products, p_products, value_boxes, weight_boxes, pair_boxes, pair_weight_boxes, staging, full_values, empty_values,
+    full_weight, empty_weight, turn, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, ROWS, stride_e, stride_r,
     CONSUMER: gl.constexpr, KB: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, PIECE: gl.constexpr,
     VALUE_SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, STORES: gl.constexpr,
     K_LAST: gl.constexpr, DIRECT: gl.constexpr, CACHE: gl.constexpr, HEADS_INNER: gl.constexpr,
-    ORDERED: gl.constexpr, TRACED: gl.constexpr,
+    ORDERED: gl.constexpr, HAS_PAIRS: gl.constexpr, TRACED: gl.constexpr,
 ):  # fmt: skip
     """Multiply every other tile of 64 rows with the N columns at hand, and store it.
 
@@ -219,6 +247,12 @@ def _consume(
                 mbarrier.arrive(empty_values.index((number - 1) % VALUE_SLOTS))
                 if place % PAIRS == PAIRS - 1:
                     mbarrier.arrive(empty_weight.index((weight_number - 1) % WEIGHT_SLOTS))
+        if HAS_PAIRS:  # they came with the last step, and are handed back with it
+            PAIR_SLOTS: gl.constexpr = (VALUE_SLOTS + STEPS - 1) // STEPS
+            PAIR_WEIGHT_SLOTS: gl.constexpr = (WEIGHT_SLOTS + STEPS - 1) // STEPS
+            b_pairs = pair_boxes.index((count * 2 + CONSUMER) % PAIR_SLOTS).reshape([BOX, PAIR])
+            b_pair_weight = pair_weight_boxes.index((unit - first) % PAIR_WEIGHT_SLOTS).reshape([N, PAIR])
+            b = warpgroup_mma(b_pairs, b_pair_weight.permute((1, 0)), b, use_acc=True, is_async=True)
         if ORDERED:  # what the other consumer multiplies is queued behind the last products of this one
             mbarrier.arrive(turn.index(1 - CONSUMER))
         _trace(p_trace, CONSUMER, place, 4, TRACED)
@@ -258,14 +292,15 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["E", "PAIRS", "COLUMN_TILES", "TOTAL", "HEAD_RUNS", "ROWS"])
 def _products_kernel(
-    values, weight, products, p_products, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, HEAD_RUNS, ROWS, stride_e, stride_r,
+    values, weight, products, pairs, pair_weight, p_products, p_trace,
+    E, PAIRS, COLUMN_TILES, TOTAL, HEAD_RUNS, ROWS, stride_e, stride_r,
     KB: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, PIECE: gl.constexpr,
     VALUE_SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, STORES: gl.constexpr,
     K_LAST: gl.constexpr, DIRECT: gl.constexpr, CACHE: gl.constexpr, HEADS_INNER: gl.constexpr,
-    ORDERED: gl.constexpr, TRACED: gl.constexpr,
+    ORDERED: gl.constexpr, HAS_PAIRS: gl.constexpr, TRACED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Write products[e, r, c] = values[e, r, :] @ weight[e, :, c].
+    """Write products[e, r, c] = values[e, r, :] @ weight[e, :, c], plus pairs[e, r, :] @ pair_weight[e, c, :].
 
     A place is a pair of tiles of 64 rows and N columns. Places lie in the order of columns, heads, and rows (or of
     heads, columns, and rows, unless HEADS_INNER), and each program takes a contiguous range of them.
@@ -283,6 +318,18 @@ def _products_kernel(
         weight_boxes = gl.allocate_shared_memory(TYPE, box, weight.layout)
         staging_0 = gl.allocate_shared_memory(TYPE, [STORES, 1, BOX, PIECE], products.layout)
         staging_1 = gl.allocate_shared_memory(TYPE, [STORES, 1, BOX, PIECE], products.layout)
+    if HAS_PAIRS:
+        STEPS: gl.constexpr = KB // GROUP
+        PAIR_SLOTS: gl.constexpr = (VALUE_SLOTS + STEPS - 1) // STEPS
+        PAIR_WEIGHT_SLOTS: gl.constexpr = (WEIGHT_SLOTS + STEPS - 1) // STEPS
+        pair_boxes = gl.allocate_shared_memory(TYPE, [PAIR_SLOTS, 1, BOX, PAIR], pairs.layout)
+        if DIRECT:
+            shape: gl.constexpr = [PAIR_WEIGHT_SLOTS, N // RUN, 4, 4, 2, PAIR]
+            pair_weight_boxes = gl.allocate_shared_memory(TYPE, shape, pair_weight.layout)
+        else:
+            pair_weight_boxes = gl.allocate_shared_memory(TYPE, [PAIR_WEIGHT_SLOTS, 1, N, PAIR], pair_weight.layout)
+    else:
+        pair_boxes, pair_weight_boxes = value_boxes, value_boxes  # not used
     full_values = _barriers(VALUE_SLOTS, 1)
     empty_values = _barriers(VALUE_SLOTS, 1)
     full_weight = _barriers(WEIGHT_SLOTS, 1)
@@ -291,18 +338,19 @@ def _products_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (products, p_products, value_boxes, weight_boxes, staging_0, full_values, empty_values,
-                        full_weight, empty_weight, turn, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, ROWS, stride_e,
-                        stride_r, gl.constexpr(0), KB, GROUP, N, PIECE, VALUE_SLOTS, WEIGHT_SLOTS, STORES, K_LAST,
-                        DIRECT, CACHE, HEADS_INNER, ORDERED, TRACED)),
-            (_consume, (products, p_products, value_boxes, weight_boxes, staging_1, full_values, empty_values,
-                        full_weight, empty_weight, turn, p_trace, E, PAIRS, COLUMN_TILES, TOTAL, ROWS, stride_e,
-                        stride_r, gl.constexpr(1), KB, GROUP, N, PIECE, VALUE_SLOTS, WEIGHT_SLOTS, STORES, K_LAST,
-                        DIRECT, CACHE, HEADS_INNER, ORDERED, TRACED)),
-            (_produce_values, (values, value_boxes, full_values, empty_values, p_trace, E, PAIRS, COLUMN_TILES, TOTAL,
-                               KB, GROUP, VALUE_SLOTS, HEADS_INNER, TRACED)),
-            (_produce_weight, (weight, weight_boxes, full_weight, empty_weight, p_trace, E, PAIRS, COLUMN_TILES, TOTAL,
-                               HEAD_RUNS, KB, GROUP, N, WEIGHT_SLOTS, K_LAST, DIRECT, HEADS_INNER, TRACED)),
+            (_consume, (products, p_products, value_boxes, weight_boxes, pair_boxes, pair_weight_boxes, staging_0,
+                        full_values, empty_values, full_weight, empty_weight, turn, p_trace, E, PAIRS, COLUMN_TILES,
+                        TOTAL, ROWS, stride_e, stride_r, gl.constexpr(0), KB, GROUP, N, PIECE, VALUE_SLOTS,
+                        WEIGHT_SLOTS, STORES, K_LAST, DIRECT, CACHE, HEADS_INNER, ORDERED, HAS_PAIRS, TRACED)),
+            (_consume, (products, p_products, value_boxes, weight_boxes, pair_boxes, pair_weight_boxes, staging_1,
+                        full_values, empty_values, full_weight, empty_weight, turn, p_trace, E, PAIRS, COLUMN_TILES,
+                        TOTAL, ROWS, stride_e, stride_r, gl.constexpr(1), KB, GROUP, N, PIECE, VALUE_SLOTS,
+                        WEIGHT_SLOTS, STORES, K_LAST, DIRECT, CACHE, HEADS_INNER, ORDERED, HAS_PAIRS, TRACED)),
+            (_produce_values, (values, pairs, value_boxes, pair_boxes, full_values, empty_values, p_trace, E, PAIRS,
+                               COLUMN_TILES, TOTAL, KB, GROUP, VALUE_SLOTS, HEADS_INNER, HAS_PAIRS, TRACED)),
+            (_produce_weight, (weight, pair_weight, weight_boxes, pair_weight_boxes, full_weight, empty_weight, p_trace,
+                               E, PAIRS, COLUMN_TILES, TOTAL, HEAD_RUNS, KB, GROUP, N, WEIGHT_SLOTS, K_LAST, DIRECT,
+                               HEADS_INNER, HAS_PAIRS, TRACED)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
@@ -346,15 +394,19 @@ class Options:
 
     programs: int = 132
 
-    def shared(self) -> int:
-        """Return the bytes of shared memory without the barriers."""
+    def shared(self, paired_boxes: int = 0) -> int:
+        """Return the bytes of shared memory without the barriers; with pairs, if boxes of 64 summed over are given."""
         boxes = (self.values * BOX_SIZE + self.weight * self.columns) * self.group * BOX_SIZE
+        if paired_boxes:
+            steps = paired_boxes // self.group
+            boxes += (-(-self.values // steps) * BOX_SIZE + -(-self.weight // steps) * self.columns) * PAIR_SIZE
         return 2 * (boxes + (0 if self.is_direct else 2 * self.stores * self.piece * BOX_SIZE))
 
-    def check(self, boxes: int) -> None:
+    def check(self, boxes: int, has_pairs: bool) -> None:
         """Raise AssertionError if the kernel would hang, be wrong, or not fit, for so many boxes of 64."""
         steps, rest = divmod(boxes, self.group)
-        assert rest == 0 and self.columns // self.piece in (1, 2, 4) and self.shared() < SHARED_BYTES - 600, self
+        assert rest == 0 and self.columns // self.piece in (1, 2, 4), self
+        assert self.shared(boxes * has_pairs) < SHARED_BYTES - 600, self
         # A step of rows is handed back when the next one is on its way, one of the matrix after its last rows.
         assert self.values >= min(2, steps) and self.weight >= steps, self
         # Without turns a consumer may be a whole ring ahead of the other, and then takes an old phase for a new one,
@@ -373,8 +425,35 @@ DIRECT = {
     3: Options(256, 64, values=12, weight=4, stores=0, is_direct=True),
     6: Options(256, 64, values=4, weight=6, stores=0, is_direct=True),
 }
+PAIRED = {  # with pairs, which take room
+    3: Options(256, 128, values=6, weight=3, stores=2),
+    6: Options(128, 64, values=6, weight=8, stores=2),
+}
+PAIRED_DIRECT = {
+    3: Options(256, 64, values=9, weight=4, stores=0, is_direct=True),
+    6: Options(256, 64, values=3, weight=6, stores=0, is_direct=True),
+}
+PAIRED_VARIANTS = {
+    3: {
+        "pairs, 16 KB staged": Options(256, 64, values=10, weight=3, stores=2),
+        "stored directly, pairs, matrix 3 boxes": Options(256, 64, values=12, weight=3, stores=0, is_direct=True),
+    },
+    6: {"pairs, steps of 128": Options(128, 64, values=5, weight=3, stores=2, group=2)},
+}
+HAS_PAIRED_DIRECT = os.environ.get("PRODUCTS_PAIRED_DIRECT") != "0"
 HAS_DIRECT = os.environ.get("PRODUCTS_DIRECT") != "0"  # what is stored directly was right
 SWIZZLED = gl.NVMMASharedLayout(128, 16, 3)
+PAIR_SWIZZLED = gl.NVMMASharedLayout(32, 16, 3)  # rows of 32 bytes
+
+
+def reordered(matrix: Tensor, runs: int, columns: int, inner: int, box: int) -> TensorDescriptor:
+    """Describe [columns, inner] in boxes of ``columns``, as products that are stored directly need it.
+
+    Of each run of 32 columns: pairs of columns that are 2 apart come 8 apart, and those that are 8 apart 2.
+    """
+    shape, strides = [runs, 4, 4, 2, inner], [RUN_SIZE * inner, 2 * inner, 8 * inner, inner, 1]
+    layout = gl.NVMMASharedLayout(2 * box, 16, 5)
+    return TensorDescriptor(matrix, shape, strides, [columns // RUN_SIZE, 4, 4, 2, box], layout)
 
 
 class Product:
@@ -384,14 +463,23 @@ class Product:
         values: [E, rows, K], K a multiple of 64 and contiguous.
         weight: [E, K, columns]; K or columns contiguous.
         products: [E, rows, columns], columns contiguous; nothing beyond is written.
+        options: how the kernel is cut.
+        pairs: [E, rows, 16] and [E, columns, 16], whose products are added; both contiguous in their last dimension.
     """
 
-    def __init__(self, values: Tensor, weight: Tensor, products: Tensor, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        weight: Tensor,
+        products: Tensor,
+        options: Options | None = None,
+        pairs: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         heads, rows, inner = values.shape
         columns = weight.shape[2]
         boxes = inner // BOX_SIZE
-        o = options or DEFAULTS[boxes]
-        o.check(boxes)
+        o = options or (PAIRED if pairs else DEFAULTS)[boxes]
+        o.check(boxes, pairs is not None)
         is_k_last = weight.stride(1) == 1
         matrix = weight.mT if is_k_last else weight
         head_runs = weight.stride(0) // (RUN_SIZE * inner)
@@ -399,32 +487,51 @@ class Product:
             assert is_k_last and weight.stride(2) == inner and weight.stride(0) % (RUN_SIZE * inner) == 0
             assert columns % o.columns == rows % BOX_SIZE == 0 and o.columns == 256
             runs = (heads - 1) * head_runs + columns // RUN_SIZE
-            # Of each run of 32 columns: pairs of columns that are 2 apart come 8 apart, and those that are 8 apart 2.
-            shape, strides = [runs, 4, 4, 2, inner], [RUN_SIZE * inner, 2 * inner, 8 * inner, inner, 1]
-            block = [o.columns // RUN_SIZE, 4, 4, 2, BOX_SIZE]
-            matrix_descriptor = TensorDescriptor(matrix, shape, strides, block, gl.NVMMASharedLayout(128, 16, 5))
+            matrix_descriptor = reordered(matrix, runs, o.columns, inner, BOX_SIZE)
         else:
             block = [1, o.columns, BOX_SIZE] if is_k_last else [1, BOX_SIZE, o.columns]
             matrix_descriptor = TensorDescriptor.from_tensor(matrix, block, SWIZZLED)
         values_descriptor = TensorDescriptor.from_tensor(values, [1, BOX_SIZE, BOX_SIZE], SWIZZLED)
         products_descriptor = TensorDescriptor.from_tensor(products, [1, BOX_SIZE, o.piece], SWIZZLED)
-        self.tensors = values_descriptor, matrix_descriptor, products_descriptor, products
-        pairs, tiles = -(-rows // (2 * BOX_SIZE)), -(-columns // o.columns)
-        total = heads * pairs * tiles
+        pair_descriptors = None, None
+        if pairs:
+            left, right = pairs
+            if o.is_direct:
+                assert right.stride() == (head_runs * RUN_SIZE * PAIR_SIZE, PAIR_SIZE, 1)
+                right_descriptor = reordered(right, runs, o.columns, PAIR_SIZE, PAIR_SIZE)
+            else:
+                right_descriptor = TensorDescriptor.from_tensor(right, [1, o.columns, PAIR_SIZE], PAIR_SWIZZLED)
+            left_descriptor = TensorDescriptor.from_tensor(left, [1, BOX_SIZE, PAIR_SIZE], PAIR_SWIZZLED)
+            pair_descriptors = left_descriptor, right_descriptor
+        self.tensors = values_descriptor, matrix_descriptor, products_descriptor, *pair_descriptors, products
+        row_pairs, tiles = -(-rows // (2 * BOX_SIZE)), -(-columns // o.columns)
+        total = heads * row_pairs * tiles
         self.grid = (min(o.programs, total),)
-        self.sizes = heads, pairs, tiles, total, head_runs, rows, products.stride(0), products.stride(1)
+        self.sizes = heads, row_pairs, tiles, total, head_runs, rows, products.stride(0), products.stride(1)
         self.options = dict(
             KB=boxes, GROUP=o.group, N=o.columns, PIECE=o.piece, VALUE_SLOTS=o.values, WEIGHT_SLOTS=o.weight,
             STORES=o.stores, K_LAST=is_k_last, DIRECT=o.is_direct, CACHE=o.cache,
-            HEADS_INNER=o.heads_inner, ORDERED=o.is_ordered, CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4,
+            HEADS_INNER=o.heads_inner, ORDERED=o.is_ordered, HAS_PAIRS=pairs is not None,
+            CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4,
         )  # fmt: skip
 
     def __call__(self, trace: Tensor | None = None) -> None:
         """Launch; ``trace`` is [programs, 4], int32, for the watchdog."""
         _products_kernel[self.grid](*self.tensors, trace, *self.sizes, TRACED=trace is not None, **self.options)
 
+    def compile(self) -> None:
+        """Compile for the same arguments, into Triton's cache."""
+        _products_kernel.warmup(*self.tensors, None, *self.sizes, TRACED=False, grid=self.grid, **self.options)
+
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def pair_matrix(router: Tensor) -> Tensor:
+    """Return [E, h, 16]: the router [E, h] twice, for both halves of a number, and zeros."""
+    out = router.new_zeros(*router.shape, PAIR_SIZE)
+    out[..., :2] = router[..., None]
+    return out
 
 
 def say(**line: object) -> None:
@@ -463,6 +570,41 @@ def right(is_k_last: bool, is_direct: bool = False) -> None:
             same = all(torch.equal(results[0], found) for found in results)
             # NaN compares false, so that it is never right
             say(name="right", K=inner, k_last=is_k_last, direct=is_direct, rows=rows, columns=columns, error=error,
+                same=same, outside_untouched=clean, right=error < 4e-3 and same and clean)  # fmt: skip
+
+
+def paired_case(heads: int, rows: int, columns: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return pairs [heads, rows, 16], the matrix of 16 rows that they multiply, and the product of both in fp32."""
+    g = torch.Generator("cuda").manual_seed(rows * columns)
+    whole = torch.zeros(heads, rows + 192, PAIR_SIZE, device="cuda", dtype=torch.bfloat16)
+    whole[..., :2] = 4 * torch.randn(heads, rows + 192, 2, device="cuda", generator=g)
+    router = torch.randn(heads, columns + 128, device="cuda", generator=g).bfloat16()
+    pairs, matrix = whole[:, 128 : 128 + rows], pair_matrix(router)[:, 64 : 64 + columns]
+    added = pairs[..., :2].float().sum(2, keepdim=True) * router[:, None, 64 : 64 + columns].float()
+    return (pairs, matrix), added
+
+
+def right_pairs(is_direct: bool) -> None:
+    """As ``right``, with pairs that weigh more than the products to which they are added."""
+    for boxes, default in (PAIRED_DIRECT if is_direct else PAIRED).items():
+        inner = boxes * BOX_SIZE
+        for rows, columns in (64, 512), (192, 576), (320, 1024), (512, 1024):
+            if is_direct and columns % default.columns:
+                continue
+            values, weight, buffer = case(5, rows, columns, inner, True)
+            pairs, added = paired_case(5, rows, columns)
+            expected = values.float() @ weight.float() + added
+            results, clean = [], True
+            for programs in (132, 132, 3):
+                buffer.fill_(float("nan"))
+                out = buffer[:, :rows, :columns]
+                Product(values, weight, out, replace(default, programs=programs), pairs)()
+                torch.cuda.synchronize()
+                results.append(out.clone())
+                clean &= bool(buffer[:, rows:].isnan().all() and buffer[:, :, columns:].isnan().all())
+            error = max(float((found.float() - expected).norm() / expected.norm()) for found in results)
+            same = all(torch.equal(results[0], found) for found in results)
+            say(name="right", K=inner, pairs=True, direct=is_direct, rows=rows, columns=columns, error=error,
                 same=same, outside_untouched=clean, right=error < 4e-3 and same and clean)  # fmt: skip
 
 
@@ -508,8 +650,13 @@ def bmm(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         torch.bmm(values, weight, out=out)
 
 
-def gluon_of(chunks: list[tuple[Tensor, Tensor, Tensor]], options: Options | None = None) -> Callable[[], None]:
-    launches = [Product(*chunk, options) for chunk in chunks]
+def gluon_of(
+    chunks: list[tuple[Tensor, Tensor, Tensor]],
+    options: Options | None = None,
+    pairs: list[tuple[Tensor, Tensor]] | None = None,
+) -> Callable[[], None]:
+    sides = pairs or [None] * len(chunks)
+    launches = [Product(*chunk, options, side) for chunk, side in zip(chunks, sides, strict=True)]
 
     def run() -> None:
         for launch in launches:
@@ -526,6 +673,90 @@ def differs(chunks: list[tuple[Tensor, Tensor, Tensor]], run: Callable[[], None]
     out.fill_(float("nan"))
     run()
     return float((out[::13].float() - expected).norm() / expected.norm())
+
+
+def times_pairs(*numbers: int) -> None:
+    """Time dX with the pairs inside the products, and without them."""
+    from benchmarks.shapes import SHAPES
+
+    for number in numbers:
+        s = SHAPES[number - 1]
+        chunks, sums = chunked(number, True)
+        rows = chunks[0][0].stride(0) // chunks[0][0].shape[2]
+        pairs = torch.zeros(s.heads, rows, PAIR_SIZE, device="cuda", dtype=torch.bfloat16)
+        pairs[..., 0].normal_()
+        pairs[..., 1].normal_(std=2**-9)
+        router = torch.randn(s.heads, s.width, device="cuda").mul_(s.width**-0.5).bfloat16()
+        matrix = pair_matrix(router)
+        # Chunks come sequence by sequence, and of each the columns.
+        sides, first, first_column = [], 0, 0
+        for values, part, _ in chunks:
+            last_column = first_column + part.shape[2]
+            sides.append((pairs[:, first : first + values.shape[1]], matrix[:, first_column:last_column]))
+            first_column = last_column % s.width
+            first += 0 if first_column else values.shape[1]
+        assert (first, first_column) == (rows, 0)
+
+        boxes = chunks[0][0].shape[2] // BOX_SIZE
+        options = {"Gluon": (DEFAULTS[boxes], False), "Gluon, pairs": (PAIRED[boxes], True)}
+        if HAS_DIRECT:
+            options["Gluon, stored directly"] = DIRECT[boxes], False
+        if HAS_PAIRED_DIRECT:
+            options["Gluon, stored directly, pairs"] = PAIRED_DIRECT[boxes], True
+        others = {f"Gluon, {kind}": (o, True) for kind, o in PAIRED_VARIANTS[boxes].items()}
+        options |= {kind: job for kind, job in others.items() if HAS_PAIRED_DIRECT or not job[0].is_direct}
+        ours = {kind: gluon_of(chunks, o, sides if has_pairs else None) for kind, (o, has_pairs) in options.items()}
+
+        values, part, out = (tensor[::13].float() for tensor in chunks[-1])
+        left, right_side = (tensor[::13].float() for tensor in sides[-1])
+        without = values @ part
+        expected = without + left @ right_side.mT
+        difference = {}
+        for kind, run in ours.items():
+            chunks[-1][2].fill_(float("nan"))
+            run()
+            wanted = expected if options[kind][1] else without
+            difference[kind] = float((chunks[-1][2][::13].float() - wanted).norm() / wanted.norm())
+        del values, part, out, left, right_side, without, expected
+        for _ in range(2):
+            timed("dX bmm", number, lambda chunks=chunks: bmm(chunks), sums)
+            for kind, run in ours.items():
+                if kind not in others:
+                    timed(f"dX {kind}", number, run, sums, differs=difference[kind])
+        for kind, run in ours.items():
+            if kind in others:
+                timed(f"dX {kind}", number, run, sums, differs=difference[kind], variant=True)
+        timed("dX router made a matrix of pairs", number, lambda router=router: pair_matrix(router), sums)
+        del chunks, sides, ours, run, pairs, matrix
+        torch.cuda.empty_cache()
+
+
+def sums_over_heads(*numbers: int) -> None:
+    """Time the package's sum over heads, with the router's part and without it."""
+    from combine_bench import Sum
+
+    from benchmarks.shapes import SHAPES
+    from megatron_mosa.kernels.triton import tiles
+
+    for number in numbers:
+        for has_pairs in (False, True):
+            one = Sum(SHAPES[number - 1], has_pairs)
+            ms = one.time(tiles.combine(one.columns, one.each, has_pairs))
+            say(name="sum with pairs" if has_pairs else "sum", shape=number, sum_ms=ms)
+            del one
+            torch.cuda.empty_cache()
+
+
+def compile_some(first: int, number: int) -> None:
+    """Compile every ``number``-th variant that the parts that come later need, from the ``first`` one on."""
+    jobs = [(boxes, o, True) for boxes, options in PAIRED_VARIANTS.items() for o in options.values()]
+    jobs += [(3, o, False) for o in VARIANTS["dX"].values()] + [(1, o, False) for o in VARIANTS["W_O"].values()]
+    jobs += [(6, o, False) for o in WIDE["dX"].values()] + [(2, o, False) for o in WIDE["W_O"].values()]
+    known = [*DEFAULTS.items(), *DIRECT.items()]  # those that are compiled to be checked
+    for boxes, o, has_pairs in [job for job in jobs if job[:2] not in known][first::number]:
+        values, weight, buffer = case(3, 256, 1024, boxes * BOX_SIZE, boxes in (3, 6) or o.is_direct)
+        pairs = paired_case(3, 256, 1024)[0] if has_pairs else None
+        Product(values, weight, buffer[:, :256, :1024], o, pairs).compile()
 
 
 def times(*numbers: int) -> None:
@@ -617,12 +848,18 @@ ROLES = "consumer 0", "consumer 1", "rows", "matrix"
 def hang() -> None:
     """Run small cases, and print each second where their roles stand, until they end or 8 s are over."""
     cases = (192, False, 3), (64, False, 3), (384, False, 3), (192, True, 3), (384, True, 3), (192, False, 132)
-    for inner, is_direct, programs in cases:
-        say(name="begins", K=inner, direct=is_direct, programs=programs)
+    paired_cases = (192, False, 3), (384, False, 3), (192, True, 3), (384, True, 3)
+    all_cases = [(*one, False) for one in cases] + [(*one, True) for one in paired_cases]
+    for inner, is_direct, programs, has_pairs in all_cases:
+        say(name="begins", K=inner, direct=is_direct, programs=programs, pairs=has_pairs)
         is_k_last = inner != 64
         values, weight, buffer = case(5, 512, 1024, inner, is_k_last)
-        options = replace((DIRECT if is_direct else DEFAULTS)[inner // BOX_SIZE], programs=programs)
-        product = Product(values, weight, buffer[:, :512, :1024], options)
+        if has_pairs:
+            options, pairs = (PAIRED_DIRECT if is_direct else PAIRED), paired_case(5, 512, 1024)[0]
+        else:
+            options, pairs = (DIRECT if is_direct else DEFAULTS), None
+        chosen = replace(options[inner // BOX_SIZE], programs=programs)
+        product = Product(values, weight, buffer[:, :512, :1024], chosen, pairs)
         trace = torch.zeros(product.grid[0], 4, device="cuda", dtype=torch.int32)
         seen = torch.zeros(trace.shape, dtype=torch.int32).pin_memory()
         side, end = torch.cuda.Stream(), torch.cuda.Event()
@@ -651,15 +888,18 @@ def hang() -> None:
 
 PARTS = {
     "right_k_last": lambda: right(True), "right_columns_last": lambda: right(False),
-    "right_direct": lambda: right(True, True), "times5": lambda: times(5), "times2": lambda: times(2),
-    "variants5": lambda: variants(5), "variants2": lambda: variants(2),
-    "times6": lambda: times(6), "times4": lambda: times(4), "times13": lambda: times(1, 3),
-    "variants6": lambda: variants(6), "hang": hang,
+    "right_direct": lambda: right(True, True), "right_pairs": lambda: right_pairs(False),
+    "right_pairs_direct": lambda: right_pairs(True),
+    "compile0": lambda: compile_some(0, 4), "compile1": lambda: compile_some(1, 4),
+    "compile2": lambda: compile_some(2, 4), "compile3": lambda: compile_some(3, 4),
+    "times5": lambda: times(5), "times2": lambda: times(2), "variants5": lambda: variants(5),
+    "times6": lambda: times(6), "times_pairs52": lambda: times_pairs(5, 2), "sums": lambda: sums_over_heads(5, 6, 2, 1),
+    "times_pairs16": lambda: times_pairs(1, 6), "variants2": lambda: variants(2), "times4": lambda: times(4),
+    "times13": lambda: times(1, 3), "variants6": lambda: variants(6), "times_pairs34": lambda: times_pairs(3, 4),
+    "hang": hang,
 }  # fmt: skip
-GROUPS = (
-    ["right_k_last", "right_columns_last", "right_direct"],
-    *([part] for part in PARTS if part[:5] in ("times", "varia")),
-)
+FIRST = [part for part in PARTS if part.startswith(("right", "compile"))]
+GROUPS = FIRST, *([part] for part in PARTS if part.startswith(("times", "variants", "sums")))
 
 # ---- the parent ------------------------------------------------------------------------------------------------------
 
@@ -725,10 +965,28 @@ def table(found: dict[str, dict]) -> None:
         speed = f"{line['tb_written']:12.2f} {line['tb_all']:6.2f} {line['tflops']:8.0f}"
         label = "  " * is_variant + name
         print(f"{shape:5} {label:36} {line['ms']:8.3f} {line['spread']:7.3f} {speed} {difference:>8}")
+    products = {(shape, name): line["ms"] for (is_variant, shape, name), line in best.items() if not is_variant}
+    sums = {(line["shape"], line["name"]): line["sum_ms"] for line in lines if "sum_ms" in line}
+    if sums:
+        print("shape dX, pairs in the sum: product     sum     all   pairs in the product: product     sum     all")
+    for shape in sorted({shape for shape, _ in sums}):
+        for inside, today in ("Gluon, pairs", "bmm"), ("Gluon, pairs", "Gluon"), (*["Gluon, stored directly"] * 2,):
+            inside = inside if inside.endswith("pairs") else f"{inside}, pairs"
+            keys = (shape, f"dX {today}"), (shape, f"dX {inside}")
+            both = (shape, "sum with pairs"), (shape, "sum")
+            if all(key in products for key in keys) and all(key in sums for key in both):
+                a, b, c, d = products[keys[0]], sums[both[0]], products[keys[1]], sums[both[1]]
+                print(f"{shape:5} {today:24} {a:9.3f}{b:8.3f}{a + b:8.3f}   {inside:29} {c:6.3f}{d:8.3f}{c + d:8.3f}")
     for part, result in found.items():
         if result["rc"] != 0:
             print(f"{part}: rc {result['rc']}")
     print(f"{time.time() - START:.0f} s", flush=True)
+
+
+def is_right(found: dict[str, dict], part: str) -> bool:
+    """Return False if a part has run and something of it was wrong."""
+    result = found.get(part)
+    return result is None or (result["rc"] == 0 and all(line["right"] for line in result["lines"]))
 
 
 def main() -> None:
@@ -740,6 +998,9 @@ def main() -> None:
     out, chosen = (None, ["hang"]) if sys.argv[1] == "--hang" else (sys.argv[1], sys.argv[2:])
     found: dict[str, dict] = {}
     for group in [[part] for part in chosen] or GROUPS:
+        if not chosen and "pairs" in group[0] and not is_right(found, "right_pairs"):
+            print("not right with pairs: without", *group, flush=True)
+            continue
         left = START + TOTAL_LIMIT - time.time()
         if left < 8:
             print("no time left for", *group, flush=True)
@@ -750,10 +1011,11 @@ def main() -> None:
         if out:
             found["options"] = dict(rc=0, lines=[], tail=[], defaults={k: asdict(o) for k, o in DEFAULTS.items()})
             Path(out).write_text(json.dumps(found, indent=1))
-        direct = found.get("right_direct")
-        if direct and not (direct["rc"] == 0 and all(line["right"] for line in direct["lines"])):
+        if not is_right(found, "right_direct"):
             os.environ["PRODUCTS_DIRECT"] = "0"
-        if not chosen and "right_k_last" in group and any(found[part]["rc"] != 0 for part in group[:2]):
+        if not is_right(found, "right_pairs_direct"):
+            os.environ["PRODUCTS_PAIRED_DIRECT"] = "0"
+        if not chosen and group is FIRST and any(found[part]["rc"] != 0 for part in group[:2]):
             # Times of a kernel that hangs or fails would cost a minute each.
             found["hang"] = Running("hang").wait(time.time() + 40)
             break
