@@ -120,14 +120,14 @@ class DeepSpeedEngine:
     def module(self) -> torch.nn.Module:
         return self._engine.module
 
-    # Found once: the device would wait in every step while the host walks through all modules.
-
     @cached_property
     def _mosa_heads(self) -> list[Any]:
+        """``mosa_layers``, found once: the device would wait in each step while the host walks through all modules."""
         return mosa_layers(self.module)
 
     @cached_property
     def _has_selection_state(self) -> bool:
+        """Whether ``update_thresholds`` has anything to do; found once, as above."""
         return bool(selection_buffers(self.module))
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
