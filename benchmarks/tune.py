@@ -54,14 +54,24 @@ ATTENTION = [
     *grid(BLOCK=[32, 64], num_warps=[1, 2, 4, 8], num_stages=[1, 2]),
     *grid(BLOCK=[64], num_warps=[4], num_stages=[1, 2], maxnreg=[128, 168]),
 ]
+# Without maxnreg, the compiler loads only as many rows at once as a few registers hold.
+COMBINE = [
+    size | more
+    for size in [dict(COLUMNS=columns, num_warps=max(1, columns // 256)) for columns in (128, 256, 512, 1024)]
+    for more in [
+        *grid(UNROLL=[8], maxnreg=[64, 80, 96, 128]),
+        *grid(UNROLL=[16], maxnreg=[80, 96, 128, 168]),
+        *grid(UNROLL=[32], maxnreg=[96, 128, 168]),
+    ]
+]
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
     "qkv": ("gathered", GATHERED),
     "dA": ("gathered", GATHERED),
     "attention": ("attention", ATTENTION),
     "attention backward": ("attention", ATTENTION),
     "out": ("", []),
-    "dX": ("", []),
-    "sum over heads": ("combine", grid(UNROLL=[8, 16], TAIL=[2, 4], COLUMNS=[256, 1024], num_warps=[1, 2, 4])),
+    "dX": ("combine", COMBINE),
+    "sum over heads": ("combine", COMBINE),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[128, 256], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": (

@@ -149,35 +149,22 @@ def _scattered_kernel(
 
 
 @triton.jit
-def _sum_of_rows(
-    p_products, p_entries, p_pairs, p_pair_weight, begin, end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
-    PAIR: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Sum the next UNROLL rows of a token, up to its last one; all loads are in flight at the same time."""
+def _entries_from(p_entries, begin, end, UNROLL: tl.constexpr):
     i_entry = begin + tl.arange(0, UNROLL)
-    m_entry = i_entry < end
-    i_head, i_row = unpack_index(tl.load(p_entries + i_entry, mask=m_entry, other=0), SHIFT)
-    mask = m_entry[:, None] & m_column[None]
-    i_product = (i_head * CAPACITY + i_row).to(tl.uint32)  # signed, it would need a quarter more registers
-    o_product = i_product.to(tl.int64) * CHUNK
-    b_rows = tl.load(p_products[None] + o_product[:, None], mask=mask, other=0.0).to(tl.float32)
-    if PAIR:
-        i_head = i_head.to(tl.int64)
-        p_pair = p_pairs + (i_head * R + i_row) * PAIR
-        b_pair = tl.load(p_pair, mask=m_entry, other=0.0).to(tl.float32)
-        b_pair += tl.load(p_pair + 1, mask=m_entry, other=0.0).to(tl.float32)
-        b_w = tl.load(p_pair_weight[None] + (i_head * H)[:, None], mask=mask, other=0.0)
-        b_rows += b_pair[:, None] * b_w.to(tl.float32)
-    return tl.sum(b_rows, axis=0)
+    return tl.load(p_entries + i_entry, mask=i_entry < end, other=0)
 
 
 @triton.jit(do_not_specialize=["FIRST", "SEQUENCES", "R", "CAPACITY", "SHIFT"])
 def _combine_kernel(
     p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_out, FIRST, SEQUENCES, R, CAPACITY, SHIFT,
     T, H, FIRST_COLUMN, CHUNK, stride_b, stride_t,
-    PAIR: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COLUMNS: tl.constexpr,
+    PAIR: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added."""
+    """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added.
+
+    UNROLL rows are on their way at the same time, and so are the entries of the next ones: memory that is far away, and
+    not how much it can move, decides how long a token takes.
+    """
     # The first tokens of all sequences run first: every head may select them, and long sums must not come last.
     i_sequence, i_token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -188,17 +175,22 @@ def _combine_kernel(
     if PAIR:
         p_pair_weight += FIRST_COLUMN + o_column
     b_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
-    unrolled_end = begin + (end - begin) // UNROLL * UNROLL
-    for start in range(begin, unrolled_end, UNROLL):
-        b_sum += _sum_of_rows(
-            p_products, p_entries, p_pairs, p_pair_weight, start, unrolled_end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
-            PAIR, UNROLL,
-        )  # fmt: skip
-    for start in range(unrolled_end, end, TAIL):
-        b_sum += _sum_of_rows(
-            p_products, p_entries, p_pairs, p_pair_weight, start, end, R, H, CAPACITY, CHUNK, SHIFT, m_column,
-            PAIR, TAIL,
-        )  # fmt: skip
+    b_entry = _entries_from(p_entries, begin, end, UNROLL)
+    for start in range(begin, end, UNROLL):
+        m_entry = start + tl.arange(0, UNROLL) < end
+        mask = m_entry[:, None] & m_column[None]
+        i_head, i_row = unpack_index(b_entry, SHIFT)
+        i_product = (i_head * CAPACITY + i_row).to(tl.uint32)  # signed, it would need a quarter more registers
+        o_product = i_product.to(tl.int64) * CHUNK
+        b_rows = tl.load(p_products[None] + o_product[:, None], mask=mask, other=0.0).to(tl.float32)
+        b_entry = _entries_from(p_entries, start + UNROLL, end, UNROLL)
+        if PAIR:
+            i_head = i_head.to(tl.int64)
+            p_pair = p_pairs + (i_head * R + i_row) * PAIR
+            b_pair = tl.load(p_pair[:, None] + tl.arange(0, 2)[None], mask=m_entry[:, None], other=0.0)
+            b_w = tl.load(p_pair_weight[None] + (i_head * H)[:, None], mask=mask, other=0.0)
+            b_rows += tl.sum(b_pair.to(tl.float32), axis=1)[:, None] * b_w.to(tl.float32)
+        b_sum += tl.sum(b_rows, axis=0)
     p_out_row = p_out + i_batch.to(tl.int64) * stride_b + i_token.to(tl.int64) * stride_t + FIRST_COLUMN + o_column
     tl.store(p_out_row, b_sum.to(p_out.dtype.element_ty), mask=m_column)
 

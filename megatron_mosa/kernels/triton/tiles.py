@@ -141,14 +141,17 @@ def scattered(dtype: torch.dtype, device: torch.device, inner: int, width: int, 
 
 
 def combine(width: int, each: int, has_pairs: bool) -> Tiles:
-    """UNROLL: products of a token, which has about ``each``, that are loaded at once, and TAIL of what is left of them;
-    COLUMNS of the output.
+    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output.
 
     With pairs, each product needs a row of the router, too: of many heads, only few columns stay in the L1 cache.
+    ``maxnreg`` is no less than the kernel needs: without it, the compiler saves registers and loads few rows at once.
     """
     columns = min(power_of_2(width), 128 if has_pairs and each >= 32 else 1024)
-    unroll = 32 if each >= 16 else 16 if each >= 10 else 8
-    return dict(UNROLL=unroll, TAIL=4, COLUMNS=columns, num_warps=max(1, columns // 256))
+    if has_pairs:
+        chosen = dict(UNROLL=32, maxnreg=168) if each >= 32 else dict(UNROLL=8, maxnreg=128)
+    else:
+        chosen = dict(UNROLL=16, maxnreg=96)
+    return chosen | dict(COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:
