@@ -170,7 +170,8 @@ def fused_select_tokens(scores: Tensor, num_selected: int, include_first_token: 
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
     chosen = tiles.selection(length)
-    _select_kernel[(batch * heads,)](
+    launch(
+        _select_kernel, (batch * heads,),
         scores.contiguous(), indices, length, num_selected, INCLUDES_FIRST=include_first_token,
         IS_ONE_BLOCK=length <= chosen["BLOCK"], **chosen,
     )  # fmt: skip
@@ -369,7 +370,8 @@ def fused_count_scores(scores: Tensor, histogram: Tensor) -> None:
     """Compute ``naive.count_scores`` from fp32 scores; adding integers, atomics are deterministic in any order."""
     batch, heads, length = scores.shape
     programs = max(1, min(batch, 8 * multiprocessors(scores.device) // heads))
-    _count_scores_kernel[(heads, programs)](
+    launch(
+        _count_scores_kernel, (heads, programs),
         scores.contiguous(), histogram, batch, heads, length, programs * heads * length,
         LOGITS=HISTOGRAM_LOGITS, BINS=histogram.shape[1], **tiles.count_scores(length),
     )  # fmt: skip
