@@ -10,6 +10,7 @@ What is not compiled is the same program as something that is:
 
 - Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80, except
   where later cards move tiles by descriptors.
+- Gluon's kernels, for Hopper alone, are compiled for bf16 if Triton has what they need; they may not spill registers.
 - Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
 - Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
   closest to the limit, and attention in one tile.
@@ -39,7 +40,9 @@ from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import cached, common, loss, selection, tiles
+from megatron_mosa.kernels.triton import cached, common, gathered, loss, selection, specialized, tiles
+from megatron_mosa.kernels.triton.attention import rotary_table
+from megatron_mosa.kernels.triton.rows import rows_of
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
@@ -67,6 +70,7 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
+GLUON = {"_qkv_kernel", "_qkv_gradient_kernel"} if specialized.hopper() else set()
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
@@ -126,6 +130,21 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
         given = states, (router, qkv, proj), torch.full((len(router),), 0.5), tokens, rows, feedback, 1 / 32
         for residual in (None, states):
             kernels_mosa.step_in_kernels(*given, residual)
+
+
+def hopper_products(case: Case) -> None:
+    """Run Gluon's kernels, with and without rotation and the router's column."""
+    hopper = specialized.hopper()
+    assert hopper
+    states = torch.zeros(64, 512, 256, dtype=case.dtype)
+    weight = states.new_zeros(9, 256, 3 * case.head_dim)
+    rows = rows_of(torch.arange(case.selected).expand(64, 9, case.selected).contiguous(), 512, 64)
+    for half in (0, case.head_dim // 4):
+        rotation = gathered.Rotation(*rotary_table(512, half, 1e4, states.device), None)
+        values = hopper.qkv_product(states, rows, weight, rotation)
+    pairs = states.new_zeros(9, values.shape[1], gathered.PAIR)
+    for given in ((None, None), (pairs, states.new_zeros(9, 256))):
+        hopper.qkv_weight_gradient(states, rows, values, weight, *given)
 
 
 def layer(case: Case, capability: int) -> None:
@@ -198,6 +217,8 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
                 return
             compiled = kernel.warmup(*args, grid=grid, **options)
             assert compiled.asm["cubin"]
+            if name in GLUON:
+                assert "STACK:0" in (found := resources(compiled.asm["cubin"])).split(), f"{name} spills: {found}"
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
             if shows_resources:
                 meta = compiled.metadata
@@ -216,6 +237,8 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
         for case in CASES:
             if capability in case.capabilities:
                 layer(case, capability)
+                if GLUON and capability == 90 and case.dtype == torch.bfloat16 and not case.alone:
+                    hopper_products(case)
     return shared
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_mosa.kernels.naive import rotary_dim
-from megatron_mosa.kernels.triton import scattered
+from megatron_mosa.kernels.triton import scattered, specialized
 from megatron_mosa.kernels.triton.attention import attend, rotary_table
 from megatron_mosa.kernels.triton.attention_backward import attend_backward
 from megatron_mosa.kernels.triton.common import optional_contiguous, with_contiguous_rows
@@ -55,7 +55,7 @@ def _attention(
 ) -> list[Tensor]:
     sequences, _ = scattered.chunks_of(indices.shape, states, small_bytes)
     rows = rows_of(indices.contiguous(), states.shape[1], sequences)
-    qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
+    qkv = specialized.qkv_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
     output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full, small_bytes=small_bytes)
     return [output, qkv, gated, log_sums, gates, *rows]
@@ -139,7 +139,7 @@ def fused_attention_backward(
     dx = scattered.scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
     drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
-    weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)
+    specialized.qkv_weight_gradient(states, rows, dqkv, dw_qkv, gating.dlogits, drouter)
     weight_gradient(doutput, rows, gated, dw_o.transpose(1, 2))
     return dx, drouter, dw_qkv, dw_o
 
