@@ -84,13 +84,17 @@ def _ordered(i_place, HALF: gl.constexpr):
 
 @gluon.jit
 def _load_boxes(p_rows, ring, stage, i_split, left, SPLITS: gl.constexpr, HALF: gl.constexpr, MASKED: gl.constexpr):
-    """Load 64 rows of the three boxes; rows from ``left`` on are zero if MASKED."""
+    """Load 64 rows of the three boxes; rows from ``left`` on are zero if MASKED.
+
+    If HALF, the first box has columns that rotate, and without splits the second one, too.
+    """
     layout: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = 3 * BOX * SPLITS
     i_row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
-    o_box = (i_row * COLUMNS)[:, None] + _ordered(gl.arange(0, BOX, gl.SliceLayout(0, layout)), HALF)[None, :]
+    i_column = gl.arange(0, BOX, gl.SliceLayout(0, layout))
     for number in gl.static_range(3):
-        p_box = p_rows + _box_column(i_split, number, SPLITS) + o_box
+        o_column = _ordered(i_column, HALF if number < 3 - SPLITS else 0)
+        p_box = p_rows + _box_column(i_split, number, SPLITS) + ((i_row * COLUMNS)[:, None] + o_column[None, :])
         if MASKED:
             mask = (i_row < left)[:, None]
             async_copy.async_copy_global_to_shared(ring.index(stage * 3 + number), p_box, mask=mask)
@@ -155,7 +159,7 @@ def _multiply(
 @gluon.jit
 def _store(b, p_rows, left, SPLITS: gl.constexpr, HALF: gl.constexpr):
     """Store sums of a box [64 columns, rows], the first ``left`` rows."""
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [4, 1], [0, 1])  # warps keep their columns
     COLUMNS: gl.constexpr = 3 * BOX * SPLITS
     ROWS: gl.constexpr = b.shape[1]
     i_row = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
@@ -257,25 +261,23 @@ def _consume_qkv(
             i_row = i_tile * TILE + CONSUMER * PART
             left = count - i_row
             p_rows = p_out + (i_head * R + i_row).to(gl.int64) * (3 * BOX * SPLITS)
-            p_0 = p_rows + _box_column(i_split, 0, SPLITS)
-            p_1 = p_rows + _box_column(i_split, 1, SPLITS)
-            _store(b_2, p_rows + _box_column(i_split, 2, SPLITS), left, SPLITS, HALF)
+            _store(b_2, p_rows + _box_column(i_split, 2, SPLITS), left, SPLITS, 0)
+            if HALF == 0 or SPLITS == 2:
+                _store(b_1, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, 0)
             if HALF == 0:
-                _store(b_0, p_0, left, SPLITS, HALF)
-                _store(b_1, p_1, left, SPLITS, HALF)
+                _store(b_0, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, 0)
             else:
-                if SPLITS == 2:  # the second half of the columns of q or k
-                    _store(b_1, p_1, left, SPLITS, HALF)
+                p_indices = p_token_indices + i_head * R + i_row
                 for number in gl.static_range(PART // 32):  # few rows at a time, for want of registers
-                    first = number * 32
-                    p_indices = p_token_indices + i_head * R + i_row + first
-                    b_cos, b_sin = _angles(p_indices, left - first, p_cos, p_sin, HALF, SHIFT)
-                    o_rows = first * (3 * BOX * SPLITS)
+                    b_cos, b_sin = _angles(p_indices, left, p_cos, p_sin, HALF, SHIFT)
                     b = _rotated(_halves(_halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
-                    _store(b, p_0 + o_rows, left - first, SPLITS, HALF)
+                    _store(b, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, HALF)
                     if SPLITS == 1:
                         b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
-                        _store(b, p_1 + o_rows, left - first, SPLITS, HALF)
+                        _store(b, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, HALF)
+                    p_indices += 32
+                    p_rows += 32 * 3 * BOX * SPLITS
+                    left -= 32
 
 
 @gluon.jit
