@@ -143,8 +143,8 @@ def hopper_products(case: Case) -> None:
         rotation = gathered.Rotation(*rotary_table(512, half, 1e4, states.device), None)
         values = hopper.qkv_product(states, rows, weight, rotation)
     pairs = states.new_zeros(9, values.shape[1], gathered.PAIR)
-    for given in ((None, None), (pairs, states.new_zeros(9, 256))):
-        hopper.qkv_weight_gradient(states, rows, values, weight, *given)
+    for given, sums in ((None, None), (pairs, states.new_zeros(9, 256))):
+        hopper.qkv_weight_gradient(states, rows, values, weight, given, sums)
 
 
 def layer(case: Case, capability: int) -> None:

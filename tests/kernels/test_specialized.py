@@ -60,7 +60,9 @@ def run(
     specialized.qkv_product(states, rows(batch, heads, length), weight, Rotation(table, table, starts))
     dqkv = states.new_empty(heads, batch * SELECTED, weight.shape[2])
     pairs, sums = states.new_empty(heads, batch * SELECTED, PAIR), states.new_empty(heads, width)
-    specialized.qkv_weight_gradient(states, rows(batch, heads, length), dqkv, weight.new_empty(weight.shape), pairs, sums)
+    specialized.qkv_weight_gradient(
+        states, rows(batch, heads, length), dqkv, weight.new_empty(weight.shape), pairs, sums
+    )
 
 
 def unaligned() -> torch.Tensor:

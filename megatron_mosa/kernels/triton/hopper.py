@@ -10,6 +10,7 @@ Gluon is part of Triton, from 3.6 on with what this file needs; ``specialized`` 
 # Calls of kernels take more than the kernels' own parameters, and Gluon's values have types that the checker misses.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -175,18 +176,30 @@ def _halves(b):
     return gl.split(gl.permute(gl.reshape(b, (BOX, 2, HALF_ROWS)), (0, 2, 1)))
 
 
+# What ``_rotated`` makes of the sums of 32 rows, without moving data: [4, 8, 32], of which the first is the warp.
+ROTATED = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 8], [0, 0, 16]],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[1, 0, 0], [2, 0, 0]],
+        [],
+        [4, 8, 32],
+    )
+)
+
+
 @gluon.jit
-def _angles(p_indices, left, p_cos, p_sin, HALF: gl.constexpr, SHIFT: gl.constexpr):
-    """Return cosines and sines for 32 rows as ``_rotated`` needs them: [4, 8, 32], of 8 columns each."""
-    # What ``_rotated`` makes of the sums of products, without moving data. The four warps are the first dimension.
-    layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], [0, 0, 16]], [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[1, 0, 0], [2, 0, 0]], [], [4, 8, 32],
-    )  # fmt: skip
-    i_warp = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    i_eighth = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    i_row = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    b_position = gl.load(p_indices + i_row, mask=i_row < left, other=0) & ((1 << SHIFT) - 1)
+def _positions(p_indices, left, SHIFT: gl.constexpr):
+    """Return the positions of 32 rows."""
+    i_row = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, ROTATED)))
+    return gl.load(p_indices + i_row, mask=i_row < left, other=0) & ((1 << SHIFT) - 1)
+
+
+@gluon.jit
+def _angles(b_position, p_cos, p_sin, HALF: gl.constexpr):
+    """Return cosines and sines of 32 rows as ``_rotated`` needs them: [4, 8, 32], of 8 columns each."""
+    i_warp = gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, ROTATED)))
+    i_eighth = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, ROTATED)))
     o_column = _ordered(i_warp * 16, HALF)[:, None, None] + i_eighth[None, :, None]
     o_angle = (b_position * HALF)[None, None, :] + o_column
     if 2 * HALF == BOX:
@@ -200,8 +213,8 @@ def _angles(p_indices, left, p_cos, p_sin, HALF: gl.constexpr, SHIFT: gl.constex
 def _rotated(b, b_cos, b_sin):
     """Rotate the sums of a box [64 columns, 32 rows]."""
     b_first, b_second = gl.split(gl.permute(gl.reshape(b, (4, 2, 8, 32)), (0, 2, 3, 1)))
-    b_first = gl.convert_layout(b_first, b_cos.type.layout, assert_trivial=True)
-    b_second = gl.convert_layout(b_second, b_cos.type.layout, assert_trivial=True)
+    b_first = gl.convert_layout(b_first, ROTATED, assert_trivial=True)
+    b_second = gl.convert_layout(b_second, ROTATED, assert_trivial=True)
     b = gl.join(b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin)
     return gl.reshape(gl.permute(b, (0, 3, 1, 2)), (BOX, 32))
 
@@ -266,18 +279,23 @@ def _consume_qkv(
                 _store(b_1, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, 0)
             if HALF == 0:
                 _store(b_0, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, 0)
-            else:
+            else:  # a piece's angles are loaded while the one before is stored
                 p_indices = p_token_indices + i_head * R + i_row
-                for number in gl.static_range(PART // 32):  # few rows at a time, for want of registers
-                    b_cos, b_sin = _angles(p_indices, left, p_cos, p_sin, HALF, SHIFT)
+                b_cos, b_sin = _angles(_positions(p_indices, left, SHIFT), p_cos, p_sin, HALF)
+                b_position = _positions(p_indices + 32, left - 32, SHIFT)
+                for number in gl.static_range(PART // 32):
+                    if number < 3:
+                        b_next_cos, b_next_sin = _angles(b_position, p_cos, p_sin, HALF)
+                    if number < 2:
+                        first = (number + 2) * 32
+                        b_position = _positions(p_indices + first, left - first, SHIFT)
+                    p_piece = p_rows + number * 32 * 3 * BOX * SPLITS
                     b = _rotated(_halves(_halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
-                    _store(b, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, HALF)
+                    _store(b, p_piece + _box_column(i_split, 0, SPLITS), left - number * 32, SPLITS, HALF)
                     if SPLITS == 1:
                         b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
-                        _store(b, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, HALF)
-                    p_indices += 32
-                    p_rows += 32 * 3 * BOX * SPLITS
-                    left -= 32
+                        _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
+                    b_cos, b_sin = b_next_cos, b_next_sin
 
 
 @gluon.jit

@@ -49,13 +49,13 @@ def can_specialize(states: Tensor, heads: int, tiles: int, half: int, *operands:
         half: half of the columns that rotate.
         operands: other tensors of half precision, the first of which is [E, ..., 3h'].
     """
+    if not ENABLED or not _is_hopper(states.device):
+        return False
     batch, length, width = states.shape
     stride_b, stride_t = strides(states)
     size = operands[0].shape[2] // 3
     return (
-        ENABLED
-        and _is_hopper(states.device)
-        and states.dtype in (torch.bfloat16, torch.float16)
+        states.dtype in (torch.bfloat16, torch.float16)
         and size in (64, 128)
         and half in (0, size // 4)
         and width % 64 == 0
