@@ -112,7 +112,7 @@ def _after(stage, phase):
 @gluon.jit
 def _arrive_before(empty, stage, is_used):
     """Hand back the stage before ``stage``."""
-    # A variable for the stage before would begin as an alias of another, which Triton 3.6 and 3.7 do not carry.
+    # A variable for the stage before would begin as an alias of another, which Triton 3.6 does not carry.
     mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=is_used)
 
 
