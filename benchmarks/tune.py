@@ -59,7 +59,7 @@ COMBINE = [
     size | more
     for size in [dict(COLUMNS=columns, num_warps=max(1, columns // 256)) for columns in (128, 256, 512, 1024)]
     for more in [
-        *grid(UNROLL=[8], maxnreg=[64, 80, 96, 128]),
+        *grid(UNROLL=[4, 8], maxnreg=[64, 80, 96, 128]),
         *grid(UNROLL=[16], maxnreg=[80, 96, 128, 168]),
         *grid(UNROLL=[32], maxnreg=[96, 128, 168]),
     ]

@@ -27,7 +27,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append("gluon gradient")
 
     monkeypatch.setattr(specialized, "ENABLED", True)
-    monkeypatch.setattr(specialized, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(specialized, "_is_supported", lambda device: True)
     monkeypatch.setattr(specialized, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(specialized, "hopper", Kernels)
     monkeypatch.setattr(specialized, "gathered_product", lambda *_, **__: calls.append("triton"))
@@ -106,9 +106,9 @@ def test_not_if_offsets_need_64_bits(called: list[str]) -> None:
     assert not specialized.can_specialize(large, HEADS, 10_000, 16, torch.empty(HEADS, WIDTH, 192).bfloat16())
 
 
-@pytest.mark.parametrize("name", ["ENABLED", "_is_hopper", "hopper"])
+@pytest.mark.parametrize("name", ["ENABLED", "_is_supported", "hopper"])
 def test_not_elsewhere(name: str, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = {"ENABLED": False, "_is_hopper": lambda device: False, "hopper": lambda: None}
+    absent = {"ENABLED": False, "_is_supported": lambda device: False, "hopper": lambda: None}
     monkeypatch.setattr(specialized, name, absent[name])
     run()
     assert called == ["triton", "triton gradient"]

@@ -255,7 +255,7 @@ def scattered_product(
     products, output = like.new_empty((heads, capacity, columns)), torch.empty_like(like)
     multiply = None if is_full else _RaggedProduct(values, weight, rows, pairs, products, sequences)
     sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
-    chosen = tiles.combine(columns, heads * selected // length, sum_pairs is not None)
+    chosen = tiles.combine(like.dtype, columns, heads * selected // length, sum_pairs is not None)
     for first in range(0, batch, sequences):
         last = min(batch, first + sequences)
         pairs_of_chunk = (sum_pairs[0][:, first * selected :], sum_pairs[1]) if sum_pairs else (None, None)

@@ -1,6 +1,6 @@
 """The two largest products of the layer, by the Gluon kernels of ``hopper`` where they can, else by Triton's.
 
-Off unless the environment variable ``MOSA_GLUON`` is 1 when this module is imported: they have not been measured yet.
+The environment variable ``MOSA_GLUON=0``, set before this module is imported, keeps all products in Triton.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from types import ModuleType
 
 import torch
+import triton
 from torch import Tensor
 
 from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, multiprocessors, strides
@@ -18,8 +19,9 @@ from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product
 from megatron_mosa.kernels.triton.rows import Rows
 from megatron_mosa.kernels.triton.weights import weight_gradient
 
-ENABLED = os.environ.get("MOSA_GLUON") == "1"
+ENABLED = os.environ.get("MOSA_GLUON", "1") != "0"
 TILE = 256  # of the gathered tokens
+TESTED = "3.6."  # versions of Triton with which the kernels have run on a GPU; its Gluon may still change
 FEWEST_TILES = 2  # for each multiprocessor; Triton's tiles are smaller, and it splits the rows of few heads
 
 
@@ -33,8 +35,10 @@ def hopper() -> ModuleType | None:
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Return whether the kernels' instructions exist on a GPU; AMD's have capabilities of 9, too."""
+def _is_supported(device: torch.device) -> bool:
+    """Return whether the kernels run on a device; AMD's have capabilities of 9, too."""
+    if not triton.__version__.startswith(TESTED):
+        return False
     is_nvidia = device.type == "cuda" and torch.version.hip is None and not INTERPRET
     return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
@@ -49,7 +53,7 @@ def can_specialize(states: Tensor, heads: int, tiles: int, half: int, *operands:
         half: half of the columns that rotate.
         operands: other tensors of half precision, the first of which is [E, ..., 3h'].
     """
-    if not ENABLED or not _is_hopper(states.device):
+    if not ENABLED or not _is_supported(states.device):
         return False
     batch, length, width = states.shape
     stride_b, stride_t = strides(states)

@@ -140,17 +140,18 @@ def scattered(dtype: torch.dtype, device: torch.device, inner: int, width: int, 
     return _fitted(chosen, shared_memory(device), shared_bytes, "COLUMNS", 16)
 
 
-def combine(width: int, each: int, has_pairs: bool) -> Tiles:
+def combine(dtype: torch.dtype, width: int, each: int, has_pairs: bool) -> Tiles:
     """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output.
 
-    With pairs, each product needs a row of the router, too: of many heads, only few columns stay in the L1 cache.
     ``maxnreg`` is no less than the kernel needs: without it, the compiler saves registers and loads few rows at once.
     """
-    columns = min(power_of_2(width), 128 if has_pairs and each >= 32 else 1024)
-    if has_pairs:
-        chosen = dict(UNROLL=32, maxnreg=168) if each >= 32 else dict(UNROLL=8, maxnreg=128)
+    columns = min(power_of_2(width), 1024)
+    if has_pairs:  # each product needs a row of the router, too
+        chosen = dict(UNROLL=8, maxnreg=128)
     else:
-        chosen = dict(UNROLL=16, maxnreg=96)
+        chosen = dict(UNROLL=16, maxnreg=128) if each >= 16 else dict(UNROLL=8, maxnreg=80)
+    if dtype == torch.float32:
+        chosen["UNROLL"] //= 2
     return chosen | dict(COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
