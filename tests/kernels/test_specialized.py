@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from typing import Any
 
 import pytest
@@ -114,6 +115,19 @@ def test_not_elsewhere(name: str, called: list[str], monkeypatch: pytest.MonkeyP
     assert called == ["triton", "triton gradient"]
 
 
-def test_off_unless_asked_for() -> None:
-    assert not specialized.ENABLED
-    assert not specialized._is_hopper(torch.device("cpu"))
+@pytest.mark.parametrize(("version", "expected"), [("3.6.0", True), ("3.7.1", False)])
+def test_versions_that_have_not_run_on_a_gpu_are_left_to_triton(
+    version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specialized.triton, "__version__", version)
+    monkeypatch.setattr(specialized, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert specialized._is_supported.__wrapped__(torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_turns_them_off(value: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOSA_GLUON", raising=False)
+    if value:
+        monkeypatch.setenv("MOSA_GLUON", value)
+    assert runpy.run_path(specialized.__file__)["ENABLED"] is expected

@@ -145,11 +145,11 @@ def combine(dtype: torch.dtype, width: int, each: int, has_pairs: bool) -> Tiles
 
     ``maxnreg`` is no less than the kernel needs: without it, the compiler saves registers and loads few rows at once.
     """
-    columns = min(power_of_2(width), 1024)
+    columns, unroll = min(power_of_2(width), 1024), 4 if each < 8 else 8
     if has_pairs:  # each product needs a row of the router, too
-        chosen = dict(UNROLL=8, maxnreg=128)
+        chosen = dict(UNROLL=unroll, maxnreg=96 if unroll == 4 else 128)
     else:
-        chosen = dict(UNROLL=16, maxnreg=128) if each >= 16 else dict(UNROLL=8, maxnreg=80)
+        chosen = dict(UNROLL=16, maxnreg=128) if each >= 16 else dict(UNROLL=unroll, maxnreg=80)
     if dtype == torch.float32:
         chosen["UNROLL"] //= 2
     return chosen | dict(COLUMNS=columns, num_warps=max(1, columns // 256))
