@@ -162,8 +162,8 @@ def _combine_kernel(
 ):  # fmt: skip
     """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added.
 
-    UNROLL rows are on their way at the same time, and so are the entries of the next ones: memory that is far away, and
-    not how much it can move, decides how long a token takes.
+    UNROLL rows are loaded at once, and the entries of the next ones meanwhile: the latency of memory decides how long a
+    token takes.
     """
     # The first tokens of all sequences run first: every head may select them, and long sums must not come last.
     i_sequence, i_token = tl.program_id(0) % SEQUENCES, tl.program_id(0) // SEQUENCES  # the sequence within the chunk
