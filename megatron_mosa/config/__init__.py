@@ -18,6 +18,7 @@ from megatron_mosa.config.schema import (
     ResilienceSection,
     RunSection,
     TrainSection,
+    default_load_feedback,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "check_world_size",
     "config_from_dict",
     "config_to_dict",
+    "default_load_feedback",
     "difference",
     "head_counts",
     "keys_of",

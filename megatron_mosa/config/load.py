@@ -12,7 +12,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_mosa.config.rules import COMMAND_LINE, check
-from megatron_mosa.config.schema import Config
+from megatron_mosa.config.schema import Config, default_load_feedback
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils import is_plain, write_atomically
 
@@ -179,6 +179,8 @@ def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
     except _BROKEN as error:
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from None
     built.model.ffn_hidden_size = built.model.mlp_width
+    if built.mosa.load_feedback is None:
+        built.mosa.load_feedback = default_load_feedback(built.mosa.selection)
     check(built, checks_batches=checks_batches)
     return built
 

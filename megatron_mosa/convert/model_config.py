@@ -54,7 +54,8 @@ def model_config(tree: dict[str, Any]) -> Config:
         {
             "run": {"name": "model"},
             "model": tree["model"],
-            "mosa": tree["mosa"] | {"backend": "naive"},
+            # Models from before load feedback record none.
+            "mosa": {"load_feedback": 0.0} | tree["mosa"] | {"backend": "naive"},
             "data": {"path": "none", "sequence_length": tree["data"]["sequence_length"]},
             "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
         }
