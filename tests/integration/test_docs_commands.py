@@ -100,8 +100,9 @@ TABLE: dict[str, dict[str, Way]] = {
     "docs/causal.md": {
         "mosa checkpoint causalize runs/NAME OUT --samples 256": Way((("256", "2"),)),
         "python pretrain_mosa.py configs/paper/tiny_mosa.yaml data.validation_fraction=0.02 "
-        "data.tokenizer_bytes=30000000 mosa.num_heads=276 mosa.sparsity=32 mosa.selection=threshold train.steps=1500 "
-        "train.micro_batch_size=64 optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 "
+        "data.tokenizer_bytes=30000000 mosa.num_heads=276 mosa.sparsity=32 mosa.selection=threshold "
+        "mosa.load_feedback=0 mosa.capacity_factor=2 train.steps=1500 train.micro_batch_size=64 "
+        "optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 "
         "optimizer.warmup_steps=100 optimizer.gradient_clipping=1.0 validation.interval=500 "
         "validation.num_samples=1024 run.seed=1234": Way(added=f"{SMALL} data.path=data/quickstart"),
     },
