@@ -243,6 +243,10 @@ TABLE: dict[str, dict[str, Way]] = {
     "docs/results.md": {
         'mosa data build configs/paper/tiny.yaml data.path=data/novels "data.sources=[novels.jsonl]" '
         "data.validation_fraction=0.03": Way((("novels.jsonl", "TEXTS"),), "data.vocab_size=400"),
+        'mosa data build configs/paper/tiny.yaml data.path=data/python "data.sources=[python.jsonl]" '
+        "data.tokenizer_bytes=30000000 data.validation_fraction=0.02": Way(
+            (("python.jsonl", "TEXTS"),), "data.vocab_size=400"
+        ),
         "mosa isoflop run configs/grids/paper_tiny.yaml --jobs 10 --measure --remove-checkpoints": instead(
             GPU, "mosa isoflop configs/paper/tiny.yaml"
         ),
