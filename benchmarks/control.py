@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.step import CASES, CONFIGS, PEAK
+from benchmarks.timing import require_gpu
 
 LAYERS, WIDTH, HEADS, SIZE, MLP, VOCABULARY, LENGTH, BATCH = 24, 2048, 16, 128, 8192, 50304, 2048, 8
 
@@ -68,6 +69,7 @@ def main() -> None:
     from megatron_mosa.config import load_config
     from megatron_mosa.model import model_flops
 
+    require_gpu()
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     torch.set_float32_matmul_precision("high")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
-import torch
 import typer
 
 from benchmarks.mosa_layer import facts
+from benchmarks.timing import require_gpu
 
 matplotlib.use("Agg")
 
@@ -81,8 +81,7 @@ def main(
     directory: Annotated[Path, typer.Option(help="directory for the runs")] = Path("runs"),
 ) -> None:
     """Train three times, and compare the losses."""
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this benchmark needs a GPU")
+    require_gpu()
     with ThreadPoolExecutor() as pool:  # concurrently, because only losses are compared, not times
         runs = {name: pool.submit(losses, *which, steps, precision, directory) for name, which in RUNS.items()}
         curves = {name: run.result() for name, run in runs.items()}

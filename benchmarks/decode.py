@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf import sparse_mosa
 from megatron_mosa.hf.configuration_mosa import MosaConfig
-from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.hf.sparse_mosa import MosaHeads
 from megatron_mosa.tools.decoding.speed import measure, random_tokens
 
 SMALL = {
@@ -65,6 +65,8 @@ def build(config: MosaConfig, device: str, dtype: torch.dtype, spread: float | N
         model(torch.randint(config.vocab_size, (1, 4096), device=device), logits_to_keep=1)
     for hook in hooks:
         hook.remove()
+    for module in heads:
+        module.prompts.shares.clear()  # of other thresholds
     return model
 
 
@@ -100,7 +102,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results = []
     if options.plain:
-        heads_mosa.can_run_kernels = lambda states: False
+        sparse_mosa.can_run_kernels = lambda states: False
     print("| model | batch | context | tokens/s | ms per step | cache, GiB (allocated) | prefill, tokens/s |")
     print("| --- |" + " ---: |" * 6)
     for name in options.models:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import Measurement, measure
+from benchmarks.timing import Measurement, measure, require_gpu
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.kernels import get_backend, naive
 
@@ -215,8 +215,7 @@ def main(
     output: Annotated[Path, typer.Option(help="directory for the results")] = Path("benchmarks/results"),
 ) -> None:
     """Measure; print a table, and write it with all numbers to a dated pair of files."""
-    if not torch.cuda.is_available():
-        raise SystemExit("error: no GPU; these measurements need one")
+    require_gpu()
     numbers = [int(number) for number in shapes.split(",")]
     about = facts(f"python -m benchmarks.mosa_layer --shapes {shapes}")
     rows = []

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
-import torch
 import typer
 
 from benchmarks.mosa_layer import check, facts, layer_inputs, release, time_layer
 from benchmarks.shapes import Shape
+from benchmarks.timing import require_gpu
 from megatron_mosa.attention import mosa_attention
 
 matplotlib.use("Agg")
@@ -75,8 +75,7 @@ def plot(series: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main(output: Annotated[Path, typer.Option(help="directory for the results")] = Path("benchmarks/results")) -> None:
     """Measure all series and write the results."""
-    if not torch.cuda.is_available():
-        raise SystemExit("error: no GPU; these measurements need one")
+    require_gpu()
     about = facts("python -m benchmarks.scaling")
     series = {name: measure_series(points) for name, points in SERIES.items()}
     lines = ["| series | shape | ms | TFLOP/s |", "| --- | --- | ---: | ---: |"]

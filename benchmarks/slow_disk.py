@@ -21,7 +21,10 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from pretrain_mosa import main as pretrain
 
-    seconds = float(sys.argv[1])
+    try:
+        seconds = float(sys.argv[1])
+    except (IndexError, ValueError):
+        raise SystemExit("usage: python -m benchmarks.slow_disk SECONDS CONFIG [section.key=value ...]") from None
     del sys.argv[1]
 
     def write_slowly(*arguments: Any) -> None:

@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.timing import require_gpu
 from megatron_mosa.tools.bench.measurement import Measurement
 from megatron_mosa.tools.bench.report import slower
 
@@ -75,6 +76,9 @@ def main() -> None:
     if options.here:
         _measure_here(options.names[0], options.acceleration[0], options)
         return
+    if unknown := [name for name in options.names if name not in CASES]:
+        parser.error(f"unknown case {unknown[0]!r}; the cases are {', '.join(CASES)}")
+    require_gpu()
     before = json.loads(options.compare.read_text(encoding="utf-8")) if options.compare else {}
     keys = [f"{name} {acceleration}" for name in options.names for acceleration in options.acceleration]
     processes = [_start(key, options) for key in keys]  # all import at the same time

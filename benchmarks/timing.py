@@ -12,6 +12,12 @@ import torch
 CLOCK = 2e9  # Hz, approximately that of current GPUs
 
 
+def require_gpu() -> None:
+    """Exit with a line unless torch finds a GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no GPU; these measurements need one")
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Time and memory of one function."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import measure
+from benchmarks.timing import measure, require_gpu
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS
 from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles, weights
 from megatron_mosa.kernels.triton.gathered import Gating, Rotation
@@ -44,24 +44,34 @@ GATHERED = [
     for more in [*grid(INNER=[64], num_stages=[2, 3, 4]), *grid(INNER=[32], num_stages=[4, 6])]
 ]
 SCATTERED = [
-    dict(ROWS=rows, num_warps=warps, COLUMNS=columns, SWEEP=sweep, num_stages=stages)
-    for rows, warps, columns, stages, sweep in [
-        (64, 4, 64, 2, 16), (64, 4, 64, 3, 16), (128, 4, 64, 2, 16), (128, 8, 64, 2, 16), (128, 8, 64, 2, 4),
-        (128, 8, 64, 3, 16), (128, 8, 32, 3, 16), (128, 8, 128, 2, 8), (256, 8, 64, 2, 16), (256, 8, 32, 2, 16),
+    dict(ROWS=rows, COLUMNS=columns, INNER=inner, PROGRAMS=programs, num_warps=warps, num_stages=stages)
+    for rows, columns, inner, programs, warps, stages in [
+        (128, 256, 64, 1, 8, 3), (256, 128, 64, 1, 8, 3), (128, 128, 64, 1, 8, 4), (128, 128, 64, 1, 8, 6),
+        (128, 128, 64, 2, 8, 2), (128, 128, 64, 2, 8, 4), (128, 128, 64, 2, 4, 2), (64, 256, 64, 2, 4, 2),
     ]
 ]  # fmt: skip
 ATTENTION = [
     *grid(BLOCK=[32, 64], num_warps=[1, 2, 4, 8], num_stages=[1, 2]),
     *grid(BLOCK=[64], num_warps=[4], num_stages=[1, 2], maxnreg=[128, 168]),
 ]
+# Without maxnreg, the compiler loads only as many rows at once as a few registers hold.
+COMBINE = [
+    size | more
+    for size in [dict(COLUMNS=columns, num_warps=max(1, columns // 256)) for columns in (128, 256, 512, 1024)]
+    for more in [
+        *grid(UNROLL=[4, 8], maxnreg=[64, 80, 96, 128]),
+        *grid(UNROLL=[16], maxnreg=[80, 96, 128, 168]),
+        *grid(UNROLL=[32], maxnreg=[96, 128, 168]),
+    ]
+]
 CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tiles.py, what to try
     "qkv": ("gathered", GATHERED),
     "dA": ("gathered", GATHERED),
     "attention": ("attention", ATTENTION),
     "attention backward": ("attention", ATTENTION),
-    "out": ("scattered", SCATTERED),
-    "dX": ("scattered", SCATTERED),
-    "sum over heads": ("combine", grid(UNROLL=[8, 16], TAIL=[2, 4], COLUMNS=[256, 1024], num_warps=[1, 2, 4])),
+    "out": ("", []),
+    "dX": ("combine", COMBINE),
+    "sum over heads": ("combine", COMBINE),
     "dW_O": ("weight_gradient", grid(ROWS=[64, 128], COLUMNS=[64, 128, 256], num_warps=[4, 8], num_stages=[2, 3])),
     "dW_QKV": ("weight_gradient", grid(ROWS=[32, 64], COLUMNS=[128, 256], num_warps=[4, 8], num_stages=[3, 4])),
     "scores": (
@@ -70,7 +80,8 @@ CANDIDATES: dict[str, tuple[str, list[Override]]] = {  # stage: function of tile
     ),
     "selection": ("selection", grid(maxnreg=[48, 64, 96, 128], num_warps=[1, 4, 8, 16])),
     "rows": ("", []),
-    "ragged dX": ("", []),
+    "ragged out": ("scattered", SCATTERED),
+    "ragged dX": ("scattered", SCATTERED),
     "above": ("select_above", grid(BLOCK=[512, 1024, 2048], num_warps=[1, 2, 4])),
     "followed": ("follow", grid(BLOCK=[32, 64, 128, 256], num_warps=[1])),
     "counted": ("count_scores", grid(BLOCK=[512, 1024], num_warps=[2, 4, 8])),
@@ -86,7 +97,8 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         indices = selection.fused_select_tokens(scores, k, True)
         thresholds = scores.gather(-1, scores.topk(k).indices[..., -1:]).mean(0).squeeze(-1)  # a load of about 1 / rho
         histogram = torch.zeros(shape.heads, HISTOGRAM_BINS, dtype=torch.int32, device=device)
-        rows = rows_of(indices, shape.length)
+        sequences, _ = scattered.chunks_of(indices.shape, states)
+        rows = rows_of(indices, shape.length, sequences)
         rotation = Rotation(*attention.rotary_table(shape.length, shape.head_dim // 4, 1e4, states.device), None)
         qkv = gathered.gathered_product(states, rows, qkv_weight, rotation)
         saved = attention.attend(qkv, rows, scores, None)
@@ -105,16 +117,16 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         selection.fused_count_scores(scores, histogram.zero_())
         return histogram
 
-    def out() -> Tensor:
-        return scattered.scattered_product(saved[0], proj_weight, rows, states, is_full=True)
+    def out(is_full: bool = True) -> Tensor:
+        return scattered.scattered_product(saved[0], proj_weight, rows, states, is_full=is_full)
 
     def dx(is_full: bool = True) -> Tensor:
-        return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, 3, (gating.dlogits, router), is_full)
+        return scattered.scattered_product(dqkv, qkv_weight.mT, rows, states, (gating.dlogits, router), is_full)
 
     return {
         "scores": lambda: selection.fused_router_scores(states, router),
         "selection": lambda: selection.fused_select_tokens(scores, k, True),
-        "rows": lambda: rows_of(indices, shape.length).entries,
+        "rows": lambda: rows_of(indices, shape.length, sequences).entries,
         "qkv": lambda: gathered.gathered_product(states, rows, qkv_weight, rotation),
         "attention": lambda: attention.attend(qkv, rows, scores, None)[0],
         "out": out,
@@ -124,6 +136,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
         "dW_QKV": lambda: weight_gradient(dqkv, dw_qkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter),
         "dX": dx,
         "sum over heads": out,
+        "ragged out": lambda: out(False),
         "ragged dX": lambda: dx(False),
         "above": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None),
         "followed": lambda: selection.fused_select_above(scores, thresholds, 2 * k, None, 0.1, k / shape.length),
@@ -131,7 +144,7 @@ def stages(shape: Shape, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     }
 
 
-ALTERNATIVES = ("sum over heads", "ragged dX", "above", "followed", "counted")  # not part of the sum
+ALTERNATIVES = ("sum over heads", "ragged out", "ragged dX", "above", "followed", "counted")  # not part of the sum
 
 
 @contextmanager
@@ -184,6 +197,7 @@ def main(
     workers: Annotated[int, typer.Option(help="number of processes that compile; 0 compiles in this one")] = 12,
 ) -> None:
     """Print a line for each stage."""
+    require_gpu()
     names = [name for name in CANDIDATES if not only or name in only.split(",")]
     for number in map(int, shapes.split(",")):
         chosen = SHAPES[number - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -107,6 +108,14 @@ COMMANDS = Group(
 _DEFAULT = "default"
 
 
+_WORDS = {
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of fewer digits",
+    "float_parsing": "a number",
+}
+"""What pydantic expected, by its name of the error."""
+
+
 class _WithDefault(TyperGroup):
     """A group that stands for its default command if the first argument names none of its commands."""
 
@@ -147,5 +156,29 @@ def command_line() -> object:
             raise
         if not (message := str(format_message()).strip().rstrip(".")):
             return USAGE_ERROR  # a group without a command has shown its help
-        command = getattr(getattr(error, "ctx", None), "command_path", "mosa")
+        command = getattr(getattr(error, "ctx", None), "command_path", None) or _command_of(sys.argv[1:])
+        message = _with_value(error) or message
     raise UserError(f"{message}{' See' if message.endswith('?') else '; see'} {command} --help")
+
+
+def _with_value(error: Exception) -> str:
+    """Return the message of a refused value with the value in it, which Typer leaves out, or "" for other errors."""
+    param, errors = getattr(error, "param", None), getattr(error.__cause__, "errors", None)  # the cause is pydantic's
+    if param is None or errors is None:
+        return ""
+    refused = errors()[0]
+    name = max(param.opts, key=len)
+    name = name if name.startswith("-") else param.metavar or name
+    return f"{name} must be {_WORDS.get(refused['type'], refused['msg'])}, got {refused['input']!r}"
+
+
+def _command_of(arguments: list[str]) -> str:
+    """Return the command that arguments begin with, such as "mosa data build"; errors of the parser do not name it."""
+    words, commands = ["mosa"], COMMANDS.commands
+    for word in arguments:
+        command = commands.get(word)
+        if command is None:
+            break
+        words.append(word)
+        commands = command.commands if isinstance(command, Group) else {}
+    return " ".join(words)

@@ -123,6 +123,14 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
+_OF_OTHERS = (
+    "config.json", "grid.json", "manifest.json", "metadata.json", "model.safetensors.index.json", "request.json",
+    "skip_steps.json", "status.json", "tokenizer.json", "tokenizer_config.json", "wandb.json",
+)  # fmt: skip
+"""Names of files that an option must not replace."""
+_NO_RESULTS = (".bin", ".distcp", ".idx", ".jsonl", ".parquet", ".safetensors", ".yaml", ".yml")
+
+
 def check_output(option: str, path: Path | None, *, is_directory: bool = False, suffix: str = "") -> None:
     """Check that the file or directory of an option can be written, before anything is computed for it.
 
@@ -143,6 +151,8 @@ def check_output(option: str, path: Path | None, *, is_directory: bool = False, 
     what = "directory" if is_directory else "file"
     if os.path.lexists(path) and os.path.isdir(path) is not is_directory:
         problem = f"is a {'file' if is_directory else 'directory'}"
+    elif not is_directory and (path.name in _OF_OTHERS or path.suffix in _NO_RESULTS) and os.path.isfile(path):
+        problem = "would replace a file of a run, a dataset or a model"
     elif not is_directory and os.path.exists(path):
         is_file = os.path.isfile(path) or os.path.realpath(path).startswith("/dev/")  # a pipe would be waited for
         why = "it is not writable" if is_file else "it is not a regular file"
@@ -193,6 +203,7 @@ def exit_code_of(error: Exception) -> int:
 
 
 SECONDS_FOR_THE_FIRST = 3.0
+_FEWEST_COLUMNS = 20
 
 _joined: list[tuple[int, Callable[[str], bool]]] = []
 _reported: list[Exception] = []
@@ -274,6 +285,14 @@ def _wait_for_the_first(code: int) -> None:
     time.sleep(SECONDS_FOR_THE_FIRST)
 
 
+def _require_folder() -> None:
+    """Raise a UserError in a directory that has been removed, where libraries end the process in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory has been removed; change to another one") from None
+
+
 def run(program: Callable[[], object]) -> int:
     """Run a program and return its exit code (``exit_codes``): its own return value if that is an integer.
 
@@ -281,6 +300,9 @@ def run(program: Callable[[], object]) -> int:
     other exception is a bug and keeps its traceback.
     """
     interrupts = _interrupts_noted()
+    columns = os.environ.get("COLUMNS", "")
+    if not (columns.isascii() and columns.isdecimal() and len(columns) <= 4 and int(columns) >= _FEWEST_COLUMNS):
+        os.environ.pop("COLUMNS", None)  # tables of no width, or of one that fills the memory, show nothing
     for stream in (sys.stdout, sys.stderr):  # a character missing from the locale must not end a command
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -290,6 +312,7 @@ def run(program: Callable[[], object]) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron\.core|deepspeed|torch)\b.*")
     is_first = _is_first_of_node()
     try:
+        _require_folder()
         from megatron_mosa.utils import (
             drop_known_noise,  # here, so that Ctrl-C during its imports ends in one line, too
         )

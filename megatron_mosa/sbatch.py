@@ -13,13 +13,15 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.options import bounds
 
 MOST_GPUS_PER_NODE = 1024
+_MOST_NODES = 65_536  # MAX_SLURM_NODES
+_MOST_DIGITS = 18  # of a number in a range, which may begin with zeros
 _NAME, _NODES = r"\w[\w.:@+-]*", r"\w[\w.-]*(\[[\d,-]+\][\w.-]*)*"
 _PATTERNS = {
     "time": (r"\d{1,8}(:\d\d){0,2}|\d{1,5}-\d\d?(:\d\d){0,2}|UNLIMITED|INFINITE", "MINUTES, HH:MM:SS or DAYS-HH:MM:SS"),
     "partition": (rf"{_NAME}(,{_NAME})*", "names of partitions, with commas between them"),
     "account": (_NAME, "the name of an account"),
     "qos": (rf"{_NAME}(,{_NAME})*", "the name of a quality of service"),
-    "exclude": (rf"{_NODES}(,{_NODES})*", "names of nodes, as in n3,n[5-7]"),
+    "exclude": (rf"{_NODES}(,{_NODES})*", f"names of nodes, as in n3,n[5-7], at most {_MOST_NODES:,}"),
 }
 """What Slurm would accept, as a regular expression and in words."""
 
@@ -106,7 +108,7 @@ def check_sbatch_value(name: str, value: str | None) -> None:
         UserError: Slurm would refuse it.
     """
     pattern, example = _PATTERNS[name]
-    if value is not None and not (re.fullmatch(pattern, value, re.ASCII) and _ascend(value)):
+    if value is not None and not (re.fullmatch(pattern, value, re.ASCII) and _are_nodes(value)):
         raise UserError(f"--{name} must be {example}, got {value!r}")
 
 
@@ -132,7 +134,7 @@ def check_sbatch_option(option: str, taken: Mapping[str, str], *, is_line: bool 
     if name in taken:
         raise UserError(f"--sbatch-argument={option} would override what this command sets; {taken[name]}")
     pattern, example = _OTHER_PATTERNS.get(name, (".*", ""))
-    if not (re.fullmatch(pattern, value, re.ASCII) and (name not in ("exclude", "nodelist") or _ascend(value))):
+    if not (re.fullmatch(pattern, value, re.ASCII) and (name not in ("exclude", "nodelist") or _are_nodes(value))):
         raise UserError(f"--sbatch-argument={option}: --{name} must be {example}, got {value!r}")
 
 
@@ -149,7 +151,21 @@ def as_pattern(path: Path) -> str:
     return str(path).replace("%", "%%")
 
 
-def _ascend(value: str) -> bool:
-    """Return whether all ranges in brackets, as in n[1-4], ascend; there need not be any."""
-    ranges = (part.split("-") for inside in re.findall(r"\[([^\]]*)\]", value) for part in inside.split(","))
-    return all(all(numbers) and len(numbers) <= 2 and int(numbers[0]) <= int(numbers[-1]) for numbers in ranges)
+def _are_nodes(value: str) -> bool:
+    """Return whether all ranges in brackets, as in n[1-4], ascend, and name no more nodes than Slurm would take.
+
+    There need not be any ranges.
+    """
+    nodes = 0
+    for name in re.sub(r"\[[^\]]*\]", lambda inside: inside[0].replace(",", ";"), value).split(","):
+        named = 1
+        for inside in re.findall(r"\[([^\]]*)\]", name):
+            ranges = [part.split("-") for part in inside.split(";")]
+            if not all(all(ends) and len(ends) <= 2 and max(map(len, ends)) <= _MOST_DIGITS for ends in ranges):
+                return False
+            sizes = [int(ends[-1]) - int(ends[0]) + 1 for ends in ranges]
+            if min(sizes) < 1:
+                return False
+            named *= sum(sizes)
+        nodes += named
+    return nodes <= _MOST_NODES

@@ -41,7 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-START, TOTAL_LIMIT, PART_LIMIT = time.time(), 150.0, 60.0
+START, TOTAL_LIMIT, PART_LIMIT = time.time(), float(os.environ.get("PRODUCTS_LIMIT", "150")), float(os.environ.get("PRODUCTS_PART", "60"))
 SHARED_BYTES = 232_448
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------

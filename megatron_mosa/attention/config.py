@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
-from megatron_mosa.config import ModelSection, MosaSection, TrainSection, keys_of
+from megatron_mosa.config import ModelSection, MosaSection, TrainSection, default_load_feedback, keys_of
 
 # The fields "mosa_NAME" that have the same choices and bounds as NAME in a configuration file.
 _KEYS = {
@@ -82,16 +82,16 @@ class MosaTransformerConfig(TransformerConfig):
     token (of each document), too, whatever ``mosa_include_first_token`` says; with both, call ``update_thresholds``
     after each optimizer step."""
 
-    mosa_capacity_factor: float = 2.0
+    mosa_capacity_factor: float = 1.25
     """With thresholds or token choice, in training: a head selects at most this times k tokens of a sequence, and drops
     later ones."""
 
     mosa_threshold_ema: float = 0.1
     """Weight of the last batch in the moving average of a threshold."""
 
-    mosa_load_feedback: float = 0.0
+    mosa_load_feedback: float | None = None
     """With thresholds: how much a head's threshold rises, in logits, for each token selected from the sequence (the
-    document) beyond 1 / rho of the tokens so far; it falls if fewer were selected."""
+    document) beyond 1 / rho of the tokens so far; it falls if fewer were selected. None: 0.1."""
 
     mosa_balance_rate: float = 1e-3
     """With token choice: how much a head's bias changes in a step, towards equal loads of all heads."""
@@ -187,6 +187,12 @@ class MosaTransformerConfig(TransformerConfig):
             )
         if self.mosa_load_feedback and self.mosa_selection != "threshold":
             raise ValueError("mosa_load_feedback needs mosa_selection='threshold'; set it to 0 for expert choice")
+
+    @property
+    def load_feedback(self) -> float:
+        """``mosa_load_feedback``, or its default."""
+        given = self.mosa_load_feedback
+        return default_load_feedback(self.mosa_selection) if given is None else given
 
     @property
     def head_dim(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -94,32 +95,39 @@ def mosa_attention(
     _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
     _check_feedback(thresholds, feedback, share)
     kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
-    scores = kernels.router_scores(scored_states, router_weight)
-    indices, slots = select(
-        kernels,
-        scores,
-        num_selected,
-        thresholds=thresholds,
-        capacity=capacity,
-        feedback=feedback,
-        share=share,
-        include_first_token=include_first_token,
-        documents=documents,
-    )
-    return kernels.selected_attention(
-        hidden_states,
-        router_weight,
-        scores,
-        indices,
-        qkv_weight,
-        proj_weight,
-        rotary_percent=rotary_percent,
-        rotary_base=rotary_base,
-        document_starts=None if documents is None else documents.starts,
-        restart_rotary=restart_rotary,
-        slots=slots,
-        is_full=thresholds is None and slots is None,
-    )
+    with _current_device_of(hidden_states):
+        scores = kernels.router_scores(scored_states, router_weight)
+        indices, slots = select(
+            kernels,
+            scores,
+            num_selected,
+            thresholds=thresholds,
+            capacity=capacity,
+            feedback=feedback,
+            share=share,
+            include_first_token=include_first_token,
+            documents=documents,
+        )
+        return kernels.selected_attention(
+            hidden_states,
+            router_weight,
+            scores,
+            indices,
+            qkv_weight,
+            proj_weight,
+            rotary_percent=rotary_percent,
+            rotary_base=rotary_base,
+            document_starts=None if documents is None else documents.starts,
+            restart_rotary=restart_rotary,
+            slots=slots,
+            is_full=thresholds is None and slots is None,
+        )
+
+
+def _current_device_of(states: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which the states' device is the current one, on which Triton launches."""
+    # Compiled code sets its device itself.
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(states)
 
 
 def select(

@@ -405,7 +405,7 @@ class MosaHeads(PartitionedHeads):
             config.num_selected if self._per_document(documents) else config.num_selected(length),
             thresholds=thresholds,
             capacity=config.capacity(length) if self.training else None,
-            feedback=config.mosa_load_feedback,
+            feedback=config.load_feedback,
             share=1 / config.mosa_sparsity,
             include_first_token=config.mosa_include_first_token or config.mosa_selection != "expert_choice",
             documents=documents,
@@ -421,7 +421,7 @@ class MosaHeads(PartitionedHeads):
         if thresholds is None:
             return scores.new_zeros(scores.shape[1])
         starts = None if documents is None else documents.starts
-        feedback, share = self.config.mosa_load_feedback, 1 / self.config.mosa_sparsity
+        feedback, share = self.config.load_feedback, 1 / self.config.mosa_sparsity
         above = kernels.count_above(keys, thresholds, starts, feedback, share)  # [B, E]
         return above.sum(0) - (indices < scores.shape[-1]).sum((0, 2))
 

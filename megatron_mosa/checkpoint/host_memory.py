@@ -43,7 +43,8 @@ class HostMemory:
         padded = -(-elements // _ALIGNMENT) * _ALIGNMENT
         if padded > len(self._free):
             block = max(padded, min(_MAX_BLOCK, self._allocated))  # doubles the total: a small model needs little
-            self._free = torch.empty(block, dtype=torch.float32, pin_memory=torch.cuda.is_available()).numpy()
+            is_pinned = torch.cuda.is_available()
+            self._free = torch.empty(block, dtype=torch.float32, device="cpu", pin_memory=is_pinned).numpy()
             self._allocated += block
         buffer, self._free = self._free[:elements], self._free[padded:]
         return torch.from_numpy(buffer)  # has its own storage, so that saving it writes nothing else

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosa.checkpoint.manifest import DamagedError
+from megatron_mosa.config import DataSection, ModelSection, MosaSection, RunSection
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import load_json, read_record
+from megatron_mosa.utils import known_values, load_json, read_record
 
 if TYPE_CHECKING:
     from megatron_mosa.data import TokenizerIdentity
 
 FORMAT_VERSION = 2
 METADATA = "metadata.json"
+_READ_OF_CONFIG: dict[str, tuple[type, tuple[str, ...]]] = {
+    "run": (RunSection, ("seed",)),
+    "model": (ModelSection, ("num_layers", "hidden_size", "num_dense_heads")),
+    "mosa": (MosaSection, ("num_heads",)),
+    "data": (DataSection, ("sequence_length",)),
+}
+"""Sections and the keys that every checkpoint has; later versions have added others."""
+
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -68,6 +77,21 @@ def published_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def _check_config(config: dict[str, Any]) -> None:
+    """Check what is read of a checkpoint's configuration without building it.
+
+    Raises:
+        ValueError: a key is missing, or has another type.
+    """
+    for section, (kind, names) in _READ_OF_CONFIG.items():
+        try:
+            values = known_values(kind, config.get(section))
+        except ValueError as error:
+            raise ValueError(f"config.{section}: {error}") from None
+        if missing := [name for name in names if name not in values]:
+            raise ValueError(f"config.{section} has no {missing[0]}")
+
+
 def write_metadata(metadata: Metadata, path: Path) -> None:
     """Write ``metadata.json`` into a checkpoint folder."""
     (path / METADATA).write_text(json.dumps(asdict(metadata), indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -85,10 +109,12 @@ def read_metadata(path: Path) -> Metadata:
         content = load_json(file)
         version = content["format_version"]
         if int(version) <= FORMAT_VERSION:
-            return read_record(Metadata, content)
+            metadata = read_record(Metadata, content, knows_all=True)
+            _check_config(metadata.config)
+            return metadata
     except OSError as error:
         raise DamagedError(f"metadata.json cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(f"metadata.json is damaged ({type(error).__name__}: {error})") from None
     raise UserError(
         f"checkpoint '{path}' has format version {version}, but this megatron_mosa reads versions up to "

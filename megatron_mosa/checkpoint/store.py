@@ -218,9 +218,9 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
         UserError: names the first key that differs, both values and the fix.
     """
     fix = "choose another run name (run.name=...) or restore the setting"
-    for section, defaults in {"model": ModelSection(), "mosa": MosaSection()}.items():
+    # A key missing from the checkpoint was added later; its default, or this, describes the model of that time.
+    for section, defaults in {"model": ModelSection(), "mosa": MosaSection(load_feedback=0.0)}.items():
         for key, ours in config[section].items():
-            # A key missing from the checkpoint was added later; its default describes the model of that time.
             theirs = metadata.config[section].get(key, getattr(defaults, key))
             _require_same(f"{section}.{key}", theirs, ours, path, fix, key in _MAY_DIFFER)
     _require_same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)

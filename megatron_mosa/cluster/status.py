@@ -32,7 +32,7 @@ def status(
 
     Exit code 0: running, done, or stopped and ready to resume; 1: failed, hung or silent.
     """
-    console = Console()
+    console = Console(markup=False)
     content = _read(run)
     if watch:
         with Live(console=console, auto_refresh=False) as live:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.commands.arguments import ConfigPath, Overrides
-from megatron_mosa.config import load_config
+from megatron_mosa.config import check_plan, load_config, origins
 from megatron_mosa.options import bounds
 
 Dataset = Annotated[
@@ -33,6 +33,7 @@ def build(
 def index(config: ConfigPath, overrides: Overrides = None) -> None:
     """Build the shuffled sample orders of a run in advance, so that training does not write them."""
     settings = load_config(config, overrides or [])
+    check_plan(settings, origins(config, overrides or []))
     from megatron_mosa.train import build_index
 
     for folder in build_index(settings):

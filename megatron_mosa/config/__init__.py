@@ -16,7 +16,9 @@ from megatron_mosa.config.schema import (
     OptimizerSection,
     ParallelSection,
     ResilienceSection,
+    RunSection,
     TrainSection,
+    default_load_feedback,
 )
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "ResilienceSection",
+    "RunSection",
     "TrainSection",
     "blend_parts",
     "check",
@@ -38,6 +41,7 @@ __all__ = [
     "check_world_size",
     "config_from_dict",
     "config_to_dict",
+    "default_load_feedback",
     "difference",
     "head_counts",
     "keys_of",

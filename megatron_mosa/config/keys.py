@@ -67,7 +67,7 @@ class Key:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an integer may be too large for a float
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,9 +12,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_mosa.config.rules import COMMAND_LINE, check
-from megatron_mosa.config.schema import Config
+from megatron_mosa.config.schema import Config, default_load_feedback
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import is_plain, write_atomically
 
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
@@ -24,7 +23,11 @@ _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initializ
 _BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _MOST_BASES = 20
-_BROKEN = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError)
+_BROKEN = (
+    yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError, LookupError,
+    AttributeError,
+)  # fmt: skip
+"""What the readers of YAML raise: the last two for values whose tags do not fit them, as in ``!!bool x``."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, checks_batches: bool = True) -> Config:
@@ -106,7 +109,8 @@ def read_yaml(path: Path, what: str = "configuration file", example: str = "conf
     except OSError as error:
         raise UserError(f"{what} '{path}' cannot be read: {error.strerror}") from None
     except _BROKEN as error:
-        reason = " ".join(str(error).split())
+        is_bare = isinstance(error, LookupError | AttributeError)
+        reason = "a value does not fit its tag" if is_bare else " ".join(str(error).split())
         raise UserError(f"{what} '{path}' is not valid YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{what} '{path}' must hold keys, as {example} does, got {type(tree).__name__}")
@@ -175,6 +179,8 @@ def _build(trees: list[dict[str, Any]], checks_batches: bool = True) -> Config:
     except _BROKEN as error:
         raise UserError(f"the configuration cannot be resolved: {' '.join(str(error).split())}") from None
     built.model.ffn_hidden_size = built.model.mlp_width
+    if built.mosa.load_feedback is None:
+        built.mosa.load_feedback = default_load_feedback(built.mosa.selection)
     check(built, checks_batches=checks_batches)
     return built
 
@@ -199,6 +205,8 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     key, kind = f"{section}.{name}", _TYPES[section][name]
     if key in _PATHS and value == "":
         raise UserError(f"{key} is empty; give a path, or leave it out")
+    if isinstance(value, str) and not is_plain(value):
+        raise UserError(f"{key} must be UTF-8 text without control characters, got {value!r}")
     fits = _fits(value, kind.removesuffix(" | None")) or (value is None and kind.endswith("| None"))
     if fits and key in _PATHS and isinstance(value, str):
         try:
@@ -214,7 +222,10 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     except _BROKEN:
         pass
     hint = "; quote it" if kind.startswith("str") else ""
-    shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
+    try:
+        shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        shown = "a number of thousands of digits"
     raise UserError(f"{key} must be of type {kind}, got {shown}{hint}") from None
 
 
@@ -225,15 +236,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "list[int]":
         return isinstance(value, list) and all(_fits(item, "int") for item in value)
     if kind == "float":
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or _fits(value, "int")
     if kind == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, {"bool": bool, "str": str}[kind]) and _is_a_name(str(value))
-
-
-def _is_a_name(text: str) -> bool:
-    """Return whether the operating system could take a text, such as a path."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, {"bool": bool, "str": str}[kind])

@@ -99,6 +99,11 @@ class ModelSection:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
 
+def default_load_feedback(selection: str) -> float:
+    """Return the load feedback of models that set none (docs/causal.md)."""
+    return 0.1 if selection == "threshold" else 0.0
+
+
 @dataclass
 class MosaSection:
     """MoSA heads (arXiv 2505.00315, section 3)."""
@@ -123,7 +128,7 @@ class MosaSection:
         choices=("sequence", "document"),
     )
     capacity_factor: float = key(
-        2.0,
+        1.25,
         "threshold, token_choice: in training a head takes at most this many times k tokens, the earliest first",
         at_least=1,
         reason="below 1, a head that takes exactly its share would drop tokens",
@@ -132,7 +137,11 @@ class MosaSection:
     threshold_warmup_steps: int = key(
         250, "threshold: steps of expert choice at the start, while thresholds are tracked", at_least=1
     )
-    load_feedback: float = key(0.0, "threshold: rise in logits per token taken beyond the head's share", at_least=0)
+    load_feedback: float | None = key(
+        None,
+        "threshold: rise in logits per token taken beyond the head's share; null: 0.1 with thresholds, else 0",
+        at_least=0,
+    )
     balance_rate: float = key(
         1e-3, "token_choice: change per step of a head's bias towards equal loads of the heads", at_least=0
     )

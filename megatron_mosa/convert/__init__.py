@@ -6,6 +6,7 @@ from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
     from megatron_mosa.convert.dataset import open_dataset, open_given_dataset
+    from megatron_mosa.convert.formats.hf import check_hugging_face
     from megatron_mosa.convert.formats.mosa import CheckpointReader
     from megatron_mosa.convert.formats.mosa_pytorch import import_layer
     from megatron_mosa.convert.formats.safetensors import read_json
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointReader",
     "Kind",
     "ModelReader",
+    "check_hugging_face",
     "find_initial_weights",
     "find_model",
     "from_transformers",

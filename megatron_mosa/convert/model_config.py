@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mosa.attention import KINDS
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import first_line
 
 # Keys of MosaConfig with a direct counterpart; the rest is spelled out below.
 _SAME = {
@@ -53,7 +54,8 @@ def model_config(tree: dict[str, Any]) -> Config:
         {
             "run": {"name": "model"},
             "model": tree["model"],
-            "mosa": tree["mosa"] | {"backend": "naive"},
+            # Models from before load feedback record none.
+            "mosa": {"load_feedback": 0.0} | tree["mosa"] | {"backend": "naive"},
             "data": {"path": "none", "sequence_length": tree["data"]["sequence_length"]},
             "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
         }
@@ -102,6 +104,8 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
                 tree[section][name] = value
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing; importing a {kind} model requires it") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json: a value has another type than expected ({first_line(error)})") from None
     return model_config(tree), theirs["vocab_size"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_mosa.convert.locate import Kind, detect_kind
 from megatron_mosa.errors import StorageError, UserError
-from megatron_mosa.utils import creation_problem, replace_directory, sync
+from megatron_mosa.utils import creation_problem, is_plain, replace_directory, sync
 
 _REPLACEABLE = (Kind.MOSA, Kind.HUGGING_FACE, Kind.TORCH_DIST, Kind.STATE_DICT)  # kinds that conversions write
 
@@ -27,6 +27,8 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
     resolved, source_path = (Path(os.path.realpath(path)) for path in (target, source))
     if resolved == source_path or resolved in source_path.parents or source_path in resolved.parents:
         raise UserError(f"OUT={target} is inside the source '{source}' or contains it; choose a separate folder")
+    if not is_plain(str(target)):
+        raise UserError(f"OUT={target} must be UTF-8 text without control characters; choose another name")
     if (problem := creation_problem(resolved.parent)) is not None:
         raise UserError(f"OUT={target}: {problem}; choose a new folder in a writable directory")
     if not os.path.lexists(target):

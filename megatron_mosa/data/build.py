@@ -50,6 +50,7 @@ _FILES = {TOKENIZER_FILE, MANIFEST_FILE, INDEX_CACHE, *(f"{s}.{suffix}" for s in
 _LOCK = ".lock"
 _REQUEST_FILE = "request.json"
 _SHARE_FILE = "held_out_share"
+_LEAST_RAISED_SHARE = 1e-4  # each share reads all documents once more
 _FORCE = "mosa data build CONFIG --force"
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library at each call
 
@@ -306,7 +307,7 @@ def _held_out_shares(folder: Path, wanted: float) -> Iterator[float]:
     share = float(record.read_text(encoding="utf-8")) if record.is_file() else wanted
     yield share
     while share < 0.5:
-        share = min(2 * share, 0.5)
+        share = min(max(2 * share, _LEAST_RAISED_SHARE), 0.5)
         _remove_files(folder, keep={_LOCK, _REQUEST_FILE, TOKENIZER_FILE})
         write_atomically(record, str(share), durable=True)
         yield share

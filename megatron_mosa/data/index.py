@@ -101,6 +101,16 @@ class PassIndex:
                 except OSError:
                     if not self.is_built(number):  # otherwise another loader process was first, with the same bytes
                         raise
+        except MemoryError:
+            raise UserError(
+                f"the index of {self.index_samples:,} samples in one shuffled pass needs more memory than this machine "
+                "has; set data.index_samples, by which a run takes several passes"
+            ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"could not write the sample index to {self.root}, which is not a directory and must be writable when "
+                "a run starts; set data.index_path to another folder"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"could not write the sample index to {self.root}: {error.strerror} ({free_megabytes(self.root)} MB "

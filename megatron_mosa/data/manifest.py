@@ -86,7 +86,7 @@ def load_manifest(path: str | Path) -> Manifest:
         content = load_json(file)
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            manifest = read_record(Manifest, content)
+            manifest = read_record(Manifest, content, knows_all=True)
             if manifest.checksum is not None and manifest.sealed() != manifest:
                 raise ValueError("its content does not match its checksum")
             return manifest

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import cached_property
 from typing import Any, cast
 
 import deepspeed
@@ -119,6 +120,16 @@ class DeepSpeedEngine:
     def module(self) -> torch.nn.Module:
         return self._engine.module
 
+    @cached_property
+    def _mosa_heads(self) -> list[Any]:
+        """``mosa_layers``, found once: the device would wait in each step while the host walks through all modules."""
+        return mosa_layers(self.module)
+
+    @cached_property
+    def _has_selection_state(self) -> bool:
+        """Whether ``update_thresholds`` has anything to do; found once, as above."""
+        return bool(selection_buffers(self.module))
+
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> StepResult:
         """Take one optimizer step over ``accumulation_steps`` micro-batches ([B, T] each), all held at once.
 
@@ -132,10 +143,11 @@ class DeepSpeedEngine:
         micro_batches = list(batches)
         if len(micro_batches) != self.accumulation_steps:
             raise ValueError(f"a step takes {self.accumulation_steps} micro-batches, got {len(micro_batches)}")
-        self._engine.train()
+        if not self._engine.training:
+            self._engine.train()
         counted = self._counted_tokens(micro_batches)
         if self._graphed is not None:
-            selects_above = any(heads.selects_above(training=True) for heads in mosa_layers(self.module))
+            selects_above = any(heads.selects_above(training=True) for heads in self._mosa_heads)
             fixed = [self._in_fixed_shapes(batch) for batch in micro_batches]
             total, norm = self._graphed.take(fixed, counted, learning_rate, selects_above)
         else:
@@ -146,6 +158,8 @@ class DeepSpeedEngine:
         # This waits for the device: in a step of CUDA graphs, the only time.
         mean, count, norm = torch.stack((total.double(), counted, norm.double())).tolist()
         result = StepResult(loss=mean, grad_norm=norm, is_empty=count == 0)
+        if not self._has_selection_state:
+            return result
         if result.is_finite:
             update_thresholds(self.module, data_parallel_group())
         else:
@@ -175,8 +189,8 @@ class DeepSpeedEngine:
         if not self.acceleration.compiles_layers:
             return
         starts = batch.get("document_starts")
-        documents = None if starts is None else Documents.from_starts(starts[:1])
-        for heads in mosa_layers(self.module):
+        documents = None if starts is None else Documents.from_starts(starts[:1], self.layout.device)
+        for heads in self._mosa_heads:
             if heads.records_selection:
                 heads.record_kept(documents)
 

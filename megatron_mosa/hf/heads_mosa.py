@@ -1,386 +1,20 @@
-"""The attention of a MoSA language model: its dense, local and MoSA heads, with or without a cache."""
+"""The attention of a layer: the sum of its heads of all kinds, which are in files of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from .cache_mosa import MosaCacheLayer
 from .configuration_mosa import MosaConfig
-from .dense_kernels_mosa import attend_to_rows, rotate_and_store
+from .dense_mosa import MosaCausalHeads
 from .fixed_mosa import MosaFixedHeads
-from .kernels_mosa import can_run_kernels, step_in_kernels, training_kernels
+from .graph_mosa import Branch
 from .routing_mosa import MosaRoutingHeads
-from .rows_mosa import DenseRows, SelectedRows, WindowRows, to_dtype
-from .tokens_mosa import Column, Tokens, largest, rotate
-
-QUERY_CHUNK = 512  # queries per attention call if a mask is needed
-SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones
-UNCALIBRATED = (
-    "mosa_heads.thresholds of {} are NaN: they are not calibrated, so the heads cannot select tokens; they must be "
-    "between 0 and 1; export the output of mosa checkpoint causalize, or a checkpoint of mosa.selection=threshold"
-)
-
-
-class MosaCausalHeads(nn.Module):
-    """Heads that attend to all previous tokens, or to the last ``window`` tokens including the token itself."""
-
-    def __init__(self, config: MosaConfig, heads: int, groups: int, window: int | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.window = window
-        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
-        self.g_proj = nn.Linear(config.hidden_size, heads, bias=False) if config.attention_gate else None
-
-    def forward(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows | None) -> Tensor:
-        """Map [B, T, h] to [B, T, h]. The tokens attend to those in ``rows``, too, and are added to them."""
-        query, key, value = self.project(hidden_states, tokens)
-        if self.window is None:
-            assert rows is None or isinstance(rows, DenseRows)
-            key, value = (key, value) if rows is None else to_dtype(query.dtype, rows.append(key, value))
-            attended = causal_attention(query, key, value, tokens.valid_keys)
-        else:
-            assert rows is None or isinstance(rows, WindowRows)
-            attended = self.attend_in_window(query, key, value, tokens, rows)
-        return self.project_out(attended.transpose(1, 2), hidden_states)
-
-    def step(self, hidden_states: Tensor, tokens: Tokens, rows: DenseRows | WindowRows, column: Column) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured; see graph_mosa.py."""
-        row, lengths, valid = column
-        if isinstance(rows, WindowRows):
-            row, lengths = rows.count_one(tokens.positions, tokens.valid)
-            valid = None
-        assert rows.keys is not None and rows.values is not None
-        query, key, value = (projection(hidden_states)[:, 0] for projection in (self.q_proj, self.k_proj, self.v_proj))
-        query = rotate_and_store(query, key, value, tokens.rotary, row, rows.keys, rows.values)
-        attended = attend_to_rows(query, rows.keys, rows.values, lengths, valid)
-        return self.project_out(attended[:, None], hidden_states)
-
-    def project(self, hidden_states: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, [B, heads or groups, T, h'], rotated."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (table.unsqueeze(1) for table in tokens.rotary)  # [B, 1, T, n]
-        rotated = rotate(torch.cat((query, key), dim=1), cos, sin)
-        query, key = rotated.split((query.shape[1], key.shape[1]), dim=1)
-        return query, key, value
-
-    def project_out(self, attended: Tensor, hidden_states: Tensor) -> Tensor:
-        """Gate what was attended, [B, T, heads, h'], and sum over the heads."""
-        if self.g_proj is not None:
-            gate = torch.sigmoid(self.g_proj(hidden_states).float()).unsqueeze(-1)
-            attended = (attended.float() * gate).to(attended.dtype)
-        return self.o_proj(attended.flatten(2))
-
-    def attend_in_window(
-        self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, rows: WindowRows | None
-    ) -> Tensor:
-        """Attend among [B, heads, T, h'], in chunks if ``rows`` stores the window."""
-        assert self.window is not None
-        batch, length = query.shape[0], query.shape[2]
-        positions = tokens.positions.expand(batch, -1)  # [B, T]
-        size = length if rows is None else max(self.window, QUERY_CHUNK)
-        outputs = []
-        for start in range(0, length, size):
-            chunk = slice(start, start + size)
-            query_positions = positions[:, chunk]
-            valid = None if tokens.valid is None else tokens.valid[:, chunk]
-            keys, values, key_positions, valid_keys = key[:, :, chunk], value[:, :, chunk], query_positions, valid
-            past = None if rows is None else rows.read()
-            if past is not None:
-                past_keys, past_values = to_dtype(query.dtype, past[:2])
-                keys, values = torch.cat((past_keys, keys), dim=2), torch.cat((past_values, values), dim=2)
-                key_positions = torch.cat((past[2], query_positions), dim=1)  # [B, window + t]
-                if valid is not None:
-                    valid_keys = torch.cat((torch.ones_like(past[2], dtype=torch.bool), valid), dim=1)
-            distance = query_positions[:, :, None] - key_positions[:, None]  # [B, t, n]
-            visible = (distance >= 0) & (distance < self.window) & (key_positions >= 0)[:, None]
-            if valid is not None and valid_keys is not None:
-                # Padding sees everything, since a query without any key would give NaN.
-                visible = visible & valid_keys[:, None] | ~valid[:, :, None]
-            outputs.append(F.scaled_dot_product_attention(query[:, :, chunk], keys, values, visible[:, None]))
-            if rows is not None:
-                rows.write(key[:, :, chunk], value[:, :, chunk], query_positions, valid)
-        return torch.cat(outputs, dim=2)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
-    """Causal attention of the last T columns, [B, heads, T, h'], over all n columns, [B, groups, n, h'].
-
-    Args:
-        query: [B, heads, T, h'].
-        key, value: [B, groups, n, h'].
-        valid: [B, n], False at padding, which only attends to itself and nothing else attends to; None: no padding.
-    """
-    length, columns, groups = query.shape[2], key.shape[2], key.shape[1]
-    own = torch.arange(columns - length, columns, device=query.device)[:, None]  # [T, 1]
-    column = torch.arange(columns, device=query.device)
-    if length == 1:  # queries that share a key become rows of one matrix product
-        visible = None if valid is None else (valid | (column == own))[:, None, None]
-        rows = query.squeeze(2).unflatten(1, (groups, -1))  # [B, groups, queries, h']
-        return F.scaled_dot_product_attention(rows, key, value, visible).flatten(1, 2).unsqueeze(2)
-    repeats = query.shape[1] // groups
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if valid is None and length == columns:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    outputs = []
-    for start in range(0, length, QUERY_CHUNK):
-        chunk = query[:, :, start : start + QUERY_CHUNK]
-        end = columns - length + start + chunk.shape[2]
-        if valid is None:
-            visible: Any = causal_lower_right(chunk.shape[2], end)
-        else:
-            at = own[start : start + QUERY_CHUNK]
-            visible = (column[:end] <= at) & valid[:, None, None, :end] | (column[:end] == at)
-        outputs.append(F.scaled_dot_product_attention(chunk, key[:, :, :end], value[:, :, :end], visible))
-    return torch.cat(outputs, dim=2)
-
-
-def select_with_feedback(margins: Tensor, before: Tensor, feedback: float, first: Tensor, valid: Tensor) -> Tensor:
-    """Select tokens [B, E, T] where the threshold rises by ``feedback`` with each token selected before.
-
-    Each selection depends on the earlier ones, so the result is found as the fixed point of an iteration. It is unique
-    and reached after at most T rounds, since each round makes at least one more token final.
-
-    Args:
-        margins: [B, E, T], logits minus the threshold before any feedback.
-        before: [B, E], number of tokens selected before these.
-        feedback: rise of the threshold, in logits.
-        first: [B or 1, 1, T], tokens that are always selected.
-        valid: [B or 1, 1, T], tokens that may be selected.
-    """
-    chosen = ((margins > feedback * before[..., None]) | first) & valid
-    while True:
-        count = before[..., None] + chosen.cumsum(-1) - chosen.long()
-        update = ((margins > feedback * count) | first) & valid
-        if torch.equal(update, chosen):
-            return chosen
-        chosen = update
-
-
-def choose_heads(scores: Tensor, bias: Tensor, number: int) -> Tensor:
-    """Return which ``number`` of the E heads each token takes, bool [B, E, T], by the sums of scores and biases [E].
-
-    Ties go to the earlier head.
-    """
-    keys = scores + bias[:, None]
-    least = keys.topk(number, dim=1).values[:, -1:]  # [B, 1, T]
-    is_above, is_tied = keys > least, keys == least
-    room = number - is_above.sum(dim=1, keepdim=True)
-    return is_above | (is_tied & (is_tied.cumsum(dim=1, dtype=torch.int32) <= room))
-
-
-class MosaHeads(nn.Module):
-    """Heads that attend among the tokens that they select, gated by the router's score."""
-
-    thresholds: Tensor | None
-    head_bias: Tensor | None
-
-    def __init__(self, config: MosaConfig) -> None:
-        super().__init__()
-        self.config = config
-        heads, width, head_dim = config.num_mosa_heads, config.hidden_size, config.head_dim
-        self.router_weight = nn.Parameter(torch.empty(heads, width))  # [E, h]
-        self.qkv_weight = nn.Parameter(torch.empty(heads, width, 3 * head_dim))  # [E, h, 3h'], columns q, k, v
-        self.proj_weight = nn.Parameter(torch.empty(heads, head_dim, width))  # [E, h', h]
-        self.was_offloaded = False  # accelerate loads the weights from memory or disk for each call
-        is_causal = config.selection == "threshold"  # thresholds are NaN until calibrated
-        self.register_buffer("thresholds", torch.full((heads,), torch.nan, dtype=torch.float32) if is_causal else None)
-        is_balanced = config.selection == "token_choice"
-        self.register_buffer("head_bias", torch.zeros(heads, dtype=torch.float32) if is_balanced else None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        kept = {name: buffer for name in ("thresholds", "head_bias") if (buffer := getattr(self, name)) is not None}
-        super()._apply(fn, recurse)
-        for (
-            name,
-            buffer,
-        ) in kept.items():  # moved as integers, so that a change of the model's dtype does not round them
-            setattr(self, name, fn(buffer.view(torch.int32)).view(torch.float32))
-        return self
-
-    def forward(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None) -> Tensor:
-        """Map [B, T, h] to [B, T, h], summed over heads. Selected tokens attend to those in ``rows``, and are added."""
-        if self.was_offloaded and self.lacks_thresholds():  # the weights are loaded by now
-            raise ValueError(UNCALIBRATED.format("an offloaded layer"))
-        if rows is not None and hidden_states.shape[1] == 1:
-            return self.step(hidden_states, tokens, rows)
-        is_first = tokens.valid is None and (rows is None or rows.keys is None)
-        if is_first and (module := training_kernels(hidden_states, self.config.head_dim)) is not None:
-            return self.read_prompt(hidden_states, tokens, rows, module)
-        scores = self.scores(hidden_states)  # [B, E, T]
-        batch, length, width = hidden_states.shape
-        indices = self.select(scores, tokens, None if rows is None else rows.counts)  # [B, E, k], padded with T
-        output = torch.zeros(batch * length, width, dtype=torch.float32, device=hidden_states.device)
-        if indices.shape[2] > 0:
-            sequence = torch.arange(batch, device=indices.device)[:, None, None]
-            columns = indices.clamp(max=length - 1)
-            selected = hidden_states[sequence, columns]  # [B, E, k, h]
-            states = torch.einsum("bekh,ehd->bekd", selected, self.qkv_weight).unflatten(-1, (3, -1))
-            table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
-            cos, sin = (part[table, columns].unsqueeze(3) for part in tokens.rotary)  # [B, E, k, 1, n]
-            query, key = rotate(states[..., :2, :], cos, sin).unbind(3)  # [B, E, k, h']
-            attended = self.attend(query, key, states[..., 2, :], indices < length, rows)
-            gate = scores.gather(-1, columns).masked_fill(indices == length, 0)  # [B, E, k]
-            gated = (attended.float() * gate.unsqueeze(-1)).to(attended.dtype)
-            projected = torch.einsum("bekd,edh->bekh", gated, self.proj_weight)  # [B, E, k, h]
-            output.index_add_(0, (sequence * length + columns).flatten(), projected.float().flatten(0, 2))
-        return output.view(batch, length, width).to(hidden_states.dtype)
-
-    def read_prompt(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows | None, module: Any) -> Tensor:
-        """Compute the same for the first tokens of sequences without padding, by the kernels of training."""
-        config, kernels = self.config, module.prompt_kernels(hidden_states, self.config.head_dim)
-        scores = kernels.router_scores(hidden_states, self.router_weight)
-        following = None, config.load_feedback, 1 / config.sparsity
-        if self.thresholds is None:
-            indices = self.select(scores, tokens, None)
-            counts = (indices < scores.shape[2]).sum(dim=2)
-        else:
-            counts = kernels.count_above(scores, self.thresholds, *following)
-        first = None
-        if rows is not None:  # with thresholds the only wait for the device
-            first = rows.begin(counts, hidden_states.new_empty(0, config.head_dim))
-        if self.thresholds is not None:
-            capacity = rows.host_totals()[1] if rows is not None else int(counts.max())
-            capacity = -(-capacity // 16) * 16  # Triton compiles once more for sizes that 16 does not divide
-            indices = kernels.select_above(scores, self.thresholds, capacity, *following)
-        weights = self.qkv_weight, self.proj_weight
-        rotation = config.rotary_percent, config.rotary_base
-        prompt = module.read_prompt(hidden_states, self.router_weight, scores, indices, *weights, *rotation)
-        if rows is not None:
-            prompt.store(first, rows.table, rows.keys, rows.values)
-        return prompt.output
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, rows: SelectedRows | None) -> Tensor:
-        """Attend among selected tokens [B, E, k, h'] in order of position, of which the ``valid`` ones come first."""
-        is_empty = rows is None or rows.keys is None
-        if rows is not None:
-            own = rows.add_packed(key, value, valid)  # [B, E, k]
-            if not is_empty:
-                keys, values = to_dtype(query.dtype, rows.read())  # [B, E, rows, h']
-                visible = torch.arange(keys.shape[2], device=key.device) <= own.unsqueeze(-1)  # [B, E, k, rows]
-                return F.scaled_dot_product_attention(query, keys, values, visible)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    def step(self, hidden_states: Tensor, tokens: Tokens, rows: SelectedRows, has_room: bool = False) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h]. Only heads that select it compute anything.
-
-        Args:
-            has_room: ``rows`` has room for the token already, so that the step can be captured.
-        """
-        rows.initialize(hidden_states, len(self.router_weight))
-        if self.thresholds is not None and can_run_kernels(hidden_states):
-            weights, config = (self.router_weight, self.qkv_weight, self.proj_weight), self.config
-            settings = config.load_feedback, 1 / config.sparsity, has_room
-            return step_in_kernels(hidden_states[:, 0], weights, self.thresholds, tokens, rows, *settings)[:, None]
-        batch, _, width = hidden_states.shape
-        scores = self.scores(hidden_states)
-        chosen = self.chosen(scores, tokens, rows.counts)[..., 0]  # [B, E]
-        sequence, head = chosen.nonzero(as_tuple=True)  # [n] each
-        states = self.project_in(hidden_states[:, 0], sequence, head).unflatten(-1, (3, -1))  # [n, 3, h']
-        table = sequence if tokens.positions.shape[0] == batch else torch.zeros_like(sequence)
-        cos, sin = (part[table] for part in tokens.rotary)  # [n, 1, pairs]
-        query, key = rotate(states[:, :2], cos, sin).unbind(1)  # [n, h']
-        own = rows.add_pairs(chosen, (sequence, head), key, states[:, 2])  # [n]
-        keys, values = to_dtype(query.dtype, rows.read((sequence, head)))  # [n, rows, h']
-        visible = torch.arange(keys.shape[1], device=keys.device) <= own[:, None]  # [n, rows]
-        attended = F.scaled_dot_product_attention(query[:, None], keys, values, visible[:, None])[:, 0]  # [n, h']
-        gated = (attended.float() * scores[sequence, head]).to(attended.dtype)
-        return self.project_out(gated, sequence, head, batch).view(batch, 1, width).to(hidden_states.dtype)
-
-    def lacks_thresholds(self) -> bool:
-        """Return whether a threshold is NaN, as far as they are loaded. Waits for the device."""
-        if self.thresholds is None:
-            return False
-        self.was_offloaded = self.thresholds.is_meta
-        return not self.was_offloaded and bool(self.thresholds.isnan().any())
-
-    def scores(self, hidden_states: Tensor) -> Tensor:
-        """Return the router's scores [B, E, T] in fp32, whatever the model's dtype, also under autocast."""
-        device = hidden_states.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return torch.sigmoid(torch.einsum("bth,eh->bet", hidden_states.float(), self.router_weight.float()))
-
-    def reads_all_weights(self, pairs: int) -> bool:
-        """Return whether to use the weights of all heads: copying those of each pair costs three times their bytes."""
-        return 3 * pairs >= len(self.router_weight)
-
-    def project_in(self, hidden_states: Tensor, sequence: Tensor, head: Tensor) -> Tensor:
-        """Project states [B, h] to queries, keys and values [n, 3h'] of n pairs of sequence and head."""
-        if self.reads_all_weights(len(head)):
-            return torch.einsum("bh,ehd->ebd", hidden_states, self.qkv_weight)[head, sequence]
-        return torch.einsum("nh,nhd->nd", hidden_states[sequence], self.qkv_weight[head])
-
-    def project_out(self, gated: Tensor, sequence: Tensor, head: Tensor, batch: int) -> Tensor:
-        """Project the outputs [n, h'] of n pairs, and sum over heads: [B, h]."""
-        heads, head_dim, width = self.proj_weight.shape
-        if self.reads_all_weights(len(head)):
-            spread = gated.new_zeros(batch, heads, head_dim)
-            spread[sequence, head] = gated
-            return spread.flatten(1) @ self.proj_weight.flatten(0, 1)
-        projected = torch.einsum("nd,ndh->nh", gated, self.proj_weight[head])
-        output = torch.zeros(batch, width, dtype=torch.float32, device=gated.device)
-        return output.index_add_(0, sequence, projected.float())
-
-    def chosen(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """Return which tokens [B, E, T] each head selects, by its threshold or by their choice, with the first ones.
-
-        Args:
-            scores: [B, E, T].
-            tokens: positions and padding.
-            before: [B, E], number of tokens that each head selected before these; None: none.
-        """
-        first = (tokens.positions == 0)[:, None]  # [B or 1, 1, T]
-        valid = torch.ones_like(first) if tokens.valid is None else tokens.valid[:, None]
-        if self.head_bias is not None:
-            return (choose_heads(scores, self.head_bias, self.config.heads_per_token) | first) & valid
-        assert self.thresholds is not None
-        feedback = self.config.load_feedback
-        if feedback == 0:
-            return ((scores > self.thresholds[:, None]) | first) & valid
-        share = tokens.positions[:, None] / self.config.sparsity
-        margins = torch.logit(scores) - torch.logit(self.thresholds)[:, None] + feedback * share  # [B, E, T]
-        count = scores.new_zeros(scores.shape[:2]) if before is None else before.to(scores.dtype)
-        chunks = []
-        for chunk in margins.split(SELECTION_CHUNK, dim=-1):
-            columns = slice(len(chunks) * SELECTION_CHUNK, len(chunks) * SELECTION_CHUNK + chunk.shape[-1])
-            chunks.append(select_with_feedback(chunk, count, feedback, first[..., columns], valid[..., columns]))
-            count = count + chunks[-1].sum(-1)
-        return torch.cat(chunks, dim=-1)
-
-    def select(self, scores: Tensor, tokens: Tokens, before: Tensor | None) -> Tensor:
-        """Return the columns of each head's tokens [B, E, k] in order, padded with T, from scores [B, E, T]."""
-        if self.config.selection == "expert_choice":
-            return self.top_k(scores, tokens)
-        length = scores.shape[-1]
-        chosen = self.chosen(scores, tokens, before)
-        slots = chosen.cumsum(-1)  # from 1; slot 0 is for tokens that are not selected
-        count = int(slots[..., -1].max())
-        indices = slots.new_full((*slots.shape[:2], count + 1), length)  # [B, E, 1 + k]
-        columns = torch.arange(length, device=scores.device).expand_as(slots)
-        return indices.scatter_(-1, slots.masked_fill(~chosen, 0), columns)[..., 1:]
-
-    def top_k(self, scores: Tensor, tokens: Tokens) -> Tensor:
-        """Return the columns of each head's largest scores, where ties go to the earlier token.
-
-        A sequence with padding selects as many tokens as it would alone, and no padding.
-        """
-        if self.config.include_first_token:
-            scores = scores.masked_fill((tokens.positions == 0)[:, None], torch.inf)
-        return largest(scores, tokens, self.config.num_selected)
-
+from .sparse_mosa import MosaHeads
+from .tokens_mosa import Column, Tokens
 
 # The module of all heads of a kind in a layer.
 HEADS: dict[str, Callable[[MosaConfig], nn.Module]] = {
@@ -399,13 +33,18 @@ class MosaAttention(nn.Module):
 
     def __init__(self, config: MosaConfig) -> None:
         super().__init__()
+        self.mosa_heads: nn.Module | None
         for kind, create in HEADS.items():
             setattr(self, f"{kind}_heads", create(config) if getattr(config, f"num_{kind}_heads") else None)
 
     def forward(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer | None) -> Tensor:
         """Map [B, T, h] to [B, T, h]."""
+        stored = {kind: None if cache is None else getattr(cache, kind) for kind in HEADS}
+        prompt: dict[str, Any] = {}
+        if isinstance(self.mosa_heads, MosaHeads):  # first: its counts have then reached the host when it needs them
+            prompt = {"prompt": self.mosa_heads.start_prompt(hidden_states, tokens, stored["mosa"])}
         parts = [
-            heads(hidden_states, tokens, None if cache is None else getattr(cache, kind))
+            heads(hidden_states, tokens, stored[kind], **(prompt if kind == "mosa" else {}))
             for kind in HEADS
             if (heads := getattr(self, f"{kind}_heads")) is not None
         ]
@@ -413,16 +52,33 @@ class MosaAttention(nn.Module):
             cache.length += hidden_states.shape[1]
         return sum_of(parts)
 
-    def step(self, hidden_states: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column) -> Tensor:
-        """Map one token of each sequence, [B, 1, h] to [B, 1, h], as a step that can be captured."""
-        parts = []
-        for kind in HEADS:
-            heads, rows = getattr(self, f"{kind}_heads"), getattr(cache, kind)
-            if isinstance(heads, MosaCausalHeads):
-                parts.append(heads.step(hidden_states, tokens, rows, column))
-            elif heads is not None:
-                parts.append(heads.step(hidden_states, tokens, rows, has_room=True))
-        return sum_of(parts)
+    def can_step(self) -> bool:
+        """Return whether ``step`` computes what ``forward`` does: all heads have a step, and no adapter around them.
+
+        Fixed and Routing heads and token choice have no step that can be captured. PEFT may put adapters around heads.
+        """
+        return all(
+            isinstance(heads, MosaCausalHeads) or (isinstance(heads, MosaHeads) and heads.thresholds is not None)
+            for heads in self.children()
+        )
+
+    def step(
+        self, hidden_states: Tensor, residual: Tensor, tokens: Tokens, cache: MosaCacheLayer, column: Column
+    ) -> Tensor:
+        """Map one token of each sequence, [B, 1, h] to [B, 1, h], and add the residual, as a step that can be captured.
+
+        The kernels of MoSA heads run beside those of the other heads, if these leave room.
+        """
+        others = {kind: heads for kind in HEADS if isinstance(heads := getattr(self, f"{kind}_heads"), MosaCausalHeads)}
+        total, parts = residual, []
+        with Branch(residual.device, len(residual) * sum(heads.groups for heads in others.values())) as branch:
+            if isinstance(self.mosa_heads, MosaHeads):
+                assert cache.mosa is not None
+                with branch.beside():
+                    total = self.mosa_heads.step_in_kernels(hidden_states, tokens, cache.mosa, residual)
+            for kind, heads in others.items():
+                parts.append(heads.step(hidden_states, tokens, getattr(cache, kind), column))
+        return total + sum_of(parts) if parts else total
 
 
 def sum_of(parts: list[Tensor]) -> Tensor:

@@ -27,8 +27,10 @@ from transformers.utils import can_return_tuple, logging
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
 from .graph_mosa import can_capture, captured_step
-from .heads_mosa import UNCALIBRATED, MosaAttention, MosaHeads
+from .heads_mosa import MosaAttention
+from .room_mosa import Trial, may_read_twice
 from .routing_mosa import MosaRoutingHeads
+from .sparse_mosa import UNCALIBRATED, MosaHeads
 from .tokens_mosa import Tokens, read_tokens
 
 logger = logging.get_logger(__name__)
@@ -223,18 +225,40 @@ class MosaModel(MosaPreTrainedModel):
             cache = self.new_cache()
         if cache is not None:
             check_cache(cache, self.config, hidden_states.shape[0])
-        if cache is None or cache.get_seq_length() == 0:
+        is_first = cache is None or cache.get_seq_length() == 0
+        if is_first:
             self.check_thresholds()
         tokens = read_tokens(attention_mask, hidden_states, cache, self.config)
+        can_guess = is_first and tokens.valid is None and may_read_twice()
+        run = self.run_trial if can_guess else self.run_layers
+        hidden_states, states = run(hidden_states, tokens, cache, bool(output_hidden_states))
+        outputs = (*states[:-1], hidden_states) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=outputs, **cache_entry(cache))
+
+    def run_layers(
+        self, hidden_states: Tensor, tokens: Tokens, cache: MosaCache | None, keeps_all: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run layers and norm on [B, T, h]; return the output, and if ``keeps_all`` the input and output of layers."""
         states = [hidden_states]
         with sdpa_kernel(BACKENDS):
             for number, layer in enumerate(self.layers):
                 hidden_states = layer(hidden_states, tokens, None if cache is None else cache.layers[number])
-                if output_hidden_states:
+                if keeps_all:
                     states.append(hidden_states)
-        hidden_states = self.norm(hidden_states)
-        outputs = (*states[:-1], hidden_states) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, hidden_states=outputs, **cache_entry(cache))
+        return self.norm(hidden_states), states
+
+    def run_trial(
+        self, hidden_states: Tensor, tokens: Tokens, cache: MosaCache | None, keeps_all: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Do the same as ``run_layers`` for the first tokens of sequences, where layers may guess (room_mosa.py)."""
+        trial = Trial()
+        result = self.run_layers(hidden_states, tokens._replace(trial=trial), cache, keeps_all)
+        if trial.succeeded(*hidden_states.shape[:2]):
+            return result
+        del result, trial  # with the keys and values of this attempt
+        for layer in [] if cache is None else cache.layers:
+            layer.reset()
+        return self.run_layers(hidden_states, tokens, cache, keeps_all)
 
     def check_thresholds(self) -> None:
         """Check that all thresholds are set. Layers that accelerate has offloaded check theirs once they are loaded.
@@ -243,6 +267,9 @@ class MosaModel(MosaPreTrainedModel):
             ValueError: some are not; the message names the layers.
         """
         layers = [heads for heads in self.modules() if isinstance(heads, MosaHeads)]
+        known = [thresholds for heads in layers if (thresholds := heads.loaded_thresholds()) is not None]
+        if not known or not bool(torch.cat([thresholds.to(known[0].device) for thresholds in known]).isnan().any()):
+            return  # after a single wait for the device
         missing = [str(number) for number, heads in enumerate(layers) if heads.lacks_thresholds()]
         if missing:
             raise ValueError(UNCALIBRATED.format(f"layers {', '.join(missing)}"))

@@ -5,6 +5,7 @@ If torch.autocast is active in some calls only, new keys and values differ in dt
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,22 +13,25 @@ from torch import Tensor
 
 MIN_GROWTH = 16  # rows, or blocks, that a buffer grows by at least
 BLOCK = 16  # rows that a MoSA head allocates at once
+_CHANGES = count()
 
 
 class Rows:
     """Keys and values of one kind of heads; None: nothing is stored yet."""
 
     def __init__(self) -> None:
+        self.changes = next(_CHANGES)  # a number that no other has, whenever a tensor is replaced by another
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value is not getattr(self, name, None):
+            super().__setattr__("changes", next(_CHANGES))
+        super().__setattr__(name, value)
 
     def tensors(self) -> list[Tensor]:
         """Return the allocated tensors."""
         return [tensor for tensor in (self.keys, self.values) if tensor is not None]
-
-    def buffers(self) -> list[Tensor]:
-        """Return all tensors that a captured step reads or writes."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
 
     def select_sequences(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -63,7 +67,7 @@ class UniformRows(Rows):
         """Allocate ``rows`` rows for keys like [B, heads, n, h'], and copy what is stored."""
         old = self.keys, self.values
         shape = (*like.shape[:2], rows + 1, like.shape[3])
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys, self.values = like.new_zeros(2, *shape).unbind()
         for before, now in zip(old, (self.keys, self.values), strict=True):
             if before is not None:
                 now[:, :, : before.shape[2] - 1] = before[:, :, :-1]
@@ -198,6 +202,11 @@ def to_dtype(dtype: torch.dtype, keys_and_values: tuple[Tensor, Tensor]) -> tupl
     return keys.to(dtype), values.to(dtype)
 
 
+def with_spare(blocks: int) -> int:
+    """Return how many blocks to allocate where so many are needed."""
+    return blocks + max(MIN_GROWTH, blocks // 16)
+
+
 class SelectedRows(Rows):
     """The tokens that each head has selected of each sequence; row n holds the n-th of them, at any position.
 
@@ -238,7 +247,7 @@ class SelectedRows(Rows):
         if not totals.is_cuda:
             return
         if self.host_copy is None:
-            self.host_copy = torch.empty(3, dtype=torch.long, pin_memory=True), torch.cuda.Event()
+            self.host_copy = torch.empty(3, dtype=torch.long, device="cpu", pin_memory=True), torch.cuda.Event()
         copy, event = self.host_copy
         copy.copy_(totals, non_blocking=True)
         event.record(torch.cuda.current_stream(totals.device))  # the stream of the copy, whatever the current device
@@ -255,28 +264,33 @@ class SelectedRows(Rows):
     def reserve(self, like: Tensor, largest: int, blocks: int) -> None:
         """Make room for ``largest`` rows per head and sequence and ``blocks`` blocks in total; keys like [.., h']."""
         columns = -(-largest // BLOCK)
-        assert self.table is not None
-        if columns >= self.table.shape[2]:
-            grown = self.table.new_zeros(*self.table.shape[:2], columns + max(1, columns // 16) + 1)
-            grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
+        assert self.counts is not None
+        if self.table is None or columns >= self.table.shape[2]:
+            grown = self.counts.new_zeros(*self.counts.shape, columns + max(1, columns // 16) + 1)
+            if self.table is not None:
+                grown[:, :, : self.table.shape[2] - 1] = self.table[:, :, :-1]
             self.table = grown
         if self.keys is None or self.values is None or blocks > len(self.keys):
-            shape = (blocks + max(MIN_GROWTH, blocks // 16), BLOCK, like.shape[-1])
-            old, (self.keys, self.values) = (self.keys, self.values), (like.new_zeros(shape), like.new_zeros(shape))
+            shape = (with_spare(blocks), BLOCK, like.shape[-1])
+            old, (self.keys, self.values) = (self.keys, self.values), like.new_zeros(2, *shape).unbind()
             for before, now in zip(old, (self.keys, self.values), strict=True):
                 if before is not None:
                     now[: len(before)] = before
+
+    def shrink(self, blocks: int) -> None:
+        """Give back the room beyond that of ``reserve`` for ``blocks`` blocks, if it is more than a quarter of that."""
+        if self.keys is not None and self.values is not None and len(self.keys) > 1.25 * with_spare(blocks):
+            self.keys, self.values = (part[: with_spare(blocks)].clone() for part in (self.keys, self.values))
 
     def reserve_one(self, like: Tensor) -> None:
         """Make room for one more token of every head and sequence."""
         blocks, largest, full = self.host_totals()
         self.reserve(like, largest + 1, blocks + full)
 
-    def has_room(self, tokens: int) -> bool:
-        """Return whether ``tokens`` more of every head and sequence fit, BLOCK at most; waits for the device."""
-        assert self.counts is not None and self.totals is not None and self.table is not None and self.keys is not None
-        self.set_totals(self.totals)  # captured steps do not copy them
-        blocks, largest, _ = self.host_totals()
+    def has_room(self, totals: list[int], tokens: int) -> bool:
+        """Return whether ``tokens`` more of every head and sequence fit, BLOCK at most, after such ``totals``."""
+        assert self.counts is not None and self.table is not None and self.keys is not None
+        blocks, largest, _ = totals
         return largest + tokens <= BLOCK * (self.table.shape[2] - 1) and blocks + self.counts.numel() <= len(self.keys)
 
     def reserve_ahead(self, like: Tensor, tokens: int, share: float) -> None:
@@ -328,24 +342,10 @@ class SelectedRows(Rows):
         full = self.counts % BLOCK == 0
         self.set_totals(torch.stack((self.totals[0] + blocks.sum(), self.counts.max(), full.sum())))
 
-    def begin(self, counts: Tensor, like: Tensor) -> Tensor:
-        """Make room for the first tokens, which the caller is to store. Waits for the device.
-
-        Args:
-            counts: integers [B, E], number of tokens.
-            like: keys like [.., h'].
-
-        Returns:
-            [B, E], the first of consecutive blocks for each sequence and head; the table does not hold them yet.
-        """
-        self.counts = counts.long()
-        blocks = (self.counts + BLOCK - 1) // BLOCK
-        ends = blocks.flatten().cumsum(0) + 1
-        self.table = torch.zeros((*counts.shape, 1), dtype=torch.long, device=counts.device)
-        self.set_totals(torch.stack((ends[-1], self.counts.max(), (self.counts % BLOCK == 0).sum())))
-        total, largest, _ = self.host_totals()
-        self.reserve(like, largest, total)
-        return ends.view_as(blocks) - blocks
+    def begin(self, counts: Tensor, totals: Tensor) -> None:
+        """Count the first tokens, long [B, E], with their ``totals``; the caller then reserves room and stores them."""
+        self.counts = counts
+        self.set_totals(totals)
 
     def add_packed(self, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
         """Add [B, E, k, h'], of which the ``valid`` ones [B, E, k] come first; return their rows, [B, E, k]."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache_mosa import MosaCache
 from .configuration_mosa import MosaConfig
+from .room_mosa import Trial
 
 
 class Strided(NamedTuple):
@@ -49,6 +50,9 @@ class Tokens(NamedTuple):
     strided: Strided | None = None
     """None without fixed heads."""
 
+    trial: Trial | None = None
+    """Of a prompt of which MoSA heads may guess how many tokens they select; None: they must not guess."""
+
 
 class Column(NamedTuple):
     """The column of the input in which a captured step adds one token to every sequence; the device knows it."""
@@ -60,7 +64,7 @@ class Column(NamedTuple):
     """long [1]: number of columns, including it."""
 
     valid: Tensor | None
-    """bool [B, columns], False at padding, except at the token of this step; None: there is no padding."""
+    """bool [B, columns], which tokens are attended to: padding only by itself, in its own step. None: all."""
 
 
 def rotary_tables(positions: Tensor, config: MosaConfig) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class Documents:
         if starts.dim() != 2 or starts.dtype != torch.int64:
             raise ValueError(f"document starts are {starts.dtype} {tuple(starts.shape)}; expected torch.int64 [B, T]")
         host = starts.cpu()
-        positions = torch.arange(host.shape[1]).expand_as(host)
+        positions = torch.arange(host.shape[1], device=host.device).expand_as(host)
         begins = host == positions
         if not torch.equal(host, torch.where(begins, positions, 0).cummax(dim=1).values) or not begins[:, 0].all():
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_mosa.utils import naming, parse_json, write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
+_TOO_LARGE = 1e18  # for what a run counts or measures
 _NUMBERS = ("tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
 """Values of a line that must be numbers, or null for one that was not finite."""
 
@@ -99,8 +100,10 @@ def _is_metrics(line: Any) -> bool:
     """Return whether a line could have been written by a run: a step, and numbers wherever numbers are read."""
     if not isinstance(line, dict) or not isinstance(line.get("step"), int) or isinstance(line["step"], bool):
         return False
-    values = (line[name] for name in _NUMBERS if line.get(name) is not None)
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    values = [line["step"], *(line[name] for name in _NUMBERS if line.get(name) is not None)]
+    if not all(isinstance(value, int | float) and abs(value) < _TOO_LARGE for value in values):  # NaN is not below it
+        return False
+    return not 0 < abs(line.get("tokens_per_second") or 0) < 1 / _TOO_LARGE
 
 
 def _set_aside(path: Path) -> str | None:

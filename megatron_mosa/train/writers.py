@@ -46,6 +46,7 @@ class Writers:
         self.is_main = is_main
         self.resumed_step = resumed_step
         self.last_step = config.train.steps
+        self.journal: Journal | None = None
         self.wandb: WandbRun | None = None
         self.tensorboard: Any = None
         self.failure: str | None = None
@@ -55,7 +56,7 @@ class Writers:
         self._unwritten: list[dict[str, Any]] = []
 
     def start(self) -> None:
-        """Open the outputs on the main rank; before this, only ``note`` may be called.
+        """Open the outputs on the main rank, which the first line or rewind does otherwise.
 
         Raises:
             OSError: metrics.jsonl cannot be written.
@@ -80,13 +81,20 @@ class Writers:
         """
         if not self.is_main:
             return
+        path = self._opened().path
         if self.wandb is not None:
             with self._tolerating_wandb():
                 self.wandb.rewind(step)
-        self.journal = Journal(self.journal.path, step)
+        self.journal = Journal(path, step)
         if self.tensorboard is not None:
             self._close_tensorboard()
             self._open_tensorboard(step)
+
+    def _opened(self) -> Journal:
+        if self.journal is None:
+            self.start()
+        assert self.journal is not None
+        return self.journal
 
     def _open_tensorboard(self, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -142,6 +150,7 @@ class Writers:
                 self.wandb.finish()
 
     def _record(self, line: dict[str, Any]) -> None:
+        self._opened()
         per_head = {key: value for key, value in line.items() if isinstance(value, list) and _is_per_head(value)}
         line = {key: value for key, value in line.items() if key not in per_head}
         self._unwritten.append(line)  # without values per head: the file would grow to gigabytes
@@ -171,7 +180,7 @@ class Writers:
         """Write the lines that are not written yet, of earlier failures too."""
         try:
             while self._unwritten:
-                self.journal.write(self._unwritten[0])
+                self._opened().write(self._unwritten[0])
                 del self._unwritten[0]
         except OSError as error:
             if self.failure is None:

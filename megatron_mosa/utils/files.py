@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_mosa.utils.errors import file_problem
+from megatron_mosa.utils.parsing import is_plain
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, on Linux; some room is left for what will be below the path
 
@@ -113,6 +114,8 @@ def creation_problem(path: Path) -> str | None:
 
     It tries with a temporary file, because permissions alone say little: /proc, for one, looks writable to root.
     """
+    if not is_plain(str(path)):
+        return "its name must be UTF-8 text without control characters"
     existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not os.path.isdir(existing):
         return f"'{existing}' is not a directory"

@@ -1,4 +1,4 @@
-"""JSON from files that may be damaged."""
+"""JSON from files that may be damaged, and texts that may be odd."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import errno
 import json
 from pathlib import Path
 from typing import Any
+
+
+def is_plain(text: str) -> bool:
+    """Return whether a text is UTF-8 without control characters, so that files and terminals take it as it is."""
+    return all(sign >= " " and not "\x7f" <= sign < "\xa0" and not "\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def parse_json(text: str | bytes) -> Any:

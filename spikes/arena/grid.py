@@ -22,6 +22,7 @@ steps = os.environ.get("ARENA_STEPS")
 if steps:
     tree["corpora"][corpus]["train.steps"] = int(steps)
     tree["overrides"]["optimizer.warmup_steps"] = min(tree["overrides"]["optimizer.warmup_steps"], int(steps) // 3)
+tree["overrides"].setdefault("mosa.capacity_factor", 2.0)  # as it was by default when the first of these ran
 first = ["dense", "threshold", "expert_choice", "dense_gate", "token_choice", "fixed", "routing"]
 only = os.environ.get("ARENA_MEMBERS", "").split()
 names = [n for n in first if n in tree["members"]] + [n for n in tree["members"] if n not in first]

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from megatron_mosa.convert.commands.export_hf import export_hf
-from megatron_mosa.hf.heads_mosa import MosaAttention, MosaHeads
+from megatron_mosa.hf.heads_mosa import MosaAttention
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.hf.sparse_mosa import MosaHeads
 from tests.conftest import LAUNCHER
 from tests.conversion.models import Trained
 from tests.decode.models import build, random_tokens

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.hf.cache_mosa import MosaCache
-from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.hf.rows_mosa import MIN_GROWTH
+from megatron_mosa.hf.sparse_mosa import MosaHeads
 from tests.decode.models import KINDS, build, random_tokens
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 5, and rounding differs between processors
@@ -83,7 +83,7 @@ def test_attention_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
     expected = model(tokens, attention_mask=mask).logits
-    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.QUERY_CHUNK", 4)
+    monkeypatch.setattr("megatron_mosa.hf.dense_mosa.QUERY_CHUNK", 4)
     for found in (model(tokens, attention_mask=mask).logits, fed(model, tokens, [30, 11], mask)[0]):
         torch.testing.assert_close(found[mask == 1], expected[mask == 1], **CLOSE)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -105,6 +107,68 @@ def test_there_is_room_after_others_have_changed_the_cache(change: str) -> None:
     for end in range(column + 1, column + 9):
         model(tokens[:, end - 1 : end], **{CACHE: cache})
         assert rows.totals[0] <= len(rows.keys) and rows.totals[1] <= BLOCK * (rows.table.shape[2] - 1)
+
+
+def test_a_branch_is_joined_once_if_it_was_entered() -> None:
+    own, side, device = mock.Mock(), mock.Mock(), torch.device("cuda", 0)
+    given = {
+        "is_current_stream_capturing": lambda: True, "current_stream": lambda _: own, "stream": nullcontext,
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=132),
+    }  # fmt: skip
+    with (
+        mock.patch.multiple(torch.cuda, **given),
+        mock.patch.object(graph_mosa, "_streams", lambda _: (own, side)),
+    ):
+        with graph_mosa.Branch(device):
+            pass
+        with graph_mosa.Branch(device, programs=133) as branch, branch.beside():
+            pass
+        assert not own.mock_calls and not side.mock_calls  # which is in no graph
+        with (
+            pytest.raises(ValueError, match="inside"),
+            graph_mosa.Branch(device, programs=132) as branch,
+            branch.beside(),
+        ):
+            raise ValueError("inside")
+        side.wait_stream.assert_called_once_with(own)
+        own.wait_stream.assert_called_once_with(side)
+
+
+class Adapter(torch.nn.Module):
+    """Stands around a module as PEFT's do."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments: object, **options: object) -> Tensor:
+        return self.module(*arguments, **options)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["fixed", "chosen"])
+@torch.no_grad()
+def test_heads_without_a_step_are_not_captured(kind: str) -> None:
+    model, tokens = build(kind, num_hidden_layers=1), random_tokens(2, PROMPT + 3)
+    expected = model(tokens).logits
+    with mock.patch.object(graph_mosa.CapturedSteps, "_step") as taken:
+        found = decoded(model, tokens, None, [PROMPT, 1, 1, 1])
+    assert not taken.called
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("kind", ["mosa", "dense"])
+def test_heads_in_an_adapter_take_part(kind: str) -> None:
+    model, tokens = build("hybrid", num_hidden_layers=2), random_tokens(2, PROMPT + 3)
+    expected = model(tokens).logits
+    attention = model.model.layers[1].self_attn
+    setattr(attention, f"{kind}_heads", Adapter(getattr(attention, f"{kind}_heads")))
+    cache = model.new_cache()
+    found = [model(tokens[:, :PROMPT], **{CACHE: cache}).logits]
+    found += [model(tokens[:, end - 1 : end], **{CACHE: cache}).logits for end in range(PROMPT + 1, PROMPT + 4)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -27,6 +27,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_mosa, "ROWS", 16)  # so that there are several tiles
     monkeypatch.setattr(kernels_mosa, "WIDTH_BLOCK", 32)
     monkeypatch.setattr(kernels_mosa, "ROUTER_BLOCK", 16)
+    monkeypatch.setattr(kernels_mosa, "MOST_SLOTS", 2)  # so that programs do the work of several heads
 
 
 def decoded(model: MosaForCausalLM, tokens: Tensor, mask: Tensor | None) -> Tensor:

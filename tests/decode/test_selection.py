@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mosa.hf.configuration_mosa import MosaConfig
-from megatron_mosa.hf.heads_mosa import MosaHeads
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.hf.sparse_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
 from tests.decode.models import KINDS, build, random_tokens
 
@@ -48,7 +48,7 @@ def by_hand(heads: MosaHeads, states: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("feedback", [0.0, 0.5, 9.0])
 def test_threshold_heads_against_a_loop(feedback: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_mosa.hf.heads_mosa.SELECTION_CHUNK", 5)
+    monkeypatch.setattr("megatron_mosa.hf.sparse_mosa.SELECTION_CHUNK", 5)
     model = build("pure", rotary_percent=0.5, load_feedback=feedback)
     heads = model.model.layers[1].self_attn.mosa_heads
     states = torch.randn(2, 19, 24, generator=torch.Generator().manual_seed(3))

@@ -133,12 +133,11 @@ def master_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
-    """Return the smallest gap between a selected and an unselected score in the recorded forward pass.
+    """Return the smallest gap between a selected and an unselected score in what the forward pass recorded.
 
-    Of a head's tokens, or with token choice of a token's heads.
+    Of a head's tokens, or with token choice of a token's heads. Compiled layers record one sequence.
     """
-    starts = batch.get("document_starts", torch.zeros_like(batch["tokens"]))  # [B, T]
-    first = starts == torch.arange(starts.shape[1])  # selected regardless of its score
+    all_starts = batch.get("document_starts", torch.zeros_like(batch["tokens"]))  # [B, T]
     margins = []
     for heads in model.modules():
         if isinstance(heads, MosaHeads) and heads.selection is not None:
@@ -148,6 +147,8 @@ def selection_margin(model: torch.nn.Module, batch: Batch) -> float:
                 number = heads.config.heads_per_token
                 margins.append((best[:, number - 1] - best[:, number]).min().item())
                 continue
+            starts = all_starts[: len(scores)]
+            first = starts == torch.arange(starts.shape[1])  # selected regardless of its score
             chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)  # index T marks empty slots
             chosen = chosen.scatter(-1, indices, True)[..., :-1]
             gaps = scores.unsqueeze(-1) - scores.unsqueeze(-2)  # [B, E, T, T]

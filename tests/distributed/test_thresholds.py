@@ -17,6 +17,7 @@ WARMUP = 2
 
 def make_config(**changes: object) -> Config:
     options = {"mosa__selection": "threshold", "mosa__threshold_warmup_steps": WARMUP, "run__seed": 5}
+    options |= {"mosa__load_feedback": 0.0, "mosa__capacity_factor": 2.0}
     return tasks.tiny_config(**options | changes)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,18 +12,20 @@ from torch.nn import functional as F
 
 from megatron_mosa.attention.thresholds import mosa_layers, selection_buffers, update_thresholds
 from megatron_mosa.config import Config
-from megatron_mosa.engine import DeepSpeedEngine, acceleration
+from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.engine.acceleration import choose_acceleration
 from megatron_mosa.kernels import get_backend
 from megatron_mosa.metrics import recorded_selection
 from megatron_mosa.model import build_model, language_model_loss
-from tests.distributed.tasks import VOCAB_SIZE, global_batch, micro_batches, parallel
+from tests.distributed.tasks import VOCAB_SIZE, global_batch, master_weights, micro_batches, parallel, whole
 
 
 def gradients(config: Config, precision: str) -> dict[str, Any]:
-    """Errors of all gradients, of the fast path and of the plain one, against the plain one in fp32."""
+    """Errors of all gradients, of the fast path and of the plain one, against the plain one in fp32.
+
+    Root mean squares over four batches: in one of them, a token more that rounding selects doubles an error.
+    """
     with parallel(config) as layout:
-        batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, 0).items()}
         exact = build_model(config, VOCAB_SIZE).to(layout.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         plain, fast = (build_model(config, VOCAB_SIZE, dtype).to(layout.device) for _ in range(2))
@@ -31,24 +33,25 @@ def gradients(config: Config, precision: str) -> dict[str, Any]:
             for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
                 parameter.data.copy_(rounded.data)  # the same weights in all three
         fast.compile_layers(get_backend("triton", next(fast.parameters())))
-        losses, found = [], []
-        for model in (exact, plain, fast):
-            for _ in range(3):  # past the thresholds' warm-up
+        errors: dict[str, list[Tensor]] = defaultdict(list)
+        for number in range(6):
+            batch = {name: tensor.to(layout.device) for name, tensor in global_batch(config, number).items()}
+            losses, found = [], []
+            for model in (fast, plain, exact):
                 model.zero_grad()
                 loss, count = language_model_loss(model, **batch)
                 (loss / count).backward()
                 update_thresholds(model, None)
-            losses.append(loss.item())
-            found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+                losses.append(loss.item())
+                found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+            for name, value in found.pop().items() if number >= 2 else ():  # past the thresholds' warm-up
+                errors[name].append(torch.stack([(of[name] - value).norm() / value.norm() for of in found]))
         config.train.precision = precision
         return {
             "chose": str(choose_acceleration(config, layout)),
-            "exact loss": losses[0],
-            "fast loss": losses[2],
-            "errors": {
-                name: [float((of[name] - value).norm() / value.norm()) for of in (found[2], found[1])]
-                for name, value in found[0].items()
-            },
+            "exact loss": losses[2],
+            "fast loss": losses[0],
+            "errors": {name: torch.stack(of).square().mean(0).sqrt().tolist() for name, of in errors.items()},
         }
 
 
@@ -66,12 +69,10 @@ def _taken(selection: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def steps(config: Config, number: int) -> dict[str, Any]:
-    """Losses, norms, a validation in between, and what the first step has selected and counted.
-
-    Also with graphs that a run does not take yet.
-    """
-    with parallel(config) as layout, mock.patch.object(acceleration, "GRAPHED_STAGES", (1, 2, 3)):
+    """Losses, norms, a validation in between, how weights moved, and what the first step has selected and counted."""
+    with parallel(config) as layout:
         engine = DeepSpeedEngine(config, VOCAB_SIZE, layout)
+        before = master_weights(engine)
         results, validation, selected, thresholds = [], 0.0, [], []
         for step in range(number):
             if step == number - 2:
@@ -87,6 +88,9 @@ def steps(config: Config, number: int) -> dict[str, Any]:
             "losses": [result.loss for result in results],
             "norms": [result.grad_norm for result in results],
             "validation": validation,
+            "moved": whole(
+                engine.module, {name: weight - before[name] for name, weight in master_weights(engine).items()}
+            ),
             "selected": selected,
             "is graphed": _is_graphed(engine),
             "thresholds": thresholds,

@@ -14,7 +14,10 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
 
 from megatron_mosa.attention import num_selected_tokens
+from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.kernels import get_backend, naive
+from tests.decode.models import build, random_tokens
+from tests.kernels.compile_for import decode as run_steps
 from tests.kernels.test_documents import pack
 from tests.kernels.test_naive import make_inputs
 
@@ -52,6 +55,24 @@ def main() -> None:
             gradients = torch.autograd.grad(output.float().square().sum(), inputs)
             assert all(gradient.isfinite().all() for gradient in gradients)
         print(f"B{batch} T{length} E{heads} h{width} h'{size} k{selected} {dtype}: ran", flush=True)
+    for kind in ("hybrid", "followed", "many", "chosen"):
+        decode(kind)
+
+
+@torch.no_grad()
+def decode(kind: str) -> None:
+    """Read prompts, the second with guessed room, and take steps: as without a graph, and as in one."""
+    model, tokens = build(kind).cuda(), random_tokens(3, 60).cuda()
+    model.captures_steps = False  # graphs need memory from torch's pool
+    for _ in range(2):
+        cache = model.new_cache()
+        model(tokens[:, :40], **{CACHE: cache})
+    for column in range(40, 60):
+        logits = model(tokens[:, column : column + 1], **{CACHE: cache}).logits
+        assert logits.isfinite().all()
+    with torch.device("cuda"):
+        run_steps(*(torch.randn(size) for size in ((9, 256), (9, 256, 192), (9, 64, 256))))
+    print(f"decoding, {kind}: ran", flush=True)
 
 
 if __name__ == "__main__":

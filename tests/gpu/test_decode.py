@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf import graph_mosa, sparse_mosa
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.hf.room_mosa import Room
+from megatron_mosa.kernels import prompt
 from tests.decode.models import build, random_tokens
 
 WIDE = {"hidden_size": 192, "head_dim": 64, "num_mosa_heads": 40, "sparsity": 4, "num_hidden_layers": 2}
@@ -65,6 +68,36 @@ def test_decoding_matches_the_forward_pass(kind: str, changes: dict[str, int], p
             if layer.mosa is not None:
                 assert layer.mosa.host_totals() == layer.mosa.totals.tolist()
                 assert layer.mosa.host_totals()[1] == layer.mosa.counts.max()
+    assert graph_mosa._STEPS[cache].graph is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("kind", ["pure", "hybrid", "followed"])
+def test_prompts_in_guessed_room(kind: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (first, tokens) = build(kind).cuda(), random_tokens(6, LENGTH).cuda().split(3)
+    expected = model(tokens).logits  # no earlier prompt is known
+    model(first[:, :PROMPT])
+    if not fits:
+        monkeypatch.setattr(model.model.layers[1].self_attn.mosa_heads.prompts, "guess", lambda *_: Room(8, 9))
+    with mock.patch.object(prompt, "read_prompt", wraps=prompt.read_prompt) as read:
+        for captures in (False, True):
+            model.captures_steps, cache = captures, model.new_cache()
+            found = model(tokens[:, :PROMPT], **{CACHE: cache}).logits
+            logits = torch.cat((found, steps(model, tokens, PROMPT, None, cache)), dim=1)
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert read.call_count == 2 * len(model.model.layers) * (1 if fits else 2)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("kind", ["pure", "grouped", "hybrid"])
+def test_steps_are_captured_on_another_device_than_the_current_one(kind: str) -> None:
+    model, tokens = build(kind).to("cuda:1"), random_tokens(3, 30).to("cuda:1")
+    cache, expected = model.new_cache(), model(tokens).logits
+    model(tokens[:, :20], **{CACHE: cache})
+    torch.testing.assert_close(steps(model, tokens, 20, None, cache), expected[:, 20:], rtol=1e-4, atol=1e-4)
+    assert graph_mosa._STEPS[cache].graph is not None
 
 
 @torch.no_grad()
@@ -85,7 +118,7 @@ def test_the_kernels_match_the_plain_path(dtype: torch.dtype, head_dim: int, mon
     model.model.layers[0].self_attn.mosa_heads.register_forward_hook(lambda *call: outputs[number].append(call[2]))
     steps(model, tokens, PROMPT, None, caches[0])
     number = 1
-    monkeypatch.setattr(heads_mosa, "can_run_kernels", lambda states: False)
+    monkeypatch.setattr(sparse_mosa, "can_run_kernels", lambda states: False)
     steps(model, tokens, PROMPT, None, caches[1])
     rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     for found, plain in zip(*outputs, strict=True):

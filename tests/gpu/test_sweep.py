@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mosa.engine.acceleration import GRAPHED_STAGES
 from tests.distributed import memory_tasks, tasks
 from tests.distributed.pool import WorkerPools
 from tests.integration.conftest import ROOT, TINY
@@ -53,13 +52,13 @@ def test_layouts_in_reused_processes(tmp_path: Path) -> None:
     assert len(rows) == len(layouts) and {row["status"] for row in rows} == {"reference", "ok"}, logs
     for row in rows:
         assert float(row["ms_matrix_products"]) > 0 and float(row["mfu"]) > 0 and row["note"] == ""
-        is_graphed = int(row["zero"]) in GRAPHED_STAGES
-        assert ("one CUDA graph" in row["acceleration"]) == is_graphed, row["acceleration"]
+        assert "one CUDA graph" in row["acceleration"]
         if row["processes"] != "1":
             assert float(row["ms_collectives"]) > 0
-            assert 0 <= float(row["exposed_communication_share"]) <= float(row["communication_share"]) * 1.5
-    # Engines of ZeRO-1 and 2 free their memory, so that the next one begins in the same processes.
-    assert done.stdout.count("starting 1 process") <= 2, done.stdout
+            # The first is of one rank, the second the mean of two, of which one may have waited for the other.
+            assert 0 <= float(row["exposed_communication_share"]) <= float(row["communication_share"]) * 2
+    # Engines free their memory, so that the next one begins in the same processes.
+    assert done.stdout.count("starting 1 process") == 1, done.stdout
     for file in (tmp_path / "out" / "layouts").glob("*.json"):
         print(file.name, json.loads(file.read_text())["phase_seconds"])
 

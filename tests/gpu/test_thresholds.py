@@ -9,9 +9,11 @@ import torch
 
 from megatron_mosa.attention import mosa_attention
 from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
+from megatron_mosa.kernels.triton import scattered
 from tests.kernels.test_documents import pack
 from tests.kernels.test_naive import make_inputs
 from tests.kernels.test_thresholds import select_above
+from tests.kernels.test_triton import errors
 
 
 @pytest.fixture
@@ -55,6 +57,22 @@ def test_scores_are_counted_as_by_the_naive_path(fused: KernelBackend, length: i
     naive.count_scores(scores, theirs)
     assert torch.equal(ours.sum(-1), theirs.sum(-1))
     assert (ours.cumsum(-1) - theirs.cumsum(-1)).abs().max() <= 2  # rounding at the bounds of bins
+
+
+@pytest.mark.parametrize("small_bytes", [scattered.SMALL_BYTES, 0])  # all in one chunk; sequences or columns in several
+@pytest.mark.parametrize("head_dim", [36, 64, 128])  # by pointers; by descriptors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_of_rows_whose_number_differs(
+    fused: KernelBackend, dtype: torch.dtype, head_dim: int, small_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads with one row a sequence, with all that the capacity allows, and with several tiles and a remainder."""
+    monkeypatch.setattr(scattered, "SMALL_BYTES", small_bytes)
+    inputs = [tensor.detach().cuda() for tensor in make_inputs(6, 1024, 24, 512, head_dim)]
+    scores = naive.router_scores(*inputs[:2]).float()
+    thresholds = scores.transpose(0, 1).flatten(1).quantile(0.92, dim=1)
+    thresholds[0], thresholds[1] = 1.0, 0.0
+    ours, naives = errors(fused, inputs, fused.select_above(scores, thresholds, 100), dtype)
+    assert max(ours) < 1e-5 if dtype == torch.float32 else all(a < 2 * b for a, b in zip(ours, naives, strict=True))
 
 
 @pytest.mark.parametrize("feedback", [0.0, 0.2])

@@ -100,8 +100,9 @@ TABLE: dict[str, dict[str, Way]] = {
     "docs/causal.md": {
         "mosa checkpoint causalize runs/NAME OUT --samples 256": Way((("256", "2"),)),
         "python pretrain_mosa.py configs/paper/tiny_mosa.yaml data.validation_fraction=0.02 "
-        "data.tokenizer_bytes=30000000 mosa.num_heads=276 mosa.sparsity=32 mosa.selection=threshold train.steps=1500 "
-        "train.micro_batch_size=64 optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 "
+        "data.tokenizer_bytes=30000000 mosa.num_heads=276 mosa.sparsity=32 mosa.selection=threshold "
+        "mosa.load_feedback=0 mosa.capacity_factor=2 train.steps=1500 train.micro_batch_size=64 "
+        "optimizer.learning_rate=1e-3 optimizer.min_learning_rate=1e-4 "
         "optimizer.warmup_steps=100 optimizer.gradient_clipping=1.0 validation.interval=500 "
         "validation.num_samples=1024 run.seed=1234": Way(added=f"{SMALL} data.path=data/quickstart"),
     },
@@ -238,6 +239,21 @@ TABLE: dict[str, dict[str, Way]] = {
         "--time-limit 120": Way((("paper_tiny", "example"),), "--dry-run", reason=CLUSTER),
         "mosa report runs/grid_example": Way(),
         "mosa isoflop match runs/grid_example": Way(),
+    },
+    "docs/results.md": {
+        'mosa data build configs/paper/tiny.yaml data.path=data/novels "data.sources=[novels.jsonl]" '
+        "data.validation_fraction=0.03": Way((("novels.jsonl", "TEXTS"),), "data.vocab_size=400"),
+        'mosa data build configs/paper/tiny.yaml data.path=data/python "data.sources=[python.jsonl]" '
+        "data.tokenizer_bytes=30000000 data.validation_fraction=0.02": Way(
+            (("python.jsonl", "TEXTS"),), "data.vocab_size=400"
+        ),
+        "mosa isoflop run configs/grids/paper_tiny.yaml --jobs 10 --measure --remove-checkpoints": instead(
+            GPU, "mosa isoflop configs/paper/tiny.yaml"
+        ),
+        "mosa isoflop run configs/grids/paper_small.yaml --jobs 4 --measure --remove-checkpoints": instead(
+            GPU, "mosa isoflop configs/paper/small.yaml"
+        ),
+        "mosa report runs/grid_paper_tiny": instead("is run for docs/isoflop.md"),
     },
     "docs/profiling.md": {
         "mosa bench configs/first_gpu_run.yaml": Way(added=f"{SMALL} --steps 1 --warmup 1"),

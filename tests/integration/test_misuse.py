@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.conftest import Runner
 from tests.loaded import loaded_python
@@ -28,6 +29,7 @@ BUILD = "data build CONFIG data.path=built"
 SUBMIT = "submit CONFIG run.name=new --gpus-per-node 1 --dry-run"
 RANKS = "WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511"
 
+GENERATE = "generate --prompt a --max-new-tokens 1 --causal-approximation prefix"
 LONG = "a" * 300
 
 GRIDS = "bad/grids"
@@ -107,8 +109,62 @@ BAD_RESULTS = {
     "short": ("{}", "it has no cell"),
     "type": (json.dumps(ROW | {"loss": "low"}), "loss has a value of another type"),
     "mapping": (json.dumps(ROW | {"decode_ms": 3}), "decode_ms has a value of another type"),
+    "huge": (json.dumps(ROW | {"sparsity": 10**30}), "sparsity has a value of another type"),
+    "nul": (json.dumps(ROW | {"device": "a\0b"}), "device has a value of another type"),
+    "place": (json.dumps(ROW | {"size": "../../s"}), "size is not a name"),
+    "budget": (json.dumps(ROW | {"equal": "x"}), "equal is not one of paper_flops"),
+    "half": (json.dumps(ROW | {"perplexity": None}), "a loss without a perplexity"),
+    "batches": (json.dumps(ROW | {"decode_ms": {"a": 1}}), "decode_ms has a key that is not a number"),
+    "empty_cell": (json.dumps(ROW | {"not_measured": {"a": "b"}}), "not_measured has the unknown key a"),
     "infinite": (json.dumps(ROW) + "\n" + json.dumps(ROW | {"loss": math.inf}), "line 2 is not a result"),
 }
+
+# by name: a value with a tag or of a size that does not fit it, and words of the answer
+BAD_TAGS = {
+    "date": ("!!timestamp x", "is not valid YAML"),
+    "bool": ("!!bool x", "is not valid YAML"),
+    "large": (f"0x{'f' * 5000}", "train.steps must be of type int, got a number of thousands of digits"),
+}
+# by name: a key of a Hugging Face folder's config.json, its value, and words of the answer
+BAD_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "base": ({"rotary_base": ["x"]}, "rotary_base has a value of another type"),
+    "zero": ({"rotary_base": 0}, "rotary_base must be"),
+    "epsilon": ({"norm_eps": None}, "norm_eps has a value of another type"),
+    "vocabulary": ({"vocab_size": {}}, "vocab_size has a value of another type"),
+    "end": ({"eos_token_id": "x"}, "eos_token_id must be a token from 0 to"),
+    "length": ({"max_position_embeddings": []}, "max_position_embeddings has a value of another type"),
+    "gate": ({"attention_gate": True}, "does not match the model described in its config.json"),
+    "heads": ({"num_mosa_heads": 3}, "does not match the model described in its config.json"),
+}
+# by name: a section and key of the configuration in a checkpoint's metadata.json, its value, and words of the answer
+BAD_METADATA: dict[str, tuple[tuple[str, ...], Any, str]] = {
+    "section": (("model",), 3, "config.model: it is not a JSON object"),
+    "missing": (("mosa",), {}, "config.mosa has no num_heads"),
+    "type": (("mosa", "selection"), {"a": 1}, "selection has a value of another type"),
+    "layers": (("model", "num_layers"), "two", "num_layers has a value of another type"),
+    "seed": (("run",), {"name": "a"}, "config.run has no seed"),
+}
+# by name: content of a run's metrics.jsonl
+BAD_JOURNALS = {
+    "tokens": '{"step": 1, "loss": 1.0}',
+    "digits": f'{{"step": 1, "tokens": 1, "loss": {"9" * 400}}}',
+    "steps": f'{{"step": {10**30}, "tokens": 1, "loss": 1.0}}',
+    "slow": '{"step": 1, "tokens": 1, "loss": 1.0, "tokens_per_second": 1e-300}',
+}
+# by name: what is changed in a result of mosa bench, and words of the answer
+BAD_BENCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "profile": ({"profile": {"kinds": 3}}, "kinds has a value of another type"),
+    "keys": ({"profile": {"kinds": {}}}, "profile has no busy"),
+    "times": ({"milliseconds": []}, "milliseconds has no times"),
+    "none": ({"milliseconds": [0.0]}, "milliseconds has no times"),
+    "rules": ({"flops_per_step": {}}, "flops_per_step has no executed"),
+    "peak": ({"peak_flops": 0.0}, "peak_flops is not above 0"),
+}
+BENCH = {
+    "name": "a", "layout": "", "device": "cpu", "versions": {}, "acceleration": "", "milliseconds": [1.0],
+    "tokens_per_step": 1, "flops_per_step": {"executed": 1.0, "usual": 1.0}, "peak_flops": 1.0, "parameters": 1,
+    "allocated_gib": 1.0, "reserved_gib": 0.0, "seconds_to_build": 1.0, "seconds_of_first_steps": [], "losses": [1.0],
+}  # fmt: skip
 
 # (command, exit code, words of its line): environment variables may precede the command.
 MISUSES: list[tuple[str, int, str]] = [
@@ -121,11 +177,14 @@ MISUSES: list[tuple[str, int, str]] = [
     ("status", 2, "Missing argument 'RUN'"),
     ("checkpoint export runs/a", 2, "Missing argument 'OUT'"),
     ("checkpoint export runs/a out", 2, "Missing option '--to'"),
-    ("evaluate runs/a --samples x", 2, "Invalid value for '--samples'"),
+    ("evaluate runs/a --samples x", 2, "--samples must be a whole number, got 'x'; see mosa evaluate --help"),
     ("evaluate runs/a --samples 1", 2, "--samples must be at least 2"),
     ("status runs/a --interval 0", 2, "--interval must be at least 0.1"),
+    ("status runs/a --interval ''", 2, "--interval must be a number, got ''"),
+    ("isoflop run --jobs", 2, "requires an argument; see mosa isoflop run --help"),
+    ("COLUMNS=99999999999999999999 status none", 2, "none"),
     ("config diff configs/quickstart.yaml", 2, "Missing argument 'B'"),
-    ("data sample CONFIG x", 2, "Invalid value for 'N'"),
+    ("data sample CONFIG x", 2, "N must be a whole number, got 'x'; see mosa data sample --help"),
     # Configuration files
     ("config show none.yaml", 2, "'none.yaml' does not exist"),
     ("config show bad", 2, "'bad' is a directory"),
@@ -137,6 +196,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show /dev/zero", 2, "is not a regular file"),
     ("config show bad/itself.yaml", 2, "line 1 contains an alias of itself"),
     (f"config show {LONG}", 2, "File name too long"),
+    *[(f"config show bad/tags/{name}.yaml", 2, words) for name, (_, words) in BAD_TAGS.items()],
     ("config list none", 2, "'none' is not a directory"),
     ("config diff CONFIG none.yaml", 2, "'none.yaml' does not exist"),
     ("config show CONFIG train.steps", 2, "not of the form section.key=value"),
@@ -284,6 +344,8 @@ MISUSES: list[tuple[str, int, str]] = [
     ("data sample CONFIG 100000", 2, "sample must be 0 to 79"),
     ("data index CONFIG data.path=none", 2, "does not exist"),
     ("data index CONFIG data.index_path=/proc/x", 2, "could not write the sample index"),
+    ("data index CONFIG data.index_path=texts.jsonl", 2, "is not a directory"),
+    ("data index CONFIG train.steps=1000000000", 2, "but one shuffled pass holds at most"),
     # Checkpoints
     ("checkpoint inspect none", 2, "'none' does not exist"),
     ("checkpoint inspect bad", 2, "does not contain a model"),
@@ -317,6 +379,9 @@ MISUSES: list[tuple[str, int, str]] = [
     ("checkpoint causalize runs/a out --data none", 2, "none"),
     ("checkpoint verify runs/a none", 2, "does not exist"),
     ("checkpoint verify runs/a hf --tolerance -1", 2, "tolerance"),
+    *[(f"checkpoint inspect bad/described/{name}", 1, words) for name, (_, _, words) in BAD_METADATA.items()],
+    ("checkpoint inspect bad/pipes", 1, "cannot be read (Not a regular file)"),
+    ("checkpoint inspect bad/models/architectures", 0, ""),
     # Evaluation and decoding
     ("evaluate none", 2, "'none' does not exist"),
     ("evaluate runs/a --device tpu", 2, "--device must be cpu"),
@@ -345,9 +410,13 @@ MISUSES: list[tuple[str, int, str]] = [
     ("generate none --prompt a", 2, "'none' does not exist"),
     ("generate hf --prompt a", 2, ""),
     ("generate bad/hf --prompt a --causal-approximation prefix", 1, "damaged"),
-    ("generate bad/unlisted --prompt a --causal-approximation prefix", 1, "its weights cannot be read"),
+    ("generate bad/unlisted --prompt a --causal-approximation prefix", 1, "it lists no tensors in weight_map"),
     ("generate bad/unset --prompt a", 1, "'bad/unset' is damaged: config.json is damaged"),
     ("generate bad/words --prompt a --causal-approximation prefix", 1, "tokenizer.json"),
+    *[(f"{GENERATE} bad/models/{name}", 1, words) for name, (_, words) in BAD_MODELS.items()],
+    (f"{GENERATE} bad/models/tokenizer", 1, "tokenizer.json' is damaged"),
+    (f"{GENERATE} bad/pipes", 1, "cannot be read (Not a regular file)"),
+    ("checkpoint import bad/models/activation out --from hf", 2, "a value has another type"),
     ("cache-report none", 2, "'none' does not exist"),
     ("cache-report hf", 2, "nothing can be cached"),
     ("cache-report hf --lengths x", 2, "--lengths"),
@@ -364,6 +433,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("bench CONFIG --warmup 0", 2, "--warmup must be"),
     ("bench CONFIG --steps 99999999999", 2, "at most 1000000"),
     ("bench CONFIG --compare none.json", 2, "none.json"),
+    *[(f"bench CONFIG --compare bad/bench/{name}.json", 2, words) for name, (_, words) in BAD_BENCHES.items()],
     ("bench CONFIG --output texts.jsonl/x.json", 2, "--output=texts.jsonl/x.json"),
     ("isoflop CONFIG --sparsity two", 2, "'two' is not a number"),
     ("isoflop CONFIG mosa.num_heads=0 --sparsity 0", 2, "sparsity"),
@@ -430,14 +500,27 @@ MISUSES: list[tuple[str, int, str]] = [
     ("checkpoint inspect runs/early", 2, "is a run without a checkpoint yet"),
     ("checkpoint exprt runs/a out", 2, "Did you mean 'export'? See mosa checkpoint --help"),
     ("generate hf --prompt \udc80", 2, "--prompt is not UTF-8 text"),
-    (f"{CHECK} 'data.path=a\n\x1b[2Jb'", 2, "data.path=a\\n\\x1b[2Jb does not exist"),
+    (f"{CHECK} 'data.path=a\n\x1b[2Jb'", 2, "data.path must be UTF-8 text without control characters"),
+    (f"{CHECK} data.path=a\udcff", 2, "data.path must be UTF-8 text without control characters"),
+    ("evaluate runs/a --output data/manifest.json", 2, "would replace a file of a run, a dataset or a model"),
+    ("evaluate runs/a --output runs/a/metrics.jsonl", 2, "would replace a file of a run, a dataset or a model"),
+    ("bench CONFIG --output hf/config.json", 2, "would replace a file of a run, a dataset or a model"),
+    ("doctor --json runs/a/status.json", 2, "would replace a file of a run, a dataset or a model"),
+    ("checkpoint import bad/keys.pt out.safetensors --from mosa-pytorch", 2, "does not contain a state dict"),
+    ("cache-report hf --lengths ٣", 2, "is not a number of tokens"),
+    ("compare 'runs/\x1b[2J'", 2, "runs/\\x1b[2J"),
+    ("checkpoint export runs/a out\udcff --to hf", 2, "must be UTF-8 text without control characters"),
+    ("evaluate runs/a --output 'o\x1b.json'", 2, "must be UTF-8 text without control characters"),
     # Runs side by side
     ("compare", 2, "Missing argument"),
     ("compare none", 2, "'none' has no metrics.jsonl with losses"),
-    ("compare runs/none", 2, "runs there: a"),
+    ("compare runs/none", 2, "runs there: [b]$^, a"),
     ("compare runs/a runs/a", 2, "each run once"),
     ("compare bad/odd", 2, "has no metrics.jsonl with losses"),
     ("status bad/odd", 2, "has no status.json that can be read"),
+    *[(f"compare bad/runs/{name}", 2, "has no metrics.jsonl with losses") for name in BAD_JOURNALS],
+    ("compare 'runs/[b]$^' runs/a --output markup.png", 0, ""),
+    ("status 'runs/[b]$^'", 0, ""),
     ("compare bad/loop", 2, "'bad/loop' has no metrics.jsonl"),
     (f"compare {LONG}", 2, "File name too long"),
     ("compare runs/a --output x.jpg", 2, "ends in .png"),
@@ -476,7 +559,11 @@ MISUSES: list[tuple[str, int, str]] = [
             "--signal=soon": "--signal must be",
         }.items()
     ],
-    (f"{SUBMIT} --exclude 'n[5-1]'", 2, "--exclude must be"),
+    *[
+        (f"{SUBMIT} --exclude {shlex.quote(nodes)}", 2, "--exclude must be names of nodes")
+        for nodes in ("n[5-1]", "n[1-9999999999]", "n[1-65536],x", "n[1-300]x[1-300]", "n[1--3]", f"n[{'9' * 5000}]")
+    ],
+    (f"{SUBMIT} --sbatch-argument '--nodelist=n[1-9999999999]'", 2, "at most 65,536"),
     *[
         (f"{SUBMIT} {shlex.quote(f'run.directory={path}')}", 2, f"contains {sign!r}, which a path in an #SBATCH line")
         for path, sign in {
@@ -587,6 +674,7 @@ def damage(folder: Path) -> None:
     (bad / "folder").mkdir()
     (bad / "folder" / "grid.json").write_text("[" * 100_000)
     (bad / "folder" / "request.json").write_text('{"request": 3}')
+    damage_below(folder, newest)
     shutil.copytree(newest, bad / "step")
     metadata = json.loads((bad / "step" / "metadata.json").read_text()) | {"step": "last"}
     (bad / "step" / "metadata.json").write_text(json.dumps(metadata))
@@ -602,6 +690,47 @@ def damage(folder: Path) -> None:
     (folder / "runs" / "odd" / "metrics.jsonl").mkdir(parents=True)
     (folder / "runs" / "file").mkdir()
     (folder / "runs" / "file" / "checkpoints").write_text("")
+
+
+def damage_below(folder: Path, newest: Path) -> None:
+    """Write files whose damage is below their top level, and a model whose weights are a pipe."""
+    bad = folder / "bad"
+    torch.save({3: torch.zeros(1)}, bad / "keys.pt")
+    for name in ("tags", "models", "bench", "described"):
+        (bad / name).mkdir()
+    for name, (value, _) in BAD_TAGS.items():
+        (bad / "tags" / f"{name}.yaml").write_text(f"base: ../../config.yaml\ntrain: {{steps: {value}}}\n")
+    for name, (changes, _) in BAD_BENCHES.items():
+        (bad / "bench" / f"{name}.json").write_text(json.dumps(BENCH | changes))
+    for name, content in BAD_JOURNALS.items():
+        (bad / "runs" / name).mkdir(parents=True)
+        (bad / "runs" / name / "metrics.jsonl").write_text(content)
+    marked = folder / "runs" / "[b]$^"
+    marked.mkdir()
+    shutil.copy(folder / "runs" / "a" / "metrics.jsonl", marked)
+    shutil.copy(folder / "runs" / "a" / "status.json", marked)
+    rewrite(marked / "status.json", {"host": "[/b]"})
+    others = {"architectures": {"architectures": [3]}, "activation": {"hidden_act": [None]}, "tokenizer": {}}
+    for name, changes in (others | {name: changes for name, (changes, _) in BAD_MODELS.items()}).items():
+        shutil.copytree(folder / "hf", bad / "models" / name)
+        rewrite(bad / "models" / name / "config.json", changes)
+    rewrite(bad / "models" / "tokenizer" / "tokenizer_config.json", {"model_max_length": ["x"]})
+    for name, (keys, value, _) in BAD_METADATA.items():
+        shutil.copytree(newest, bad / "described" / name)
+        config = json.loads((newest / "metadata.json").read_text())["config"]
+        section = config if len(keys) == 1 else config[keys[0]]
+        section[keys[-1]] = value
+        rewrite(bad / "described" / name / "metadata.json", {"config": config})
+    shutil.copytree(folder / "hf", bad / "pipes")
+    weights = next((bad / "pipes").glob("*.safetensors"))
+    weights.unlink()
+    (bad / "pipes" / "manifest.json").unlink()
+    os.mkfifo(weights)
+
+
+def rewrite(file: Path, changes: dict[str, Any]) -> None:
+    """Replace values of the object in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def cut(file: Path, *, same_size: bool = False) -> None:
@@ -636,7 +765,7 @@ def judge(command: str, code: int, words: str, done: subprocess.CompletedProcess
     problem = (
         "has a traceback" if "Traceback" in done.stdout + done.stderr
         else f"exits with {done.returncode}, not {code}" if done.returncode != code
-        else "has no line that begins with error:" if command and len(errors) != 1
+        else "has no line that begins with error:" if command and code and len(errors) != 1
         else f"does not say {words!r}" if words not in " ".join(errors)
         else None
     )  # fmt: skip

@@ -8,7 +8,9 @@ must not be set. Another version of Triton, unpacked into a directory that PYTHO
 
 What is not compiled is the same program as something that is:
 
-- Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80.
+- Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80, except
+  where later cards move tiles by descriptors.
+- Gluon's kernels, for Hopper alone, are compiled for bf16 if Triton has what they need; they may not spill registers.
 - Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
 - Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
   closest to the limit, and attention in one tile.
@@ -28,6 +30,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -37,13 +40,16 @@ from megatron_mosa.hf.rows_mosa import BLOCK, SelectedRows
 from megatron_mosa.hf.tokens_mosa import Tokens
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.kernels import triton as fused
-from megatron_mosa.kernels.triton import cached, loss, tiles
+from megatron_mosa.kernels.triton import cached, common, gathered, loss, selection, specialized, tiles
+from megatron_mosa.kernels.triton.attention import rotary_table
+from megatron_mosa.kernels.triton.rows import rows_of
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
 WITHOUT_PRODUCTS = {
     "_select_kernel", "_select_above_kernel", "_follow_kernel", "_count_scores_kernel", "_starts_kernel",
-    "_pack_kernel", "_count_kernel", "_entries_kernel", "_combine_kernel", "_pair_kernel", "_sum_kernel",
-    "_join_kernel", "_rotate_kernel", "_cache_kernel",
+    "_pack_kernel", "_count_kernel", "_entries_kernel", "_tiles_kernel", "_combine_kernel", "_sum_kernel",
+    "_join_kernel", "_rotate_kernel", "_cache_kernel", "_layout_kernel",
+    "_score_kernel", "_project_kernel", "_attend_kernel",
     "_rotary_kernel", "_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel",
     "_accumulate_kernel", "_swiglu_kernel", "_swiglu_backward_kernel",
 }  # fmt: skip
@@ -64,12 +70,15 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
+GLUON = {"_qkv_kernel", "_qkv_gradient_kernel"} if specialized.hopper() else set()
+SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
     Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
-    Case(torch.float32, 32, 63, (80,)),  # several tiles, the last one partly filled
+    Case(torch.float32, 32, 63, (80,), decodes=(80,)),  # several tiles, the last one partly filled
+    *(Case(dtype, size, 63, (90, 100), alone=SCATTERED) for dtype, size in ((torch.float32, 32), (torch.bfloat16, 4))),
 ]
 
 
@@ -101,9 +110,10 @@ def resources(cubin: bytes) -> str:
 
 
 def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
-    """Store a prompt, and run a decoding step with padding and load feedback, and one without."""
+    """Store a prompt, and run a decoding step with padding and load feedback, and one without; also as if captured."""
     states, angles = router.new_zeros(4, router.shape[1]), torch.zeros(4, 1, proj.shape[1] // 4)
-    size, first = proj.shape[1], torch.ones(4, len(router), dtype=torch.long)
+    size = proj.shape[1]
+    _, first, _ = cached.lay_out(torch.ones(4, len(router), dtype=torch.int32), BLOCK)
     cached.store_rows(
         qkv.new_zeros(len(router), 64, 3 * size), torch.zeros(len(router), 5, dtype=torch.int32), first,
         first[..., None], *qkv.new_zeros(2, 99, BLOCK, size),
@@ -117,8 +127,24 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
         rows = SelectedRows()
         rows.initialize(states, len(router))
         tokens = Tokens(torch.zeros(4, 1, dtype=torch.long), (angles, angles), valid)
-        thresholds = torch.full((len(router),), 0.5)
-        kernels_mosa.step_in_kernels(states, (router, qkv, proj), thresholds, tokens, rows, feedback, 1 / 32)
+        given = states, (router, qkv, proj), torch.full((len(router),), 0.5), tokens, rows, feedback, 1 / 32
+        for residual in (None, states):
+            kernels_mosa.step_in_kernels(*given, residual)
+
+
+def hopper_products(case: Case) -> None:
+    """Run Gluon's kernels, with and without rotation and the router's column."""
+    hopper = specialized.hopper()
+    assert hopper
+    states = torch.zeros(64, 512, 256, dtype=case.dtype)
+    weight = states.new_zeros(9, 256, 3 * case.head_dim)
+    rows = rows_of(torch.arange(case.selected).expand(64, 9, case.selected).contiguous(), 512, 64)
+    for half in (0, case.head_dim // 4):
+        rotation = gathered.Rotation(*rotary_table(512, half, 1e4, states.device), None)
+        values = hopper.qkv_product(states, rows, weight, rotation)
+    pairs = states.new_zeros(9, values.shape[1], gathered.PAIR)
+    for given, sums in ((None, None), (pairs, states.new_zeros(9, 256))):
+        hopper.qkv_weight_gradient(states, rows, values, weight, given, sums)
 
 
 def layer(case: Case, capability: int) -> None:
@@ -133,6 +159,8 @@ def layer(case: Case, capability: int) -> None:
         fused.select_above(scores, thresholds, case.selected, documents)
         fused.select_above(scores, thresholds, case.selected, documents, 0.1, 0.1)
         fused.count_above(scores, thresholds, documents, 0.1, 0.1)
+    for feedback in (0.0, 0.1):
+        selection.launch_select_and_count(scores, thresholds, case.selected, feedback, 0.1)
     fused.count_scores(scores, torch.zeros(9, naive.HISTOGRAM_BINS, dtype=torch.int32))
     for documents in (starts, None):
         parts = fused.split_heads(tensors[0].view(512, 64, -1, 4, case.head_dim // 4), 0.5, 1e4, documents)
@@ -159,6 +187,20 @@ def layer(case: Case, capability: int) -> None:
             decode(*tensors[1:])
 
 
+@triton.jit
+def _write_kernel(p_out, N, BLOCK: tl.constexpr):
+    tl.store(p_out + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int64) + N)
+
+
+def check_kinds_of_numbers() -> None:
+    """Check that numbers which ``common.launch`` does not tell apart have the same compiled kernel."""
+    out = torch.zeros(16, dtype=torch.int64)
+    for numbers in ((2, 3, 17, (1 << 31) - 1), (0, 16, 48, (1 << 31) - 16)):
+        assert len({id(_write_kernel.warmup(out, number, grid=(1,), BLOCK=16)) for number in numbers}) == 1
+    kinds = 1, 2, 16, 1 << 31
+    assert len({id(_write_kernel.warmup(out, number, grid=(1,), BLOCK=16)) for number in kinds}) == len(kinds)
+
+
 def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
     """Return the most shared memory that any variant of each kernel uses."""
     shared: dict[str, int] = {}
@@ -175,6 +217,8 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
                 return
             compiled = kernel.warmup(*args, grid=grid, **options)
             assert compiled.asm["cubin"]
+            if name in GLUON:
+                assert "STACK:0" in (found := resources(compiled.asm["cubin"])).split(), f"{name} spills: {found}"
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
             if shows_resources:
                 meta = compiled.metadata
@@ -184,13 +228,17 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
         return compile_only
 
     driver.set_active(Driver(capability))  # type: ignore[arg-type]
+    check_kinds_of_numbers()
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(tiles, "shared_memory", lambda device: SHARED_MEMORY[capability]),
+        mock.patch.object(common, "has_descriptors", lambda device: capability >= 90),
     ):
         for case in CASES:
             if capability in case.capabilities:
                 layer(case, capability)
+                if GLUON and capability == 90 and case.dtype == torch.bfloat16 and not case.alone:
+                    hopper_products(case)
     return shared
 
 

@@ -14,7 +14,7 @@ SMALL = {
     "follow": dict(BLOCK=16),
     "count_scores": dict(BLOCK=16),
     "gathered": dict(ROWS=8, INNER=8),
-    "scattered": dict(ROWS=8, COLUMNS=4, SWEEP=2),
+    "scattered": dict(ROWS=8, COLUMNS=8, INNER=8, PROGRAMS=3),
     "combine": dict(UNROLL=8, COLUMNS=8),
     "weight_gradient": dict(ROWS=8, COLUMNS=8),
     "attention": dict(BLOCK=4),
@@ -32,5 +32,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tiles, name, smaller(getattr(tiles, name), sizes))
     monkeypatch.setattr(tiles, "group", lambda *_: 2)  # of the tiles of a head, which may be three: two, and then one
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", 1)
+    monkeypatch.setattr(scattered, "HEADS", 2)
     for name, size in dict(SEQUENCES=2, SLOTS=4, TOKENS=8, ROWS=8).items():
         monkeypatch.setattr(rows, name, size)

@@ -13,7 +13,7 @@ from megatron_mosa.attention import mosa_attention
 from megatron_mosa.config import load_config
 from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.hf.configuration_mosa import MosaConfig
-from megatron_mosa.hf.heads_mosa import MosaHeads
+from megatron_mosa.hf.sparse_mosa import MosaHeads
 from megatron_mosa.hf.tokens_mosa import Tokens, rotary_tables
 from megatron_mosa.kernels import get_backend, naive
 from megatron_mosa.kernels.naive import select_tokens

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
 from megatron_mosa.kernels.triton import scattered
+from megatron_mosa.kernels.triton.common import can_be_described
+from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import rows_of
 from tests.kernels.reference import choose
 from tests.kernels.test_documents import pack
@@ -160,23 +162,27 @@ def test_selection_on_ties(fused: KernelBackend, name: str, include_first_token:
 
 @pytest.mark.parametrize("tiles", ["as they are chosen", "small"])
 def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
-    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything."""
+    """Two words of the bitmap, whose 32nd bit is a sign bit; with small tiles also several blocks of everything.
+
+    Of three sequences two make a chunk, from whose beginning the rows of entries are counted.
+    """
     if tiles == "small":
         request.getfixturevalue("small_tiles")
     batch, length, heads, selected = 3, 10, 34, 5
     generator = torch.Generator().manual_seed(0)
     slots = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected].sort(-1).values
     slots[0, 31:, 3:] = slots[2, :, 4:] = length  # empty
-    found = rows_of(slots, length)
+    found = rows_of(slots, length, 2)
     entries = [[[] for _ in range(length)] for _ in range(batch)]
     for e in range(heads):
         token_indices = []
         for b in range(batch):
             assert found.cu_seqlens[e, b] == len(token_indices)
-            for slot, token in enumerate(slots[b, e].tolist()):
+            chunk_begin = int(found.cu_seqlens[e, b // 2 * 2])
+            for token in slots[b, e].tolist():
                 if token < length:
+                    entries[b][token].append(e << 4 | len(token_indices) - chunk_begin)
                     token_indices.append(b << 4 | token)
-                    entries[b][token].append(e * selected + slot)
         assert (
             found.cu_seqlens[e, batch] == len(token_indices)
             and found.token_indices[e, : len(token_indices)].tolist() == token_indices
@@ -186,6 +192,49 @@ def test_rows_of_many_heads(tiles: str, request: pytest.FixtureRequest) -> None:
     assert found.entries[: ends[-1]].tolist() == [
         entry for of_sequence in entries for of_token in of_sequence for entry in of_token
     ]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("size", "width", "offset", "is_described"),
+    [
+        (8, 24, 0, True),  # one tile of the summed dimension, three of columns, each stored in halves
+        (12, 20, 0, True),  # remainders of both
+        (16, 16, 1, False),  # weights that do not begin at 16 bytes
+        (6, 11, 0, False),
+    ],
+)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_products_of_ragged_rows(
+    size: int, width: int, offset: int, is_described: bool, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 8 rows; chunks of two of five sequences and half of the columns, which begin amid the rows of a head."""
+    monkeypatch.setattr(scattered, "WIDEST_STORE", 4)
+    monkeypatch.setattr(scattered, "chunks_of", lambda *_: (2, -(-width // 8) * 4))
+    batch, length, heads, selected = 5, 9, 4, 7
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([[0] * 5, [7] * 5, [5, 4, 0, 7, 1], [0, 0, 0, 3, 0]]).T  # none, all, more than a tile, one's
+    slots = torch.rand(batch, heads, length, generator=generator).argsort(-1)[..., :selected]
+    slots = torch.where(torch.arange(selected) < counts[..., None], slots, length).sort(-1).values.contiguous()
+    rows = rows_of(slots, length, 2)
+    numbers = torch.randn(heads * size * width + offset, generator=generator)[offset:]
+    weight = numbers.view(heads, width, size).mT if is_transposed else numbers.view(heads, size, width)
+    values, like = torch.full((heads, batch * selected, size), torch.nan), torch.zeros(batch, length, width)
+    pairs = torch.full((*values.shape[:2], PAIR), torch.nan), torch.randn(heads, width, generator=generator)
+    described = (values, weight.mT if is_transposed else weight, values.new_empty(1, 1, -(-width // 8) * 4))
+    assert all(map(can_be_described, described)) == is_described
+    expected = {None: torch.zeros_like(like), pairs: torch.zeros_like(like)}
+    for e in range(heads):
+        of_head = [(b, int(t)) for b in range(batch) for t in slots[b, e] if t < length]
+        values[e, : len(of_head)] = torch.randn(len(of_head), size, generator=generator)
+        pairs[0][e, : len(of_head), :2] = torch.randn(len(of_head), 2, generator=generator)
+        for row, token in enumerate(of_head):
+            product = values[e, row] @ weight[e]
+            expected[None][token] += product
+            expected[pairs][token] += product + pairs[0][e, row, :2].sum() * pairs[1][e]
+    for given, wanted in expected.items():
+        found = scattered.scattered_product(values, weight, rows, like, given)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_scores(fused: KernelBackend) -> None:
@@ -209,7 +258,7 @@ def test_results_are_bitwise_reproducible_whatever_the_strides(fused: KernelBack
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("small_tiles")  # 4 columns of a chunk are a block, and two of these a program
+@pytest.mark.usefixtures("small_tiles")  # 8 columns of a chunk are a tile
 def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs(3, 3, 2, 18, 6)]
 
@@ -223,11 +272,16 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, mon
     # gives the same bits is tested there.
     for cut in (
         (2, 18),  # two sequences, and then one
-        (1, 12),  # one after the other; 12 of their columns are a program's 8 and a block, then 6 a block and a half
+        (1, 12),  # one after the other; 12 of their columns are a tile and a half, then 6 less than one
         (3, 5),  # three odd slices of columns, and 3 columns
     ):
         for ours, theirs in zip(run(cut), whole, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def bytes_of(width: int) -> torch.Tensor:
+    """States whose products have one byte per column."""
+    return torch.empty(1, 1, width, dtype=torch.int8, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -246,24 +300,27 @@ def test_chunks_of_the_sum_over_heads_do_not_change_it(fused: KernelBackend, mon
 def test_sequences_and_columns_of_a_chunk(
     width: int, fewest: int, most_bytes: int, chunk: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five sequences, whose products have one byte per column."""
+    """Five sequences of one product, with one byte per column."""
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
-    assert scattered.chunks_of(5, width, width) == chunk
+    assert scattered.chunks_of((5, 1, 1), bytes_of(width)) == chunk
 
 
 def test_few_bytes_are_one_chunk() -> None:
-    sequence = scattered.SMALL_BYTES // 4
-    assert scattered.chunks_of(4, sequence, 64) == (4, 64)
-    assert scattered.chunks_of(4, sequence + 1, 64) == (1, 64)
+    rows = scattered.SMALL_BYTES // (4 * 64)
+    assert scattered.chunks_of((4, 1, rows), bytes_of(64)) == (4, 64)
+    assert scattered.chunks_of((4, 1, rows + 1), bytes_of(64)) == (1, 64)
+    twice = 2 * scattered.SMALL_BYTES  # prompts split no smaller chunks
+    assert scattered.chunks_of((1, 8, rows), bytes_of(64), twice) == (1, 64)
+    assert scattered.chunks_of((1, 9, rows), bytes_of(64), twice) == (1, 32)
 
 
 def test_no_chunk_is_more_than_half_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scattered, "SMALL_BYTES", 0)
     for width in range(2, 1200):
         for batch in (1, 2, 3, 4, 9):
-            sequences, columns = scattered.chunks_of(batch, 1000 * width, width)
+            sequences, columns = scattered.chunks_of((batch, 10, 100), bytes_of(width))
             assert sequences * columns <= batch * (width + 1) // 2
 
 

@@ -38,7 +38,8 @@ if word == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: end(75))
     signal.signal(signal.SIGTERM, lambda *_: end(75))
     (run / "waiting").touch()
-    time.sleep(60)
+    for _ in range(1200):  # not one long sleep: a signal just before it would be handled after it
+        time.sleep(0.05)
 code, _, step = word.partition(":")
 if step:
     (run / "checkpoints" / f"step-{int(step):08d}").mkdir(parents=True)

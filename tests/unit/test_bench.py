@@ -11,6 +11,7 @@ from typing import cast
 import pytest
 import torch
 
+from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.model import model_flops, usual_flops
 from megatron_mosa.parallel import Layout
@@ -30,6 +31,7 @@ MS = 1_000_000  # nanoseconds
         ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", "attention"),
         ("_scattered_kernel", "MoSA"),
+        ("_tiles_kernel", "MoSA"),
         ("_swiglu_backward_kernel", "elementwise"),
         ("_accumulate_kernel", "elementwise"),
         ("triton_poi_fused__unsafe_view_gelu_gelu_backward_view_0", "elementwise"),
@@ -95,6 +97,20 @@ def test_a_failed_step_is_reported_before_the_engine_is_destroyed(
             on_failure=lambda error: order.append(f"told: {error}"),
         )  # fmt: skip
     assert order == ["building", "warming up", "step of 2", "told: out of memory", "destroyed"]
+
+
+def test_thresholds_are_measured_after_their_warm_up(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the warm-up, 250 by default, select by expert choice and cost less than all later ones."""
+    built: list[Config] = []
+
+    def build(config: Config, *arguments: object) -> None:
+        built.append(config)
+        raise RuntimeError("built")
+
+    monkeypatch.setattr(measure, "DeepSpeedEngine", build)
+    with pytest.raises(RuntimeError, match="built"):
+        measure.measure(tiny_config(mosa__selection="threshold"), layout, 1, 1)
+    assert built[0].mosa.threshold_warmup_steps == 1
 
 
 def measurement(**changes: object) -> Measurement:

@@ -173,7 +173,11 @@ def single_process() -> Iterator[None]:
 
 
 def metadata(step: int) -> Metadata:
-    return Metadata(step, consumed_samples=0, optimizer_step=step, config={}, data={}, versions={}, layout={})
+    config = {
+        "run": {"seed": 1}, "model": {"num_layers": 1, "hidden_size": 8, "num_dense_heads": 1},
+        "mosa": {"num_heads": 0}, "data": {"sequence_length": 8},
+    }  # fmt: skip
+    return Metadata(step, consumed_samples=0, optimizer_step=step, config=config, data={}, versions={}, layout={})
 
 
 def save(store: CheckpointStore, step: int) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_mosa.metrics import Journal, read_journal, run_totals
+from megatron_mosa.tools.comparison import curves
 from megatron_mosa.tools.comparison.command import compare
-from megatron_mosa.tools.comparison.curves import read_run
+from megatron_mosa.tools.comparison.curves import RunCurves, read_run
 
 
 def lines(speed: float) -> list[dict]:
@@ -37,12 +38,26 @@ def test_totals_of_a_run() -> None:
 
 def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write(tmp_path / name, lines(speed)) for name, speed in (("slow", 50.0), ("fast", 100.0))]
-    curves = read_run(runs[0])
-    assert curves.training == [(1, 100, 2.0, 3.0), (3, 300, 4.0, 2.0)] and curves.validation == [(3, 300, 4.0, 2.5)]
+    found = read_run(runs[0])
+    assert found.training == [(1, 100, 2.0, 3.0), (3, 300, 4.0, 2.0)] and found.validation == [(3, 300, 4.0, 2.5)]
     compare(runs, output=tmp_path / "made" / "runs.png")
     printed = capsys.readouterr().out
     assert "slow" in printed and "0:00:04" in printed and "0:00:02" in printed
     assert (tmp_path / "made" / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["run", "tiny-novels-expert_choice-rho64-seed1-lr0.002", "A_VERY_LONG_NAME" * 8])
+def test_the_legend_fits_into_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, *_, **__: drawn.append(figure))
+    points = [(1.0, 100.0, 2.0, 3.0), (3.0, 300.0, 4.0, 2.0)]
+    curves.plot([RunCurves(name, run_totals([]), False, points, points) for _ in range(12)], tmp_path / "out.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.height < figure.bbox.height / 2
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines[::2]}) == 12
 
 
 def test_damaged_lines_are_set_aside(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def test_a_base_that_cannot_be(tmp_path: Path, base: str, message: str) -> None:
 def test_every_mosa_model_has_a_causal_sibling(name: str) -> None:
     first, second = (load_config(CONFIGS / f"{name}_mosa{end}.yaml") for end in ("", "_causal"))
     keys = [key for key, *_ in difference(first, second)]
-    assert keys == ["run.name", "mosa.selection", "mosa.capacity_factor", "mosa.load_feedback"]
+    assert keys == ["run.name", "mosa.selection", "mosa.load_feedback"]
+    assert (second.mosa.load_feedback, first.mosa.load_feedback) == (0.1, 0.0)
 
 
 def test_the_difference_of_two_configurations() -> None:

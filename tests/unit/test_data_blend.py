@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -257,7 +258,7 @@ def test_the_index_has_the_pass_size_recorded_in_a_checkpoint(root: Path, tmp_pa
     config = run_config(root, "data.index_samples=null", f"data.index_path={tmp_path}/i", f"run.directory={tmp_path}")
     folder = Path(config.run.directory) / config.run.name / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True)
-    metadata = {"format_version": 1, "step": 3, "consumed_samples": 48, "optimizer_step": 3, "config": {}}
+    metadata = {"format_version": 1, "step": 3, "consumed_samples": 48, "optimizer_step": 3, "config": asdict(config)}
     (folder / "metadata.json").write_text(
         json.dumps(metadata | {"data": {"index_samples": 40}, "versions": {}, "layout": {}})
     )

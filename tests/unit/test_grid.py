@@ -22,7 +22,7 @@ from megatron_mosa.data import Manifest, Mixture
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.model import model_flops, paper_flops
 from megatron_mosa.tools.grid import plan as plan_module
-from megatron_mosa.tools.grid import results
+from megatron_mosa.tools.grid import report, results
 from megatron_mosa.tools.grid.budget import Cost, _closest
 from megatron_mosa.tools.grid.grid import Evaluation, read_grid
 from megatron_mosa.tools.grid.kinds import KINDS, kv_bytes
@@ -284,6 +284,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         (
             {"overrides": GRID["overrides"] | {"train.steps": 3000}},
             ["corpora.text: text has 100,000,000 training tokens", "at most 1,525", "passes: 1.97"],
+        ),
+        (
+            {"evaluate": {"decode_context": 1_000_000}},
+            ["evaluate.decode_context must be below 1,000,000, the tokens in the validation split of text"],
         ),
         (
             {"overrides": GRID["overrides"] | {"train.steps": 50}},
@@ -663,12 +667,18 @@ def test_a_report_without_matplotlib_says_so(
     assert "| dense | 9 |" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / MADE_UP[1].cell
-    run.mkdir(parents=True)
-    lines = [{"step": s, "tokens": s, "loss": 3 / s, "tokens_per_second": 1.0, "mfu": 0.1} for s in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "tiny-text-losses.png" in write_report(MADE_UP, tmp_path, tmp_path)
+def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"step": s, "tokens": s, "loss": 3 / s, "tokens_per_second": 0.5, "mfu": 0.1} for s in (1, 2)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "plot", lambda runs, path: drawn.append([curves.training[-1] for curves in runs]))
+    for made_up in MADE_UP[4:6]:  # the first was measured alone, the second not
+        run = tmp_path / "runs" / made_up.cell
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert "tiny-text-losses.png" in write_report(MADE_UP, tmp_path, tmp_path)
+    assert drawn == [[(2, 2, pytest.approx(0.2), 1.5)], [(2, 2, 4.0, 1.5)] * 2]
 
 
 def test_the_fewest_heads_that_match_dense() -> None:

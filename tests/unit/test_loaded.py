@@ -63,7 +63,11 @@ def test_programs_behave_as_under_the_interpreter(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("setting", ["SIG_DFL", "lambda *_: exit(3)"])
 def test_signals_are_passed_on(number: signal.Signals, setting: str) -> None:
     handler = setting.replace("SIG_DFL", "signal.SIG_DFL")
-    code = f"import signal, time; signal.signal({number}, {handler}); print('ready', flush=True); time.sleep(60)"
+    # Not one long sleep: a signal just before it would be handled after it.
+    code = (
+        f"import signal, time; signal.signal({number}, {handler}); print('ready', flush=True)\n"
+        "for _ in range(1200): time.sleep(0.05)"
+    )
     with subprocess.Popen([loaded_python(), "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(number)

@@ -36,7 +36,7 @@ def gradients(
     batch, length, heads = (4, 32, 6) if backend == "naive" else (1, 8, 2)
     config = make_config(
         mosa_recompute=recompute, mosa_backend=backend, mosa_selection="threshold" if by_threshold else "expert_choice",
-        num_mosa_heads=heads,
+        num_mosa_heads=heads, mosa_load_feedback=0.0,
     )  # fmt: skip
     model = build_gpt(config, get_mosa_block_spec(config))
     for buffer_name, buffer in selection_buffers(model).items():

@@ -51,3 +51,8 @@ def test_what_is_no_object_is_refused(content: Any) -> None:
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ValueError, match="it has no steps"):
         read_record(Found, {"name": "a", "seconds": 1.0})
+
+
+def test_an_unknown_key_is_damage_where_all_are_known() -> None:
+    with pytest.raises(ValueError, match="unknown key 'nome'"):
+        read_record(Found, WHOLE | {"nome": "a"}, knows_all=True)

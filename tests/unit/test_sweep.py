@@ -814,6 +814,19 @@ def test_the_command_rejects_mistakes_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_results_of_other_lengths_or_with_damage_further_down_are_damaged(tmp_path: Path) -> None:
+    two = replace(ALONE, processes=2)
+    with pytest.raises(UserError, match=f"layouts/{two.name}.json is damaged: it has 1 losses, the reference has 3"):
+        make_rows([(ALONE, RESULT), (two, RESULT | {"losses": [8.0]})], 16, None, ALONE)
+    result_path(tmp_path, ALONE.name).parent.mkdir()
+    no_process = ALONE.to_dict() | {"processes": 0}
+    for changes in ({"profile": {"kinds": 3}}, {"profile": {}}, {"milliseconds": [0.0]}, {"cell": no_process}):
+        write_result(tmp_path, ALONE, RESULT)
+        assert is_measured(tmp_path, ALONE.name)
+        write_result(tmp_path, ALONE, RESULT | changes)
+        assert not is_measured(tmp_path, ALONE.name)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"cell": 3}', '{"cell": {"layout": {}}}', "\xff"])
 def test_a_damaged_result_is_measured_again(content: str, tmp_path: Path) -> None:
     cell = Cell(LAYOUT, 2, 16)

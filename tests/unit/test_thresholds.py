@@ -25,7 +25,8 @@ from tests.unit.test_spec import build_gpt, make_config
 
 def build(seed: int = 0, **changes: object) -> GPTModel:
     torch.manual_seed(seed)
-    config = make_config(**dict(mosa_selection="threshold", mosa_threshold_warmup_steps=3) | changes)
+    given = dict(mosa_selection="threshold", mosa_threshold_warmup_steps=3, mosa_load_feedback=0.0)
+    config = make_config(**given | changes)
     return build_gpt(config, get_mosa_block_spec(config))
 
 

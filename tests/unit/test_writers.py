@@ -311,6 +311,17 @@ def half_written(path: Path, *_: object, **__: object) -> Iterator[SimpleNamespa
     yield SimpleNamespace(write=write)
 
 
+def test_lines_open_the_outputs_if_nothing_did_before(tmp_path: Path) -> None:
+    settings = config(tmp_path, logging={"tensorboard": False})
+    for _ in range(2):
+        writers = Writers(settings, tmp_path, is_main=True, resumed_step=2)
+        writers.rewind(1)
+        write(writers, 2, 4, OLD)
+        writers.close()
+        assert [line["step"] for line in read_journal(tmp_path / "metrics.jsonl")] == [2, 3, 4]
+    Writers(settings, tmp_path, is_main=True, resumed_step=2).close()
+
+
 def test_a_run_goes_on_without_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

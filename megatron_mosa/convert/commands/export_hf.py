@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELING_FILES
+from megatron_mosa.utils import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,7 +91,7 @@ def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundToke
             else f"largest KL divergence from the Megatron model: {divergence:.1e} nats on a fixed batch in fp32"
         )
         facts = {"parameters": f"{parameters:,}, stored in {dtype}", "logits": verdict}
-        facts["exported with"] = f"megatron_mosa {version('megatron-mosa')}, transformers {version('transformers')}"
+        facts["exported with"] = ", ".join(" ".join(pair) for pair in versions("transformers").items())
         card = model_card(source.metadata, source.config, source.path, facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder, records)

@@ -83,8 +83,12 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 def _hugging_face(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     content = read_json(folder / "config.json")
-    facts["model"] = f"model_type {content.get('model_type')}, {', '.join(content.get('architectures') or [])}"
+    facts["model"] = f"model_type {content.get('model_type')}, {_listed(content.get('architectures'))}"
     return _safetensors(folder, facts, full)
+
+
+def _listed(names: object) -> str:
+    return ", ".join(map(str, names)) if isinstance(names, list) else str(names or "")
 
 
 def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:

@@ -15,6 +15,7 @@ from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_js
 from megatron_mosa.convert.model_config import from_transformers
 from megatron_mosa.convert.weights import Weight, model_weights
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import first_line, known_values
 
 _EXACT = ("F32", "BF16", "F16")  # dtypes that convert to fp32 without rounding
 
@@ -51,6 +52,34 @@ class HuggingFaceReader:
         """Read the weight of this global name in fp32, joined from the tensors that hold it."""
         weight = next(weight for weight in self.weights if weight.name == name)
         return weight.fusion.join([self.tensors.read(part).float() for part in weight.parts])
+
+
+def check_hugging_face(folder: Path) -> None:
+    """Check that config.json describes a model of ours with the weights that are there, by their headers.
+
+    Raises:
+        UserError: a value is not allowed, or tensors are missing, unexpected or of another shape.
+        DamagedError: a file is missing or damaged.
+    """
+    from megatron_mosa.hf.configuration_mosa import MosaConfig  # imports transformers
+
+    content = read_json(folder / "config.json")
+    try:
+        given = known_values(MosaConfig.__init__, content)
+        config, vocab_rows = from_transformers(MosaConfig(**given).to_dict())  # with its defaults
+        _check_tokens(content, vocab_rows)
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"config.json: {first_line(error)}") from None
+    _compare(SafetensorsFolder(folder), model_weights(config, vocab_rows), folder)
+
+
+def _check_tokens(content: dict[str, Any], vocab_rows: int) -> None:
+    """Raise a ValueError unless the special tokens are tokens; an end may be one of several."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(name)
+        tokens = value if isinstance(value, list) and name.startswith("eos") else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < vocab_rows for token in tokens):
+            raise ValueError(f"{name} must be a token from 0 to {vocab_rows - 1}, got {value!r}")
 
 
 def _named_as_in(content: dict[str, Any], weight: Weight) -> Weight:

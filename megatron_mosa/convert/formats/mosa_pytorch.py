@@ -46,6 +46,8 @@ def import_layer(
         raise UserError(f"--other-heads must be {' or '.join(OTHER_HEADS)}, got {other_heads}")
     if target.suffix != ".safetensors":
         raise UserError(f"OUT={target} must be a file name that ends in .safetensors")
+    if target.exists() and target.resolve() == path.resolve():
+        raise UserError(f"OUT={target} is the source itself; choose another file")
     if target.exists() and not (force and target.is_file()):
         raise UserError(f"OUT={target} already exists; choose another file, or pass --force to replace it")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
@@ -71,7 +73,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         is_pickle = isinstance(error, pickle.UnpicklingError)
         reason = "it holds more than tensors, or torch.save did not write it" if is_pickle else first_line(error)
         raise RunError(f"'{path}' cannot be read as tensors ({reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
         raise UserError(
             f"'{path}' does not contain a state dict; save that of a module: torch.save(module.state_dict(), FILE)"
         )

@@ -58,6 +58,8 @@ def shard_names(folder: Path) -> list[str]:
     for name in names:
         if Path(name).name != name:
             raise DamagedError(f"{INDEX} refers to a file outside of the folder: {name}")
+        if not name.isprintable():
+            raise DamagedError(f"{INDEX} refers to a file whose name has control characters: {name!r}")
     return names
 
 
@@ -89,6 +91,8 @@ class SafetensorsFolder:
     def _open(self, name: str, framework: str = "pt") -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
+        if (path := self._folder / name).exists() and not path.is_file():  # reading a pipe would wait for its writer
+            raise DamagedError(f"{name} cannot be read (Not a regular file)")
         try:
             with safe_open(self._folder / name, framework=framework) as file:
                 yield file

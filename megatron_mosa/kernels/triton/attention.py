@@ -9,7 +9,6 @@ and, with documents, if its token does not precede the query's document. Queries
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from megatron_mosa.kernels.naive import rotary_frequencies
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, power_of_2
+from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, dot, launch, power_of_2
 from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -95,28 +94,39 @@ def _forward_kernel(
     tl.store(p_gates + o_row + i_query, b_gate, mask=m_query)
 
 
+_Table = tuple[Tensor, Tensor]
+_Key = tuple[int, int, float, torch.device]
+MOST_TABLES = 8
+_TABLES: dict[tuple[_Key, int], _Table] = {}  # by stream, too: one could read what another has yet to write
+_CAPTURED: dict[_Key, _Table] = {}  # read by CUDA graphs, so never dropped
+
+
 def rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of positions 0 to T - 1, fp32 [T, half] each, from a small cache.
 
-    The cache is separate for each stream; otherwise one stream could read what another has yet to write. Calls during
-    the capture of a CUDA graph are not cached, because the graph owns the memory.
+    What is captured in a CUDA graph reads the table of a call before the capture, which ``torch.cuda.graph`` waits for.
+    Computed in the graph, it would be eight kernels for each layer and direction.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return _rotary_table(length, half, base, device)
-    return _cached_rotary_table(length, half, base, device, torch.cuda.current_stream(device).cuda_stream)
+    key = length, half, base, device
+    if device.type != "cuda":
+        return _rotary_table(*key)
+    if torch.cuda.is_current_stream_capturing():
+        known = _CAPTURED.get(key) or next((table for (other, _), table in _TABLES.items() if other == key), None)
+        if known is None:
+            return _rotary_table(*key)  # the graph's own memory
+        return _CAPTURED.setdefault(key, known)
+    of_stream = key, torch.cuda.current_stream(device).cuda_stream
+    table = _TABLES.pop(of_stream, None) or _rotary_table(*key)
+    _TABLES[of_stream] = table  # last in order: it was used last
+    if len(_TABLES) > MOST_TABLES:
+        _TABLES.pop(next(iter(_TABLES)), None)  # autograd's thread may have
+    return table
 
 
 def _rotary_table(length: int, half: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     frequencies = rotary_frequencies(2 * half, base, torch.float32, device)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_rotary_table(
-    length: int, half: int, base: float, device: torch.device, stream: int
-) -> tuple[Tensor, Tensor]:
-    return _rotary_table(length, half, base, device)
 
 
 def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, is_backward: bool = False) -> dict:
@@ -144,7 +154,8 @@ def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tu
     gated = qkv.new_empty((heads, capacity, size))
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
     options = launch_options(qkv, rows, starts)
-    _forward_kernel[(triton.cdiv(selected, options["BLOCK"]), heads, batch)](
+    launch(
+        _forward_kernel, (cdiv(selected, options["BLOCK"]), heads, batch),
         qkv, rows.token_indices, rows.cu_seqlens, scores, starts, gated, log_sums, gates, batch, heads, length,
         capacity, size**-0.5, **options,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton.attention import LOG2_E, document_index, launch_options, load_tile, row_range
-from megatron_mosa.kernels.triton.common import dot, power_of_2, rotate
+from megatron_mosa.kernels.triton.common import cdiv, dot, launch, power_of_2, rotate
 from megatron_mosa.kernels.triton.gathered import Rotation, load_positions
 from megatron_mosa.kernels.triton.rows import Rows
 
@@ -240,8 +240,8 @@ def attend_backward(
         qkv, rows.token_indices, rows.cu_seqlens, starts, rotation.starts, rotation.cos, rotation.sin, dattended,
         log_sums, deltas, dqkv, batch, length, capacity, size**-0.5,
     )  # fmt: skip
-    grid = (triton.cdiv(selected, options["BLOCK"]), heads, batch)
-    _backward_keys_kernel[grid](*arguments, IS_ONE_TILE=grid[0] == 1, **options)
+    grid = (cdiv(selected, options["BLOCK"]), heads, batch)
+    launch(_backward_keys_kernel, grid, *arguments, IS_ONE_TILE=grid[0] == 1, **options)
     if grid[0] > 1:
-        _backward_queries_kernel[grid](*arguments, **options)
+        launch(_backward_queries_kernel, grid, *arguments, **options)
     return dqkv

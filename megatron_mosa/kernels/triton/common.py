@@ -6,6 +6,7 @@ T tokens of width H; E heads of width D with K slots each; R = B * K rows of a h
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -13,6 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before Triton 3.4
+    TensorDescriptor = None
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -47,25 +53,55 @@ def rotate(b_first, b_second, b_position, o_column, m_column, p_cos, p_sin, DIRE
     return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
 
 
-class RepeatedLaunch:
-    """Launches one kernel in a loop in which only arguments change that the kernel does not specialize on.
+# The kernel (kept alive, since its id is in the key), what it was compiled to, and its constexprs; by all that the
+# compiled kernel depends on.
+_COMPILED: dict[tuple[object, ...], tuple[Any, Any, list[object]]] = {}
+MOST_COMPILED = 4096  # entries; numbers beyond 31 bits have one each
 
-    From the second launch on, Triton does not look up the compiled kernel, and tensors are passed as addresses, which
-    need no query of the driver. Either would take longer than a small kernel runs.
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: object) -> None:
+    """Launch a kernel as ``kernel[grid]`` does, in less time if a similar launch came before.
+
+    Then Triton does not look up the compiled kernel, and tensors are passed as addresses, which need no query of the
+    driver. Either would take longer than a small kernel runs.
+
+    Args:
+        grid: number of programs.
+        arguments: tensors, all on the same device, descriptors of tensors, and numbers.
+        options: constexprs and launch options.
     """
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.compiled: Any = None
-
-    def __call__(self, grid: tuple[int, int, int], *arguments: object, **options: object) -> None:
-        """Launch the kernel; pass constexprs by name and all other arguments by position."""
-        if self.compiled is None:
-            self.compiled = self.kernel[grid](*arguments, **options)  # None from the interpreter
+    key: list[Any] = [id(kernel)]
+    plain, device = [], None
+    for value in arguments:  # without a call per argument, which would take most of the time
+        kind = type(value)
+        if kind is int:
+            # Triton compiles other kernels for 1, for multiples of 16, and for what needs 64 bits.
+            key.append(value if value >= 1 << 31 or value < 0 else 0 if not value & 15 else 1 if value == 1 else 2)
+        elif value is None or kind is float or kind is bool:
+            key.append(kind)
+        elif kind is TensorDescriptor:
+            device = value.base.get_device() if device is None else device
+            key += kind, value.base.dtype, *value.block_shape
         else:
-            constants = [options[name] for name in self.kernel.arg_names[len(arguments) :]]
-            plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-            self.compiled[grid](*plain, *constants)
+            device = value.get_device() if device is None else device
+            plain.append(address := value.data_ptr())
+            key += value.dtype, address & 15
+            continue
+        plain.append(value)
+    whole = (*key, device, *options, *options.values())
+    if (found := _COMPILED.get(whole)) is None:
+        if len(_COMPILED) >= MOST_COMPILED:
+            _COMPILED.clear()
+        if (compiled := kernel[grid](*arguments, **options)) is not None:  # as it is in the interpreter
+            _COMPILED[whole] = kernel, compiled, [options[name] for name in kernel.arg_names[len(arguments) :]]
+        return
+    _, compiled, constants = found
+    compiled[(*grid, 1, 1)[:3]](*plain, *constants)
+
+
+def cdiv(size: int, block: int) -> int:
+    """Return the number of blocks that cover a size; ``triton.cdiv`` takes microseconds, since kernels can call it."""
+    return -(-size // block)
 
 
 def power_of_2(size: int) -> int:
@@ -88,6 +124,8 @@ def optional_contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+# Cached, because asking torch for a property of a device takes as long as a launch.
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return the shared memory of one program in bytes; Hopper's without a GPU (interpreter, cross-compilation)."""
     if device.type != "cuda":
@@ -95,6 +133,21 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Return whether tiles are moved by descriptors: from Hopper on, and without a GPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def can_be_described(tensor: Tensor) -> bool:
+    """Return whether a descriptor can be made of a tensor, which must be aligned to 16 bytes in all dimensions."""
+    if TensorDescriptor is None or not has_descriptors(tensor.device):
+        return False
+    *outer, last = tensor.stride()
+    return last == 1 and not any(offset % 16 for offset in (tensor.data_ptr(), *(tensor.itemsize * s for s in outer)))
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of the GPU; 1 for the interpreter, which runs programs one by one."""
     if device.type == "cuda":

@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, power_of_2, rotate, strides
+from megatron_mosa.kernels.triton.common import (
+    INTERPRET,
+    cdiv,
+    dot,
+    grouped,
+    launch,
+    multiprocessors,
+    power_of_2,
+    rotate,
+    strides,
+)
 from megatron_mosa.kernels.triton.rows import Rows, unpack_index
 
 PAIR = 16  # columns that hold a number as the sum of two halves, padded with 0 to the minimum of tensor cores
@@ -199,13 +209,14 @@ def gathered_product(
         chosen = tiles.gathered(
             states.dtype, states.device, columns, heads * capacity // processors, gating is not None
         )
-        number = triton.cdiv(capacity, chosen["ROWS"])
+        number = cdiv(capacity, chosen["ROWS"])
         tile_bytes = length * width * states.element_size() * chosen["ROWS"] * batch // capacity
         group = tiles.group(
             number, tile_bytes, heads * capacity * width * states.element_size(),
             weight.numel() * weight.element_size() // len(programs), tiles.GATHERED_BYTES,
         )  # fmt: skip
-        _gathered_kernel[(number * heads,)](
+        launch(
+            _gathered_kernel, (number * heads,),
             states, rows.token_indices, rows.cu_seqlens, weight, output, cos, sin, starts, *(gating or (None,) * 4),
             batch, capacity, heads, length, width, group, *strides(states), *weight.stride(),
             D=size, HALF=half, RESTARTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET,

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_mosa.kernels.naive import rotary_dim
+from megatron_mosa.kernels.triton import scattered, specialized
 from megatron_mosa.kernels.triton.attention import attend, rotary_table
 from megatron_mosa.kernels.triton.attention_backward import attend_backward
 from megatron_mosa.kernels.triton.common import optional_contiguous, with_contiguous_rows
 from megatron_mosa.kernels.triton.gathered import PAIR, Gating, Rotation, gathered_product
 from megatron_mosa.kernels.triton.rows import Rows, rows_of
-from megatron_mosa.kernels.triton.scattered import scattered_product
 from megatron_mosa.kernels.triton.weights import weight_gradient
 
 
@@ -23,8 +23,7 @@ def _rotation(states: Tensor, proj_weight: Tensor, percent: float, base: float, 
     return Rotation(*rotary_table(states.shape[1], half, base, states.device), starts)
 
 
-@torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())
-def fused_attention(
+def launch_attention(
     hidden_states: Tensor,
     router_weight: Tensor,
     scores: Tensor,
@@ -39,12 +38,49 @@ def fused_attention(
 ) -> list[Tensor]:
     """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
-    rows = rows_of(indices.contiguous(), states.shape[1])
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
-    qkv = gathered_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
+    return _attention(states, scores, indices, qkv_weight, proj_weight, rotation, starts, is_full, None)
+
+
+def _attention(
+    states: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotation: Rotation,
+    starts: Tensor | None,
+    is_full: bool,
+    small_bytes: int | None,
+) -> list[Tensor]:
+    sequences, _ = scattered.chunks_of(indices.shape, states, small_bytes)
+    rows = rows_of(indices.contiguous(), states.shape[1], sequences)
+    qkv = specialized.qkv_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered_product(gated, proj_weight, rows, states, is_full=is_full)
+    output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full, small_bytes=small_bytes)
     return [output, qkv, gated, log_sums, gates, *rows]
+
+
+def launch_prompt(
+    hidden_states: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    rotary_percent: float,
+    rotary_base: float,
+    small_bytes: int,
+) -> tuple[Tensor, Tensor, Rows]:
+    """Return output [B, T, h], qkv [E, R, 3h'] and rows of whole sequences, some of whose slots may be empty."""
+    states = with_contiguous_rows(hidden_states)
+    rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, None)
+    output, qkv, _, _, _, *rows = _attention(
+        states, scores, indices, qkv_weight, proj_weight, rotation, None, False, small_bytes
+    )
+    return output, qkv, Rows(*rows)
+
+
+fused_attention = torch.library.custom_op("megatron_mosa::fused_attention", mutates_args=())(launch_attention)
 
 
 @fused_attention.register_fake
@@ -100,10 +136,10 @@ def fused_attention_backward(
     dqkv = attend_backward(qkv, rows, dattended, log_sums, gating.deltas, starts, rotation)
     del dattended
     pairs = gating.dlogits, router_weight.to(gating.dlogits.dtype).contiguous()
-    dx = scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, 3, pairs, is_full)
+    dx = scattered.scattered_product(dqkv, qkv_weight.transpose(1, 2), rows, states, pairs, is_full)
     # Allocated last, when the products before their sum are no longer in memory.
     drouter, dw_qkv, dw_o = _empty_gradients(router_weight, qkv_weight, proj_weight)
-    weight_gradient(states, rows, dqkv, dw_qkv, parts=3, pairs=gating.dlogits, pair_output=drouter)
+    specialized.qkv_weight_gradient(states, rows, dqkv, dw_qkv, gating.dlogits, drouter)
     weight_gradient(doutput, rows, gated, dw_o.transpose(1, 2))
     return dx, drouter, dw_qkv, dw_o
 

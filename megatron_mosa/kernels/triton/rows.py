@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import power_of_2
+from megatron_mosa.kernels.triton.common import cdiv, launch, power_of_2
 
 HEADS = 32  # heads per word of the bitmap
 # Block sizes of one program:
@@ -39,7 +39,10 @@ class Rows(NamedTuple):
     """int32 [B * T + 1]: cumulative number of rows over the tokens of the batch, which delimits their entries."""
 
     entries: Tensor
-    """int32 [B * E * k]: for each token the slots that hold it, as e * k + slot, in the order of heads."""
+    """int32 [B * E * k]: for each token the rows that hold it, as e << ``bits_of(S * k)`` | row, in the order of heads.
+
+    Products of rows are made S sequences at a time; the row is counted from the head's first one in such a chunk.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,20 +52,20 @@ class Rows(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """``bits_of(T)``."""
+        """``bits_of(T)``, of ``token_indices``."""
         return bits_of(self.shape[3])
 
 
 def bits_of(length: int) -> int:
-    """Return the number of bits of a position in ``token_indices``; shifts then replace divisions in kernels."""
+    """Return the number of bits of an index below ``length``; shifts then replace divisions in kernels."""
     return max(1, (length - 1).bit_length())
 
 
 @triton.jit
-def unpack_index(b_index, SHIFT: tl.constexpr):
-    """Return sequence and position of a packed token index."""
-    i_batch = b_index >> SHIFT
-    return i_batch, b_index - (i_batch << SHIFT)
+def unpack_index(b_index, SHIFT):
+    """Return sequence and position of a packed token index, or head and row of an entry."""
+    i_outer = b_index >> SHIFT
+    return i_outer, b_index - (i_outer << SHIFT)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -129,9 +132,9 @@ def _count_kernel(p_bitmap, p_before, p_counts, T, GROUPS, TOKENS: tl.constexpr)
     tl.store(p_counts + 1 + i_batch.to(tl.int64) * T + i_token, b_count, mask=i_token < T)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["SEQUENCES", "ROW_SHIFT", "B"])
 def _entries_kernel(
-    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, B, R, K, T, GROUPS,
+    p_token_indices, p_cu_seqlens, p_bitmap, p_before, p_offsets, p_entries, SEQUENCES, ROW_SHIFT, B, R, T, GROUPS,
     SHIFT: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write each row of one head to the entries of its token, behind those of the heads before it."""
@@ -148,46 +151,54 @@ def _entries_kernel(
         + tl.load(p_before + o_word, mask=m_row, other=0)
         + _popcount(b_lower)
     )
-    i_slot = i_row - tl.load(p_cu_seqlens + i_head * (B + 1) + i_batch, mask=m_row, other=0)
-    tl.store(p_entries + o_entry, i_head * K + i_slot, mask=m_row)
+    p_first = p_cu_seqlens + i_head * (B + 1) + i_batch // SEQUENCES * SEQUENCES
+    i_row -= tl.load(p_first, mask=m_row, other=0)
+    tl.store(p_entries + o_entry, (i_head << ROW_SHIFT) + i_row, mask=m_row)
 
 
-def rows_of(indices: Tensor, length: int) -> Rows:
+def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
     """Build the rows of a selection.
 
     Args:
         indices: int64 [B, E, k]; empty slots come last and hold T.
         length: T.
+        sequences: S, of a chunk in which products of rows are made.
 
     Raises:
-        ValueError: B * E * k, or B times T rounded up to a power of 2, exceeds int32.
+        ValueError: B * E * k, E times S * k, or B times T exceeds int32, S * k and T rounded up to a power of 2.
     """
     batch, heads, selected = indices.shape
     rows, device = batch * selected, indices.device
-    shift = bits_of(length)
-    if max(indices.numel(), batch << shift) >= 2**31:
+    shift, row_shift = bits_of(length), bits_of(sequences * selected)
+    if max(indices.numel(), heads << row_shift, batch << shift) >= 2**31:
         raise ValueError(
-            f"B * E * k = {indices.numel()} selected tokens, B = {batch} sequences of T = {length}; "
-            f"expected B * E * k and B * {1 << shift} below {2**31}"
+            f"B * E * k = {indices.numel()} selected tokens, E = {heads} heads, B = {batch} sequences of T = {length}; "
+            f"expected B * E * k, E * {1 << row_shift} and B * {1 << shift} below {2**31}"
         )
     cu_seqlens = torch.empty((heads, batch + 1), dtype=torch.int32, device=device)
     block = min(power_of_2(selected), SLOTS)
-    _starts_kernel[(heads,)](indices, cu_seqlens, batch, heads, selected, length, SEQUENCES=SEQUENCES, BLOCK=block)
-    groups = triton.cdiv(heads, HEADS)
+    launch(
+        _starts_kernel, (heads,), indices, cu_seqlens, batch, heads, selected, length,
+        SEQUENCES=SEQUENCES, BLOCK=block,
+    )  # fmt: skip
+    groups = cdiv(heads, HEADS)
     token_indices = torch.empty((heads, rows), dtype=torch.int32, device=device)
     bitmap = torch.zeros((batch, groups, length), dtype=torch.int32, device=device)
-    _pack_kernel[(heads, batch)](
+    launch(
+        _pack_kernel, (heads, batch),
         indices, cu_seqlens, token_indices, bitmap, batch, heads, rows, selected, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=block,
         num_warps=max(1, block // 64),
     )  # fmt: skip
     before = torch.empty_like(bitmap)
     counts = torch.empty(batch * length + 1, dtype=torch.int32, device=device)
-    _count_kernel[(triton.cdiv(length, TOKENS), batch)](bitmap, before, counts, length, groups, TOKENS=TOKENS)
+    tiles = cdiv(length, TOKENS), batch
+    launch(_count_kernel, tiles, bitmap, before, counts, length, groups, TOKENS=TOKENS)
     offsets = counts.cumsum(0, dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int32, device=device)
-    _entries_kernel[(triton.cdiv(rows, ROWS), heads)](
-        token_indices, cu_seqlens, bitmap, before, offsets, entries, batch, rows, selected, length, groups,
+    launch(
+        _entries_kernel, (cdiv(rows, ROWS), heads),
+        token_indices, cu_seqlens, bitmap, before, offsets, entries, sequences, row_shift, batch, rows, length, groups,
         SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
     return Rows(token_indices, cu_seqlens, offsets, entries)

@@ -15,7 +15,9 @@ from megatron_mosa.kernels.naive import HISTOGRAM_LOGITS
 from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import (
     INTERPRET,
+    cdiv,
     dot,
+    launch,
     multiprocessors,
     optional_contiguous,
     strides,
@@ -50,8 +52,7 @@ def _scores_kernel(
     tl.store(p_scores + o_scores, 1.0 / (1.0 + tl.exp(-b_logits)), mask=(i_token < T)[:, None] & (i_head < E)[None])
 
 
-@torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())
-def fused_router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+def launch_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     """Compute sigmoid(X w), fp32 [B, E, T], from [B, T, h] and [E, h]; ``fused_attention`` returns the gradient."""
     states, weight = with_contiguous_rows(hidden_states), router_weight.contiguous()
     batch, length, width = states.shape
@@ -59,12 +60,16 @@ def fused_router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     scores = states.new_empty((batch, heads, length), dtype=torch.float32)
     in_fp32 = states.dtype == torch.float32 or weight.dtype != states.dtype
     chosen = tiles.scores(heads, in_fp32)
-    grid = (triton.cdiv(length, chosen["TOKENS"]), triton.cdiv(heads, chosen["HEADS"]), batch)
-    _scores_kernel[grid](
+    grid = (cdiv(length, chosen["TOKENS"]), cdiv(heads, chosen["HEADS"]), batch)
+    launch(
+        _scores_kernel, grid,
         states, weight, scores, length, heads, width, *strides(states),
         FP32=in_fp32, INTERPRETED=INTERPRET, **chosen,
     )  # fmt: skip
     return scores
+
+
+fused_router_scores = torch.library.custom_op("megatron_mosa::fused_router_scores", mutates_args=())(launch_scores)
 
 
 @fused_router_scores.register_fake
@@ -165,7 +170,8 @@ def fused_select_tokens(scores: Tensor, num_selected: int, include_first_token: 
     batch, heads, length = scores.shape
     indices = torch.empty((batch, heads, num_selected), dtype=torch.int64, device=scores.device)
     chosen = tiles.selection(length)
-    _select_kernel[(batch * heads,)](
+    launch(
+        _select_kernel, (batch * heads,),
         scores.contiguous(), indices, length, num_selected, INCLUDES_FIRST=include_first_token,
         IS_ONE_BLOCK=length <= chosen["BLOCK"], **chosen,
     )  # fmt: skip
@@ -187,8 +193,10 @@ def _fill_empty_slots(p_indices, num_selected, T, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def _select_above_kernel(
-    p_scores, p_thresholds, p_starts, p_indices, T, E, C, HAS_STARTS: tl.constexpr, BLOCK: tl.constexpr
+    p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C,
+    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Select for one head in one sequence. STORES: write indices, up to C of them; COUNTS: write how many there are."""
     i_row = tl.program_id(0).to(tl.int64)  # b * E + e
     threshold = tl.load(p_thresholds + i_row % E)
     num_selected = 0
@@ -199,10 +207,14 @@ def _select_above_kernel(
         if HAS_STARTS:
             m_first = tl.load(p_starts + i_row // E * T + i_token, mask=i_token < T, other=-1) == i_token
         m_selected = ((b_score > threshold) | m_first) & (i_token < T)
-        i_slot = num_selected + _inclusive_count(m_selected, BLOCK) - 1
-        tl.store(p_indices + i_row * C + i_slot, i_token.to(tl.int64), mask=m_selected & (i_slot < C))
+        if STORES:
+            i_slot = num_selected + _inclusive_count(m_selected, BLOCK) - 1
+            tl.store(p_indices + i_row * C + i_slot, i_token.to(tl.int64), mask=m_selected & (i_slot < C))
         num_selected += tl.sum(m_selected.to(tl.int32))
-    _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
+    if STORES:
+        _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
+    if COUNTS:
+        tl.store(p_counts + i_row, num_selected)
 
 
 @triton.jit
@@ -221,11 +233,11 @@ def _load_margins(p_scores, p_starts, i_token, T, threshold_logit, FEEDBACK, SHA
 @triton.jit
 def _follow_kernel(
     p_scores, p_thresholds, p_starts, p_indices, p_counts, T, E, C, FEEDBACK, SHARE,
-    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_STARTS: tl.constexpr, STORES: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Select with feedback for one head in one sequence, stepping from one selected token to the next.
 
-    STORES: write indices, up to C of them; otherwise write the number of selected tokens.
+    STORES: write indices, up to C of them; COUNTS: write how many tokens are selected.
     """
     i_row = tl.program_id(0).to(tl.int64)  # b * E + e
     threshold = tl.load(p_thresholds + i_row % E)
@@ -255,12 +267,11 @@ def _follow_kernel(
             key = tl.min(tl.where(m_next, b_key, end))
     if STORES:
         _fill_empty_slots(p_indices + i_row * C, num_selected, T, C, BLOCK)
-    else:
+    if COUNTS:
         tl.store(p_counts + i_row, num_selected)
 
 
-@torch.library.custom_op("megatron_mosa::fused_select_above", mutates_args=())
-def fused_select_above(
+def launch_select_above(
     scores: Tensor,
     thresholds: Tensor,
     capacity: int,
@@ -269,20 +280,12 @@ def fused_select_above(
     share: float = 0.0,
 ) -> Tensor:
     """Compute ``naive.select_above`` from fp32 scores and thresholds."""
-    batch, heads, length = scores.shape
-    indices = torch.empty((batch, heads, capacity), dtype=torch.int64, device=scores.device)
-    scores, thresholds, starts = scores.contiguous(), thresholds.contiguous(), optional_contiguous(document_starts)
-    if feedback == 0:
-        _select_above_kernel[(batch * heads,)](
-            scores, thresholds, starts, indices, length, heads, capacity,
-            HAS_STARTS=starts is not None, **tiles.select_above(length),
-        )  # fmt: skip
-    else:
-        _follow_kernel[(batch * heads,)](
-            scores, thresholds, starts, indices, None, length, heads, capacity, feedback, share,
-            HAS_STARTS=starts is not None, STORES=True, **tiles.follow(length),
-        )  # fmt: skip
+    indices = torch.empty((*scores.shape[:2], capacity), dtype=torch.int64, device=scores.device)
+    _launch_above(scores, thresholds, document_starts, indices, None, feedback, share)
     return indices
+
+
+fused_select_above = torch.library.custom_op("megatron_mosa::fused_select_above", mutates_args=())(launch_select_above)
 
 
 @fused_select_above.register_fake
@@ -293,15 +296,52 @@ def _(scores: Tensor, thresholds: Tensor, capacity: int, *_: object) -> Tensor:
 def count_with_feedback(
     scores: Tensor, thresholds: Tensor, document_starts: Tensor | None, feedback: float, share: float
 ) -> Tensor:
-    """Compute ``naive.count_above`` with feedback, int32 [B, E], from fp32 scores and thresholds."""
+    """Compute ``naive.count_above`` with feedback, int32 [B, E]; unlike the others, torch.compile can trace this."""
     batch, heads, length = scores.shape
     counts = torch.empty((batch, heads), dtype=torch.int32, device=scores.device)
     starts = optional_contiguous(document_starts)
     _follow_kernel[(batch * heads,)](
         scores.contiguous(), thresholds.contiguous(), starts, None, counts, length, heads, 0, feedback, share,
-        HAS_STARTS=starts is not None, STORES=False, **tiles.follow(length),
+        HAS_STARTS=starts is not None, STORES=False, COUNTS=True, **tiles.follow(length),
     )  # fmt: skip
     return counts
+
+
+def launch_count_above(scores: Tensor, thresholds: Tensor, feedback: float, share: float) -> Tensor:
+    """Compute ``naive.count_above``, int32 [B, E], from fp32 scores and thresholds."""
+    counts = torch.empty(scores.shape[:2], dtype=torch.int32, device=scores.device)
+    _launch_above(scores, thresholds, None, None, counts, feedback, share)
+    return counts
+
+
+def launch_select_and_count(
+    scores: Tensor, thresholds: Tensor, capacity: int, feedback: float, share: float
+) -> tuple[Tensor, Tensor]:
+    """Compute ``launch_select_above``, and how many tokens it would select without a capacity, int32 [B, E]."""
+    indices = torch.empty((*scores.shape[:2], capacity), dtype=torch.int64, device=scores.device)
+    counts = torch.empty(scores.shape[:2], dtype=torch.int32, device=scores.device)
+    _launch_above(scores, thresholds, None, indices, counts, feedback, share)
+    return indices, counts
+
+
+def _launch_above(
+    scores: Tensor,
+    thresholds: Tensor,
+    document_starts: Tensor | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    feedback: float,
+    share: float,
+) -> None:
+    batch, heads, length = scores.shape
+    tensors = scores.contiguous(), thresholds.contiguous(), optional_contiguous(document_starts), indices, counts
+    sizes = length, heads, 0 if indices is None else indices.shape[2]
+    options = dict(HAS_STARTS=document_starts is not None, STORES=indices is not None, COUNTS=counts is not None)
+    if feedback == 0:
+        launch(_select_above_kernel, (batch * heads,), *tensors, *sizes, **options, **tiles.select_above(length))
+    else:
+        numbers = feedback, share
+        launch(_follow_kernel, (batch * heads,), *tensors, *sizes, *numbers, **options, **tiles.follow(length))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -330,7 +370,8 @@ def fused_count_scores(scores: Tensor, histogram: Tensor) -> None:
     """Compute ``naive.count_scores`` from fp32 scores; adding integers, atomics are deterministic in any order."""
     batch, heads, length = scores.shape
     programs = max(1, min(batch, 8 * multiprocessors(scores.device) // heads))
-    _count_scores_kernel[(heads, programs)](
+    launch(
+        _count_scores_kernel, (heads, programs),
         scores.contiguous(), histogram, batch, heads, length, programs * heads * length,
         LOGITS=HISTOGRAM_LOGITS, BINS=histogram.shape[1], **tiles.count_scores(length),
     )  # fmt: skip

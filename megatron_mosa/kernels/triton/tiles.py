@@ -109,34 +109,50 @@ def gathered(dtype: torch.dtype, device: torch.device, columns: int, rows_each: 
     return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 32)
 
 
-def scattered(dtype: torch.dtype, device: torch.device, parts: int, size: int, rows: int) -> Tiles:
-    """Tiles of ROWS of a head by COLUMNS of the output, SWEEP of them per program; a chunk has ``rows`` of a head."""
-    inner = parts * power_of_2(size)
-    chosen = dict(ROWS=128, COLUMNS=64, SWEEP=16, num_warps=8, num_stages=3 if inner <= 128 else 2)
+def scattered(dtype: torch.dtype, device: torch.device, inner: int, width: int, rows: int, is_described: bool) -> Tiles:
+    """Tiles of ROWS of a head by COLUMNS of the output, PROGRAMS of them at a time on a multiprocessor.
+
+    Args:
+        inner: size of the dimension that is summed over, along which a tile is INNER.
+        width: number of columns of the output.
+        rows: number of rows of a head in a chunk, at most.
+        is_described: whether tiles are moved by descriptors.
+    """
+    chosen = dict(ROWS=128, COLUMNS=128, INNER=64, PROGRAMS=1, num_warps=8, num_stages=4 if is_described else 3)
     if dtype == torch.float32:
-        chosen |= dict(ROWS=32, COLUMNS=32, num_warps=4, num_stages=2)
-    elif rows <= 64 or inner <= 64:
-        chosen |= dict(ROWS=64, num_warps=4, num_stages=3)
+        chosen |= dict(ROWS=32, COLUMNS=32, INNER=32, PROGRAMS=8, num_warps=4, num_stages=2)
+    elif rows <= 64:
+        chosen |= dict(ROWS=64, PROGRAMS=2, num_warps=4, num_stages=3)
+    elif is_described and inner > 128:  # enough to multiply while the products of the last tile are stored
+        chosen |= dict(COLUMNS=256, num_stages=3)
+    elif is_described and inner <= 64:  # one step a tile, whose entry in the list is loaded in stages, too
+        chosen |= dict(num_stages=6)
+    elif not is_described and (inner % 64 or width % 128):  # masks, too, need registers
+        chosen |= dict(COLUMNS=64)
+    if inner % 64:  # tiles of 64 would be empty in part
+        chosen |= dict(INNER=32)
+    chosen["COLUMNS"] = min(chosen["COLUMNS"], power_of_2(width))
 
     def shared_bytes(tiles: Tiles) -> int:
-        weights = tiles["num_stages"] * tiles["COLUMNS"]
-        return dtype.itemsize * inner * (tiles["ROWS"] + weights) + 4 * tiles["ROWS"] * tiles["COLUMNS"]
+        stages = tiles["num_stages"] * tiles["INNER"] * (tiles["ROWS"] + tiles["COLUMNS"])
+        return tiles["PROGRAMS"] * dtype.itemsize * (stages + tiles["ROWS"] * min(tiles["COLUMNS"], 128))
 
-    limit = shared_memory(device)
-    if shared_bytes(chosen) > limit:
-        chosen |= dict(ROWS=min(64, chosen["ROWS"]), num_warps=4)
-    return _fitted(chosen, limit, shared_bytes, "COLUMNS", 16)
+    return _fitted(chosen, shared_memory(device), shared_bytes, "COLUMNS", 16)
 
 
-def combine(width: int, each: int, has_pairs: bool) -> Tiles:
-    """UNROLL: products of a token, which has about ``each``, that are loaded at once, and TAIL of what is left of them;
-    COLUMNS of the output.
+def combine(dtype: torch.dtype, width: int, each: int, has_pairs: bool) -> Tiles:
+    """UNROLL: products of a token, which has about ``each``, that are loaded at once; COLUMNS of the output.
 
-    With pairs, each product needs a row of the router, too: of many heads, only few columns stay in the L1 cache.
+    ``maxnreg`` is no less than the kernel needs: without it, the compiler saves registers and loads few rows at once.
     """
-    columns = min(power_of_2(width), 128 if has_pairs and each >= 32 else 1024)
-    unroll = 32 if each >= 16 else 16 if each >= 10 else 8
-    return dict(UNROLL=unroll, TAIL=4, COLUMNS=columns, num_warps=max(1, columns // 256))
+    columns, unroll = min(power_of_2(width), 1024), 4 if each < 8 else 8
+    if has_pairs:  # each product needs a row of the router, too
+        chosen = dict(UNROLL=unroll, maxnreg=96 if unroll == 4 else 128)
+    else:
+        chosen = dict(UNROLL=16, maxnreg=128) if each >= 16 else dict(UNROLL=unroll, maxnreg=80)
+    if dtype == torch.float32:
+        chosen["UNROLL"] //= 2
+    return chosen | dict(COLUMNS=columns, num_warps=max(1, columns // 256))
 
 
 def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: int) -> Tiles:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mosa.kernels.triton import tiles
-from megatron_mosa.kernels.triton.common import INTERPRET, dot, grouped, multiprocessors, strides
+from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, dot, grouped, launch, multiprocessors, strides
 from megatron_mosa.kernels.triton.gathered import PAIR, masked_tile, token_pointers
 from megatron_mosa.kernels.triton.rows import Rows
 
@@ -97,7 +97,7 @@ def weight_gradient(
     size = values.shape[2] // parts
     at_once = parts if size <= 128 else 1  # all parts, if the registers hold their results
     chosen = tiles.weight_gradient(states.dtype, states.device, at_once, size)
-    number = triton.cdiv(width, chosen["COLUMNS"])
+    number = cdiv(width, chosen["COLUMNS"])
     programs = number * heads * parts // at_once
     splits = max(1, min(2 * multiprocessors(states.device) // programs, capacity // 512))
     outputs, pair_outputs = output[None], pair_output if pair_output is None else pair_output[None]
@@ -109,7 +109,8 @@ def weight_gradient(
         size_of = states.element_size()
         tile_bytes, gathered_bytes = batch * length * chosen["COLUMNS"] * size_of, heads * capacity * width * size_of
         group = tiles.group(number, tile_bytes, gathered_bytes, values.numel() * size_of, tiles.SWEPT_BYTES)
-    _weight_gradient_kernel[(number * heads, splits * parts // at_once)](
+    launch(
+        _weight_gradient_kernel, (number * heads, splits * parts // at_once),
         states, rows.token_indices, rows.cu_seqlens, values, pairs, outputs, pair_outputs, batch, capacity, heads,
         width, group, *strides(states), *outputs.stride(), 0 if pair_outputs is None else pair_outputs.stride(0),
         D=size, SHIFT=rows.shift, IS_WHOLE=width % chosen["COLUMNS"] == 0, INTERPRETED=INTERPRET,

@@ -13,7 +13,7 @@ from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_STEPS, bounds
-from megatron_mosa.utils import load_json, read_record, write_atomically
+from megatron_mosa.utils import load_json, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.bench.measurement import Measurement
@@ -73,12 +73,12 @@ def read(path: Path) -> Measurement:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    from megatron_mosa.tools.bench.measurement import Measurement
+    from megatron_mosa.tools.bench.measurement import read_measurement
 
     try:
-        return read_record(Measurement, load_json(path))
+        return read_measurement(load_json(path))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a result of mosa bench --output"
+        reason = error.strerror if isinstance(error, OSError) else f"not a result of mosa bench --output: {error}"
         raise UserError(f"cannot read {path}: {reason}; give a file that mosa bench --output wrote") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -57,11 +57,13 @@ def measure(
 ) -> Measurement:
     """Build the engine, take steps and destroy it, also if a step fails; a collective.
 
+    A model with thresholds selects by them from the second step on, as it does after its own warm-up.
+
     Args:
         config: its dataset is not read.
         layout: of this process.
         steps: to time, 1 or more.
-        warmup: steps before them; graphs need three, or the third micro-batch.
+        warmup: steps before them; graphs need three, or the third micro-batch, and one more with thresholds.
         vocab_size: of the tokens; None: ``data.vocab_size``.
         batches: fetched before the clock starts; None: random tokens, which repeat after ``POOL`` steps.
         learning_rate: of a step, counted from 1; None: always ``optimizer.min_learning_rate``.
@@ -75,6 +77,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats(layout.device)  # this process may have measured another configuration
     profiling = profiling or Profiling()
     vocab_size = vocab_size or config.data.vocab_size
+    if config.mosa.selection == "threshold":
+        config = replace(config, mosa=replace(config.mosa, threshold_warmup_steps=1))
     watch("building", 0, 0)
     begin = time.perf_counter()
     engine = DeepSpeedEngine(config, vocab_size, layout)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
+
+from megatron_mosa.tools.bench.measurement import StepProfile
 
 OTHER = "elementwise"
 COLLECTIVES = "collectives"
@@ -17,7 +18,8 @@ KINDS = {
     "attention": ("flash", "fmha", "cudnn_generated"),
     "MoSA": (
         "_scores_kernel", "_select", "_starts_kernel", "_pack_kernel", "_count_kernel", "_entries_kernel", "_gathered",
-        "_forward_kernel", "_backward_", "_scattered", "_combine", "_weight_gradient", "_follow", "_count_scores",
+        "_forward_kernel", "_backward_", "_tiles_kernel", "_scattered", "_combine", "_weight_gradient", "_follow",
+        "_count_scores",
     ),
     "rotary embedding": ("_rotary_kernel",),
     "cross entropy": ("_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel"),
@@ -36,41 +38,6 @@ class Kernel(NamedTuple):
     start: int
     end: int
     name: str
-
-
-@dataclass
-class StepProfile:
-    """Averages over the profiled steps, in milliseconds."""
-
-    busy: float
-    """In which anything ran on the GPU; on a CPU the whole step."""
-
-    span: float
-    """From the first kernel to the last of all profiled steps, by their number."""
-
-    kinds: dict[str, float] = field(default_factory=dict)
-    """Of kernels, by kind; where they overlap the sum is above ``busy``."""
-
-    kernels: int = 0
-    host_calls: int = 0
-    """Kernel and graph launches, copies and memsets that the host issued."""
-
-    longest: list[tuple[str, float, float]] = field(default_factory=list)
-    """Names of the kernels that took longest in all, with milliseconds and number."""
-
-    communicating: float = 0.0
-    """In which at least one collective ran, from when this rank joined it; includes waiting for other ranks."""
-
-    exposed: float = 0.0
-    """In which collectives ran and nothing else."""
-
-    wall: float = 0.0
-    """Of a profiled step by the clock, longer than one without the profiler."""
-
-    @property
-    def communication_share(self) -> float:
-        """Share of the profiled steps in which at least one collective ran."""
-        return self.communicating / self.wall if self.wall else 0.0
 
 
 def profile_steps(step: Callable[[], object], steps: int = 3, warmup: int = 2, on_gpu: bool = True) -> StepProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,8 @@ def compare(
     from megatron_mosa.tools.comparison.curves import plot, read_run, table
 
     found = [read_run(run) for run in runs]
-    Console().print(table(found))
+    width = None if sys.stdout.isatty() else 140  # a file has none
+    Console(markup=False, width=width).print(table(found))
     output.parent.mkdir(parents=True, exist_ok=True)
     plot(found, output)
     print(f"Wrote {output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,14 @@ class RunCurves:
 
     validation: list[tuple[float, float, float, float]]
 
+    def at_pace(self, seconds: float) -> RunCurves:
+        """Return the same losses as if each step had taken so many seconds."""
+        training, validation = (
+            [(step, tokens, step * seconds, loss) for step, tokens, _, loss in points]
+            for points in (self.training, self.validation)
+        )
+        return replace(self, training=training, validation=validation)
+
 
 def read_run(run: Path) -> RunCurves:
     """Read a run directory.
@@ -35,7 +43,7 @@ def read_run(run: Path) -> RunCurves:
         UserError: it has no metrics.
     """
     lines = read_journal(run / "metrics.jsonl")
-    if not any(line.get("loss") is not None for line in lines):
+    if not any(line.get("loss") is not None and line.get("tokens") is not None for line in lines):
         known = sorted(path.parent.name for path in run.parent.glob("*/metrics.jsonl")) if run.parent.is_dir() else []
         hint = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"'{run}' has no metrics.jsonl with losses; pass run directories{hint}")
@@ -57,9 +65,9 @@ def table(runs: Sequence[RunCurves]) -> Table:
     from rich.table import Table
 
     drawn = Table(title="Runs side by side", title_justify="left")
-    drawn.add_column("run")
+    drawn.add_column("run", overflow="fold")
     for name in ("steps", "tokens", "loss", "val. loss", "causal", "tokens/s", "MFU", "in steps"):
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", overflow="fold")
     for run in runs:
         totals = run.totals
         drawn.add_row(
@@ -84,16 +92,22 @@ def plot(runs: Sequence[RunCurves], path: Path) -> None:
     """
     plt = load_pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
+    names = [run.name.replace("$", r"\$") + ("" if run.is_causal else ", NON-CAUSAL") for run in runs]
     for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
         for number, run in enumerate(runs):
-            name = run.name + ("" if run.is_causal else ", NON-CAUSAL")
+            color, dashes = f"C{number}", ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
             losses = [point[3] for point in run.training]
-            panel.plot([point[axis] for point in run.training], losses, color=f"C{number}", linewidth=1, label=name)
+            panel.plot(
+                [point[axis] for point in run.training], losses, dashes, color=color, linewidth=1, label=names[number]
+            )
             measured = [point[3] for point in run.validation]
-            panel.plot([point[axis] for point in run.validation], measured, "o", color=f"C{number}", markersize=4)
+            panel.plot([point[axis] for point in run.validation], measured, "o", color=color, markersize=4)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss, nats per token")
     figure.suptitle("lines: training; points: validation", fontsize="small")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4))
+    column = 5 * max(map(len, names)) + 40  # points, of letters of 8 points and a line
+    columns = max(1, min(len(runs), int(72 * figure.get_figwidth() // column)))
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", fontsize=8, ncols=columns)
     save_figure(figure, path, dpi=120)

@@ -53,7 +53,7 @@ def bench(options: BenchOptions, output: Path | None) -> None:
     model, _ = load_model(options.path, options.device, dtype)
     require_cache(model, options.path)
     check_thresholds(model, options.path)
-    name = torch.cuda.get_device_name() if is_gpu else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
     print(f"Decoding {options.path} after {options.context:,} tokens, {dtype}, on {name}", flush=True)
     rows: list[DecodingSpeed] = []
     for batch in options.batches:

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.hf import heads_mosa
+from megatron_mosa.hf import dense_mosa
 from megatron_mosa.hf.cache_mosa import MosaCache
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
@@ -95,7 +95,9 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     if as_json:
         print(json.dumps(content, indent=2))
     else:
-        print_report(facts, rows, Console(width=None if sys.stdout.isatty() else 140))  # a file has no width
+        print_report(
+            facts, rows, Console(markup=False, width=None if sys.stdout.isatty() else 140)
+        )  # a file has no width
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "cache.json", json.dumps(content, indent=2) + "\n")
@@ -169,17 +171,17 @@ def measure(
 @contextmanager
 def _dense_heads_see(last: int) -> Iterator[None]:
     """Restrict dense heads to the last ``last`` keys, or to as many keys as there are queries if that is more."""
-    exact = heads_mosa.causal_attention
+    exact = dense_mosa.causal_attention
 
     def bounded(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> Tensor:
         seen = max(last, query.shape[2])
         return exact(query, key[:, :, -seen:], value[:, :, -seen:], valid)
 
-    heads_mosa.causal_attention = bounded
+    dense_mosa.causal_attention = bounded
     try:
         yield
     finally:
-        heads_mosa.causal_attention = exact
+        dense_mosa.causal_attention = exact
 
 
 def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact_up_to: int) -> CacheSize:

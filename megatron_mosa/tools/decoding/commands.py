@@ -178,7 +178,7 @@ def parse_lengths(text: str, option: str = "lengths") -> list[int]:
         digits = part.strip().lower()
         factor = 1024 if digits.endswith("k") else 1
         digits = digits.removesuffix("k")
-        if not digits.isdecimal() or len(digits) > 20 or int(digits) == 0:
+        if not (digits.isascii() and digits.isdecimal()) or len(digits) > 20 or int(digits) == 0:
             raise UserError(f"--{option}={text}: '{part}' is not a number of tokens; use {example}")
         lengths.add(factor * int(digits))
         if max(lengths) > _LONGEST:
@@ -188,7 +188,9 @@ def parse_lengths(text: str, option: str = "lengths") -> list[int]:
 
 def _parse_batches(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and len(word) < 20 and 1 <= int(word) <= _MOST_SEQUENCES for word in words):
+    if not all(
+        word.isascii() and word.isdecimal() and len(word) < 20 and 1 <= int(word) <= _MOST_SEQUENCES for word in words
+    ):
         raise UserError(
             f"--batch must be numbers of sequences from 1 to {_MOST_SEQUENCES:,}, such as 1,64, got {text or 'none'}"
         )

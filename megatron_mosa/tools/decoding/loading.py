@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_mosa.checkpoint import damage_as_run_error
-from megatron_mosa.convert import Kind, find_model, read_json
+from megatron_mosa.convert import Kind, check_hugging_face, find_model, read_json
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
@@ -87,6 +87,11 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
         kind = read_json(folder / "config.json").get("model_type")
     if kind != "mosa":
         raise UserError(f"'{folder}' has model_type={kind}; pass a folder written by mosa checkpoint export --to hf")
+    try:
+        with damage_as_run_error(folder):
+            check_hugging_face(folder)  # transformers would draw weights that are missing, and load others in part
+    except UserError as error:
+        raise RunError(f"{error}; export the model again") from None
     logging.disable_progress_bar()
     try:
         model = MosaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
@@ -98,6 +103,7 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
     if (file := folder / "tokenizer.json").is_file():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer("a", verbose=False)  # some damage shows only now
         except Exception as error:  # the library raises a bare Exception for most damage
             raise RunError(f"'{file}' is damaged ({first_line(error)}); export the model again") from None
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
@@ -137,6 +143,8 @@ def read_document(option: str, file: Path) -> str:
         UserError: it cannot be read, is not UTF-8 text, or never ends.
     """
     is_pipe_of_shell = file.parent.name == "fd"  # as in <(command)
+    if str(file) == "-" and sys.stdin is None:
+        raise UserError(f"{option}=-: standard input is closed; pass a text file")
     try:
         if str(file) != "-" and file.exists() and not (file.is_file() or file.is_dir() or is_pipe_of_shell):
             raise UserError(f"{option}={file} is not a file; pass a text file, or - for standard input")

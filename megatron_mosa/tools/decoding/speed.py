@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
+from megatron_mosa.utils import progress
 
 _PIECE = 32_768  # tokens of the context per call; the kernels of training read the first one
 
@@ -57,12 +58,14 @@ def measure(model: MosaForCausalLM, context: Tensor, tokens: Tensor) -> Decoding
     device = model.device
     batch, steps = len(tokens), tokens.shape[1] // 3
     context, tokens = context.to(device), tokens.to(device)
-    for _ in range(2):  # in the first, kernels are compiled
-        cache = model.new_cache()
-        start = _now(device)
-        for piece in context.split(_PIECE, dim=1):
-            model(piece, logits_to_keep=1, **{CACHE: cache})
-        prefill = _now(device) - start
+    with progress(3 * context.shape[1], "reading the context three times", unit=" tokens") as bar:
+        for _ in range(3):  # in the first two, kernels are compiled: the second knows how much room the first needed
+            cache = model.new_cache()
+            start = _now(device)
+            for piece in context.split(_PIECE, dim=1):
+                model(piece, logits_to_keep=1, **{CACHE: cache})
+                bar.update(piece.shape[1])
+            prefill = _now(device) - start
     _check_memory(batch * sum(allocated for allocated, _ in cache.bytes().values()), batch, context.shape[1], device)
     cache.batch_repeat_interleave(batch)
     for step in range(steps):  # warm-up, in which kernels are chosen and buffers grow
@@ -101,5 +104,5 @@ def _check_memory(needed: int, batch: int, context: int, device: torch.device) -
 def _now(device: torch.device) -> float:
     """Return the time in seconds once the device has finished all work."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -89,14 +89,14 @@ def evaluate(
     )
     with progress(None, "evaluating", unit="token") as bar:
         found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update, bar.reset)
-    print_report(found, Console())
+    print_report(found, Console(markup=False))
     if output is not None:
         _write(found, output)
 
 
 def _multiples(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() and len(word) <= 4 and int(word) >= 2 for word in words):
+    if not all(word.isascii() and word.isdecimal() and len(word) <= 4 and int(word) >= 2 for word in words):
         raise UserError(
             f"--lengths must be comma-separated integers of at least 2 and below 10000, such as 2,4, got {text}"
         )

@@ -273,7 +273,7 @@ class _Reader:
         self._expect(
             key,
             value,
-            isinstance(value, str) and bool(_NAME.fullmatch(value)),
+            is_name(value),
             "a name of at most 64 letters, digits, '_' and '.'",
         )
         return value
@@ -350,3 +350,8 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def is_name(value: object) -> bool:
+    """Return whether a value is a name that a grid may give: to itself, a size, a corpus or a member."""
+    return isinstance(value, str) and bool(_NAME.fullmatch(value))

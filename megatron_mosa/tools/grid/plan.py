@@ -263,7 +263,16 @@ class _Place:
                 f"train.steps={train.steps} of {a_step:,} tokens are {asked:,}; set train.steps to at most "
                 f"{int(allowed // a_step):,}, or passes: {passes:g} to read the corpus that often"
             )
+        self._check_decoding(path, min(manifest.splits["validation"]["tokens"] for manifest in data.manifests))
         return found
+
+    def _check_decoding(self, path: str, available: int) -> None:
+        evaluation = self.grid.evaluation
+        if evaluation is not None and evaluation.decode and evaluation.decode_context >= available:
+            raise UserError(
+                f"{self.grid.path}: evaluate.decode_context must be below {available:,}, the tokens in the validation "
+                f"split of {path}, got {evaluation.decode_context:,}; lower it, or set evaluate.decode: []"
+            )
 
 
 def _tokens_in_a_pass(data: Mixture) -> int:

@@ -13,7 +13,7 @@ _Value = Callable[[TrainedModel], "float | None"]
 _PANELS: tuple[tuple[str, _Value], ...] = (
     ("sparsity rho", lambda model: model.row.sparsity),
     ("parameters, millions", lambda model: model.row.parameters / 1e6),
-    ("step, ms", lambda model: model.milliseconds),
+    ("step measured alone, ms", lambda model: model.milliseconds if model.is_alone else None),
     ("peak memory, GiB", lambda model: model.peak_memory_gib),
     ("keys and values of 8,192 tokens, MiB", lambda model: model.kv_mib),
 )

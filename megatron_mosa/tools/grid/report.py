@@ -27,6 +27,7 @@ _COLUMNS = (
     "model", "heads", "budget", "seeds", "learning rate", "loss", "spread", "perplexity", "loss - reference",
     "parameters", "step, ms", "memory, GiB", "KV at 8k, MiB", "causal",
 )  # fmt: skip
+_MOST_NATS = 10  # difference of losses, beyond which a share of perplexity says nothing
 _MEASURED = {"causal_loss": "made causal", "leak": "leak", "flip_rate": "flip rate", "decode_ms": "decoding"}
 """Fields of a row that are measured once a model is trained, and what the report calls them."""
 
@@ -76,14 +77,15 @@ def _plot(place: Place, folder: Path, output: Path) -> list[str]:
     plot_costs(
         place, f"{place.size} on {place.corpus}: equal {_EQUAL[place.models[0].row.equal]}", output / f"{stem}.png"
     )
-    runs = [folder / "runs" / row.cell for model in place.models for row in model.rows[:1]]
     found = []
-    for run in runs:
+    for model in place.models:
         with suppress(UserError):  # without losses, as when the directories of runs have been removed
-            found.append(read_run(run))
+            found.append((model, read_run(folder / "runs" / model.row.cell)))
+    if all(model.is_alone for model, _ in found):  # otherwise, own and shared paces would stand side by side
+        found = [(model, curves.at_pace(model.step_seconds or 0.0)) for model, curves in found]
     if not found:
         return [f"{stem}.png"]
-    plot(found, output / f"{stem}-losses.png")
+    plot([curves for _, curves in found], output / f"{stem}-losses.png")
     return [f"{stem}.png", f"{stem}-losses.png"]
 
 
@@ -113,6 +115,8 @@ def markdown(
         "heads of the same sparsity.",
         "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
         "`--measure` replaces them.",
+        "- In the picture of losses, seconds are steps times the time of one, if all models' were measured alone; "
+        "otherwise they are those of the runs.",
         "- Keys and values are computed, in bf16, for the share of tokens that the sparsity asks for.",
     ]
     for place in places(rows):
@@ -221,6 +225,8 @@ def _signed(change: float | None) -> str:
 
 
 def _delta(difference: float) -> str:
+    if difference > _MOST_NATS:
+        return f"{difference:+.4f}"
     return f"{difference:+.4f} ({100 * math.expm1(difference):+.1f} % perplexity)"
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_mosa.attention import looks_ahead
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import read_journal, run_totals
 from megatron_mosa.model import model_flops, paper_flops, parameter_count
+from megatron_mosa.tools.grid.grid import EQUAL, is_name
 from megatron_mosa.tools.grid.kinds import kv_bytes
 from megatron_mosa.tools.grid.plan import Cell, config_hash
 from megatron_mosa.utils import known_values, load_json, parse_json, read_record, write_atomically
@@ -182,7 +184,7 @@ def planned_row(cell: Cell, folder: Path, equal: str, relative_to: str, processe
 
 
 def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | None:
-    """Return the values of a row that a run's metrics hold, or None if its last step has not been validated."""
+    """Return the values of a row that a run's metrics hold, or None if they do not hold the validation of its end."""
     lines = read_journal(run / "metrics.jsonl")
     last = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if last is None or last["step"] < steps:
@@ -190,20 +192,23 @@ def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | No
     # The first line is left out: its steps compile.
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     memory = [line["peak_memory_gib"] for line in lines if line.get("peak_memory_gib")]
-    return {
+    found = {
         "loss": last["validation_loss"],
-        "perplexity": None if last["validation_loss"] is None else last["validation_perplexity"],
-        "causal": last["causal"],
+        "perplexity": None if last["validation_loss"] is None else last.get("validation_perplexity"),
+        "causal": last.get("causal"),
         "train_seconds": run_totals(lines).seconds,
         "step_seconds": tokens_per_step / statistics.median(speeds[1:] or speeds) if speeds else None,
         "peak_memory_gib": max(memory, default=None),
     }
+    with suppress(ValueError):
+        return known_values(Row, found)
+    return None
 
 
 def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
     """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply.
 
-    None if there is no such file, or it is damaged, so that the model is evaluated again.
+    If the file is missing or damaged, return None; the model is then evaluated again.
     """
     try:
         found = load_json(path)
@@ -220,6 +225,25 @@ def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
         return None
     reasons = {"causal_loss": "it has no causal counterpart", "flip_rate": "it has no MoSA heads, which select tokens"}
     return values, {name: reason for name, reason in reasons.items() if values[name] is None}
+
+
+def _check(row: Row) -> None:
+    """Check what the types of a row leave open, and its readers rely on.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name in ("size", "corpus", "member"):
+        if not is_name(getattr(row, name)):
+            raise ValueError(f"{name} is not a name")
+    if row.equal not in EQUAL:
+        raise ValueError(f"equal is not one of {', '.join(EQUAL)}")
+    if (row.loss is None) != (row.perplexity is None):
+        raise ValueError("it has a loss without a perplexity, or a perplexity without a loss")
+    if not all(number.isdecimal() for number in row.decode_ms):
+        raise ValueError("decode_ms has a key that is not a number of sequences")
+    if unknown := row.not_measured.keys() - {*EVALUATED, "decode_ms"}:
+        raise ValueError(f"not_measured has the unknown key {min(unknown)}")
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> None:
@@ -250,6 +274,7 @@ def read_results(folder: Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             rows.append(read_record(Row, parse_json(line)))
+            _check(rows[-1])
         except ValueError as error:
             raise UserError(
                 f"{path}, line {number} is not a result of mosa isoflop run: {' '.join(str(error).split())}; repeat "

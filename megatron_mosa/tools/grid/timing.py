@@ -180,7 +180,7 @@ def _file_name(device: str) -> str:
 
 
 def _read(path: Path) -> Timing | None:
-    """Return what ``mosa bench`` measured, or None if there is no such file, or it is damaged: it is measured again."""
+    """Return what ``mosa bench`` measured; None if the file is missing or damaged, so that it is measured again."""
     try:
         found = load_json(path)
         seconds = statistics.median(map(float, found["milliseconds"])) / 1000

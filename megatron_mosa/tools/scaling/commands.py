@@ -54,7 +54,7 @@ def isoflop(
     from megatron_mosa.tools.scaling.isoflop import solve_isoflop
 
     models = [solve_isoflop(baseline, rho, dense_heads) for rho in sparsities]
-    Console().print(_table(baseline, models, title=f"{baseline.run.name}: MoSA at equal FLOPs"))
+    Console(markup=False).print(_table(baseline, models, title=f"{baseline.run.name}: MoSA at equal FLOPs"))
     print(
         "FLOPs are of the forward pass of one sequence, without the vocabulary. To train a row, override\n"
         "model.num_dense_heads, mosa.num_heads and mosa.sparsity."

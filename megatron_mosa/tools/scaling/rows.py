@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.tools.bench.measurement import Measurement
+from megatron_mosa.tools.bench.measurement import Measurement, read_measurement
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.bench.report import time_by_kind
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.layouts import SweepLayout
-from megatron_mosa.utils import read_record
 
 NOT_PERFORMANCE = "functional, not performance"
 
@@ -143,8 +142,8 @@ def make_rows(
         if cell in measured and expected is not None and (cell == first or cell != expected):
             row = replace(
                 row,
-                loss_deviation=deviation(result["losses"], measured[expected]["losses"]),
-                grad_norm_deviation=deviation(result["grad_norms"], measured[expected]["grad_norms"]),
+                loss_deviation=_deviation("losses", cell, result, measured[expected]),
+                grad_norm_deviation=_deviation("grad_norms", cell, result, measured[expected]),
             )
         rows.append(replace(row, label="reference", status="reference") if cell == first else row)
     rows.sort(key=lambda row: row.status != "reference")
@@ -197,7 +196,7 @@ def measurement(result: dict[str, Any]) -> Measurement:
         UserError: it is incomplete.
     """
     try:
-        return read_record(Measurement, result)
+        return read_measurement(result)
     except ValueError as error:
         name = Cell.from_dict(result["cell"]).name
         raise UserError(f"layouts/{name}.json is damaged: {error}; remove it to measure the layout again") from None
@@ -218,6 +217,16 @@ def _efficiency(rows: Sequence[Row], belongs: Callable[[Row], bool]) -> dict[Cel
     return shares
 
 
+def _deviation(name: str, cell: Cell, result: dict[str, Any], expected: dict[str, Any]) -> float:
+    values, theirs = result.get(name, []), expected.get(name, [])
+    if len(values) != len(theirs):  # the steps of a sweep are the same for all cells
+        raise UserError(
+            f"layouts/{cell.name}.json is damaged: it has {len(values)} {name}, the reference has {len(theirs)}; "
+            "remove it to measure the layout again"
+        )
+    return deviation(values, theirs)
+
+
 def deviation(values: Sequence[float], expected: Sequence[float]) -> float:
     """Return the largest relative difference over all steps."""
-    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, expected, strict=True))
+    return max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, expected, strict=True)), default=0.0)

@@ -32,9 +32,10 @@ from typing import Any
 from megatron_mosa.entry import run as run_program
 from megatron_mosa.parallel import LOST_CONNECTION, job_port
 from megatron_mosa.resilience import job_end
-from megatron_mosa.tools.bench.measurement import Measurement
+from megatron_mosa.tools.bench.measurement import check_measurement
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
+from megatron_mosa.tools.scaling.layouts import SweepLayout
 from megatron_mosa.utils import known_values, load_json, read_record, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
@@ -122,6 +123,7 @@ class _Ended:
 
     cell: dict[str, Any]
     finished: float
+    wall_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,10 @@ def all_results(folder: str | Path) -> list[tuple[Cell, dict[str, Any]]]:
 def _read_file(path: Path) -> tuple[Cell, dict[str, Any]] | None:
     try:
         result = load_json(path)
-        known_values(_Failure if "reason" in result else Measurement, result)
-        read_record(_Ended, result)
+        read_record(_Failure, result) if "reason" in result else check_measurement(result)
+        if known_values(Cell, read_record(_Ended, result).cell)["processes"] < 1:
+            raise ValueError("it ran on no process")
+        known_values(SweepLayout, result["cell"]["layout"])
         return Cell.from_dict(result["cell"]), result
     except (OSError, ValueError, TypeError, KeyError):
         return None

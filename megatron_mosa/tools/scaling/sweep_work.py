@@ -61,7 +61,7 @@ class Work:
         needed = self.least(cell)
         if room is None or needed <= room:
             return ""
-        return f"needs at least {needed:,.3g} GiB on each rank, which has {room:,.3g}"
+        return f"needs at least {needed:,.2f} GiB on each rank, which has {room:,.2f}"
 
     def _earlier(self) -> list[Cell]:
         """Return the cells measured by earlier calls, in their order."""

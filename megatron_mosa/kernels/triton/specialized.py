@@ -1,0 +1,95 @@
+"""The two largest products of the layer, by the Gluon kernels of ``hopper`` where they can, else by Triton's.
+
+The environment variable ``MOSA_GLUON=0``, set before this module is imported, keeps all products in Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, multiprocessors, strides
+from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product
+from megatron_mosa.kernels.triton.rows import Rows
+from megatron_mosa.kernels.triton.weights import weight_gradient
+
+ENABLED = os.environ.get("MOSA_GLUON", "1") != "0"
+TILE = 256  # of the gathered tokens
+TESTED = "3.6."  # versions of Triton with which the kernels have run on a GPU; its Gluon may still change
+FEWEST_TILES = 2  # for each multiprocessor; Triton's tiles are smaller, and it splits the rows of few heads
+
+
+@functools.cache
+def hopper() -> ModuleType | None:
+    """Return the kernels, or None before Triton 3.6."""
+    try:
+        return importlib.import_module("megatron_mosa.kernels.triton.hopper")
+    except (ImportError, AttributeError):
+        return None
+
+
+@functools.cache
+def _is_supported(device: torch.device) -> bool:
+    """Return whether the kernels run on a device; AMD's have capabilities of 9, too."""
+    if not triton.__version__.startswith(TESTED):
+        return False
+    is_nvidia = device.type == "cuda" and torch.version.hip is None and not INTERPRET
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def can_specialize(states: Tensor, heads: int, tiles: int, half: int, *operands: Tensor) -> bool:
+    """Return whether the kernels take a product.
+
+    Args:
+        states: [B, T, h].
+        heads: E.
+        tiles: of the product, of 256 tokens or columns by all of q, k and v.
+        half: half of the columns that rotate.
+        operands: other tensors of half precision, the first of which is [E, ..., 3h'].
+    """
+    if not ENABLED or not _is_supported(states.device):
+        return False
+    batch, length, width = states.shape
+    stride_b, stride_t = strides(states)
+    size = operands[0].shape[2] // 3
+    return (
+        states.dtype in (torch.bfloat16, torch.float16)
+        and size in (64, 128)
+        and half in (0, size // 4)
+        and width % 64 == 0
+        and width >= 256  # at least four steps, more than stages
+        and max(heads * width, (batch - 1) * stride_b + (length - 1) * stride_t + width) < 2**31
+        and tiles * (size // 64) >= FEWEST_TILES * multiprocessors(states.device)
+        and states.stride(2) == 1
+        and not any(number % 8 for number in (stride_b, stride_t))
+        and all(operand.is_contiguous() and operand.dtype == states.dtype for operand in operands)
+        and not any(tensor.data_ptr() % 16 for tensor in (states, *operands))
+        and hopper() is not None
+    )
+
+
+def qkv_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation) -> Tensor:
+    """Return queries, keys and values; see ``gathered_product``."""
+    heads, capacity = rows.token_indices.shape
+    tiles, half = heads * cdiv(capacity, TILE), rotation.cos.shape[1]
+    if rotation.starts is None and can_specialize(states, heads, tiles, half, weight) and (kernels := hopper()):
+        return kernels.qkv_product(states, rows, weight, rotation)
+    return gathered_product(states, rows, weight, rotation)
+
+
+def qkv_weight_gradient(
+    states: Tensor, rows: Rows, dqkv: Tensor, output: Tensor, pairs: Tensor, pair_output: Tensor
+) -> None:
+    """Compute the gradients of the matrices and of the router; see ``weight_gradient``."""
+    heads, width = len(dqkv), states.shape[2]
+    can = width % TILE == 0 and can_specialize(states, heads, heads * width // TILE, 0, dqkv, output, pairs)
+    if can and pair_output.is_contiguous() and (kernels := hopper()):
+        kernels.qkv_weight_gradient(states, rows, dqkv, output, pairs, pair_output)
+    else:
+        weight_gradient(states, rows, dqkv, output, parts=3, pairs=pairs, pair_output=pair_output)
