@@ -16,6 +16,7 @@ import torch
 from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.kernels import get_backend, naive
+from megatron_mosa.kernels.triton import specialized
 from tests.decode.models import build, random_tokens
 from tests.kernels.compile_for import decode as run_steps
 from tests.kernels.test_documents import pack
@@ -26,11 +27,14 @@ CASES = [  # B, T, E, h, h', k, dtype, documents
     (2, 300, 2, 128, 128, 150, torch.float16, False),
     (1, 1100, 2, 40, 48, 600, torch.bfloat16, True),
     (3, 64, 5, 33, 32, 20, torch.float32, True),
+    (2, 300, 3, 256, 64, 150, torch.bfloat16, False),  # Gluon's kernels, as the next one
+    (2, 300, 2, 512, 128, 150, torch.float16, False),
 ]
 
 
 def main() -> None:
     """Run all cases, forward and backward."""
+    specialized.FEWEST_TILES = 0  # Gluon's kernels take small layers, too
     for batch, length, heads, width, size, selected, dtype, has_documents in CASES:
         inputs = [t.detach().to("cuda", dtype).requires_grad_() for t in make_inputs(batch, length, heads, width, size)]
         fused = get_backend("triton", inputs[0])
