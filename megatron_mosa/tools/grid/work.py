@@ -138,7 +138,7 @@ class Work:
                 )
                 raise UserError(
                     f"--output={self.folder} holds another grid's results: {cell.name} was run with {key}={theirs}, "
-                    f"now {ours}; {fix}"
+                    f"now {ours}; set {key}: {theirs} under overrides, {fix}"
                 )
             data = cell.model.dataset
             if (used := self.result(cell).get("dataset_hash", data.fingerprint)) != data.fingerprint:
