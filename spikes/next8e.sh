@@ -1,4 +1,4 @@
-# Two cards, 300 s. Tree ragged_tree (branch ragged). Card 0: tests of Gluon's kernels, then of Triton's; card 1: layers with thresholds, main against ragged,
+# Two cards, 400 s. Tree ragged_tree (branch ragged). Card 0: tests of Gluon's kernels, then of Triton's; card 1: layers with thresholds, main against ragged,
 # sums at shapes 2 and 3 in the layer (UNROLL 4), expert choice of all shapes beside dense.
 . .spike/lib.sh
 K=$R/.spike/ragged_tree
@@ -12,5 +12,6 @@ K=$R/.spike/ragged_tree
   for t in $R $K; do (PYTHONPATH=$R/site:$t timeout 80 python3 .spike/warm.py 1,2,3,4,5,6 > $D/warm_$(basename $t).txt 2>&1) & done; wait
   layer() { PYTHONPATH=$R/site:$2 timeout 60 python3 .spike/layer_time.py $D/layer_$1.json $3 > $D/layer_$1.txt 2>&1; say "layer $1 rc $?"; cat $D/layer_$1.txt; }
   layer main $R "threshold 1 2 3 4 5 6"; layer ragged $K "threshold check 1 2 3 4 5 6"; layer main2 $R "threshold 1 2 5 6"; layer ragged2 $K "threshold 1 2 5 6"; layer dense $R "dense 1 2 3 4 5 6"
+  timeout 120 python3 .spike/attn_thresholds.py $D/attn_thresholds.json > $D/attn_thresholds.txt 2>&1; say "attn thresholds rc $?"; grep -v Error $D/attn_thresholds.txt | cut -c1-330
 ) &
 wait; say end
