@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -120,6 +121,48 @@ def test_gradient_of_the_matrices(
             assert_close(sums[head, :, None], expected)
 
 
+@pytest.mark.parametrize("processors", [132, 3])
+@pytest.mark.parametrize(("sequences", "columns"), [(BATCH, WIDTH), (3, 320)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("inner", [64, 128, 192, 384])
+def test_products_of_ragged_rows(
+    inner: int, dtype: torch.dtype, sequences: int, columns: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: Any = specialized.hopper_scattered()
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: processors)
+    case, has_pairs = make_case(7, dtype), inner >= 192
+    counts = case.rows.cu_seqlens.tolist()
+    values = torch.randn(7, BATCH * SELECTED, inner, device=DEVICE).to(dtype)
+    pairs = torch.zeros(7, BATCH * SELECTED, PAIR, device=DEVICE, dtype=dtype)
+    pairs[..., :2] = torch.randn(7, BATCH * SELECTED, 2, device=DEVICE) * torch.tensor([4.0, 0.4], device=DEVICE)
+    router = torch.randn(7, WIDTH, device=DEVICE).to(dtype)
+    for head in range(7):
+        values[head, counts[head][-1] :], pairs[head, counts[head][-1] :] = float("nan"), float("nan")
+    size = (7, WIDTH, inner) if has_pairs else (7, inner, WIDTH)
+    weight = (torch.randn(size, device=DEVICE) * inner**-0.5).to(dtype)
+    weight = weight.mT if has_pairs else weight
+    exact = values.double().nan_to_num() @ weight.double()
+    if has_pairs:
+        exact += pairs.double().nan_to_num().sum(2, keepdim=True) * router.double()[:, None]
+    products = torch.empty(7, sequences * SELECTED, columns, device=DEVICE, dtype=dtype)
+    product = kernels.RaggedProduct(
+        values, weight, case.rows, (pairs, router) if has_pairs else None, products, sequences
+    )
+    for chunk, first in itertools.product(range(-(-BATCH // sequences)), range(0, WIDTH, columns)):
+        results = []
+        for _ in range(2):
+            products.fill_(float("nan"))
+            product(chunk, first)
+            results.append(products.clone())
+        assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
+        for head in range(7):
+            begin = counts[head][chunk * sequences]
+            end = counts[head][min(BATCH, (chunk + 1) * sequences)]
+            expected = exact[head, begin:end, first : first + columns].float()
+            assert_close(products[head, : end - begin, : expected.shape[1]], expected)
+            assert products[head, -(-(end - begin) // 64) * 64 :].isnan().all()
+
+
 @pytest.mark.parametrize("by_thresholds", [False, True])
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_layer_is_what_it_is_on_tritons_kernels(
@@ -139,14 +182,17 @@ def test_the_layer_is_what_it_is_on_tritons_kernels(
         output = mosa_attention(*inputs, backend="triton", **options)
         return [output, *torch.autograd.grad(output, inputs, upstream)]
 
+    scattered: Any = specialized.hopper_scattered()
     with monkeypatch.context() as patch:
-        for name in ("qkv_product", "qkv_weight_gradient"):
-            kernel = getattr(hopper, name)
-            patch.setattr(hopper, name, lambda *given, kernel=kernel: (calls.append(kernel), kernel(*given))[1])
+        for module, name in (
+            (hopper, "qkv_product"), (hopper, "qkv_weight_gradient"), (scattered, "RaggedProduct"),
+        ):  # fmt: skip
+            kernel = getattr(module, name)
+            patch.setattr(module, name, lambda *given, kernel=kernel: (calls.append(kernel), kernel(*given))[1])
         expected = run(False)
         assert not calls
         found, again = run(True), run(True)
-        assert len(calls) == 4
+        assert len(calls) == (8 if by_thresholds else 4)
     for ours, theirs, repeated in zip(found, expected, again, strict=True):
         assert torch.equal(ours, repeated)
         assert (ours - theirs).float().norm() < 1e-2 * theirs.float().norm()

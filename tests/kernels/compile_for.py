@@ -70,7 +70,7 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
-GLUON = {"_qkv_kernel", "_qkv_gradient_kernel"} if specialized.hopper() else set()
+GLUON = {"_qkv_kernel", "_qkv_gradient_kernel", "_ragged_kernel"} if specialized.hopper() else set()
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
@@ -134,8 +134,8 @@ def decode(router: torch.Tensor, qkv: torch.Tensor, proj: torch.Tensor) -> None:
 
 def hopper_products(case: Case) -> None:
     """Run Gluon's kernels, with and without rotation and the router's column."""
-    hopper = specialized.hopper()
-    assert hopper
+    hopper, hopper_scattered = specialized.hopper(), specialized.hopper_scattered()
+    assert hopper and hopper_scattered
     states = torch.zeros(64, 512, 256, dtype=case.dtype)
     weight = states.new_zeros(9, 256, 3 * case.head_dim)
     rows = rows_of(torch.arange(case.selected).expand(64, 9, case.selected).contiguous(), 512, 64)
@@ -145,6 +145,10 @@ def hopper_products(case: Case) -> None:
     pairs = states.new_zeros(9, values.shape[1], gathered.PAIR)
     for given, sums in ((None, None), (pairs, states.new_zeros(9, 256))):
         hopper.qkv_weight_gradient(states, rows, values, weight, given, sums)
+    products = states.new_empty(9, values.shape[1], 256)
+    attended, proj = (states.new_zeros(9, size, case.head_dim) for size in (values.shape[1], 256))
+    for left, right, added in ((attended, proj.view(9, case.head_dim, 256), None), (values, weight.mT, (pairs, sums))):
+        hopper_scattered.RaggedProduct(left, right, rows, added, products, 64)(0, 0)
 
 
 def layer(case: Case, capability: int) -> None:

@@ -32,6 +32,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tiles, name, smaller(getattr(tiles, name), sizes))
     monkeypatch.setattr(tiles, "group", lambda *_: 2)  # of the tiles of a head, which may be three: two, and then one
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", 1)
-    monkeypatch.setattr(scattered, "HEADS", 2)
+    monkeypatch.setattr(rows, "LISTED_HEADS", 2)
     for name, size in dict(SEQUENCES=2, SLOTS=4, TOKENS=8, ROWS=8).items():
         monkeypatch.setattr(rows, name, size)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import runpy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_mosa.kernels.triton import specialized
+from megatron_mosa.kernels.triton import common, specialized
 from megatron_mosa.kernels.triton.gathered import PAIR, Rotation
 from megatron_mosa.kernels.triton.rows import Rows
 
@@ -98,6 +99,54 @@ def unaligned() -> torch.Tensor:
 def test_what_the_kernels_take(options: dict[str, Any], expected: list[str], called: list[str]) -> None:
     run(**options)
     assert called == expected
+
+
+@pytest.fixture
+def described(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is said to be Hopper, products of ragged rows, none of which is computed."""
+    kernels = SimpleNamespace(
+        BOX_SIZE=64, TILE_ROWS=128, CUT={(1, False), (3, True)}, RaggedProduct=lambda *given: given[0].shape
+    )
+    monkeypatch.setattr(specialized, "hopper_scattered", lambda: kernels)
+    monkeypatch.setattr(common, "has_descriptors", lambda device: True)
+
+
+def ragged(
+    inner: int = 64, columns: int = 512, dtype: torch.dtype = torch.bfloat16, has_pairs: bool = False, heads: int = 200
+) -> object:
+    """Dispatch a product of ragged rows."""
+    values, weight = torch.empty(heads, 512, inner, dtype=dtype), torch.empty(heads, inner, columns, dtype=dtype)
+    pairs = (values.new_empty(heads, 512, PAIR), values.new_empty(heads, columns)) if has_pairs else None
+    products = values.new_empty(heads, 256, columns)
+    return specialized.ragged_product(values, weight, rows(8, heads, 1000), pairs, products, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"inner": 192, "has_pairs": True}, True),
+        ({"columns": 328, "dtype": torch.float16}, True),
+        ({"inner": 192}, False),
+        ({"has_pairs": True}, False),
+        ({"inner": 96}, False),
+        ({"dtype": torch.float32}, False),
+        ({"columns": 324}, False),
+        ({"heads": 65}, False),
+        ({"heads": 66}, True),
+    ],
+)
+@pytest.mark.usefixtures("described")
+def test_products_of_ragged_rows_that_the_kernels_take(options: dict[str, Any], expected: bool) -> None:
+    assert (ragged(**options) is not None) is expected
+
+
+@pytest.mark.parametrize("name", ["ENABLED", "_is_supported", "hopper_scattered"])
+@pytest.mark.usefixtures("described")
+def test_products_of_ragged_rows_are_not_theirs_elsewhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = {"ENABLED": False, "_is_supported": lambda device: False, "hopper_scattered": lambda: None}
+    monkeypatch.setattr(specialized, name, absent[name])
+    assert ragged() is None
 
 
 def test_not_if_offsets_need_64_bits(called: list[str]) -> None:

@@ -20,6 +20,11 @@ try:
 except ImportError:  # before Triton 3.4
     TensorDescriptor = None
 
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+except ImportError:  # before Triton 3.5
+    GluonDescriptor = None
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -79,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: objec
             key.append(value if value >= 1 << 31 or value < 0 else 0 if not value & 15 else 1 if value == 1 else 2)
         elif value is None or kind is float or kind is bool:
             key.append(kind)
-        elif kind is TensorDescriptor:
+        elif kind is TensorDescriptor or kind is GluonDescriptor:
             device = value.base.get_device() if device is None else device
             key += kind, value.base.dtype, *value.block_shape
         else:

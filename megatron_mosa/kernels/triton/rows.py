@@ -20,6 +20,7 @@ SEQUENCES = 16
 SLOTS = 256  # at most
 TOKENS = 128
 ROWS = 512
+LISTED_HEADS = 1024  # whose tiles a program lists at once
 
 
 class Rows(NamedTuple):
@@ -156,6 +157,32 @@ def _entries_kernel(
     tl.store(p_entries + o_entry, (i_head << ROW_SHIFT) + i_row, mask=m_row)
 
 
+@triton.jit(do_not_specialize=["SEQUENCES", "B", "TILES"])
+def _tiles_kernel(
+    p_cu_seqlens, p_tiles, p_number, SEQUENCES, B, E, TILES, ROWS: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    """List the tiles of a chunk: of each its head, its first row, the same counted from the chunk's first, its rows."""
+    first = tl.program_id(0) * SEQUENCES
+    last = tl.minimum(first + SEQUENCES, B)
+    p_tiles += tl.program_id(0) * 4 * TILES
+    number = 0
+    for start in range(0, E, HEADS):
+        i_head = start + tl.arange(0, HEADS)
+        p_row = p_cu_seqlens + i_head * (B + 1)
+        b_begin = tl.load(p_row + first, mask=i_head < E, other=0)
+        b_rows = tl.load(p_row + last, mask=i_head < E, other=0) - b_begin
+        b_tiles = tl.cdiv(b_rows, ROWS)
+        p_tile = p_tiles + number + tl.cumsum(b_tiles) - b_tiles
+        for i_tile in range(tl.max(b_tiles)):
+            mask = i_tile < b_tiles
+            tl.store(p_tile + i_tile, i_head, mask=mask)
+            tl.store(p_tile + TILES + i_tile, b_begin + i_tile * ROWS, mask=mask)
+            tl.store(p_tile + 2 * TILES + i_tile, i_tile * ROWS + tl.zeros_like(i_head), mask=mask)
+            tl.store(p_tile + 3 * TILES + i_tile, tl.minimum(b_rows - i_tile * ROWS, ROWS), mask=mask)
+        number += tl.sum(b_tiles)
+    tl.store(p_number + tl.program_id(0), number)
+
+
 def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
     """Build the rows of a selection.
 
@@ -202,3 +229,21 @@ def rows_of(indices: Tensor, length: int, sequences: int) -> Rows:
         SHIFT=shift, HEADS=HEADS, BLOCK=ROWS,
     )  # fmt: skip
     return Rows(token_indices, cu_seqlens, offsets, entries)
+
+
+def tiles_of(rows: Rows, sequences: int, tile_rows: int) -> tuple[Tensor, Tensor, int]:
+    """List the tiles of each chunk of sequences, so that the host need not know how many rows there are.
+
+    Returns:
+        int32 [chunks, 4, most]: head, first row, the same row counted from the head's first in the chunk, and number of
+        rows of each tile; int32 [chunks]: how many tiles there are; and the most there can be.
+    """
+    batch, heads, selected, _ = rows.shape
+    most = heads * cdiv(sequences * selected, tile_rows)
+    lists = rows.cu_seqlens.new_empty((cdiv(batch, sequences), 4, most))
+    numbers = lists.new_empty(len(lists))
+    launch(
+        _tiles_kernel, (len(lists),), rows.cu_seqlens, lists, numbers, sequences, batch, heads, most,
+        ROWS=tile_rows, HEADS=LISTED_HEADS,
+    )  # fmt: skip
+    return lists, numbers, most

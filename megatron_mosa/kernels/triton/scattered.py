@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_mosa.kernels.triton import tiles
+from megatron_mosa.kernels.triton import specialized, tiles
 from megatron_mosa.kernels.triton.common import (
     INTERPRET,
     TensorDescriptor,
@@ -22,38 +22,13 @@ from megatron_mosa.kernels.triton.common import (
     strides,
 )
 from megatron_mosa.kernels.triton.gathered import PAIR
-from megatron_mosa.kernels.triton.rows import Rows, bits_of, unpack_index
+from megatron_mosa.kernels.triton.rows import Rows, bits_of, tiles_of, unpack_index
 
 FEWEST_CHUNKS = 4  # of the products of a layer; only one chunk at a time is in memory, until it is summed over heads
 SMALL_BYTES = 256 << 20  # products of a layer that need no more memory form one chunk
 MOST_BYTES = 1536 << 20  # of a chunk
 FEWEST_COLUMNS = 1024  # of a chunk, before it has fewer sequences
-HEADS = 1024  # whose tiles a program lists at once
 WIDEST_STORE = 128  # columns; a wider tile is stored in halves, which need half as much shared memory
-
-
-@triton.jit(do_not_specialize=["SEQUENCES", "B", "TILES"])
-def _tiles_kernel(
-    p_cu_seqlens, p_tiles, p_number, SEQUENCES, B, E, TILES, ROWS: tl.constexpr, HEADS: tl.constexpr
-):  # fmt: skip
-    """List the tiles of a chunk: for each the head, its first row, and the same row counted from the chunk's first."""
-    first = tl.program_id(0) * SEQUENCES
-    last = tl.minimum(first + SEQUENCES, B)
-    p_tiles += tl.program_id(0) * 3 * TILES
-    number = 0
-    for start in range(0, E, HEADS):
-        i_head = start + tl.arange(0, HEADS)
-        p_row = p_cu_seqlens + i_head * (B + 1)
-        b_begin = tl.load(p_row + first, mask=i_head < E, other=0)
-        b_tiles = tl.cdiv(tl.load(p_row + last, mask=i_head < E, other=0) - b_begin, ROWS)
-        p_tile = p_tiles + number + tl.cumsum(b_tiles) - b_tiles
-        for i_tile in range(tl.max(b_tiles)):
-            mask = i_tile < b_tiles
-            tl.store(p_tile + i_tile, i_head, mask=mask)
-            tl.store(p_tile + TILES + i_tile, b_begin + i_tile * ROWS, mask=mask)
-            tl.store(p_tile + 2 * TILES + i_tile, i_tile * ROWS + tl.zeros_like(i_head), mask=mask)
-        number += tl.sum(b_tiles)
-    tl.store(p_number + tl.program_id(0), number)
 
 
 @triton.jit
@@ -128,7 +103,7 @@ def _scattered_kernel(
     Each program takes every n-th tile, so that it loads the next tile while it multiplies the last.
     """
     number = tl.load(p_number + I_CHUNK) * COLUMN_TILES
-    p_tiles += I_CHUNK * 3 * TILES
+    p_tiles += I_CHUNK * 4 * TILES
     # Two loops, because Triton 3.2, which has no descriptors, cannot flatten either.
     if IS_DESCRIBED:
         for tile in tl.range(tl.program_id(0), number, tl.num_programs(0), flatten=True):
@@ -253,7 +228,10 @@ def scattered_product(
     sequences, columns = chunks_of((batch, heads, selected), like, small_bytes)
     capacity = sequences * selected  # of the products of a head
     products, output = like.new_empty((heads, capacity, columns)), torch.empty_like(like)
-    multiply = None if is_full else _RaggedProduct(values, weight, rows, pairs, products, sequences)
+    multiply = None
+    if not is_full:
+        given = values, weight, rows, pairs, products, sequences
+        multiply = specialized.ragged_product(*given) or _RaggedProduct(*given)
     sum_pairs = pairs if is_full else None  # the kernel of ours adds them to its products
     chosen = tiles.combine(like.dtype, columns, heads * selected // length, sum_pairs is not None)
     for first in range(0, batch, sequences):
@@ -288,22 +266,15 @@ class _RaggedProduct:
         products: Tensor,
         sequences: int,
     ) -> None:
-        batch, heads, _, _ = rows.shape
         (_, capacity, self.columns), (_, inner, self.width) = products.shape, weight.shape
         is_transposed = weight.stride(2) != 1
         matrix = weight.mT if is_transposed else weight  # contiguous in its last dimension, if in any
         is_described = all(map(can_be_described, (values, matrix, products)))
         chosen = tiles.scattered(values.dtype, values.device, inner, self.width, capacity, is_described)
         programs, self.tile = chosen.pop("PROGRAMS"), chosen["COLUMNS"]
-        row_tiles = heads * cdiv(capacity, chosen["ROWS"])  # at most
+        lists, numbers, row_tiles = tiles_of(rows, sequences, chosen["ROWS"])
         most = row_tiles * cdiv(self.columns, self.tile)
         self.grid = (min(programs * multiprocessors(values.device), most),)
-        lists = rows.cu_seqlens.new_empty((cdiv(batch, sequences), 3, row_tiles))
-        numbers = lists.new_empty(len(lists))
-        launch(
-            _tiles_kernel, (len(lists),), rows.cu_seqlens, lists, numbers, sequences, batch, heads, row_tiles,
-            ROWS=chosen["ROWS"], HEADS=HEADS,
-        )  # fmt: skip
         operands = values, weight, products
         if is_described:
             block = [1, chosen["ROWS"], chosen["INNER"]]

@@ -1,4 +1,4 @@
-"""The two largest products of the layer, by the Gluon kernels of ``hopper`` where they can, else by Triton's.
+"""The largest products of the layer, by Gluon's kernels for Hopper where they can, else by Triton's.
 
 The environment variable ``MOSA_GLUON=0``, set before this module is imported, keeps all products in Triton.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 import triton
 from torch import Tensor
 
-from megatron_mosa.kernels.triton.common import INTERPRET, cdiv, multiprocessors, strides
+from megatron_mosa.kernels.triton.common import INTERPRET, can_be_described, cdiv, multiprocessors, strides
 from megatron_mosa.kernels.triton.gathered import Rotation, gathered_product
 from megatron_mosa.kernels.triton.rows import Rows
 from megatron_mosa.kernels.triton.weights import weight_gradient
@@ -26,12 +27,21 @@ FEWEST_TILES = 2  # for each multiprocessor; Triton's tiles are smaller, and it 
 
 
 @functools.cache
-def hopper() -> ModuleType | None:
-    """Return the kernels, or None before Triton 3.6."""
+def _kernels(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module("megatron_mosa.kernels.triton.hopper")
+        return importlib.import_module(f"megatron_mosa.kernels.triton.{name}")
     except (ImportError, AttributeError):
         return None
+
+
+def hopper() -> ModuleType | None:
+    """Return the kernels of gathered rows, or None before Triton 3.6."""
+    return _kernels("hopper")
+
+
+def hopper_scattered() -> ModuleType | None:
+    """Return the kernels of products that are summed over heads, or None before Triton 3.6."""
+    return _kernels("hopper_scattered")
 
 
 @functools.cache
@@ -72,6 +82,42 @@ def can_specialize(states: Tensor, heads: int, tiles: int, half: int, *operands:
         and not any(tensor.data_ptr() % 16 for tensor in (states, *operands))
         and hopper() is not None
     )
+
+
+def ragged_product(
+    values: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    pairs: tuple[Tensor, Tensor] | None,
+    products: Tensor,
+    sequences: int,
+) -> Callable[[int, int], None] | None:
+    """Return what writes the products of a chunk and of columns from one on, or None if the kernels cannot.
+
+    Args:
+        values: [E, R, d].
+        weight: [E, d, h].
+        rows: of the values.
+        pairs: [E, R, PAIR] and [E, h], if any.
+        products: [E, S * k, columns], which are written.
+        sequences: S, of a chunk.
+    """
+    if not ENABLED or not _is_supported(values.device) or (kernels := hopper_scattered()) is None:
+        return None
+    heads, capacity, columns = products.shape
+    boxes, rest = divmod(weight.shape[1], kernels.BOX_SIZE)
+    matrix = weight.mT if weight.stride(1) == 1 else weight
+    tensors = values, matrix, products, *(pairs[:1] if pairs else ())
+    tiles = heads * cdiv(capacity, kernels.TILE_ROWS) * cdiv(columns, TILE)
+    if (
+        values.dtype not in (torch.bfloat16, torch.float16)
+        or rest
+        or (boxes, pairs is not None) not in kernels.CUT
+        or tiles < FEWEST_TILES * multiprocessors(values.device)
+        or any(tensor.dtype != values.dtype or not can_be_described(tensor) for tensor in tensors)
+    ):
+        return None
+    return kernels.RaggedProduct(values, weight, rows, pairs, products, sequences)
 
 
 def qkv_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation) -> Tensor:
