@@ -51,7 +51,7 @@ SCATTERED = [
     ]
 ]  # fmt: skip
 ATTENTION = [
-    *grid(BLOCK=[32, 64], num_warps=[1, 2, 4, 8], num_stages=[1, 2]),
+    *grid(BLOCK=[16, 32, 64], num_warps=[1, 2, 4, 8], num_stages=[1, 2]),
     *grid(BLOCK=[64], num_warps=[4], num_stages=[1, 2], maxnreg=[128, 168]),
 ]
 # Without maxnreg, the compiler loads only as many rows at once as a few registers hold.

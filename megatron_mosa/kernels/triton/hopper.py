@@ -237,7 +237,7 @@ def _produce_qkv(
         i_batch = b_index >> SHIFT
         # In shared memory, because there are not enough registers; divided, so that the compiler sees multiples of 8.
         offsets.store((i_batch * stride_b + (b_index - (i_batch << SHIFT)) * stride_t) // 8)
-        is_used = i_tile * TILE < count
+        left = count - i_tile * TILE
         p_rows = p_weight + (i_head * H).to(gl.int64) * (3 * BOX * SPLITS)
         i_box = i_split
         # The tokens of the next tile are on their way while those of this one are gathered.
@@ -246,14 +246,15 @@ def _produce_qkv(
         count = _count(p_cu_seqlens, i_head, B)
         i_row = i_tile * TILE + i_lane
         b_index = gl.load(p_token_indices + i_head * R + i_row, mask=i_row < R, other=0)
-        if is_used:
+        if left > 0:
             for start in range(0, H, STEP):
                 mbarrier.wait(empty.index(stage), phase)
                 _load_boxes(p_rows + start * (3 * BOX * SPLITS), boxes, stage, i_box, 0, SPLITS, HALF, False)
                 for number in gl.static_range(2):
-                    o_row = offsets.slice(number * PART, PART).load(gl.SliceLayout(1, layout)) * 8
-                    p_tokens = (p_x + start) + (o_row[:, None] + o_inner[None, :])
-                    async_copy.async_copy_global_to_shared(tokens.index(stage * 2 + number), p_tokens)
+                    if number * PART < left:
+                        o_row = offsets.slice(number * PART, PART).load(gl.SliceLayout(1, layout)) * 8
+                        p_tokens = (p_x + start) + (o_row[:, None] + o_inner[None, :])
+                        async_copy.async_copy_global_to_shared(tokens.index(stage * 2 + number), p_tokens)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 stage, phase = _after(stage, phase)
 
@@ -266,13 +267,12 @@ def _consume_qkv(
     stage, phase = 0, 0
     for i_program in range(gl.program_id(0), NUMBER, gl.num_programs(0)):
         i_head, i_tile, i_split = _position(i_program, TILES, E, GROUP, SPLITS)
-        count = _count(p_cu_seqlens, i_head, B)
-        if i_tile * TILE < count:
+        i_row = i_tile * TILE + CONSUMER * PART
+        left = _count(p_cu_seqlens, i_head, B) - i_row
+        if left > 0:
             b_0, b_1, b_2, _, stage, phase = _multiply(
                 H // STEP, stage, phase, boxes, tokens, tokens, full, empty, CONSUMER, True, False
             )
-            i_row = i_tile * TILE + CONSUMER * PART
-            left = count - i_row
             p_rows = p_out + (i_head * R + i_row).to(gl.int64) * (3 * BOX * SPLITS)
             _store(b_2, p_rows + _box_column(i_split, 2, SPLITS), left, SPLITS, 0)
             if HALF == 0 or SPLITS == 2:
@@ -296,6 +296,11 @@ def _consume_qkv(
                         b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
                         _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
                     b_cos, b_sin = b_next_cos, b_next_sin
+        elif left > -CONSUMER * PART:  # the other consumer has rows
+            for _ in range(0, H, STEP):
+                mbarrier.wait(full.index(stage), phase)
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = _after(stage, phase)
 
 
 @gluon.jit
