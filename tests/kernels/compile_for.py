@@ -71,11 +71,13 @@ class Case:
 
 
 GLUON = {"_qkv_kernel", "_qkv_gradient_kernel", "_ragged_kernel"} if specialized.hopper() else set()
+ATTENTION = frozenset({"_forward_kernel", "_backward_keys_kernel", "_backward_queries_kernel"})
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
 CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
     Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
-    Case(torch.bfloat16, 64, 64, (100,), alone=frozenset({"_forward_kernel", "_backward_keys_kernel"})),
+    Case(torch.bfloat16, 64, 64, (100,), alone=ATTENTION),
+    Case(torch.bfloat16, 64, 40, (80, 100), alone=ATTENTION),  # in tiles of 16
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
     Case(torch.float32, 32, 63, (80,), decodes=(80,)),  # several tiles, the last one partly filled
     *(Case(dtype, size, 63, (90, 100), alone=SCATTERED) for dtype, size in ((torch.float32, 32), (torch.bfloat16, 4))),
