@@ -25,7 +25,16 @@ from benchmarks.mosa_layer import layer_inputs
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import measure, require_gpu
 from megatron_mosa.kernels.naive import HISTOGRAM_BINS
-from megatron_mosa.kernels.triton import attention, attention_backward, gathered, scattered, selection, tiles, weights
+from megatron_mosa.kernels.triton import (
+    attention,
+    attention_backward,
+    gathered,
+    scattered,
+    selection,
+    specialized,
+    tiles,
+    weights,
+)
 from megatron_mosa.kernels.triton.gathered import Gating, Rotation
 from megatron_mosa.kernels.triton.rows import rows_of
 
@@ -151,7 +160,10 @@ ALTERNATIVES = ("sum over heads", "ragged out", "ragged dX", "above", "followed"
 def overridden(function: str, override: Override) -> Iterator[None]:
     """Use other tiles in this context."""
     chosen = getattr(tiles, function)
-    with mock.patch.object(tiles, function, lambda *args: chosen(*args) | override):
+    with (
+        mock.patch.object(tiles, function, lambda *args: chosen(*args) | override),
+        mock.patch.object(specialized, "ENABLED", specialized.ENABLED and function != "scattered"),  # it has its own
+    ):
         yield
 
 

@@ -34,7 +34,7 @@ def inputs_on_gpu(*sizes: int) -> list[torch.Tensor]:
     return [tensor.detach().cuda() for tensor in make_inputs(*sizes)]
 
 
-SIZES = [(t, k) for t in (2, 63, 100, 1000, 1024) for k in (2, 31, 64, 128, 257) if k <= t]
+SIZES = [(t, k) for t in (2, 63, 100, 1000, 1024) for k in (2, 31, 40, 64, 80, 128, 257) if k <= t]
 
 
 @pytest.mark.parametrize("heads", [1, 3, 17, 128])

@@ -112,11 +112,20 @@ def described(called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ragged(
-    inner: int = 64, columns: int = 512, dtype: torch.dtype = torch.bfloat16, has_pairs: bool = False, heads: int = 200
+    inner: int = 64,
+    columns: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    has_pairs: bool = False,
+    heads: int = 200,
+    router_type: torch.dtype | None = None,
+    transposed: bool = False,
 ) -> object:
     """Dispatch a product of ragged rows."""
     values, weight = torch.empty(heads, 512, inner, dtype=dtype), torch.empty(heads, inner, columns, dtype=dtype)
-    pairs = (values.new_empty(heads, 512, PAIR), values.new_empty(heads, columns)) if has_pairs else None
+    if transposed:
+        weight = torch.empty(heads, columns, inner, dtype=dtype).mT
+    router = values.new_empty(heads, columns, dtype=router_type)
+    pairs = (values.new_empty(heads, 512, PAIR), router) if has_pairs else None
     products = values.new_empty(heads, 256, columns)
     return specialized.ragged_product(values, weight, rows(8, heads, 1000), pairs, products, 4)
 
@@ -126,6 +135,8 @@ def ragged(
     [
         ({}, True),
         ({"inner": 192, "has_pairs": True}, True),
+        ({"inner": 192, "has_pairs": True, "transposed": True}, True),
+        ({"inner": 192, "has_pairs": True, "router_type": torch.float32}, False),
         ({"columns": 328, "dtype": torch.float16}, True),
         ({"inner": 192}, False),
         ({"has_pairs": True}, False),

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mosa.attention import mosa_attention, num_selected_tokens
 from megatron_mosa.kernels import Documents, KernelBackend, get_backend, naive
-from megatron_mosa.kernels.triton import scattered
+from megatron_mosa.kernels.triton import scattered, tiles
 from megatron_mosa.kernels.triton.common import can_be_described
 from megatron_mosa.kernels.triton.gathered import PAIR
 from megatron_mosa.kernels.triton.rows import rows_of
@@ -295,6 +295,7 @@ def bytes_of(width: int) -> torch.Tensor:
         (72, 1, 1, (1, 16)),
         (6, 1, 1, (1, 1)),
         (6, 1, 3, (1, 3)),  # a half
+        (144, 1, 4 * 144, (3, 144)),  # three and two sequences, not four and one
     ],
 )
 def test_sequences_and_columns_of_a_chunk(
@@ -305,6 +306,19 @@ def test_sequences_and_columns_of_a_chunk(
     monkeypatch.setattr(scattered, "FEWEST_CHUNKS", fewest)
     monkeypatch.setattr(scattered, "MOST_BYTES", most_bytes)
     assert scattered.chunks_of((5, 1, 1), bytes_of(width)) == chunk
+
+
+@pytest.mark.parametrize(
+    ("selected", "forward", "backward"),
+    [(16, 16, 16), (32, 16, 32), (33, 16, 16), (48, 16, 16), (49, 64, 64), (64, 64, 64), (65, 64, 16), (97, 64, 64)],
+)
+def test_attention_of_few_rows_has_tiles_of_16(selected: int, forward: int, backward: int) -> None:
+    for is_backward, expected in ((False, forward), (True, backward)):
+        chosen = tiles.attention(torch.bfloat16, torch.device("cpu"), selected, 64, is_backward)
+        assert chosen["BLOCK"] == expected
+        for dtype, width in ((torch.float32, 64), (torch.bfloat16, 128)):
+            chosen = tiles.attention(dtype, torch.device("cpu"), 80, width, is_backward)
+            assert chosen["BLOCK"] in (32, 64)
 
 
 def test_few_bytes_are_one_chunk() -> None:

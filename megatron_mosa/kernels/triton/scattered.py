@@ -174,9 +174,9 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     """Return the number of sequences, and of columns of their products, in a chunk.
 
     Products of at most ``small_bytes`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
-    because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
-    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk of
-    more than ``small_bytes`` has more than half of the products, except for an odd column.
+    because products of more rows are faster, then by sequences, about as many for each chunk, and by columns again if
+    one sequence is too large for a chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in
+    a narrow layer. No chunk of more than ``small_bytes`` has more than half of the products, except for an odd column.
 
     Args:
         shape: B, E and k of the selection.
@@ -197,7 +197,7 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
         slices *= 2
     columns = width if slices == 1 else -(-width // (step * slices)) * step
     sequences = max(1, min(batch, allowed * slices // sequence_bytes))
-    return cdiv(batch, cdiv(batch, sequences)), columns  # chunks of about equal size
+    return cdiv(batch, cdiv(batch, sequences)), columns
 
 
 def scattered_product(

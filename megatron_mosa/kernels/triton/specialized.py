@@ -21,7 +21,7 @@ from megatron_mosa.kernels.triton.rows import Rows
 from megatron_mosa.kernels.triton.weights import weight_gradient
 
 ENABLED = os.environ.get("MOSA_GLUON", "1") != "0"
-TILE = 256  # of the gathered tokens
+TILE = 256  # of gathered tokens, or of columns
 TESTED = "3.6."  # versions of Triton with which the kernels have run on a GPU; its Gluon may still change
 FEWEST_TILES = 2  # for each multiprocessor; Triton's tiles are smaller, and it splits the rows of few heads
 
@@ -92,7 +92,7 @@ def ragged_product(
     products: Tensor,
     sequences: int,
 ) -> Callable[[int, int], None] | None:
-    """Return what writes the products of a chunk and of columns from one on, or None if the kernels cannot.
+    """Return a function that, given a chunk and its first column, writes their products; None if the kernels cannot.
 
     Args:
         values: [E, R, d].
@@ -107,7 +107,7 @@ def ragged_product(
     heads, capacity, columns = products.shape
     boxes, rest = divmod(weight.shape[1], kernels.BOX_SIZE)
     matrix = weight.mT if weight.stride(1) == 1 else weight
-    tensors = values, matrix, products, *(pairs[:1] if pairs else ())
+    tensors = values, matrix, products, *(pairs or ())
     tiles = heads * cdiv(capacity, kernels.TILE_ROWS) * cdiv(columns, TILE)
     if (
         values.dtype not in (torch.bfloat16, torch.float16)
