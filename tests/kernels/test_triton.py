@@ -295,7 +295,6 @@ def bytes_of(width: int) -> torch.Tensor:
         (72, 1, 1, (1, 16)),
         (6, 1, 1, (1, 1)),
         (6, 1, 3, (1, 3)),  # a half
-        (144, 1, 4 * 144, (3, 144)),  # three and two sequences, not four and one
     ],
 )
 def test_sequences_and_columns_of_a_chunk(

@@ -26,7 +26,7 @@ from megatron_mosa.kernels.triton.rows import Rows, bits_of, tiles_of, unpack_in
 
 FEWEST_CHUNKS = 4  # of the products of a layer; only one chunk at a time is in memory, until it is summed over heads
 SMALL_BYTES = 256 << 20  # products of a layer that need no more memory form one chunk
-MOST_BYTES = 1792 << 20  # of a chunk
+MOST_BYTES = 1536 << 20  # of a chunk
 FEWEST_COLUMNS = 1024  # of a chunk, before it has fewer sequences
 WIDEST_STORE = 128  # columns; a wider tile is stored in halves, which need half as much shared memory
 
@@ -174,9 +174,9 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     """Return the number of sequences, and of columns of their products, in a chunk.
 
     Products of at most ``small_bytes`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
-    because products of more rows are faster, then by sequences, about as many for each chunk, and by columns again if
-    one sequence is too large for a chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in
-    a narrow layer. No chunk of more than ``small_bytes`` has more than half of the products, except for an odd column.
+    because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
+    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk of
+    more than ``small_bytes`` has more than half of the products, except for an odd column.
 
     Args:
         shape: B, E and k of the selection.
@@ -196,8 +196,7 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
     columns = width if slices == 1 else -(-width // (step * slices)) * step
-    sequences = max(1, min(batch, allowed * slices // sequence_bytes))
-    return cdiv(batch, cdiv(batch, sequences)), columns
+    return max(1, min(batch, allowed * slices // sequence_bytes)), columns
 
 
 def scattered_product(
