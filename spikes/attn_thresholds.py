@@ -13,18 +13,18 @@ from megatron_mosa.kernels.triton import attention, attention_backward, gathered
 from megatron_mosa.kernels.triton.gathered import Rotation
 from megatron_mosa.kernels.triton.rows import rows_of
 
-TILES = [dict(BLOCK=b, num_warps=w, num_stages=s) for b, w, s in itertools.product((16, 32, 64), (1, 2, 4), (1, 2))]
+TILES = [dict(BLOCK=b, num_warps=w, num_stages=s) for b, w, s in ((16, 1, 2), (16, 2, 2), (16, 1, 1), (32, 1, 2), (32, 2, 2), (32, 1, 1), (64, 4, 1), (64, 4, 2), (64, 2, 2))]
 TILES += [dict(BLOCK=64, num_warps=4, num_stages=s, maxnreg=m) for s, m in itertools.product((1, 2), (128, 168))]
 chosen = tiles.attention
 
 
-def stages(shape):
+def stages(shape, expert=False):
     k, s = shape.selected, shape
     with torch.no_grad():
         states, router, qkv_weight, proj_weight = (t.detach() for t in layer_inputs(s, s.batch))
         scores = selection.fused_router_scores(states, router)
-        least = scores.gather(-1, selection.fused_select_tokens(scores, k, True)).amin(-1).mean(0)
-        indices = selection.fused_select_above(scores, least, -(-5 * k // 4), None, 0.1, 1 / s.sparsity)
+        least = scores.gather(-1, selection.fused_select_tokens(scores, k, False)).amin(-1).mean(0)
+        indices = selection.fused_select_tokens(scores, k, False) if expert else selection.fused_select_above(scores, least, -(-5 * k // 4), None, 0.1, 1 / s.sparsity)
         sequences, _ = scattered.chunks_of(indices.shape, states)
         rows = rows_of(indices.contiguous(), s.length, sequences)
         rotation = Rotation(*attention.rotary_table(s.length, s.head_dim // 4, 1e4, states.device), None)
@@ -53,9 +53,9 @@ def override(t):
 
 
 def precompile(job):
-    number, part = job
+    number, part, expert = job
     s = SHAPES[number - 1]
-    runs, *_ = stages(replace(s, batch=2, heads=16 + s.heads % 16))
+    runs, *_ = stages(replace(s, batch=2, heads=16 + s.heads % 16), expert)
     for t in part:
         for run in runs:
             try:
@@ -69,11 +69,11 @@ def main():
     out, start = sys.argv[1], time.time()
     numbers = [int(w) for w in sys.argv[2].split(",")] if len(sys.argv) > 2 else [1, 2, 3, 5, 4, 6]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(precompile, [(n, TILES[i::6]) for n in numbers for i in range(6)]))
+        list(pool.map(precompile, [(n, TILES[i::5], x) for n in numbers for x in ((False, True) if n < 5 else (False,)) for i in range(5)]))
     print(f"compiled after {time.time() - start:.0f} s", flush=True)
     found = []
-    for n in numbers:
-        runs, rows, about = stages(SHAPES[n - 1])
+    for n, x in [(n, x) for n in numbers for x in ((False, True) if n < 5 else (False,))]:
+        runs, rows, about = stages(SHAPES[n - 1], x)
         count = rows.cu_seqlens[:, -1].tolist()
         for name, run in zip(("forward", "backward"), runs):
             expected, now = [x[: count[i]].clone() for i, x in enumerate(run())], timed(run)
@@ -88,7 +88,7 @@ def main():
                 except Exception as e:
                     print(n, name, t, str(e)[:80], flush=True)
             times.sort(key=lambda p: p[0])
-            print(f"{n} {name}: present {now:.3f} ms; " + "  ".join(f"{x:.3f} " + "/".join(str(t.get(k, 0)) for k in ("BLOCK", "num_warps", "num_stages", "maxnreg")) for x, t in times[:6]) + f"; {about}; {time.time() - start:.0f} s", flush=True)
+            print(f"{n} {'expert ' * x}{name}: present {now:.3f} ms; " + "  ".join(f"{x:.3f} " + "/".join(str(t.get(k, 0)) for k in ("BLOCK", "num_warps", "num_stages", "maxnreg")) for x, t in times[:6]) + f"; {about}; {time.time() - start:.0f} s", flush=True)
             found.append(dict(number=n, stage=name, present=now, times=times, about=about))
             json.dump(found, open(out, "w"))
         del runs

@@ -8,6 +8,8 @@ for n in map(int, sys.argv[1].split(",")):
     shape = SHAPES[n - 1]
     inputs = m.layer_inputs(shape, shape.batch)
     layers = [(lambda *i: mosa_attention(*i, num_selected=shape.selected, backend="triton"), inputs)]
+    if "threshold" in sys.argv:
+        layers.append((m.threshold_layer(shape, inputs), inputs))
     if "dense" in sys.argv:
         layers.append(m.dense_layer(shape))
     for layer, tensors in layers:

@@ -27,7 +27,7 @@ def load(path, mutate=()):
     return ns
 def case(ns, E, B, k, width, columns, KB, K_LAST, HP, programs, seed, S, **o):
     rng.seed(seed); g = np.random.default_rng(seed)
-    K, R, cap, N = KB * 64, B * k, S * k, o['N']
+    K, R, cap, N = KB * 64, B * k, S * k, o['COLUMNS']
     counts = g.integers(0, k + 1, (E, B)); counts[g.random((E, B)) < 0.2] = 0
     if E > 2: counts[1] = 0; counts[2] = k
     cu = np.concatenate([np.zeros((E, 1), int), counts.cumsum(1)], 1)
@@ -56,7 +56,7 @@ def case(ns, E, B, k, width, columns, KB, K_LAST, HP, programs, seed, S, **o):
             for p in range(grid):
                 s.W = World(p, grid)
                 s.W.programs = grid
-                ns['_ragged_kernel'](dv, dw, out, pr, rt, P(lists.reshape(-1)), P(numbers), c, first, tiles, most, KB=KB, K_LAST=K_LAST, HAS_PAIRS=HP, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0, **o)
+                ns['_ragged_kernel'](dv, dw, out, pr, rt, P(lists.reshape(-1)), P(numbers), c, first, tiles, most, BOXES=KB, IS_TRANSPOSED=K_LAST, HAS_PAIRS=HP, CONSUMER_REGISTERS=0, PRODUCER_REGISTERS=0, **o)
             valid = min(columns, width - first)
             for e in range(E):
                 a, z = cu[e, c * S], cu[e, min(B, c * S + S)]
@@ -67,8 +67,8 @@ def case(ns, E, B, k, width, columns, KB, K_LAST, HP, programs, seed, S, **o):
                 assert out.writes.max() <= 1
                 assert (out.writes[e, -(-n // 64) * 64:] == 0).all(), 'empty halves written'
                 if n: assert np.abs(got - want).max() / np.abs(want).max() < 1e-2, (e, np.abs(got - want).max())
-CUT = {(1, False): dict(N=256, GROUP=1, VALUE_SLOTS=8, WEIGHT_SLOTS=2), (2, False): dict(N=256, GROUP=1, VALUE_SLOTS=8, WEIGHT_SLOTS=3),
-       (3, True): dict(N=256, GROUP=1, VALUE_SLOTS=6, WEIGHT_SLOTS=3), (6, True): dict(N=128, GROUP=2, VALUE_SLOTS=5, WEIGHT_SLOTS=3)}
+CUT = {(1, False): dict(COLUMNS=256, GROUP=1, VALUE_SLOTS=8, WEIGHT_SLOTS=2), (2, False): dict(COLUMNS=256, GROUP=1, VALUE_SLOTS=8, WEIGHT_SLOTS=3),
+       (3, True): dict(COLUMNS=256, GROUP=1, VALUE_SLOTS=6, WEIGHT_SLOTS=3), (6, True): dict(COLUMNS=128, GROUP=2, VALUE_SLOTS=5, WEIGHT_SLOTS=3)}
 SHAPES = [(3, 4, 50, 512, 512, 5, 2), (5, 3, 130, 512, 256, 2, 1), (2, 2, 100, 320, 320, 1, 2), (1, 2, 64, 512, 512, 3, 2), (4, 5, 70, 640, 256, 7, 2)]
 def run(ns, seeds, quiet=False):
     n, t0 = 0, time.time()
