@@ -27,7 +27,7 @@ CASES = [  # B, T, E, h, h', k, dtype, documents
     (2, 300, 2, 128, 128, 150, torch.float16, False),
     (1, 1100, 2, 40, 48, 600, torch.bfloat16, True),
     (3, 64, 5, 33, 32, 20, torch.float32, True),
-    (2, 100, 3, 72, 64, 40, torch.bfloat16, False),  # attention in tiles of 16
+    (2, 100, 3, 72, 64, 40, torch.bfloat16, False),  # attention's backward pass in a tile of 32, and in one of 64
     (2, 300, 3, 256, 64, 150, torch.bfloat16, False),  # Gluon's kernels, as the next one
     (2, 300, 2, 512, 128, 150, torch.float16, False),
 ]
@@ -52,9 +52,12 @@ def main() -> None:
             chosen = documents.selection(lambda length: num_selected_tokens(length, 2.0))
             quotas = chosen.quotas.cuda()
             indices = naive.select_tokens(scores, chosen.num_slots, True, starts, quotas)
+        fewer = indices.clone()
+        fewer[:, 0, selected * 3 // 4 :] = length  # the first head selects fewer tokens
         for is_full in {False, documents is None}:
+            given = indices if is_full else fewer
             output = fused.selected_attention(
-                *inputs[:2], scores, indices, *inputs[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts,
+                *inputs[:2], scores, given, *inputs[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts,
                 restart_rotary=has_documents, is_full=is_full,
             )  # fmt: skip
             gradients = torch.autograd.grad(output.float().square().sum(), inputs)

@@ -70,6 +70,7 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
+SPILLED = 16  # bytes of a thread that a Gluon kernel may keep in local memory: numbers that wait for the end of a tile
 GLUON = {"_qkv_kernel", "_qkv_gradient_kernel", "_ragged_kernel"} if specialized.hopper() else set()
 ATTENTION = frozenset({"_forward_kernel", "_backward_keys_kernel", "_backward_queries_kernel"})
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
@@ -224,7 +225,9 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
             compiled = kernel.warmup(*args, grid=grid, **options)
             assert compiled.asm["cubin"]
             if name in GLUON:
-                assert "STACK:0" in (found := resources(compiled.asm["cubin"])).split(), f"{name} spills: {found}"
+                found = resources(compiled.asm["cubin"])
+                spilled = int(found.split("STACK:")[1].split()[0])
+                assert spilled <= SPILLED, f"{name} spills: {found}"
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
             if shows_resources:
                 meta = compiled.metadata

@@ -116,6 +116,14 @@ def test_fp16_loses_no_more_than_the_naive_path_does(fused: KernelBackend, shape
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
 
 
+def test_sequences_of_a_few_rows_more_than_fill_a_tile(fused: KernelBackend) -> None:
+    """Backward computes sequences of up to 32 rows in a tile of 32, and those of up to 40 in one of 64."""
+    inputs, counts = make_inputs(2, 48, 3, 16, 8), torch.tensor([[33, 32, 1], [40, 0, 31]])
+    indices = selection(inputs, 40).masked_fill(torch.arange(40) >= counts[..., None], 48)
+    ours, naives = errors(fused, inputs, indices, torch.float16)
+    assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
+
+
 @pytest.mark.parametrize(
     ("scope", "restart_rotary", "is_one_tile"),
     [
@@ -289,6 +297,7 @@ def bytes_of(width: int) -> torch.Tensor:
     [
         (144, 1, 1 << 20, (5, 144)),  # all
         (144, 2, 1 << 20, (2, 144)),  # two of five sequences: three would be more than half
+        (144, 1, 4 * 144, (3, 144)),  # three and two, not four and one
         (144, 1, 144, (1, 144)),  # one is just as much as is allowed
         (144, 1, 1, (1, 128)),  # slices of 128 columns, although one column were too much
         (144, 4, 1, (1, 16)),  # a quarter of 144 is less
@@ -309,7 +318,7 @@ def test_sequences_and_columns_of_a_chunk(
 
 @pytest.mark.parametrize(
     ("selected", "forward", "backward"),
-    [(16, 16, 16), (32, 16, 32), (33, 16, 16), (48, 16, 16), (49, 64, 64), (64, 64, 64), (65, 64, 16), (97, 64, 64)],
+    [(16, 16, 16), (32, 16, 32), (33, 16, 64), (48, 16, 64), (49, 64, 64), (64, 64, 64), (65, 64, 16), (97, 64, 64)],
 )
 def test_attention_of_few_rows_has_tiles_of_16(selected: int, forward: int, backward: int) -> None:
     for is_backward, expected in ((False, forward), (True, backward)):

@@ -129,12 +129,12 @@ def _rotary_table(length: int, half: int, base: float, device: torch.device) -> 
     return angles.cos(), angles.sin()
 
 
-def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, is_backward: bool = False) -> dict:
-    """Return constexprs and launch options that the forward and backward kernels share."""
+def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, most: int, is_backward: bool = False) -> dict:
+    """Return constexprs and launch options that the forward and backward kernels share, for at most so many rows."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET)
-    return options | tiles.attention(qkv.dtype, qkv.device, rows.shape[2], width, is_backward)
+    return options | tiles.attention(qkv.dtype, qkv.device, most, width, is_backward)
 
 
 def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +153,7 @@ def attend(qkv: Tensor, rows: Rows, scores: Tensor, starts: Tensor | None) -> tu
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     gated = qkv.new_empty((heads, capacity, size))
     log_sums, gates = (qkv.new_empty((heads, capacity), dtype=torch.float32) for _ in range(2))
-    options = launch_options(qkv, rows, starts)
+    options = launch_options(qkv, rows, starts, selected)
     launch(
         _forward_kernel, (cdiv(selected, options["BLOCK"]), heads, batch),
         qkv, rows.token_indices, rows.cu_seqlens, scores, starts, gated, log_sums, gates, batch, heads, length,

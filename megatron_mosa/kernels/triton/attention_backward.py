@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.attention import LOG2_E, document_index, launch_options, load_tile, row_range
 from megatron_mosa.kernels.triton.common import cdiv, dot, launch, power_of_2, rotate
 from megatron_mosa.kernels.triton.gathered import Rotation, load_positions
@@ -115,17 +116,17 @@ def _logit_gradients(
     return b_p, b_p * (b_dp - b_delta[:, None]) * SCALE
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "LEAST", "MOST"])
 def _backward_keys_kernel(
     p_qkv, p_token_indices, p_cu_seqlens, p_starts, p_rotary_starts, p_cos, p_sin, p_do, p_log_sums, p_deltas, p_dqkv,
-    B, T, R, SCALE,
+    B, T, R, LEAST, MOST, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
     IS_ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_batch = tl.program_id(1), tl.program_id(2)
     o_row, count = row_range(p_cu_seqlens, i_head, i_batch, B, R)
-    if tl.program_id(0) * BLOCK >= count:
+    if (tl.program_id(0) * BLOCK >= count) | (count < LEAST) | (count > MOST):
         return
     i_key, o_column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     b_key_index = tl.load(p_token_indices + o_row + i_key, mask=i_key < count, other=0)
@@ -170,17 +171,17 @@ def _backward_keys_kernel(
     tl.store(p_dv, b_dv.to(p_dqkv.dtype.element_ty), mask=(i_key < count)[:, None] & (o_column < D)[None])
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "LEAST", "MOST"])
 def _backward_queries_kernel(
     p_qkv, p_token_indices, p_cu_seqlens, p_starts, p_rotary_starts, p_cos, p_sin, p_do, p_log_sums, p_deltas, p_dqkv,
-    B, T, R, SCALE,
+    B, T, R, LEAST, MOST, SCALE,
     D: tl.constexpr, HALF: tl.constexpr, HALF_WIDTH: tl.constexpr, REST_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, RESTARTS: tl.constexpr, SHIFT: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_head, i_batch = tl.program_id(1), tl.program_id(2)
     o_row, count = row_range(p_cu_seqlens, i_head, i_batch, B, R)
-    if tl.program_id(0) * BLOCK >= count:
+    if (tl.program_id(0) * BLOCK >= count) | (count < LEAST) | (count > MOST):
         return
     i_query, o_column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     p_rows = p_qkv + o_row * (3 * D)
@@ -232,16 +233,19 @@ def attend_backward(
     capacity, size = qkv.shape[1], qkv.shape[2] // 3
     dqkv = torch.empty_like(qkv)
     half = rotation.cos.shape[1]
-    options = launch_options(qkv, rows, starts, is_backward=True) | dict(
+    rotated = dict(
         HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half),
         RESTARTS=rotation.starts is not None,
     )  # fmt: skip
-    arguments = (
-        qkv, rows.token_indices, rows.cu_seqlens, starts, rotation.starts, rotation.cos, rotation.sin, dattended,
-        log_sums, deltas, dqkv, batch, length, capacity, size**-0.5,
-    )  # fmt: skip
-    grid = (cdiv(selected, options["BLOCK"]), heads, batch)
-    launch(_backward_keys_kernel, grid, *arguments, IS_ONE_TILE=grid[0] == 1, **options)
-    if grid[0] > 1:
-        launch(_backward_queries_kernel, grid, *arguments, **options)
+    few = tiles.few_rows(qkv.dtype, selected, power_of_2(size))
+    for least, most in ((0, few), (few + 1, selected)) if few else ((0, selected),):
+        options = launch_options(qkv, rows, starts, most, is_backward=True) | rotated
+        arguments = (
+            qkv, rows.token_indices, rows.cu_seqlens, starts, rotation.starts, rotation.cos, rotation.sin, dattended,
+            log_sums, deltas, dqkv, batch, length, capacity, least, most, size**-0.5,
+        )  # fmt: skip
+        grid = (cdiv(most, options["BLOCK"]), heads, batch)
+        launch(_backward_keys_kernel, grid, *arguments, IS_ONE_TILE=grid[0] == 1, **options)
+        if grid[0] > 1:
+            launch(_backward_queries_kernel, grid, *arguments, **options)
     return dqkv

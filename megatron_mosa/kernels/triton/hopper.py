@@ -14,6 +14,7 @@ Gluon is part of Triton, from 3.6 on with what this file needs; ``specialized`` 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -220,103 +221,126 @@ def _rotated(b, b_cos, b_sin):
 
 
 @gluon.jit
+def _give(place, given, taken, turn, number):
+    """Hand the number of the next tile to the consumers."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(taken, turn ^ 1)
+    place.store(gl.full([1], number, gl.int32, layout))
+    mbarrier.arrive(given)
+
+
+@gluon.jit
+def _take(place, given, taken, turn):
+    """Return the number of the next tile."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(given, turn)
+    number = gl.max(place.load(layout), axis=0)
+    mbarrier.arrive(taken)
+    return number
+
+
+@gluon.jit
 def _produce_qkv(
-    p_x, p_token_indices, p_cu_seqlens, p_weight, tokens, boxes, offsets, full, empty,
+    p_x, p_token_indices, p_cu_seqlens, p_weight, p_taken, tokens, boxes, offsets, full, empty, place, given, taken,
     B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
     SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
+    """Gather tiles of tokens; each program takes the next one when it is free, because some have no rows."""
     layout: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
     i_lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     o_inner = gl.arange(0, STEP, gl.SliceLayout(0, layout))
-    stage, phase = 0, 1
-    i_head, i_tile, i_split = _position(gl.program_id(0), TILES, E, GROUP, SPLITS)
+    stage, phase, turn, i_program = 0, 1, 0, gl.program_id(0)
+    i_head, i_tile, i_split = _position(i_program, TILES, E, GROUP, SPLITS)
     count = _count(p_cu_seqlens, i_head, B)
-    b_index = gl.load(p_token_indices + i_head * R + i_tile * TILE + i_lane, mask=i_tile * TILE + i_lane < R, other=0)
-    for i_program in range(gl.program_id(0), NUMBER, gl.num_programs(0)):
-        b_index = gl.where(i_tile * TILE + i_lane < count, b_index, 0)
+    p_tile = p_token_indices + i_head * R + i_tile * TILE
+    b_index, i_first = gl.load(p_tile + i_lane, mask=i_tile * TILE + i_lane < R, other=0), gl.load(p_tile)
+    while i_program < NUMBER:
+        # Behind the last row, the tile's first one again; one token for all heads would be a hot spot of the cache.
+        b_index = gl.where(i_tile * TILE + i_lane < count, b_index, i_first)
         i_batch = b_index >> SHIFT
         # In shared memory, because there are not enough registers; divided, so that the compiler sees multiples of 8.
         offsets.store((i_batch * stride_b + (b_index - (i_batch << SHIFT)) * stride_t) // 8)
-        left = count - i_tile * TILE
+        is_used = i_tile * TILE < count
+        if is_used:
+            _give(place, given, taken, turn, i_program)
+            turn ^= 1
         p_rows = p_weight + (i_head * H).to(gl.int64) * (3 * BOX * SPLITS)
         i_box = i_split
         # The tokens of the next tile are on their way while those of this one are gathered.
-        i_next = gl.minimum(i_program + gl.num_programs(0), NUMBER - 1)
-        i_head, i_tile, i_split = _position(i_next, TILES, E, GROUP, SPLITS)
+        i_program = gl.num_programs(0) + gl.atomic_add(p_taken, 1, sem="relaxed")
+        i_head, i_tile, i_split = _position(gl.minimum(i_program, NUMBER - 1), TILES, E, GROUP, SPLITS)
         count = _count(p_cu_seqlens, i_head, B)
-        i_row = i_tile * TILE + i_lane
-        b_index = gl.load(p_token_indices + i_head * R + i_row, mask=i_row < R, other=0)
-        if left > 0:
+        p_tile = p_token_indices + i_head * R + i_tile * TILE
+        b_index, i_first = gl.load(p_tile + i_lane, mask=i_tile * TILE + i_lane < R, other=0), gl.load(p_tile)
+        if is_used:
             for start in range(0, H, STEP):
                 mbarrier.wait(empty.index(stage), phase)
                 _load_boxes(p_rows + start * (3 * BOX * SPLITS), boxes, stage, i_box, 0, SPLITS, HALF, False)
                 for number in gl.static_range(2):
-                    if number * PART < left:
-                        o_row = offsets.slice(number * PART, PART).load(gl.SliceLayout(1, layout)) * 8
-                        p_tokens = (p_x + start) + (o_row[:, None] + o_inner[None, :])
-                        async_copy.async_copy_global_to_shared(tokens.index(stage * 2 + number), p_tokens)
+                    o_row = offsets.slice(number * PART, PART).load(gl.SliceLayout(1, layout)) * 8
+                    p_tokens = (p_x + start) + (o_row[:, None] + o_inner[None, :])
+                    async_copy.async_copy_global_to_shared(tokens.index(stage * 2 + number), p_tokens)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 stage, phase = _after(stage, phase)
+    _give(place, given, taken, turn, NUMBER)
 
 
 @gluon.jit
 def _consume_qkv(
-    p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, B, R, E, H, TILES, NUMBER, GROUP,
+    p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place, given, taken,
+    B, R, E, H, TILES, NUMBER, GROUP,
     CONSUMER: gl.constexpr, SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
-    stage, phase = 0, 0
-    for i_program in range(gl.program_id(0), NUMBER, gl.num_programs(0)):
+    stage, phase, turn = 0, 0, 0
+    i_program = _take(place, given, taken, turn)
+    while i_program < NUMBER:
         i_head, i_tile, i_split = _position(i_program, TILES, E, GROUP, SPLITS)
         i_row = i_tile * TILE + CONSUMER * PART
         left = _count(p_cu_seqlens, i_head, B) - i_row
-        if left > 0:
-            b_0, b_1, b_2, _, stage, phase = _multiply(
-                H // STEP, stage, phase, boxes, tokens, tokens, full, empty, CONSUMER, True, False
-            )
-            p_rows = p_out + (i_head * R + i_row).to(gl.int64) * (3 * BOX * SPLITS)
-            _store(b_2, p_rows + _box_column(i_split, 2, SPLITS), left, SPLITS, 0)
-            if HALF == 0 or SPLITS == 2:
-                _store(b_1, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, 0)
-            if HALF == 0:
-                _store(b_0, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, 0)
-            else:  # a piece's angles are loaded while the one before is stored
-                p_indices = p_token_indices + i_head * R + i_row
-                b_cos, b_sin = _angles(_positions(p_indices, left, SHIFT), p_cos, p_sin, HALF)
-                b_position = _positions(p_indices + 32, left - 32, SHIFT)
-                for number in gl.static_range(PART // 32):
-                    if number < 3:
-                        b_next_cos, b_next_sin = _angles(b_position, p_cos, p_sin, HALF)
-                    if number < 2:
-                        first = (number + 2) * 32
-                        b_position = _positions(p_indices + first, left - first, SHIFT)
-                    p_piece = p_rows + number * 32 * 3 * BOX * SPLITS
-                    b = _rotated(_halves(_halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
-                    _store(b, p_piece + _box_column(i_split, 0, SPLITS), left - number * 32, SPLITS, HALF)
-                    if SPLITS == 1:
-                        b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
-                        _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
-                    b_cos, b_sin = b_next_cos, b_next_sin
-        elif left > -CONSUMER * PART:  # the other consumer has rows
-            for _ in range(0, H, STEP):
-                mbarrier.wait(full.index(stage), phase)
-                mbarrier.arrive(empty.index(stage))
-                stage, phase = _after(stage, phase)
+        b_0, b_1, b_2, _, stage, phase = _multiply(
+            H // STEP, stage, phase, boxes, tokens, tokens, full, empty, CONSUMER, True, False
+        )
+        p_rows = p_out + (i_head * R + i_row).to(gl.int64) * (3 * BOX * SPLITS)
+        _store(b_2, p_rows + _box_column(i_split, 2, SPLITS), left, SPLITS, 0)
+        if HALF == 0 or SPLITS == 2:
+            _store(b_1, p_rows + _box_column(i_split, 1, SPLITS), left, SPLITS, 0)
+        if HALF == 0:
+            _store(b_0, p_rows + _box_column(i_split, 0, SPLITS), left, SPLITS, 0)
+        else:  # a piece's angles are loaded while the one before is stored
+            p_indices = p_token_indices + i_head * R + i_row
+            b_cos, b_sin = _angles(_positions(p_indices, left, SHIFT), p_cos, p_sin, HALF)
+            b_position = _positions(p_indices + 32, left - 32, SHIFT)
+            for number in gl.static_range(PART // 32):
+                if number < 3:
+                    b_next_cos, b_next_sin = _angles(b_position, p_cos, p_sin, HALF)
+                if number < 2:
+                    first = (number + 2) * 32
+                    b_position = _positions(p_indices + first, left - first, SHIFT)
+                p_piece = p_rows + number * 32 * 3 * BOX * SPLITS
+                b = _rotated(_halves(_halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
+                _store(b, p_piece + _box_column(i_split, 0, SPLITS), left - number * 32, SPLITS, HALF)
+                if SPLITS == 1:
+                    b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
+                    _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
+                b_cos, b_sin = b_next_cos, b_next_sin
+        turn ^= 1
+        i_program = _take(place, given, taken, turn)
 
 
 @gluon.jit
-def _barriers():
-    """Return barriers of full and of empty stages."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=128)  # the producer's threads
-        mbarrier.init(empty.index(i), count=2)  # the consumers
+def _barriers(NUMBER: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """Return the barriers of full and of empty stages, at which so many arrive."""
+    full = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(full.index(i), count=FULL)
+        mbarrier.init(empty.index(i), count=EMPTY)
     return full, empty
 
 
 @gluon.jit(do_not_specialize=["B", "R", "E", "H", "TILES", "NUMBER", "GROUP"])
 def _qkv_kernel(
-    p_x, p_token_indices, p_cu_seqlens, p_weight, p_out, p_cos, p_sin,
+    p_x, p_token_indices, p_cu_seqlens, p_weight, p_out, p_cos, p_sin, p_taken,
     B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
     SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -327,15 +351,19 @@ def _qkv_kernel(
     tokens = gl.allocate_shared_memory(TYPE, [STAGES * 2, PART, STEP], shared)
     boxes = gl.allocate_shared_memory(TYPE, [STAGES * 3, STEP, BOX], shared)
     offsets = gl.allocate_shared_memory(gl.int32, [TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full, empty = _barriers()
+    place = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # for a tile's number
+    full, empty = _barriers(STAGES, 128, 2)  # the producer's threads; the consumers
+    given, taken = _barriers(1, 1, 2)
+    given, taken = given.index(0), taken.index(0)
     gl.warp_specialize(
         [
-            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty,
-                            B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(0), SPLITS, HALF, SHIFT)),
-            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty,
-                            B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(1), SPLITS, HALF, SHIFT)),
-            (_produce_qkv, (p_x, p_token_indices, p_cu_seqlens, p_weight, tokens, boxes, offsets, full, empty,
-                            B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t, SPLITS, HALF, SHIFT)),
+            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place,
+                            given, taken, B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(0), SPLITS, HALF, SHIFT)),
+            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place,
+                            given, taken, B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(1), SPLITS, HALF, SHIFT)),
+            (_produce_qkv, (p_x, p_token_indices, p_cu_seqlens, p_weight, p_taken, tokens, boxes, offsets, full, empty,
+                            place, given, taken, B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
+                            SPLITS, HALF, SHIFT)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -425,7 +453,7 @@ def _qkv_gradient_kernel(
     tokens = gl.allocate_shared_memory(TYPE, [STAGES * 2, STEP, PART], shared)
     boxes = gl.allocate_shared_memory(TYPE, [STAGES * 3, STEP, BOX], shared)
     pairs = gl.allocate_shared_memory(TYPE, [STAGES, STEP, USED_PAIR], gl.NVMMASharedLayout(0, 16, 2))
-    full, empty = _barriers()
+    full, empty = _barriers(STAGES, 128, 2)  # the producer's threads; the consumers
     gl.warp_specialize(
         [
             (_consume_gradient, (p_cu_seqlens, p_out, p_pair_out, tokens, boxes, pairs, full, empty,
@@ -451,10 +479,10 @@ def qkv_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation) 
         number, length * width * size_of * TILE_SIZE * batch // capacity, heads * capacity * width * size_of,
         weight.numel() * size_of, tiles.GATHERED_BYTES,
     )  # fmt: skip
-    programs = number * heads * splits
+    programs, taken = number * heads * splits, torch.zeros(1, dtype=torch.int32, device=states.device)
     launch(
         _qkv_kernel, (min(programs, multiprocessors(states.device)),),
-        states, rows.token_indices, rows.cu_seqlens, weight, output, rotation.cos, rotation.sin,
+        states, rows.token_indices, rows.cu_seqlens, weight, output, rotation.cos, rotation.sin, taken,
         batch, capacity, heads, width, number, programs, group, *strides(states),
         SPLITS=splits, HALF=rotation.cos.shape[1], SHIFT=rows.shift, **REGISTERS, num_warps=4,
     )  # fmt: skip

@@ -178,44 +178,36 @@ def _consume(
         next_head, next_product, next_rows = gl.load(p_next), gl.load(p_next + 2 * TILES), gl.load(p_next + 3 * TILES)
         is_last = (next_head != i_head) | (place % number == number - 1)
         mbarrier.wait(turn.index(CONSUMER), (i_turn & 1) ^ (1 - CONSUMER))
+        for i in gl.static_range(STEPS):
+            step = (i_turn * 2 + CONSUMER) * STEPS + i
+            slot = step % VALUE_SLOTS
+            weight_step = i_matrix * STEPS + i
+            weight_slot = weight_step % WEIGHT_SLOTS
+            mbarrier.wait(full_weight.index(weight_slot), weight_step // WEIGHT_SLOTS & 1)
+            mbarrier.wait(full_values.index(slot), step // VALUE_SLOTS & 1)
+            for j in gl.static_range(GROUP):
+                b_values = value_boxes.index(slot * GROUP + j).reshape([BOX, BOX])
+                b_box = weight_boxes.index(weight_slot * GROUP + j)
+                if IS_TRANSPOSED:
+                    b_weight = b_box.reshape([COLUMNS, BOX]).permute((1, 0))
+                else:
+                    b_weight = b_box.reshape([BOX, COLUMNS])
+                b = warpgroup_mma(b_values, b_weight, b, use_acc=i + j > 0, is_async=True)
+            if i > 0:
+                b = warpgroup_mma_wait(GROUP, deps=[b])
+                mbarrier.arrive(empty_values.index((step - 1) % VALUE_SLOTS))
+                mbarrier.arrive(empty_weight.index((weight_step - 1) % WEIGHT_SLOTS), pred=is_last)
+        if HAS_PAIRS:  # they came with the last step, and are handed back with it
+            b_pairs = pair_boxes.index((i_turn * 2 + CONSUMER) % PAIR_SLOTS).reshape([BOX, PAIR])
+            b_pair_weight = pair_weight_boxes.index(i_matrix % PAIR_WEIGHT_SLOTS).reshape([COLUMNS, PAIR])
+            b = warpgroup_mma(b_pairs, b_pair_weight.permute((1, 0)), b, use_acc=True, is_async=True)
+        mbarrier.arrive(turn.index(1 - CONSUMER))  # its products are queued behind these
+        b = warpgroup_mma_wait(0, deps=[b])
+        mbarrier.arrive(empty_values.index(((i_turn * 2 + CONSUMER) * STEPS + STEPS - 1) % VALUE_SLOTS))
+        mbarrier.arrive(empty_weight.index((i_matrix * STEPS + STEPS - 1) % WEIGHT_SLOTS), pred=is_last)
         if rows > CONSUMER * BOX:
-            for i in gl.static_range(STEPS):
-                step = (i_turn * 2 + CONSUMER) * STEPS + i
-                slot = step % VALUE_SLOTS
-                weight_step = i_matrix * STEPS + i
-                weight_slot = weight_step % WEIGHT_SLOTS
-                mbarrier.wait(full_weight.index(weight_slot), weight_step // WEIGHT_SLOTS & 1)
-                mbarrier.wait(full_values.index(slot), step // VALUE_SLOTS & 1)
-                for j in gl.static_range(GROUP):
-                    b_values = value_boxes.index(slot * GROUP + j).reshape([BOX, BOX])
-                    b_box = weight_boxes.index(weight_slot * GROUP + j)
-                    if IS_TRANSPOSED:
-                        b_weight = b_box.reshape([COLUMNS, BOX]).permute((1, 0))
-                    else:
-                        b_weight = b_box.reshape([BOX, COLUMNS])
-                    b = warpgroup_mma(b_values, b_weight, b, use_acc=i + j > 0, is_async=True)
-                if i > 0:
-                    b = warpgroup_mma_wait(GROUP, deps=[b])
-                    mbarrier.arrive(empty_values.index((step - 1) % VALUE_SLOTS))
-                    mbarrier.arrive(empty_weight.index((weight_step - 1) % WEIGHT_SLOTS), pred=is_last)
-            if HAS_PAIRS:  # they came with the last step, and are handed back with it
-                b_pairs = pair_boxes.index((i_turn * 2 + CONSUMER) % PAIR_SLOTS).reshape([BOX, PAIR])
-                b_pair_weight = pair_weight_boxes.index(i_matrix % PAIR_WEIGHT_SLOTS).reshape([COLUMNS, PAIR])
-                b = warpgroup_mma(b_pairs, b_pair_weight.permute((1, 0)), b, use_acc=True, is_async=True)
-            mbarrier.arrive(turn.index(1 - CONSUMER))  # its products are queued behind these
-            b = warpgroup_mma_wait(0, deps=[b])
-            mbarrier.arrive(empty_values.index(((i_turn * 2 + CONSUMER) * STEPS + STEPS - 1) % VALUE_SLOTS))
-            mbarrier.arrive(empty_weight.index((i_matrix * STEPS + STEPS - 1) % WEIGHT_SLOTS), pred=is_last)
             i_column, i_row = place // number * COLUMNS, i_product + CONSUMER * BOX
             _store(b, products, staging, i_head, i_row, i_column)
-        else:  # the second half of a head's last tile without rows
-            mbarrier.arrive(turn.index(1 - CONSUMER))
-            for i in gl.static_range(STEPS):
-                step, weight_step = (i_turn * 2 + CONSUMER) * STEPS + i, i_matrix * STEPS + i
-                mbarrier.wait(full_weight.index(weight_step % WEIGHT_SLOTS), weight_step // WEIGHT_SLOTS & 1)
-                mbarrier.wait(full_values.index(step % VALUE_SLOTS), step // VALUE_SLOTS & 1)
-                mbarrier.arrive(empty_values.index(step % VALUE_SLOTS))
-                mbarrier.arrive(empty_weight.index(weight_step % WEIGHT_SLOTS))
         i_matrix = gl.where(is_last, i_matrix + 1, i_matrix)
     tma.store_wait(0)
 

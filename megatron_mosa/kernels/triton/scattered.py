@@ -26,7 +26,7 @@ from megatron_mosa.kernels.triton.rows import Rows, bits_of, tiles_of, unpack_in
 
 FEWEST_CHUNKS = 4  # of the products of a layer; only one chunk at a time is in memory, until it is summed over heads
 SMALL_BYTES = 256 << 20  # products of a layer that need no more memory form one chunk
-MOST_BYTES = 1536 << 20  # of a chunk
+MOST_BYTES = 1792 << 20  # of a chunk
 FEWEST_COLUMNS = 1024  # of a chunk, before it has fewer sequences
 WIDEST_STORE = 128  # columns; a wider tile is stored in halves, which need half as much shared memory
 
@@ -196,7 +196,8 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
     columns = width if slices == 1 else -(-width // (step * slices)) * step
-    return max(1, min(batch, allowed * slices // sequence_bytes)), columns
+    chunks = cdiv(batch, max(1, min(batch, allowed * slices // sequence_bytes)))
+    return cdiv(batch, chunks), columns  # of about equal size
 
 
 def scattered_product(

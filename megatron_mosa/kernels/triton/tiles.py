@@ -172,10 +172,19 @@ def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: 
     return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 16)
 
 
+def few_rows(dtype: torch.dtype, selected: int, width: int) -> int:
+    """Return how many rows of a sequence attention's backward pass computes in one tile, where others have more; or 0.
+
+    With thresholds about half of the sequences have a few rows more than fill a tile, which costs a second kernel.
+    """
+    one_tile = 32 if 32 < selected <= 48 else 64 if 64 < selected <= 96 else 0
+    return one_tile if dtype.itemsize < 4 and width <= 64 else 0
+
+
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int, is_backward: bool) -> Tiles:
     """Tiles of BLOCK queries by BLOCK keys; ``width`` is that of a head, rounded up to a power of 2."""
-    # Where a tile of 64, or in backward a second one, would be mostly empty; measured with 32, 40 and 80.
-    prefers_16 = (32 < selected <= 48 or 64 < selected <= 96) if is_backward else selected <= 48
+    # A tile of 64, or in backward a second one, would be mostly empty; measured with 32, 40 and 80.
+    prefers_16 = 64 < selected <= 96 if is_backward else selected <= 48
     if dtype.itemsize < 4 and width <= 64 and prefers_16:
         return dict(BLOCK=16, num_warps=2 if is_backward else 1, num_stages=2)
     block = min(power_of_2(selected), 64 if dtype.itemsize < 4 else 32)

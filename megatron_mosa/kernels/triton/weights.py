@@ -40,13 +40,13 @@ def _weight_gradient_kernel(
     rows_per_split = tl.cdiv(tl.cdiv(count, ROWS), SPLITS) * ROWS
     begin = i_split * rows_per_split
     i_lane, o_pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
-    p_indices = p_token_indices + i_head.to(tl.int64) * R + i_lane
+    p_indices, i_last = p_token_indices + i_head.to(tl.int64) * R, tl.maximum(count - 1, 0)
     # Indices are loaded one iteration ahead, so that the gather has all stages of the pipeline to itself.
-    b_next_index = tl.load(p_indices + begin, mask=begin + i_lane < count, other=0)
+    b_next_index = tl.load(p_indices + tl.minimum(begin + i_lane, i_last))
     for start in range(begin, tl.minimum(count, (i_split + 1) * rows_per_split), ROWS):
         o_row, m_row = i_head.to(tl.int64) * R + start, start + i_lane < count  # offsets from o_row stay constant
         b_index = b_next_index
-        b_next_index = tl.load(p_indices + start + ROWS, mask=start + ROWS + i_lane < count, other=0)
+        b_next_index = tl.load(p_indices + tl.minimum(start + ROWS + i_lane, i_last))
         p_x_rows = token_pointers(p_x, b_index, stride_b, stride_t, SHIFT)
         if IS_WHOLE:
             b_x = tl.load(p_x_rows + o_column[None])
