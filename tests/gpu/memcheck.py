@@ -28,6 +28,7 @@ CASES = [  # B, T, E, h, h', k, dtype, documents
     (1, 1100, 2, 40, 48, 600, torch.bfloat16, True),
     (3, 64, 5, 33, 32, 20, torch.float32, True),
     (2, 100, 3, 72, 64, 40, torch.bfloat16, False),  # attention's backward pass in a tile of 32, and in one of 64
+    (2, 100, 3, 72, 64, 80, torch.bfloat16, False),  # in a tile of 64, and in tiles of 16
     (2, 300, 3, 256, 64, 150, torch.bfloat16, False),  # Gluon's kernels, as the next one
     (2, 300, 2, 512, 128, 150, torch.float16, False),
 ]

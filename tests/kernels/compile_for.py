@@ -10,7 +10,8 @@ What is not compiled is the same program as something that is:
 
 - Products of fp32 do not use tensor cores: instructions and shared memory are the same on every card. Only 80, except
   where later cards move tiles by descriptors.
-- Gluon's kernels, for Hopper alone, are compiled for bf16 if Triton has what they need; they may not spill registers.
+- Gluon's kernels, for Hopper alone, are compiled for bf16 if Triton has what they need; they may spill no
+  registers but for ``MOST_SPILLED``.
 - Kernels without products know no type or width of heads that matters: one case of each, with all its variants for 80.
 - Cards of 100 have the tiles of 90, which differ from those of 80. For 100 there is the width of heads that comes
   closest to the limit, and attention in one tile.
@@ -70,7 +71,7 @@ class Case:
     """The kernels that are compiled, if not all."""
 
 
-SPILLED = 16  # bytes of a thread that a Gluon kernel may keep in local memory: numbers that wait for the end of a tile
+MOST_SPILLED = {"_qkv_kernel": 16}  # bytes of a thread in local memory: numbers that wait for the end of a tile
 GLUON = {"_qkv_kernel", "_qkv_gradient_kernel", "_ragged_kernel"} if specialized.hopper() else set()
 ATTENTION = frozenset({"_forward_kernel", "_backward_keys_kernel", "_backward_queries_kernel"})
 SCATTERED = frozenset({"_scattered_kernel"})  # with descriptors, which 80 has not; without them, of an odd size
@@ -78,7 +79,8 @@ CASES = [
     Case(torch.bfloat16, 64, 64, (80, 90), decodes=(80, 90)),  # attention in one tile
     Case(torch.bfloat16, 128, 256, full=(80, 90), decodes=(100,)),  # in several
     Case(torch.bfloat16, 64, 64, (100,), alone=ATTENTION),
-    Case(torch.bfloat16, 64, 40, (80, 100), alone=ATTENTION),  # in tiles of 16
+    Case(torch.bfloat16, 64, 40, (80, 100), alone=ATTENTION),  # forward in tiles of 16; of up to 32 rows, and of more
+    Case(torch.bfloat16, 64, 80, (80, 90, 100), alone=ATTENTION),  # backward of more than 64 rows in tiles of 16
     Case(torch.float16, 256, 32, (80, 90), has_documents=False),  # a program for each of queries, keys and values
     Case(torch.float32, 32, 63, (80,), decodes=(80,)),  # several tiles, the last one partly filled
     *(Case(dtype, size, 63, (90, 100), alone=SCATTERED) for dtype, size in ((torch.float32, 32), (torch.bfloat16, 4))),
@@ -227,7 +229,7 @@ def compile_all(capability: int, shows_resources: bool) -> dict[str, int]:
             if name in GLUON:
                 found = resources(compiled.asm["cubin"])
                 spilled = int(found.split("STACK:")[1].split()[0])
-                assert spilled <= SPILLED, f"{name} spills: {found}"
+                assert spilled <= MOST_SPILLED.get(name, 0), f"{name} spills: {found}"
             shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
             if shows_resources:
                 meta = compiled.metadata

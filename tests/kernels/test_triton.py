@@ -116,10 +116,12 @@ def test_fp16_loses_no_more_than_the_naive_path_does(fused: KernelBackend, shape
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
 
 
-def test_sequences_of_a_few_rows_more_than_fill_a_tile(fused: KernelBackend) -> None:
-    """Backward computes sequences of up to 32 rows in a tile of 32, and those of up to 40 in one of 64."""
-    inputs, counts = make_inputs(2, 48, 3, 16, 8), torch.tensor([[33, 32, 1], [40, 0, 31]])
-    indices = selection(inputs, 40).masked_fill(torch.arange(40) >= counts[..., None], 48)
+@pytest.mark.parametrize("filled", [32, 64])
+def test_sequences_of_a_few_rows_more_than_fill_a_tile(fused: KernelBackend, filled: int) -> None:
+    """Backward computes sequences of up to 32 (64) rows in one tile, those of more in one of 64 (in tiles of 16)."""
+    most = filled * 5 // 4
+    inputs, counts = make_inputs(2, 96, 2, 16, 8), torch.tensor([[filled + 1, filled], [most, 0]])
+    indices = selection(inputs, most).masked_fill(torch.arange(most) >= counts[..., None], 96)
     ours, naives = errors(fused, inputs, indices, torch.float16)
     assert all(a < 2 * b for a, b in zip(ours, naives, strict=True)), (ours, naives)
 
@@ -298,6 +300,7 @@ def bytes_of(width: int) -> torch.Tensor:
         (144, 1, 1 << 20, (5, 144)),  # all
         (144, 2, 1 << 20, (2, 144)),  # two of five sequences: three would be more than half
         (144, 1, 4 * 144, (3, 144)),  # three and two, not four and one
+        (1152, 1, 1800, (2, 640)),  # three have 1920 columns, because these are rounded up
         (144, 1, 144, (1, 144)),  # one is just as much as is allowed
         (144, 1, 1, (1, 128)),  # slices of 128 columns, although one column were too much
         (144, 4, 1, (1, 16)),  # a quarter of 144 is less
@@ -320,13 +323,22 @@ def test_sequences_and_columns_of_a_chunk(
     ("selected", "forward", "backward"),
     [(16, 16, 16), (32, 16, 32), (33, 16, 64), (48, 16, 64), (49, 64, 64), (64, 64, 64), (65, 64, 16), (97, 64, 64)],
 )
-def test_attention_of_few_rows_has_tiles_of_16(selected: int, forward: int, backward: int) -> None:
+def test_tiles_of_attention(selected: int, forward: int, backward: int) -> None:
     for is_backward, expected in ((False, forward), (True, backward)):
         chosen = tiles.attention(torch.bfloat16, torch.device("cpu"), selected, 64, is_backward)
         assert chosen["BLOCK"] == expected
         for dtype, width in ((torch.float32, 64), (torch.bfloat16, 128)):
             chosen = tiles.attention(dtype, torch.device("cpu"), 80, width, is_backward)
             assert chosen["BLOCK"] in (32, 64)
+
+
+def test_rows_that_fill_one_tile_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, device = (32, 33, 48, 49, 64, 65, 96, 97), torch.device("cpu")
+    found = [tiles.few_rows(torch.bfloat16, device, selected, 64) for selected in sizes]
+    assert found == [0, 32, 32, 0, 0, 64, 64, 0]
+    assert tiles.few_rows(torch.float32, device, 80, 64) == tiles.few_rows(torch.bfloat16, device, 80, 128) == 0
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: 99 << 10)  # too little for a tile of 64
+    assert tiles.few_rows(torch.bfloat16, device, 80, 64) == 0
 
 
 def test_few_bytes_are_one_chunk() -> None:

@@ -130,7 +130,7 @@ def _rotary_table(length: int, half: int, base: float, device: torch.device) -> 
 
 
 def launch_options(qkv: Tensor, rows: Rows, starts: Tensor | None, most: int, is_backward: bool = False) -> dict:
-    """Return constexprs and launch options that the forward and backward kernels share, for at most so many rows."""
+    """Return constexprs and launch options of the forward and backward kernels; ``most``: rows of a sequence."""
     size = qkv.shape[2] // 3
     width = power_of_2(size)
     options = dict(D=size, WIDTH=width, HAS_DOCUMENTS=starts is not None, SHIFT=rows.shift, INTERPRETED=INTERPRET)

@@ -2,7 +2,8 @@
 
 Attention weights are recomputed tile by tile. Queries and keys are loaded as three tiles, the two halves that rotate
 together and the columns that do not rotate, so that gradients are rotated back in registers. One kernel loops over
-queries for a tile of keys; where one tile holds all slots, it also computes the gradient of the queries.
+queries for a tile of keys; where one tile holds all slots, it also computes the gradient of the queries. A launch
+computes heads and sequences that have LEAST to MOST rows.
 """
 
 # A launch takes more than the kernel's own parameters, which the checker cannot know.
@@ -237,8 +238,9 @@ def attend_backward(
         HALF=half, HALF_WIDTH=power_of_2(half), REST_WIDTH=power_of_2(size - 2 * half),
         RESTARTS=rotation.starts is not None,
     )  # fmt: skip
-    few = tiles.few_rows(qkv.dtype, selected, power_of_2(size))
-    for least, most in ((0, few), (few + 1, selected)) if few else ((0, selected),):
+    few = tiles.few_rows(qkv.dtype, qkv.device, selected, power_of_2(size))
+    ranges = ((0, few), (few + 1, selected)) if few else ((0, selected),)
+    for least, most in ranges:
         options = launch_options(qkv, rows, starts, most, is_backward=True) | rotated
         arguments = (
             qkv, rows.token_indices, rows.cu_seqlens, starts, rotation.starts, rotation.cos, rotation.sin, dattended,

@@ -114,7 +114,7 @@ def _gathered_kernel(
         return
     i_row, o_inner = i_tile * ROWS + tl.arange(0, ROWS), tl.arange(0, INNER)
     m_row = i_row < count
-    # Behind the last row it is gathered again; one token for all heads would be a hot spot of the cache.
+    # Past the last row it is gathered again; one token for all heads would be a hot spot of the cache.
     b_index = tl.load(p_token_indices + i_head.to(tl.int64) * R + tl.minimum(i_row, count - 1))
     p_x_rows = token_pointers(p_x, b_index, stride_b, stride_t, SHIFT)
     p_weights = p_weight + i_head.to(tl.int64) * stride_e + FIRST_PART * D * stride_d

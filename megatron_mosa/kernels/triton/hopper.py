@@ -221,57 +221,65 @@ def _rotated(b, b_cos, b_sin):
 
 
 @gluon.jit
-def _give(place, given, taken, turn, number):
-    """Hand the number of the next tile to the consumers."""
+def _give(slot, given, taken, slot_phase, i_ticket):
+    """Hand the ticket of the next tile to the consumers."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(taken, turn ^ 1)
-    place.store(gl.full([1], number, gl.int32, layout))
+    mbarrier.wait(taken, slot_phase ^ 1)
+    slot.store(gl.full([1], i_ticket, gl.int32, layout))
     mbarrier.arrive(given)
 
 
 @gluon.jit
-def _take(place, given, taken, turn):
-    """Return the number of the next tile."""
+def _take(slot, given, taken, slot_phase):
+    """Return the ticket of the next tile."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(given, turn)
-    number = gl.max(place.load(layout), axis=0)
+    mbarrier.wait(given, slot_phase)
+    i_ticket = gl.max(slot.load(layout), axis=0)  # of one element: a scalar
     mbarrier.arrive(taken)
-    return number
+    return i_ticket
+
+
+@gluon.jit
+def _load_tokens(p_token_indices, i_head, i_tile, i_lane, R):
+    """Return the tokens of a tile, and its first one; not all are of rows."""
+    p_tile = p_token_indices + i_head * R + i_tile * TILE
+    return gl.load(p_tile + i_lane, mask=i_tile * TILE + i_lane < R, other=0), gl.load(p_tile)
 
 
 @gluon.jit
 def _produce_qkv(
-    p_x, p_token_indices, p_cu_seqlens, p_weight, p_taken, tokens, boxes, offsets, full, empty, place, given, taken,
+    p_x, p_token_indices, p_cu_seqlens, p_weight, p_counter, tokens, boxes, offsets, full, empty, slot, given, taken,
     B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
     SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
-    """Gather tiles of tokens; each program takes the next one when it is free, because some have no rows."""
+    """Gather tiles of tokens. A program draws its next ticket, the number of a tile, when it begins one.
+
+    Some tiles have no rows, so that every n-th tile would be more work for some programs than for others.
+    """
     layout: gl.constexpr = gl.BlockedLayout([4, 8], [4, 8], [4, 1], [1, 0])
     i_lane = gl.arange(0, TILE, gl.BlockedLayout([1], [32], [4], [0]))
     o_inner = gl.arange(0, STEP, gl.SliceLayout(0, layout))
-    stage, phase, turn, i_program = 0, 1, 0, gl.program_id(0)
-    i_head, i_tile, i_split = _position(i_program, TILES, E, GROUP, SPLITS)
+    stage, phase, slot_phase, i_ticket = 0, 1, 0, gl.program_id(0)
+    i_head, i_tile, i_split = _position(i_ticket, TILES, E, GROUP, SPLITS)
     count = _count(p_cu_seqlens, i_head, B)
-    p_tile = p_token_indices + i_head * R + i_tile * TILE
-    b_index, i_first = gl.load(p_tile + i_lane, mask=i_tile * TILE + i_lane < R, other=0), gl.load(p_tile)
-    while i_program < NUMBER:
-        # Behind the last row, the tile's first one again; one token for all heads would be a hot spot of the cache.
+    b_index, i_first = _load_tokens(p_token_indices, i_head, i_tile, i_lane, R)
+    while i_ticket < NUMBER:
+        # Past the last row, the tile's first one again; one token for all heads would be a hot spot of the cache.
         b_index = gl.where(i_tile * TILE + i_lane < count, b_index, i_first)
         i_batch = b_index >> SHIFT
         # In shared memory, because there are not enough registers; divided, so that the compiler sees multiples of 8.
         offsets.store((i_batch * stride_b + (b_index - (i_batch << SHIFT)) * stride_t) // 8)
         is_used = i_tile * TILE < count
         if is_used:
-            _give(place, given, taken, turn, i_program)
-            turn ^= 1
+            _give(slot, given, taken, slot_phase, i_ticket)
+            slot_phase ^= 1
         p_rows = p_weight + (i_head * H).to(gl.int64) * (3 * BOX * SPLITS)
         i_box = i_split
         # The tokens of the next tile are on their way while those of this one are gathered.
-        i_program = gl.num_programs(0) + gl.atomic_add(p_taken, 1, sem="relaxed")
-        i_head, i_tile, i_split = _position(gl.minimum(i_program, NUMBER - 1), TILES, E, GROUP, SPLITS)
+        i_ticket = gl.num_programs(0) + gl.atomic_add(p_counter, 1, sem="relaxed")
+        i_head, i_tile, i_split = _position(gl.minimum(i_ticket, NUMBER - 1), TILES, E, GROUP, SPLITS)
         count = _count(p_cu_seqlens, i_head, B)
-        p_tile = p_token_indices + i_head * R + i_tile * TILE
-        b_index, i_first = gl.load(p_tile + i_lane, mask=i_tile * TILE + i_lane < R, other=0), gl.load(p_tile)
+        b_index, i_first = _load_tokens(p_token_indices, i_head, i_tile, i_lane, R)
         if is_used:
             for start in range(0, H, STEP):
                 mbarrier.wait(empty.index(stage), phase)
@@ -282,19 +290,19 @@ def _produce_qkv(
                     async_copy.async_copy_global_to_shared(tokens.index(stage * 2 + number), p_tokens)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 stage, phase = _after(stage, phase)
-    _give(place, given, taken, turn, NUMBER)
+    _give(slot, given, taken, slot_phase, NUMBER)
 
 
 @gluon.jit
 def _consume_qkv(
-    p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place, given, taken,
+    p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, slot, given, taken,
     B, R, E, H, TILES, NUMBER, GROUP,
     CONSUMER: gl.constexpr, SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
 ):  # fmt: skip
-    stage, phase, turn = 0, 0, 0
-    i_program = _take(place, given, taken, turn)
-    while i_program < NUMBER:
-        i_head, i_tile, i_split = _position(i_program, TILES, E, GROUP, SPLITS)
+    stage, phase, slot_phase = 0, 0, 0
+    i_ticket = _take(slot, given, taken, slot_phase)
+    while i_ticket < NUMBER:
+        i_head, i_tile, i_split = _position(i_ticket, TILES, E, GROUP, SPLITS)
         i_row = i_tile * TILE + CONSUMER * PART
         left = _count(p_cu_seqlens, i_head, B) - i_row
         b_0, b_1, b_2, _, stage, phase = _multiply(
@@ -323,16 +331,16 @@ def _consume_qkv(
                     b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
                     _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
                 b_cos, b_sin = b_next_cos, b_next_sin
-        turn ^= 1
-        i_program = _take(place, given, taken, turn)
+        slot_phase ^= 1
+        i_ticket = _take(slot, given, taken, slot_phase)
 
 
 @gluon.jit
-def _barriers(NUMBER: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
-    """Return the barriers of full and of empty stages, at which so many arrive."""
-    full = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
+def _barriers(SLOTS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
+    """Return the barriers of full and of empty slots, for which FULL and EMPTY arrivals complete a phase."""
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=FULL)
         mbarrier.init(empty.index(i), count=EMPTY)
     return full, empty
@@ -340,7 +348,7 @@ def _barriers(NUMBER: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["B", "R", "E", "H", "TILES", "NUMBER", "GROUP"])
 def _qkv_kernel(
-    p_x, p_token_indices, p_cu_seqlens, p_weight, p_out, p_cos, p_sin, p_taken,
+    p_x, p_token_indices, p_cu_seqlens, p_weight, p_out, p_cos, p_sin, p_counter,
     B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
     SPLITS: gl.constexpr, HALF: gl.constexpr, SHIFT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -351,18 +359,18 @@ def _qkv_kernel(
     tokens = gl.allocate_shared_memory(TYPE, [STAGES * 2, PART, STEP], shared)
     boxes = gl.allocate_shared_memory(TYPE, [STAGES * 3, STEP, BOX], shared)
     offsets = gl.allocate_shared_memory(gl.int32, [TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    place = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # for a tile's number
+    slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # for a ticket
     full, empty = _barriers(STAGES, 128, 2)  # the producer's threads; the consumers
     given, taken = _barriers(1, 1, 2)
     given, taken = given.index(0), taken.index(0)
     gl.warp_specialize(
         [
-            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place,
+            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, slot,
                             given, taken, B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(0), SPLITS, HALF, SHIFT)),
-            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, place,
+            (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, slot,
                             given, taken, B, R, E, H, TILES, NUMBER, GROUP, gl.constexpr(1), SPLITS, HALF, SHIFT)),
-            (_produce_qkv, (p_x, p_token_indices, p_cu_seqlens, p_weight, p_taken, tokens, boxes, offsets, full, empty,
-                            place, given, taken, B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
+            (_produce_qkv, (p_x, p_token_indices, p_cu_seqlens, p_weight, p_counter, tokens, boxes, offsets, full,
+                            empty, slot, given, taken, B, R, E, H, TILES, NUMBER, GROUP, stride_b, stride_t,
                             SPLITS, HALF, SHIFT)),
         ],
         [4, 4],
@@ -479,10 +487,10 @@ def qkv_product(states: Tensor, rows: Rows, weight: Tensor, rotation: Rotation) 
         number, length * width * size_of * TILE_SIZE * batch // capacity, heads * capacity * width * size_of,
         weight.numel() * size_of, tiles.GATHERED_BYTES,
     )  # fmt: skip
-    programs, taken = number * heads * splits, torch.zeros(1, dtype=torch.int32, device=states.device)
+    programs, counter = number * heads * splits, torch.zeros(1, dtype=torch.int32, device=states.device)
     launch(
         _qkv_kernel, (min(programs, multiprocessors(states.device)),),
-        states, rows.token_indices, rows.cu_seqlens, weight, output, rotation.cos, rotation.sin, taken,
+        states, rows.token_indices, rows.cu_seqlens, weight, output, rotation.cos, rotation.sin, counter,
         batch, capacity, heads, width, number, programs, group, *strides(states),
         SPLITS=splits, HALF=rotation.cos.shape[1], SHIFT=rows.shift, **REGISTERS, num_warps=4,
     )  # fmt: skip

@@ -175,8 +175,8 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
 
     Products of at most ``small_bytes`` form one chunk. Larger ones are split by columns down to ``FEWEST_COLUMNS``,
     because products of more rows are faster, then by sequences, and by columns again if one sequence is too large for a
-    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer. No chunk of
-    more than ``small_bytes`` has more than half of the products, except for an odd column.
+    chunk. Columns are split at multiples of 128, which allow wide loads, or of fewer in a narrow layer, and sequences
+    evenly. No chunk of more than ``small_bytes`` has more than half of the products, except for an odd column.
 
     Args:
         shape: B, E and k of the selection.
@@ -196,8 +196,8 @@ def chunks_of(shape: tuple[int, ...], like: Tensor, small_bytes: int | None = No
     while sequence_bytes > allowed * slices and width > step * slices:
         slices *= 2
     columns = width if slices == 1 else -(-width // (step * slices)) * step
-    chunks = cdiv(batch, max(1, min(batch, allowed * slices // sequence_bytes)))
-    return cdiv(batch, chunks), columns  # of about equal size
+    chunks = cdiv(batch, max(1, min(batch, allowed * width // (sequence_bytes * columns))))
+    return cdiv(batch, chunks), columns
 
 
 def scattered_product(

@@ -172,15 +172,6 @@ def weight_gradient(dtype: torch.dtype, device: torch.device, parts: int, size: 
     return _fitted(chosen, 0.9 * shared_memory(device), shared_bytes, "ROWS", 16)
 
 
-def few_rows(dtype: torch.dtype, selected: int, width: int) -> int:
-    """Return how many rows of a sequence attention's backward pass computes in one tile, where others have more; or 0.
-
-    With thresholds about half of the sequences have a few rows more than fill a tile, which costs a second kernel.
-    """
-    one_tile = 32 if 32 < selected <= 48 else 64 if 64 < selected <= 96 else 0
-    return one_tile if dtype.itemsize < 4 and width <= 64 else 0
-
-
 def attention(dtype: torch.dtype, device: torch.device, selected: int, width: int, is_backward: bool) -> Tiles:
     """Tiles of BLOCK queries by BLOCK keys; ``width`` is that of a head, rounded up to a power of 2."""
     # A tile of 64, or in backward a second one, would be mostly empty; measured with 32, 40 and 80.
@@ -197,3 +188,13 @@ def attention(dtype: torch.dtype, device: torch.device, selected: int, width: in
     if is_backward and dtype.itemsize < 4 and selected > block:
         chosen |= dict(num_stages=2)
     return chosen
+
+
+def few_rows(dtype: torch.dtype, device: torch.device, selected: int, width: int) -> int:
+    """Return how many rows of a sequence attention's backward pass computes in one tile, where others have more; or 0.
+
+    With thresholds about half of the sequences have a few rows more than fill a tile, which costs a second kernel.
+    """
+    few = 32 if 32 < selected <= 48 else 64 if 64 < selected <= 96 else 0
+    is_faster = few > 0 and dtype.itemsize < 4 and width <= 64
+    return few if is_faster and attention(dtype, device, few, width, True)["BLOCK"] == few else 0

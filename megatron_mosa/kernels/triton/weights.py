@@ -41,6 +41,7 @@ def _weight_gradient_kernel(
     begin = i_split * rows_per_split
     i_lane, o_pair = tl.arange(0, ROWS), tl.arange(0, PAIR)
     p_indices, i_last = p_token_indices + i_head.to(tl.int64) * R, tl.maximum(count - 1, 0)
+    # The last row is gathered again behind it, as by the other kernels.
     # Indices are loaded one iteration ahead, so that the gather has all stages of the pipeline to itself.
     b_next_index = tl.load(p_indices + tl.minimum(begin + i_lane, i_last))
     for start in range(begin, tl.minimum(count, (i_split + 1) * rows_per_split), ROWS):
