@@ -30,6 +30,7 @@ from megatron_mosa.kernels.triton import tiles
 from megatron_mosa.kernels.triton.common import cdiv, launch, multiprocessors, strides
 from megatron_mosa.kernels.triton.gathered import PAIR as PAIR_COLUMNS
 from megatron_mosa.kernels.triton.gathered import Rotation
+from megatron_mosa.kernels.triton.hopper_parts import barriers, halves
 from megatron_mosa.kernels.triton.rows import Rows
 
 TILE_SIZE = 256
@@ -168,13 +169,6 @@ def _store(b, p_rows, left, SPLITS: gl.constexpr, HALF: gl.constexpr):
     o_column = _ordered(gl.arange(0, BOX, gl.SliceLayout(1, layout)), HALF)
     p_box = p_rows + (i_row * COLUMNS)[None, :] + o_column[:, None]
     gl.store(p_box, gl.convert_layout(b.to(p_rows.dtype.element_ty), layout), mask=(i_row < left)[None, :])
-
-
-@gluon.jit
-def _halves(b):
-    """Split [64, rows] into its first and its last rows, in registers."""
-    HALF_ROWS: gl.constexpr = b.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(b, (BOX, 2, HALF_ROWS)), (0, 2, 1)))
 
 
 # What ``_rotated`` makes of the sums of 32 rows, without moving data: [4, 8, 32], of which the first is the warp.
@@ -325,25 +319,14 @@ def _consume_qkv(
                     first = (number + 2) * 32
                     b_position = _positions(p_indices + first, left - first, SHIFT)
                 p_piece = p_rows + number * 32 * 3 * BOX * SPLITS
-                b = _rotated(_halves(_halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
+                b = _rotated(halves(halves(b_0)[number // 2])[number % 2], b_cos, b_sin)
                 _store(b, p_piece + _box_column(i_split, 0, SPLITS), left - number * 32, SPLITS, HALF)
                 if SPLITS == 1:
-                    b = _rotated(_halves(_halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
+                    b = _rotated(halves(halves(b_1)[number // 2])[number % 2], b_cos, b_sin)
                     _store(b, p_piece + _box_column(i_split, 1, SPLITS), left - number * 32, SPLITS, HALF)
                 b_cos, b_sin = b_next_cos, b_next_sin
         slot_phase ^= 1
         i_ticket = _take(slot, given, taken, slot_phase)
-
-
-@gluon.jit
-def _barriers(SLOTS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr):
-    """Return the barriers of full and of empty slots, for which FULL and EMPTY arrivals complete a phase."""
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=FULL)
-        mbarrier.init(empty.index(i), count=EMPTY)
-    return full, empty
 
 
 @gluon.jit(do_not_specialize=["B", "R", "E", "H", "TILES", "NUMBER", "GROUP"])
@@ -360,9 +343,8 @@ def _qkv_kernel(
     boxes = gl.allocate_shared_memory(TYPE, [STAGES * 3, STEP, BOX], shared)
     offsets = gl.allocate_shared_memory(gl.int32, [TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     slot = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # for a ticket
-    full, empty = _barriers(STAGES, 128, 2)  # the producer's threads; the consumers
-    given, taken = _barriers(1, 1, 2)
-    given, taken = given.index(0), taken.index(0)
+    full, empty = barriers(STAGES, 128), barriers(STAGES, 2)  # the producer's threads; the consumers
+    given, taken = barriers(1, 1).index(0), barriers(1, 2).index(0)
     gl.warp_specialize(
         [
             (_consume_qkv, (p_token_indices, p_cu_seqlens, p_out, p_cos, p_sin, tokens, boxes, full, empty, slot,
@@ -461,7 +443,7 @@ def _qkv_gradient_kernel(
     tokens = gl.allocate_shared_memory(TYPE, [STAGES * 2, STEP, PART], shared)
     boxes = gl.allocate_shared_memory(TYPE, [STAGES * 3, STEP, BOX], shared)
     pairs = gl.allocate_shared_memory(TYPE, [STAGES, STEP, USED_PAIR], gl.NVMMASharedLayout(0, 16, 2))
-    full, empty = _barriers(STAGES, 128, 2)  # the producer's threads; the consumers
+    full, empty = barriers(STAGES, 128), barriers(STAGES, 2)  # the producer's threads; the consumers
     gl.warp_specialize(
         [
             (_consume_gradient, (p_cu_seqlens, p_out, p_pair_out, tokens, boxes, pairs, full, empty,

@@ -28,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from megatron_mosa.kernels.triton.common import cdiv, launch, multiprocessors
 from megatron_mosa.kernels.triton.gathered import PAIR as PAIR_SIZE
+from megatron_mosa.kernels.triton.hopper_parts import barriers, halves
 from megatron_mosa.kernels.triton.rows import Rows, tiles_of
 
 BOX_SIZE = 64
@@ -132,18 +133,10 @@ def _produce_weight(
 
 
 @gluon.jit
-def _halves(b):
-    """Split [rows, columns] into its first and its last columns, in registers."""
-    ROWS: gl.constexpr = b.shape[0]
-    HALF: gl.constexpr = b.shape[1] // 2
-    return gl.split(gl.permute(gl.reshape(b, (ROWS, 2, HALF)), (0, 2, 1)))
-
-
-@gluon.jit
 def _store(b, products, staging, i_head, i_row, i_column):
     """Store a tile in two pieces, each as soon as the last one that was staged in its place has been read."""
     HALF: gl.constexpr = b.shape[1] // 2
-    pieces = _halves(b)
+    pieces = halves(b)
     for i in gl.static_range(2):
         tma.store_wait(1)
         staging.index(i).reshape([BOX, HALF]).store(pieces[i].to(products.dtype))
@@ -212,14 +205,6 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=["I_CHUNK", "FIRST_COLUMN", "COLUMN_TILES", "TILES"])
 def _ragged_kernel(
     values, weight, products, pairs, pair_weight, p_tiles, p_number, I_CHUNK, FIRST_COLUMN, COLUMN_TILES, TILES,
@@ -249,11 +234,11 @@ def _ragged_kernel(
         pair_weight_boxes = gl.allocate_shared_memory(TYPE, [PAIR_WEIGHT_SLOTS, 1, COLUMNS, PAIR], pair_weight.layout)
     else:
         pair_boxes, pair_weight_boxes = value_boxes, value_boxes  # not used
-    full_values = _barriers(VALUE_SLOTS, 1)
-    empty_values = _barriers(VALUE_SLOTS, 1)
-    full_weight = _barriers(WEIGHT_SLOTS, 1)
-    empty_weight = _barriers(WEIGHT_SLOTS, 2)
-    turn = _barriers(2, 1)
+    full_values = barriers(VALUE_SLOTS, 1)
+    empty_values = barriers(VALUE_SLOTS, 1)
+    full_weight = barriers(WEIGHT_SLOTS, 1)
+    empty_weight = barriers(WEIGHT_SLOTS, 2)
+    turn = barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize(
         [
