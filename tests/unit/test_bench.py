@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import cast
 import pytest
 import torch
 
+from megatron_mosa import kernels
 from megatron_mosa.config import Config
 from megatron_mosa.engine import Batch, StepResult, TrainingEngine
 from megatron_mosa.model import model_flops, usual_flops
@@ -42,6 +44,17 @@ MS = 1_000_000  # nanoseconds
 )
 def test_a_kernels_name_tells_its_kind(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_every_kernel_of_this_project_has_a_kind() -> None:
+    """Also those that need a newer Triton than this machine has."""
+    of_files = {"elementwise.py": "elementwise", "rotary.py": "rotary embedding", "loss.py": "cross entropy"}
+    found = {}
+    for file in Path(kernels.__file__).parent.glob("triton/*.py"):
+        names = re.findall(r"^def (_\w+_kernel)\(", file.read_text(encoding="utf-8"), re.MULTILINE)
+        found |= {name: (kind_of(name), of_files.get(file.name, "MoSA")) for name in names}
+    assert len(found) > 25
+    assert [name for name, (kind, expected) in found.items() if kind != expected] == []
 
 
 def test_overlapping_kernels_are_busy_once() -> None:

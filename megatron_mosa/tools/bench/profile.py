@@ -19,7 +19,7 @@ KINDS = {
     "MoSA": (
         "_scores_kernel", "_select", "_starts_kernel", "_pack_kernel", "_count_kernel", "_entries_kernel", "_gathered",
         "_forward_kernel", "_backward_", "_tiles_kernel", "_scattered", "_combine", "_weight_gradient", "_follow",
-        "_count_scores",
+        "_count_scores", "_qkv_", "_ragged_kernel", "_layout_kernel", "_cache_kernel",
     ),
     "rotary embedding": ("_rotary_kernel",),
     "cross entropy": ("_cross_entropy_kernel", "_partial_kernel", "_gradient_kernel"),
