@@ -103,15 +103,21 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
         found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s of wall-clock time per step"
     if content.get("checkpoint"):
         written = content.get("checkpoint_time")
-        age = "" if written is None else f", {_duration(now - written)} ago"
+        age = "" if written is None else f", {_age(now - written)}"
         found["checkpoint"] = content["checkpoint"] + age
     if state.startswith("running") and seconds and step is not None and last:
         found["time left"] = _duration((last - step) * seconds)
     found["starts"] = str(content.get("starts", 1))
     where = f"process {content.get('process')} on {content.get('host')}"
     found["where"] = f"job {content['job']}, {where}" if content.get("job") else where
-    found["updated"] = f"{_duration(now - content['updated'])} ago"
+    found["updated"] = _age(now - content["updated"])
     return found
+
+
+def _age(seconds: float) -> str:
+    if seconds <= -1:
+        return f"{_duration(-seconds)} in the future, by this host's clock: clocks differ"
+    return f"{_duration(max(seconds, 0))} ago"
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from megatron_mosa.config.rules import COMMAND_LINE, check
 from megatron_mosa.config.schema import Config, default_load_feedback
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import is_plain, write_atomically
+from megatron_mosa.utils import expanded, is_plain, write_atomically
 
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
@@ -209,12 +209,7 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
         raise UserError(f"{key} must be UTF-8 text without control characters, got {value!r}")
     fits = _fits(value, kind.removesuffix(" | None")) or (value is None and kind.endswith("| None"))
     if fits and key in _PATHS and isinstance(value, str):
-        try:
-            value = str(Path(value).expanduser())
-        except RuntimeError:
-            raise UserError(
-                f"{key}={value} refers to the home directory of an unknown user; give a full path"
-            ) from None
+        value = str(expanded(key, value))
     try:
         if fits:
             OmegaConf.update(config, key, value)

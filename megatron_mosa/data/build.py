@@ -30,7 +30,7 @@ from megatron_mosa.data.manifest import (
     read_manifest,
 )
 from megatron_mosa.data.shards import Shard, has_shards, join_shards, read_shards, write_shards
-from megatron_mosa.data.sources import STDLIB, Source, open_source, total_text_bytes
+from megatron_mosa.data.sources import STDLIB, FileSource, Source, open_source, total_text_bytes
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
     encoding_hash,
@@ -87,6 +87,12 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         open_source(source, data.text_field, streaming=data.streaming, timeout=data.stream_timeout)
         for source in data.sources
     ]
+    for source in sources:
+        if isinstance(source, FileSource) and source.would_read(target):
+            raise UserError(
+                f"data.path={data.path} is inside the source '{source.name}', and the next build would read the "
+                "dataset's own files; set it to a folder outside of all sources"
+            )
     request = _request(data, sources)
     if _has_dataset(target) and not force and _recorded_request(partial) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mosa.config import blend_parts, load_config
+from megatron_mosa.config import load_config
 from megatron_mosa.data.build import summary
 from megatron_mosa.data.integrity import find_damage, read_index, recorded_hashes
 from megatron_mosa.data.manifest import (
@@ -17,6 +17,7 @@ from megatron_mosa.data.manifest import (
     load_manifest,
     read_manifest,
 )
+from megatron_mosa.data.mixture import dataset_parts
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE
 from megatron_mosa.errors import RunError, UserError, nearest
 
@@ -37,9 +38,7 @@ def dataset_folders(path: Path, overrides: list[str]) -> list[Path]:
             f"'{path}' does not exist{nearest(path.name, siblings)}; pass a dataset, or a configuration file whose "
             "section data names one"
         )
-    data = load_config(path, overrides).data
-    parts = [data.path] if data.path is not None else [part for _, part in blend_parts(data.blend)]
-    return [Path(part).expanduser() for part in parts]
+    return [folder for _, folder in dataset_parts(load_config(path, overrides).data)]
 
 
 def verify(folder: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_mosa.data.left_out import EMPTY, replace_surrogates
 from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import first_line
+from megatron_mosa.utils import expanded, first_line
 
 HUB = "hf:"
 
@@ -74,7 +74,7 @@ class HubSource:
         self._split = split or "train"
         self._streaming = streaming
         self._timeout = timeout if streaming else None
-        refuse_saved_dataset(source, Path(body).expanduser())
+        refuse_saved_dataset(source, expanded("data.sources", body))
         if not self._dataset:
             raise UserError(f"data.sources: '{source}' does not name a dataset; expected {_SYNTAX}")
         if streaming and "[" in self._split:

@@ -70,8 +70,11 @@ class Manifest:
         return replace(self, checksum=replace(self, checksum=None).fingerprint)
 
 
-def load_manifest(path: str | Path) -> Manifest:
+def load_manifest(path: str | Path, key: str = "data.path") -> Manifest:
     """Read manifest.json of a dataset folder without looking at the other files.
+
+    Args:
+        key: of the configuration, which names the folder.
 
     Raises:
         UserError: the folder or the manifest does not exist, or the format is newer.
@@ -81,7 +84,7 @@ def load_manifest(path: str | Path) -> Manifest:
     if not file.is_file():
         known = f"is not a dataset: it has no {MANIFEST_FILE}" if Path(path).is_dir() else "is not a directory"
         problem = known if Path(path).exists() else "does not exist"
-        raise UserError(f"data.path={path} {problem}; build it with: {_BUILD}")
+        raise UserError(f"{key}={path} {problem}; build it with: {_BUILD}")
     try:
         content = load_json(file)
         version = content["format_version"]
@@ -98,14 +101,17 @@ def load_manifest(path: str | Path) -> Manifest:
     )
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Path, key: str = "data.path") -> Manifest:
     """Read the manifest of a dataset folder, and check the sizes of its files and the tokenizer's hash.
+
+    Args:
+        key: of the configuration, which names the folder.
 
     Raises:
         UserError: as ``load_manifest``.
         DamagedDatasetError: a file is missing or of another size, or tokenizer.json is not the recorded one.
     """
-    manifest, folder = load_manifest(path), Path(path)
+    manifest, folder = load_manifest(path, key), Path(path)
     for split in SPLITS:
         for suffix in ("bin", "idx"):
             file, expected = folder / f"{split}.{suffix}", manifest.splits[split][f"{suffix}_bytes"]

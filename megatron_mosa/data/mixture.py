@@ -13,6 +13,7 @@ from megatron_mosa.data.integrity import FileHash, recorded_hashes, refuse_damag
 from megatron_mosa.data.manifest import Manifest, read_manifest
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, encoding_hash, load_tokenizer
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import expanded
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class Mixture:
         return [file for path, manifest in parts for file in recorded_hashes(path, manifest)]
 
 
+def dataset_parts(data: DataSection) -> list[tuple[float, Path]]:
+    """Return the weight and the folder of each dataset: that of ``data.path``, or those of ``data.blend``.
+
+    Raises:
+        UserError: the blend is not well-formed, or a path names an unknown user.
+    """
+    if data.path is not None:
+        return [(1.0, expanded("data.path", data.path))]
+    return [(weight, expanded("data.blend", path)) for weight, path in blend_parts(data.blend)]
+
+
 def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
     """Read and verify the dataset at ``data.path``, or the datasets of ``data.blend``.
 
@@ -54,13 +66,13 @@ def open_mixture(data: DataSection, *, reads_all: bool = True) -> Mixture:
         UserError: as ``read_manifest``; a hash differs; the blend is not well-formed, contains a dataset twice, or
             mixes tokenizers.
     """
-    parts = [(1.0, data.path)] if data.path is not None else blend_parts(data.blend)
-    total = sum(weight for weight, _ in parts)
-    manifests = [read_manifest(path) for _, path in parts]
-    _check_blend([path for _, path in parts], manifests)
+    weights, paths = zip(*dataset_parts(data), strict=True)
+    key = "data.blend" if data.path is None else "data.path"
+    manifests = [read_manifest(path, key) for path in paths]
+    _check_blend([str(path) for path in paths], manifests)
     mixture = Mixture(
-        paths=tuple(Path(path).expanduser() for _, path in parts),
-        weights=tuple(weight / total for weight, _ in parts),
+        paths=paths,
+        weights=tuple(weight / sum(weights) for weight in weights),
         manifests=tuple(manifests),
     )
     if reads_all and data.check_hashes:
@@ -85,7 +97,7 @@ def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: M
         return True
     if manifest.encoding_hash is not None and other.encoding_hash is not None:
         return False
-    files = (Path(folder).expanduser() / TOKENIZER_FILE for folder in (path, other_path))  # not recorded: compute it
+    files = (Path(folder) / TOKENIZER_FILE for folder in (path, other_path))  # not recorded: compute it
     return len({encoding_hash(load_tokenizer(str(file))) for file in files}) == 1
 
 

@@ -15,6 +15,7 @@ from megatron_mosa.data.hub import HUB, HubSource, refuse_saved_dataset
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, replace_surrogates
 from megatron_mosa.data.tables import is_table, table_rows
 from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.utils import expanded
 
 STDLIB = "stdlib"
 
@@ -107,6 +108,13 @@ class FileSource:
         self._root, self._files = _find(source, self.left_out_at_open)
         self.left_out = Counter(self.left_out_at_open)
 
+    def would_read(self, folder: Path) -> bool:
+        """Return whether files in a folder, given without links, would be documents of this source."""
+        root = Path(os.path.realpath(self._root))
+        if self.name == STDLIB or folder == root or not folder.is_relative_to(root):
+            return False
+        return not any(part.startswith(".") for part in folder.relative_to(root).parts)
+
     def describe(self) -> dict[str, Any]:
         """Return kind, number of files, bytes, and a hash of names and sizes."""
         listing = hashlib.sha256()
@@ -176,7 +184,7 @@ def _find(source: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in root.rglob("*.py") if not _STDLIB_EXCLUDED.intersection(f.relative_to(root).parts)]
         return root, sorted(files)
-    root = Path(source).expanduser()
+    root = expanded("data.sources", source)
     try:
         refuse_saved_dataset(source, root)
         if root.is_dir():

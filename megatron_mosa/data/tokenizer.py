@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import first_line, load_json
+from megatron_mosa.utils import expanded, first_line, load_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -91,7 +91,7 @@ def tokenizer_path(name_or_path: str) -> Path | None:
     Raises:
         UserError: there is no tokenizer.json at that path.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded("data.tokenizer", name_or_path)
     if path.is_file():
         return path
     if path.is_dir():

@@ -40,7 +40,7 @@ from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.plan import refuse_impossible
 from megatron_mosa.train.report import report
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
-from megatron_mosa.train.start import ResumePoint, check_start, mosa_backend, training_samples
+from megatron_mosa.train.start import ResumePoint, check_start, end_of_samples, mosa_backend, training_samples
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 from megatron_mosa.utils import first_line, log_libraries, tolerating
@@ -266,7 +266,7 @@ def _newest(store: CheckpointStore) -> str:
 def _training_batches(config: Config, start: ResumePoint, state: TrainingState, layout: Layout) -> Iterator[Batch]:
     """Return this rank's micro-batches from ``state`` on. A collective."""
     samples = training_samples(config, start.data, start.index_samples)
-    end = config.train.steps * config.train.global_batch_size
+    end = end_of_samples(config, state.step, state.consumed_samples)
     samples.prepare(state.consumed_samples, end - 1)
     return training_batches(
         samples,

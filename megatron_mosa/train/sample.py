@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_mosa.config import Config
 from megatron_mosa.data import TOKENIZER_FILE, document_starts, load_tokenizer, open_mixture
 from megatron_mosa.errors import UserError
-from megatron_mosa.train.start import planned_samples
+from megatron_mosa.train.start import planned_end, planned_samples
 
 DOCUMENT_END = "=" * 8 + " end of document " + "=" * 8
 
@@ -19,7 +19,7 @@ def sample_text(config: Config, number: int) -> str:
         UserError: there is no such dataset, or the run never reaches this sample.
     """
     mixture = open_mixture(config.data)
-    last = config.train.steps * config.train.global_batch_size - 1
+    last = planned_end(config) - 1
     if not 0 <= number <= last:
         raise UserError(f"sample must be 0 to {last} (by train.steps and train.global_batch_size), got {number}")
     samples = planned_samples(config, mixture)

@@ -177,7 +177,23 @@ def build_index(config: Config) -> list[Path]:
         UserError: a dataset is missing, damaged or too short, or a directory cannot be written.
     """
     samples = planned_samples(config, open_mixture(config.data))
-    return samples.prepare(0, config.train.steps * config.train.global_batch_size - 1)
+    return samples.prepare(0, planned_end(config) - 1)
+
+
+def planned_end(config: Config) -> int:
+    """Return how many samples the run will have taken after ``train.steps``, from its newest checkpoint on, if any."""
+    metadata = _newest(config, False)[2]
+    return end_of_samples(config, metadata.step, metadata.consumed_samples) if metadata else end_of_samples(config)
+
+
+def end_of_samples(config: Config, step: int = 0, consumed_samples: int = 0) -> int:
+    """Return how many samples a run takes up to ``train.steps``; the batch size may have been another before ``step``.
+
+    Args:
+        step: steps taken so far.
+        consumed_samples: samples of these steps.
+    """
+    return consumed_samples + max(config.train.steps - step, 0) * config.train.global_batch_size
 
 
 def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Metadata | None]:
@@ -189,7 +205,7 @@ def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Me
 def _index_samples(config: Config, metadata: Metadata | None) -> int:
     requested = config.data.index_samples
     if metadata is None:
-        return requested or config.train.steps * config.train.global_batch_size
+        return requested or end_of_samples(config)
     recorded = metadata.data["index_samples"]
     if requested is not None and requested != recorded:
         raise UserError(

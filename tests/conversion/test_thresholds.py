@@ -70,6 +70,7 @@ def test_an_export_keeps_thresholds_in_fp32_and_is_imported_as_calibrated(
     verify(tmp_path / "hf", tmp_path / "back")  # the number of updates is not part of an exported model
     if dtype == "float32":
         verify(causal.checkpoint, tmp_path / "hf")
+        verify(causal.checkpoint, tmp_path / "back")
 
 
 def test_verify_detects_different_thresholds(causal: Trained, tmp_path: Path) -> None:

@@ -212,6 +212,10 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show CONFIG 'data.sources=[]'", 2, "data.sources is empty"),
     ("config show CONFIG data.path=null", 2, "data.path is missing"),
     ("config show CONFIG data.path=~nobody9/x", 2, "unknown user"),
+    (f"{BUILD} data.sources=[~nobody9/x]", 2, "data.sources=~nobody9/x refers to the home"),
+    (f"{BUILD} data.tokenizer=~nobody9/x", 2, "data.tokenizer=~nobody9/x refers to the home directory of an"),
+    (f"{CHECK} data.path=null 'data.blend=[1 ~nobody9/x]'", 2, "data.blend=~nobody9/x refers to the home directory"),
+    (f"{CHECK} data.path=null 'data.blend=[1 none]'", 2, "data.blend=none does not exist; build it with"),
     ("config show CONFIG 'data.blend=[1 data]'", 2, "are both given"),
     ("config show CONFIG data.path=null 'data.blend=[much data]'", 2, "data.blend"),
     # Values

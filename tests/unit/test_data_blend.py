@@ -166,6 +166,11 @@ def test_malformed_blends_are_refused(entries: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_datasets_in_the_home_directory_are_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    assert open_mixture(DataSection(blend=["0.5 ~/a", "0.5 ~/b"])).paths == (root / "a", root / "b")
+
+
 def test_path_and_blend_exclude_each_other() -> None:
     with pytest.raises(UserError, match=r"data.path=.* and data.blend=.* are both given"):
         load_config(QUICKSTART, ["data.blend=['1.0 A']"])

@@ -223,6 +223,13 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     assert len(list(source.iterdir())) == len(TEXTS)
 
 
+def test_a_dataset_is_not_built_inside_of_its_source(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "texts")
+    with pytest.raises(UserError, match=r"is inside the source '.*texts', and the next build would read"):
+        build_dataset(section(tmp_path, source, "texts/data/set"))
+    build_dataset(section(tmp_path, source, "texts/.data/set"))  # names that begin with a dot are not read
+
+
 def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
     data = section(tmp_path, write_texts(tmp_path / "texts"))
     folder = tmp_path / "set"

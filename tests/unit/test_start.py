@@ -18,8 +18,12 @@ from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import build_dataset, read_manifest
 from megatron_mosa.errors import UserError
+from megatron_mosa.parallel import Layout
 from megatron_mosa.train import check_start
 from megatron_mosa.train.directory import RunDirectory
+from megatron_mosa.train.run import _training_batches
+from megatron_mosa.train.sample import sample_text
+from megatron_mosa.train.trainer import TrainingState
 from tests.loaded import loaded_python
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +85,17 @@ def test_a_valid_start(overrides: list[str]) -> None:
     folder = write_checkpoint(config)
     (folder.parent / "step-00000007.old").mkdir()  # not the name of a checkpoint
     assert check_start(config, 2).checkpoint == folder
+
+
+def test_a_resumed_run_may_take_smaller_batches(overrides: list[str], layout: Layout) -> None:
+    smaller = ["run.name=smaller", "train.steps=5", "train.global_batch_size=4", "train.micro_batch_size=2"]
+    config = load_config(QUICKSTART, [*overrides, *smaller, "optimizer.warmup_steps=1"])
+    write_checkpoint(config)
+    state = TrainingState(step=3, consumed_samples=48)
+    assert len(list(_training_batches(config, check_start(config, 2), state, layout))) == 2 * 2
+    assert sample_text(config, 55)
+    with pytest.raises(UserError, match="sample must be 0 to 55"):
+        sample_text(config, 56)
 
 
 def test_initial_weights_are_only_for_a_first_start(overrides: list[str]) -> None:

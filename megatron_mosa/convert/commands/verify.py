@@ -12,6 +12,7 @@ from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
 from megatron_mosa.convert.model_reader import ModelReader, open_model
+from megatron_mosa.convert.weights import Weight
 from megatron_mosa.errors import RunError, UserError
 
 _WEIGHT = "model."  # prefix of weight keys, but not of moments
@@ -66,8 +67,7 @@ def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
     """Return the largest difference, and a description of what was compared."""
     from megatron_mosa.utils import progress
 
-    both_ours = isinstance(ours, CheckpointReader) and isinstance(theirs, CheckpointReader)
-    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if weight.parts or both_ours]
+    weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if _has(ours, weight) and _has(theirs, weight)]
     moments = sorted(_moments(ours) & _moments(theirs))
     sizes = {weight.name: torch.Size(weight.shape).numel() for weight in ours.weights}
     found = []
@@ -78,6 +78,15 @@ def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
             found.append(Difference(_relative(tensor, _read(theirs, key)), key))
             bar.update(tensor.nbytes)
     return max(found), f"{len(weights)} weights" + (f" and {len(moments)} moments" if moments else "")
+
+
+def _has(model: ModelReader, weight: Weight) -> bool:
+    """Return whether a model has a weight from training; an import makes up what transformers has no place for."""
+    if weight.parts:
+        return True
+    if not isinstance(model, CheckpointReader):
+        return False
+    return not torch.equal(_read(model, f"{_WEIGHT}{weight.name}"), weight.fusion.join(()))
 
 
 def _moments(model: ModelReader) -> set[str]:
