@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initializ
 _BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _MOST_BASES = 20
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 _BROKEN = (
     yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError, LookupError,
     AttributeError,
@@ -120,6 +122,8 @@ def read_yaml(path: Path, what: str = "configuration file", example: str = "conf
 def _refuse_expansion(path: Path) -> None:
     """Refuse a file too large for a configuration, or whose aliases, once expanded, would fill the memory or never end.
 
+    Also refuses numbers that are not what they look like.
+
     Raises:
         ValueError: it is.
     """
@@ -132,6 +136,8 @@ def _refuse_expansion(path: Path) -> None:
             raise ValueError(f"line {node.start_mark.line + 1} contains an alias of itself")
         if id(node) not in sizes:
             sizes[id(node)] = 0  # until it is known
+            if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int"):
+                _refuse_other_bases(node.value)
             parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 + (sum(map(size, parts)) if not isinstance(node, yaml.ScalarNode) else 0)
         return sizes[id(node)]
@@ -140,6 +146,15 @@ def _refuse_expansion(path: Path) -> None:
         root = yaml.compose(file, yaml.SafeLoader)
     if root is not None and size(root) > _MOST_VALUES:
         raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
+
+
+def _refuse_other_bases(number: str) -> None:
+    """Raise a ValueError for 010, which is 8 in YAML 1.1, and for 1:30, which is 90."""
+    if _OTHER_BASES.fullmatch(number):
+        raise ValueError(
+            f"{number} has a leading zero or colons, so YAML takes it for a number to the base of 8 or 60; write it in "
+            "decimal, or quote it if it is text"
+        )
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -157,6 +172,11 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload]
             except _BROKEN:
                 raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
+            try:
+                for number in [] if "str" in kind else re.split(r"[\[\],\s]+", text):
+                    _refuse_other_bases(number)
+            except ValueError as error:
+                raise UserError(f"override '{override}': {error}") from None
         tree.setdefault(section, {})[name] = value
     return tree
 

@@ -78,6 +78,11 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     target = Path(os.path.realpath(Path(data.path).expanduser()))  # Path.resolve would raise for a loop of links
     if not target.name:
         raise UserError(f"data.path={data.path} is the root directory; set it to a new folder")
+    if os.path.ismount(target):
+        raise UserError(
+            f"data.path={data.path} is a mount point, which a finished dataset cannot take the place of; set it to a "
+            "folder inside of it"
+        )
     marks = (MANIFEST_FILE, TOKENIZER_FILE)
     outers = (folder for folder in target.parents if all(os.path.isfile(folder / mark) for mark in marks))
     if (outer := next(outers, None)) is not None:

@@ -46,6 +46,12 @@ def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "made" / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare([write(tmp_path / name, lines(50.0)) for name in ("a/x/run", "b/x/run")], output=tmp_path / "runs.png")
+    printed = capsys.readouterr().out
+    assert "a/x/run" in printed and "b/x/run" in printed
+
+
 @pytest.mark.parametrize("name", ["run", "tiny-novels-expert_choice-rho64-seed1-lr0.002", "A_VERY_LONG_NAME" * 8])
 def test_the_legend_fits_into_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []

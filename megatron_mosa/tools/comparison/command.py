@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -20,16 +23,26 @@ def compare(
     ),
 ) -> None:
     """Compare runs: a table, and a picture of their losses over steps, tokens and seconds."""
-    if len({os.path.realpath(run) for run in runs}) < len(runs):
+    paths = [Path(os.path.realpath(run)) for run in runs]
+    if len(set(paths)) < len(runs):
         raise UserError("compare takes each run once; name different run directories")
     check_output("--output", output, suffix=".png")
     from rich.console import Console  # slow to import, like matplotlib
 
     from megatron_mosa.tools.comparison.curves import plot, read_run, table
 
-    found = [read_run(run) for run in runs]
+    found = [replace(read_run(run), name=name) for run, name in zip(runs, _names(paths), strict=True)]
     width = None if sys.stdout.isatty() else 140  # a file has none
     Console(markup=False, width=width).print(table(found))
     output.parent.mkdir(parents=True, exist_ok=True)
     plot(found, output)
     print(f"Wrote {output}")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return as many of the last parts of different paths as tell them apart."""
+    for number in count(1):
+        names = ["/".join(path.parts[-number:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
