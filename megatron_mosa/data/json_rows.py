@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import parse_json
+from megatron_mosa.utils import json_integer, parse_json
 
 _CHUNK = 1 << 20  # bytes
 _MAX_LITERAL = 16  # an error in so many last characters of a chunk may be a literal or escape cut in two
@@ -116,7 +116,7 @@ class _Reader:
         self._content = content
         self._name = name
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._parser = json.JSONDecoder()
+        self._parser = json.JSONDecoder(parse_int=json_integer)
         self._text = ""
         self._at_end = False
 

@@ -103,7 +103,7 @@ def missing_column(source: str, text_field: str, columns: list[str]) -> UserErro
     shown = columns[:8] + ([f"and {len(columns) - 8} more"] if len(columns) > 8 else [])
     return UserError(
         f"data.text_field='{text_field}' is not a column of {source}{nearest(text_field, columns)}; "
-        f"its columns: {', '.join(shown)}"
+        f"its columns: {', '.join(shown)}; name one of them, or keep the file out of the source"
     )
 
 

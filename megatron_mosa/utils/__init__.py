@@ -13,7 +13,7 @@ from megatron_mosa.utils.files import (
 )
 from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
-from megatron_mosa.utils.parsing import is_plain, load_json, parse_json
+from megatron_mosa.utils.parsing import is_plain, json_integer, load_json, parse_json
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
@@ -27,6 +27,7 @@ __all__ = [
     "first_line",
     "free_megabytes",
     "is_plain",
+    "json_integer",
     "known_values",
     "lazy_face",
     "load_json",

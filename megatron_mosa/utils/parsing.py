@@ -20,9 +20,17 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not JSON, or nested too deeply to be read, for which Python raises a RecursionError.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=json_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def json_integer(digits: str) -> int | float:
+    """Return an integer, or infinity for one of more than 4,300 digits, which Python refuses to read."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def load_json(path: Path) -> Any:

@@ -59,6 +59,12 @@ def test_other_fields_may_contain_anything(form: str, tmp_path: Path) -> None:
     assert documents(file if form == "file" else f"hf:{file.parent}") == texts
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_number_too_long_for_python_is_no_obstacle(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"rows.{suffix}").write_text(f'{{"text": "a", "n": {"1" * 5000}}}\n{{"text": "b"}}\n')
+    assert documents(tmp_path / f"rows.{suffix}") == ["a", "b"]
+
+
 def test_text_that_looks_like_something_else_stays_text(tmp_path: Path) -> None:
     texts = ["2019-04-25", "1e5", "true", "null", "NaN", "0x1F", " "]
     rows = [{"text": text} for text in texts]
