@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from megatron_mosa.data.tokenizer import knows_every_character
+from megatron_mosa.data.tokenizer import knows_every_character, unknown_id
 
 # Manifests record these names; see left_out.py.
 LOST = "characters that the tokenizer does not know, and which are lost"
 UNKNOWN = "unknown tokens, in place of text that the tokenizer does not know"
+EARLY_ENDS = "end-of-document tokens that the tokenizer found inside documents, which are left out"
 
 _IS_WHITE_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # False for all higher code points, too
 
@@ -45,8 +46,8 @@ class Encoder:
 
     @cached_property
     def _unknown_id(self) -> int | None:
-        token = getattr(self.tokenizer.model, "unk_token", None)
-        return None if token is None else self.tokenizer.token_to_id(token)
+        unknown = unknown_id(self.tokenizer)
+        return None if unknown == self.end_of_document_id else unknown  # that one is left out like any early end
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         """Encode documents, in the calling thread only if TOKENIZERS_PARALLELISM is false."""
@@ -56,9 +57,13 @@ class Encoder:
         for text, encoding in zip(texts, encode(texts, add_special_tokens=False), strict=True):
             content = text.encode()
             split = "validation" if in_validation(content, self.validation_fraction) else "train"
-            ids = np.array([*encoding.ids, self.end_of_document_id], dtype=self.dtype)
             lost = self._count_lost(text, encoding) if self._loses_text else Counter[str]()
-            documents.append(Encoded(split, ids, len(content), lost))
+            found = np.array(encoding.ids, dtype=self.dtype)
+            # Models that have the token as an ordinary word, as Unigram models do, find its name in a text.
+            kept = found[found != self.end_of_document_id]
+            if kept.size < found.size:
+                lost[EARLY_ENDS] = found.size - kept.size
+            documents.append(Encoded(split, np.append(kept, self.dtype(self.end_of_document_id)), len(content), lost))
         return documents
 
     def _count_lost(self, text: str, encoding: Any) -> Counter[str]:

@@ -60,29 +60,19 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     """Load a tokenizer.json, a folder that contains one, or a tokenizer of the Hugging Face hub.
 
     Raises:
-        UserError: the file does not exist or is not a tokenizer, or the hub cannot be reached or does not have it.
+        UserError: the file does not exist or is not a tokenizer, the hub cannot be reached or does not have it, or it
+            fails at characters that it does not know.
     """
-    path = tokenizer_path(name_or_path)
+    tokenizer = _for_plain_text(_read_tokenizer(name_or_path))
     try:
-        if path is not None:
-            return _for_plain_text(Tokenizer.from_file(str(path)))
-        with asking_hub(f"the tokenizer '{name_or_path}'"):
-            return _for_plain_text(Tokenizer.from_pretrained(name_or_path))
-    except UserError as error:
+        for text in (PROBE, *_RARE_CHARACTERS):
+            tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises plain Exception
         raise UserError(
-            f"data.tokenizer='{name_or_path}' is not a file or folder: {error}, or set null to train one"
+            f"data.tokenizer='{name_or_path}' fails at characters that it does not know: {first_line(error)}; name a "
+            "token of its vocabulary as unk_token (unk_id of Unigram models), pass another, or null to train one"
         ) from error
-    # The library raises plain Exception; for the hub, it passes on errors of its HTTP client.
-    except Exception as error:
-        reason = first_line(error)
-        if path is not None:
-            raise UserError(
-                f"data.tokenizer: {path} is not a valid tokenizer.json: {reason}; pass another, or null to train one"
-            ) from error
-        raise UserError(
-            f"data.tokenizer='{name_or_path}' is not a file or folder, and could not be loaded from the Hugging Face "
-            f"hub: {reason}; pass the path of a tokenizer.json, or null to train one"
-        ) from error
+    return tokenizer
 
 
 def tokenizer_path(name_or_path: str) -> Path | None:
@@ -140,9 +130,17 @@ def adds_special_tokens(path: Path) -> bool:
 
 def knows_every_character(tokenizer: Tokenizer) -> bool:
     """Return whether any text can be encoded without loss, as byte-level tokenizers do; tested on rare characters."""
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    encoded = (tokenizer.encode(character, add_special_tokens=False).tokens for character in _RARE_CHARACTERS)
-    return all(tokens and unknown not in tokens for tokens in encoded)
+    unknown = unknown_id(tokenizer)
+    encoded = (tokenizer.encode(character, add_special_tokens=False).ids for character in _RARE_CHARACTERS)
+    return all(ids and unknown not in ids for ids in encoded)
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the token in place of text that the model does not know; None: it has none."""
+    if isinstance(tokenizer.model, models.Unigram):  # Python's class does not have its unk_id, only the file
+        return json.loads(tokenizer.to_str())["model"]["unk_id"]
+    token = tokenizer.model.unk_token
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -195,6 +193,30 @@ def encoding_hash(tokenizer: Tokenizer) -> str:
 def tokenizer_hash(path: str | Path) -> str:
     """Return the SHA-256 of a tokenizer.json in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _read_tokenizer(name_or_path: str) -> Tokenizer:
+    path = tokenizer_path(name_or_path)
+    try:
+        if path is not None:
+            return Tokenizer.from_file(str(path))
+        with asking_hub(f"the tokenizer '{name_or_path}'"):
+            return Tokenizer.from_pretrained(name_or_path)
+    except UserError as error:
+        raise UserError(
+            f"data.tokenizer='{name_or_path}' is not a file or folder: {error}, or set null to train one"
+        ) from error
+    # The library raises plain Exception; for the hub, it passes on errors of its HTTP client.
+    except Exception as error:
+        reason = first_line(error)
+        if path is not None:
+            raise UserError(
+                f"data.tokenizer: {path} is not a valid tokenizer.json: {reason}; pass another, or null to train one"
+            ) from error
+        raise UserError(
+            f"data.tokenizer='{name_or_path}' is not a file or folder, and could not be loaded from the Hugging Face "
+            f"hub: {reason}; pass the path of a tokenizer.json, or null to train one"
+        ) from error
 
 
 def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import (
@@ -257,6 +258,25 @@ def test_damaged_datasets_are_refused(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="could not read .*manifest.json"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("</s>", 0.0), ("a", -1.0)]),
+        models.WordLevel({"</s>": 0, "a": 1}, unk_token="<unk>"),
+        models.WordPiece({"</s>": 0, "a": 1}, unk_token="<unk>"),
+        models.BPE({"</s>": 0, "a": 1}, [], unk_token="<unk>"),
+    ],
+)
+def test_a_tokenizer_that_fails_at_unknown_characters_is_refused(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(model).save(str(file))
+    data = section(tmp_path, broken(tmp_path, "a.txt", b"a"), tokenizer=str(file))
+    with pytest.raises(UserError, match=r"data.tokenizer='.*json' fails at characters .*: .*; name a token") as caught:
+        build_dataset(data)
+    assert "\n" not in str(caught.value)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"tokenizer.json", "a.txt"}
 
 
 def test_errors_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:

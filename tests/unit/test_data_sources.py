@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
-from megatron_mosa.data.encoder import LOST, UNKNOWN, Encoder
+from megatron_mosa.data.encoder import EARLY_ENDS, LOST, UNKNOWN, Encoder
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, SURROGATES
 from megatron_mosa.data.sources import open_source
 from megatron_mosa.data.tokenizer import knows_every_character
@@ -263,6 +264,26 @@ def test_lost_characters_are_those_that_no_token_covers(splitter: Any) -> None:
         covered = {index for start, end in tokenizer.encode(text).offsets for index in range(start, end)}
         lost = [character for index, character in enumerate(text) if index not in covered and not character.isspace()]
         assert encoded.lost == (Counter({LOST: len(lost)}) if lost else Counter()), text
+
+
+WORDS = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("model", "lost"),
+    [
+        (models.Unigram([(word, float(-number)) for word, number in WORDS.items()], 0), {EARLY_ENDS: 1, UNKNOWN: 2}),
+        (models.WordLevel(WORDS, unk_token="<unk>"), {EARLY_ENDS: 1, UNKNOWN: 2}),
+        (models.WordLevel(WORDS, unk_token="</s>"), {EARLY_ENDS: 3}),
+    ],
+)
+def test_only_the_end_of_a_document_has_its_token(model: Any, lost: dict[str, int]) -> None:
+    """These models have its name as an ordinary word, or it as the unknown token."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    (encoded,) = Encoder(tokenizer, 1, np.uint16, 0.0).encode(["a </s> 世 b 界"])
+    assert encoded.ids.tolist() == ([2, 0, 3, 0, 1] if UNKNOWN in lost else [2, 3, 1])
+    assert encoded.lost == lost and encoded.ids.dtype == np.uint16
 
 
 def test_byte_level_tokenizers_lose_nothing() -> None:
