@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from megatron_mosa.data.build import build_dataset
     from megatron_mosa.data.integrity import FileHash, HashingProcess, is_large
     from megatron_mosa.data.loader import training_batches, validation_batches
-    from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, load_manifest, read_manifest
+    from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, end_of_document_id, load_manifest, read_manifest
     from megatron_mosa.data.mixture import Mixture, check_tokenizer, open_mixture
     from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, check_lengths, document_starts
     from megatron_mosa.data.sources import iter_documents
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         TOKENIZER_FILE,
         TokenizerIdentity,
         adds_special_tokens,
-        end_of_document_id,
         load_tokenizer,
         tokenizer_hash,
         tokenizer_identity,

@@ -26,6 +26,7 @@ from megatron_mosa.data.manifest import (
     NO_SPECIAL_TOKENS,
     SPLITS,
     Manifest,
+    end_of_document_id,
     load_manifest,
     read_manifest,
 )
@@ -34,7 +35,6 @@ from megatron_mosa.data.sources import STDLIB, FileSource, Source, open_source, 
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
     encoding_hash,
-    end_of_document_id,
     load_tokenizer,
     tokenizer_hash,
     tokenizer_path,

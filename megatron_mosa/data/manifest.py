@@ -8,8 +8,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from megatron_mosa.data.hashing import REBUILD
-from megatron_mosa.data.tokenizer import TOKENIZER_FILE, TokenizerIdentity, tokenizer_hash
+from megatron_mosa.data.tokenizer import (
+    TOKENIZER_FILE,
+    TokenizerIdentity,
+    named_end_of_document,
+    tokenizer_hash,
+    tokenizer_identity,
+)
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import load_json, read_record
 
@@ -128,3 +136,23 @@ def read_manifest(path: str | Path, key: str = "data.path") -> Manifest:
             f"instead of the recorded {manifest.tokenizer_hash[:16]}...; {REBUILD}"
         )
     return manifest
+
+
+def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
+    """Return the id of the token that ends a document.
+
+    The tokenizer of a dataset keeps the one that the dataset was built with. For others, see ``named_end_of_document``.
+
+    Args:
+        tokenizer: the tokenizer.
+        path: its file, if it is one.
+
+    Raises:
+        UserError: the vocabulary has none of the usual ones.
+        DamagedDatasetError: the manifest beside ``path`` cannot be read.
+    """
+    if path is not None and (path.parent / MANIFEST_FILE).is_file():
+        manifest = load_manifest(path.parent)
+        if manifest.tokenizer.is_same(tokenizer_identity(path, tokenizer)):
+            return manifest.end_of_document_id
+    return named_end_of_document(tokenizer, path)

@@ -101,14 +101,23 @@ def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: M
     return len({encoding_hash(load_tokenizer(str(file))) for file in files}) == 1
 
 
+def _end_of_document(path: str, manifest: Manifest) -> str:
+    token = load_tokenizer(str(Path(path).expanduser() / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id)
+    return str(token)
+
+
 def _check_blend(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
     first, seen = manifests[0], dict[str, str]()
     for path, manifest in zip(paths, manifests, strict=True):
         is_same = _has_same_tokenizer(paths[0], first, path, manifest)
         if not is_same or manifest.end_of_document_id != first.end_of_document_id:
+            difference = "different tokenizers"
+            if is_same:
+                tokens = (_end_of_document(paths[0], first), _end_of_document(path, manifest))
+                difference = f"different end-of-document tokens ({' and '.join(tokens)})"
             raise UserError(
-                f"data.blend: {paths[0]} and {path} were built with different tokenizers; rebuild the second with the "
-                f"first one's: mosa data build CONFIG data.path={path} data.tokenizer={paths[0]} --force"
+                f"data.blend: {paths[0]} and {path} were built with {difference}; rebuild the second with the first "
+                f"one's: mosa data build CONFIG data.path={path} data.tokenizer={paths[0]} --force"
             )
         if manifest.fingerprint in seen:
             raise UserError(

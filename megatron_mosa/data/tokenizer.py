@@ -101,7 +101,7 @@ def tokenizer_path(name_or_path: str) -> Path | None:
     return None
 
 
-def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
+def named_end_of_document(tokenizer: Tokenizer, path: Path | None = None) -> int:
     """Return the id of the token that ends a document.
 
     It is the eos_token of the tokenizer_config.json beside ``path``, the tokenizer's file, if there is one; otherwise

@@ -108,6 +108,29 @@ def test_an_export_accepts_a_tokenizer_that_produces_the_same_ids(file: Path, tm
         find_tokenizer(trained, changed(file, tmp_path, swap_two_ids))
 
 
+def test_the_tokenizer_of_a_dataset_keeps_its_end_of_document_token(file: Path, tmp_path: Path) -> None:
+    given = changed(file, tmp_path, add_a_token)
+    configured = tmp_path / "tokenizer_config.json"
+    configured.write_text('{"eos_token": "<stop>"}', encoding="utf-8")
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+
+    def build(name: str, tokenizer: Path) -> str:
+        build_dataset(DataSection(path=str(tmp_path / name), sources=[str(source)], tokenizer=str(tokenizer)))
+        return f"0.5 {tmp_path / name}"
+
+    first, second = build("first", given), build("second", tmp_path / "first")
+    mixture = open_mixture(DataSection(blend=[first, second]))
+    assert [manifest.end_of_document_id for manifest in mixture.manifests] == [300, 300]
+    trained = metadata(tokenizer_identity(given))
+    assert find_tokenizer(trained, tmp_path / "first").end_of_document_id == 300
+    configured.unlink()
+    other = build("other", given)
+    ends = r"different end-of-document tokens \(<stop> and <\|endoftext\|>\); rebuild the second"
+    with pytest.raises(UserError, match=ends):
+        open_mixture(DataSection(blend=[first, other]))
+
+
 def test_a_blend_accepts_tokenizers_that_produce_the_same_ids(file: Path, tmp_path: Path) -> None:
     """The manifest of an older build records only the hash of the file."""
     source = tmp_path / "texts.jsonl"

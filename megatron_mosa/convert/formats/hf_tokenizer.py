@@ -30,10 +30,8 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
         UserError: the tokenizer does not exist, or is not the model's.
     """
     from megatron_mosa.data import (
-        MANIFEST_FILE,
         TOKENIZER_FILE,
         end_of_document_id,
-        load_manifest,
         load_tokenizer,
         tokenizer_identity,
     )
@@ -50,8 +48,6 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
             f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash} instead of "
             f"{recorded.file_hash}, and it encodes text differently; pass the right one: --tokenizer PATH"
         )
-    if given is None and (file.parent / MANIFEST_FILE).is_file():
-        return FoundTokenizer(file, load_manifest(file.parent).end_of_document_id)
     return FoundTokenizer(file, end_of_document_id(tokenizer, file))
 
 
