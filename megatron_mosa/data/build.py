@@ -50,6 +50,7 @@ _FILES = {TOKENIZER_FILE, MANIFEST_FILE, INDEX_CACHE, *(f"{s}.{suffix}" for s in
 _LOCK = ".lock"
 _REQUEST_FILE = "request.json"
 _SHARE_FILE = "held_out_share"
+_END_OF_DOCUMENT = "end_of_document_token"
 _LEAST_RAISED_SHARE = 1e-4  # each share reads all documents once more
 _FORCE = "mosa data build CONFIG --force"
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by the library at each call
@@ -101,7 +102,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     request = _request(data, sources)
     if _has_dataset(target) and not force and _recorded_request(partial) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"
-        _check_same_request(f"data.path={data.path} was built from", load_manifest(target).request, request, fix)
+        _check_same_request(f"data.path={data.path} was built from", _built_request(target, request), request, fix)
         print(f"{data.path} is up to date", file=sys.stderr)
         return read_manifest(target)
     os.environ[_PARALLELISM] = "true"  # the library turns it off once the process has forked
@@ -141,7 +142,7 @@ def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
     """Return everything that the content of the dataset depends on, in JSON types."""
     trained = data.tokenizer is None
     path = tokenizer_path(data.tokenizer) if data.tokenizer is not None else None
-    return {
+    request = {
         "sources": [source.describe() for source in sources],
         "python": platform.python_version() if STDLIB in data.sources else None,
         "text_field": data.text_field,
@@ -151,6 +152,19 @@ def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
         "vocab_size": data.vocab_size if trained else None,
         "validation_fraction": data.validation_fraction,
     }
+    if path is not None:  # files beside it name the token; otherwise the vocabulary alone decides
+        tokenizer = load_tokenizer(str(path))
+        request[_END_OF_DOCUMENT] = tokenizer.id_to_token(end_of_document_id(tokenizer, path))
+    return request
+
+
+def _built_request(target: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the request that the dataset was built from. Earlier versions did not record the end-of-document token."""
+    manifest = load_manifest(target)
+    if _END_OF_DOCUMENT not in request or _END_OF_DOCUMENT in manifest.request:
+        return manifest.request
+    token = load_tokenizer(str(target / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id)
+    return {**manifest.request, _END_OF_DOCUMENT: token}
 
 
 def _has_dataset(target: Path) -> bool:

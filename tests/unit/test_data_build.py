@@ -148,6 +148,27 @@ def test_a_given_tokenizer_keeps_its_vocabulary_and_end_token(tmp_path: Path) ->
         assert plain.decode(ids[:-1].tolist(), skip_special_tokens=False) == text and ids[-1] == 300
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_end_of_document_token_is_another_setting(recorded: bool, tmp_path: Path, capsys) -> None:
+    """Builds of earlier versions did not record it as one."""
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = section(tmp_path, write_texts(tmp_path / "texts"), tokenizer=str(tmp_path / "tokenizer.json"))
+    build_dataset(data)
+    manifest = tmp_path / "set" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["request"]["end_of_document_token"] == "<|endoftext|>"
+    if not recorded:
+        del content["request"]["end_of_document_token"], content["checksum"]
+        manifest.write_text(json.dumps(content))
+    build_dataset(data)
+    assert "up to date" in capsys.readouterr().err
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    with pytest.raises(UserError, match=r"end_of_document_token: <\|endoftext\|> -> <stop>.*--force"):
+        build_dataset(data)
+
+
 def broken(tmp_path: Path, name: str, text: bytes) -> Path:
     (tmp_path / name).write_bytes(text)
     return tmp_path / name

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
 from megatron_mosa.config.schema import DataSection
-from megatron_mosa.data import build, build_dataset, shards
+from megatron_mosa.data import build, build_dataset, shards, train_tokenizer
 from megatron_mosa.data.encoder import in_validation
 from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
@@ -249,6 +249,21 @@ def test_an_interrupted_build_refuses_other_settings(
         build_dataset(section(tmp_path / "set", sources))
     build_dataset(section(tmp_path / "set", sources), force=True)
     assert contents(tmp_path / "set") == undisturbed
+
+
+def test_an_interrupted_build_refuses_another_end_of_document_token(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(documents(sources), 300)
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    configured = tmp_path / "tokenizer_config.json"
+    configured.write_text('{"eos_token": "<stop>"}')
+    data = section(tmp_path / "set", sources, tokenizer=str(tmp_path))
+    interrupted(monkeypatch, data, 3)
+    configured.unlink()
+    with pytest.raises(UserError, match=r"end_of_document_token: <stop> -> <\|endoftext\|>.*--force"):
+        build_dataset(data)
 
 
 def test_an_interrupted_replacement_continues(
