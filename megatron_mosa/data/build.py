@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from megatron_mosa.config import DataSection
 from megatron_mosa.data.encoder import Encoder
 from megatron_mosa.data.hub import SourceInterruptedError
@@ -36,6 +38,7 @@ from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
     encoding_hash,
     load_tokenizer,
+    named_end_of_document,
     tokenizer_hash,
     tokenizer_path,
     train_tokenizer,
@@ -100,7 +103,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
                 "dataset's own files; set it to a folder outside of all sources"
             )
     request = _request(data, sources)
-    if _has_dataset(target) and not force and _recorded_request(partial) != request:
+    if _has_dataset(target) and not force and _recorded_request(partial, request) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"
         _check_same_request(f"data.path={data.path} was built from", _built_request(target, request), request, fix)
         print(f"{data.path} is up to date", file=sys.stderr)
@@ -158,12 +161,20 @@ def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
     return request
 
 
-def _built_request(target: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Return the request that the dataset was built from. Earlier versions did not record the end-of-document token."""
-    manifest = load_manifest(target)
+def _recorded(request: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the request without the usual end-of-document token, as earlier versions did, for the same fingerprint."""
+    with contextlib.suppress(UserError):  # the vocabulary has none of the usual ones
+        usual = tokenizer.id_to_token(named_end_of_document(tokenizer))
+        return {key: value for key, value in request.items() if key != _END_OF_DOCUMENT or value != usual}
+    return request
+
+
+def _built_request(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the request that a dataset was built from, with its end-of-document token if ``request`` has one."""
+    manifest = load_manifest(folder)
     if _END_OF_DOCUMENT not in request or _END_OF_DOCUMENT in manifest.request:
         return manifest.request
-    token = load_tokenizer(str(target / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id)
+    token = load_tokenizer(str(folder / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id)
     return {**manifest.request, _END_OF_DOCUMENT: token}
 
 
@@ -248,11 +259,11 @@ def _locked_folder(partial: Path) -> Iterator[None]:
             raise
 
 
-def _recorded_request(partial: Path) -> dict[str, Any] | None:
+def _recorded_request(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return the request of an unfinished build; None: there is none. A manifest replaces it when all is written."""
     try:
         if (partial / MANIFEST_FILE).is_file():
-            return load_manifest(partial).request
+            return _built_request(partial, request)
         return load_json(partial / _REQUEST_FILE)
     except (OSError, ValueError, UserError):
         return None
@@ -264,7 +275,7 @@ def _shards_to_resume(partial: Path, request: dict[str, Any], sources: Sequence[
     Raises:
         UserError: the settings or sources have changed, and ``force`` is not given.
     """
-    recorded = _recorded_request(partial)
+    recorded = _recorded_request(partial, request)
     if recorded is not None and (recorded == request or has_shards(partial)):
         try:
             shards = read_shards(partial, sources)
@@ -317,7 +328,7 @@ def _write(
         vocab_size=vocab_size,
         end_of_document_id=end_id,
         splits=join_shards(folder, shards, dtype),
-        request=request,
+        request=_recorded(request, tokenizer),
     )
     write_atomically(folder / MANIFEST_FILE, manifest.sealed().to_json(), durable=True)
 

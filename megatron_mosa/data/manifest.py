@@ -151,7 +151,8 @@ def end_of_document_id(tokenizer: Tokenizer, path: Path | None = None) -> int:
         UserError: the vocabulary has none of the usual ones.
         DamagedDatasetError: the manifest beside ``path`` cannot be read.
     """
-    if path is not None and (path.parent / MANIFEST_FILE).is_file():
+    marks = (MANIFEST_FILE, f"{SPLITS[0]}.bin")  # exported models have a manifest.json, too
+    if path is not None and all((path.parent / mark).is_file() for mark in marks):
         manifest = load_manifest(path.parent)
         if manifest.tokenizer.is_same(tokenizer_identity(path, tokenizer)):
             return manifest.end_of_document_id

@@ -1,9 +1,9 @@
 """Builds: equal input gives equal bytes, tokens decode to their text, and every user error names its fix."""
 
-import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models
 
 from megatron_mosa.config.schema import DataSection
@@ -148,24 +148,26 @@ def test_a_given_tokenizer_keeps_its_vocabulary_and_end_token(tmp_path: Path) ->
         assert plain.decode(ids[:-1].tolist(), skip_special_tokens=False) == text and ids[-1] == 300
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_another_end_of_document_token_is_another_setting(recorded: bool, tmp_path: Path, capsys) -> None:
-    """Builds of earlier versions did not record it as one."""
-    tokenizer = train_tokenizer(TEXTS, 300)
+@pytest.mark.parametrize(("built", "later"), [(None, "<stop>"), ("<stop>", None)])
+def test_another_end_of_document_token_is_another_setting(
+    built: str | None, later: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that the vocabulary gives by itself is not recorded, as in datasets of earlier versions."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer, configured = train_tokenizer(TEXTS, 300), folder / "tokenizer_config.json"
     tokenizer.add_special_tokens(["<stop>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    data = section(tmp_path, write_texts(tmp_path / "texts"), tokenizer=str(tmp_path / "tokenizer.json"))
-    build_dataset(data)
-    manifest = tmp_path / "set" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    assert content["request"]["end_of_document_token"] == "<|endoftext|>"
-    if not recorded:
-        del content["request"]["end_of_document_token"], content["checksum"]
-        manifest.write_text(json.dumps(content))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "manifest.json").write_text("{}")  # of an exported model, not of a dataset
+    data = section(tmp_path, write_texts(tmp_path / "texts"), tokenizer=str(folder))
+    configured.write_text(json.dumps({"eos_token": built}))
+    assert build_dataset(data).request.get("end_of_document_token") == built
     build_dataset(data)
     assert "up to date" in capsys.readouterr().err
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
-    with pytest.raises(UserError, match=r"end_of_document_token: <\|endoftext\|> -> <stop>.*--force"):
+    configured.write_text(json.dumps({"eos_token": later}))
+    usual = "<|endoftext|>"
+    changed = re.escape(f"end_of_document_token: {built or usual} -> {later or usual}")
+    with pytest.raises(UserError, match=f"{changed}.*--force"):
         build_dataset(data)
 
 
