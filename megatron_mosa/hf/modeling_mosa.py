@@ -46,6 +46,7 @@ UNSUPPORTED = {
     "token_type_ids": "all tokens are of one kind",
 }
 IGNORED = ("cache_position",)  # the cache knows it
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # generate reads them itself, but passes them on to forward, too
 NO_DRAFTS = "a MosaCache cannot remove the tokens of a rejected draft"
 # Options of generate that this model does not support.
 UNSUPPORTED_OPTIONS = {
@@ -370,7 +371,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
 
         Args:
             inputs: [B, T]; prompts of different lengths are padded on the left.
-            args, kwargs: see transformers.
+            args, kwargs: see transformers. ``inputs_embeds`` [B, T, h] instead of ids is only for causal models, uses a
+                cache even with use_cache=False, and returns only the new tokens.
             causal_approximation: required for models with expert choice or Routing heads, which are not causal.
                 "prefix": compute every token from the whole prefix, from whose t tokens the heads select max(t /
                 sparsity, 2) anew. This differs from the trained model, and is slow, because nothing is cached.
@@ -381,20 +383,30 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         """
         self._check_prompt(inputs, kwargs)
         self._check_options(args, kwargs)
+        has_embeddings = kwargs.get("inputs_embeds") is not None
         if not self.config.can_decode:
-            self._check_approximation(causal_approximation)
+            self._check_approximation(causal_approximation, has_embeddings)
             return super().generate(inputs, *args, **kwargs | {"use_cache": False})  # pyright: ignore
         if causal_approximation is not None:
             raise ValueError(f"causal_approximation must be None for a causal model, got {causal_approximation!r}")
         self.model.check_thresholds()
         cache, earlier_name = kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
         cache = earlier_name if cache is None else cache
-        if cache is not None or self._generation_option("use_cache", args, kwargs) is not False:
+        # For embeddings, transformers itself sets use_cache=True: it reads them once, and ids afterwards.
+        uses_cache = has_embeddings or self._generation_option("use_cache", args, kwargs) is not False
+        if cache is not None or uses_cache:
             kwargs[CACHE] = self.new_cache() if cache is None else cache
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Pass the cache as ``past_key_values``: without it, PEFT would prepend its virtual tokens at every step."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pass the cache as ``past_key_values``: without it, PEFT would prepend its virtual tokens at every step.
+
+        transformers generates from embeddings only if this signature names ``inputs_embeds``.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in TOKENIZERS}
+        kwargs["inputs_embeds"] = inputs_embeds
         prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore
         if CACHE in prepared:
             prepared["past_key_values"] = prepared.pop(CACHE)
@@ -412,6 +424,12 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             if value is not None and value is not False:
                 option = f"{name}={value!r}" if isinstance(value, (str, int)) else name
                 raise ValueError(f"{option} is not supported: {reason}; omit {name}")
+        chunk = self._generation_option("prefill_chunk_size", args, kwargs)
+        if chunk is not None and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} is not supported with inputs_embeds: transformers splits only ids; omit "
+                "prefill_chunk_size"
+            )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Check arguments that are not options of ``generate``, as transformers does, and suggest similar names."""
@@ -423,10 +441,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             raise ValueError("; ".join([str(error), *filter(None, hints)])) from None
 
     def _check_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-        prompt = next(
-            (given for given in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if given is not None),
-            None,
-        )
+        prompts = kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")  # embeddings are read in place of ids
+        prompt = next((given for given in prompts if given is not None), None)
         mask = kwargs.get("attention_mask")
         if prompt is None or prompt.shape[1] == 0 or (mask is not None and not bool(mask.any(dim=1).all())):
             raise ValueError("a prompt is empty; pass at least one token in each, such as the end-of-text token")
@@ -434,7 +450,13 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         if prompt.shape[1] > trained:
             logger.warning(f"the prompt has {prompt.shape[1]} tokens, but the model was trained on at most {trained}")
 
-    def _check_approximation(self, approximation: str | None) -> None:
+    def _check_approximation(self, approximation: str | None, has_embeddings: bool) -> None:
+        if has_embeddings:
+            raise ValueError(
+                "cannot generate from inputs_embeds: transformers reads them once and then relies on a cache, but "
+                f"{self.config.looking_ahead} select from the whole sequence, so nothing can be cached; pass input_ids "
+                "with causal_approximation='prefix', or use a causal model, such as one with selection='threshold'"
+            )
         if approximation is None:
             raise ValueError(
                 f"cannot generate: {self.config.looking_ahead} select from the whole sequence, so no token can be "

@@ -414,3 +414,21 @@ def test_a_pipeline_gives_the_models_output(folders: dict[str, Path], returns_di
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         longer = model.generate(ids, max_new_tokens=6, do_sample=False)
         assert answers[0]["generated_text"] == tokenizer.decode(longer[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_generation_ends_at_a_stop_string(folders: dict[str, Path]) -> None:
+    model, tokenizer = load(folders["threshold"]), AutoTokenizer.from_pretrained(folders["threshold"])
+    batch = tokenizer("to export 7", return_tensors="pt")
+    whole = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch.input_ids.shape[1] :]
+    texts = [tokenizer.decode(whole[:count]) for count in range(1, 9)]
+    stop = tokenizer.decode(whole[2])
+    expected = next(text for text in texts if stop in text)
+    assert len(expected) < len(texts[-1])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    found = model.generate(**batch, stop_strings=[stop], tokenizer=tokenizer, **options)
+    assert tokenizer.decode(found[0, batch.input_ids.shape[1] :]) == expected
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    answer = generator("to export 7", stop_sequence=stop, return_full_text=False, **options)
+    assert answer[0]["generated_text"] == expected
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizer'"):
+        model(**batch, tokenizer=tokenizer)

@@ -29,7 +29,7 @@ def by_hand(model: MosaForCausalLM, prompt: Tensor, new: int = NEW) -> Tensor:
     return tokens[0]
 
 
-def greedy(model: MosaForCausalLM, tokens: Tensor, **options: Any) -> Any:
+def greedy(model: MosaForCausalLM, tokens: Tensor | None, **options: Any) -> Any:
     return model.generate(tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
 
 
@@ -61,6 +61,29 @@ def test_sampling_and_beams_match_those_without_a_cache(options: dict[str, Any])
             )
         )
     assert torch.equal(*results) and results[0].shape == (2, 9 + NEW)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+@torch.no_grad()
+def test_embeddings_give_the_same_tokens_as_ids(options: dict[str, Any]) -> None:
+    model, tokens = build("hybrid"), random_tokens(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    expected = greedy(model, tokens, attention_mask=mask, **options)
+    options = options | {"inputs_embeds": model.get_input_embeddings()(tokens), "attention_mask": mask}
+    assert torch.equal(greedy(model, None, **options), expected[:, 9:])
+    assert torch.equal(greedy(model, tokens, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_approximation": "prefix"}])
+def test_embeddings_need_a_causal_model_and_are_read_at_once(options: dict[str, Any]) -> None:
+    model = build("hybrid", "expert_choice")
+    states = model.get_input_embeddings()(random_tokens(2, 9))
+    message = r"^cannot generate from inputs_embeds: .*num_mosa_heads=6.*; pass input_ids with causal_approximation="
+    with pytest.raises(ValueError, match=message):
+        greedy(model, None, inputs_embeds=states, **options)
+    with pytest.raises(ValueError, match=r"^prefill_chunk_size=4 is not supported with inputs_embeds: .*; omit"):
+        greedy(build("hybrid"), None, inputs_embeds=states, prefill_chunk_size=4)
 
 
 @torch.no_grad()
