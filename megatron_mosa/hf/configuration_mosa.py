@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 from transformers import PretrainedConfig
+
+CHOICES = {
+    "hidden_act": ("gelu", "silu"),
+    "norm_type": ("LayerNorm", "RMSNorm"),
+    "selection": ("expert_choice", "threshold", "token_choice"),
+}
+# The bounds of training (config/schema.py), so that a model that works here can also be imported.
+BOUNDS = {
+    "sparsity": {"at least": 1, "at most": 2**24},
+    "load_feedback": {"at least": 0},
+    "norm_eps": {"greater than": 0},
+    "rotary_percent": {"at least": 0, "at most": 1},
+    "rotary_base": {"greater than": 0},
+    "initializer_range": {"greater than": 0},
+}
+COMPARISONS = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le}  # each False for NaN
 
 
 class MosaConfig(PretrainedConfig):
@@ -122,30 +140,41 @@ class MosaConfig(PretrainedConfig):
         self.attention_gate = attention_gate
         self.num_routing_heads = num_routing_heads
         self.routing_clusters = routing_clusters
-        for name, allowed in (
-            ("hidden_act", ("gelu", "silu")),
-            ("norm_type", ("LayerNorm", "RMSNorm")),
-            ("selection", ("expert_choice", "threshold", "token_choice")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        heads = num_dense_heads + num_local_heads + num_fixed_heads + num_routing_heads + num_mosa_heads
-        if heads < 1:
-            raise ValueError(
-                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; "
-                "set one of them above 0"
-            )
-        if num_local_heads and local_window < 1:
-            raise ValueError(f"local_window must be at least 1 with local heads, got {local_window}")
-        if num_fixed_heads and fixed_stride < 1:
-            raise ValueError(f"fixed_stride must be at least 1 with fixed heads, got {fixed_stride}")
-        if num_routing_heads and routing_clusters < 2:
-            raise ValueError(f"routing_clusters must be at least 2 with Routing heads, got {routing_clusters}")
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
         self.use_cache = use_cache and self.can_decode  # the default of generate
-        self.num_attention_heads = heads
+        self.num_attention_heads = (
+            num_dense_heads + num_local_heads + num_fixed_heads + num_routing_heads + num_mosa_heads
+        )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and value != math.inf
+            if not is_number or not all(COMPARISONS[word](value, bound) for word, bound in bounds.items()):
+                words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+                raise ValueError(f"{name} must be {'finite' if value == math.inf else words}, got {value!r}")
+        if self.num_attention_heads < 1:
+            raise ValueError(
+                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; "
+                "set one of them above 0"
+            )
+        if self.num_local_heads and self.local_window < 1:
+            raise ValueError(f"local_window must be at least 1 with local heads, got {self.local_window}")
+        if self.num_fixed_heads and self.fixed_stride < 1:
+            raise ValueError(f"fixed_stride must be at least 1 with fixed heads, got {self.fixed_stride}")
+        if self.num_routing_heads and self.routing_clusters < 2:
+            raise ValueError(f"routing_clusters must be at least 2 with Routing heads, got {self.routing_clusters}")
+        if self.selection == "token_choice" and self.num_mosa_heads and not self.heads_per_token:
+            raise ValueError(
+                f"sparsity={self.sparsity:g} leaves each token round(num_mosa_heads / sparsity) = 0 of "
+                f"num_mosa_heads={self.num_mosa_heads} heads to choose; set sparsity below {2 * self.num_mosa_heads}"
+            )
 
     @property
     def can_decode(self) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from transformers import (
 )
 
 from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.convert.model_config import from_transformers
+from megatron_mosa.errors import UserError
+from megatron_mosa.hf.configuration_mosa import BOUNDS, MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaAttention
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.hf.sparse_mosa import MosaHeads
@@ -432,3 +439,41 @@ def test_generation_ends_at_a_stop_string(folders: dict[str, Path]) -> None:
     assert answer[0]["generated_text"] == expected
     with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizer'"):
         model(**batch, tokenizer=tokenizer)
+
+
+# The configuration.
+
+
+def refusal(create: Callable[[], Any]) -> str:
+    """Return the message of the error that a call raises, or an empty string."""
+    try:
+        create()
+    except (ValueError, UserError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_numbers_have_the_bounds_of_training(name: str) -> None:
+    content: dict[str, Any] = MosaConfig(num_mosa_heads=4, selection="threshold").to_dict()
+    refused = 0
+    for value in (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0**24, 2.0**24 + 2, math.inf, math.nan):
+        message = refusal(lambda value=value: MosaConfig(**content | {name: value}))
+        assert bool(message) == bool(refusal(lambda value=value: from_transformers(content | {name: value}))), value
+        assert not message or re.fullmatch(rf"{name} must be (at least|greater than|finite).*, got {value}", message)
+        refused += bool(message)
+    assert refused >= 3
+    for value in (None, "1"):
+        assert refusal(lambda value=value: MosaConfig(**content | {name: value})).endswith(f"got {value!r}")
+
+
+def test_every_float_of_the_configuration_has_bounds() -> None:
+    arguments = signature(MosaConfig.__init__).parameters
+    assert {name for name, argument in arguments.items() if argument.annotation == "float"} == set(BOUNDS)
+
+
+def test_token_choice_leaves_each_token_a_head() -> None:
+    heads: dict[str, Any] = {"num_mosa_heads": 4, "selection": "token_choice"}
+    assert MosaConfig(**heads, sparsity=7.9).heads_per_token == 1
+    with pytest.raises(ValueError, match=r"^sparsity=8 leaves each token .* = 0 of num_mosa_heads=4 heads .* below 8$"):
+        MosaConfig(**heads, sparsity=8)

@@ -161,6 +161,8 @@ def test_modeling_code_is_self_contained() -> None:
                     "difflib",
                     "inspect",
                     "itertools",
+                    "math",
+                    "operator",
                     "typing",
                     "torch",
                     "transformers",
