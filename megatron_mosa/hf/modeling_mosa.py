@@ -69,6 +69,11 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return f"did you mean '{similar[0]}'?" if similar else ""
 
 
+def unsupported(name: str) -> str:
+    """Return why an argument of ``UNSUPPORTED`` is refused, and what to do."""
+    return f"{name} is not supported: {UNSUPPORTED[name]}; omit {name}"
+
+
 def has_effect(name: str, value: Any) -> bool:
     """Return whether the value of an unsupported argument would have an effect if it were supported."""
     if name == "token_type_ids" and isinstance(value, Tensor):
@@ -83,10 +88,10 @@ def check_others(forward: Callable[..., Any], others: dict[str, Any], config: Mo
         TypeError: an argument does not exist.
         ValueError: an argument exists in transformers, but this model does not support it.
     """
-    for name, reason in UNSUPPORTED.items():
+    for name in UNSUPPORTED:
         value = others.get(name)
         if has_effect(name, getattr(config, name, None) if value is None else value):
-            raise ValueError(f"{name} is not supported: {reason}; omit {name}")
+            raise ValueError(unsupported(name))
     for name in others:
         if name not in UNSUPPORTED and name not in IGNORED:
             names = [*parameters(forward), "return_dict"]
@@ -437,7 +442,8 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             super()._validate_model_kwargs(model_kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         except ValueError as error:
             known = [*vars(GenerationConfig()), *parameters(MosaForCausalLM.forward), "causal_approximation"]
-            hints = [did_you_mean(name, known) for name in model_kwargs if name not in known]
+            unknown = [name for name, value in model_kwargs.items() if value is not None and name not in known]
+            hints = [unsupported(name) if name in UNSUPPORTED else did_you_mean(name, known) for name in unknown]
             raise ValueError("; ".join([str(error), *filter(None, hints)])) from None
 
     def _check_prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -131,6 +131,8 @@ def test_unsupported_arguments_are_refused_only_if_they_would_have_an_effect() -
                 call(ids, **{name: value})
         with pytest.raises(ValueError, match=f"{name}"):
             model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{name: value})
+    with pytest.raises(ValueError, match=r"\); token_type_ids is not supported: all tokens .*; omit token_type_ids$"):
+        model.generate(ids, max_new_tokens=2, token_type_ids=torch.zeros_like(ids))
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
     with pytest.raises(ValueError, match="^output_attentions is not supported"):
