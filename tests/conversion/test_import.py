@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from megatron_mosa.checkpoint import load_initial_weights, read_metadata
 from megatron_mosa.checkpoint.manifest import files_below, find_damage, hash_files
@@ -23,6 +24,8 @@ from megatron_mosa.convert.logits import largest_divergence, megatron_logits
 from megatron_mosa.convert.model_config import model_config
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.hf.configuration_mosa import MosaConfig
+from megatron_mosa.hf.modeling_mosa import MosaModel
 from megatron_mosa.parallel import destroy_parallel, initialize_parallel
 from tests.conversion.models import KINDS, QUICKSTART, TINY, Trained
 
@@ -106,6 +109,17 @@ def test_unsupported_llamas_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is damaged: config.json is damaged"):
         import_hf(tmp_path, tmp_path.with_name("out"))
     assert not tmp_path.with_name("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["mosa", "llama"])
+def test_a_base_model_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = (
+        LlamaModel(LlamaConfig(**sizes, num_attention_heads=2)) if kind == "llama" else MosaModel(MosaConfig(**sizes))
+    )
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"holds only the base model, .*; save AutoModelForCausalLM instead$"):
+        import_hf(tmp_path / "base", tmp_path / "out")
 
 
 def test_damaged_and_mismatched_files_are_refused(trained: dict[str, Trained], tmp_path: Path) -> None:

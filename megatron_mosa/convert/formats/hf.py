@@ -95,6 +95,11 @@ def _compare(tensors: SafetensorsFolder, weights: list[Weight], folder: Path) ->
         part: shape for weight in weights for part, shape in zip(weight.parts, weight.part_shapes(), strict=True)
     }
     found = {key: info.shape for key, info in tensors.tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+    if "embed_tokens.weight" in found:  # without the prefix "model."
+        raise UserError(
+            f"'{folder}' holds only the base model, without lm_head, as AutoModel saves it; save AutoModelForCausalLM "
+            "instead"
+        )
     if "lm_head.weight" not in expected and found.pop("lm_head.weight", None) is not None:
         _compare_tied(tensors, folder)
     for key in sorted(expected.keys() | found.keys()):
