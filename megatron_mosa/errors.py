@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -36,7 +38,24 @@ class StorageError(RunError):
     of_all_ranks = True
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or an empty string."""
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ``" (did you mean 'x'?)"`` for the known word closest to ``word``, or an empty string.
+
+    Args:
+        prefix: what the suggestion begins with, besides the known word.
+    """
     matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""
+    return f" (did you mean '{prefix}{matches[0]}'?)" if matches else ""
+
+
+def nearest_path(path: str | Path) -> str:
+    """Return the hint of ``nearest`` for a missing file or folder: what has a similar name in the same folder.
+
+    The folder is written as in ``path``, so that the suggestion can be pasted.
+    """
+    folder, name = os.path.split(str(path).rstrip("/"))
+    try:
+        siblings = os.listdir(os.path.expanduser(folder) or ".")
+    except OSError:  # a hint is not worth another error
+        return ""
+    return nearest(name, siblings, os.path.join(folder, ""))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_mosa.checkpoint import published_checkpoints
 from megatron_mosa.convert.formats.safetensors import INDEX
-from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.errors import UserError, nearest_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -81,8 +81,7 @@ def find_model(path: Path) -> tuple[Path, Kind]:
         if published := published_checkpoints(folder):
             return published[-1], Kind.MOSA
     if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"'{path}' does not exist{nearest(path.name, siblings)}; pass the folder of a checkpoint")
+        raise UserError(f"'{path}' does not exist{nearest_path(path)}; pass the folder of a checkpoint")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         raise UserError(
             f"'{path}' is a run without a checkpoint yet; wait for its first one (checkpoint.interval), or pass another"

@@ -19,7 +19,7 @@ from megatron_mosa.data.manifest import (
 )
 from megatron_mosa.data.mixture import dataset_parts
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE
-from megatron_mosa.errors import RunError, UserError, nearest
+from megatron_mosa.errors import RunError, UserError, nearest_path
 
 
 def dataset_folders(path: Path, overrides: list[str]) -> list[Path]:
@@ -33,9 +33,8 @@ def dataset_folders(path: Path, overrides: list[str]) -> list[Path]:
             raise UserError(f"'{path}' is a dataset; overrides such as {overrides[0]} require a configuration file")
         return [path]
     if not path.exists():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"'{path}' does not exist{nearest(path.name, siblings)}; pass a dataset, or a configuration file whose "
+            f"'{path}' does not exist{nearest_path(path)}; pass a dataset, or a configuration file whose "
             "section data names one"
         )
     return [folder for _, folder in dataset_parts(load_config(path, overrides).data)]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from megatron_mosa.data.hub import HUB, HubSource, refuse_saved_dataset
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, replace_surrogates
 from megatron_mosa.data.tables import is_table, table_rows
-from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.errors import UserError, nearest, nearest_path
 from megatron_mosa.utils import expanded
 
 STDLIB = "stdlib"
@@ -193,10 +193,9 @@ def _find(source: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
             raise UserError(f"data.sources: '{source}' is neither a file nor a folder; name files of text")
         if root.exists():
             return root, [root]
-        siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
         raise _unreadable(error.filename or source, error) from error
-    hint = nearest(source, [STDLIB]) or nearest(root.name, siblings)
+    hint = nearest(source, [STDLIB]) or nearest_path(source)
     raise UserError(
         f"data.sources: '{source}' is neither '{STDLIB}' nor an existing file or folder{hint}; write a Hugging Face "
         f"dataset as {HUB}NAME"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_mosa.data.reach import asking_hub
-from megatron_mosa.errors import UserError, nearest
+from megatron_mosa.errors import UserError, nearest_path
 from megatron_mosa.utils import expanded, first_line, load_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -93,9 +93,8 @@ def tokenizer_path(name_or_path: str) -> Path | None:
         )
     # Names on the hub are "name" or "owner/name".
     if name_or_path.startswith(("/", ".", "~")) or name_or_path.endswith(".json") or name_or_path.count("/") > 1:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"data.tokenizer: {path} does not exist{nearest(path.name, siblings)}; pass a tokenizer.json, a folder "
+            f"data.tokenizer: {path} does not exist{nearest_path(name_or_path)}; pass a tokenizer.json, a folder "
             "with one, a Hugging Face name, or null to train one"
         )
     return None

@@ -149,12 +149,14 @@ def test_inspect_never_unpickles_deepspeed_files(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "mark").exists()
 
 
-def test_inspect_refuses_folders_without_a_model(tmp_path: Path) -> None:
+def test_inspect_refuses_folders_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"does not contain a model; pass a checkpoint"):
         inspect(tmp_path)
     (tmp_path / "checkpoints-of-mine").mkdir()
-    with pytest.raises(UserError, match=r"does not exist \(did you mean 'checkpoints-of-mine'"):
-        inspect(tmp_path / "checkpoint-of-mine")
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path, Path(tmp_path.name)):  # a suggestion can be pasted
+        with pytest.raises(UserError, match=rf"does not exist \(did you mean '{folder}/checkpoints-of-mine'"):
+            inspect(folder / "checkpoint-of-mine")
 
 
 def test_reading_offline_does_not_import_deepspeed() -> None:

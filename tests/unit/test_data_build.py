@@ -1,5 +1,6 @@
 """Builds: equal input gives equal bytes, tokens decode to their text, and every user error names its fix."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models
 
 from megatron_mosa.config.schema import DataSection
@@ -179,7 +180,7 @@ def broken(tmp_path: Path, name: str, text: bytes) -> Path:
 def test_errors_of_sources_say_what_to_do(tmp_path: Path) -> None:
     lines = broken(tmp_path, "good.jsonl", b'{"text": "a", "title": "b"}\n')
     cases = [
-        (str(tmp_path / "goud.jsonl"), "text", "did you mean 'good.jsonl'.*hf:NAME"),
+        (str(tmp_path / "goud.jsonl"), "text", f"did you mean '{lines}'.*hf:NAME"),
         ("stdlip", "text", "did you mean 'stdlib'"),
         (str(lines), "txt", "did you mean 'text'.*its columns: text, title"),
         (

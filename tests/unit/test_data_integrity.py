@@ -237,6 +237,6 @@ def test_inspect_describes_a_dataset(dataset: Path, capsys: pytest.CaptureFixtur
     assert "special tokens: none but the end-of-document token" in shown
     with pytest.raises(UserError, match="overrides such as data.path=x require a configuration file"):
         dataset_folders(dataset, ["data.path=x"])
-    missing = r"^'.*/sett' does not exist \(did you mean 'set'\?\); pass a dataset, or a configuration file"
+    missing = rf"^'.*/sett' does not exist \(did you mean '{dataset}'\?\); pass a dataset, or a configuration file"
     with pytest.raises(UserError, match=missing):
         dataset_folders(dataset.with_name("sett"), [])
