@@ -3,7 +3,15 @@
 from megatron_mosa.config.blend import blend_parts
 from megatron_mosa.config.heads import HeadCount, head_counts
 from megatron_mosa.config.keys import keys_of
-from megatron_mosa.config.load import config_from_dict, config_to_dict, load_config, origins, read_yaml, save_config
+from megatron_mosa.config.load import (
+    config_from_dict,
+    config_to_dict,
+    expanded,
+    load_config,
+    origins,
+    read_yaml,
+    save_config,
+)
 from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
 from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
@@ -43,6 +51,7 @@ __all__ = [
     "config_to_dict",
     "default_load_feedback",
     "difference",
+    "expanded",
     "head_counts",
     "keys_of",
     "load_config",

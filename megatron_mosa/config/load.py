@@ -15,7 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from megatron_mosa.config.rules import COMMAND_LINE, check
 from megatron_mosa.config.schema import Config, default_load_feedback
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import expanded, is_plain, write_atomically
+from megatron_mosa.utils import is_plain, write_atomically
 
 _TYPES = {
     section.name: {f.name: str(f.type) for f in fields(getattr(Config(), section.name))} for section in fields(Config)
@@ -69,6 +69,21 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
     write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def expanded(key: str, path: str) -> Path:
+    """Return a path with the home directory in place of ``~`` or ``~user``.
+
+    Args:
+        key: of the configuration, for the error.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key}={path} refers to the home directory of an unknown user; give a full path") from None
 
 
 def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:

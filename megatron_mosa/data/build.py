@@ -121,7 +121,8 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     first, *others = summary(data.path, manifest)
     if holds_more:
         others.append(
-            f"  data.validation_fraction={data.validation_fraction} would have held out none: a larger share was"
+            f"  data.validation_fraction={data.validation_fraction} would have held out no document: a larger share is "
+            "held out"
         )
     print("\n".join([f"Built {first}, in {time.monotonic() - started:.1f} s", *others]), file=sys.stderr)
     return manifest
@@ -380,8 +381,9 @@ def _check_counts(data: DataSection, shards: Sequence[Shard]) -> None:
         if count == 0:
             change = "raise" if name == "validation" else "lower"
             raise UserError(
-                f"the {name} split is empty: data.validation_fraction={data.validation_fraction} assigned it none of "
-                f"the {documents} documents; {change} data.validation_fraction or add documents (a text file is one)"
+                f"the {name} split is empty: data.validation_fraction={data.validation_fraction} leaves it none of "
+                f"{documents} document{'s' * (documents != 1)}; {change} data.validation_fraction or add "
+                "documents (a text file is one)"
             )
 
 

@@ -15,12 +15,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_mosa.config import expanded
 from megatron_mosa.data.json_rows import parse_line
 from megatron_mosa.data.left_out import EMPTY, replace_surrogates
 from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import expanded, first_line
+from megatron_mosa.utils import first_line
 
 HUB = "hf:"
 

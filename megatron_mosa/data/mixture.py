@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mosa.config import DataSection, blend_parts
+from megatron_mosa.config import DataSection, blend_parts, expanded
 from megatron_mosa.data.integrity import FileHash, recorded_hashes, refuse_damage
 from megatron_mosa.data.manifest import Manifest, read_manifest
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE, encoding_hash, load_tokenizer
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import expanded
 
 
 @dataclass(frozen=True)

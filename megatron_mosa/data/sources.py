@@ -11,11 +11,11 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_mosa.config import expanded
 from megatron_mosa.data.hub import HUB, HubSource, refuse_saved_dataset
 from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, replace_surrogates
 from megatron_mosa.data.tables import is_table, table_rows
 from megatron_mosa.errors import UserError, nearest, nearest_path
-from megatron_mosa.utils import expanded
 
 STDLIB = "stdlib"
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_mosa.config import expanded
 from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.errors import UserError, nearest_path
-from megatron_mosa.utils import expanded, first_line, load_json
+from megatron_mosa.utils import first_line, load_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"

@@ -3,7 +3,6 @@
 from megatron_mosa.utils.errors import file_problem, first_line
 from megatron_mosa.utils.files import (
     creation_problem,
-    expanded,
     free_megabytes,
     naming,
     replace_directory,
@@ -22,7 +21,6 @@ __all__ = [
     "creation_problem",
     "drop_known_noise",
     "drop_warnings",
-    "expanded",
     "file_problem",
     "first_line",
     "free_megabytes",

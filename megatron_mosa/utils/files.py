@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_mosa.errors import UserError
 from megatron_mosa.utils.errors import file_problem
 from megatron_mosa.utils.parsing import is_plain
 
@@ -20,21 +19,6 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, on Linux; some room is left f
 
 _warned = set[str]()
 """Subjects of ``tolerating`` that it has warned of."""
-
-
-def expanded(key: str, path: str) -> Path:
-    """Return a path with the home directory in place of ``~`` or ``~user``.
-
-    Args:
-        key: of the configuration, for the error.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{key}={path} refers to the home directory of an unknown user; give a full path") from None
 
 
 @contextmanager

@@ -214,7 +214,6 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show CONFIG data.path=~nobody9/x", 2, "unknown user"),
     ("config show CONFIG train.steps=010", 2, "override 'train.steps=010': 010 has a leading zero or colons"),
     ("config show CONFIG train.skip_steps=[1:30]", 2, "1:30 has a leading zero or colons, so YAML takes it for"),
-    ("config show CONFIG run.name=007", 0, "name: '007'"),
     (f"{BUILD} data.sources=[~nobody9/x]", 2, "data.sources=~nobody9/x refers to the home"),
     (f"{BUILD} data.tokenizer=~nobody9/x", 2, "data.tokenizer=~nobody9/x refers to the home directory of an"),
     (f"{CHECK} data.path=null 'data.blend=[1 ~nobody9/x]'", 2, "data.blend=~nobody9/x refers to the home directory"),

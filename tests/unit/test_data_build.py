@@ -220,7 +220,7 @@ def test_of_a_few_documents_some_are_held_out(tmp_path: Path, capsys: pytest.Cap
     settings = section(tmp_path, write_texts(tmp_path / "texts"), validation_fraction=1e-9)
     splits = build_dataset(settings).splits
     assert all(splits[split]["documents"] > 0 for split in ("train", "validation"))
-    assert "would have held out none: a larger share was" in capsys.readouterr().err
+    assert "would have held out no document: a larger share is held out" in capsys.readouterr().err
     first = contents(tmp_path / "set")
     build_dataset(settings, force=True)
     assert contents(tmp_path / "set") == first
