@@ -78,7 +78,7 @@ def expanded(key: str, path: str) -> Path:
         key: of the configuration, for the error.
 
     Raises:
-        UserError: there is no such user.
+        UserError: the user does not exist.
     """
     try:
         return Path(path).expanduser()

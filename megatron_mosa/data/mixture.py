@@ -101,8 +101,7 @@ def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: M
 
 
 def _end_of_document(path: str, manifest: Manifest) -> str:
-    token = load_tokenizer(str(Path(path).expanduser() / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id)
-    return str(token)
+    return str(load_tokenizer(str(Path(path) / TOKENIZER_FILE)).id_to_token(manifest.end_of_document_id))
 
 
 def _check_blend(paths: Sequence[str], manifests: Sequence[Manifest]) -> None:
