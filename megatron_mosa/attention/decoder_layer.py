@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_mosa.attention.heads import Contribution
 from megatron_mosa.attention.recompute import MosaTransformerLayer
 from megatron_mosa.kernels import KernelBackend, PackedDocuments
 from megatron_mosa.parallel import TensorParallelRegion
@@ -145,12 +145,15 @@ class DecoderLayer(torch.nn.Module):
     def _heads(
         self, states: Tensor, above: bool, documents: PackedDocuments | None, selected: OfHeads | None
     ) -> tuple[Tensor, OfHeads, OfHeads]:
-        found = [
-            heads.contribute(states, documents, self.kernels, above, None if selected is None else selected[number])
-            for number, heads in enumerate(self.layer.self_attention.heads)
-        ]
-        output = reduce(torch.add, [part.output for part in found])
-        return output, tuple([part.selected for part in found]), tuple([part.scores for part in found])
+        kinds, output = self.layer.self_attention.heads, None
+        found: list[Contribution] = []
+        for number, heads in enumerate(kinds):
+            before = None if selected is None else selected[number]
+            is_last = number == len(kinds) - 1
+            part = heads.contribute(states, documents, self.kernels, above, before, output, is_last)
+            output, states = part.output, part.states
+            found.append(part)
+        return found[-1].output, tuple([part.selected for part in found]), tuple([part.scores for part in found])
 
     def _feed_forward(self, states: Tensor) -> Tensor:
         config, mlp = self.layer.config, self.layer.mlp

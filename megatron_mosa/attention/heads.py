@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from megatron_mosa.attention.config import MosaTransformerConfig
 from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.recompute import is_repetition
+from megatron_mosa.attention.shared_linear import shared_linear
 from megatron_mosa.attention.token_choice import choose_heads
 from megatron_mosa.kernels import (
     HISTOGRAM_BINS,
@@ -40,7 +41,10 @@ class Contribution(NamedTuple):
     """What the heads of one kind return to a compiled layer."""
 
     output: Tensor
-    """This rank's part of the sum over heads, [T, B, h]."""
+    """The addend plus this rank's part of the sum over heads, [T, B, h]."""
+
+    states: Tensor
+    """The given states, for the heads of the next kind."""
 
     selected: Tensor | None = None
     """What a repetition must not decide anew; None: nothing."""
@@ -113,6 +117,8 @@ class PartitionedHeads(MegatronModule):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
+        addend: Tensor | None,
+        is_last: bool,
     ) -> Contribution:
         """Compute the forward pass of training as a function of its arguments, for compiled layers.
 
@@ -122,6 +128,8 @@ class PartitionedHeads(MegatronModule):
             kernels: the backend.
             above: MoSA heads select by their thresholds, not by expert choice.
             selected: what an earlier call with the same states returned, in a repetition for backward; else None.
+            addend: [T, B, h], what the heads of all kinds before this one contribute; None: this is the first kind.
+            is_last: no other kind follows.
         """
         raise NotImplementedError("abstract")
 
@@ -205,9 +213,16 @@ class CausalHeads(PartitionedHeads):
             documents: the documents of the batch; None: each sequence is one document.
             kernels: the backend whose ``split_heads`` is used.
         """
+        qkv = F.linear(hidden_states, self.qkv_weight)
+        return self._output(hidden_states, qkv, documents, kernels)
+
+    def _output(
+        self, hidden_states: Tensor, qkv: Tensor, documents: AnyDocuments | None, kernels: KernelBackend
+    ) -> Tensor:
+        """Compute what follows the product of the states and ``qkv_weight``."""
         length, batch, _ = hidden_states.shape
         config, queries = self.config, self.queries_per_group
-        qkv = F.linear(hidden_states, self.qkv_weight).view(length, batch, -1, queries + 2, config.head_dim)
+        qkv = qkv.view(length, batch, -1, queries + 2, config.head_dim)
         starts = None
         if documents is not None and config.mosa_restart_rotary:
             starts = documents.starts if self.stride == 1 else documents.starts * self.stride
@@ -227,8 +242,15 @@ class CausalHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
+        addend: Tensor | None,
+        is_last: bool,
     ) -> Contribution:
-        return Contribution(self(hidden_states, documents, kernels))
+        if is_last or self.stride > 1:  # other heads do not use the same slice of the states
+            output = self(hidden_states, documents, kernels)
+        else:
+            qkv, hidden_states = shared_linear(hidden_states, self.qkv_weight)
+            output = self._output(hidden_states, qkv, documents, kernels)
+        return Contribution(output if addend is None else addend + output, hidden_states)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: AnyDocuments | None) -> Tensor:
         """Compute causal attention to all earlier tokens of the document, without a T x T matrix in memory.
@@ -317,6 +339,7 @@ class MosaHeads(PartitionedHeads):
         counts: bool,
         above: bool,
         indices: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the forward pass as a function of its arguments; records nothing.
 
@@ -327,6 +350,7 @@ class MosaHeads(PartitionedHeads):
             counts: whether scores are added to the histogram, if the heads have thresholds.
             above: whether tokens are selected by thresholds, see ``selects_above``.
             indices: the selection of an earlier call with the same states, without documents; None: select.
+            addend: [T, B, h], added to the output.
 
         Returns:
             The output [T, B, h], the scores [B, E / tp, T] and the indices [B, E / tp, k].
@@ -356,6 +380,7 @@ class MosaHeads(PartitionedHeads):
             restart_rotary=config.mosa_restart_rotary,
             slots=slots,
             is_full=not (above or self._per_document(documents) or config.mosa_selection == "token_choice"),
+            addend=None if addend is None else addend.transpose(0, 1),
         )
         return output.transpose(0, 1), scores, indices
 
@@ -366,9 +391,11 @@ class MosaHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
+        addend: Tensor | None,
+        is_last: bool,
     ) -> Contribution:
-        output, scores, indices = self.attend(hidden_states, documents, kernels, True, above, selected)
-        return Contribution(output, indices, scores.detach())
+        output, scores, indices = self.attend(hidden_states, documents, kernels, True, above, selected, addend)
+        return Contribution(output, hidden_states, indices, scores.detach())
 
     @torch.no_grad()
     def keep(self, scores: Tensor | None) -> None:

@@ -56,8 +56,11 @@ class RoutingHeads(PartitionedHeads):
         kernels: KernelBackend,
         above: bool,
         selected: Tensor | None,
+        addend: Tensor | None,
+        is_last: bool,
     ) -> Contribution:
-        return Contribution(*self.attend(hidden_states, documents, kernels, True, selected))
+        output, indices = self.attend(hidden_states, documents, kernels, True, selected)
+        return Contribution(output if addend is None else addend + output, hidden_states, indices)
 
     def is_causal(self, training: bool) -> bool:
         return False

@@ -66,6 +66,7 @@ class KernelBackend(Protocol):
         restart_rotary: bool = False,
         slots: Documents | None = None,
         is_full: bool = False,
+        addend: Tensor | None = None,
     ) -> Tensor: ...
 
     def split_heads(

@@ -252,6 +252,7 @@ def selected_attention(
     restart_rotary: bool = False,
     slots: Documents | None = None,
     is_full: bool = False,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each head among its selected tokens, gated by their scores, summed over heads per token.
 
@@ -270,9 +271,10 @@ def selected_attention(
         slots: the k slots as packed documents, if tokens were selected per document. Avoids the k x k matrix of logits,
             which with many short documents would be as large as T x T.
         is_full: every slot is filled, which lets other backends be faster; unused here.
+        addend: [B, T, h], what heads of other kinds contribute; None: nothing.
 
     Returns:
-        [B, T, h], the sum over heads.
+        [B, T, h], the addend plus the sum over heads.
     """
     batch, length, width = hidden_states.shape
     dtype = accumulation_dtype(hidden_states.dtype)
@@ -306,7 +308,7 @@ def selected_attention(
     output = torch.zeros(batch, length, width, dtype=dtype, device=hidden_states.device)
     rows = (sequence * length + tokens).flatten()  # in [B * T, h]
     output.view(-1, width).index_add_(0, rows, projected.to(dtype).flatten(0, 2))
-    return output.to(hidden_states.dtype)
+    return (output if addend is None else output + addend).to(hidden_states.dtype)
 
 
 def accumulate(total: Tensor, gradient: Tensor, replaces: Tensor) -> None:

@@ -59,7 +59,7 @@ def main() -> None:
             given = indices if is_full else fewer
             output = fused.selected_attention(
                 *inputs[:2], scores, given, *inputs[2:], rotary_percent=0.5, rotary_base=1e4, document_starts=starts,
-                restart_rotary=has_documents, is_full=is_full,
+                restart_rotary=has_documents, is_full=is_full, addend=None if is_full else inputs[0],
             )  # fmt: skip
             gradients = torch.autograd.grad(output.float().square().sum(), inputs)
             assert all(gradient.isfinite().all() for gradient in gradients)

@@ -189,6 +189,7 @@ def layer(case: Case, capability: int) -> None:
         output = fused.selected_attention(
             *tensors[:2], scores, indices, *tensors[2:], rotary_percent=0.5, rotary_base=1e4,
             document_starts=starts if case.has_documents else None, is_full=is_full,
+            addend=tensors[0] if is_full else None,
         )  # fmt: skip
         output.sum().backward()
     if capability in case.decodes:

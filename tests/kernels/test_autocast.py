@@ -135,7 +135,9 @@ def test_softmax_denominators_stay_fp32() -> None:
     indices = kernels.select_tokens(scores, LENGTH)
     operands = (states.bfloat16(), router, scores, indices, 2 * qkv.bfloat16(), proj.bfloat16())
     with autocast():
-        _, projected, _, found, *_ = torch.ops.megatron_mosa.fused_attention(*operands, 0.5, 100.0, None, False, False)
+        _, projected, _, found, *_ = torch.ops.megatron_mosa.fused_attention(
+            *operands, 0.5, 100.0, None, False, False, None
+        )
     query, key, _ = projected.double().view(HEADS, BATCH, LENGTH, 3, SIZE).unbind(3)
     logits = query @ key.mT * SIZE**-0.5
     hidden = torch.ones(LENGTH, LENGTH).triu(1).bool()

@@ -93,6 +93,20 @@ def test_fp32(fused: KernelBackend, rotary_percent: float, shape: tuple) -> None
         assert max(ours) < 1e-5
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("is_full", [True, False])
+def test_what_other_heads_contribute_is_added(fused: KernelBackend, is_full: bool) -> None:
+    inputs, addend = make_inputs(*REMAINDERS[:5]), torch.randn(9, 3, 11).transpose(0, 1).requires_grad_()
+    ours, _ = errors(fused, inputs, selection(inputs, REMAINDERS[5]), is_full=is_full, addend=addend)
+    assert max(ours) < 1e-5
+    output = fused.selected_attention(
+        *(tensor.detach().float() for tensor in inputs[:2]), torch.ones(3, 2, 9), selection(inputs, 6),
+        *(tensor.detach().float() for tensor in inputs[2:]), rotary_percent=0.5, rotary_base=100.0, addend=addend,
+    )  # fmt: skip
+    upstream = torch.randn(output.shape)
+    assert torch.equal(torch.autograd.grad(output, addend, upstream)[0], upstream)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -384,8 +398,11 @@ def test_schemas_fake_kernels_and_autograd_of_the_operators(fused: KernelBackend
     calls = {
         operators.fused_router_scores: (inputs[0].detach(), inputs[1].detach()),
         operators.fused_select_tokens: (scores, 2, True),
-        operators.fused_attention: (*inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True),
-    }
+        operators.fused_attention: (
+            *inputs[:2], scores, indices, *inputs[2:], 0.5, 100.0, None, False, True,
+            torch.randn(2, 3, 8).requires_grad_(),
+        ),
+    }  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for operator, arguments in calls.items():
         found = torch.library.opcheck(operator, arguments, test_utils=checks)  # raises at the first failure

@@ -77,6 +77,7 @@ def selected_attention(
     restart_rotary: bool = False,
     slots: Documents | None = None,
     is_full: bool = False,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Compute ``naive.selected_attention``; gradients of the gates flow to ``router_weight`` and ``hidden_states``."""
     del slots  # no k x k matrix is stored in any case
@@ -92,6 +93,7 @@ def selected_attention(
         document_starts,
         restart_rotary,
         is_full,
+        addend,
     )[0]
 
 

@@ -35,11 +35,13 @@ def launch_attention(
     document_starts: Tensor | None,
     restart_rotary: bool,
     is_full: bool,
+    addend: Tensor | None,
 ) -> list[Tensor]:
     """Return the output [B, T, h], and for its gradient: qkv, gated attention, log sums, gates and ``Rows``."""
     states, starts = with_contiguous_rows(hidden_states), optional_contiguous(document_starts)
     rotation = _rotation(states, proj_weight, rotary_percent, rotary_base, starts if restart_rotary else None)
-    return _attention(states, scores, indices, qkv_weight, proj_weight, rotation, starts, is_full, None)
+    addend = None if addend is None else with_contiguous_rows(addend)
+    return _attention(states, scores, indices, qkv_weight, proj_weight, rotation, starts, is_full, None, addend)
 
 
 def _attention(
@@ -52,12 +54,15 @@ def _attention(
     starts: Tensor | None,
     is_full: bool,
     small_bytes: int | None,
+    addend: Tensor | None = None,
 ) -> list[Tensor]:
     sequences, _ = scattered.chunks_of(indices.shape, states, small_bytes)
     rows = rows_of(indices.contiguous(), states.shape[1], sequences)
     qkv = specialized.qkv_product(states, rows, qkv_weight, rotation)  # [E, R, 3h']
     gated, log_sums, gates = attend(qkv, rows, scores.contiguous(), starts)
-    output = scattered.scattered_product(gated, proj_weight, rows, states, is_full=is_full, small_bytes=small_bytes)
+    output = scattered.scattered_product(
+        gated, proj_weight, rows, states, is_full=is_full, small_bytes=small_bytes, addend=addend
+    )
     return [output, qkv, gated, log_sums, gates, *rows]
 
 
@@ -162,16 +167,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, is_full = inputs
+    states, router, _, _, qkv_weight, proj_weight, percent, base, starts, restarts, is_full, addend = inputs
     ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros for all outputs but the first
     ctx.save_for_backward(states, router, qkv_weight, proj_weight, starts, *output[1:])
     ctx.options = percent, base, restarts, is_full
+    ctx.has_addend = addend is not None
 
 
 def _backward(ctx: Any, doutputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     dx, drouter, dw_qkv, dw_o = fused_attention_backward(doutputs[0], *saved[:9], list(saved[9:]), *ctx.options)
-    return dx, drouter, None, None, dw_qkv, dw_o, None, None, None, None, None
+    return dx, drouter, None, None, dw_qkv, dw_o, *(None,) * 5, doutputs[0] if ctx.has_addend else None
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -131,11 +131,11 @@ def _entries_from(p_entries, begin, end, UNROLL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["FIRST", "SEQUENCES", "R", "CAPACITY", "SHIFT"])
 def _combine_kernel(
-    p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_out, FIRST, SEQUENCES, R, CAPACITY, SHIFT,
-    T, H, FIRST_COLUMN, CHUNK, stride_b, stride_t,
-    PAIR: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
+    p_products, p_offsets, p_entries, p_pairs, p_pair_weight, p_addend, p_out, FIRST, SEQUENCES, R, CAPACITY, SHIFT,
+    T, H, FIRST_COLUMN, CHUNK, stride_b, stride_t, addend_stride_b, addend_stride_t,
+    HAS_ADDEND: tl.constexpr, PAIR: tl.constexpr, UNROLL: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the products of each token of a chunk; if PAIR, all slots are filled, and outer products are added.
+    """Add the products of each token of a chunk to the addend; if PAIR, all slots are filled, and outer products join.
 
     UNROLL rows are loaded at once, and the entries of the next ones meanwhile: the latency of memory decides how long a
     token takes.
@@ -149,7 +149,11 @@ def _combine_kernel(
     p_products += o_column
     if PAIR:
         p_pair_weight += FIRST_COLUMN + o_column
-    b_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
+    if HAS_ADDEND:
+        p_addend += i_batch.to(tl.int64) * addend_stride_b + i_token.to(tl.int64) * addend_stride_t + FIRST_COLUMN
+        b_sum = tl.load(p_addend + o_column, mask=m_column, other=0.0).to(tl.float32)
+    else:
+        b_sum = tl.zeros((COLUMNS,), dtype=tl.float32)
     b_entry = _entries_from(p_entries, begin, end, UNROLL)
     for start in range(begin, end, UNROLL):
         m_entry = start + tl.arange(0, UNROLL) < end
@@ -208,6 +212,7 @@ def scattered_product(
     pairs: tuple[Tensor, Tensor] | None = None,
     is_full: bool = False,
     small_bytes: int | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """Multiply the rows of each head with its matrix, and sum over the heads at the rows' tokens.
 
@@ -221,6 +226,7 @@ def scattered_product(
         pairs: [E, R, PAIR], numbers given as the sums of their columns, and [E, h]; their outer products are added.
         is_full: every slot is filled, so that the rows of some sequences are a matrix, which cuBLAS multiplies.
         small_bytes: see ``chunks_of``, also for the chunks of ``rows``.
+        addend: [B, T, h], contiguous in the last dimension; added to the result, before it is rounded.
 
     Returns:
         [B, T, h].
@@ -248,9 +254,10 @@ def scattered_product(
             launch(
                 _combine_kernel,
                 (length * (last - first), cdiv(columns, chosen["COLUMNS"])),
-                products, rows.offsets, rows.entries, *pairs_of_chunk, output, first, last - first, values.shape[1],
-                capacity, bits_of(capacity), length, width, first_column, columns, *strides(output),
-                PAIR=PAIR if sum_pairs else 0, **chosen,
+                products, rows.offsets, rows.entries, *pairs_of_chunk, addend, output, first, last - first,
+                values.shape[1], capacity, bits_of(capacity), length, width, first_column, columns, *strides(output),
+                *strides(output if addend is None else addend),
+                HAS_ADDEND=addend is not None, PAIR=PAIR if sum_pairs else 0, **chosen,
             )  # fmt: skip
     return output
 
