@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,6 +22,13 @@ _KEYS = {
     for name, key in keys_of(section).items()
     if name in names.split()
 }
+
+# Megatron-core's options for what MoSA layers do not have; they would be ignored.
+_UNSUPPORTED = """
+    qk_layernorm qk_l2_norm qk_clip softmax_scale softmax_type window_size attention_output_gate rotary_interleaved
+    no_rope_freq multi_latent_attention experimental_attention_variant linear_attention_freq num_moe_experts
+    mtp_num_layers layernorm_zero_centered_gamma apply_residual_connection_post_layernorm use_mup fp8 fp4
+""".split()
 
 # The fields that count the heads of each kind.
 HEAD_FIELDS = {
@@ -126,6 +133,7 @@ class MosaTransformerConfig(TransformerConfig):
     def __post_init__(self) -> None:
         if self.kv_channels is None:
             raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
+        self._check_unsupported()
         super().__post_init__()
         size = self.tensor_model_parallel_size
         counts = {field: getattr(self, field) for field in HEAD_FIELDS.values()}
@@ -168,6 +176,12 @@ class MosaTransformerConfig(TransformerConfig):
         for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by MoSA layers yet; expected 1")
+
+    def _check_unsupported(self) -> None:
+        for field in fields(TransformerConfig):
+            value = getattr(self, field.name)
+            if field.name in _UNSUPPORTED and value != field.default:
+                raise ValueError(f"{field.name}={value!r} is not supported by MoSA layers; expected {field.default!r}")
 
     def _check_values(self) -> None:
         for name, key in _KEYS.items():

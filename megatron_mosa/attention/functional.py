@@ -20,7 +20,8 @@ from megatron_mosa.kernels import (
     get_backend,
 )
 
-_ROTARY_PERCENT = keys_of(ModelSection)["rotary_percent"]  # looked up here, because torch.compile cannot trace it
+# Looked up here, because torch.compile cannot trace it.
+_ROTARY = {name: keys_of(ModelSection)[name] for name in ("rotary_percent", "rotary_base")}
 
 
 def num_selected_tokens(sequence_length: int, sparsity: float) -> int:
@@ -91,7 +92,7 @@ def mosa_attention(
     scored_states = hidden_states
     hidden_states, qkv_weight, proj_weight = autocast_operands(hidden_states, qkv_weight, proj_weight)
     _check_tensors(hidden_states, router_weight, qkv_weight, proj_weight)
-    _check_options(hidden_states, rotary_percent, documents)
+    _check_options(hidden_states, rotary_percent, rotary_base, documents)
     _check_selection(hidden_states, router_weight, num_selected, thresholds, capacity, documents)
     _check_feedback(thresholds, feedback, share)
     kernels = get_backend(backend, hidden_states, proj_weight.shape[1])
@@ -156,7 +157,8 @@ def select(
     starts = None if documents is None else documents.starts
     if thresholds is not None:
         if capacity is None:
-            capacity = int(kernels.count_above(scores, thresholds, starts, feedback, share).max())
+            counts = kernels.count_above(scores, thresholds, starts, feedback, share)
+            capacity = int(counts.max()) if counts.numel() else 1  # a batch of no sequences
         return kernels.select_above(scores, thresholds, capacity, starts, feedback, share), None
     if isinstance(documents, Documents) and callable(num_selected):
         selection = documents.selection(num_selected)
@@ -179,6 +181,8 @@ def _check_selection(
         both = "are both given" if thresholds is not None else "are both None"
         raise ValueError(f"num_selected and thresholds {both}; expected one of them (expert choice, or thresholds)")
     if thresholds is not None:
+        if not isinstance(thresholds, Tensor):
+            raise ValueError(f"thresholds are a {type(thresholds).__name__}; expected a tensor of shape {(heads,)}")
         if thresholds.shape != (heads,) or thresholds.device != hidden_states.device:
             raise ValueError(
                 f"thresholds have shape {tuple(thresholds.shape)} on {thresholds.device}; expected {(heads,)} on "
@@ -187,15 +191,15 @@ def _check_selection(
         dtype = accumulation_dtype(hidden_states.dtype)
         if thresholds.dtype != dtype:
             raise ValueError(f"thresholds are {thresholds.dtype}; expected {dtype}, as the scores")
-        if capacity is not None and not 1 <= capacity <= length:
-            raise ValueError(f"capacity={capacity} is out of range; expected 1 to T={length}, or None")
+        if capacity is not None and (isinstance(capacity, bool | float) or not 1 <= capacity <= length):
+            raise ValueError(f"capacity={capacity!r}; expected an integer from 1 to T={length}, or None")
     elif capacity is not None:
         raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; expected None")
     elif callable(num_selected):
         if documents is None:
             raise ValueError("num_selected is a rule for each document, but documents=None; expected an integer")
-    elif num_selected is not None and not 1 <= num_selected <= length:
-        raise ValueError(f"num_selected={num_selected} is out of range; expected 1 to T={length}")
+    elif isinstance(num_selected, bool | float) or (num_selected is not None and not 1 <= num_selected <= length):
+        raise ValueError(f"num_selected={num_selected!r}; expected an integer from 1 to T={length}")
 
 
 def _check_feedback(thresholds: Tensor | None, feedback: float, share: float) -> None:
@@ -205,12 +209,17 @@ def _check_feedback(thresholds: Tensor | None, feedback: float, share: float) ->
         raise ValueError(f"feedback={feedback}, share={share}; expected 0 or more, and 0 to 1")
 
 
-def _check_options(hidden_states: Tensor, rotary_percent: float, documents: Documents | None) -> None:
+def _check_options(
+    hidden_states: Tensor, rotary_percent: float, rotary_base: float, documents: Documents | None
+) -> None:
     batch, length, _ = hidden_states.shape
+    if documents is not None and not isinstance(documents, AnyDocuments):
+        raise ValueError(f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents or None")
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; expected {(batch, length)}")
-    if not _ROTARY_PERCENT.allows(rotary_percent):
-        raise ValueError(_ROTARY_PERCENT.error_message("rotary_percent", rotary_percent))
+    for name, value in (("rotary_percent", rotary_percent), ("rotary_base", rotary_base)):
+        if not _ROTARY[name].allows(value):
+            raise ValueError(_ROTARY[name].error_message(name, value))
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:

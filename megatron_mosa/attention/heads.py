@@ -481,6 +481,8 @@ class MosaHeads(PartitionedHeads):
     def _num_updates(self) -> int:
         """Return the number of updates, cached until the buffer changes, so that forward passes do not synchronize."""
         updates = self.threshold_updates
+        if updates.is_inference():  # its changes are not counted
+            return int(updates.min())
         if self._counted[:2] != (id(updates), updates._version):
             self._counted = id(updates), updates._version, int(updates.min())
         return self._counted[2]

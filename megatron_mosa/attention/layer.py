@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -119,7 +118,11 @@ class MosaSelfAttention(MegatronModule):
         else:
             states = sum_gradients(hidden_states, self.tp_group)
         # whole sequences, [T, B, h]
-        output = reduce(torch.add, [heads(states, documents) for heads in self.heads])
+        output = None
+        for heads in self.heads:  # Dynamo cannot go on in a comprehension after a break of its graph
+            part = heads(states, documents)
+            output = part if output is None else output + part
+        assert output is not None
         return output.contiguous()  # Megatron-core 0.16 silently does not reduce other tensors
 
 

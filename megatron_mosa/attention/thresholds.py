@@ -49,8 +49,8 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
     A threshold is a moving average: it moves towards the quantile of the batch with weight ``mosa_threshold_ema``, or
     1 / (n + 1) in update n = 0, 1, ... if that is larger. If the head's load under the old threshold is below ``DEAD``
     or above ``OVERLOADED`` times its target, the new threshold is the quantile itself. ``MosaHeads.load`` holds these
-    loads. A collective over ``group``. Counts are integers, so the result does not depend on the size of the group;
-    centroids do by rounding, since they are made of sums.
+    loads. Heads that have counted no score keep their thresholds. A collective over ``group``. Counts are integers, so
+    the result does not depend on the size of the group; centroids do by rounding, since they are made of sums.
 
     Args:
         model: a module with MoSA layers, which ran in training mode since the last call.
@@ -64,6 +64,9 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
     counts = torch.stack([heads.histogram for heads in layers])  # [L, E / tp, bins]
     if group is not None:
         dist.all_reduce(counts, group=group)
+    counted = counts.any(dim=-1)  # [L, E / tp]
+    if not layers[0].selects_above(training=False) and not counted.all():  # waits only before the first update
+        return
     old = torch.stack([heads.thresholds for heads in layers]).double()  # [L, E / tp]
     updates = torch.stack([heads.threshold_updates for heads in layers]).double()
     config = layers[0].config
@@ -71,6 +74,7 @@ def update_thresholds(model: torch.nn.Module, group: dist.ProcessGroup | None) -
     load = config.mosa_sparsity * share_above(counts, torch.where(updates == 0, quantile, old))
     average = old + (1 / (updates + 1)).clamp(min=config.mosa_threshold_ema) * (quantile - old)
     new = torch.where((load < DEAD) | (load > OVERLOADED), quantile, average)
+    new = torch.where(counted, new, old)
     for heads, thresholds, loads in zip(layers, new, load, strict=True):
         heads.update(thresholds, loads.float())
 

@@ -258,8 +258,10 @@ def test_tiles(length: int) -> None:
         (dict(thresholds=None), "num_selected and thresholds are both None"),
         (dict(thresholds=torch.zeros(3, dtype=torch.float64)), r"thresholds have shape \(3,\) on cpu; expected \(2,\)"),
         (dict(thresholds=torch.zeros(2)), "thresholds are torch.float32; expected torch.float64, as the scores"),
-        (dict(capacity=0), "capacity=0 is out of range; expected 1 to T=8"),
+        (dict(capacity=0), "capacity=0; expected an integer from 1 to T=8"),
         (dict(capacity=9), "capacity=9"),
+        (dict(capacity=2.0), "capacity=2.0; expected an integer"),
+        (dict(thresholds=[0.5, 0.5]), r"thresholds are a list; expected a tensor of shape \(2,\)"),
         (dict(thresholds=None, num_selected=3, capacity=4), "capacity=4 is for thresholds"),
     ],
 )
@@ -269,3 +271,9 @@ def test_errors_name_the_argument(change: dict, message: str) -> None:
     arguments |= dict(thresholds=torch.zeros(2, dtype=torch.float64)) | change
     with pytest.raises(ValueError, match=message):
         mosa_attention(**arguments)
+
+
+def test_a_batch_of_no_sequences() -> None:
+    inputs = [tensor.detach() for tensor in make_inputs(1, 8, 2, 4, 4)]
+    output = mosa_attention(inputs[0][:0], *inputs[1:], thresholds=torch.zeros(2, dtype=torch.float64))
+    assert output.shape == (0, 8, 4)

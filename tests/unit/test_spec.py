@@ -210,6 +210,9 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
         (dict(mosa_recompute="all"), "mosa_recompute must be one of none, attention, full, got all"),
         (dict(add_bias_linear=True), "no biases"),
         (dict(attention_dropout=0.1), "attention_dropout=0.1"),
+        (dict(qk_layernorm=True), "qk_layernorm=True is not supported by MoSA layers; expected False"),
+        (dict(num_moe_experts=4), "num_moe_experts=4 is not supported by MoSA layers; expected None"),
+        (dict(softmax_type="learnable"), "softmax_type='learnable' is not .* expected 'vanilla'"),
         (dict(mosa_selection_scope="both"), "mosa_selection_scope must be one of sequence, document, got both"),
         (
             dict(mosa_selection="router"),

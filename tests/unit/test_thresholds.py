@@ -106,6 +106,27 @@ def test_training_selects_by_threshold_after_the_warm_up_and_evaluation_after_on
     assert kinds == [[True, True], [False, True], [False, True], [False, False], [False, False]]
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_update_without_scores_changes_no_threshold(layout: Layout, steps: int) -> None:
+    model = build()
+    calibrate(model, steps)
+    before = [heads.thresholds.clone() for heads in mosa_layers(model)]
+    update_thresholds(model, None)
+    assert all(map(torch.equal, before, [heads.thresholds for heads in mosa_layers(model)]))
+    assert is_causal(model.eval()) == (steps > 0)
+
+
+def test_thresholds_in_a_compiled_model_and_in_inference_mode(layout: Layout) -> None:
+    model, tokens = build(), random_tokens(0)
+    calibrate(model)
+    expected = run(model.eval(), tokens)
+    assert torch.equal(run(torch.compile(model, backend="eager"), tokens), expected)
+    with torch.inference_mode():
+        copied = build()
+        copied.load_state_dict(model.state_dict())
+        assert torch.equal(run(copied.eval(), tokens), expected)
+
+
 def test_capacity_holds_in_training_alone(layout: Layout) -> None:
     model, tokens = build(mosa_capacity_factor=1.25), random_tokens(0)
     calibrate(model)
