@@ -24,11 +24,27 @@ _KEYS = {
 }
 
 # Megatron-core's options for what MoSA layers do not have; they would be ignored.
-_UNSUPPORTED = """
-    qk_layernorm qk_l2_norm qk_clip softmax_scale softmax_type window_size attention_output_gate rotary_interleaved
-    no_rope_freq multi_latent_attention experimental_attention_variant linear_attention_freq num_moe_experts
-    mtp_num_layers layernorm_zero_centered_gamma apply_residual_connection_post_layernorm use_mup fp8 fp4
-""".split()
+_UNSUPPORTED = {
+    "qk_layernorm",
+    "qk_l2_norm",
+    "qk_clip",
+    "softmax_scale",
+    "softmax_type",
+    "window_size",
+    "attention_output_gate",
+    "rotary_interleaved",
+    "no_rope_freq",
+    "multi_latent_attention",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "num_moe_experts",
+    "mtp_num_layers",
+    "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm",
+    "use_mup",
+    "fp8",
+    "fp4",
+}
 
 # The fields that count the heads of each kind.
 HEAD_FIELDS = {

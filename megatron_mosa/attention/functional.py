@@ -214,7 +214,9 @@ def _check_options(
 ) -> None:
     batch, length, _ = hidden_states.shape
     if documents is not None and not isinstance(documents, AnyDocuments):
-        raise ValueError(f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents or None")
+        raise ValueError(
+            f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents or None"
+        )
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; expected {(batch, length)}")
     for name, value in (("rotary_percent", rotary_percent), ("rotary_base", rotary_base)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
