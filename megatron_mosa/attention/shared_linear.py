@@ -29,7 +29,7 @@ def shared_linear(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_mosa::add_product", mutates_args=("total",))
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add [..., n] times [n, h] to ``total``, [..., h] and contiguous, as cuBLAS does without a copy only in place."""
+    """Add [..., n] times [n, h] to ``total`` [..., h], contiguous, in place, which cuBLAS does without a copy."""
     total.view(-1, total.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)
 
 
