@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_mosa.convert.logits import load_weights, single_process_groups
     from megatron_mosa.convert.model_config import from_transformers
     from megatron_mosa.convert.model_reader import ModelReader, open_model
+    from megatron_mosa.convert.weights import lacks_thresholds
 
 __all__ = [
     "CheckpointReader",
@@ -25,6 +26,7 @@ __all__ = [
     "find_model",
     "from_transformers",
     "import_layer",
+    "lacks_thresholds",
     "load_weights",
     "open_dataset",
     "open_given_dataset",

@@ -14,6 +14,7 @@ from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import UserError
 
 _KEY = "checkpoint.initialize_from"
+_EMBEDDINGS = "embedding.word_embeddings.weight", "output_layer.weight"
 _IMPORTS = {Kind.HUGGING_FACE: "hf", Kind.TORCH_DIST: "torch-dist"}
 
 
@@ -51,16 +52,24 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
             f"with ({data['tokenizer_hash']}); rebuild the dataset with that tokenizer (data.tokenizer=PATH)"
         )
     rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
-    weights, theirs = model_weights(config, rows), model_weights(model_config(metadata.config), rows)
-    untrained = {weight.name for weight in theirs if not weight.is_trained}
+    weights, recorded = model_weights(config, rows), model_weights(model_config(metadata.config), rows)
+    untrained = {weight.name for weight in recorded if not weight.is_trained}
     stored = {name: info.shape for name, info in StateReader(folder).weights.items()}
     # Of what is not trained, the run takes what it finds.
     expected = {weight.name: weight.shape for weight in weights if weight.is_trained or weight.name in stored}
     found = {name: shape for name, shape in stored.items() if name not in untrained or name in expected}
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+        ours, theirs = expected.get(name, ()), found.get(name, ())
+        if ours != theirs:
             raise UserError(
-                f"{_KEY}: '{folder}' holds another model: {name} is {found.get(name, 'missing')}, but the run expects "
-                f"{expected.get(name, 'none')}; set sections model and mosa as in that checkpoint"
+                f"{_KEY}: '{folder}' holds another model: {name} is {theirs or 'missing'}, but the run expects "
+                f"{ours or 'none'}; set {_fix(name, ours, theirs, data['vocab_size'])}"
             )
     return folder
+
+
+def _fix(name: str, ours: tuple[int, ...], theirs: tuple[int, ...], vocab_size: int) -> str:
+    """Return what to set, where the weight ``name`` is the first whose shape differs."""
+    if name in _EMBEDDINGS and ours[1:] == theirs[1:] and vocab_size <= theirs[0]:
+        return f"model.vocab_size_multiple={theirs[0]}"  # whatever the multiple was, the rows are one of themselves
+    return "sections model and mosa as in that checkpoint"

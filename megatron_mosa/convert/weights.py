@@ -11,7 +11,7 @@ own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from megatron_mosa.config import Config
 from megatron_mosa.parallel import Partition
 
 CALIBRATED = 2.0**20  # number of updates recorded for imported or calibrated thresholds: longer than any warm-up
+_THRESHOLDS, _UPDATES = ".mosa_heads.thresholds", ".mosa_heads.threshold_updates"
 _GATED = Partition(dim=0, stride=2)  # how a module stores the two matrices of a gated MLP
 
 # Our name parts -> Megatron-LM's. As in Transformer Engine, a norm belongs to the linear layer that follows it.
@@ -78,20 +79,28 @@ class GateAndUp:
         return torch.stack(tuple(parts))
 
 
-@dataclass(frozen=True)
-class ConstantTensor:
-    """A tensor without a counterpart in transformers; an import fills it with a constant."""
+class Thresholds:
+    """Thresholds that no update has set are NaN in transformers, see ``read_for_export``, and 0 here."""
 
-    shape: tuple[int, ...]
-    value: float
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensor itself as the only part."""
+        return (tensor,)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the only part, with 0 for NaN."""
+        return parts[0].masked_fill(parts[0].isnan(), 0.0)
+
+
+class ThresholdUpdates:
+    """Numbers of updates have no counterpart in transformers; an import derives them from the thresholds."""
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Return no parts: the tensor is not exported."""
         return ()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the constant tensor; there are no parts to join."""
-        return torch.full(self.shape, self.value)
+        """Return 0 where the thresholds, the only part, are NaN: no update has set them."""
+        return torch.full_like(parts[0], CALIBRATED).masked_fill(parts[0].isnan(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,9 @@ class Weight:
     is_trained: bool = True
     """Whether the optimizer updates it; other weights are fp32 everywhere."""
 
+    derived_from: tuple[str, ...] = ()
+    """Tensors in transformers from which an import makes a weight without ``parts``."""
+
     def part_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of ``parts``."""
         return tuple(tuple(part.shape) for part in self.fusion.split(torch.empty(self.shape, device="meta")))
@@ -153,6 +165,22 @@ class Weight:
         """Return the name in Megatron-LM's checkpoints, and the name if its norms are separate modules."""
         joined = _replaced(self.name, _LINEAR)
         return _replaced(joined, _NORMS), joined
+
+
+def read_for_export(weight: Weight, read: Callable[[str], Tensor]) -> Tensor:
+    """Read a weight as transformers needs it: thresholds that no update has set are NaN."""
+    tensor = read(weight.name)
+    if not weight.name.endswith(_THRESHOLDS):
+        return tensor
+    return tensor.masked_fill(read(weight.name.replace(_THRESHOLDS, _UPDATES)) == 0, torch.nan)
+
+
+def lacks_thresholds(weights: Iterable[Weight], read: Callable[[str], Tensor]) -> bool:
+    """Return whether heads that select by thresholds have some that no update has set.
+
+    Such heads select by expert choice until then, so the model looks ahead, whatever its configuration says.
+    """
+    return any(bool((read(weight.name) == 0).any()) for weight in weights if weight.name.endswith(_UPDATES))
 
 
 def stacked(name: str) -> tuple[str, int | None]:
@@ -214,11 +242,10 @@ def _attention(config: Config, ours: str, theirs: str) -> Iterator[Weight]:
         bias = "mosa_heads.head_bias"
         yield Weight(ours + bias, (mosa_heads,), (theirs + bias,), is_trained=False)
     if mosa_heads and config.mosa.selection == "threshold":
-        name, shape = "mosa_heads.thresholds", (mosa_heads,)
-        yield Weight(ours + name, shape, (theirs + name,), is_trained=False)
-        yield Weight(
-            f"{ours}mosa_heads.threshold_updates", shape, (), ConstantTensor(shape, CALIBRATED), is_trained=False
-        )
+        shape, exported = (mosa_heads,), (f"{theirs}mosa_heads.thresholds",)
+        yield Weight(f"{ours}mosa_heads.thresholds", shape, exported, Thresholds(), is_trained=False)
+        updates = f"{ours}mosa_heads.threshold_updates"
+        yield Weight(updates, shape, (), ThresholdUpdates(), is_trained=False, derived_from=exported)
 
 
 def _mlp(config: Config, ours: str, theirs: str) -> Iterator[Weight]:

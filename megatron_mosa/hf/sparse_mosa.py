@@ -18,7 +18,8 @@ from .tokens_mosa import Tokens, largest, rotate
 SELECTION_CHUNK = 128  # tokens selected at once if each selection depends on the earlier ones
 UNCALIBRATED = (
     "mosa_heads.thresholds of {} are NaN: they are not calibrated, so the heads cannot select tokens; they must be "
-    "between 0 and 1; export the output of mosa checkpoint causalize, or a checkpoint of mosa.selection=threshold"
+    "between 0 and 1; export the output of mosa checkpoint causalize, or a checkpoint of mosa.selection=threshold "
+    "after its first optimizer step"
 )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         scalars,
     )
     from megatron_mosa.metrics.pictures import load_pyplot, save_figure
-    from megatron_mosa.metrics.plot import plot_losses
+    from megatron_mosa.metrics.plot import causality_suffix, plot_losses
     from megatron_mosa.metrics.selection import recorded_selection, selection_statistics
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Journal",
     "RunTotals",
     "causality_label",
+    "causality_suffix",
     "kind",
     "load_pyplot",
     "peak_flops",

@@ -31,10 +31,13 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if training:
-        axes.plot(*zip(*training, strict=True), label="training" + _label(training_causal), linewidth=1)
+        axes.plot(*zip(*training, strict=True), label="training" + causality_suffix(training_causal), linewidth=1)
     if validation:
         axes.plot(
-            *zip(*validation, strict=True), label="validation" + _label(validation_causal), marker="o", markersize=3
+            *zip(*validation, strict=True),
+            label="validation" + causality_suffix(validation_causal),
+            marker="o",
+            markersize=3,
         )
     if entropies:
         axes.axhline(entropies[-1], color="gray", linestyle="--", linewidth=1, label="unigram entropy of validation")
@@ -46,6 +49,6 @@ def plot_losses(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     save_figure(figure, path, dpi=120)
 
 
-def _label(causal: set[bool]) -> str:
+def causality_suffix(causal: set[bool]) -> str:
     """Return the suffix of a curve's label, from the causality of its points."""
     return "" if causal <= {True} else ", NON-CAUSAL" if causal == {False} else ", NON-CAUSAL in the warm-up"

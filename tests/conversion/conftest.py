@@ -23,7 +23,13 @@ def causal(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make(tmp_path_factory.mktemp("causal"), {"causal": CAUSAL})["causal"]
 
 
-def make(folder: Path, kinds: dict[str, list[str]]) -> dict[str, Trained]:
+@pytest.fixture(scope="session")
+def unset(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model like ``causal`` before the first update of its thresholds."""
+    return make(tmp_path_factory.mktemp("unset"), {"unset": CAUSAL}, updates=0)["unset"]
+
+
+def make(folder: Path, kinds: dict[str, list[str]], updates: int = 7) -> dict[str, Trained]:
     """Write a checkpoint for each kind below ``folder``, all with the same tokenizer."""
     data = folder / "data"
     data.mkdir()
@@ -31,6 +37,6 @@ def make(folder: Path, kinds: dict[str, list[str]]) -> dict[str, Trained]:
     train_tokenizer(texts, 300).save(str(data / "tokenizer.json"))
     initialize_parallel(1, seed=1)
     try:
-        return {kind: train(folder / f"{kind}-run", data, options) for kind, options in kinds.items()}
+        return {kind: train(folder / f"{kind}-run", data, options, updates) for kind, options in kinds.items()}
     finally:
         destroy_parallel()

@@ -68,8 +68,12 @@ class Trained:
 
 
 @torch.no_grad()
-def train(directory: Path, data: Path, options: list[str]) -> Trained:
-    """Write a checkpoint of random weights into a run directory; the process groups must be initialized."""
+def train(directory: Path, data: Path, options: list[str], updates: int = 7) -> Trained:
+    """Write a checkpoint of random weights into a run directory; the process groups must be initialized.
+
+    Args:
+        updates: of thresholds, which select about a quarter of the tokens; 0: they have not been set.
+    """
     config = load_config(QUICKSTART, [*TINY, *options, f"data.path={data}"])
     model = build_empty_model(config, 300).eval()  # rows of the embedding: 384
     generator = torch.Generator().manual_seed(7)
@@ -77,11 +81,13 @@ def train(directory: Path, data: Path, options: list[str]) -> Trained:
         spread = 0.3 if parameter.dim() > 1 else 0.1
         center = 0.0 if parameter.dim() > 1 else 1.0
         parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
-    for name, buffer in selection_buffers(model).items():  # as after 7 updates; selects about a quarter of the tokens
+    for name, buffer in selection_buffers(model).items() if updates else ():
         if name.endswith("centroids"):
             buffer.normal_(generator=generator).div_(buffer.norm(dim=-1, keepdim=True))
         else:
-            buffer.copy_(7 if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator))
+            buffer.copy_(
+                updates if name.endswith("updates") else 0.6 + 0.1 * torch.rand(buffer.shape, generator=generator)
+            )
     state = {}
     for name, parameter in model.named_parameters():
         state |= {

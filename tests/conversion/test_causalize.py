@@ -17,6 +17,7 @@ from megatron_mosa.config import load_config
 from megatron_mosa.convert.commands.causalize import causalize
 from megatron_mosa.convert.logits import megatron_logits
 from megatron_mosa.convert.model_reader import open_model
+from megatron_mosa.convert.weights import lacks_thresholds
 from megatron_mosa.data import build_dataset, tokenizer_hash
 from megatron_mosa.errors import UserError
 from tests.conversion.models import QUICKSTART, Trained
@@ -94,6 +95,14 @@ def test_heads_select_their_share_and_the_model_is_causal(
     whole = megatron_logits(model.config, model.vocab_rows, model.read, tokens[:2])
     prefix = megatron_logits(model.config, model.vocab_rows, model.read, tokens[:2, :17])
     torch.testing.assert_close(whole[:, :17], prefix, rtol=0, atol=1e-4)
+
+
+def test_thresholds_that_no_update_has_set_can_be_calibrated(unset: Trained, data: Path, tmp_path: Path) -> None:
+    copy_with_data(unset, data, tmp_path)
+    causalize(tmp_path, tmp_path / "out", samples=4)
+    after = open_model(tmp_path / "out")
+    assert not lacks_thresholds(after.weights, after.read)
+    assert (after.read("decoder.layers.1.self_attention.mosa_heads.thresholds") > 0).all()
 
 
 def test_unsupported_models_and_datasets_are_refused(

@@ -190,6 +190,11 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
     message = r"routing_heads.centroids is \(4, 5, 8\), but the run expects \(4, 3, 8\); set sections model and mosa"
     with pytest.raises(UserError, match=message):
         find_initial_weights(trained["routing"].checkpoint, clusters, identity, reads_all=False)
+    rows = load_config(QUICKSTART, [*TINY, *KINDS["hybrid"], "model.vocab_size_multiple=400"])  # the checkpoint has 384
+    with pytest.raises(
+        UserError, match=r"\(384, 24\), but the run expects \(400, 24\); set model.vocab_size_multiple=384$"
+    ):
+        find_initial_weights(model.checkpoint, rows, identity, reads_all=False)
     with pytest.raises(UserError, match=r"was trained with another tokenizer"):
         find_initial_weights(model.checkpoint, model.config, identity | {"tokenizer_hash": "0"}, reads_all=False)
     with pytest.raises(UserError, match=r"checkpoint.initialize_from: '.*nothing' does not exist"):

@@ -19,6 +19,7 @@ from megatron_mosa.convert.commands.reshard import reshard
 from megatron_mosa.convert.commands.verify import verify
 from megatron_mosa.convert.initial import find_initial_weights
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.decoding.loading import check_thresholds, load_model
 from tests.conversion.models import CAUSAL, KINDS, QUICKSTART, TINY, Trained
 from tests.conversion.test_reshard import shards
 
@@ -71,6 +72,29 @@ def test_an_export_keeps_thresholds_in_fp32_and_is_imported_as_calibrated(
     if dtype == "float32":
         verify(causal.checkpoint, tmp_path / "hf")
         verify(causal.checkpoint, tmp_path / "back")
+
+
+def test_thresholds_that_no_update_has_set_never_count_as_calibrated(
+    unset: Trained, causal: Trained, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no optimizer step has set its thresholds.* pass --no-check to export NaN"):
+        export_hf(unset.checkpoint, tmp_path / "hf")
+    export_hf(unset.checkpoint, tmp_path / "hf", checks_logits=False)
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    assert load_file(file)["model.layers.1.self_attn.mosa_heads.thresholds"].isnan().all()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "thresholds of MoSA heads are not set" in card and "All heads are causal" not in card
+    model, _ = load_model(unset.checkpoint, "cpu", "float32")  # as mosa generate does
+    with pytest.raises(UserError, match="thresholds of layers 0, 1 are NaN: they are not calibrated"):
+        check_thresholds(model, unset.checkpoint)
+    import_hf(tmp_path / "hf", tmp_path / "back")
+    back = StateReader(tmp_path / "back")
+    for name in ("thresholds", "threshold_updates"):
+        assert not back.read(f"model.{HEADS}{name}").any()
+    verify(unset.checkpoint, tmp_path / "hf")
+    verify(tmp_path / "hf", tmp_path / "back")
+    with pytest.raises(RunError, match=f"no optimizer step has set the thresholds of '{unset.checkpoint}', so its"):
+        verify(causal.checkpoint, unset.checkpoint)
 
 
 def test_verify_detects_different_thresholds(causal: Trained, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from megatron_mosa.metrics import Journal, read_journal, run_totals
 from megatron_mosa.tools.comparison import curves
 from megatron_mosa.tools.comparison.command import compare
-from megatron_mosa.tools.comparison.curves import RunCurves, read_run
+from megatron_mosa.tools.comparison.curves import Point, RunCurves, read_run, table
 
 
 def lines(speed: float) -> list[dict]:
@@ -39,11 +39,30 @@ def test_totals_of_a_run() -> None:
 def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write(tmp_path / name, lines(speed)) for name, speed in (("slow", 50.0), ("fast", 100.0))]
     found = read_run(runs[0])
-    assert found.training == [(1, 100, 2.0, 3.0), (3, 300, 4.0, 2.0)] and found.validation == [(3, 300, 4.0, 2.5)]
+    assert found.training == [(1, 100, 2.0, 3.0, True), (3, 300, 4.0, 2.0, True)]
+    assert found.validation == [(3, 300, 4.0, 2.5, True)] and found.label == "slow"
     compare(runs, output=tmp_path / "made" / "runs.png")
     printed = capsys.readouterr().out
     assert "slow" in printed and "0:00:04" in printed and "0:00:02" in printed
     assert (tmp_path / "made" / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("causal", "label", "marks"),
+    [
+        ((False, False, True), "run, training NON-CAUSAL", ["NO", "yes"]),
+        ((False, True, True), "run, training NON-CAUSAL in the warm-up", ["yes", "yes"]),
+        ((False, False, False), "run, NON-CAUSAL", ["NO", "NO"]),
+    ],
+)
+def test_each_loss_has_the_mark_of_its_line(
+    causal: tuple[bool, ...], label: str, marks: list[str], tmp_path: Path
+) -> None:
+    marked = [line | {"causal": is_causal} for line, is_causal in zip(lines(50.0), causal, strict=True)]
+    found = read_run(write(tmp_path / "run", marked))
+    assert found.label == label
+    columns = table([found]).columns
+    assert [next(iter(column.cells)) for column in columns if column.header == "causal"] == marks
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,8 +75,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureF
 def test_the_legend_fits_into_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(curves, "save_figure", lambda figure, *_, **__: drawn.append(figure))
-    points = [(1.0, 100.0, 2.0, 3.0), (3.0, 300.0, 4.0, 2.0)]
-    curves.plot([RunCurves(name, run_totals([]), False, points, points) for _ in range(12)], tmp_path / "out.png")
+    points = [Point(1.0, 100.0, 2.0, 3.0, False), Point(3.0, 300.0, 4.0, 2.0, False)]
+    curves.plot([RunCurves(name, run_totals([]), points, points) for _ in range(12)], tmp_path / "out.png")
     (figure,) = drawn
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()

@@ -22,6 +22,7 @@ from megatron_mosa.attention.thresholds import mosa_layers
 from megatron_mosa.config import Config
 from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.convert.model_config import model_config
+from megatron_mosa.convert.weights import model_weights
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics.selection import recorded_selection
@@ -177,7 +178,11 @@ def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_validat
 
     monkeypatch.setattr(measures, "ValidationSamples", Texts)
     monkeypatch.setattr(
-        measures, "evaluation_model", lambda model, device, dtype, selection: built(selection, calibrated=False)
+        measures,
+        "evaluation_model",
+        lambda model, device, dtype, calibrates: built(
+            "threshold" if calibrates else "expert_choice", calibrated=False
+        ),
     )
     settings = measures.Settings(
         num_samples=6, prefixes=0, lengths=(), calibration_samples=10, tokens_at_once=2 * LENGTH,
@@ -199,6 +204,21 @@ def test_thresholds_are_calibrated_on_the_training_split_and_measured_on_validat
     assert found["causal"]["label"] == "causal, by thresholds, calibrated on 10 windows of the training split"
 
 
+def test_thresholds_that_were_never_set_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    unset = config("threshold")
+    monkeypatch.setattr(measures, "ValidationSamples", Texts)
+    monkeypatch.setattr(measures, "evaluation_model", lambda *_, calibrates: built("threshold", calibrated=False))
+    settings = measures.Settings(
+        num_samples=6, prefixes=0, lengths=(), calibration_samples=10, tokens_at_once=2 * LENGTH,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    opened: Any = SimpleNamespace(config=unset, weights=model_weights(unset, VOCABULARY), read=lambda _: torch.zeros(3))
+    found = measures.evaluate(opened, cast(Any, None), settings, ignore)
+    assert found["full_sequence"]["label"].startswith("NON-CAUSAL") and found["flip_rate"] > 0
+    assert found["causal"]["label"] == "causal, by thresholds, calibrated on 10 windows of the training split"
+    assert found["causal"]["loss"] != found["full_sequence"]["loss"]
+
+
 def test_routing_heads_have_no_causal_counterpart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,8 +226,8 @@ def test_routing_heads_have_no_causal_counterpart(
     routing = replace(both, model=replace(both.model, num_routing_heads=2, routing_clusters=4))
 
     @contextmanager
-    def as_trained(_: object, __: object, ___: object, selection: str) -> Iterator[EvaluationModel]:
-        assert selection == "expert_choice"
+    def as_trained(_: object, __: object, ___: object, calibrates: bool) -> Iterator[EvaluationModel]:
+        assert not calibrates
         with single_process_groups(routing):
             yield EvaluationModel(build_model(routing, VOCABULARY).eval(), torch.device("cpu"))
 

@@ -678,7 +678,7 @@ def test_losses_over_tokens_and_seconds_are_drawn_from_the_runs(
         run.mkdir(parents=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert "tiny-text-losses.png" in write_report(MADE_UP, tmp_path, tmp_path)
-    assert drawn == [[(2, 2, pytest.approx(0.2), 1.5)], [(2, 2, 4.0, 1.5)] * 2]
+    assert drawn == [[(2, 2, pytest.approx(0.2), 1.5, True)], [(2, 2, 4.0, 1.5, True)] * 2]
 
 
 def test_the_fewest_heads_that_match_dense() -> None:

@@ -1,4 +1,4 @@
-"""Calibrate selection thresholds on data for a model trained with expert choice, without changing its weights."""
+"""Calibrate selection thresholds on data for a model that selects by expert choice, without changing its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.logits import load_weights, single_process_groups
 from megatron_mosa.convert.target import atomic_folder, check_target
-from megatron_mosa.convert.weights import CALIBRATED
+from megatron_mosa.convert.weights import CALIBRATED, lacks_thresholds
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def causalize(
     force: bool = False,
 ) -> None:
     """Write the weights of an expert-choice model together with calibrated thresholds, without optimizer state.
+
+    So can those of a model of ``mosa.selection=threshold`` whose thresholds no optimizer step has set.
 
     Each threshold is the (1 - 1 / rho) quantile of its head's scores over training samples. A first pass selects by
     expert choice; a second pass selects by the thresholds of the first, so that every layer is calibrated to what the
@@ -74,8 +76,10 @@ def causalize(
     with damage_as_run_error(folder):
         metadata = read_metadata(folder)
         _check_convertible(metadata.config["model"], metadata.config["mosa"], folder)
-        read = _training_samples(metadata, data, samples)
         source = CheckpointReader.open(folder, metadata)
+        if source.config.mosa.selection == "threshold" and not lacks_thresholds(source.weights, source.read):
+            raise UserError(f"'{folder}' already selects by thresholds: it is already causal")
+        read = _training_samples(metadata, data, samples)
         thresholds, losses = _calibrated(source, calibration_config(source.config, load_feedback), read, samples)
         _write(source, target, thresholds, load_feedback)
     print(
@@ -92,8 +96,6 @@ def _check_convertible(model: dict[str, Any], mosa: dict[str, Any], folder: Path
         )
     if not mosa["num_heads"]:
         raise UserError(f"'{folder}' has no MoSA heads: it is already causal")
-    if mosa.get("selection") == "threshold":
-        raise UserError(f"'{folder}' already selects by thresholds: it is already causal")
     if mosa.get("selection") == "token_choice":
         raise UserError(f"'{folder}' selects by token choice: it is already causal")
     if mosa.get("selection_scope") == "document":

@@ -29,7 +29,7 @@ from megatron_mosa.convert.logits import (
 )
 from megatron_mosa.convert.model_config import to_transformers
 from megatron_mosa.convert.target import atomic_folder, check_target
-from megatron_mosa.convert.weights import Weight
+from megatron_mosa.convert.weights import Weight, lacks_thresholds, read_for_export
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELING_FILES
 from megatron_mosa.utils import versions
@@ -59,7 +59,8 @@ def export_hf(
         force: replace an existing model at ``target``.
 
     Raises:
-        UserError: the checkpoint or tokenizer does not exist, or the target does.
+        UserError: the checkpoint or tokenizer does not exist, or the target does, or logits are to be compared but no
+            thresholds have been set.
         RunError: the checkpoint is damaged, or the exported model does not compute what the Megatron model does; no
             files are left behind.
     """
@@ -76,6 +77,13 @@ def export_hf(
 
 def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
     parameters = sum(info.elements for info in source.state.weights.values())
+    is_unset = lacks_thresholds(source.weights, source.read)
+    if checks_logits and is_unset:
+        raise UserError(
+            f"'{source.path}' has mosa.selection=threshold, but no optimizer step has set its thresholds, and "
+            "transformers refuses such a model; train it, calibrate it with mosa checkpoint causalize, or pass "
+            "--no-check to export NaN as thresholds"
+        )
     with atomic_folder(target) as folder:
         end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_of_document_id, folder)
@@ -92,7 +100,7 @@ def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundToke
         )
         facts = {"parameters": f"{parameters:,}, stored in {dtype}", "logits": verdict}
         facts["exported with"] = ", ".join(" ".join(pair) for pair in versions("transformers").items())
-        card = model_card(source.metadata, source.config, source.path, facts)
+        card = model_card(source.metadata, source.config, source.path, facts, lacks_thresholds=is_unset)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder, records)
     print(f"{target}: {parameters:,} parameters in {dtype}; {verdict}")
@@ -101,7 +109,7 @@ def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundToke
 def _pieces(source: CheckpointReader, dtype: torch.dtype) -> list[Piece]:
     def piece(weight: Weight) -> Piece:
         def read() -> dict[str, Tensor]:
-            parts = weight.fusion.split(source.read(weight.name).to(_export_dtype(weight, dtype)))
+            parts = weight.fusion.split(read_for_export(weight, source.read).to(_export_dtype(weight, dtype)))
             return {key: part.contiguous() for key, part in zip(weight.parts, parts, strict=True)}
 
         return Piece(_export_dtype(weight, dtype).itemsize * torch.Size(weight.shape).numel(), read)

@@ -12,7 +12,7 @@ from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
 from megatron_mosa.convert.model_reader import ModelReader, open_model
-from megatron_mosa.convert.weights import Weight
+from megatron_mosa.convert.weights import CALIBRATED, Weight, lacks_thresholds
 from megatron_mosa.errors import RunError, UserError
 
 _WEIGHT = "model."  # prefix of weight keys, but not of moments
@@ -48,6 +48,7 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
             models.append(open_model(path))
     ours, theirs = models
     _check_shapes(ours, theirs)
+    _check_thresholds(ours, theirs)
     _report(*_compare(ours, theirs), tolerance)
     if compares_logits:
         _compare_logits(ours, theirs, tolerance)
@@ -61,6 +62,20 @@ def _check_shapes(ours: ModelReader, theirs: ModelReader) -> None:
                 f"the models differ: {name} is {shapes[0].get(name, 'missing')} in '{ours.path}', "
                 f"{shapes[1].get(name, 'missing')} in '{theirs.path}'"
             )
+
+
+def _check_thresholds(ours: ModelReader, theirs: ModelReader) -> None:
+    """Raise an error if only one model has thresholds to select by: without, its heads select by expert choice."""
+    without = []
+    for model in (ours, theirs):
+        with damage_as_run_error(model.path):
+            if lacks_thresholds(model.weights, model.read):
+                without.append(model.path)
+    if len(without) == 1:
+        raise RunError(
+            f"the models differ: no optimizer step has set the thresholds of '{without[0]}', so its heads still select "
+            "by expert choice"
+        )
 
 
 def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
@@ -86,7 +101,7 @@ def _has(model: ModelReader, weight: Weight) -> bool:
         return True
     if not isinstance(model, CheckpointReader):
         return False
-    return not torch.equal(_read(model, f"{_WEIGHT}{weight.name}"), weight.fusion.join(()))
+    return not bool((_read(model, f"{_WEIGHT}{weight.name}") == CALIBRATED).all())
 
 
 def _moments(model: ModelReader) -> set[str]:

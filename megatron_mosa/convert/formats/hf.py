@@ -51,7 +51,7 @@ class HuggingFaceReader:
     def read(self, name: str) -> Tensor:
         """Read the weight of this global name in fp32, joined from the tensors that hold it."""
         weight = next(weight for weight in self.weights if weight.name == name)
-        return weight.fusion.join([self.tensors.read(part).float() for part in weight.parts])
+        return weight.fusion.join([self.tensors.read(part).float() for part in weight.parts or weight.derived_from])
 
 
 def check_hugging_face(folder: Path) -> None:

@@ -11,7 +11,9 @@ from megatron_mosa.config import Config
 from megatron_mosa.metrics import causality_label, read_journal
 
 
-def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str]) -> str:
+def model_card(
+    metadata: Metadata, config: Config, checkpoint: Path, facts: dict[str, str], *, lacks_thresholds: bool
+) -> str:
     """Return the card as Markdown, with the front matter that the Hugging Face Hub reads.
 
     Args:
@@ -19,10 +21,12 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
         config: the model's configuration, see ``model_config``.
         checkpoint: the checkpoint folder; losses come from metrics.jsonl in the run directory that contains it.
         facts: additional table rows supplied by the exporter, keyed by name.
+        lacks_thresholds: heads that select by thresholds have some that no update has set.
     """
     # mosa.selection means nothing without MoSA heads: such a model is always causal.
     selection = getattr(config.mosa, "selection", "expert_choice") if config.mosa.num_heads else "none"
     selection = "routing" if config.model.num_routing_heads else selection
+    selection = "unset" if lacks_thresholds else selection
     rows = (
         {"model": _model(config)}
         | facts
@@ -31,7 +35,7 @@ def model_card(metadata: Metadata, config: Config, checkpoint: Path, facts: dict
             f"{config.data.sequence_length:,} tokens",
             "data": _data(metadata),
         }
-        | _losses(metadata.step, checkpoint, looks_ahead(config))
+        | _losses(metadata.step, checkpoint, lacks_thresholds or looks_ahead(config))
         | {"written by": ", ".join(f"{name} {version}" for name, version in sorted(metadata.versions.items()))}
     )
     table = "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
@@ -85,6 +89,8 @@ not what the model was trained for.""",
     "threshold": """All heads are causal: a MoSA head selects a token if its score is above the head's threshold.
 `generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",
+    "unset": """**The thresholds of MoSA heads are not set** (NaN), because no optimizer step has been taken, so every
+forward pass is refused. Import the folder with `mosa checkpoint import` and train it.""",
     "token_choice": """All heads are causal: each token chooses the MoSA heads that select it, by its own scores.
 `generate` caches keys and values of the selected tokens only. Pad prompts of different lengths on the left
 (`tokenizer.padding_side = "left"`).""",

@@ -6,31 +6,51 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.metrics import RunTotals, load_pyplot, read_journal, run_totals, save_figure
+from megatron_mosa.metrics import RunTotals, causality_suffix, load_pyplot, read_journal, run_totals, save_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
+class Point(NamedTuple):
+    """A loss in the course of a run."""
+
+    step: float
+    tokens: float
+    seconds: float
+    """inside steps"""
+
+    loss: float
+    is_causal: bool
+
+
 @dataclass(frozen=True)
 class RunCurves:
-    """Losses of a run at points in its course, each point in steps, tokens and seconds inside steps."""
+    """Losses of a run."""
 
     name: str
     totals: RunTotals
-    is_causal: bool
-    training: list[tuple[float, float, float, float]]
-    """(step, tokens, seconds, loss)"""
+    training: list[Point]
+    validation: list[Point]
 
-    validation: list[tuple[float, float, float, float]]
+    @property
+    def label(self) -> str:
+        """The name, and which of the losses are NON-CAUSAL."""
+        training, validation = (
+            causality_suffix({point.is_causal for point in points}) for points in (self.training, self.validation)
+        )
+        if training == validation or not self.validation:
+            return self.name + training
+        both = (("training", training), ("validation", validation))
+        return self.name + "".join(f", {kind} {suffix.removeprefix(', ')}" for kind, suffix in both if suffix)
 
     def at_pace(self, seconds: float) -> RunCurves:
         """Return the same losses as if each step had taken so many seconds."""
         training, validation = (
-            [(step, tokens, step * seconds, loss) for step, tokens, _, loss in points]
+            [point._replace(seconds=point.step * seconds) for point in points]
             for points in (self.training, self.validation)
         )
         return replace(self, training=training, validation=validation)
@@ -54,19 +74,17 @@ def read_run(run: Path) -> RunCurves:
             tokens = line["tokens"]
         for key, points in (("loss", training), ("validation_loss", validation)):
             if line.get("tokens") is not None and line.get(key) is not None:
-                points.append((line["step"], line["tokens"], seconds, line[key]))
-    # As of the end: heads may look ahead while their thresholds warm up.
-    is_causal = next((line["causal"] for line in reversed(lines) if "causal" in line), True)
-    return RunCurves(os.path.basename(os.path.realpath(run)), run_totals(lines), is_causal, training, validation)
+                points.append(Point(line["step"], line["tokens"], seconds, line[key], line.get("causal", True)))
+    return RunCurves(os.path.basename(os.path.realpath(run)), run_totals(lines), training, validation)
 
 
 def table(runs: Sequence[RunCurves]) -> Table:
-    """Return one row for each run; the losses are the last ones."""
+    """Return one row for each run; the losses are the last ones, each followed by whether it is causal."""
     from rich.table import Table
 
     drawn = Table(title="Runs side by side", title_justify="left")
     drawn.add_column("run", overflow="fold")
-    for name in ("steps", "tokens", "loss", "val. loss", "causal", "tokens/s", "MFU", "in steps"):
+    for name in ("steps", "tokens", "loss", "causal", "val. loss", "causal", "tokens/s", "MFU", "in steps"):
         drawn.add_column(name, justify="right", overflow="fold")
     for run in runs:
         totals = run.totals
@@ -74,14 +92,18 @@ def table(runs: Sequence[RunCurves]) -> Table:
             run.name,
             f"{totals.steps:,}",
             f"{totals.tokens:,}",
-            f"{run.training[-1][3]:.4f}",
-            f"{run.validation[-1][3]:.4f}" if run.validation else "",
-            "yes" if run.is_causal else "NO",
+            *_cells(run.training),
+            *_cells(run.validation),
             f"{totals.tokens_per_second:,.0f}",
             f"{totals.mfu:.1%}",
             totals.duration,
         )
     return drawn
+
+
+def _cells(points: Sequence[Point]) -> tuple[str, str]:
+    """Return the last loss, and whether it is causal."""
+    return (f"{points[-1].loss:.4f}", "yes" if points[-1].is_causal else "NO") if points else ("", "")
 
 
 def plot(runs: Sequence[RunCurves], path: Path) -> None:
@@ -92,15 +114,15 @@ def plot(runs: Sequence[RunCurves], path: Path) -> None:
     """
     plt = load_pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
-    names = [run.name.replace("$", r"\$") + ("" if run.is_causal else ", NON-CAUSAL") for run in runs]
+    names = [run.label.replace("$", r"\$") for run in runs]
     for axis, (panel, label) in enumerate(zip(panels, ("steps", "tokens", "seconds in steps"), strict=True)):
         for number, run in enumerate(runs):
             color, dashes = f"C{number}", ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors
-            losses = [point[3] for point in run.training]
+            losses = [point.loss for point in run.training]
             panel.plot(
                 [point[axis] for point in run.training], losses, dashes, color=color, linewidth=1, label=names[number]
             )
-            measured = [point[3] for point in run.validation]
+            measured = [point.loss for point in run.validation]
             panel.plot([point[axis] for point in run.validation], measured, "o", color=color, markersize=4)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)

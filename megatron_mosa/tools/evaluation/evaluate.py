@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.attention import looks_ahead
-from megatron_mosa.convert import ModelReader
+from megatron_mosa.convert import ModelReader, lacks_thresholds
 from megatron_mosa.data import Mixture, ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import causality_label
@@ -89,7 +89,7 @@ class _Evaluation:
                 f"the validation split must have at least 2 windows of {self.length} tokens, got {len(self.samples)}; "
                 "rebuild the dataset with a larger data.validation_fraction"
             )
-        self.looks_ahead = looks_ahead(model.config)
+        self.looks_ahead = looks_ahead(model.config) or lacks_thresholds(model.weights, model.read)
         # Routing heads look ahead whatever the selection of MoSA heads.
         self.can_be_calibrated = self.looks_ahead and not looks_ahead(calibration_config(model.config))
         self.ranges = position_ranges(self.length)
@@ -114,7 +114,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         label = causality_label(not self.looks_ahead)
-        with self._built(self.model.config.mosa.selection) as model:
+        with self._built() as model:
             full = self._losses(model, self.samples)
             ranges, leak = self._by_range(model, full)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
@@ -122,7 +122,7 @@ class _Evaluation:
         causal, causal_lengths, how = full, lengths, "the model itself"
         if self.can_be_calibrated:
             how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
-            with self._built("threshold") as model:
+            with self._built(calibrates=True) as model:
                 calibrate(model.module, lambda: self._run_calibration_windows(model))
                 causal = self._losses(model, self.samples)
                 causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
@@ -147,8 +147,8 @@ class _Evaluation:
             "left_out": self.left_out,
         }
 
-    def _built(self, selection: str) -> Any:
-        return evaluation_model(self.model, self.settings.device, self.settings.dtype, selection)
+    def _built(self, *, calibrates: bool = False) -> Any:
+        return evaluation_model(self.model, self.settings.device, self.settings.dtype, calibrates=calibrates)
 
     def _samples(self, multiple: int, split: str = "validation", count: int | None = None) -> ValidationSamples:
         """Return windows of a multiple of the training length, with about the same total number of tokens for each."""

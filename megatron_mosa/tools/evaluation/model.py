@@ -52,7 +52,7 @@ class EvaluationModel:
 
 @contextmanager
 def evaluation_model(
-    model: ModelReader, device: torch.device, dtype: torch.dtype, selection: str
+    model: ModelReader, device: torch.device, dtype: torch.dtype, *, calibrates: bool
 ) -> Iterator[EvaluationModel]:
     """Build the model with its weights on a device.
 
@@ -60,10 +60,11 @@ def evaluation_model(
         model: an opened checkpoint.
         device: device to compute on.
         dtype: dtype to compute in.
-        selection: ``mosa.selection`` of the MoSA heads; if it is "threshold" and the checkpoint has no thresholds, the
-            caller must calibrate them.
+        calibrates: MoSA heads select by thresholds, which the caller must calibrate, and not as in training.
     """
-    config = model.config if selection == model.config.mosa.selection else calibration_config(model.config)
+    config = model.config
+    if calibrates:  # load feedback that the heads are trained with belongs to their selection
+        config = calibration_config(config, config.mosa.load_feedback or 0.0)
     config = replace(config, mosa=replace(config.mosa, backend="auto"))
     with single_process_groups(config):
         module = build_empty_model(config, model.vocab_rows).eval()

@@ -177,17 +177,16 @@ class Work:
         asked = self.request.grid.evaluation
         if asked is None:
             return row
-        config = cell.model.config
         missing = "not measured yet" if self._has_checkpoint(cell) else "not measured, and no checkpoint is left"
         reasons: dict[str, str] = dict.fromkeys(results.EVALUATED, missing)
         if (found := results.evaluated(self._evaluation_path(cell))) is not None:
             values, reasons = found
             row = replace(row, **values)
-        decoding = self.timings.find_decoding(config, cell.model.dataset.vocab_size, asked)
+        decoding = self.timings.find_decoding(cell.model.config, cell.model.dataset.vocab_size, asked)
         if decoding is not None:
             row = replace(row, decode_ms=dict(decoding.milliseconds), decode_context=decoding.context)
         elif asked.decode:
-            reasons["decode_ms"] = results.CANNOT_DECODE if looks_ahead(config) else missing
+            reasons["decode_ms"] = missing if row.causal else results.CANNOT_DECODE
         return replace(row, not_measured=reasons)
 
     # --- training, with the evaluation of what has been trained
@@ -366,9 +365,9 @@ class Work:
         found: dict[Path, Cell] = {}
         if asked is not None and asked.decode:
             for cell in self.cells():
-                model = cell.model
-                is_done = self.result(cell).get("status") == results.DONE
-                if not is_done or looks_ahead(model.config) or not self._has_checkpoint(cell):
+                model, result = cell.model, self.result(cell)
+                is_causal = result.get("causal", not looks_ahead(model.config))
+                if result.get("status") != results.DONE or not is_causal or not self._has_checkpoint(cell):
                     continue
                 path = self.timings.decoding_path(model.config, model.dataset.vocab_size, asked)
                 if read_decoding(path, asked) is None:
