@@ -2,7 +2,7 @@
 
 Each case is a configuration and overrides, measured as by ``mosa bench`` in its own process (under torchrun where
 it needs several GPUs). Prints a line for each, writes all numbers as JSON, and names what became slower than in an
-earlier file of the same card.
+earlier file of the same card, or why a case cannot be compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.timing import require_gpu
 from megatron_mosa.tools.bench.measurement import Measurement
-from megatron_mosa.tools.bench.report import slower
+from megatron_mosa.tools.bench.report import difference, slower
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PEAK = 989e12  # FLOP/s of an H100 in bf16
@@ -93,8 +93,8 @@ def main() -> None:
         found = Measurement(**results[key])
         print(_line(key, found), flush=True)
         options.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        if key in before and before[key]["device"] == found.device:
-            complaints += [f"{key} is slower: {line}" for line in slower(found, Measurement(**before[key]))]
+        if key in before:
+            complaints += _complaints(key, found, Measurement(**before[key]))
     print("\n".join(complaints))
     sys.exit(bool(complaints))
 
@@ -128,6 +128,12 @@ def _start(key: str, options: argparse.Namespace) -> subprocess.Popen[str]:
     if options.gpus > 1:
         process.wait()  # torchrun hands no input on, so these run one after the other
     return process
+
+
+def _complaints(key: str, found: Measurement, before: Measurement) -> list[str]:
+    if differs := difference(found, before):
+        return [f"{key} cannot be compared: the earlier file was measured with {differs}"]
+    return [f"{key} is slower: {line}" for line in slower(found, before)]
 
 
 def _line(key: str, found: Measurement) -> str:

@@ -21,7 +21,8 @@ _SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGUSR1": signal.SIGUSR1,
 }
-_DATA_FAULTS = ("nan", "garbage")
+DATA_FAULTS = ("nan", "garbage")
+"""Faults that change what a run computes."""
 
 
 class FaultInjection:
@@ -49,7 +50,7 @@ class FaultInjection:
     def inject(self, place: str, step: int) -> None:
         """Inject the fault if place and step match."""
         fault = self.section.fault
-        if fault is None or fault in _DATA_FAULTS or not self._is_here(place, step):
+        if fault is None or fault in DATA_FAULTS or not self._is_here(place, step):
             return
         self._record()
         if fault == "error":
@@ -65,7 +66,7 @@ class FaultInjection:
         self, batches: Iterator[dict[str, Tensor]], steps_taken: int, batches_per_step: int
     ) -> Iterator[dict[str, Tensor]]:
         """Return the micro-batches after step ``steps_taken``; a due fault gives them NaN masks or garbage labels."""
-        if self.section.fault not in _DATA_FAULTS:
+        if self.section.fault not in DATA_FAULTS:
             return batches
         return self._with_data_fault(batches, steps_taken, batches_per_step)
 

@@ -22,7 +22,10 @@ def test_bench_measures_writes_and_compares(runner: Runner) -> None:
 
     result.write_text(json.dumps(found | {"device": "NVIDIA H100"}))
     for words, message in (
-        (["--compare", str(result)], "was measured on NVIDIA H100, this is cpu; compare on the same device"),
+        (
+            ["--compare", str(result)],
+            "was measured with device=NVIDIA H100 (now cpu); compare",
+        ),
         (["--compare", runner.config], "not a result of mosa bench --output"),
         (["--steps", "0"], "--steps must be at least 1 and at most 1000000, got 0"),
         (["parallel.tensor_model_parallel_size=2"], "world size 1 is not divisible by"),

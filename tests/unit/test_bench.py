@@ -165,6 +165,23 @@ def test_what_became_slower_by_over_5_percent_of_a_step_is_named() -> None:
     ]
 
 
+def test_only_the_same_step_on_the_same_device_is_compared() -> None:
+    known = measurement(model={"model": {"num_layers": 2, "head_dim": 64}, "mosa": {"selection": "threshold"}})
+    other = {"model": {"num_layers": 1, "head_dim": 64}, "mosa": {"selection": "expert_choice"}}
+    for changes, differs in (
+        ({}, ""),
+        ({"acceleration": "acceleration: compiled", "versions": {"torch": "2.13.0"}, "name": "other"}, ""),
+        ({"device": "cpu"}, "device=GPU (now cpu)"),
+        ({"layout": "TP 2 x DP 1"}, "layout=TP 1 x DP 1 (now TP 2 x DP 1)"),
+        ({"model": other}, "model.num_layers=2 (now 1); mosa.selection=threshold (now expert_choice)"),
+        ({"parameters": 7}, "parameters=1500000 (now 7)"),
+    ):
+        assert report.difference(replace(known, **changes), known) == differs
+    assert report.difference(known, measurement()) == ""  # an earlier version wrote no model
+    fewer = measurement(flops_per_step={"executed": 1e12, "usual": 5e12})
+    assert report.difference(known, fewer) == "FLOPs=1000000000000.0 (now 4000000000000.0)"
+
+
 def test_a_picture_is_written(tmp_path: Path) -> None:
     report.plot(measurement(), tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from megatron_mosa.attention import dense_head_flops, mosa_head_flops
 from megatron_mosa.cli import app
-from megatron_mosa.config import Config, load_config, save_config
+from megatron_mosa.config import Config, config_to_dict, load_config, save_config
 from megatron_mosa.data import Manifest, Mixture
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.model import model_flops, paper_flops
@@ -290,6 +291,17 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             ["evaluate.decode_context must be below 1,000,000, the tokens in the validation split of text"],
         ),
         (
+            {"overrides": GRID["overrides"] | {"train.stop_after_step": 1000}},
+            ["train.stop_after_step=1000 ends a run before train.steps=1500", "remove it"],
+        ),
+        (
+            {
+                "equal": "executed_flops",
+                "overrides": GRID["overrides"] | {"model.attend_within_documents": True},
+            },
+            ["executed_flops counts attention over whole sequences", "set equal: paper_flops or step_time"],
+        ),
+        (
             {"overrides": GRID["overrides"] | {"train.steps": 50}},
             ["optimizer.warmup_steps must be at most train.steps=50"],
         ),
@@ -331,10 +343,10 @@ def request(folder: Path, **changes: Any) -> Request:
     return Request(grid, folder / "out", 1, LocalLauncher("cpu", 1, 1, ()))
 
 
-def settle(work: Work, name: str, loss: float | None) -> None:
+def settle(work: Work, name: str, loss: float | None, dataset_hash: str = "x") -> None:
     """Write the result of a cell, as if it had been run."""
     status = results.GAVE_UP if loss is None else results.DONE
-    result = {"status": status, "loss": loss, "perplexity": loss and math.exp(loss), "dataset_hash": "x"}
+    result = {"status": status, "loss": loss, "perplexity": loss and math.exp(loss), "dataset_hash": dataset_hash}
     path = work.folder / "cells" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result))
@@ -406,6 +418,8 @@ def test_steps_measured_alone_replace_those_of_runs(tmp_path: Path) -> None:
     assert wanted.timings.find(config, vocab_size) is None  # of this device
     row = work.rows()[0]
     assert (row.step_seconds, row.step_alone, row.peak_memory_gib) == (0.02, True, 3.0)
+    assert (row.step_device, row.device) == ("NVIDIA H100", "")
+    assert replace(there, processes=2).find(config, vocab_size) is None
     assert work.rows()[1].step_seconds is None
     seeds = Cell(cell.model, 5, 3e-4).config(tmp_path)
     assert there.find(seeds, vocab_size) == there.find(config, vocab_size)  # the same model
@@ -426,7 +440,8 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
         late={"kind": "fixed", "sparsity": 32},
     )
     wanted = request(tmp_path, members=some, evaluate=asked)
-    assert wanted.grid.evaluation == Evaluation(8, 64, (1, 4), 100)
+    evaluate = Evaluation(8, 64, (1, 4), 100)
+    assert wanted.grid.evaluation == evaluate
     work = Work(wanted, wanted.plan())
     cells, folder = work.cells(), tmp_path / "out"
     for cell in cells:
@@ -435,12 +450,14 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
     for cell, text in zip(cells, (evaluation(2.0, None), evaluation(2.5, 0.25), evaluation(None, None)), strict=False):
         (folder / "evaluations" / f"{cell.name}.json").write_text(text)
     dense = cells[0].model
-    path = work.timings.decoding_path(dense.config, dense.dataset.vocab_size, wanted.grid.evaluation)
+    path = work.timings.decoding_path(dense.config, dense.dataset.vocab_size, evaluate)
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"rows": [{"batch": n, "milliseconds_per_step": n / 2} for n in (1, 4)]}))
+    times = [{"batch": n, "milliseconds_per_step": n / 2} for n in (1, 4)]
+    path.write_text(json.dumps({"rows": times, "device": "NVIDIA H100"}))
     (folder / "runs" / cells[3].name / "checkpoints" / "step-00001500").mkdir(parents=True)
 
     first, choice, routing, late = rows = work.rows()
+    assert first.decode_device == "NVIDIA H100"
     assert (first.leak, first.leak_error, first.causal_loss) == (0.5, 0.25, 2.0)
     assert (first.decode_ms, first.decode_context) == ({"1": 0.5, "4": 2.0}, 100)
     assert (choice.evaluated_loss, choice.causal_loss, choice.flip_rate) == (2.0, 2.5, 0.25)
@@ -461,6 +478,22 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
         "- leak of late rho 32: not measured yet",
     ):
         assert part in text, part
+
+
+def test_evaluations_of_other_samples_are_repeated(tmp_path: Path) -> None:
+    path, asked = tmp_path / "cell.json", Evaluation(8, 16)
+    found = json.loads(evaluation(2.5, 0.25))
+    for more, is_as_asked in (
+        ({"samples": 8}, True),  # of an earlier version
+        ({"samples": 4}, False),
+        ({"samples": 4, "settings": {"samples": 8, "calibration_samples": 16}}, True),  # a short split
+        ({"samples": 4, "settings": {"samples": 8, "calibration_samples": None}}, True),  # nothing was calibrated
+        ({"samples": 8, "settings": {"samples": 8, "calibration_samples": 4}}, False),
+        ({"samples": 8, "settings": {"samples": 9, "calibration_samples": 16}}, False),
+        ({"settings": "damaged"}, False),
+    ):
+        path.write_text(json.dumps(found | more))
+        assert (results.evaluated(path, asked) is not None) == is_as_asked, more
 
 
 def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(tmp_path: Path) -> None:
@@ -556,11 +589,72 @@ def test_results_of_another_grid_are_rejected(tmp_path: Path) -> None:
         prepare_output(wanted.output, wanted.grid)
 
 
+DECISIVE = (
+    "checkpoint.initialize_from=other", "resilience.max_skipped_steps=7", "resilience.on_spike=rewind",
+    "resilience.spike_sigmas=7", "resilience.spike_window=7", "resilience.max_rewinds=7", "fault_injection.fault=nan",
+)  # fmt: skip
+"""What counts among sections of which most does not."""
+
+
+@pytest.mark.parametrize("change", DECISIVE)
+def test_results_of_other_settings_are_rejected_or_trained_again(tmp_path: Path, change: str) -> None:
+    """A run that gave up as it might not now is trained from its start; what else has other settings is rejected."""
+    wanted = request(tmp_path)
+    work = Work(wanted, wanted.plan())
+    (cell, *_) = work.cells()
+    data = cell.model.dataset.fingerprint
+    run = wanted.output / "runs" / cell.name
+    run.mkdir(parents=True)
+    (wanted.output / "configs").mkdir()
+    save_config(cell.config(wanted.output), wanted.output / "configs" / f"{cell.name}.yaml")
+    key, value = change.split("=")
+    now = request(tmp_path, overrides=GRID["overrides"] | {key: yaml.safe_load(value)})
+    settle(work, cell.name, 2.0, data)
+    with pytest.raises(UserError, match=rf"{cell.name} was run with {key}=.*, now {value}.*; set {key}: "):
+        Work(now, now.plan()).refuse_other_results()
+
+    settle(work, cell.name, None, data)
+    work.refuse_other_results()
+    assert work.is_settled(cell)
+    again = Work(now, now.plan())
+    if key.startswith("checkpoint."):
+        with pytest.raises(UserError, match="holds another grid's results"):
+            again.refuse_other_results()
+        return
+    again.refuse_other_results()
+    assert not again.is_settled(cell) and run.is_dir()  # until it is trained
+    again._remove(cell)
+    assert not run.exists() and not again.result(cell)
+
+
+def test_results_of_other_processes_are_rejected(tmp_path: Path) -> None:
+    wanted = request(tmp_path)
+    work = Work(wanted, wanted.plan())
+    (cell, *_) = work.cells()
+    settle(work, cell.name, 2.0, cell.model.dataset.fingerprint)
+    start = {"cell": cell.name, "time": 0.0, "alone": True, "device": "cpu", "versions": {}}
+    (wanted.output / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    work.refuse_other_results()  # an earlier version did not say with how many
+    (wanted.output / "starts.jsonl").write_text(json.dumps(start | {"processes": 2}) + "\n")
+    with pytest.raises(UserError, match=rf"{cell.name} was run with processes=2, now 1; set processes: 2, give"):
+        work.refuse_other_results()
+
+
 def test_the_hash_of_a_configuration_is_that_of_its_result(tmp_path: Path) -> None:
     (model, *_) = models(tmp_path)
     config = Cell(model, 1, None).config(tmp_path)
     moved = replace(config, run=replace(config.run, name="other", directory="elsewhere"))
     assert config_hash(moved) == config_hash(config) != config_hash(Cell(model, 2, None).config(tmp_path))
+
+    tree = config_to_dict(config) | {"run": {"seed": 1}}  # hashes of grids without such settings stay
+    sections = [tree.pop(name) for name in ("checkpoint", "logging", "resilience", "fault_injection")]
+    assert config_hash(config) == hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    assert sections[0]["initialize_from"] is None
+    save_config(config, tmp_path / "cell.yaml")
+    hashes = [config_hash(load_config(tmp_path / "cell.yaml", [change])) for change in DECISIVE]
+    assert len({config_hash(config), *hashes}) == 1 + len(DECISIVE)
+    for change in ("resilience.hang_timeout=7", "fault_injection.fault=pause", "checkpoint.interval=7"):
+        assert config_hash(load_config(tmp_path / "cell.yaml", [change])) == config_hash(config)
 
 
 def test_a_run_s_metrics_become_a_result(tmp_path: Path) -> None:
@@ -648,6 +742,11 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
         "![tiny-text.png](tiny-text.png)",
     ):
         assert part in text, part
+    assert "Measured on NVIDIA H100 (step times)." in text and "different devices" not in text
+    elsewhere = [replace(MADE_UP[0], step_device="cpu"), *MADE_UP[4:]]
+    mixed = markdown(elsewhere, {})
+    assert "Trained on NVIDIA H100, with torch 2.13.0. Measured on NVIDIA H100; cpu (step times)." in mixed
+    assert "**Measured on different devices: step times cannot be compared between all models.**" in mixed
     assert "at an end of the list" not in text
     named = "mosa rho 32, mosa rho 64, search rho 32, 12 heads, search rho 32, 16 heads, search rho 32, 20 heads"
     assert f"No learning rates were tried for {named}, but for dense they were" in text

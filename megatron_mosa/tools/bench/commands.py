@@ -85,8 +85,8 @@ def read(path: Path) -> Measurement:
 def _compare(found: Measurement, before: Measurement, path: Path | None) -> None:
     from megatron_mosa.tools.bench import report
 
-    if before.device != found.device:
-        raise UserError(f"{path} was measured on {before.device}, this is {found.device}; compare on the same device")
+    if differs := report.difference(found, before):
+        raise UserError(f"{path} was measured with {differs}; compare the same model, batch and layout on one device")
     lines = report.slower(found, before)
     print(f"\nagainst {path}: {before.median:.1f} ms then, {found.median:.1f} ms now")
     print("\n".join(f"slower: {line}" for line in lines) or "nothing is slower by more than 5 % of a step")

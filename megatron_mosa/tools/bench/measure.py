@@ -127,6 +127,7 @@ def measure(
         loop=loop,
         grad_norms=take.grad_norms[:kept],
         communication_share=share,
+        model={"model": asdict(config.model), "mosa": asdict(config.mosa)},
     )
 
 

@@ -93,6 +93,9 @@ class Measurement:
     communication_share: float | None = None
     """``StepProfile.communication_share``, mean over ranks."""
 
+    model: dict[str, dict[str, Any]] | None = None
+    """Sections ``model`` and ``mosa`` of the configuration; None: of an earlier version."""
+
     @property
     def median(self) -> float:
         """Median step time in milliseconds."""

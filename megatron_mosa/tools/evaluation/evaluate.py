@@ -130,6 +130,10 @@ class _Evaluation:
             row["causal"] = causal[:, part.start : part.stop].mean().item() if is_causal else None
         return {
             "samples": len(self.samples),
+            "settings": {
+                "samples": self.settings.num_samples,  # of which a short split has fewer
+                "calibration_samples": self.settings.calibration_samples if self.can_be_calibrated else None,
+            },
             "sequence_length": self.length,
             "full_sequence": _summary(full) | {"label": label},
             "causal": _summary(causal) | {"label": f"causal, {how}"} if is_causal else None,

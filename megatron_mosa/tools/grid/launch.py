@@ -39,6 +39,9 @@ class Launcher(Protocol):
     device: str
     """What they run on, for the results."""
 
+    processes: int
+    """Ranks of a cell."""
+
     @property
     def is_alone(self) -> bool:
         """Whether a cell has its devices for itself."""

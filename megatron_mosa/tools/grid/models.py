@@ -66,6 +66,11 @@ class TrainedModel:
         return None if self.step_seconds is None else 1000 * self.step_seconds
 
     @property
+    def step_devices(self) -> list[str]:
+        """Devices on which the step times were measured."""
+        return [row.step_device or row.device for row in self._alone() if row.step_seconds is not None]
+
+    @property
     def kv_mib(self) -> float | None:
         return None if self.row.kv_bytes_8k is None else self.row.kv_bytes_8k / 2**20
 

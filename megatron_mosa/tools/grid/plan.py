@@ -12,9 +12,19 @@ from typing import Any
 
 import yaml
 
-from megatron_mosa.config import Config, check_plan, check_world_size, config_to_dict, load_config
+from megatron_mosa.config import (
+    CheckpointSection,
+    Config,
+    FaultInjectionSection,
+    ResilienceSection,
+    check_plan,
+    check_world_size,
+    config_to_dict,
+    load_config,
+)
 from megatron_mosa.data import Mixture, check_lengths, check_tokenizer, open_mixture
 from megatron_mosa.errors import UserError
+from megatron_mosa.resilience import DATA_FAULTS
 from megatron_mosa.tools.grid.budget import Cost, flops_cost, solve_heads
 from megatron_mosa.tools.grid.grid import Grid, Member, Overrides
 from megatron_mosa.tools.grid.kinds import KINDS, other_counts
@@ -101,12 +111,31 @@ class Cell:
         return replace(config, run=run, optimizer=optimizer)
 
 
+def what_determines_the_result(config: Config) -> Config:
+    """Return the configuration with defaults in place of all that does not change what a run computes.
+
+    That is its place, how often it is saved, what it logs and waits for, and faults that it recovers from.
+    """
+    resilience, fault = config.resilience, config.fault_injection
+    decisive = ("max_skipped_steps", "on_spike", "spike_sigmas", "spike_window", "max_rewinds")
+    return replace(
+        config,
+        run=replace(Config().run, seed=config.run.seed),
+        checkpoint=CheckpointSection(initialize_from=config.checkpoint.initialize_from),
+        resilience=ResilienceSection(**{name: getattr(resilience, name) for name in decisive}),
+        fault_injection=fault if fault.fault in DATA_FAULTS else FaultInjectionSection(),
+        logging=Config().logging,
+    )
+
+
 def config_hash(config: Config) -> str:
-    """Return the SHA-256 of what determines a run's result: not its place, how often it is saved and what it logs."""
-    tree = config_to_dict(config)
+    """Return the SHA-256 of what determines a run's result."""
+    tree, defaults = (config_to_dict(one) for one in (what_determines_the_result(config), Config()))
     tree["run"] = {"seed": config.run.seed}
     for section in ("checkpoint", "logging", "resilience", "fault_injection"):
-        del tree[section]
+        # Their defaults are left out, as they were when no value of theirs counted: such hashes stay.
+        found = {name: value for name, value in tree.pop(section).items() if value != defaults[section][name]}
+        tree |= {section: found} if found else {}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -197,11 +226,25 @@ class _Place:
                 config = load_config(grid.base, _as_texts(values), checks_batches=False)
                 check_world_size(config, grid.processes)
                 check_plan(config, dict.fromkeys(("train.steps", "optimizer.warmup_steps"), str(grid.path)))
+                self._check_comparable(config)
             except UserError as error:
                 raise self._wrong(member, error) from None
             return config
 
         return build
+
+    def _check_comparable(self, config: Config) -> None:
+        stop, steps = config.train.stop_after_step, config.train.steps
+        if stop is not None and stop < steps:
+            raise UserError(
+                f"train.stop_after_step={stop} ends a run before train.steps={steps}, after which its loss is taken; "
+                "remove it (--time-limit stops a grid early)"
+            )
+        if self.grid.equal == "executed_flops" and config.model.attend_within_documents:
+            raise UserError(
+                "equal: executed_flops counts attention over whole sequences, which model.attend_within_documents=true "
+                "does not execute; set equal: paper_flops or step_time"
+            )
 
     def _refuse_own(self, member: Member, sparsity: float | None) -> None:
         kind, grid = KINDS[member.kind], self.grid

@@ -98,7 +98,7 @@ def markdown(
         pictures: names of files by size and corpus.
         command: what trained the models.
     """
-    counts = Counter(row.status for row in rows)
+    counts, devices = Counter(row.status for row in rows), _devices(rows)
     first = rows[0]
     lines = [
         f"# Models at equal {_EQUAL[first.equal]}",
@@ -106,8 +106,8 @@ def markdown(
         f"Trained by `{command}`. The budget is the cost of {first.relative_to}. "
         f"{counts[DONE]} of {len(rows)} runs are done"
         + "".join(f", {count} {status}" for status, count in sorted(counts.items()) if status != DONE)
-        + f". Measured on {_joined(row.device for row in rows if row.device) or 'nothing yet'}, "
-        f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.",
+        + f". Trained on {_joined(row.device for row in rows if row.device) or 'nothing yet'}, "
+        f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.{_measured_on(devices)}",
         "",
         "- Loss (nats per token) and perplexity are of validation, after the last step; the mean over seeds. *spread* "
         "is the largest difference of losses between seeds, and *loss - reference* the mean over seeds that both have.",
@@ -122,8 +122,9 @@ def markdown(
     for place in places(rows):
         lines += ["", f"## {place.size} on {place.corpus}", "", *_section(place)]
         lines += [line for name in pictures.get((place.size, place.corpus), []) for line in ("", f"![{name}]({name})")]
-    if len({row.device for row in rows if row.device}) > 1:
-        lines += ["", "**Measured on different devices: step times cannot be compared between all models.**"]
+    for what, names in devices.items():
+        if len(names) > 1:
+            lines += ["", f"**Measured on different devices: {what} cannot be compared between all models.**"]
     if searches := matched(rows):
         lines += ["", "## Equal perplexity", "", *match_table(searches)]
     lines += _failures(rows)
@@ -137,6 +138,21 @@ def markdown(
     lines += ["", "| command | configuration | dataset |", "| --- | --- | --- |"]
     lines += [f"| `{row.command}` | {row.config_hash[:12]} | {row.dataset} {row.dataset_hash[:12]} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _devices(rows: Sequence[Row]) -> dict[str, set[str]]:
+    """Return where the times in the report were measured."""
+    models = [model for place in places(rows) for model in place.models]
+    found = {
+        "step times": {device for model in models for device in model.step_devices},
+        "decoding times": {row.decode_device for model in models for row in model.rows},
+    }
+    return {what: names - {""} for what, names in found.items() if names - {""}}
+
+
+def _measured_on(devices: Mapping[str, set[str]]) -> str:
+    parts = [f"{'; '.join(sorted(names))} ({what})" for what, names in devices.items()]
+    return f" Measured on {', '.join(parts)}." if parts else ""
 
 
 def _section(place: Place) -> list[str]:

@@ -50,6 +50,7 @@ class Request:
         return Timings(
             self.output,
             local.device,
+            local.processes,
             self.steps,
             self.warmup,
             lambda arguments, slot, ranks: local.command(arguments, slot, len(local.slots), ranks),

@@ -16,7 +16,7 @@ from megatron_mosa.attention import looks_ahead
 from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import read_journal, run_totals
 from megatron_mosa.model import model_flops, paper_flops, parameter_count
-from megatron_mosa.tools.grid.grid import EQUAL, is_name
+from megatron_mosa.tools.grid.grid import EQUAL, Evaluation, is_name
 from megatron_mosa.tools.grid.kinds import kv_bytes
 from megatron_mosa.tools.grid.plan import Cell, config_hash
 from megatron_mosa.utils import known_values, load_json, parse_json, read_record, write_atomically
@@ -113,10 +113,17 @@ class Row:
     decode_context: int | None = None
     """Tokens of these sequences before."""
 
+    step_device: str = ""
+    """On which the step was measured alone; empty: it was not, or an earlier version did not say."""
+
+    decode_device: str = ""
+
     not_measured: dict[str, str] = field(default_factory=dict)
     """Reasons why fields are empty."""
 
     device: str = ""
+    """On which the cell was trained."""
+
     starts: int = 0
     reason: str = ""
     """Why the cell failed."""
@@ -205,13 +212,16 @@ def measured(run: Path, steps: int, tokens_per_step: int) -> dict[str, Any] | No
     return None
 
 
-def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+def evaluated(path: Path, asked: Evaluation) -> tuple[dict[str, Any], dict[str, str]] | None:
     """Return the values of a row that ``mosa evaluate`` measured, and reasons for those that do not apply.
 
-    If the file is missing or damaged, return None; the model is then evaluated again.
+    If the file is missing or damaged, or not of as many samples as are asked for, return None; the model is then
+    evaluated again.
     """
     try:
         found = load_json(path)
+        if not _is_as_asked(found, asked):
+            return None
         causal, leak = found["causal"], found["leak"] or {}
         measured = {
             "evaluated_loss": found["full_sequence"]["loss"],
@@ -225,6 +235,13 @@ def evaluated(path: Path) -> tuple[dict[str, Any], dict[str, str]] | None:
         return None
     reasons = {"causal_loss": "it has no causal counterpart", "flip_rate": "it has no MoSA heads, which select tokens"}
     return values, {name: reason for name, reason in reasons.items() if values[name] is None}
+
+
+def _is_as_asked(found: dict[str, Any], asked: Evaluation) -> bool:
+    """Return whether an evaluation has the asked numbers of samples, as far as it says."""
+    settings = found.get("settings", {"samples": found.get("samples", asked.samples)})  # of an earlier version
+    calibrated = settings.get("calibration_samples")  # None: not known, or nothing was calibrated
+    return settings["samples"] == asked.samples and calibrated in (None, asked.calibration_samples)
 
 
 def _check(row: Row) -> None:

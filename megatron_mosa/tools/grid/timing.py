@@ -32,7 +32,7 @@ class Timing:
     """Median."""
 
     peak_memory_gib: float
-    device: str
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Decoding:
 
     context: int
     """Tokens before."""
+
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ class Timings:
 
     folder: Path
     device: str
+    processes: int
+    """Ranks of a step."""
+
     steps: int
     warmup: int
     launch: Callable[[Sequence[str], str, int | None], tuple[list[str], dict[str, str]]]
@@ -98,7 +103,8 @@ class Timings:
 
     def path(self, config: Config, vocab_size: int) -> Path:
         """Return where the measured step of a model on this device belongs."""
-        return self.folder / "timings" / f"{_model_hash(config, vocab_size)}-{_file_name(self.device)}.json"
+        name = _model_hash(config, vocab_size, self.processes)
+        return self.folder / "timings" / f"{name}-{_file_name(self.device)}.json"
 
     def find(self, config: Config, vocab_size: int) -> Timing | None:
         """Return the measured step of a model on this device, if there is one."""
@@ -185,7 +191,7 @@ def _read(path: Path) -> Timing | None:
         found = load_json(path)
         seconds = statistics.median(map(float, found["milliseconds"])) / 1000
         return read_record(
-            Timing, {"seconds": seconds, "peak_memory_gib": found["allocated_gib"], "device": found["device"]}
+            Timing, {"seconds": seconds, "peak_memory_gib": found["allocated_gib"], "device": _device(path, found)}
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -194,17 +200,26 @@ def _read(path: Path) -> Timing | None:
 def read_decoding(path: Path, evaluation: Evaluation) -> Decoding | None:
     """Return what ``mosa decode-bench`` measured, or None as ``_read``."""
     try:
-        times = {str(row["batch"]): row["milliseconds_per_step"] for row in load_json(path)["rows"]}
-        return read_record(Decoding, {"milliseconds": times, "context": evaluation.decode_context})
+        found = load_json(path)
+        times = {str(row["batch"]): row["milliseconds_per_step"] for row in found["rows"]}
+        values = {"milliseconds": times, "context": evaluation.decode_context, "device": _device(path, found)}
+        return read_record(Decoding, values)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _model_hash(config: Config, vocab_size: int) -> str:
+def _device(path: Path, found: dict[str, Any]) -> str:
+    """Return the device of a measurement; ``mosa bench`` does not tell processors apart, but the file's name does."""
+    device = found.get("device", "cpu")
+    return path.stem.partition("-")[2] if device == "cpu" else device
+
+
+def _model_hash(config: Config, vocab_size: int, processes: int = 1) -> str:
     """Return a hash of what the time of a step depends on, besides the device."""
     tree = config_to_dict(config)
     content: list[Any] = [tree[section] for section in ("model", "mosa", "parallel")]
     content += [tree["train"][key] for key in _TRAIN] + [config.data.sequence_length, vocab_size]
+    content += [processes] if processes > 1 else []  # so that what one process measured before this counted is kept
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ from megatron_mosa.exit_codes import DONE, GAVE_UP, INTERRUPTED, STOPPED
 from megatron_mosa.resilience import read_status
 from megatron_mosa.tools.grid import results
 from megatron_mosa.tools.grid.launch import Handle, Launcher
-from megatron_mosa.tools.grid.plan import Cell, Plan, config_hash
+from megatron_mosa.tools.grid.plan import Cell, Plan, config_hash, what_determines_the_result
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Measurement, last_line, read_decoding
@@ -57,6 +57,8 @@ class _Start:
     alone: bool
     device: str
     versions: dict[str, str]
+    processes: int | None = None
+    """None: not known, of an earlier version."""
 
 
 class Work:
@@ -82,6 +84,7 @@ class Work:
         self._is_stopping = False
         self._results: dict[str, dict[str, Any]] = {}
         self._tried: set[str] = set()  # in this call
+        self._outdated: set[str] = set()  # gave up as they would not now
         self._said_at = time.monotonic()
 
     # --- what is known
@@ -103,6 +106,8 @@ class Work:
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """Return the result of a cell, empty if it has none."""
+        if cell.name in self._outdated:
+            return {}
         if cell.name not in self._results:
             self._results[cell.name] = {}
             with suppress(OSError, ValueError):  # a damaged one is written again: its run is complete
@@ -124,28 +129,39 @@ class Work:
         return self.result(cell).get("status") in results.SETTLED
 
     def refuse_other_results(self) -> None:
-        """Raise a UserError if a cell has taken steps with another configuration or on another dataset."""
+        """Raise a UserError if a cell has taken steps in another way or on another dataset.
+
+        One that gave up, and now has other ``resilience`` settings or no injected fault, is trained from its start.
+        """
+        starts, outdated = self._starts(), set[str]()
         for cell in self.cells():
             path, config = self.folder / "configs" / f"{cell.name}.yaml", cell.config(self.folder)
             if not self.is_settled(cell) and not (config.run.path / "metrics.jsonl").is_file():
                 continue  # a failure whose cause may have been the configuration
             fix = "give another --output, or rename the size, corpus or member"
-            if path.is_file() and config_hash(before := load_config(path, checks_batches=False)) != config_hash(config):
-                key, theirs, ours = next(
-                    (key, *pair)
-                    for key, *pair in difference(before, config)
-                    if not key.startswith(("run.", "checkpoint."))
-                )
+            changes = _changes(path, config)
+            if changes and self.result(cell).get("status") == results.GAVE_UP and all(map(_ends_runs, changes)):
+                outdated.add(cell.name)
+                continue
+            for key, (theirs, ours) in changes.items():
                 raise UserError(
                     f"--output={self.folder} holds another grid's results: {cell.name} was run with {key}={theirs}, "
                     f"now {ours}; set {key}: {theirs} under overrides, {fix}"
                 )
+            ranks = self.request.grid.processes
+            for start in starts:
+                if start.cell == cell.name and start.processes not in (None, ranks):
+                    raise UserError(
+                        f"--output={self.folder} holds results of other processes: {cell.name} was run with "
+                        f"processes={start.processes}, now {ranks}; set processes: {start.processes}, {fix}"
+                    )
             data = cell.model.dataset
             if (used := self.result(cell).get("dataset_hash", data.fingerprint)) != data.fingerprint:
                 raise UserError(
                     f"--output={self.folder} holds results of another dataset: {data.path} had the hash {used[:12]} "
                     f"when {cell.name} was run, now {data.fingerprint[:12]}; {fix}"
                 )
+        self._outdated = outdated
 
     def summary(self) -> str:
         """Return how many cells there are, and how many are left."""
@@ -166,8 +182,8 @@ class Work:
                     row,
                     step_seconds=timing.seconds,
                     step_alone=True,
+                    step_device=timing.device,
                     peak_memory_gib=timing.peak_memory_gib,
-                    device=timing.device if row.device.startswith("Slurm") else row.device,  # its card is not known
                 )
             found.append(self._with_evaluation(row, cell) if row.status == results.DONE else row)
         return found
@@ -177,14 +193,16 @@ class Work:
         asked = self.request.grid.evaluation
         if asked is None:
             return row
-        missing = "not measured yet" if self._has_checkpoint(cell) else "not measured, and no checkpoint is left"
+        has_checkpoint = self._has_checkpoint(cell)
+        missing = "not measured yet" if has_checkpoint else "not measured as `evaluate` asks, and no checkpoint is left"
         reasons: dict[str, str] = dict.fromkeys(results.EVALUATED, missing)
-        if (found := results.evaluated(self._evaluation_path(cell))) is not None:
+        if (found := results.evaluated(self._evaluation_path(cell), asked)) is not None:
             values, reasons = found
             row = replace(row, **values)
         decoding = self.timings.find_decoding(cell.model.config, cell.model.dataset.vocab_size, asked)
         if decoding is not None:
-            row = replace(row, decode_ms=dict(decoding.milliseconds), decode_context=decoding.context)
+            times, context = dict(decoding.milliseconds), decoding.context
+            row = replace(row, decode_ms=times, decode_context=context, decode_device=decoding.device)
         elif asked.decode:
             reasons["decode_ms"] = missing if row.causal else results.CANNOT_DECODE
         return replace(row, not_measured=reasons)
@@ -225,12 +243,16 @@ class Work:
 
     def _start_training(self, cell: Cell) -> None:
         self._tried.add(cell.name)
+        if cell.name in self._outdated:
+            self._remove(cell)
         config, path = cell.config(self.folder), self.folder / "configs" / f"{cell.name}.yaml"
         save_config(config, path)
         launcher = self.launcher
         handle = launcher.start(cell.name, path, config.run.path, self._log(cell))
-        start = _Start(cell.name, time.time(), launcher.is_alone, launcher.device, versions(*_PACKAGES))
-        path = self.folder / "starts.jsonl"
+        start = _Start(
+            cell.name, time.time(), launcher.is_alone, launcher.device, versions(*_PACKAGES), launcher.processes
+        )
+        path = self._starts_path
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         self._running.append(_Running(cell, handle, self._settle_training))
@@ -271,10 +293,11 @@ class Work:
         print(f"{self._counter()} {cell.name}: {said}", flush=True)
 
     def _is_to_evaluate(self, cell: Cell) -> bool:
+        asked = self.request.grid.evaluation
         return (
-            self.request.grid.evaluation is not None
+            asked is not None
             and self.result(cell).get("status") == results.DONE
-            and results.evaluated(self._evaluation_path(cell)) is None
+            and results.evaluated(self._evaluation_path(cell), asked) is None
             and self._has_checkpoint(cell)
         )
 
@@ -393,6 +416,15 @@ class Work:
             if cell.name not in kept and not self._is_to_evaluate(cell):
                 shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
 
+    def _remove(self, cell: Cell) -> None:
+        """Remove a run and its result, in an order that can be interrupted: without the run, no step counts."""
+        starts = [asdict(start) for start in self._starts() if start.cell != cell.name]
+        write_atomically(self._starts_path, "".join(json.dumps(start) + "\n" for start in starts))
+        shutil.rmtree(self._run(cell), ignore_errors=True)
+        (self.folder / "cells" / f"{cell.name}.json").unlink(missing_ok=True)
+        self._outdated.remove(cell.name)
+        self._results.pop(cell.name, None)
+
     def _fail(self, message: str) -> None:
         self.failures.append(message)
         print(message, flush=True)
@@ -412,9 +444,14 @@ class Work:
     def _log(self, cell: Cell) -> Path:
         return self.folder / "logs" / f"{cell.name}.log"
 
+    @property
+    def _starts_path(self) -> Path:
+        return self.folder / "starts.jsonl"
+
     def _starts(self) -> list[_Start]:
-        found = []
-        for line in (self.folder / "starts.jsonl").read_text(encoding="utf-8").splitlines():
+        found, path = [], self._starts_path
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for line in text.splitlines():
             with suppress(ValueError):  # cut off by a crash
                 found.append(read_record(_Start, parse_json(line)))
         return found
@@ -440,3 +477,16 @@ class Work:
             loss = f", loss {status['loss']:.3f}" if isinstance(status.get("loss"), float) else ""
             parts.append(f"{one.cell.name} at step {status.get('step', 0)} of {config.train.steps}{loss}")
         print(f"{self._counter()} {'; '.join(parts)}", flush=True)
+
+
+def _changes(path: Path, config: Config) -> dict[str, tuple[str, str]]:
+    """Return what determines a run's result and has changed since its configuration was written: before, and now."""
+    if not path.is_file():
+        return {}
+    before, now = map(what_determines_the_result, (load_config(path, checks_batches=False), config))
+    return {key: (theirs, ours) for key, theirs, ours in difference(before, now)}
+
+
+def _ends_runs(key: str) -> bool:
+    """Return whether a key decides when a run gives up."""
+    return key.startswith(("resilience.", "fault_injection."))
