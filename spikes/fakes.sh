@@ -1,0 +1,12 @@
+b="configs/scale/1b_mosa.yaml train.global_batch_size=64 train.recompute=none data.vocab_size=32000 parallel.sequence_parallel=true"
+d="mosa.num_heads=0 model.num_dense_heads=8"
+fake() { # CARD NAME SECONDS RANKS OVERRIDE...
+  card=$1; name=$2; limit=$3; ranks=$4; shift 4; [ -f $D/fake_$name.json ] && return
+  CUDA_VISIBLE_DEVICES=$card timeout -k 5 $limit python3 .spike/fake_rank.py $ranks bench $b parallel.tensor_model_parallel_size=$ranks "$@" --steps 5 --warmup 3 --output $D/fake_$name.json > $D/fake_$name.txt 2>&1; say "fake $name rc $?"; grep -E "^(step|tokens|start|accel|error)" $D/fake_$name.txt | cut -c1-150; }
+one() { # CARD NAME OVERRIDE...
+  c=$1; n=$2; shift 2
+  fake $c ${n}_tp4_16 150 4 train.micro_batch_size=16 "$@"
+  fake $c ${n}_tp4_16_whole 100 4 train.micro_batch_size=16 parallel.tensor_parallel_overlap=none "$@"
+  fake $c ${n}_tp2_16_whole 100 2 train.micro_batch_size=16 parallel.tensor_parallel_overlap=none "$@"
+  fake $c ${n}_tp2_16 100 2 train.micro_batch_size=16 "$@"
+}
