@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.attention.decoder_layer import DecoderLayer
-from megatron_mosa.parallel.copies import use_lane
+from megatron_mosa.parallel import use_lane
 
 HALVES = 2
 
