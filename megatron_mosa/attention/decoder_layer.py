@@ -18,6 +18,8 @@ from megatron_mosa.parallel import TensorParallelRegion
 OfHeads = tuple[Tensor | None, ...]
 """A tensor of the heads of each kind in a layer; None: they have none."""
 
+Parameters = tuple[Tensor, ...]
+
 
 class DecoderLayer(torch.nn.Module):
     """Computes what a ``MosaTransformerLayer`` does in training, with the parameters of that layer.
@@ -123,24 +125,30 @@ class DecoderLayer(torch.nn.Module):
         return cast(Tensor, checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False))
 
     # The same layer in pieces that begin where a collective has ended and end with two of them, for ``overlap``. Each
-    # is given hidden states as they are outside of the region, and what enters it, [T, B, h].
+    # is given hidden states as they are outside of the region, what enters it, [T, B, h], and parameters of the norm
+    # between, from ``TensorParallelRegion.all_outside``.
 
     def _heads_then_enter_mlp(
-        self, hidden_states: Tensor, entered: Tensor, above: bool
+        self, hidden_states: Tensor, entered: Tensor, above: bool, norm: Parameters
     ) -> tuple[Tensor, Tensor, OfHeads]:
         part, _, scores = self._heads(entered, above, None, None)
         hidden_states = hidden_states + self.region.leave(part)
-        return hidden_states, self._enter_mlp(hidden_states), scores
+        return hidden_states, self._enter_mlp(hidden_states, norm), scores
 
-    def _mlp_then_enter_next(self, hidden_states: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
+    def _mlp_then_enter_next(self, hidden_states: Tensor, entered: Tensor, norm: Parameters) -> tuple[Tensor, Tensor]:
         hidden_states = hidden_states + self.region.leave(self._feed_forward(entered))
-        return hidden_states, self.region.enter(self._normalized(self.following_norm, hidden_states))
+        return hidden_states, self.region.enter(_normalized(self.following_norm, hidden_states, norm))
 
-    def _enter_heads(self, hidden_states: Tensor) -> Tensor:
-        return self.region.enter(self._normalized(self.layer.input_layernorm, hidden_states))
+    def _enter_heads(self, hidden_states: Tensor, norm: Parameters | None = None) -> Tensor:
+        return self._enter(self.layer.input_layernorm, hidden_states, norm)
 
-    def _enter_mlp(self, hidden_states: Tensor) -> Tensor:
-        return self.region.enter(self._normalized(self.layer.pre_mlp_layernorm, hidden_states))
+    def _enter_mlp(self, hidden_states: Tensor, norm: Parameters | None = None) -> Tensor:
+        return self._enter(self.layer.pre_mlp_layernorm, hidden_states, norm)
+
+    def _enter(self, norm: object, hidden_states: Tensor, parameters: Parameters | None) -> Tensor:
+        if parameters is None:
+            parameters = tuple([self.region.outside(parameter) for parameter in norm_parameters(norm)])
+        return self.region.enter(_normalized(norm, hidden_states, parameters))
 
     def _heads(
         self, states: Tensor, above: bool, documents: PackedDocuments | None, selected: OfHeads | None
@@ -161,9 +169,17 @@ class DecoderLayer(torch.nn.Module):
         states = self.kernels.swiglu(states) if config.gated_linear_unit else config.activation_func(states)
         return F.linear(states, mlp.linear_fc2.weight)
 
-    def _normalized(self, norm: object, states: Tensor) -> Tensor:
-        if isinstance(norm, torch.nn.LayerNorm):
-            weight, bias = self.region.outside(norm.weight), self.region.outside(norm.bias)
-            return F.layer_norm(states, norm.normalized_shape, weight, bias, norm.eps)
-        assert isinstance(norm, torch.nn.RMSNorm)
-        return F.rms_norm(states, norm.normalized_shape, self.region.outside(norm.weight), norm.eps)
+
+def norm_parameters(norm: object) -> Parameters:
+    """Return the weight of a norm, and the bias if it has one, [h] each."""
+    if isinstance(norm, torch.nn.LayerNorm):
+        return norm.weight, norm.bias
+    assert isinstance(norm, torch.nn.RMSNorm)
+    return (norm.weight,)
+
+
+def _normalized(norm: object, states: Tensor, parameters: Parameters) -> Tensor:
+    if isinstance(norm, torch.nn.LayerNorm):
+        return F.layer_norm(states, norm.normalized_shape, *parameters, eps=norm.eps)
+    assert isinstance(norm, torch.nn.RMSNorm)
+    return F.rms_norm(states, norm.normalized_shape, *parameters, eps=norm.eps)

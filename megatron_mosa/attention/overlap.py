@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from megatron_mosa.attention.decoder_layer import DecoderLayer
+from megatron_mosa.attention.decoder_layer import DecoderLayer, Parameters, norm_parameters
 
 HALVES = 2
 
@@ -28,26 +29,36 @@ def run_overlapped(layers: Sequence[DecoderLayer], hidden_states: Tensor, above:
     Returns:
         [T, B, h], after the norm that follows the last layer, inside of the tensor-parallel region.
     """
+    norms = _norms(layers)
     streams = _streams(hidden_states)
     halves = []
     for stream, half in zip(streams, hidden_states.chunk(HALVES, dim=1), strict=True):
         with _on(stream):
-            halves.append((half, layers[0].enter_heads(half)))
-    for layer in layers:
+            halves.append((half, layers[0].enter_heads(half, norms[0])))
+    for layer, of_mlp, following in zip(layers, norms[1::2], norms[2::2], strict=True):
         for number, stream in enumerate(streams):
             with _on(stream):
-                hidden, entered, scores = layer.heads_then_enter_mlp(*halves[number], above)
+                hidden, entered, scores = layer.heads_then_enter_mlp(*halves[number], above, of_mlp)
                 halves[number] = hidden, entered
                 if number == 0:  # the other half would write to the same place at any time
                     layer.keep(scores)
         for number, stream in enumerate(streams):
             with _on(stream):
-                halves[number] = layer.mlp_then_enter_next(*halves[number])
+                halves[number] = layer.mlp_then_enter_next(*halves[number], following)
     outputs = [states for _, states in halves]
     if streams[0] is not None and streams[1] is not None:
         streams[0].wait_stream(streams[1])
         outputs[1].record_stream(streams[0])
     return torch.cat(outputs, dim=1)
+
+
+def _norms(layers: Sequence[DecoderLayer]) -> list[Parameters]:
+    """Return the parameters of all norms in order, whose gradients are summed over ranks at once, for both halves."""
+    found = [norm_parameters(layers[0].layer.input_layernorm)]
+    for layer in layers:
+        found += [norm_parameters(layer.layer.pre_mlp_layernorm), norm_parameters(layer.following_norm)]
+    used, each = layers[0].region.all_outside([*chain.from_iterable(found)]), len(found[0])
+    return [used[start : start + each] for start in range(0, len(used), each)]
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

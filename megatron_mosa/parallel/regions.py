@@ -5,6 +5,7 @@ All go through torch's functional collectives, which torch.compile traces and CU
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,19 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(gradients[0], ctx.group), None
+
+
+class _SumAllGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple([tensor.view_as(tensor) for tensor in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        total = _all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), ctx.group)
+        parts = total.split([gradient.numel() for gradient in gradients])
+        return (None, *[part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
 
 
 class _Sum(torch.autograd.Function):
@@ -124,3 +138,12 @@ class TensorParallelRegion:
     def outside(self, parameter: Tensor) -> Tensor:
         """Use a replicated parameter outside: under sequence parallelism its gradient is summed over the slices."""
         return _SumGradients.apply(parameter, self.group) if self.splits_sequence and self.size > 1 else parameter
+
+    def all_outside(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Use replicated parameters of one type outside: one collective sums their gradients, once all are known.
+
+        Not in compiled code: Dynamo does not trace a function of any number of tensors.
+        """
+        if not self.splits_sequence or self.size == 1:
+            return tuple(parameters)
+        return _SumAllGradients.apply(self.group, *parameters)
