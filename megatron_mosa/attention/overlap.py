@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.attention.decoder_layer import DecoderLayer, Parameters, norm_parameters
+from megatron_mosa.parallel import use_lane
 
 HALVES = 2
 
@@ -72,6 +73,7 @@ def _streams(hidden_states: Tensor) -> list[torch.cuda.Stream | None]:
     current = torch.cuda.current_stream(device)
     if device not in _side_streams:
         _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[arg-type]
+        use_lane(_side_streams[device], 1)
     side = _side_streams[device]
     side.wait_stream(current)
     hidden_states.record_stream(side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -67,7 +68,10 @@ class MosaGPTModel(GPTModel):
         torch.compiler.reset()  # variants compiled for an earlier model in this process count towards the same limit
         self.output_loss.function = loss or kernels.linear_cross_entropy
         group = tensor_parallel_group()
-        self._region = TensorParallelRegion(group.group_name, group.size(), self.config.sequence_parallel)
+        copies = os.environ.get("MOSA_COPIES") == "1"
+        self._region = TensorParallelRegion(
+            group.group_name, group.size(), self.config.sequence_parallel, group.rank(), copies
+        )
         self._overlaps = overlaps
         layers = cast(Any, self.decoder.layers)
         following = [*(layer.input_layernorm for layer in layers[1:]), cast(Any, self.decoder.final_layernorm)]

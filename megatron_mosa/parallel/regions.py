@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from megatron_mosa.parallel.copies import exchange_copies, gather_copies
+
 _collectives = torch.ops._c10d_functional
 
 
@@ -25,6 +27,20 @@ def _all_gather(tensor: Tensor, size: int, group: str) -> Tensor:
 
 def _reduce_scatter(tensor: Tensor, size: int, group: str) -> Tensor:
     return _collectives.wait_tensor(_collectives.reduce_scatter_tensor(tensor.contiguous(), "sum", size, group))
+
+
+def _gather(tensor: Tensor, region: TensorParallelRegion) -> Tensor:
+    if region.copies:
+        return gather_copies(tensor, region.size, region.group)
+    return _all_gather(tensor, region.size, region.group)
+
+
+def _scatter(tensor: Tensor, region: TensorParallelRegion) -> Tensor:
+    if not region.copies:
+        return _reduce_scatter(tensor, region.size, region.group)
+    received = exchange_copies(tensor, region.size, region.group)
+    own = tensor.chunk(region.size)[region.rank]
+    return (own.float() + received.float().sum(0)).to(tensor.dtype)  # compiled with what follows
 
 
 class _SumGradients(torch.autograd.Function):
@@ -63,24 +79,24 @@ class _Sum(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return _all_gather(tensor, size, group)
+    def forward(ctx: Any, tensor: Tensor, region: TensorParallelRegion) -> Tensor:
+        ctx.region = region
+        return _gather(tensor, region)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(gradients[0], ctx.size, ctx.group), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _scatter(gradients[0], ctx.region), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return _reduce_scatter(tensor, size, group)
+    def forward(ctx: Any, tensor: Tensor, region: TensorParallelRegion) -> Tensor:
+        ctx.region = region
+        return _scatter(tensor, region)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(gradients[0], ctx.size, ctx.group), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _gather(gradients[0], ctx.region), None
 
 
 def gather_first_dim(tensor: Tensor, group: distributed.ProcessGroup) -> Tensor:
@@ -119,12 +135,18 @@ class TensorParallelRegion:
     splits_sequence: bool
     """Sequence parallelism."""
 
+    rank: int = 0
+    """Of this process in the group."""
+
+    copies: bool = False
+    """Under sequence parallelism, collectives are copies between devices; see ``copies``."""
+
     def enter(self, hidden_states: Tensor) -> Tensor:
         """Hidden states as they are outside to [T, B, h]; backward sums over ranks what each contributes."""
         if self.size == 1:
             return hidden_states
         if self.splits_sequence:
-            return _Gather.apply(hidden_states, self.size, self.group)
+            return _Gather.apply(hidden_states, self)
         return _SumGradients.apply(hidden_states, self.group)
 
     def leave(self, partial: Tensor) -> Tensor:
@@ -132,7 +154,7 @@ class TensorParallelRegion:
         if self.size == 1:
             return partial
         if self.splits_sequence:
-            return _Scatter.apply(partial, self.size, self.group)
+            return _Scatter.apply(partial, self)
         return _Sum.apply(partial, self.group)
 
     def outside(self, parameter: Tensor) -> Tensor:
