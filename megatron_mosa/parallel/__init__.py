@@ -7,6 +7,7 @@ from megatron_mosa.utils import lazy_face
 if TYPE_CHECKING:
     from megatron_mosa.parallel.apex import apex_fused_adam, apex_norms, reject_wrong_apex
     from megatron_mosa.parallel.consensus import HostGroup, on_every_rank, on_main_rank
+    from megatron_mosa.parallel.copies import use_lane
     from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
     from megatron_mosa.parallel.failures import LOST_CONNECTION, FirstFailure, is_lost_connection
     from megatron_mosa.parallel.groups import data_parallel_group, tensor_parallel_group
@@ -53,6 +54,7 @@ __all__ = [
     "sum_gradients",
     "tensor_parallel_group",
     "use_deterministic_algorithms",
+    "use_lane",
 ]
 
 __getattr__, __dir__ = lazy_face(__name__, __file__)

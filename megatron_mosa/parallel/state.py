@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import distributed as dist
 
 from megatron_mosa.errors import RunError
+from megatron_mosa.parallel.copies import free_buffers
 from megatron_mosa.parallel.cpu import patch_cuda_for_cpu
 from megatron_mosa.parallel.launch import launch_environment
 from megatron_mosa.utils import first_line
@@ -115,6 +116,7 @@ def use_deterministic_algorithms() -> None:
 
 def destroy_parallel() -> None:
     """Destroy the process groups, if there are any."""
+    free_buffers()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
