@@ -7,6 +7,7 @@ what hides it is work on other streams. On a CPU the same by collectives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,13 +43,7 @@ def gather_copies(shard: Tensor, size: int, group: str) -> Tensor:
     if shard.device.type == "cpu":
         distributed.all_gather_into_tensor(output, shard, group=_resolved(group))
         return output
-    buffer, parts = _buffer(shard, (size - 1) * shard.numel(), group), output.chunk(size)
-    buffer.get_buffer(buffer.rank, shard.shape, shard.dtype).copy_(shard)
-    buffer.barrier()
-    for rank in _others(buffer.rank, size):
-        parts[rank].copy_(buffer.get_buffer(rank, shard.shape, shard.dtype))
-    buffer.barrier()
-    parts[buffer.rank].copy_(shard)
+    gather_through(_buffer(shard, (size - 1) * shard.numel(), group), shard, output.chunk(size))
     return output
 
 
@@ -77,21 +72,44 @@ def exchange_copies(whole: Tensor, size: int, group: str) -> Tensor:
         for number, rank in enumerate(_others(process_group.rank(), size)):
             output[number] = found.chunk(size)[rank]
         return output
-    buffer, each = _buffer(whole, output.numel(), group), slices[0].numel()
-    # The slice of rank r lies at the place that r's distance from this rank gives it.
-    for number, rank in enumerate(_others(buffer.rank, size)):
-        buffer.get_buffer(buffer.rank, slices[0].shape, whole.dtype, number * each).copy_(slices[rank])
-    buffer.barrier()
-    for number, rank in enumerate(_others(buffer.rank, size)):
-        place = size - 2 - number
-        output[number].copy_(buffer.get_buffer(rank, slices[0].shape, whole.dtype, place * each))
-    buffer.barrier()
+    exchange_through(_buffer(whole, output.numel(), group), slices, output)
     return output
 
 
 @exchange_copies.register_fake
 def _(whole: Tensor, size: int, group: str) -> Tensor:
     return whole.new_empty((size - 1, whole.shape[0] // size, *whole.shape[1:]))
+
+
+def gather_through(buffer: Any, shard: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy the shard of each rank to the part of its number.
+
+    Args:
+        buffer: symmetric memory as large as the shard, or larger, with torch's interface.
+    """
+    buffer.get_buffer(buffer.rank, shard.shape, shard.dtype).copy_(shard)
+    buffer.barrier()
+    for rank in _others(buffer.rank, len(parts)):
+        parts[rank].copy_(buffer.get_buffer(rank, shard.shape, shard.dtype))
+    buffer.barrier()
+    parts[buffer.rank].copy_(shard)
+
+
+def exchange_through(buffer: Any, slices: Sequence[Tensor], output: Tensor) -> None:
+    """Give each other rank the slice of its number, and copy what they give this one, the next rank's first.
+
+    Args:
+        buffer: symmetric memory as large as ``output``, or larger, with torch's interface.
+    """
+    size, shape, dtype, each = len(slices), slices[0].shape, output.dtype, slices[0].numel()
+    # The slice of a rank lies at the place of its distance from this one.
+    for place, rank in enumerate(_others(buffer.rank, size)):
+        buffer.get_buffer(buffer.rank, shape, dtype, place * each).copy_(slices[rank])
+    buffer.barrier()
+    for number, rank in enumerate(_others(buffer.rank, size)):
+        place = size - 2 - number  # of this rank there
+        output[number].copy_(buffer.get_buffer(rank, shape, dtype, place * each))
+    buffer.barrier()
 
 
 def _others(rank: int, size: int) -> list[int]:
@@ -113,6 +131,6 @@ def _buffer(like: Tensor, number: int, group: str) -> Any:
             raise RuntimeError(f"a buffer of {size} bytes cannot grow to {needed} while a CUDA graph is captured")
         _outgrown.append(buffer)  # it may still be read
         memory = symmetric_memory.empty(needed, dtype=torch.uint8, device=like.device)
-        buffer = symmetric_memory.rendezvous(memory, group)
+        buffer = symmetric_memory.rendezvous(memory, group)  # pyright: ignore[reportArgumentType]
         _buffers[key] = needed, buffer
     return buffer
