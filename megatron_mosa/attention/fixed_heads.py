@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_mosa.attention.causal_heads import CausalHeads
 from megatron_mosa.attention.config import MosaTransformerConfig
-from megatron_mosa.attention.heads import CausalHeads
 from megatron_mosa.kernels import AnyDocuments, KernelBackend, naive
 
 

@@ -64,7 +64,7 @@ class DenseKind(CausalKind):
     word = "dense"
 
     def module(self) -> type[PartitionedHeads]:
-        from megatron_mosa.attention.heads import DenseHeads
+        from megatron_mosa.attention.causal_heads import DenseHeads
 
         return DenseHeads
 
@@ -88,7 +88,7 @@ class LocalKind(CausalKind):
     word = "local"
 
     def module(self) -> type[PartitionedHeads]:
-        from megatron_mosa.attention.heads import LocalHeads
+        from megatron_mosa.attention.causal_heads import LocalHeads
 
         return LocalHeads
 
@@ -199,7 +199,7 @@ class MosaKind(HeadKind):
     word = "MoSA"
 
     def module(self) -> type[PartitionedHeads]:
-        from megatron_mosa.attention.heads import MosaHeads
+        from megatron_mosa.attention.mosa_heads import MosaHeads
 
         return MosaHeads
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.heads import SELECTION_BUFFERS, MosaHeads, PartitionedHeads
+from megatron_mosa.attention.heads import SELECTION_BUFFERS, PartitionedHeads
+from megatron_mosa.attention.mosa_heads import MosaHeads
 from megatron_mosa.attention.routing_heads import RoutingHeads
 from megatron_mosa.attention.token_choice import balanced
 from megatron_mosa.kernels import HISTOGRAM_LOGITS

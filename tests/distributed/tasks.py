@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.attention.mosa_heads import MosaHeads
 from megatron_mosa.checkpoint import load_initial_weights
 from megatron_mosa.checkpoint.format import read_state, snapshot, write_state
 from megatron_mosa.checkpoint.host_memory import HostMemory

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mosa.attention.heads import MosaHeads
+from megatron_mosa.attention.mosa_heads import MosaHeads
 from megatron_mosa.attention.thresholds import mosa_layers
 from megatron_mosa.config import Config
 from megatron_mosa.convert.logits import single_process_groups

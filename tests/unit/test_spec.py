@@ -14,7 +14,7 @@ from megatron_mosa.attention import (
     get_mosa_layer_spec,
     mosa_attention,
 )
-from megatron_mosa.attention.heads import DenseHeads
+from megatron_mosa.attention.causal_heads import DenseHeads
 from megatron_mosa.kernels import Documents, naive
 from megatron_mosa.parallel import Layout, tensor_parallel_group
 
