@@ -12,6 +12,25 @@ CHOICES = {
     "hidden_act": ("gelu", "silu"),
     "norm_type": ("LayerNorm", "RMSNorm"),
     "selection": ("expert_choice", "threshold", "token_choice"),
+    "selection_scope": ("sequence", "document"),
+}
+FLAGS = ("include_first_token", "attend_within_documents", "restart_rotary", "attention_gate", "tie_word_embeddings")
+FEWEST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "head_dim": 1,
+    "num_dense_heads": 0,
+    "num_key_value_heads": 0,
+    "num_local_heads": 0,
+    "local_window": 0,
+    "num_fixed_heads": 0,
+    "fixed_stride": 0,
+    "num_routing_heads": 0,
+    "routing_clusters": 0,
+    "num_mosa_heads": 0,
+    "max_position_embeddings": 1,
 }
 # The bounds of training (config/schema.py), so that a model that works here can also be imported.
 BOUNDS = {
@@ -22,6 +41,7 @@ BOUNDS = {
     "rotary_base": {"greater than": 0},
     "initializer_range": {"greater than": 0},
 }
+HEADS = ("num_dense_heads", "num_local_heads", "num_fixed_heads", "num_routing_heads", "num_mosa_heads")
 COMPARISONS = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le}  # each False for NaN
 
 
@@ -143,31 +163,40 @@ class MosaConfig(PretrainedConfig):
         use_cache = kwargs.pop("use_cache", True)
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
+        self.check()
         self.use_cache = use_cache and self.can_decode  # the default of generate
-        self.num_attention_heads = (
-            num_dense_heads + num_local_heads + num_fixed_heads + num_routing_heads + num_mosa_heads
-        )
-        self._check_values()
+        self.num_attention_heads = sum(getattr(self, name) for name in HEADS)
 
-    def _check_values(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError that names the first value that is not allowed; a model does it, too."""
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, fewest in FEWEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < fewest:
+                raise ValueError(f"{name} must be an integer of at least {fewest}, got {value!r}")
         for name, bounds in BOUNDS.items():
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and value != math.inf
             if not is_number or not all(COMPARISONS[word](value, bound) for word, bound in bounds.items()):
                 words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
                 raise ValueError(f"{name} must be {'finite' if value == math.inf else words}, got {value!r}")
-        if self.num_attention_heads < 1:
-            raise ValueError(
-                "num_dense_heads, num_local_heads, num_fixed_heads, num_routing_heads and num_mosa_heads are all 0; "
-                "set one of them above 0"
-            )
-        if self.num_local_heads and self.local_window < 1:
-            raise ValueError(f"local_window must be at least 1 with local heads, got {self.local_window}")
-        if self.num_fixed_heads and self.fixed_stride < 1:
-            raise ValueError(f"fixed_stride must be at least 1 with fixed heads, got {self.fixed_stride}")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        if not any(getattr(self, name) for name in HEADS):
+            raise ValueError(f"{', '.join(HEADS[:-1])} and {HEADS[-1]} are all 0; set one of them above 0")
+        dense, groups = self.num_dense_heads, self.num_key_value_heads
+        if dense and (not groups or dense % groups):
+            raise ValueError(f"num_key_value_heads must divide num_dense_heads={dense}, got {groups}")
+        if self.num_local_heads and not self.local_window:
+            raise ValueError("local_window must be at least 1 with local heads, got 0")
+        if self.num_fixed_heads and not self.fixed_stride:
+            raise ValueError("fixed_stride must be at least 1 with fixed heads, got 0")
         if self.num_routing_heads and self.routing_clusters < 2:
             raise ValueError(f"routing_clusters must be at least 2 with Routing heads, got {self.routing_clusters}")
         if self.selection == "token_choice" and self.num_mosa_heads and not self.heads_per_token:

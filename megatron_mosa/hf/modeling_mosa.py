@@ -163,6 +163,10 @@ class MosaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
 
+    def __init__(self, config: MosaConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check()  # from_pretrained(folder, sparsity=...) changes it once it is made
+        super().__init__(config, *inputs, **kwargs)
+
     def new_cache(self) -> MosaCache:
         """Return an empty cache for this model, to be passed to consecutive calls.
 

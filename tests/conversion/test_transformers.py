@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import (
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.model_config import from_transformers
 from megatron_mosa.errors import UserError
-from megatron_mosa.hf.configuration_mosa import BOUNDS, MosaConfig
+from megatron_mosa.hf.configuration_mosa import BOUNDS, FEWEST, FLAGS, MosaConfig
 from megatron_mosa.hf.heads_mosa import MosaAttention
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.hf.sparse_mosa import MosaHeads
@@ -467,9 +468,29 @@ def test_numbers_have_the_bounds_of_training(name: str) -> None:
         assert refusal(lambda value=value: MosaConfig(**content | {name: value})).endswith(f"got {value!r}")
 
 
-def test_every_float_of_the_configuration_has_bounds() -> None:
-    arguments = signature(MosaConfig.__init__).parameters
-    assert {name for name, argument in arguments.items() if argument.annotation == "float"} == set(BOUNDS)
+def test_every_number_and_flag_of_the_configuration_is_checked() -> None:
+    of_type: dict[str, set[str]] = defaultdict(set)
+    for name, argument in signature(MosaConfig.__init__).parameters.items():
+        of_type[argument.annotation].add(name)
+    assert of_type["float"] == set(BOUNDS)
+    assert of_type["int"] | of_type["int | None"] == set(FEWEST)
+    assert of_type["bool"] == set(FLAGS)
+
+
+@pytest.mark.parametrize("name", [*FEWEST, *FLAGS])
+def test_sizes_are_integers_and_flags_are_booleans(name: str) -> None:
+    words = "True or False" if name in FLAGS else f"an integer of at least {FEWEST[name]}"
+    for value in (-1, FEWEST.get(name, 1) - 1, 2.0, "2", [2], *([] if name in FLAGS else [True])):
+        assert refusal(lambda value=value: MosaConfig(**{name: value})) == f"{name} must be {words}, got {value!r}"
+
+
+def test_a_model_checks_what_was_changed_since_its_configuration_was_made(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_mosa_heads": 2}
+    MosaForCausalLM(MosaConfig(**small)).save_pretrained(tmp_path)
+    assert MosaForCausalLM.from_pretrained(tmp_path, sparsity=2).config.sparsity == 2
+    for name, value in {"sparsity": 0, "local_window": -1, "num_key_value_heads": 3}.items():
+        message = refusal(lambda name=name, value=value: MosaForCausalLM.from_pretrained(tmp_path, **{name: value}))
+        assert message.startswith(f"{name} must ") and message.endswith(f", got {value}")
 
 
 def test_token_choice_leaves_each_token_a_head() -> None:
