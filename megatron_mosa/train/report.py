@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
@@ -34,10 +35,16 @@ def report(directory: Path) -> None:
     print(f"Run directory:    {directory} (metrics.jsonl, {drawn}checkpoints/, tensorboard/)")
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if validation is not None:
-        loss, entropy = validation["validation_loss"], validation["unigram_entropy"]
-        gap = f"{abs(entropy - loss):.4f} {'below' if loss < entropy else 'above'}"
-        label = "" if validation["causal"] else f"   ({NON_CAUSAL})"
-        print(
-            f"Validation loss:  {loss:.4f} nats per token, perplexity {validation['validation_perplexity']:.2f}{label}"
-        )
-        print(f"Unigram entropy:  {entropy:.4f} nats per token of these samples: the model is {gap}")
+        _report_validation(validation)
+
+
+def _report_validation(line: dict[str, Any]) -> None:
+    """Print a line of the journal, where None stands for what was not finite."""
+    loss, perplexity, entropy = line["validation_loss"], line["validation_perplexity"], line["unigram_entropy"]
+    label = "" if line["causal"] else f"   ({NON_CAUSAL})"
+    if loss is None:
+        print(f"Validation loss:  not finite: the training has diverged; try a lower optimizer.learning_rate{label}")
+        return
+    print(f"Validation loss:  {loss:.4f} nats per token, perplexity {perplexity:.2f}{label}")
+    gap = f"{abs(entropy - loss):.4f} {'below' if loss < entropy else 'above'}"
+    print(f"Unigram entropy:  {entropy:.4f} nats per token of these samples: the model is {gap}")

@@ -65,6 +65,14 @@ def test_each_loss_has_the_mark_of_its_line(
     assert [next(iter(column.cells)) for column in columns if column.header == "causal"] == marks
 
 
+def test_a_run_that_diverged_does_not_show_its_last_finite_loss(tmp_path: Path) -> None:
+    diverged = [line | {"step": 5, "tokens": 500} for line in lines(50.0)[1:]]
+    diverged = [line | {name: None for name in ("loss", "validation_loss") if name in line} for line in diverged]
+    drawn = table([read_run(write(tmp_path / name, lines(50.0) + more)) for name, more in (("a", []), ("b", diverged))])
+    losses = [list(column.cells) for column in drawn.columns if column.header in ("loss", "val. loss")]
+    assert losses == [["2.0000", "not finite"], ["2.5000", "not finite"]]
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare([write(tmp_path / name, lines(50.0)) for name in ("a/x/run", "b/x/run")], output=tmp_path / "runs.png")
     printed = capsys.readouterr().out

@@ -97,6 +97,15 @@ def test_the_report_of_a_run_without_matplotlib(
     assert "(metrics.jsonl, checkpoints/, tensorboard/)" in printed
 
 
+def test_the_report_of_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl", resumed_step=0)
+    journal.write({"step": 1, "tokens": 8, "loss": math.nan, "tokens_per_second": 4.0, "mfu": 0.1})
+    losses = {"validation_loss": math.nan, "validation_perplexity": math.nan, "unigram_entropy": 3.0}
+    journal.write({"step": 1, "tokens": 8, "causal": True} | losses)
+    report(tmp_path)
+    assert "Validation loss:  not finite: the training has diverged" in capsys.readouterr().out
+
+
 def test_the_unrelated_apex_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reject_wrong_apex()  # absent
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ class Point(NamedTuple):
     """inside steps"""
 
     loss: float
+    """NaN where it was not finite."""
+
     is_causal: bool
 
 
@@ -60,21 +63,22 @@ def read_run(run: Path) -> RunCurves:
     """Read a run directory.
 
     Raises:
-        UserError: it has no metrics.
+        UserError: it has no finite loss.
     """
     lines = read_journal(run / "metrics.jsonl")
     if not any(line.get("loss") is not None and line.get("tokens") is not None for line in lines):
         known = sorted(path.parent.name for path in run.parent.glob("*/metrics.jsonl")) if run.parent.is_dir() else []
         hint = f"; runs there: {', '.join(known)}" if known else ""
-        raise UserError(f"'{run}' has no metrics.jsonl with losses; pass run directories{hint}")
+        raise UserError(f"'{run}' has no metrics.jsonl with finite losses; pass run directories{hint}")
     training, validation, seconds, tokens = [], [], 0.0, 0
     for line in lines:
         if "tokens_per_second" in line and line.get("tokens") is not None:
             seconds += max(line["tokens"] - tokens, 0) / (line["tokens_per_second"] or float("inf"))
             tokens = line["tokens"]
         for key, points in (("loss", training), ("validation_loss", validation)):
-            if line.get("tokens") is not None and line.get(key) is not None:
-                points.append(Point(line["step"], line["tokens"], seconds, line[key], line.get("causal", True)))
+            if line.get("tokens") is not None and key in line:
+                loss = math.nan if line[key] is None else line[key]
+                points.append(Point(line["step"], line["tokens"], seconds, loss, line.get("causal", True)))
     return RunCurves(os.path.basename(os.path.realpath(run)), run_totals(lines), training, validation)
 
 
@@ -103,7 +107,10 @@ def table(runs: Sequence[RunCurves]) -> Table:
 
 def _cells(points: Sequence[Point]) -> tuple[str, str]:
     """Return the last loss, and whether it is causal."""
-    return (f"{points[-1].loss:.4f}", "yes" if points[-1].is_causal else "NO") if points else ("", "")
+    if not points:
+        return "", ""
+    loss = points[-1].loss
+    return "not finite" if math.isnan(loss) else f"{loss:.4f}", "yes" if points[-1].is_causal else "NO"
 
 
 def plot(runs: Sequence[RunCurves], path: Path) -> None:
