@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_mosa.__main__ import main
@@ -113,6 +115,17 @@ def test_unset_thresholds_are_refused(mosa, tmp_path: Path) -> None:
     for words in (["generate", tmp_path / "model", "--prompt", "a"], ["cache-report", tmp_path / "model"]):
         code, _, errors = mosa(*words)
         assert code == 2 and "mosa_heads.thresholds of layers 1 are NaN: they are not calibrated" in errors
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_refused(temperature: int, mosa, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "diverged")
+    weights = load_file(tmp_path / "diverged" / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, tmp_path / "diverged" / "model.safetensors", metadata={"format": "pt"})
+    code, printed, errors = mosa("generate", tmp_path / "diverged", "--prompt", "a", "--temperature", temperature)
+    assert code == 1 and printed == "" and errors.count("\n") == 1
+    assert "diverged' are not finite: its training diverged, or its weights are damaged; export the" in errors
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 from megatron_mosa.tools.decoding.sampling import Sampling
@@ -44,8 +45,17 @@ def generate_text(
     Raises:
         UserError: the model selects by expert choice and no approximation was requested, its thresholds are not
             calibrated, or it has no tokenizer.
+        RunError: its logits are not finite.
     """
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:  # the library samples from NaN with a traceback, or takes token 0
+        if not logits.max().isfinite():  # NaN if any is
+            raise RunError(
+                f"the logits of '{path}' are not finite: its training diverged, or its weights are damaged; export the "
+                "model again, or an earlier checkpoint"
+            )
+        return logits
 
     model, text_tokenizer = load_model(path, device, dtype, tokenizer)
     _check_decodable(model, path, causal_approximation)
@@ -61,6 +71,7 @@ def generate_text(
         ids,
         attention_mask=torch.ones_like(ids),
         streamer=TextStreamer(text_tokenizer, skip_prompt=True, skip_special_tokens=True),
+        logits_processor=LogitsProcessorList([check]),
         causal_approximation=causal_approximation,
         **sampling.options(),
     )
