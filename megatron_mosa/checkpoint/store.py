@@ -219,9 +219,13 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
     """
     fix = "choose another run name (run.name=...) or restore the setting"
     # A key missing from the checkpoint was added later; its default, or this, describes the model of that time.
+    meant_by_them, meant_by_us = _meant_by_null(metadata.config), _meant_by_null(config)
     for section, defaults in {"model": ModelSection(), "mosa": MosaSection(load_feedback=0.0)}.items():
         for key, ours in config[section].items():
             theirs = metadata.config[section].get(key, getattr(defaults, key))
+            if (theirs is None) != (ours is None):
+                theirs = meant_by_them.get(key) if theirs is None else theirs
+                ours = meant_by_us.get(key) if ours is None else ours
             _require_same(f"{section}.{key}", theirs, ours, path, fix, key in _MAY_DIFFER)
     _require_same("run.seed", metadata.config["run"]["seed"], config["run"]["seed"], path, fix)
     _require_same(
@@ -232,6 +236,17 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
         _require_same("data.path", *hashes, path, fix, what="tokenizer hash ")
     fingerprints = metadata.data["fingerprint"], data["fingerprint"]
     _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint ")
+
+
+def _meant_by_null(config: dict) -> dict[str, int]:
+    """Return what null stands for, by key of section ``model``."""
+    length, sparsity = config["data"]["sequence_length"], config["mosa"]["sparsity"]
+    return {
+        "num_query_groups": config["model"]["num_dense_heads"],
+        "local_window": min(max(int(length / sparsity), 2), length),
+        "fixed_stride": int(sparsity),
+        "routing_clusters": int(sparsity),
+    }
 
 
 def _require_same(

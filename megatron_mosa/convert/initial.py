@@ -31,7 +31,7 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
 
     Raises:
         UserError: the checkpoint does not exist, is damaged, has another tokenizer, or has weights of other names or
-            shapes.
+            shapes, or heads of another width.
     """
     try:
         folder, kind = find_model(path)
@@ -52,7 +52,8 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
             f"with ({data['tokenizer_hash']}); rebuild the dataset with that tokenizer (data.tokenizer=PATH)"
         )
     rows = padded_vocab_size(data["vocab_size"], config.model.vocab_size_multiple)
-    weights, recorded = model_weights(config, rows), model_weights(model_config(metadata.config), rows)
+    original = model_config(metadata.config)
+    weights, recorded = model_weights(config, rows), model_weights(original, rows)
     untrained = {weight.name for weight in recorded if not weight.is_trained}
     stored = {name: info.shape for name, info in StateReader(folder).weights.items()}
     # Of what is not trained, the run takes what it finds.
@@ -65,6 +66,13 @@ def find_initial_weights(path: Path, config: Config, data: dict[str, Any], *, re
                 f"{_KEY}: '{folder}' holds another model: {name} is {theirs or 'missing'}, but the run expects "
                 f"{ours or 'none'}; set {_fix(name, ours, theirs, data['vocab_size'])}"
             )
+    # With it the shapes determine the numbers of heads and of groups; 2 heads of 16 have the shapes of 4 of 8.
+    ours, theirs = config.model.head_dim, original.model.head_dim
+    if ours != theirs:
+        raise UserError(
+            f"{_KEY}: '{folder}' holds another model: model.head_dim is {theirs}, but the run asks for {ours}; set "
+            f"model.head_dim={theirs}, and the numbers of heads as in that checkpoint"
+        )
     return folder
 
 

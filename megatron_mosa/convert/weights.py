@@ -189,6 +189,11 @@ def stacked(name: str) -> tuple[str, int | None]:
     return _LAYER.sub(".layers.", name), int(layer[1]) if layer else None
 
 
+def num_parameters(weights: Iterable[Weight]) -> int:
+    """Return the number of parameters as training and transformers count them: without thresholds and the like."""
+    return sum(torch.Size(weight.shape).numel() for weight in weights if weight.is_trained)
+
+
 def model_weights(config: Config, vocab_rows: int) -> list[Weight]:
     """List all weights of a model: embedding first, then layer by layer.
 

@@ -20,7 +20,7 @@ def report(directory: Path) -> None:
     try:
         with tolerating("loss.png was not updated"):
             plot_losses(lines, directory / "loss.png", directory.name)
-            drawn = "loss.png, "
+            drawn = ", loss.png"
     except RunError as error:
         print(f"No loss.png:      {error}")
     totals, status = run_totals(lines), read_status(directory) or {}
@@ -32,7 +32,8 @@ def report(directory: Path) -> None:
         f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} "
         f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}"
     )
-    print(f"Run directory:    {directory} (metrics.jsonl, {drawn}checkpoints/, tensorboard/)")
+    folders = "".join(f", {name}/" for name in ("checkpoints", "tensorboard") if (directory / name).is_dir())
+    print(f"Run directory:    {directory} (metrics.jsonl{drawn}{folders})")
     validation = next((line for line in reversed(lines) if "validation_loss" in line), None)
     if validation is not None:
         _report_validation(validation)

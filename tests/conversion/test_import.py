@@ -186,6 +186,10 @@ def test_weights_that_do_not_fit_a_run(trained: dict[str, Trained], tmp_path: Pa
     )
     with pytest.raises(UserError, match=message):
         find_initial_weights(model.checkpoint, other, identity, reads_all=False)
+    twice = ["model.num_dense_heads=8", "model.num_query_groups=4", "model.head_dim=4"]  # the same shapes
+    narrow = load_config(QUICKSTART, [*TINY, *KINDS["dense"], *twice])
+    with pytest.raises(UserError, match=r"holds another model: model.head_dim is 8, but the run asks for 4; set model"):
+        find_initial_weights(trained["dense"].checkpoint, narrow, identity, reads_all=False)
     clusters = load_config(QUICKSTART, [*TINY, *KINDS["routing"], "model.routing_clusters=3"])
     message = r"routing_heads.centroids is \(4, 5, 8\), but the run expects \(4, 3, 8\); set sections model and mosa"
     with pytest.raises(UserError, match=message):

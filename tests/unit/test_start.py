@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_mosa.attention.kinds import local_window
 from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import build_dataset, read_manifest
@@ -134,6 +135,30 @@ def test_another_models_checkpoints(overrides: list[str], change: str, parts: li
     message = refused(load_config(QUICKSTART, [*overrides, "run.name=other", change]))
     for part in [*parts, "holds another model", "run.name"]:
         assert part in message
+
+
+def test_null_and_what_it_stands_for_are_the_same_model(overrides: list[str]) -> None:
+    heads = [
+        "mosa.sparsity=7.5",
+        "model.num_dense_heads=4",
+        *(f"model.num_{kind}_heads=2" for kind in ("local", "fixed", "routing")),
+    ]
+    config = load_config(QUICKSTART, [*overrides, *heads, "run.name=nulls"])
+    meant = {
+        "num_query_groups": config.model.num_dense_heads, "local_window": local_window(config),
+        "fixed_stride": config.fixed_stride, "routing_clusters": config.routing_clusters,
+    }  # fmt: skip
+    given = [f"model.{name}={value}" for name, value in meant.items()]
+    for first, then in (([], given), (given, [])):
+        checkpoint = write_checkpoint(load_config(QUICKSTART, [*overrides, *heads, *first, "run.name=nulls"]))
+        assert (
+            check_start(load_config(QUICKSTART, [*overrides, *heads, *then, "run.name=nulls"]), 2).checkpoint
+            == checkpoint
+        )
+    for name, value in meant.items():
+        other = f"model.{name}={value // 2 if name == 'num_query_groups' else value + 1}"
+        message = refused(load_config(QUICKSTART, [*overrides, *heads, other, "run.name=nulls"]))
+        assert f"model.{name}: " in message and f"holds another model: {value}, but the run asks for" in message
 
 
 def test_training_options_may_change(overrides: list[str]) -> None:

@@ -29,7 +29,7 @@ from megatron_mosa.convert.logits import (
 )
 from megatron_mosa.convert.model_config import to_transformers
 from megatron_mosa.convert.target import atomic_folder, check_target
-from megatron_mosa.convert.weights import Weight, lacks_thresholds, read_for_export
+from megatron_mosa.convert.weights import Weight, lacks_thresholds, num_parameters, read_for_export
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf import MODELING_FILES
 from megatron_mosa.utils import versions
@@ -76,7 +76,7 @@ def export_hf(
 
 
 def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
-    parameters = sum(info.elements for info in source.state.weights.values())
+    parameters = num_parameters(source.weights)
     is_unset = lacks_thresholds(source.weights, source.read)
     if checks_logits and is_unset:
         raise UserError(

@@ -15,7 +15,7 @@ from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.formats.torch_dist import COMMON_FILE, FORMAT
 from megatron_mosa.convert.locate import TRACKER, Kind, find_model_of
 from megatron_mosa.convert.target import atomic_folder, check_target
-from megatron_mosa.convert.weights import Weight, stacked
+from megatron_mosa.convert.weights import Weight, num_parameters, stacked
 
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}  # required by Megatron-core before 0.19
 _LINEAR = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -48,7 +48,7 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
             (iteration / COMMON_FILE).write_bytes(common.getvalue())
             (iteration / "metadata.json").write_text(json.dumps(FORMAT | _COMMON_FORMAT), encoding="utf-8")
             (writing / TRACKER).write_text("0", encoding="utf-8")
-    parameters = sum(torch.Size(weight.shape).numel() for weight in source.weights)
+    parameters = num_parameters(source.weights)
     print(f"{target}: exported {parameters:,} parameters in fp32; load them in Megatron-LM: --load {target} --finetune")
 
 

@@ -23,6 +23,7 @@ from megatron_mosa.convert.added_heads import ModelWithAddedHeads
 from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.convert.target import atomic_folder, check_target
+from megatron_mosa.convert.weights import num_parameters
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import versions
 
@@ -67,10 +68,9 @@ def _import(model: ModelReader, target: Path) -> None:
         records = _write(model, writing)
         write_metadata(metadata, writing)
         write_manifest(writing, records | hash_files(writing, [METADATA]))
-    parameters = sum(torch.Size(weight.shape).numel() for weight in model.weights)
     print(
-        f"{target}: imported {parameters:,} parameters without optimizer state; start a run from it with "
-        f"checkpoint.initialize_from={target}"
+        f"{target}: imported {num_parameters(model.weights):,} parameters without optimizer state; start a run from it "
+        f"with checkpoint.initialize_from={target}"
     )
 
 
