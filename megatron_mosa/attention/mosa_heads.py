@@ -14,14 +14,7 @@ from megatron_mosa.attention.functional import select
 from megatron_mosa.attention.heads import Contribution, PartitionedHeads
 from megatron_mosa.attention.recompute import is_repetition
 from megatron_mosa.attention.token_choice import choose_heads
-from megatron_mosa.kernels import (
-    HISTOGRAM_BINS,
-    AnyDocuments,
-    Documents,
-    KernelBackend,
-    autocast_operands,
-    get_backend,
-)
+from megatron_mosa.kernels import HISTOGRAM_BINS, AnyDocuments, Documents, KernelBackend, autocast_operands, get_backend
 from megatron_mosa.parallel import gather_first_dim
 
 

@@ -239,7 +239,7 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
 
 
 def _meant_by_null(config: dict) -> dict[str, int]:
-    """Return what null stands for, by key of section ``model``."""
+    """Return what null stands for, by key of section ``model``, as kinds of heads read it from a ``Config``."""
     length, sparsity = config["data"]["sequence_length"], config["mosa"]["sparsity"]
     return {
         "num_query_groups": config["model"]["num_dense_heads"],

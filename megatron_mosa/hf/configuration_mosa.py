@@ -168,7 +168,11 @@ class MosaConfig(PretrainedConfig):
         self.num_attention_heads = sum(getattr(self, name) for name in HEADS)
 
     def check(self) -> None:
-        """Raise a ValueError that names the first value that is not allowed; a model does it, too."""
+        """Check all values; a model does, too, because ``from_pretrained(folder, name=value)`` changes them later.
+
+        Raises:
+            ValueError: names the first value that is not allowed.
+        """
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
@@ -190,6 +194,8 @@ class MosaConfig(PretrainedConfig):
     def _check_heads(self) -> None:
         if not any(getattr(self, name) for name in HEADS):
             raise ValueError(f"{', '.join(HEADS[:-1])} and {HEADS[-1]} are all 0; set one of them above 0")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, because rotary embedding rotates pairs, got {self.head_dim}")
         dense, groups = self.num_dense_heads, self.num_key_value_heads
         if dense and (not groups or dense % groups):
             raise ValueError(f"num_key_value_heads must divide num_dense_heads={dense}, got {groups}")

@@ -164,7 +164,7 @@ class MosaPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True  # num_items_in_batch
 
     def __init__(self, config: MosaConfig, *inputs: Any, **kwargs: Any) -> None:
-        config.check()  # from_pretrained(folder, sparsity=...) changes it once it is made
+        config.check()
         super().__init__(config, *inputs, **kwargs)
 
     def new_cache(self) -> MosaCache:

@@ -52,9 +52,11 @@ def load(folder: Path) -> MosaForCausalLM:
 def test_the_exported_model_matches_the_megatron_model(
     trained: dict[str, Trained], exported: dict[str, Path], kind: str
 ) -> None:
-    model = trained[kind]
-    found = load(exported[kind])(model.tokens).logits
+    model, loaded = trained[kind], load(exported[kind])
+    found = loaded(model.tokens).logits
     assert found.shape == (3, 40, 384)
+    card = (exported[kind] / "README.md").read_text()
+    assert f"| parameters | {loaded.num_parameters():,}, stored in" in card  # without thresholds, biases and centroids
     assert largest_divergence(model.logits, found) < 1e-9
     torch.testing.assert_close(found, model.logits, rtol=0, atol=1e-4)
     assert model.logits.std() > 0.3  # not a comparison of flat distributions

@@ -488,7 +488,7 @@ def test_a_model_checks_what_was_changed_since_its_configuration_was_made(tmp_pa
     small: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_mosa_heads": 2}
     MosaForCausalLM(MosaConfig(**small)).save_pretrained(tmp_path)
     assert MosaForCausalLM.from_pretrained(tmp_path, sparsity=2).config.sparsity == 2
-    for name, value in {"sparsity": 0, "local_window": -1, "num_key_value_heads": 3}.items():
+    for name, value in {"sparsity": 0, "local_window": -1, "num_key_value_heads": 3, "head_dim": 7}.items():
         message = refusal(lambda name=name, value=value: MosaForCausalLM.from_pretrained(tmp_path, **{name: value}))
         assert message.startswith(f"{name} must ") and message.endswith(f", got {value}")
 
