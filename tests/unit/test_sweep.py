@@ -262,7 +262,7 @@ def result(losses: list[float], norms: list[float], milliseconds: list[float], *
     profile = {"busy": 1.0, "wall": 8.0, "communicating": 2.0, "exposed": 1.0, "kinds": {}}
     found = measurement(
         losses=losses, grad_norms=norms, milliseconds=milliseconds, tokens_per_step=4096, device="cpu",
-        communication_share=0.25, profile=profile, allocated_gib=0.5, **changes,
+        communication_share=0.25, profile=profile, allocated_gib=0.5, reserved_gib=0.0, **changes,
     )  # fmt: skip
     return json.loads(json.dumps(asdict(found))) | {"wall_seconds": 20.0}
 
@@ -311,8 +311,9 @@ def test_the_tables(config: Config, tmp_path: Path) -> None:
 
 def test_gpu_numbers_have_no_note(config: Config) -> None:
     sweep = hand_made(config, "cuda")
-    text = markdown(replace(sweep, rows=[replace(row, device="H100", mfu=0.38) for row in sweep.rows]))
-    assert "functional" not in text and "1 and 2 x H100 (nccl)" in text and "| 38 % |" in text
+    on_gpu = {"device": "H100", "mfu": 0.38, "reserved_memory_gib": 0.75}
+    text = markdown(replace(sweep, rows=[replace(row, **on_gpu) for row in sweep.rows]))
+    assert "functional" not in text and "1 and 2 x H100 (nccl)" in text and "| 38 % | 4 | 0.50 | 0.75 |" in text
 
 
 def test_efficiency_is_against_the_fastest_layout_on_the_fewest_processes() -> None:

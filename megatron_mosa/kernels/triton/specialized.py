@@ -23,7 +23,9 @@ from megatron_mosa.kernels.triton.weights import weight_gradient
 ENABLED = os.environ.get("MOSA_GLUON", "1") != "0"
 TILE = 256  # of gathered tokens, or of columns
 TESTED = "3.6."  # versions of Triton with which the kernels have run on a GPU; its Gluon may still change
-FEWEST_TILES = 2  # for each multiprocessor; Triton's tiles are smaller, and it splits the rows of few heads
+# For each multiprocessor. With fewer, Triton's smaller tiles may be faster.
+FEWEST_TILES = 0.95
+FEWEST_RAGGED_TILES = 2
 
 
 @functools.cache
@@ -113,7 +115,7 @@ def ragged_product(
         values.dtype not in (torch.bfloat16, torch.float16)
         or rest
         or (boxes, pairs is not None) not in kernels.CUT
-        or tiles < FEWEST_TILES * multiprocessors(values.device)
+        or tiles < FEWEST_RAGGED_TILES * multiprocessors(values.device)
         or any(tensor.dtype != values.dtype or not can_be_described(tensor) for tensor in tensors)
     ):
         return None

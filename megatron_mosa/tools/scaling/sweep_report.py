@@ -80,7 +80,10 @@ def markdown(sweep: Sweep) -> str:
 def _results_table(sweep: Sweep) -> list[str]:
     titles = ["layout", "ranks", "batch", "tokens/s per rank", "efficiency"]
     titles += ["weak eff."] * bool(sweep.weak)
-    titles += ["MFU", "s/step", "peak memory, GiB", "communication", "loss dev.", "norm dev."]
+    titles += ["MFU", "s/step", "peak memory, GiB"]
+    is_reserved = any(row.reserved_memory_gib for row in sweep.rows)
+    titles += ["reserved"] * is_reserved
+    titles += ["communication", "loss dev.", "norm dev."]
     lines = [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
     for row in sweep.rows:
         name = f"{row.cell.layout}{', fp32' if row.fp32 else ''}"
@@ -96,6 +99,7 @@ def _results_table(sweep: Sweep) -> list[str]:
         cells = [f"{row.tokens_per_second_per_rank:,.0f}", _percent(row.strong_efficiency)]
         cells += [_percent(row.weak_efficiency)] * bool(sweep.weak)
         cells += [_percent(row.mfu), f"{row.step_seconds:.3g}", f"{row.peak_memory_gib:.2f}"]
+        cells += ["" if row.reserved_memory_gib is None else f"{row.reserved_memory_gib:.2f}"] * is_reserved
         cells += [_percent(row.communication_share)]
         cells += ["" if value is None else f"{value:.1e}" for value in (row.loss_deviation, row.grad_norm_deviation)]
         lines.append(_line([*start, *cells]))
@@ -112,6 +116,8 @@ def _legend(sweep: Sweep) -> list[str]:
     ]
     if sweep.device == "cpu":
         lines.insert(2, "Memory: peak resident size of a process.")
+    elif any(row.reserved_memory_gib for row in sweep.rows):
+        lines.insert(2, "Reserved: what torch took of a card, with the memory of CUDA graphs; what a card must have.")
     if sweep.is_mixed:
         lines.insert(
             0, "**Measured on cards of several kinds**: compare only rows of the same one, as efficiency does."
