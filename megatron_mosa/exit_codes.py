@@ -18,6 +18,9 @@ STOPPED = 75
 HUNG = 76
 """The watchdog ended a process that made no progress."""
 
+TIME_LIMIT = "the time limit is near"
+"""The reason of a stop (75) that another start in the same job would only repeat."""
+
 INTERRUPTED = 130
 """Ended by Ctrl-C (SIGINT) with nothing to save, as shells report it. A run that has begun saves and stops with 75."""
 

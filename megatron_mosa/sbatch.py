@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -122,20 +123,47 @@ def check_sbatch_option(option: str, taken: Mapping[str, str], *, is_line: bool 
     Raises:
         UserError: it is not one option, Slurm would refuse its value, or it is one of ``taken``.
     """
-    match = re.fullmatch(r"--([A-Za-z][A-Za-z0-9-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", option, re.ASCII)
-    if match is None or not option.isprintable():
+    parsed = _parse(option)
+    if parsed is None or not option.isprintable():
         raise UserError(f"--sbatch-argument={option!r} is not an option of sbatch; give one such as --mem=0")
     if is_line and (bad := unfit_for_a_line(option)):
         raise UserError(
             f"--sbatch-argument={option!r} contains {bad!r}, with which Slurm would not read it as one option; "
             "leave it out"
         )
-    name, value = match[1] or _LETTERS.get(match[3], match[3]), (match[2] if match[1] else match[4]) or ""
+    name, value = parsed
     if name in taken:
         raise UserError(f"--sbatch-argument={option} would override what this command sets; {taken[name]}")
     pattern, example = _OTHER_PATTERNS.get(name, (".*", ""))
     if not (re.fullmatch(pattern, value, re.ASCII) and (name not in ("exclude", "nodelist") or _are_nodes(value))):
         raise UserError(f"--sbatch-argument={option}: --{name} must be {example}, got {value!r}")
+
+
+def value_of(name: str, options: Sequence[str]) -> str | None:
+    """Return the value of an option, of which Slurm takes the last, or None."""
+    parsed = [_parse(option) for option in options]
+    return next((found[1] for found in reversed(parsed) if found is not None and found[0] == name), None)
+
+
+def _parse(option: str) -> tuple[str, str] | None:
+    """Return the long name and the value of an option of sbatch; None: it is not one."""
+    match = re.fullmatch(r"--([A-Za-z][A-Za-z0-9-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", option, re.ASCII)
+    if match is None:
+        return None
+    return match[1] or _LETTERS.get(match[3], match[3]), (match[2] if match[1] else match[4]) or ""
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time limit that ``check_sbatch_value`` takes; UNLIMITED: infinity."""
+    if not time[0].isdigit():
+        return math.inf
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = 0, *[*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def unfit_for_a_line(text: str) -> str | None:

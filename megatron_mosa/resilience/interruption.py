@@ -11,12 +11,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from megatron_mosa.exit_codes import TIME_LIMIT
+
 if TYPE_CHECKING:
     from megatron_mosa.parallel import HostGroup
 
 # SIGUSR1 is an advance notice (Slurm's --signal). Where ranks have different reasons, the last in this order wins.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-TIME_LIMIT = "the time limit is near"
 UNWRITABLE = "a file could not be written"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT, UNWRITABLE)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mosa.resilience.interruption import TIME_LIMIT
+from megatron_mosa.exit_codes import TIME_LIMIT
 from tests.distributed import stop_tasks
 from tests.distributed.pool import WorkerPools
 

@@ -21,10 +21,10 @@ from megatron_mosa.cluster.status import facts, is_well
 from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, USAGE_ERROR
+from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED, TIME_LIMIT, USAGE_ERROR
 from megatron_mosa.resilience import deadline, watchdog
 from megatron_mosa.resilience.faults import FaultInjection
-from megatron_mosa.resilience.interruption import TIME_LIMIT, Interruption, Signals
+from megatron_mosa.resilience.interruption import Interruption, Signals
 from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.spikes import SpikeDetector
 from megatron_mosa.resilience.status import RunStatus, read_status

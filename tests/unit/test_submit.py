@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,26 @@ def test_a_refused_chain_names_the_jobs_already_submitted(
     monkeypatch.setenv("REFUSED", "3")
     with pytest.raises(RunError, match=r"no such partition; already submitted: 101, 102 \(scancel 101 102\)"):
         submission.submit()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (["resilience.stop_before_limit=3600"], {"time": "1:00:00"},
+         "--time=1:00:00 is 3600 s, but resilience.stop_before_limit stops the run 3600 s before that limit; allow "),
+        (["resilience.stop_before_limit=300"], {"sbatch_argument": ["-t5"]}, "--time=5 is 300 s, but "),
+        ([], {"time": "1-00:00", "sbatch_argument": ["--signal=B:USR1@86400"]}, "but --signal stops the run 86400 s "),
+        (["checkpoint.resume=never"], {}, "checkpoint.resume=never would end the job when it starts the run again"),
+        # and what is enough, so that the missing dataset is next
+        (["resilience.stop_before_limit=299"], {"time": "5:00"}, "data.path=.* does not exist"),
+        (["resilience.stop_before_limit=9999"], {"time": "UNLIMITED"}, "data.path=.* does not exist"),
+    ],
+)  # fmt: skip
+def test_a_job_that_could_not_train_or_not_restart_is_refused(
+    overrides: list[str], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        submit(QUICKSTART, [f"data.path={tmp_path / 'none'}", *overrides], nodes=2, dry_run=True, **options)
 
 
 def test_a_batch_that_does_not_fit_all_ranks_is_refused_before_anything_is_written(

@@ -15,6 +15,7 @@ from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
 from megatron_mosa.cluster.slurm.verdict import judge_attempt, settle_attempt
 from megatron_mosa.config import load_config
 from megatron_mosa.errors import UserError
+from megatron_mosa.exit_codes import TIME_LIMIT
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -69,6 +70,18 @@ def test_only_a_newer_checkpoint_resets_the_count() -> None:
     assert record.failures == 5
     assert judge_attempt(record, 1, "crash", 11, max_retries=5, backoff=10) == 10
     assert (record.failures, record.step) == (1, 11)
+
+
+def test_jobs_too_short_for_a_step_are_failures(tmp_path: Path) -> None:
+    """Otherwise a run whose time ends before its first step would be requeued for ever."""
+    record = Record()
+    assert settle_attempt(record, tmp_path, 75, TIME_LIMIT) == f"requeue 10 {TIME_LIMIT}"
+    write_checkpoint(tmp_path, 3)
+    assert settle_attempt(record, tmp_path, 75, TIME_LIMIT) == f"requeue 0 {TIME_LIMIT}"
+    assert record.failures == 0
+    lines = [settle_attempt(record, tmp_path, 75, TIME_LIMIT) for _ in range(6)]
+    assert lines[4] == f"requeue 160 {TIME_LIMIT}"
+    assert lines[5] == f"stop 6 failures in a row without a checkpoint after step 3; last: {TIME_LIMIT}"
 
 
 def test_the_runs_own_status_counts_if_this_attempt_wrote_it(tmp_path: Path) -> None:

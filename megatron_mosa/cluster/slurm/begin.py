@@ -18,6 +18,19 @@ from megatron_mosa.entry import run as run_program
 from megatron_mosa.errors import UserError
 
 
+def check_restarts(config: Config) -> None:
+    """Check that a job may start the run again where it stopped.
+
+    Raises:
+        UserError: ``checkpoint.resume`` is "never".
+    """
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            "checkpoint.resume=never would end the job when it starts the run again, after a failure or a time limit; "
+            "set checkpoint.resume=auto, and give a new run another name (run.name=...)"
+        )
+
+
 def begin(config: Config) -> tuple[Path, str]:
     """Return the run directory, and ``go``, ``done`` or ``stop REASON``."""
     run = config.run.path
@@ -46,6 +59,7 @@ def main() -> None:
         raise UserError("usage: python -m megatron_mosa.cluster.slurm.begin PROCESSES CONFIG [section.key=value ...]")
     config = load_config(sys.argv[2], sys.argv[3:], checks_batches=False)
     check_world_size(config, int(sys.argv[1]))
+    check_restarts(config)
     directory, line = begin(config)
     print(directory, line, sep="\n")
 

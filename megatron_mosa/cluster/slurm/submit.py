@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mosa.cluster.slurm.begin import check_restarts
 from megatron_mosa.config import Config, check_world_size, save_config
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.sbatch import as_pattern, unfit_for_a_line
+from megatron_mosa.sbatch import as_pattern, seconds_of, unfit_for_a_line, value_of
 from megatron_mosa.utils import tolerating, versions, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -147,6 +150,8 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
     """
     world_size = request.nodes * request.tasks_per_node
     check_world_size(config, world_size)
+    check_restarts(config)
+    _check_time(config, request.options)
     from megatron_mosa.train import check_start
 
     check_start(config, world_size, checks_devices=False)
@@ -164,6 +169,21 @@ def prepare(config: Config, request: Request, command: str) -> Submission:
         number += 1
         folder = run / "submit" / f"{stamp}-{number}"
     return Submission(config, request, folder, command)
+
+
+def _check_time(config: Config, options: Sequence[str]) -> None:
+    """Raise a UserError if a job's time limit would stop the run before its first step."""
+    time = value_of("time", options)
+    signal = re.fullmatch(r".*@(\d+)", value_of("signal", options) or "")
+    notices = {"resilience.stop_before_limit": config.resilience.stop_before_limit}
+    if signal is not None:
+        notices["--signal"] = float(signal[1])
+    for name, seconds in notices.items():
+        if time is not None and seconds >= seconds_of(time):
+            raise UserError(
+                f"--time={time} is {seconds_of(time):.0f} s, but {name} stops the run {seconds:g} s before that limit; "
+                "allow more time, or stop later"
+            )
 
 
 def git_state(root: Path) -> str:

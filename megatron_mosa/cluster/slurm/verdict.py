@@ -1,7 +1,7 @@
 """``python -m megatron_mosa.cluster.slurm.verdict RUN EXIT_CODE``: decides whether a run that ended starts again.
 
-Prints two lines: ``done``, ``stop REASON`` or ``again SECONDS REASON``, and the run's own exit code, which srun may not
-know. Updates ``RUN/slurm.json``. Environment variables:
+Prints two lines: ``done``, ``stop REASON``, ``again SECONDS REASON`` or, if this job's time is over, ``requeue SECONDS
+REASON``; and the run's own exit code, which srun may not know. Updates ``RUN/slurm.json``. Environment variables:
 
     MOSA_ATTEMPT           the attempt that ended
     MOSA_MAX_RETRIES       consecutive failures without a newer checkpoint before the run stops for good; default 5
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
 from megatron_mosa.errors import UserError
-from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, USAGE_ERROR
+from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, TIME_LIMIT, USAGE_ERROR
 
 MAX_BACKOFF_SECONDS = 600.0
 
@@ -31,16 +31,17 @@ def judge_attempt(record: Record, code: int, reason: str, step: int, *, max_retr
         max_retries: consecutive failures without a newer checkpoint that are retried.
         backoff: seconds to wait after the first failure.
     """
-    if step > record.step:
+    has_progressed = step > record.step
+    if has_progressed:
         record.failures = 0
     record.step, record.attempt, record.reason = step, None, reason
     if code == DONE:
         record.verdict, record.failures = "done", 0
     elif code in (USAGE_ERROR, GAVE_UP):
         record.verdict = "stop"
-    elif code == STOPPED:
+    elif code == STOPPED and (reason != TIME_LIMIT or has_progressed):
         record.verdict = "again"
-    else:
+    else:  # failures, and jobs that are too short for a single step
         record.failures += 1
         record.verdict = "again"
         if record.failures > max_retries:
@@ -59,7 +60,8 @@ def settle_attempt(record: Record, run: Path, code: int, reason: str) -> str:
     seconds = judge_attempt(record, code, reason, checkpoint_step(run), max_retries=max_retries, backoff=backoff)
     record.write(run)
     why = " ".join(record.reason.split())  # on one line
-    return {"done": "done", "stop": f"stop {why}", "again": f"again {seconds:.0f} {why}"}[record.verdict]
+    again = "requeue" if reason == TIME_LIMIT else "again"
+    return {"done": "done", "stop": f"stop {why}", "again": f"{again} {seconds:.0f} {why}"}[record.verdict]
 
 
 def _number(name: str, default: str) -> float:
