@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,14 @@ class Mixture:
         if len(fingerprints) == 1:
             return fingerprints[0]
         return hashlib.sha256(json.dumps([self.weights, fingerprints]).encode()).hexdigest()
+
+    @property
+    def fewest_index_samples(self) -> int:
+        """The fewest samples of a pass that keep every share to within 1 %, or a million.
+
+        A pass begins with a sample of every dataset, so a weight w may get up to 1 sample of n too much.
+        """
+        return 1 if len(self.weights) == 1 else min(math.ceil(100 / min(self.weights)), 1_000_000)
 
     def hashes(self) -> list[FileHash]:
         """Return the recorded hashes of all token files."""

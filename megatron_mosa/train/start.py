@@ -91,7 +91,7 @@ def check_start(
     check_tokenizer(config.data, data)
     directory, (checkpoint, damaged), metadata = _newest(config, reads_all)
     check_writable(directory)
-    start = ResumePoint(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, metadata))
+    start = ResumePoint(directory, data, checkpoint, metadata, damaged, None, _index_samples(config, data, metadata))
     _check_lengths(config, start)
     if config.checkpoint.resume == "never" and (checkpoint is not None or (directory / "metrics.jsonl").exists()):
         raise UserError(
@@ -165,7 +165,7 @@ def training_samples(config: Config, data: Mixture, index_samples: int) -> Train
 
 def planned_samples(config: Config, data: Mixture) -> TrainingSamples:
     """Return the samples of the run that this configuration would start or resume."""
-    return training_samples(config, data, _index_samples(config, _newest(config, False)[2]))
+    return training_samples(config, data, _index_samples(config, data, _newest(config, False)[2]))
 
 
 def build_index(config: Config) -> list[Path]:
@@ -202,10 +202,11 @@ def _newest(config: Config, reads_all: bool) -> tuple[Path, NewestCheckpoint, Me
     return config.run.path, newest, read_metadata(newest.path) if newest.path else None
 
 
-def _index_samples(config: Config, metadata: Metadata | None) -> int:
+def _index_samples(config: Config, data: Mixture, metadata: Metadata | None) -> int:
     requested = config.data.index_samples
     if metadata is None:
-        return requested or end_of_samples(config)
+        # A trial of a few steps may be extended by many small passes.
+        return requested or max(end_of_samples(config), data.fewest_index_samples)
     recorded = metadata.data["index_samples"]
     if requested is not None and requested != recorded:
         raise UserError(

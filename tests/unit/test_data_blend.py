@@ -269,3 +269,18 @@ def test_the_index_has_the_pass_size_recorded_in_a_checkpoint(root: Path, tmp_pa
     )
     assert [f"-n40-s{config.run.seed}-p{i}" in str(f) for i, f in enumerate(build_index(config))] == [True] * 4
     assert os.listdir(tmp_path / "i")
+
+
+def test_a_short_run_may_be_extended_without_a_change_of_the_shares(root: Path, tmp_path: Path) -> None:
+    """Each pass begins with a sample of every dataset, so small passes would give small weights too much."""
+    blend = f"data.blend=['0.99 {root}/a', '0.01 {root}/b']"
+    at = [f"run.directory={tmp_path}", f"data.index_path={tmp_path}/i", "data.index_samples=null", blend]
+    (folder,) = build_index(run_config(root, *at, "train.steps=1", "optimizer.warmup_steps=1"))
+    assert "-n10000-" in folder.name
+    (owners,) = (np.load(file) for file in folder.glob("*-dataset_index.npy"))
+    assert abs(int((owners == 1).sum()) - 100) <= 1
+    (folder,) = build_index(run_config(root, *at, "train.steps=1000"))
+    assert "-n16000-" in folder.name
+    alone = [*at[:3], f"data.path={root}/a", "data.blend=[]", "train.steps=1", "optimizer.warmup_steps=1"]
+    (folder,) = build_index(run_config(root, *alone))
+    assert "-n16-" in folder.name
