@@ -39,6 +39,7 @@ _LETTERS = {
     "p": "partition",
     "A": "account",
     "q": "qos",
+    "G": "gpus",
     "x": "exclude",
     "w": "nodelist",
     "N": "nodes",

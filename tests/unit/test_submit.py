@@ -142,12 +142,17 @@ def test_a_refused_chain_names_the_jobs_already_submitted(
         (["resilience.stop_before_limit=300"], {"sbatch_argument": ["-t5"]}, "--time=5 is 300 s, but "),
         ([], {"time": "1-00:00", "sbatch_argument": ["--signal=B:USR1@86400"]}, "but --signal stops the run 86400 s "),
         (["checkpoint.resume=never"], {}, "checkpoint.resume=never would end the job when it starts the run again"),
+        ([], {"tasks_per_node": None, "sbatch_argument": ["--gres=gpu:h100:8"]},
+         "--gres=gpu:h100:8 allocates GPUs, but a node would have one task"),
+        ([], {"tasks_per_node": None, "sbatch_argument": ["-G8"]}, "--gpus=8 allocates GPUs"),
         # and what is enough, so that the missing dataset is next
+        ([], {"tasks_per_node": 2, "sbatch_argument": ["--gres=gpu:2"]}, "data.path=.* does not exist"),
+        ([], {"tasks_per_node": None, "sbatch_argument": ["--gres=tmp:8"]}, "data.path=.* does not exist"),
         (["resilience.stop_before_limit=299"], {"time": "5:00"}, "data.path=.* does not exist"),
         (["resilience.stop_before_limit=9999"], {"time": "UNLIMITED"}, "data.path=.* does not exist"),
     ],
 )  # fmt: skip
-def test_a_job_that_could_not_train_or_not_restart_is_refused(
+def test_a_job_that_could_not_do_its_work_is_refused(
     overrides: list[str], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from megatron_mosa.config import check_plan, load_config, origins
+from megatron_mosa.errors import UserError
 from megatron_mosa.options import bounds
-from megatron_mosa.sbatch import MOST_GPUS_PER_NODE, SbatchArguments, check_sbatch_option, check_sbatch_value
+from megatron_mosa.sbatch import MOST_GPUS_PER_NODE, SbatchArguments, check_sbatch_option, check_sbatch_value, value_of
 
 _OURS = {
     "nodes": "use --nodes",
@@ -78,6 +79,8 @@ def submit(
     for option in sbatch_argument or []:
         check_sbatch_option(option, _OURS, is_line=True)
     options = [f"--{name}={value}" for name, value in named.items() if value is not None] + (sbatch_argument or [])
+    if tasks_per_node is None and gpus_per_node is None:
+        _refuse_gpus_of_unknown_number(sbatch_argument or [])
     from megatron_mosa.cluster.slurm.submit import Request, prepare, require_sbatch
 
     if not dry_run:
@@ -97,3 +100,14 @@ def submit(
     print(f"log:    {submission.run}/logs/slurm-{jobs[0]}.out")
     print(f"watch:  mosa status {shlex.quote(str(submission.run))} --watch;  squeue -j {','.join(jobs)}")
     print(f"cancel: scancel {' '.join(jobs)}")
+
+
+def _refuse_gpus_of_unknown_number(options: list[str]) -> None:
+    """Raise a UserError if sbatch would allocate GPUs although nothing says how many tasks a node has."""
+    for name in ("gres", "gpus", "gpus-per-socket", "gpus-per-task"):
+        value = value_of(name, options)
+        if value is not None and (name != "gres" or "gpu" in value):
+            raise UserError(
+                f"--{name}={value} allocates GPUs, but a node would have one task, which uses one; give "
+                "--gpus-per-node, or --tasks-per-node beside it"
+            )
