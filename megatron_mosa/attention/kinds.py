@@ -69,7 +69,8 @@ class DenseKind(CausalKind):
         return DenseHeads
 
     def groups(self, config: Config) -> int:
-        return config.model.num_query_groups or config.model.num_dense_heads
+        heads = self.count(config)
+        return min(config.model.num_query_groups or heads, heads)  # none without heads
 
     def paper_pairs(self, config: Config) -> int:
         return config.data.sequence_length**2

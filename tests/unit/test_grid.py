@@ -177,9 +177,15 @@ def test_most_heads_with_ripples() -> None:
 @pytest.mark.parametrize(
     ("member", "parts"),
     [
-        ({"kind": "expert_choice", "sparsity": 2, "dense_heads": 9}, ["no expert_choice head", "beside 9", "0 to 8"]),
-        ({"kind": "fixed", "sparsity": 2, "dense_heads": 9}, ["no fixed head of sparsity 2", "dense_heads to 0 to 8"]),
-        ({"kind": "threshold", "sparsity": 1, "dense_heads": 8}, ["no threshold head", "dense_heads to 0 to 7"]),
+        (
+            {"kind": "expert_choice", "sparsity": 2, "dense_heads": 9},
+            ["no expert_choice head", "beside 9", "at most 8"],
+        ),
+        (
+            {"kind": "fixed", "sparsity": 2, "dense_heads": 9},
+            ["no fixed head of sparsity 2", "dense_heads to at most 8"],
+        ),
+        ({"kind": "threshold", "sparsity": 1, "dense_heads": 8}, ["no threshold head", "dense_heads to at most 7"]),
     ],
 )
 def test_a_budget_that_no_head_fits_names_what_would(tmp_path: Path, member: dict[str, Any], parts: list[str]) -> None:

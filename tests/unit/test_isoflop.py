@@ -128,6 +128,35 @@ def test_the_result_fits_and_one_more_head_does_not(sparsity: float, num_dense_h
 
 
 @pytest.mark.parametrize(
+    ("overrides", "num_dense_heads", "expected"),
+    [
+        # A layer's MoSA head costs 38.8 MFLOP. Four dense heads cost 2147.5: 55.3 MoSA heads, rounded down to even.
+        (["parallel.tensor_model_parallel_size=2", "model.num_dense_heads=8"], 4, 54),
+        # Three of 9 queries and outputs, with the keys and values of all groups left: 1208.0.
+        (["model.num_query_groups=3"], 6, 31),
+        (["model.num_query_groups=3"], 4, "4 dense heads.*model.num_query_groups=3 does not divide"),
+        (["model.num_query_groups=3"], 0, "0 dense heads.*model.num_query_groups=3 does not divide"),
+        (["model.num_query_groups=3"], 9, "use at most 6 dense"),
+        (["model.num_query_groups=9"], 9, "use a greater sparsity"),
+        (["parallel.tensor_model_parallel_size=2", "model.num_dense_heads=8"], 8, "is left, 2 .* use at most 6 dense"),
+        (["parallel.tensor_model_parallel_size=2", "model.num_dense_heads=8"], 5, "5 is not divisible by parallel"),
+        (["model.attention_gate=true"], 0, "model.attention_gate=true gates dense"),
+    ],
+)
+def test_every_row_is_a_configuration_that_can_be_trained(
+    overrides: list[str], num_dense_heads: int, expected: int | str
+) -> None:
+    baseline = load_config(PAPER / "tiny.yaml", overrides)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            solve_isoflop(baseline, 8.0, num_dense_heads)
+        return
+    solved = solve_isoflop(baseline, 8.0, num_dense_heads)
+    row = [f"model.num_dense_heads={num_dense_heads}", f"mosa.num_heads={expected}", "mosa.sparsity=8"]
+    assert solved.config == load_config(PAPER / "tiny.yaml", [*overrides, *row])
+
+
+@pytest.mark.parametrize(
     ("hidden", "length", "sparsity", "dense_heads", "mosa_heads"),
     [
         (1, 2, 1.0, 9, 8),  # a dense head costs 64 FLOPs, a MoSA head (k = 2) 72: 9 * 64 = 8 * 72
@@ -153,10 +182,20 @@ def test_a_budget_that_fits_exactly_is_used_up(
 @pytest.mark.parametrize(
     ("overrides", "sparsity", "num_dense_heads", "parts"),
     [
-        ([], 2.0, 9, ["sparsity 2", "next to 9 dense heads", "model.num_dense_heads=9", "nothing", "use 0 to 8"]),
-        ([], 2.0, 12, ["next to 12 dense heads", "nothing", "use 0 to 8"]),
+        (
+            [],
+            2.0,
+            9,
+            ["sparsity 2", "next to 9 dense heads", "model.num_dense_heads=9", "nothing", "use at most 8 dense"],
+        ),
+        ([], 2.0, 12, ["next to 12 dense heads", "nothing", "use at most 8 dense"]),
         # k = T: a MoSA head is a dense head plus a router, so two dense heads must make room for it.
-        ([], 1.0, 8, ["sparsity 1", "next to 8 dense heads", "3.221 GFLOP is left", "3.228 GFLOP", "use 0 to 7"]),
+        (
+            [],
+            1.0,
+            8,
+            ["sparsity 1", "next to 8 dense heads", "3.221 GFLOP is left", "3.228 GFLOP", "use at most 7 dense"],
+        ),
         (["model.num_dense_heads=1"], 1.0, 0, ["greater sparsity"]),
         (["mosa.num_heads=3"], 2.0, 4, ["mosa.num_heads must be 0, got 3", "configs/paper/tiny.yaml"]),
         ([], 0.5, 4, ["sparsity must be at least 1 (every token), got 0.5"]),

@@ -11,7 +11,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.model import model_flops, paper_flops
 from megatron_mosa.tools.grid.grid import Member
 from megatron_mosa.tools.grid.kinds import MemberKind
-from megatron_mosa.tools.scaling.isoflop import most_heads
+from megatron_mosa.tools.scaling.isoflop import most_dense_heads, most_heads
 
 _CLOSE = 0.02  # of the budget, as near as measured times need to come
 _MOST_MEASUREMENTS = 6  # of a model's step, in search of a number of heads
@@ -100,12 +100,8 @@ def _does_not_fit(config: Config, kind: MemberKind, member: Member, cost: Cost, 
     one = with_count(config, kind.counts, step)
     fix = "raise the budget: more dense heads in the model that it is relative to"
     if cost.equal != "step_time":
-        fewer = (dense for dense in range(member.dense_heads - 1, -1, -1))
-        fits = (dense for dense in fewer if cost.of(with_count(one, "model.num_dense_heads", dense)) <= budget)
-        if (most := next(fits, None)) is not None:
-            fix = f"set dense_heads to 0 to {most}" if most else "set dense_heads to 0"
-        else:
-            fix = f"set a greater sparsity, or {fix}"
+        most = most_dense_heads(one, cost.of, budget)
+        fix = f"set a greater sparsity, or {fix}" if most is None else f"set dense_heads to at most {most}"
     return (
         f"the budget of {cost.text(budget)} ({cost.equal}) holds no {member.kind} head of sparsity "
         f"{config.mosa.sparsity:g} beside {member.dense_heads} dense ones: with {heads} the model costs "

@@ -2,7 +2,7 @@
 
 The budget is the forward FLOPs of a dense baseline, by the paper's formulas. The model to compare with it differs only
 in its heads: a given number of dense heads (4 in the paper's hybrids, 0 for pure MoSA), and the largest number of MoSA
-heads with which the whole model costs no more than the baseline.
+heads, a multiple of the tensor-parallel size, with which the whole model costs no more than the baseline.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_mosa.attention import num_selected_tokens
-from megatron_mosa.config import Config
+from megatron_mosa.config import Config, check
 from megatron_mosa.errors import UserError
-from megatron_mosa.model import dense_head_flops, mosa_head_flops, paper_flops, parameter_count
+from megatron_mosa.model import paper_flops, parameter_count
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,29 @@ def solve_isoflop(baseline: Config, sparsity: float, num_dense_heads: int = 4) -
         num_dense_heads: dense heads to keep next to them; 0 for pure MoSA.
 
     Raises:
-        UserError: the baseline has MoSA heads, a number is out of range, or not even one MoSA head fits.
+        UserError: the baseline has MoSA heads, a number is out of range, not even one MoSA head fits (with tensor
+            parallelism: one for each rank), or the configuration does not allow these heads.
     """
     _check(baseline, sparsity, num_dense_heads)
-    model, length = baseline.model, baseline.data.sequence_length
-    budget = paper_flops(baseline)
-    selected = num_selected_tokens(length, sparsity)
-    price = model.num_layers * mosa_head_flops(model.hidden_size, model.head_dim, length, selected)
-    left = budget - paper_flops(_with_heads(baseline, num_dense_heads, 0, sparsity))
-    if left < price:
-        raise UserError(_does_not_fit(baseline, sparsity, num_dense_heads, left, price))
-    heads = most_heads(lambda number: paper_flops(_with_heads(baseline, num_dense_heads, number, sparsity)), budget)
-    config = _with_heads(baseline, num_dense_heads, heads, sparsity)
+    budget, step = paper_flops(baseline), baseline.parallel.tensor_model_parallel_size
+
+    def model(heads: int) -> Config:
+        return _with_heads(baseline, num_dense_heads, heads, sparsity)
+
+    heads = most_heads(lambda number: paper_flops(model(number)), budget, step=step)
+    if not heads:
+        raise UserError(_does_not_fit(baseline, model(0), model(step)))
+    config = model(heads)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(
+            f"a model with {num_dense_heads} dense heads (--dense-heads) and {heads} MoSA heads of sparsity "
+            f"{sparsity:g} cannot be trained: {error}"
+        ) from None
     return IsoflopModel(
         config=config,
-        num_selected=selected,
+        num_selected=num_selected_tokens(config.data.sequence_length, sparsity),
         flops=paper_flops(config),
         baseline_flops=budget,
         parameters=parameter_count(config, config.data.vocab_size),
@@ -88,6 +96,23 @@ def most_heads(cost: Callable[[int], float], budget: float, *, step: int = 1, ri
     return step * next((number for number in range(high + 3 * period, 0, -1) if fits(number)), 0)
 
 
+def most_dense_heads(config: Config, cost: Callable[[Config], float], budget: float) -> int | None:
+    """Return the largest number of dense heads, below that of ``config``, with which it would be within the budget.
+
+    Only numbers count that tensor parallelism and grouped queries allow.
+
+    Returns:
+        None if there is no such number.
+    """
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    groups = model.num_query_groups
+    least, unit = (0, size) if groups is None else (groups, math.lcm(groups, size))
+    for number in range((model.num_dense_heads - 1) // unit * unit, least - 1, -unit):
+        if cost(replace(config, model=replace(model, num_dense_heads=number))) <= budget:
+            return number
+    return None
+
+
 def _with_heads(config: Config, dense: int, mosa: int, sparsity: float) -> Config:
     return replace(
         config,
@@ -108,14 +133,21 @@ def _check(baseline: Config, sparsity: float, num_dense_heads: int) -> None:
         raise UserError(f"the number of dense heads must be at least 0 (pure MoSA), got {num_dense_heads}")
 
 
-def _does_not_fit(baseline: Config, sparsity: float, num_dense_heads: int, left: int, price: int) -> str:
-    """Return the error message for a budget too small for one MoSA head, with what would fit."""
-    model = baseline.model
-    dense = model.num_layers * dense_head_flops(model.hidden_size, model.head_dim, baseline.data.sequence_length)
-    most = model.num_dense_heads - -(-price // dense)  # dense heads that leave room for one MoSA head
-    fix = f"use 0 to {most} dense heads" if most >= 0 else "use a greater sparsity or a longer sequence"
-    remains = f"{left / 1e9:.4g} GFLOP" if left > 0 else "nothing"
+def _does_not_fit(baseline: Config, without: Config, fewest: Config) -> str:
+    """Return the error message for a budget too small for MoSA heads, with what would fit.
+
+    Args:
+        without: the model without MoSA heads.
+        fewest: the same with as few MoSA heads as it can have.
+    """
+    budget, spent, heads = paper_flops(baseline), paper_flops(without), fewest.mosa.num_heads
+    price = paper_flops(fewest) - spent
+    most = most_dense_heads(fewest, paper_flops, budget)
+    fix = "use a greater sparsity or a longer sequence" if most is None else f"use at most {most} dense heads"
+    remains = f"{(budget - spent) / 1e9:.4g} GFLOP" if budget > spent else "nothing"
+    costs = "one costs" if heads == 1 else f"{heads} (parallel.tensor_model_parallel_size) cost"
     return (
-        f"no MoSA head of sparsity {sparsity:g} fits next to {num_dense_heads} dense heads in the budget of "
-        f"model.num_dense_heads={model.num_dense_heads}: {remains} is left, one costs {price / 1e9:.4g} GFLOP; {fix}"
+        f"no MoSA head of sparsity {fewest.mosa.sparsity:g} fits next to {fewest.model.num_dense_heads} dense heads in "
+        f"the budget of model.num_dense_heads={baseline.model.num_dense_heads}: {remains} is left, {costs} "
+        f"{price / 1e9:.4g} GFLOP; {fix}"
     )
