@@ -13,6 +13,9 @@ from megatron_mosa.config.keys import key, required
 _YEAR = 365 * 86400
 """Seconds; the longest wait that makes sense."""
 
+_LARGE = 1000
+"""No rate, weight or epsilon makes sense above it; from 1e38 on, fp32 cannot hold one."""
+
 
 @dataclass
 class RunSection:
@@ -84,10 +87,13 @@ class ModelSection:
     attend_within_documents: bool = key(False, "true: attention of every head stays within each document")
     restart_rotary: bool = key(False, "true: positions restart at each document; changes results by rounding only")
     rotary_percent: float = key(0.5, "share of head_dim that is rotated", at_least=0, at_most=1)
-    rotary_base: float = key(10000.0, "base of the rotary frequencies", above=0)
-    layernorm_epsilon: float = key(1e-5, "added to the variance in norms", above=0)
+    rotary_base: float = key(10000.0, "base of the rotary frequencies", above=0, at_most=10**12)
+    layernorm_epsilon: float = key(1e-5, "added to the variance in norms", above=0, at_most=_LARGE)
     init_method_std: float = key(
-        0.02, "of normal initial weights; MoSA heads use uniform ones, as in the authors' code", above=0
+        0.02,
+        "of normal initial weights; MoSA heads use uniform ones, as in the authors' code",
+        above=0,
+        at_most=_LARGE,
     )
     vocab_size_multiple: int = key(
         128, "the vocabulary is padded to a multiple of this, in every layout", at_least=1, at_most=2**20
@@ -131,7 +137,8 @@ class MosaSection:
         1.25,
         "threshold, token_choice: in training a head takes at most this many times k tokens, the earliest first",
         at_least=1,
-        reason="below 1, a head that takes exactly its share would drop tokens",
+        at_most=2**24,
+        reason="at 1 a head takes exactly its share, at mosa.sparsity every token",
     )
     threshold_ema: float = key(0.1, "threshold: weight of the last batch in the moving average", above=0, at_most=1)
     threshold_warmup_steps: int = key(
@@ -141,9 +148,13 @@ class MosaSection:
         None,
         "threshold: rise in logits per token taken beyond the head's share; null: 0.1 with thresholds, else 0",
         at_least=0,
+        at_most=_LARGE,
     )
     balance_rate: float = key(
-        1e-3, "token_choice: change per step of a head's bias towards equal loads of the heads", at_least=0
+        1e-3,
+        "token_choice: change per step of a head's bias towards equal loads of the heads",
+        at_least=0,
+        at_most=_LARGE,
     )
     backend: str = key(
         "auto", "auto (Triton on GPUs, else naive) | naive | triton", choices=("auto", "naive", "triton")
@@ -250,8 +261,8 @@ class TrainSection:
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = key(2.5e-4, "peak, reached after warmup_steps", above=0)
-    min_learning_rate: float = key(2.5e-5, "reached at the last step", at_least=0)
+    learning_rate: float = key(2.5e-4, "peak, reached after warmup_steps", above=0, at_most=_LARGE)
+    min_learning_rate: float = key(2.5e-5, "reached at the last step", at_least=0, at_most=_LARGE)
     schedule: str = key(
         "cosine",
         "cosine | linear | constant | wsd (stable, then linear over the last steps)",
@@ -261,9 +272,9 @@ class OptimizerSection:
     decay_fraction: float = key(0.2, "wsd: share of the steps that decays", above=0, at_most=1)
     beta1: float = key(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = key(0.95, "decay of the second moment", at_least=0, below=1)
-    epsilon: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.1, "on matrices, not on norms", at_least=0)
-    gradient_clipping: float = key(1.0, "by global norm; 0: off", at_least=0)
+    epsilon: float = key(1e-8, "added to the root of the second moment", above=0, at_most=_LARGE)
+    weight_decay: float = key(0.1, "on matrices, not on norms", at_least=0, at_most=_LARGE)
+    gradient_clipping: float = key(1.0, "by global norm; 0: off", at_least=0, at_most=10**9)
 
 
 @dataclass

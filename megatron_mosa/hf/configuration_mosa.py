@@ -35,11 +35,11 @@ FEWEST = {
 # The bounds of training (config/schema.py), so that a model that works here can also be imported.
 BOUNDS = {
     "sparsity": {"at least": 1, "at most": 2**24},
-    "load_feedback": {"at least": 0},
-    "norm_eps": {"greater than": 0},
+    "load_feedback": {"at least": 0, "at most": 1000},
+    "norm_eps": {"greater than": 0, "at most": 1000},
     "rotary_percent": {"at least": 0, "at most": 1},
-    "rotary_base": {"greater than": 0},
-    "initializer_range": {"greater than": 0},
+    "rotary_base": {"greater than": 0, "at most": 10**12},
+    "initializer_range": {"greater than": 0, "at most": 1000},
 }
 HEADS = ("num_dense_heads", "num_local_heads", "num_fixed_heads", "num_routing_heads", "num_mosa_heads")
 COMPARISONS = {"at least": operator.ge, "greater than": operator.gt, "at most": operator.le}  # each False for NaN

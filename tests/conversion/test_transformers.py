@@ -458,7 +458,7 @@ def refusal(create: Callable[[], Any]) -> str:
 def test_numbers_have_the_bounds_of_training(name: str) -> None:
     content: dict[str, Any] = MosaConfig(num_mosa_heads=4, selection="threshold").to_dict()
     refused = 0
-    for value in (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0**24, 2.0**24 + 2, math.inf, math.nan):
+    for value in (-1.0, 0.0, 0.5, 1.0, 1.5, 1e3, 1001.0, 2.0**24, 2.0**24 + 2, 1e12, 2e12, math.inf, math.nan):
         message = refusal(lambda value=value: MosaConfig(**content | {name: value}))
         assert bool(message) == bool(refusal(lambda value=value: from_transformers(content | {name: value}))), value
         assert not message or re.fullmatch(rf"{name} must be (at least|greater than|finite).*, got {value}", message)

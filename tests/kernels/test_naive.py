@@ -149,7 +149,7 @@ def test_number_of_selected_tokens(length: int, sparsity: float, expected: int) 
         (dict(num_selected=9), "1 to T=8"),
         (dict(num_selected=4.0), "num_selected=4.0; expected an integer from 1"),
         (dict(num_selected=True), "num_selected=True; expected an integer"),
-        (dict(rotary_base=0.0), "rotary_base must be greater than 0, got 0.0"),
+        (dict(rotary_base=0.0), "rotary_base must be greater than 0 and at most 1000000000000, got 0.0"),
         (dict(documents=torch.zeros(1, 8)), "documents are a Tensor; expected megatron_mosa.kernels.Documents"),
         (dict(backend="cuda"), "backend='cuda'"),
         (dict(rotary_percent=1.5), "rotary_percent must be at least 0 and at most 1, got 1.5"),

@@ -166,10 +166,10 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("mosa.threshold_ema=1.5", ["mosa.threshold_ema must be greater than 0 and at most 1, got 1.5"]),
         ("mosa.threshold_ema=0", ["mosa.threshold_ema must be greater than 0 and at most 1, got 0.0"]),
         ("mosa.threshold_warmup_steps=0", ["mosa.threshold_warmup_steps must be at least 1, got 0"]),
-        ("mosa.load_feedback=-1", ["mosa.load_feedback must be at least 0, got -1.0"]),
+        ("mosa.load_feedback=-1", ["mosa.load_feedback must be at least 0 and at most 1000, got -1.0"]),
         ("mosa.load_feedback=0.1", ["mosa.load_feedback=0.1", "mosa.selection=expert_choice has none"]),
         ("mosa.load_feedback=.inf", ["mosa.load_feedback must be", "finite", "got inf"]),
-        ("mosa.capacity_factor=0.9", ["mosa.capacity_factor must be at least 1, got 0.9: below 1"]),
+        ("mosa.capacity_factor=0.9", ["mosa.capacity_factor must be at least 1 and at most 16777216, got 0.9: at 1"]),
         ("mosa.capacity_factor=.inf", ["mosa.capacity_factor must be", "finite", "got inf"]),
         ("mosa.selection_scope=documents", ["mosa.selection_scope must be one of sequence", "did you mean 'document'"]),
         ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
@@ -218,6 +218,20 @@ def test_a_mistake_is_one_line_with_key_value_and_what_is_allowed(override: str,
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{section}.{item.name}"
+        for section in ("model", "mosa", "optimizer")
+        for item in fields(getattr(Config(), section))
+        if "float" in str(item.type)
+    ],
+)
+def test_numbers_that_fp32_cannot_hold_are_too_large(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key} must be .*(at most|less than) .*, got 1e\+38"):
+        load_config(QUICKSTART, [f"{key}=1e38"])
 
 
 def test_unsupported_combinations_name_the_nearest_supported_one() -> None:

@@ -219,8 +219,11 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
             "mosa_selection must be one of expert_choice, threshold, token_choice, got router",
         ),
         (dict(mosa_selection="threshold", mosa_selection_scope="document"), "does not support mosa_selection_scope"),
-        (dict(mosa_capacity_factor=0.5), "mosa_capacity_factor must be at least 1, got 0.5"),
-        (dict(mosa_selection="threshold", mosa_load_feedback=-0.1), "mosa_load_feedback must be at least 0, got -0.1"),
+        (dict(mosa_capacity_factor=0.5), "mosa_capacity_factor must be at least 1 and at most 16777216, got 0.5"),
+        (
+            dict(mosa_selection="threshold", mosa_load_feedback=-0.1),
+            "mosa_load_feedback must be at least 0 and at most 1000, got -0.1",
+        ),
         (dict(mosa_load_feedback=0.1), "mosa_load_feedback needs mosa_selection='threshold'"),
         (dict(mosa_threshold_ema=0.0), "mosa_threshold_ema must be greater than 0 and at most 1, got 0.0"),
         (dict(mosa_threshold_warmup_steps=0), "mosa_threshold_warmup_steps must be at least 1, got 0"),
