@@ -59,6 +59,8 @@ def mosa_attention(
 
     With ``documents`` (not in the paper), a selected token attends only to selected tokens of its own document.
 
+    torch.vmap is not supported.
+
     Args:
         hidden_states: [B, T, h], any floating type.
         router_weight: [E, h].
@@ -225,8 +227,8 @@ def _check_options(
 
 
 def _check_tensors(hidden_states: Tensor, router_weight: Tensor, qkv_weight: Tensor, proj_weight: Tensor) -> None:
-    if hidden_states.dim() != 3:
-        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; expected [B, T, h]")
+    if hidden_states.dim() != 3 or hidden_states.shape[1] < 1:
+        raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; expected [B, T, h] with T >= 1")
     width = hidden_states.shape[2]
     if router_weight.dim() != 2 or router_weight.shape[0] < 1 or router_weight.shape[1] != width:
         raise ValueError(f"router_weight has shape {tuple(router_weight.shape)}; expected [E, {width}] with E >= 1")

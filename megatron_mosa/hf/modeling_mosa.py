@@ -99,6 +99,22 @@ def check_others(forward: Callable[..., Any], others: dict[str, Any], config: Mo
             raise TypeError(f"forward() got an unexpected keyword argument '{name}'; {hint}")
 
 
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Check that ids [B, T] or embeddings [B, T, h] are given, of one token or more.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds, and not both")
+    for name, inputs, sizes in (("input_ids", input_ids, "BT"), ("inputs_embeds", inputs_embeds, "BTh")):
+        if inputs is not None and (inputs.dim() != len(sizes) or 0 in inputs.shape):
+            raise ValueError(
+                f"{name} must be of shape [{', '.join(sizes)}], with one sequence and one token or more, got "
+                f"{list(inputs.shape)}"
+            )
+
+
 def select_positions(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """Select positions of states [B, T, ...], as described in ``MosaForCausalLM.forward``."""
     if isinstance(logits_to_keep, int):
@@ -227,8 +243,7 @@ class MosaModel(MosaPreTrainedModel):
         check_others(MosaModel.forward, others, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds, and not both")
+        check_inputs(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
@@ -338,7 +353,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: an argument does not exist.
-            ValueError: an argument is not supported, such as position_ids or output_attentions.
+            ValueError: an argument is not supported, such as position_ids or output_attentions, or the input is empty.
         """
         check_others(MosaForCausalLM.forward, others, self.config)
         cache = past_key_values if cache is None else cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_a_mistyped_argument_is_refused_with_a_suggestion() -> None:
     for name, similar in (("max_new_token", "max_new_tokens"), ("attention_msk", "attention_mask")):
         with pytest.raises(ValueError, match=rf"\['{name}'\].*; did you mean '{similar}'\?$"):
             model.generate(ids, **{name: 3})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "local", "fixed", "pure", "chosen", "routing"])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (4,)])
+def test_inputs_without_tokens_are_refused(kind: str, shape: tuple[int, ...]) -> None:
+    model, ids = build(kind), torch.zeros(shape, dtype=torch.long)
+    for name, inputs, sizes in (("input_ids", ids, "B, T"), ("inputs_embeds", torch.zeros(*shape, 24), "B, T, h")):
+        message = re.escape(f"{name} must be of shape [{sizes}], with one sequence and one token or more, got [")
+        with pytest.raises(ValueError, match=f"^{message}"):
+            model(**{name: inputs})
 
 
 @torch.no_grad()
