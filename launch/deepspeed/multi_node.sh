@@ -31,7 +31,8 @@ read -r first _ <<<"$hosts"
 
 arguments=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${NODE_RANK:-} ]]; then
-    if ! [[ $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= nodes)); then
+    # bash would read 08 as octal, and wrap around at 64 bits
+    if ! [[ $NODE_RANK =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((NODE_RANK >= nodes)); then
         echo "error: NODE_RANK must be 0 to $((nodes - 1)), the position of this node in $HOSTFILE, got $NODE_RANK" >&2
         exit 2
     fi

@@ -32,12 +32,12 @@ trap 'exit 130' INT # Ctrl-C during a check; with signals 2 and 13 Python ends w
 count='import signal; signal.signal(2, signal.SIG_DFL); signal.signal(13, signal.SIG_DFL); import torch; print(max(torch.cuda.device_count(), 1))'
 nproc=${NPROC:-$(python -c "$count")}
 for number in "NNODES=$NNODES" "NPROC=$nproc" "MASTER_PORT=${MASTER_PORT:=29500}"; do
-    if ! [[ $number =~ =[1-9][0-9]*$ ]]; then
-        echo "error: ${number%%=*} must be a positive number, got ${number#*=}" >&2
+    if ! [[ $number =~ ^[A-Z_]+=[1-9][0-9]{0,8}$ ]]; then # bash would read 08 as octal, and wrap around at 64 bits
+        echo "error: ${number%%=*} must be 1 to 999999999, without leading zeros, got ${number#*=}" >&2
         exit 2
     fi
 done
-if ((${#MASTER_PORT} > 5 || MASTER_PORT > 65535)); then
+if ((MASTER_PORT > 65535)); then
     echo "error: MASTER_PORT must be at most 65535, got $MASTER_PORT" >&2
     exit 2
 fi

@@ -78,7 +78,16 @@ def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Pa
             "torchrun/multi_node.sh",
             ["c.yaml"],
             {"NNODES": "x", "MASTER_ADDR": "a", "NPROC": "1"},
-            "error: NNODES must be a positive number, got x",
+            "error: NNODES must be 1 to 999999999, without leading zeros, got x",
+        ),
+        *(
+            (
+                "torchrun/multi_node.sh",
+                ["c.yaml"],
+                {"NNODES": number, "MASTER_ADDR": "a", "NPROC": "1"},
+                f"error: NNODES must be 1 to 999999999, without leading zeros, got {number}",
+            )
+            for number in ("08", "1=1", str(2**64 + 1))
         ),
         (
             "torchrun/multi_node.sh",
@@ -106,6 +115,10 @@ def test_two_nodes_without_ssh(overrides: list[str], launcher: str, tmp_path: Pa
             ["c.yaml"],
             {"HOSTFILE": "GOOD", "NODE_RANK": "2"},
             "error: NODE_RANK must be 0 to 1",
+        ),
+        *(
+            ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "GOOD", "NODE_RANK": rank}, "error: NODE_RANK must be")
+            for rank in ("08", str(2**64))
         ),
         ("deepspeed/multi_node.sh", ["c.yaml"], {"HOSTFILE": "GOOD", "NODE_RANK": "0"}, "error: "),
         ("slurm/pretrain.sbatch", [], {}, "usage: "),
