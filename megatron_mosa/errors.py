@@ -33,7 +33,7 @@ class UnrecoverableError(RunError):
 
 
 class StorageError(RunError):
-    """A failed write to the file system, on any rank."""
+    """A failed write to the file system, or read of a checkpoint, on any rank."""
 
     of_all_ranks = True
 

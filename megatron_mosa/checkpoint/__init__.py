@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         write_metadata,
     )
     from megatron_mosa.checkpoint.reader import StateReader, TensorInfo
-    from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_same_model
+    from megatron_mosa.checkpoint.store import CheckpointStore, NewestCheckpoint, check_resumable, check_same_model
     from megatron_mosa.checkpoint.writer import write_state_offline
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "StateIndex",
     "StateReader",
     "TensorInfo",
+    "check_resumable",
     "check_same_model",
     "damage_as_run_error",
     "find_corruption",

@@ -76,18 +76,17 @@ def write_state(state: dict[str, Tensor], path: Path, group: ProcessGroup | None
         for rank, (cause, _) in error.failures.items():
             if is_storage_failure(cause):
                 raise StorageError(f"rank {rank}: {storage_problem(cause, path)}") from None
-        raise
+        raise RuntimeError(str(error)) from error  # torch's is no Exception, and would pass all handlers
 
 
 def read_state(engine: TrainingEngine, path: Path, optimizer_step: int) -> None:
-    """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks."""
-    from torch.distributed import checkpoint as dcp
+    """Load the engine's state from ``path``, whatever layout wrote it; collective over all ranks.
 
-    from megatron_mosa.checkpoint.reader import SafeReader
-
+    Raises:
+        StorageError: on every rank, if any rank failed to read.
+    """
     state = engine.state()
-    view = as_dtensors(engine.module, state)
-    dcp.load(view, storage_reader=SafeReader(path / "state"))
+    _load(as_dtensors(engine.module, state), path)
     engine.load_state(state, optimizer_step)
 
 
@@ -95,16 +94,32 @@ def load_initial_weights(engine: TrainingEngine, folder: Path) -> None:
     """Load weights, and thresholds, biases or centroids if the checkpoint has any, into the engine, with fresh moments.
 
     Reads checkpoints of any layout; collective over all ranks.
-    """
-    from torch.distributed import checkpoint as dcp
 
-    from megatron_mosa.checkpoint.reader import SafeReader, StateReader
+    Raises:
+        StorageError: on every rank, if any rank failed to read.
+    """
+    from megatron_mosa.checkpoint.reader import StateReader
 
     state = engine.state()
     found = StateReader(folder).tensors
     weights = {key: tensor for key, tensor in state.items() if key.startswith("model.") and key in found}
-    dcp.load(as_dtensors(engine.module, weights), storage_reader=SafeReader(folder / "state"))
+    _load(as_dtensors(engine.module, weights), folder)
     engine.load_state(state, optimizer_step=0)
+
+
+def _load(view: dict[str, Tensor], path: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_mosa.checkpoint.reader import SafeReader, cause_of
+
+    try:
+        dcp.load(view, storage_reader=SafeReader(path / "state"))
+    except CheckpointException as error:  # the same on every rank, and no Exception: it would pass all handlers
+        raise StorageError(
+            f"rank {min(error.failures)} could not read checkpoint '{path}' ({cause_of(error)}); mosa checkpoint "
+            "verify says whether it is damaged"
+        ) from None
 
 
 def as_dtensors(model: torch.nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

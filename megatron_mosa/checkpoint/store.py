@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from megatron_mosa.checkpoint.format import (
     write_state,
 )
 from megatron_mosa.checkpoint.host_memory import HostMemory
+from megatron_mosa.checkpoint.index import StateIndex
 from megatron_mosa.checkpoint.manifest import DamagedError, files_below, find_damage, hash_files, write_manifest
 from megatron_mosa.checkpoint.metadata import Metadata, published_checkpoints, read_metadata, write_metadata
 from megatron_mosa.config import CheckpointSection, ModelSection, MosaSection
@@ -56,7 +58,7 @@ class CheckpointStore:
         Args:
             folder: the folder that holds the checkpoints.
             keep_last: number of newest checkpoints to keep, not counting permanent ones; at least 1.
-            permanent_interval: checkpoints at multiples of this step are permanent; None: none are.
+            permanent_interval: checkpoints saved at multiples of this step are permanent; None: none are.
             keep_permanent: number of newest permanent checkpoints to keep; None: all.
         """
         self.folder = folder
@@ -67,6 +69,7 @@ class CheckpointStore:
         self._group: dist.ProcessGroup | None = None
         self._memory = HostMemory()
         self._last: Future[Any] | None = None
+        self._saved_as_permanent: dict[Path, bool] = {}
 
     @classmethod
     def of(cls, directory: Path, section: CheckpointSection) -> CheckpointStore:
@@ -78,8 +81,8 @@ class CheckpointStore:
         return published_checkpoints(self.folder)
 
     def is_permanent(self, step: int) -> bool:
-        """Whether the checkpoint of this step counts as permanent when older checkpoints are pruned."""
-        return self.permanent_interval is not None and step % self.permanent_interval == 0
+        """Whether a checkpoint of this step is saved as a permanent one, which ``keep_last`` spares."""
+        return _is_multiple(step, self.permanent_interval)
 
     def newest(self, *, reads_all: bool = False) -> NewestCheckpoint:
         """Find the newest intact checkpoint, and report the damage of any newer ones.
@@ -188,14 +191,28 @@ class CheckpointStore:
         """Load a published checkpoint into the engine; collective."""
         read_state(engine, path, read_metadata(path).optimizer_step)
 
+    def _stays_permanent(self, path: Path) -> bool:
+        """Whether a checkpoint is permanent by the present interval, or by that with which it was saved."""
+        step = int(path.name.removeprefix("step-"))
+        if path not in self._saved_as_permanent:
+            interval = None
+            with suppress(DamagedError, UserError, OSError):
+                interval = read_metadata(path).config.get("checkpoint", {}).get("permanent_interval")
+            self._saved_as_permanent[path] = _is_multiple(step, interval)
+        return self.is_permanent(step) or self._saved_as_permanent[path]
+
     def _prune(self) -> None:
         """Remove old checkpoints, best effort: the next save retries what cannot be removed now."""
         published = self.published()
-        permanent = [path for path in published if self.is_permanent(int(path.name.removeprefix("step-")))]
+        permanent = [path for path in published if self._stays_permanent(path)]
         others = [path for path in published if path not in permanent]
         surplus = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
         for path in [*surplus, *self.folder.glob(_WRITING + "*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
 
 
 def _damage(path: Path, reads_all: bool) -> str | None:
@@ -236,6 +253,23 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
         _require_same("data.path", *hashes, path, fix, what="tokenizer hash ")
     fingerprints = metadata.data["fingerprint"], data["fingerprint"]
     _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint ")
+
+
+def check_resumable(path: Path) -> None:
+    """Refuse a checkpoint of weights alone, as ``--drop-optimizer``, imports and ``causalize`` make them.
+
+    Raises:
+        UserError: it has no optimizer state, or its index is damaged.
+    """
+    try:
+        if StateIndex(path / "state").has_optimizer_state:
+            return
+    except DamagedError as error:
+        raise UserError(f"checkpoint '{path}' cannot be read: {error}; restore it, or move it away") from None
+    raise UserError(
+        f"checkpoint '{path}' has no optimizer state, so a run cannot resume from it; move it out of its run, and "
+        "start one from its weights: run.name=NEW checkpoint.initialize_from=CHECKPOINT"
+    )
 
 
 def _meant_by_null(config: dict) -> dict[str, int]:

@@ -9,6 +9,9 @@ from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import first_line
 
+NO_DATASET = "none"
+"""``data.path`` of a model that came without a dataset."""
+
 # Keys of MosaConfig with a direct counterpart; the rest is spelled out below.
 _SAME = {
     "hidden_size": ("model", "hidden_size"),
@@ -56,7 +59,7 @@ def model_config(tree: dict[str, Any]) -> Config:
             "model": tree["model"],
             # Models from before load feedback record none.
             "mosa": {"load_feedback": 0.0} | tree["mosa"] | {"backend": "naive"},
-            "data": {"path": "none", "sequence_length": tree["data"]["sequence_length"]},
+            "data": {"path": NO_DATASET, "sequence_length": tree["data"]["sequence_length"]},
             "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1, "precision": "fp32"},
         }
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         read_journal,
         run_totals,
         scalars,
+        timed_lines,
     )
     from megatron_mosa.metrics.pictures import load_pyplot, save_figure
     from megatron_mosa.metrics.plot import causality_suffix, plot_losses
@@ -37,6 +38,7 @@ __all__ = [
     "save_figure",
     "scalars",
     "selection_statistics",
+    "timed_lines",
 ]
 
 __getattr__, __dir__ = lazy_face(__name__, __file__)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from megatron_mosa.utils import naming, parse_json, write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
 _TOO_LARGE = 1e18  # for what a run counts or measures
-_NUMBERS = ("tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+_NUMBERS = (
+    "tokens", "skipped_tokens", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",
+)  # fmt: skip
 """Values of a line that must be numbers, or null for one that was not finite."""
 
 
@@ -141,9 +144,18 @@ class RunTotals:
 def run_totals(lines: list[dict[str, Any]]) -> RunTotals:
     """Add up the training lines of ``read_journal``."""
     tokens, seconds, work, last = 0, 0.0, 0.0, 0
-    for line in lines:
-        if line.get("tokens_per_second") and line.get("tokens") is not None:
-            share = max(line["tokens"] - tokens, 0) / line["tokens_per_second"]
-            tokens, seconds, work = line["tokens"], seconds + share, work + share * (line.get("mfu") or 0.0)
-            last = line["step"]
+    for line, taken, share in timed_lines(lines):
+        tokens, seconds, work = tokens + taken, seconds + share, work + share * (line.get("mfu") or 0.0)
+        last = line["step"]
     return RunTotals(last, tokens, seconds, tokens / seconds if seconds else 0.0, work / seconds if seconds else 0.0)
+
+
+def timed_lines(lines: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, float]]:
+    """Yield each training line, the tokens of the steps taken since the one before, and the seconds inside them."""
+    before = 0
+    for line in lines:
+        if "tokens_per_second" in line and line.get("tokens") is not None:
+            taken = max(line["tokens"] - before - (line.get("skipped_tokens") or 0), 0)
+            before = line["tokens"]
+            speed = line["tokens_per_second"]
+            yield line, taken if speed else 0, taken / speed if speed else 0.0

@@ -30,6 +30,6 @@ def _decay_factor(step: int, total_steps: int, options: OptimizerSection) -> flo
         return 1.0
     decay_starts = options.warmup_steps
     if options.schedule == "wsd":
-        decay_starts = max(decay_starts, total_steps - round(options.decay_fraction * total_steps))
+        decay_starts = max(decay_starts, total_steps - max(1, round(options.decay_fraction * total_steps)))
     progress = min(1.0, max(0.0, (step - decay_starts) / max(1, total_steps - decay_starts)))
     return 0.5 * (1.0 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1.0 - progress

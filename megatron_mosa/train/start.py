@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from megatron_mosa.checkpoint import CheckpointStore, Metadata, NewestCheckpoint, check_same_model, read_metadata
+from megatron_mosa.checkpoint import (
+    CheckpointStore,
+    Metadata,
+    NewestCheckpoint,
+    check_resumable,
+    check_same_model,
+    read_metadata,
+)
 from megatron_mosa.config import Config, check_world_size, config_to_dict
 from megatron_mosa.data import (
     Manifest,
@@ -100,6 +107,8 @@ def check_start(
         )
     if checkpoint is not None and metadata is not None:
         check_same_model(metadata, checkpoint, config_to_dict(config), start.data_identity)
+        if metadata.has_manifest:  # those without are older than checkpoints of weights alone
+            check_resumable(checkpoint)
     elif config.checkpoint.initialize_from is not None:
         from megatron_mosa.convert import find_initial_weights  # a start without it loads no conversion code
 

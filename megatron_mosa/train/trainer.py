@@ -23,7 +23,7 @@ class TrainingState:
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
-    """Non-finite steps since the run was last started."""
+    """Steps since the run was last started that trained nothing: not finite, or of ``skip_steps``."""
 
 
 Rewind = Callable[[TrainingEngine, int], tuple[TrainingState, Iterator[Batch]] | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -117,10 +118,12 @@ class Writers:
                 print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
     def training(self, line: dict[str, Any], seconds_left: float) -> None:
-        """Record a training line of metrics.jsonl, and print it with the time left in seconds."""
+        """Record a training line of metrics.jsonl, and print it with the seconds left; NaN: no step was taken."""
         if not self.is_main:
             return
         self._record(line)
+        if math.isnan(seconds_left):  # it was skipped, which has been said
+            return
         minutes, seconds = divmod(round(seconds_left), 60)
         self.note(
             f"step {line['step']}/{self.last_step}  loss {line['loss']:.4f}  grad norm {line['grad_norm']:.3f}  "

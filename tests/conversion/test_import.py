@@ -96,8 +96,11 @@ def test_unsupported_llamas_are_refused(tmp_path: Path) -> None:
         ({"attention_bias": True}, r"attention_bias=True is not supported; for a Llama it must be False"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 is not supported"),
         ({"model_type": "gpt2"}, r"model_type must be mosa or llama, got gpt2"),
-        ({}, r"contains neither model.safetensors.index.json nor model.safetensors"),
+        ({}, r"contains neither model.safetensors.index.json nor model.safetensors; save the model with safetensors"),
+        ({"VARIANT": "fp16"}, r"nor model.safetensors; save the model without a variant"),
     ):
+        if "VARIANT" in change:
+            (tmp_path / "model.fp16.safetensors").touch()
         file.write_text(json.dumps(good | change))
         with pytest.raises(UserError, match=message):
             import_hf(tmp_path, tmp_path.with_name("out"))

@@ -12,13 +12,15 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import distributed
+from torch.distributed import checkpoint as dcp
 
-from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, read_metadata
+from megatron_mosa.checkpoint import FORMAT_VERSION, CheckpointStore, Metadata, check_resumable, read_metadata
 from megatron_mosa.checkpoint import store as store_module
+from megatron_mosa.checkpoint.format import _load
 from megatron_mosa.checkpoint.host_memory import HostMemory
 from megatron_mosa.checkpoint.manifest import MANIFEST, files_below, find_damage, hash_files, write_manifest
 from megatron_mosa.convert.target import atomic_folder
-from megatron_mosa.errors import UserError
+from megatron_mosa.errors import StorageError, UserError
 from tests.disk import Disk
 
 
@@ -151,6 +153,44 @@ def test_pruning_keeps_the_last_and_the_permanent_ones(
     (tmp_path / ".writing-step-00000024").mkdir()  # left by a run that was killed
     CheckpointStore(tmp_path, 2, permanent_interval, keep_permanent)._prune()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
+
+
+def test_what_was_saved_as_permanent_stays_so(tmp_path: Path) -> None:
+    """Also if the run goes on with another interval, or by mistake without one."""
+    saved = asdict(metadata(4))["config"]
+    for step in (4, 6, 8, 12):
+        publish(tmp_path, step, config=saved | {"checkpoint": {"permanent_interval": 4 if step < 12 else None}})
+    for interval, kept in ((None, [4, 8, 12]), (6, [4, 8, 12])):
+        CheckpointStore(tmp_path, 1, interval)._prune()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in kept]
+    CheckpointStore(tmp_path, 1, None, 1)._prune()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_a_state_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """What torch raises is no Exception, so no handler would report it."""
+    dcp.save({"model.a": torch.ones(3)}, checkpoint_id=tmp_path / "state", no_dist=True)
+    loaded = {"model.a": torch.zeros(3)}
+    _load(loaded, tmp_path)
+    assert torch.equal(loaded["model.a"], torch.ones(3))
+    with pytest.raises(
+        StorageError, match=r"^rank 0 could not read checkpoint '.*' \(.*exp_avg.a.*\); mosa checkpoint "
+    ):
+        _load({"exp_avg.a": torch.zeros(3)}, tmp_path)
+    next((tmp_path / "state").glob("*.distcp")).write_bytes(b"")
+    with pytest.raises(StorageError, match=r"^rank 0 could not read checkpoint '.*' \(.+\); mosa checkpoint verify"):
+        _load(loaded, tmp_path)
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    for names, message in ((["model.a"], "has no optimizer state, so a run cannot resume"), ([], "cannot be read")):
+        folder = tmp_path / str(len(names))
+        if names:
+            dcp.save(dict.fromkeys(names, torch.ones(3)), checkpoint_id=folder / "state", no_dist=True)
+        with pytest.raises(UserError, match=message):
+            check_resumable(folder)
+    dcp.save({"model.a": torch.ones(3), "exp_avg.a": torch.ones(3)}, checkpoint_id=tmp_path / "state", no_dist=True)
+    check_resumable(tmp_path)
 
 
 def test_host_memory_reuses_the_buffer_of_each_key() -> None:

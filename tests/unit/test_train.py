@@ -48,6 +48,8 @@ def test_the_other_schedules() -> None:
     wsd = rates("wsd")
     assert wsd[3:78] == [1.0] * 75  # up to step 78 = 104 - 26
     assert wsd[78] == pytest.approx(1 - 0.9 / 26) and wsd[-1] == pytest.approx(0.1)
+    options.decay_fraction = 0.004  # of less than half a step, and the last one decays
+    assert rates("wsd")[3:] == [1.0] * 100 + [pytest.approx(0.1)]
 
 
 def test_the_loss_covers_counted_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from megatron_mosa.checkpoint import CheckpointStore, Metadata
 from megatron_mosa.config import Config, config_from_dict
 from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.errors import StorageError, UnrecoverableError
-from megatron_mosa.metrics import read_journal
+from megatron_mosa.metrics import read_journal, run_totals
 from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.resilience.faults import FaultInjection
@@ -149,6 +149,31 @@ def test_skipped_steps_consume_their_samples(tmp_path: Path, engine: FakeEngine)
     assert engine.samples == [[0, 1], [12, 13], [16, 17]]
     assert engine.rates == pytest.approx([RATES[0], RATES[3], RATES[4]])
     assert run.state == TrainingState(step=5, consumed_samples=20)
+
+
+def test_skipped_steps_count_as_such(tmp_path: Path, engine: FakeEngine) -> None:
+    settings = config(
+        tmp_path,
+        logging={"interval": 1, "tensorboard": False, "peak_tflops": 2.0},
+        train={"skip_steps": [2, 3, 4, 6], "stop_after_step": 7},
+    )
+    told = writers(settings, tmp_path)
+    callbacks = [StepMonitor(told, settings.resilience), progress.Progress(told, VOCAB_SIZE)]
+    run = trainer(settings, engine, callbacks)
+    run.run(batches())
+    assert run.state.skipped_steps == 4
+    lines = read_journal(tmp_path / "metrics.jsonl")
+    assert [line["tokens_per_second"] is None for line in lines] == [step in (2, 3, 4, 6) for step in range(1, 8)]
+    assert [line["mfu"] is None for line in lines] == [step in (2, 3, 4, 6) for step in range(1, 8)]
+    totals = run_totals(lines)
+    assert (totals.steps, totals.tokens) == (7, 3 * 4 * 8)
+    settings.logging.interval = 7
+    (tmp_path / "b").mkdir()
+    told = writers(settings, tmp_path / "b")
+    trainer(settings, FakeEngine(engine.clock), [progress.Progress(told, VOCAB_SIZE)]).run(batches())
+    (line,) = read_journal(tmp_path / "b" / "metrics.jsonl")
+    assert (line["tokens"], line["skipped_tokens"]) == (7 * 4 * 8, 4 * 4 * 8)
+    assert run_totals([line]).tokens == totals.tokens
 
 
 def test_speed_and_mfu_cover_all_ranks(tmp_path: Path, engine: FakeEngine) -> None:
@@ -284,7 +309,7 @@ def test_a_rewind_discards_the_spike_and_all_later_steps(tmp_path: Path) -> None
     journal = read_journal(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in journal] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in journal] == [2.0, 2.1, 2.0, 2.1, 2.2, None, 60.0, 2.3]
-    assert run.state == TrainingState(step=8, consumed_samples=32)
+    assert run.state == TrainingState(step=8, consumed_samples=32, skipped_steps=1)
 
 
 def test_non_finite_steps_are_reported_and_too_many_end_the_run(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import blend_parts
+from megatron_mosa.convert.model_config import NO_DATASET
 from megatron_mosa.errors import RunError, UserError
 
 
@@ -39,7 +40,7 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
     folder = given or _dataset(metadata)
     file = folder / TOKENIZER_FILE if folder is not None and folder.is_dir() else folder
     if file is None or not file.is_file():
-        reason = f"'{file}' does not exist" if file is not None else "the checkpoint does not name a dataset"
+        reason = f"'{file}' does not exist" if file is not None else "its checkpoint came without one"
         raise UserError(f"could not find the model's tokenizer: {reason}; pass its tokenizer.json: --tokenizer PATH")
     tokenizer = load_tokenizer(str(file))
     recorded, found = metadata.tokenizer, tokenizer_identity(file, tokenizer)
@@ -105,4 +106,4 @@ def _dataset(metadata: Metadata) -> Path | None:
     data = metadata.config.get("data", {})
     parts = blend_parts(data.get("blend") or [])
     path = data.get("path") or (parts[0][1] if parts else None)
-    return Path(path).expanduser() if path else None
+    return Path(path).expanduser() if path and path != NO_DATASET else None

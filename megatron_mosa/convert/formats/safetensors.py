@@ -50,7 +50,8 @@ def shard_names(folder: Path) -> list[str]:
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     if not (folder / INDEX).is_file():
-        raise UserError(f"'{folder}' contains neither {INDEX} nor {_SINGLE}; save the model with safetensors")
+        how = "without a variant" if any(folder.glob("*.safetensors")) else "with safetensors"
+        raise UserError(f"'{folder}' contains neither {INDEX} nor {_SINGLE}; save the model {how}")
     found = read_json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DamagedError(f"{INDEX} is damaged (it lists no tensors in weight_map)")

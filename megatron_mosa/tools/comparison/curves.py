@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_mosa.errors import UserError
-from megatron_mosa.metrics import RunTotals, causality_suffix, load_pyplot, read_journal, run_totals, save_figure
+from megatron_mosa.metrics import (
+    RunTotals,
+    causality_suffix,
+    load_pyplot,
+    read_journal,
+    run_totals,
+    save_figure,
+    timed_lines,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,11 +78,10 @@ def read_run(run: Path) -> RunCurves:
         known = sorted(path.parent.name for path in run.parent.glob("*/metrics.jsonl")) if run.parent.is_dir() else []
         hint = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"'{run}' has no metrics.jsonl with finite losses; pass run directories{hint}")
-    training, validation, seconds, tokens = [], [], 0.0, 0
+    training, validation, seconds = [], [], 0.0
+    durations = {id(line): share for line, _, share in timed_lines(lines)}
     for line in lines:
-        if "tokens_per_second" in line and line.get("tokens") is not None:
-            seconds += max(line["tokens"] - tokens, 0) / (line["tokens_per_second"] or float("inf"))
-            tokens = line["tokens"]
+        seconds += durations.get(id(line), 0.0)
         for key, points in (("loss", training), ("validation_loss", validation)):
             if line.get("tokens") is not None and key in line:
                 loss = math.nan if line[key] is None else line[key]

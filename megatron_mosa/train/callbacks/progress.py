@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +18,9 @@ from megatron_mosa.train.writers import Writers
 class Progress(Callback):
     """Writes one training line every ``logging.interval`` steps.
 
-    Only time inside steps counts, not validation and checkpoints. MFU is ``model_flops`` over the peak of all ranks'
-    devices. Where attention stays within documents, FLOPs are averaged over ``document_lengths``: the lengths of the
-    documents in each of some typical sequences.
+    Only time inside steps that were taken counts, not validation, checkpoints and steps of ``skip_steps``. MFU is
+    ``model_flops`` over the peak of all ranks' devices. Where attention stays within documents, FLOPs are averaged over
+    ``document_lengths``: the lengths of the documents in each of some typical sequences.
     """
 
     def __init__(self, writers: Writers, vocab_size: int, document_lengths: Sequence[Sequence[int]] = ()) -> None:
@@ -28,6 +29,7 @@ class Progress(Callback):
         self.document_lengths = document_lengths
         self.seconds = 0.0
         self.steps = 0
+        self.skipped = 0
         self.is_causal = False
 
     def on_start(self, trainer: Trainer) -> None:
@@ -49,15 +51,19 @@ class Progress(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Stop the clock, and write the line if it is due."""
-        self.seconds += time.perf_counter() - self.started
-        self.steps += 1
+        if result.skipped_by_config:
+            self.skipped += 1
+        else:
+            self.seconds += time.perf_counter() - self.started
+            self.steps += 1
         if not trainer.is_due(trainer.config.logging.interval, trainer.state.step):
             return
         batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
-        steps_per_second = self.steps / self.seconds
+        steps_per_second = self.steps / self.seconds if self.steps else math.nan
         line = {
             "step": trainer.state.step,
             "tokens": trainer.tokens,
+            "skipped_tokens": self.skipped * batch_tokens,
             "loss": result.loss,
             "causal": self.is_causal,
             "grad_norm": result.grad_norm,
@@ -69,4 +75,4 @@ class Progress(Callback):
             **selection_statistics(trainer.engine.module),
         }
         self.writers.training(line, (trainer.last_step - trainer.state.step) / steps_per_second)
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.skipped = 0.0, 0, 0

@@ -36,13 +36,17 @@ class Heartbeat(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Report loss and speed."""
         now = time.monotonic()
-        self._seconds.append(now - self._last)
+        if not result.skipped_by_config:
+            self._seconds.append(now - self._last)
         self._last = now
-        seconds = fmean(self._seconds)
-        tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
+        speed = {}
+        if self._seconds:
+            seconds = fmean(self._seconds)
+            tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
+            speed = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
         self.status.update(
             "training", step=trainer.state.step, loss=result.loss if result.is_finite else None, tokens=trainer.tokens,
-            seconds_per_step=seconds, tokens_per_second=tokens / seconds, skipped_steps=trainer.state.skipped_steps,
+            skipped_steps=trainer.state.skipped_steps, **speed,
         )  # fmt: skip
 
     def on_end(self, trainer: Trainer) -> None:
@@ -52,7 +56,7 @@ class Heartbeat(Callback):
 
 
 class StepMonitor(Callback):
-    """Counts non-finite steps, which the engine has skipped on every rank, and detects loss spikes."""
+    """Counts skipped steps, among them non-finite ones, which the engine skips on every rank; detects loss spikes."""
 
     def __init__(self, writers: Writers, section: ResilienceSection) -> None:
         self.writers = writers
@@ -74,11 +78,13 @@ class StepMonitor(Callback):
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
         if result.skipped_by_config:
-            self.writers.note(f"step {step} skipped, as configured; {samples}")
+            trainer.state.skipped_steps += 1
+            why = "as configured" if step in trainer.config.train.skip_steps else "after its loss was a spike"
+            self.writers.note(f"step {step} skipped, {why}; {samples}")
             return False
         if result.is_finite:
             self.consecutive = 0
-            excess = self.spikes.excess(result.loss)
+            excess = self.spikes.excess(step, result.loss)
             if excess is not None:
                 self.writers.note(f"step {step}: loss {result.loss:.4f} is a spike of {excess:.1f} sigmas; {samples}")
             return self.rewinds and trainer.any_rank(excess is not None)
