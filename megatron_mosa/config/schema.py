@@ -14,7 +14,10 @@ _YEAR = 365 * 86400
 """Seconds; the longest wait that makes sense."""
 
 _LARGE = 1000
-"""No rate, weight or epsilon makes sense above it; from 1e38 on, fp32 cannot hold one."""
+"""No weight, epsilon or deviation makes sense above it."""
+
+_LARGEST = 1e30
+"""Of numbers that may be as large as one likes, so that they and what is computed from them fit fp32."""
 
 
 @dataclass
@@ -261,8 +264,8 @@ class TrainSection:
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = key(2.5e-4, "peak, reached after warmup_steps", above=0, at_most=_LARGE)
-    min_learning_rate: float = key(2.5e-5, "reached at the last step", at_least=0, at_most=_LARGE)
+    learning_rate: float = key(2.5e-4, "peak, reached after warmup_steps", above=0, at_most=_LARGEST)
+    min_learning_rate: float = key(2.5e-5, "reached at the last step", at_least=0, at_most=_LARGEST)
     schedule: str = key(
         "cosine",
         "cosine | linear | constant | wsd (stable, then linear over the last steps)",
@@ -274,7 +277,7 @@ class OptimizerSection:
     beta2: float = key(0.95, "decay of the second moment", at_least=0, below=1)
     epsilon: float = key(1e-8, "added to the root of the second moment", above=0, at_most=_LARGE)
     weight_decay: float = key(0.1, "on matrices, not on norms", at_least=0, at_most=_LARGE)
-    gradient_clipping: float = key(1.0, "by global norm; 0: off", at_least=0, at_most=10**9)
+    gradient_clipping: float = key(1.0, "by global norm; 0: off", at_least=0, at_most=_LARGEST)
 
 
 @dataclass
