@@ -36,6 +36,8 @@ class Journal:
         """One line about an earlier file with lines that were no metrics, which has been kept under another name."""
 
         lines = [line for line in read_journal(path) if line["step"] <= resumed_step]
+        self.last_training_step = max((line["step"] for line in lines if kind(line) == "train"), default=0)
+        """The step of the last training line; 0 without one."""
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
@@ -53,6 +55,8 @@ class Journal:
             with suppress(OSError):
                 os.truncate(self.path, size)  # or a later line would be appended to half of this one
             raise
+        if kind(line) == "train":
+            self.last_training_step = line["step"]
 
 
 def _finite(value: Any) -> Any:

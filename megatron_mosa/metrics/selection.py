@@ -47,12 +47,13 @@ def selection_statistics(model: torch.nn.Module) -> dict[str, list[Any]]:
             continue
         scores, indices = layer.selection  # [B, E, T], [B, E, k]
         scores = F.pad(scores, (0, 1), value=torch.nan)  # empty slots hold T
-        mean = scores.gather(-1, indices).nanmean()
+        chosen = scores.gather(-1, indices).double()
+        total = torch.stack((chosen.nansum(), (~chosen.isnan()).sum()))  # ranks may select different numbers of tokens
         taken = torch.zeros_like(scores[:, 0], dtype=torch.int32)  # [B, T + 1]
         taken = taken.scatter_(1, indices.flatten(1), 1)[:, :-1].contiguous()  # [B, T]
-        dist.all_reduce(mean, group=layer.tp_group)
+        dist.all_reduce(total, group=layer.tp_group)
         dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=layer.tp_group)
-        means.append(mean.item() / layer.tp_group.size())
+        means.append((total[0] / total[1]).item())
         shares.append(1.0 - taken.float().mean().item())
         layer.selection = None
     return {"selected_score_mean": means, "unselected_share": shares} | threshold_statistics

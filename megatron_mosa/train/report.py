@@ -25,12 +25,13 @@ def report(directory: Path) -> None:
         print(f"No loss.png:      {error}")
     totals, status = run_totals(lines), read_status(directory) or {}
     restarts, skipped = status.get("starts", 1) - 1, status.get("skipped_steps", 0)
+    since = " since the last one" if restarts else ""
     is_own = status.get("process") == os.getpid()  # a start of a complete run trains nothing
     wall = f", {time.time() - status['started']:.0f} s of wall-clock time since this start" if is_own else ""
     print(
         f"Trained:          {totals.steps:,} steps, {totals.tokens:,} tokens in {totals.duration} of steps: "
         f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} "
-        f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}"
+        f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}{since}"
     )
     folders = "".join(f", {name}/" for name in ("checkpoints", "tensorboard") if (directory / name).is_dir())
     print(f"Run directory:    {directory} (metrics.jsonl{drawn}{folders})")

@@ -225,7 +225,8 @@ def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
             f"optimizer.warmup_steps={config.optimizer.warmup_steps} is above train.steps={config.train.steps}"
         )
     if step >= last_step:
-        yield f"nothing to do: step {step} has already reached train.stop_after_step={last_step}"
+        key = "train.steps" if last_step == config.train.steps else "train.stop_after_step"
+        yield f"nothing to do: step {step} has already reached {key}={last_step}"
 
 
 def _restore(

@@ -22,8 +22,6 @@ class TrainingState:
 
     step: int = 0
     consumed_samples: int = 0
-    skipped_steps: int = 0
-    """Steps since the run was last started that trained nothing: not finite, or of ``skip_steps``."""
 
 
 Rewind = Callable[[TrainingEngine, int], tuple[TrainingState, Iterator[Batch]] | None]
@@ -90,6 +88,8 @@ class Trainer:
         self.stop_reason: str | None = None
         """Why the run stops after the current step; None while it continues."""
         self.learning_rate = 0.0
+        self.skipped: set[int] = set()
+        """Steps since the run was last started that trained nothing: not finite, or of ``skip_steps``."""
 
     @property
     def last_step(self) -> int:
@@ -157,6 +157,9 @@ class Trainer:
                 result = StepResult(loss=math.nan, grad_norm=math.nan, skipped_by_config=True)
             else:
                 result = self.engine.train_step(micro_batches, self.learning_rate)
+        self.skipped = {number for number in self.skipped if number < step}  # others are repeated after a rewind
+        if result.skipped_by_config or not result.is_finite:
+            self.skipped.add(step)
         self.state.step = step
         self.state.consumed_samples += train.global_batch_size
         return result

@@ -117,6 +117,11 @@ class Writers:
             with tolerating(_NO_OUTPUT):
                 print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
+    @property
+    def last_training_step(self) -> int:
+        """The step of the last training line; 0 without one, and on other ranks."""
+        return 0 if self.journal is None else self.journal.last_training_step
+
     def training(self, line: dict[str, Any], seconds_left: float) -> None:
         """Record a training line of metrics.jsonl, and print it with the seconds left; NaN: no step was taken."""
         if not self.is_main:

@@ -48,6 +48,16 @@ def test_losses_and_biases_do_not_depend_on_the_layout(
                 assert torch.equal(ours[name], expected), name
 
 
+def test_the_mean_score_counts_selected_tokens_not_ranks(workers: WorkerPools, seed_checkpoint: Path) -> None:
+    """Ranks select different numbers of tokens."""
+    layouts = [(1, 1, False, 1, "none", 4), (1, 2, True, 2, "none", 4)]
+    alone, split = (
+        workers(cell[3]).run(threshold_tasks.choice_facts, config_of(cell, make_config), seed_checkpoint)[0]["scores"]
+        for cell in layouts
+    )
+    assert len(alone) > 1 and split == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (3, "bf16"), (0, "fp32")])
 def test_resuming_from_an_engine_state_is_bitwise_exact(workers: WorkerPools, zero: int, precision: str) -> None:
     check_resuming(workers, make_config, zero, precision)

@@ -16,6 +16,7 @@ from megatron_mosa.checkpoint.format import read_state
 from megatron_mosa.config import Config
 from megatron_mosa.engine import DeepSpeedEngine
 from megatron_mosa.kernels.naive import count_scores
+from megatron_mosa.metrics import selection_statistics
 from megatron_mosa.model import build_model
 from megatron_mosa.parallel import data_parallel_group
 from tests.distributed.tasks import VOCAB_SIZE, micro_batches, nan_loss_on_last_rank, parallel
@@ -80,6 +81,7 @@ def choice_facts(config: Config, seed_checkpoint: object, steps: int = 6) -> dic
                 if (number := config.heads_per_token) < best.shape[1]:
                     found["margin"] = min(found["margin"], (best[:, number - 1] - best[:, number]).min().item())
                 assert not layer.choices.any()  # the update used all counts
+        found["scores"] = selection_statistics(engine.module)["selected_score_mean"]  # of the last micro-batch
         found["largest bias"] = max(float(bias.abs().max()) for bias in found["biases"][-1].values())
         found["validation"] = engine.evaluate(micro_batches(config, layout, 99))
         assert not any(layer.choices.any() for layer in layers)  # evaluation counts nothing

@@ -161,19 +161,26 @@ def test_skipped_steps_count_as_such(tmp_path: Path, engine: FakeEngine) -> None
     callbacks = [StepMonitor(told, settings.resilience), progress.Progress(told, VOCAB_SIZE)]
     run = trainer(settings, engine, callbacks)
     run.run(batches())
-    assert run.state.skipped_steps == 4
+    assert run.skipped == {2, 3, 4, 6}
     lines = read_journal(tmp_path / "metrics.jsonl")
     assert [line["tokens_per_second"] is None for line in lines] == [step in (2, 3, 4, 6) for step in range(1, 8)]
     assert [line["mfu"] is None for line in lines] == [step in (2, 3, 4, 6) for step in range(1, 8)]
     totals = run_totals(lines)
     assert (totals.steps, totals.tokens) == (7, 3 * 4 * 8)
-    settings.logging.interval = 7
-    (tmp_path / "b").mkdir()
-    told = writers(settings, tmp_path / "b")
-    trainer(settings, FakeEngine(engine.clock), [progress.Progress(told, VOCAB_SIZE)]).run(batches())
-    (line,) = read_journal(tmp_path / "b" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("taken", [0, 6])
+def test_a_line_says_what_was_skipped_since_the_last_one(tmp_path: Path, engine: FakeEngine, taken: int) -> None:
+    """Also what an earlier start skipped after its last line."""
+    settings = config(tmp_path, logging={"interval": 7}, train={"skip_steps": [2, 3, 4, 6], "stop_after_step": 7})
+    told = writers(settings, tmp_path)
+    if taken:
+        told.training({"step": 1, "tokens": 4 * 8, "tokens_per_second": math.nan}, math.nan)
+        told = writers(settings, tmp_path, taken)
+    lines = progress.Progress(told, VOCAB_SIZE)
+    trainer(settings, engine, [lines], step=taken, consumed_samples=4 * taken).run(batches(4 * taken))
+    line = read_journal(tmp_path / "metrics.jsonl")[-1]
     assert (line["tokens"], line["skipped_tokens"]) == (7 * 4 * 8, 4 * 4 * 8)
-    assert run_totals([line]).tokens == totals.tokens
 
 
 def test_speed_and_mfu_cover_all_ranks(tmp_path: Path, engine: FakeEngine) -> None:
@@ -309,7 +316,8 @@ def test_a_rewind_discards_the_spike_and_all_later_steps(tmp_path: Path) -> None
     journal = read_journal(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in journal] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in journal] == [2.0, 2.1, 2.0, 2.1, 2.2, None, 60.0, 2.3]
-    assert run.state == TrainingState(step=8, consumed_samples=32, skipped_steps=1)
+    assert run.state == TrainingState(step=8, consumed_samples=32)
+    assert run.skipped == {6} and [line["skipped_tokens"] for line in journal] == [0, 0, 0, 0, 0, 32, 0, 0]
 
 
 def test_non_finite_steps_are_reported_and_too_many_end_the_run(
@@ -411,7 +419,8 @@ def test_a_stop_request_saves_even_after_a_non_finite_step(tmp_path: Path, engin
 
 
 @pytest.mark.parametrize(
-    ("step", "last_validated", "measured"), [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8])]
+    ("step", "last_validated", "measured"),
+    [(4, 0, [4, 8]), (4, 4, [8]), (3, 0, [4, 8]), (0, 0, [4, 8]), (9, 8, [9])],  # 9: train.steps has been lowered since
 )
 def test_an_interrupted_validation_is_repeated(
     tmp_path: Path, engine: FakeEngine, step: int, last_validated: int, measured: list[int]

@@ -29,7 +29,6 @@ class Progress(Callback):
         self.document_lengths = document_lengths
         self.seconds = 0.0
         self.steps = 0
-        self.skipped = 0
         self.is_causal = False
 
     def on_start(self, trainer: Trainer) -> None:
@@ -51,19 +50,19 @@ class Progress(Callback):
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Stop the clock, and write the line if it is due."""
-        if result.skipped_by_config:
-            self.skipped += 1
-        else:
+        if not result.skipped_by_config:
             self.seconds += time.perf_counter() - self.started
             self.steps += 1
         if not trainer.is_due(trainer.config.logging.interval, trainer.state.step):
             return
         batch_tokens = trainer.config.train.global_batch_size * trainer.config.data.sequence_length
+        since, step = self.writers.last_training_step, trainer.state.step
+        skipped = sum(since < number <= step for number in trainer.skip_steps)
         steps_per_second = self.steps / self.seconds if self.steps else math.nan
         line = {
             "step": trainer.state.step,
             "tokens": trainer.tokens,
-            "skipped_tokens": self.skipped * batch_tokens,
+            "skipped_tokens": skipped * batch_tokens,
             "loss": result.loss,
             "causal": self.is_causal,
             "grad_norm": result.grad_norm,
@@ -75,4 +74,4 @@ class Progress(Callback):
             **selection_statistics(trainer.engine.module),
         }
         self.writers.training(line, (trainer.last_step - trainer.state.step) / steps_per_second)
-        self.seconds, self.steps, self.skipped = 0.0, 0, 0
+        self.seconds, self.steps = 0.0, 0

@@ -46,7 +46,7 @@ class Heartbeat(Callback):
             speed = {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
         self.status.update(
             "training", step=trainer.state.step, loss=result.loss if result.is_finite else None, tokens=trainer.tokens,
-            skipped_steps=trainer.state.skipped_steps, **speed,
+            skipped_steps=len(trainer.skipped), **speed,
         )  # fmt: skip
 
     def on_end(self, trainer: Trainer) -> None:
@@ -56,7 +56,7 @@ class Heartbeat(Callback):
 
 
 class StepMonitor(Callback):
-    """Counts skipped steps, among them non-finite ones, which the engine skips on every rank; detects loss spikes."""
+    """Reports skipped steps, also non-finite ones, which the engine skips on every rank, and detects loss spikes."""
 
     def __init__(self, writers: Writers, section: ResilienceSection) -> None:
         self.writers = writers
@@ -78,7 +78,6 @@ class StepMonitor(Callback):
         step, end = trainer.state.step, trainer.state.consumed_samples
         samples = f"samples {end - trainer.config.train.global_batch_size} to {end - 1} of the data order"
         if result.skipped_by_config:
-            trainer.state.skipped_steps += 1
             why = "as configured" if step in trainer.config.train.skip_steps else "after its loss was a spike"
             self.writers.note(f"step {step} skipped, {why}; {samples}")
             return False
@@ -89,12 +88,11 @@ class StepMonitor(Callback):
                 self.writers.note(f"step {step}: loss {result.loss:.4f} is a spike of {excess:.1f} sigmas; {samples}")
             return self.rewinds and trainer.any_rank(excess is not None)
         self.consecutive += 1
-        trainer.state.skipped_steps += 1
         reason = f"loss {result.loss}, gradient norm {result.grad_norm}"
         if result.is_empty:
             reason = "its batch has no token that counts (loss_mask is zero)"
         self.writers.note(
-            f"step {step} skipped: {reason}; {samples}; {trainer.state.skipped_steps} skipped since the run was started"
+            f"step {step} skipped: {reason}; {samples}; {len(trainer.skipped)} skipped since the run was started"
         )
         if self.consecutive == self.limit:
             raise UnrecoverableError(

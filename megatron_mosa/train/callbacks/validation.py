@@ -31,7 +31,8 @@ class Validation(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Measure what the previous start was stopped before measuring."""
         step = trainer.state.step
-        if step and self.last_validated < step and trainer.is_due(trainer.config.validation.interval, step):
+        is_due = trainer.is_due(trainer.config.validation.interval, step) or step > trainer.last_step
+        if step and self.last_validated < step and is_due:
             self._evaluate(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
