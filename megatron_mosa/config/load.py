@@ -182,7 +182,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         kind = _TYPES.get(section, {}).get(name, "")
         value: Any = text
         # Text stays as typed (007, on, 1:30); values of other types are parsed as YAML.
-        if kind != "str" and not (kind == "str | None" and text != "null"):
+        is_text = kind == "str" or (kind == "str | None" and text != "null")
+        if is_text and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+            raise UserError(f"override '{override}': the value would keep its quotes; leave them out")
+        if not is_text:
             try:
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload]
             except _BROKEN:

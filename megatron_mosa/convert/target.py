@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,31 +45,69 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield a temporary folder next to ``target``; rename it to ``target`` on success, and remove it on failure.
 
     Creates missing parents of ``target``. An existing model at ``target`` stays in place until the new one is complete.
 
+    Args:
+        target: that ``check_target`` has accepted.
+        force: replace what is there.
+
     Raises:
+        UserError: another conversion writes to ``target``, or has done so since it was checked.
         StorageError: writing failed.
     """
     final = Path(os.path.realpath(target))
     writing = final.with_name(f".writing-{final.name}")
     missing = [folder for folder in final.parents if not folder.exists()]  # deepest first
+    claim = None
     try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
+        claim = _claim(writing, target)
         yield writing
         for entry in (*writing.rglob("*"), writing):
             sync(entry)
+        if not force and os.path.lexists(final):
+            raise UserError(f"OUT={target} has been created by something else meanwhile; choose another folder")
         replace_directory(writing, final)
+        os.close(claim)
+        claim = None  # from now on, another conversion may write there
     except (OSError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(
             f"could not write to OUT={target}: {reason}; free disk space or choose another folder"
         ) from None
     finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        if claim is not None:
+            shutil.rmtree(writing, ignore_errors=True)
+            os.close(claim)
         with suppress(OSError):  # not empty, or never created
             for folder in missing:
                 folder.rmdir()
+
+
+def _claim(writing: Path, target: Path) -> int:
+    """Create an empty folder and lock it, as far as its file system has locks; return the descriptor of the lock.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    while True:
+        writing.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(writing, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"another conversion is writing to OUT={target}; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # no locks here
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(writing)):
+                break
+        os.close(descriptor)  # the other one has finished, and renamed its folder
+    for entry in writing.iterdir():  # left by a process that was killed
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return descriptor

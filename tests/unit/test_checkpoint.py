@@ -275,7 +275,7 @@ def test_an_interrupted_save_always_leaves_an_intact_checkpoint(
 @pytest.mark.parametrize("replaces", [False, True])
 def test_an_interrupted_conversion_always_leaves_a_complete_model(tmp_path: Path, replaces: bool) -> None:
     def convert(number: int) -> None:
-        with atomic_folder(tmp_path / "models" / "out") as writing:
+        with atomic_folder(tmp_path / "models" / "out", force=replaces) as writing:
             (writing / "state").mkdir()
             for name in ("config", "state/weights"):
                 (writing / name).write_text(f"{number}" * 9)
@@ -298,3 +298,28 @@ def test_an_interrupted_conversion_always_leaves_a_complete_model(tmp_path: Path
         found.append(models.get("out"))
     assert set(found[:3]) == {"1" * 9 if replaces else None}
     assert set(found[-3:]) == {"2" * 9}
+
+
+def test_conversions_to_one_folder_do_not_meet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".writing-out" / "folder").mkdir(parents=True)  # left by a process that was killed
+    (tmp_path / ".writing-out" / "file").touch()
+    with atomic_folder(out, force=False) as writing:
+        assert not list(writing.iterdir())
+        (writing / "weights").touch()
+        with (
+            pytest.raises(UserError, match=f"another conversion is writing to OUT={out}"),
+            atomic_folder(out, force=True),
+        ):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "weights"]
+    new = tmp_path / "new"
+    with (
+        pytest.raises(UserError, match=f"OUT={new} has been created by something else"),
+        atomic_folder(new, force=False),
+    ):
+        new.mkdir()
+    assert new.is_dir() and not (tmp_path / ".writing-new").exists()
+    with atomic_folder(out, force=True) as writing:
+        (writing / "others").touch()
+    assert [path.name for path in out.iterdir()] == ["others"]

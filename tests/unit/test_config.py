@@ -173,6 +173,11 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
         ("mosa.capacity_factor=.inf", ["mosa.capacity_factor must be", "finite", "got inf"]),
         ("mosa.selection_scope=documents", ["mosa.selection_scope must be one of sequence", "did you mean 'document'"]),
         ("model.restart_rotary=true", ["model.restart_rotary=true", "model.attend_within_documents=true"]),
+        (
+            "mosa.selection='threshold'",
+            ["the value would keep its quotes; leave them out"],
+        ),
+        ('data.path="/x"', ["override 'data.path=\"/x\"'", "keep its quotes"]),
         ("model.local_window=8", ["model.local_window=8", "dense and MoSA heads have no window"]),
         ("model.fixed_stride=8", ["model.fixed_stride=8 has no fixed heads to apply to", "model.fixed_stride=null"]),
         ("model.fixed_stride=0", ["model.fixed_stride must be at least 1, got 0"]),

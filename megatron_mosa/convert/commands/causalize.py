@@ -81,7 +81,7 @@ def causalize(
             raise UserError(f"'{folder}' already selects by thresholds: it is already causal")
         read = _training_samples(metadata, data, samples)
         thresholds, losses = _calibrated(source, calibration_config(source.config, load_feedback), read, samples)
-        _write(source, target, thresholds, load_feedback)
+        _write(source, target, thresholds, load_feedback, force)
     print(
         f"{target}: calibrated thresholds of {source.config.mosa.num_heads} heads per layer on {samples} training "
         f"sequences; loss on them: {losses[0]:.4f} with expert choice (not causal), {losses[1]:.4f} with thresholds"
@@ -157,13 +157,15 @@ def _pass(model: torch.nn.Module, read: TrainingSamples, numbers: Sequence[int])
     return total / tokens
 
 
-def _write(source: CheckpointReader, target: Path, thresholds: dict[str, Tensor], load_feedback: float) -> None:
+def _write(
+    source: CheckpointReader, target: Path, thresholds: dict[str, Tensor], load_feedback: float, force: bool
+) -> None:
     new = {f"model.{name}": tensor for name, tensor in thresholds.items()}
     infos = {key: info for key, info in source.state.tensors.items() if key.startswith("model.")}
     infos |= {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in new.items()}
     metadata = source.metadata
     config = metadata.config | {"mosa": metadata.config["mosa"] | _CHANGES | {"load_feedback": load_feedback}}
-    with atomic_folder(target) as writing:
+    with atomic_folder(target, force=force) as writing:
         records = write_state_offline(infos, lambda key: new[key] if key in new else source.state.read(key), writing)
         layout = {"tensor_parallel_size": 1, "data_parallel_size": 1}
         write_metadata(replace(metadata, config=config, layout=layout), writing)

@@ -46,17 +46,17 @@ def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
             source = CheckpointReader.open(folder, read_metadata(folder))
             weights = {weight.name: weight for weight in source.weights}
             infos = {name: TensorInfo(weight.module_shape, torch.float32) for name, weight in weights.items()}
-            _write(infos, lambda name: weights[name].for_module(source.read(name)), target)
+            _write(infos, lambda name: weights[name].for_module(source.read(name)), target, force)
         else:
             shards = ZeroReader(folder)
-            _write(shards.tensors, shards.read, target)
+            _write(shards.tensors, shards.read, target, force)
 
 
-def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], target: Path) -> None:
+def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], target: Path, force: bool) -> None:
     def piece(name: str, info: TensorInfo) -> Piece:
         return Piece(info.elements * info.dtype.itemsize, lambda: {name: read(name).contiguous()})
 
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, force=force) as folder:
         records = write_shards([piece(name, info) for name, info in infos.items()], folder)
         write_manifest(folder, records)
     print(f"{target}: exported {sum(info.elements for info in infos.values()):,} elements in {len(infos)} tensors")

@@ -72,10 +72,12 @@ def export_hf(
         metadata = read_metadata(checkpoint)
         found = find_tokenizer(metadata, tokenizer)
         source = CheckpointReader.open(checkpoint, metadata)
-        _export(source, target, dtype, found, checks_logits)
+        _export(source, target, dtype, found, checks_logits, force)
 
 
-def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool) -> None:
+def _export(
+    source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool, force: bool
+) -> None:
     parameters = num_parameters(source.weights)
     is_unset = lacks_thresholds(source.weights, source.read)
     if checks_logits and is_unset:
@@ -84,7 +86,7 @@ def _export(source: CheckpointReader, target: Path, dtype: str, found: FoundToke
             "transformers refuses such a model; train it, calibrate it with mosa checkpoint causalize, or pass "
             "--no-check to export NaN as thresholds"
         )
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, force=force) as folder:
         end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
         _write_config(source, dtype, end_of_document_id, folder)
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)

@@ -39,7 +39,7 @@ def export_torch_dist(path: Path, target: Path, *, force: bool = False) -> None:
     with damage_as_run_error(folder):
         source = CheckpointReader.open(folder, read_metadata(folder))
         args = to_megatron_args(source.config, source.vocab_rows)
-        with atomic_folder(target) as writing:
+        with atomic_folder(target, force=force) as writing:
             iteration = writing / "iter_0000000"
             iteration.mkdir()
             _write_weights(source, iteration)

@@ -59,12 +59,12 @@ def import_model(
         model = open_model(folder)
         if add_mosa_heads:
             model = ModelWithAddedHeads.of(model, add_mosa_heads, sparsity)
-        _import(model, target)
+        _import(model, target, force)
 
 
-def _import(model: ModelReader, target: Path) -> None:
+def _import(model: ModelReader, target: Path, force: bool) -> None:
     metadata = _metadata(model.config, model.vocab_rows, model.path)
-    with atomic_folder(target) as writing:
+    with atomic_folder(target, force=force) as writing:
         records = _write(model, writing)
         write_metadata(metadata, writing)
         write_manifest(writing, records | hash_files(writing, [METADATA]))

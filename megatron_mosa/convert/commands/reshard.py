@@ -53,7 +53,7 @@ def reshard(
         size = tensor_parallel or metadata.layout.get("tensor_parallel_size", 1)
         source = CheckpointReader.open(folder, metadata)
         dims = _split_dims(source, size)
-        _write(source, target, size, dims, drop_optimizer)
+        _write(source, target, size, dims, drop_optimizer, force)
 
 
 def _split_dims(source: CheckpointReader, size: int) -> dict[str, int]:
@@ -88,12 +88,14 @@ def _check_size(config: Config, size: int) -> None:
         raise UserError(f"--tensor-parallel={size}: {error}") from None
 
 
-def _write(source: CheckpointReader, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool) -> None:
+def _write(
+    source: CheckpointReader, target: Path, size: int, dims: dict[str, int], drop_optimizer: bool, force: bool
+) -> None:
     from megatron_mosa.utils import progress
 
     tensors = {k: info for k, info in source.state.tensors.items() if k.startswith("model.") or not drop_optimizer}
     cuts = {key: (dims[name], size) for key in tensors if size > 1 and (name := key.partition(".")[2]) in dims}
-    with atomic_folder(target) as writing:
+    with atomic_folder(target, force=force) as writing:
         with progress(sum(4 * info.elements for info in tensors.values()), "rewriting") as bar:
 
             def read(key: str) -> Tensor:
