@@ -706,9 +706,9 @@ MADE_UP = [
     row("dense", 2, 1.94, learning_rate=2e-3),
     row("mosa", 1, 1.80, sparsity=32.0, heads=276, **MOSA),
     row("mosa", 1, 1.75, sparsity=64.0, heads=505, step_alone=False, **MOSA),
-    row("search", 1, 1.95, heads=12, **SEARCH),
-    row("search", 1, 1.91, heads=16, step_seconds=0.08, paper_flops=40_000_000_000, **SEARCH),
-    row("search", 1, 1.89, heads=20, **SEARCH),
+    row("search", 1, 1.91, heads=12, **SEARCH),  # below the mean of dense, above its seed 1
+    row("search", 1, 1.89, heads=16, step_seconds=0.08, paper_flops=40_000_000_000, **SEARCH),
+    row("search", 1, 1.85, heads=20, **SEARCH),
     row("late", 1, None, status="missing"),
     row("broken", 1, None, status="failed", reason="exit code 1: out of memory"),
 ]
@@ -722,6 +722,13 @@ def test_models_have_the_chosen_learning_rate_and_compare_common_seeds() -> None
     assert (dense.loss, dense.spread) == (pytest.approx(1.92), pytest.approx(0.04))
     assert low.above(dense) == pytest.approx(1.80 - 1.90)  # seed 1 of both
     assert place.noise == pytest.approx(0.04)
+
+
+def test_what_one_seed_has_is_not_listed_as_empty_even_if_it_is_zero() -> None:
+    empty = dict.fromkeys(("leak", "flip_rate", "decode_ms"), "not measured yet")
+    rows = [row("mosa", 1, 1.8, flip_rate=0.0), row("mosa", 2, 1.8, not_measured=empty)]
+    (place,) = places(rows)
+    assert place.models[0].not_measured.keys() == {"leak", "decode_ms"}
 
 
 def test_a_report_says_what_came_out(tmp_path: Path) -> None:
@@ -792,6 +799,7 @@ def test_the_fewest_heads_that_match_dense() -> None:
     lines = table([search])
     text = "\n".join(lines)
     assert "of 12, 16, 20 heads, 16 are the fewest that match dense." in lines[0]
+    assert "| perplexity | 6.69 | 6.62 | -1.0 % |" in text  # exp(1.90) and exp(1.89): of the seed that both have
     for part in ("| step, ms | 100.0 | 80.0 | -20.0 % | 137 to 127 (-7.3 %)", "17 (32)", "54.76 | 40.00 | -27.0 %"):
         assert part in text, part
     assert "9.00 | 4.00 | -55.6 % | 9216 to 4640" in text

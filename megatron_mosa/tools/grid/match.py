@@ -21,7 +21,8 @@ class Matched:
     """From the fewest heads to the most."""
 
     model: TrainedModel | None
-    """The one with the fewest heads whose loss is at most the reference's; None: no number of heads matches."""
+    """The one with the fewest heads whose loss is at most the reference's, over the seeds that both have; None: no
+    number of heads matches."""
 
 
 _PAPER_SIZES = ("Tiny", "Small", "Medium", "Large")
@@ -33,7 +34,9 @@ class _Quantity:
     """A row of the table, with the paper's numbers for dense and MoSA models of equal perplexity (A100, PyTorch)."""
 
     name: str
-    value: Callable[[TrainedModel], float | None]
+    value: Callable[[TrainedModel, TrainedModel], float | None]
+    """Of a model beside another."""
+
     decimals: int
     paper: _Pairs
     """By size. Their MoSA is not causal. Keys and values and FLOPs are not printed: both follow from the heads."""
@@ -42,23 +45,23 @@ class _Quantity:
 _PAPER_HEADS = ("17 (32)", "14 (32)", "12 (32)", "16 (16)")
 _QUANTITIES = (
     _Quantity(
-        "perplexity", lambda model: model.perplexity, 2,
+        "perplexity", lambda model, other: model.beside(other).perplexity, 2,
         ((22.46, 22.40), (16.02, 16.01), (13.94, 13.76), (12.20, 12.16)),
     ),
     _Quantity(
-        "step, ms", lambda model: model.milliseconds, 1,
+        "step, ms", lambda model, _: model.milliseconds, 1,
         ((137, 127), (326, 319), (619, 592), (807, 703)),
     ),
     _Quantity(
-        "peak memory, GiB (paper: GB)", lambda model: model.peak_memory_gib, 2,
+        "peak memory, GiB (paper: GB)", lambda model, _: model.peak_memory_gib, 2,
         ((21.1, 19.0), (32.4, 31.4), (50.2, 49.4), (104.1, 94.5)),
     ),
     _Quantity(
-        "KV of 8,192 tokens, MiB (paper: pairs a layer at 1,024)", lambda model: model.kv_mib, 2,
+        "KV of 8,192 tokens, MiB (paper: pairs a layer at 1,024)", lambda model, _: model.kv_mib, 2,
         ((9216, 4640), (9216, 4544), (9216, 4480), (16384, 5120)),
     ),
     _Quantity(
-        "forward GFLOP of a sequence", lambda model: model.row.paper_flops / 1e9, 2,
+        "forward GFLOP of a sequence", lambda model, _: model.row.paper_flops / 1e9, 2,
         ((54.76, 39.64), (219.85, 186.02), (439.70, 371.35), (1130.65, 845.95)),
     ),
 )  # fmt: skip
@@ -75,7 +78,7 @@ def matched(rows: Sequence[Row]) -> list[Matched]:
                 groups.setdefault(model.row.label, []).append(model)
         for member, models in groups.items():
             models.sort(key=lambda model: model.row.heads)
-            fits = (model for model in models if reference is not None and model.loss <= reference.loss)
+            fits = (model for model in models if reference is not None and model.above(reference) <= 0)
             found.append(Matched(place, member, tuple(models), next(fits, None)))
     return found
 
@@ -95,7 +98,8 @@ def _lines(search: Matched) -> list[str]:
         return [f"{where}: {search.place.relative_to} has no result to match yet."]
     counts = ", ".join(str(tried.row.heads) for tried in search.tried)
     if model is None:
-        best = min(search.tried, key=lambda tried: tried.loss)
+        best = max(search.tried, key=reference.above)
+        reference, best = reference.beside(best), best.beside(reference)
         return [
             f"{where}: none of {counts} heads matches {reference.name} (perplexity {reference.perplexity:.2f}); the "
             f"best, {best.row.heads} heads, has {best.perplexity:.2f}. Add more heads to the grid."
@@ -112,7 +116,7 @@ def _lines(search: Matched) -> list[str]:
         _row("heads (sparsity)", reference.heads, model.heads, "", _PAPER_HEADS),
     ]
     for quantity in _QUANTITIES:
-        ours, theirs = quantity.value(model), quantity.value(reference)
+        ours, theirs = quantity.value(model, reference), quantity.value(reference, model)
         change = f"{100 * (ours / theirs - 1):+.1f} %" if ours is not None and theirs else ""
         before, after = ("" if n is None else f"{n:,.{quantity.decimals}f}" for n in (theirs, ours))
         printed = [f"{dense:g} to {mosa:g} ({100 * (mosa / dense - 1):+.1f} %)" for dense, mosa in quantity.paper]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mosa.tools.grid.results import Row
 
@@ -97,7 +97,8 @@ class TrainedModel:
     def not_measured(self) -> dict[str, str]:
         """Reasons why a field is empty, of fields that no seed has."""
         reasons = {name: reason for row in self.rows for name, reason in row.not_measured.items()}
-        return {name: why for name, why in reasons.items() if not any(getattr(row, name) for row in self.rows)}
+        known = {name for name in reasons for row in self.rows if getattr(row, name) not in (None, {})}  # 0 is known
+        return {name: why for name, why in reasons.items() if name not in known}
 
     @property
     def heads(self) -> str:
@@ -116,12 +117,14 @@ class TrainedModel:
     def _alone(self) -> Sequence[Row]:
         return [row for row in self.rows if row.step_alone] or self.rows
 
+    def beside(self, other: TrainedModel) -> TrainedModel:
+        """Return this model with only the seeds that the other has, too; with all of them if no seed is common."""
+        common = tuple(row for row in self.rows if row.seed in other.losses)
+        return replace(self, rows=common) if common else self
+
     def above(self, other: TrainedModel) -> float:
-        """Return the loss less the other's: the mean over the seeds that both have, or of the means without any."""
-        common = [seed for seed in self.losses if seed in other.losses]
-        if not common:
-            return self.loss - other.loss
-        return statistics.mean(self.losses[seed] - other.losses[seed] for seed in common)
+        """Return the loss less the other's, over the seeds that both have (see ``beside``)."""
+        return self.beside(other).loss - other.beside(self).loss
 
 
 @dataclass(frozen=True)
