@@ -12,7 +12,7 @@ from megatron_mosa.utils.files import (
 )
 from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
-from megatron_mosa.utils.parsing import is_plain, json_integer, load_json, parse_json
+from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_json, parse_json
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
@@ -22,6 +22,7 @@ __all__ = [
     "drop_known_noise",
     "drop_warnings",
     "file_problem",
+    "finite",
     "first_line",
     "free_megabytes",
     "is_plain",

@@ -1,9 +1,10 @@
-"""JSON from files that may be damaged, and texts that may be odd."""
+"""JSON from files that may be damaged, of numbers that may be NaN, and texts that may be odd."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from typing import Any
 def is_plain(text: str) -> bool:
     """Return whether a text is UTF-8 without control characters, so that files and terminals take it as it is."""
     return all(sign >= " " and not "\x7f" <= sign < "\xa0" and not "\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def finite(value: Any) -> Any:
+    """Return a value of lists, tuples and mappings with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_json(text: str | bytes) -> Any:

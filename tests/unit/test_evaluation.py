@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -257,6 +259,21 @@ def test_ranges_and_positions() -> None:
     assert chosen_positions(position_ranges(16), 2) == [0, 1, 2, 3, 5, 7, 11, 15]
     assert chosen_positions(position_ranges(6), 1) == [0, 1, 3, 5]
     assert estimate(torch.tensor([1.0, 3.0])) == (2.0, pytest.approx(1.0))
+
+
+def test_what_is_not_defined_is_null_in_the_file_and_a_dash_in_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undefined = {"loss": math.nan, "error": math.nan, "tokens": 4, "label": "causal"}
+    row = {"first": 0, "last": 0, "full_sequence": math.nan, "causal": math.nan, "flip_rate": math.nan}
+    found: dict[str, Any] = {"samples": 2, "sequence_length": 4, "full_sequence": undefined, "causal": undefined}
+    found |= {"by_position": [row], "leak": {"mean": math.inf, "error": math.nan}, "flip_rate": math.nan}
+    found |= {"by_length": [{"length": 8, "full_sequence": undefined, "causal": undefined}], "left_out": {}}
+    print_report(found, Console(width=200))
+    _write(found, tmp_path / "found.json")
+    assert re.search(r"\b(nan|inf)\b", capsys.readouterr().out) is None
+    written = json.loads((tmp_path / "found.json").read_text(), parse_constant=pytest.fail)
+    assert written["leak"] == {"mean": None, "error": None} and written["by_position"][0]["flip_rate"] is None
 
 
 def test_the_report_shows_all_measures(capsys: pytest.CaptureFixture[str]) -> None:

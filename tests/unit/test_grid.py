@@ -438,6 +438,17 @@ def evaluation(causal: float | None, flips: float | None) -> str:
     return json.dumps(found | {"leak": {"mean": 0.5, "error": 0.25}})
 
 
+def test_numbers_that_are_not_defined_count_as_measured(tmp_path: Path) -> None:
+    undefined = {"loss": None, "error": None}
+    found = {"full_sequence": undefined, "causal": undefined, "flip_rate": None, "leak": {"mean": None, "error": None}}
+    (tmp_path / "cell.json").write_text(json.dumps(found))
+    values, reasons = results.evaluated(tmp_path / "cell.json", Evaluation()) or ({}, {})
+    assert set(values.values()) == {None} and len(values) == 5
+    assert reasons["causal_loss"] == reasons["leak"] == "it is not a finite number"
+    without_error = row("mosa", 1, 1.8, evaluated_loss=2.0, leak=0.5, not_measured={"flip_rate": "it has none"})
+    assert "| mosa |  | +0.5000 |  |" in markdown([without_error], {})
+
+
 def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Path) -> None:
     asked = {"samples": 8, "decode": [4, 1], "decode_context": 100}
     some = members(
@@ -467,7 +478,7 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
     assert (first.leak, first.leak_error, first.causal_loss) == (0.5, 0.25, 2.0)
     assert (first.decode_ms, first.decode_context) == ({"1": 0.5, "4": 2.0}, 100)
     assert (choice.evaluated_loss, choice.causal_loss, choice.flip_rate) == (2.0, 2.5, 0.25)
-    assert first.not_measured == {"flip_rate": "it has no MoSA heads, which select tokens"}
+    assert first.not_measured == {"flip_rate": "it has no MoSA heads that select tokens in the first half of a window"}
     assert choice.not_measured == {"decode_ms": "it looks ahead, so that nothing can be decoded"}
     assert routing.not_measured["causal_loss"] == "it has no causal counterpart"
     assert set(late.not_measured.values()) == {"not measured yet"}

@@ -13,7 +13,7 @@ from megatron_mosa.config import check_world_size, load_config
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_STEPS, bounds
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import finite, load_json, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.tools.bench.measurement import Measurement
@@ -60,7 +60,7 @@ def bench(
     print(report.text(found))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, json.dumps(asdict(found), indent=1))
+        write_atomically(output, json.dumps(finite(asdict(found)), indent=1, allow_nan=False))
         if found.profile is not None:
             report.plot(found, output.with_suffix(".png"))
     if before is not None:

@@ -192,7 +192,7 @@ def _row(cache: MosaCache, config: MosaConfig, length: int, baseline: int, exact
         used={kind: used for kind, (_, used) in sizes.items()},
         allocated=sum(allocated for allocated, _ in sizes.values()),
         selected_share=float(torch.stack(counts).mean()) / length if counts else None,
-        most_over_mean=max(float(count.max() / count.mean()) for count in counts) if counts else None,
+        most_over_mean=max((float(count.max() / count.mean()) for count in counts if count.any()), default=None),
         dense_baseline=baseline,
         exact=length <= exact_up_to or not config.num_dense_heads,
     )

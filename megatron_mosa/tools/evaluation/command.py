@@ -11,7 +11,7 @@ import typer
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_SAMPLES, bounds
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import finite, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.convert import ModelReader
@@ -132,5 +132,5 @@ def _dataset(model: ModelReader, path: Path | None) -> Mixture:
 
 def _write(found: dict[str, Any], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, json.dumps(found, indent=1) + "\n")
+    write_atomically(output, json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     print(f"Wrote {output}")

@@ -24,8 +24,8 @@ def flip_rates(
     """Return the share of selections up to each position that change if all later tokens are replaced, [positions].
 
     The replacements come from another sample. Of all selections made with the original and with the replaced future,
-    the rate counts those made with only one of the two: 0 if nothing changes, 1 if no selection stays. It covers all
-    layers, heads and samples.
+    the rate counts those made with only one of the two: 0 if nothing changes, 1 if no selection stays, NaN if there is
+    none. It covers all layers, heads and samples.
     """
     changed_count, total_count = torch.zeros(2, len(positions), dtype=torch.int64)
     with recorded_selection(model.module):

@@ -29,7 +29,8 @@ def _losses(found: dict[str, Any]) -> Table:
         rows = rows[1:]
     for name, key in rows:
         entry = found[key]
-        numbers = (f"{entry['loss']:.4f}", f"{entry['error']:.4f}", f"{math.exp(min(entry['loss'], 700)):.2f}")
+        perplexity = math.exp(min(entry["loss"], 700))
+        numbers = (_number(entry["loss"]), _number(entry["error"]), _number(perplexity, ".2f"))
         table.add_row(f"{name} ({entry['label']})", *numbers)
     return table
 
@@ -40,10 +41,8 @@ def _positions(found: dict[str, Any]) -> Table:
     for row in found["by_position"]:
         first, last = row["first"], row["last"]
         numbers = [_number(row.get(key)) for key in ("full_sequence", "causal", "prefix_only", "leak", "leak_error")]
-        flips = row["flip_rate"]
-        table.add_row(
-            str(first) if first == last else f"{first}-{last}", *numbers, "-" if flips is None else f"{flips:.2%}"
-        )
+        positions = str(first) if first == last else f"{first}-{last}"
+        table.add_row(positions, *numbers, _number(row["flip_rate"], ".2%"))
     table.caption = (
         "prefix only: loss at chosen positions, given only the tokens up to each. leak: prefix only minus full "
         "sequence at these positions. flip rate: share of selections up to the range's last position that change with "
@@ -76,5 +75,5 @@ def _table(title: str, columns: tuple[str, ...], first: str) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}".replace("-0.0000", "0.0000")
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:{form}}".replace("-0.0000", "0.0000")

@@ -212,7 +212,7 @@ def _evaluations(place: Place) -> list[str]:
         cells = [
             model.name,
             _signed(model.made_causal),
-            "" if leak is None else f"{_signed(leak)} ({error:.4f})",
+            _signed(leak) + ("" if error is None else f" ({error:.4f})"),
             "" if flips is None else f"{100 * flips:.1f} %",
             *("" if (ms := model.decode_ms(batch)) is None else f"{ms:.2f}" for batch in batches),
         ]

@@ -29,6 +29,7 @@ DONE, GAVE_UP, FAILED, MISSING = "done", "diverged", "failed", "missing"
 EVALUATED = ("causal_loss", "leak", "flip_rate")
 """Fields of a row that an evaluation measures; the others besides ``decode_ms`` come from the run."""
 
+_NOT_FINITE = "it is not a finite number"
 CANNOT_DECODE = "it looks ahead, so that nothing can be decoded"
 SETTLED = (DONE, GAVE_UP)
 """What a repetition would not change."""
@@ -233,7 +234,11 @@ def evaluated(path: Path, asked: Evaluation) -> tuple[dict[str, Any], dict[str, 
         values = known_values(Row, measured)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    reasons = {"causal_loss": "it has no causal counterpart", "flip_rate": "it has no MoSA heads, which select tokens"}
+    reasons = {
+        "causal_loss": "it has no causal counterpart" if causal is None else _NOT_FINITE,
+        "leak": _NOT_FINITE,
+        "flip_rate": "it has no MoSA heads that select tokens in the first half of a window",
+    }
     return values, {name: reason for name, reason in reasons.items() if values[name] is None}
 
 
