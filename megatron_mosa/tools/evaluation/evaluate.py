@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,12 +65,14 @@ def evaluate(
         announce: called once before them, with the number of tokens of all together.
 
     Returns:
-        ``full_sequence`` and ``causal``: loss, standard error of the mean, label; ``by_position``: for each range of
-        positions these losses, the prefix-only loss, the leak and the flip rate; ``leak``: over all positions, with its
-        standard error (None without prefixes); ``flip_rate``: of the first half of the windows if the second half is
-        replaced (None without MoSA heads); ``by_length``: the losses at multiples of the training length; ``left_out``:
-        lengths skipped because the text is too short, with the reason. With Routing heads, which have no causal
-        counterpart, all that is ``causal`` is None.
+        ``samples`` and ``calibration_samples``: numbers of windows, of which short splits have fewer than ``settings``
+        asks for (None: nothing was calibrated); ``full_sequence`` and ``causal``: loss, standard error of the mean,
+        label; ``by_position``: for each range of positions these losses, the prefix-only loss, the leak and the flip
+        rate; ``leak``: over all positions, with its standard error (None without prefixes); ``flip_rate``: of the first
+        half of the windows if the second half is replaced (None without MoSA heads); ``by_length``: the losses at
+        multiples of the training length; ``left_out``: lengths skipped because the text is too short, with the reason.
+        With Routing heads, which have no causal counterpart, all that is ``causal`` is None. What is not defined is
+        NaN: the error of a single window, and the flip rate of heads that select nothing.
 
     Raises:
         UserError: the validation split has fewer than two windows.
@@ -91,7 +94,9 @@ class _Evaluation:
             )
         self.looks_ahead = looks_ahead(model.config) or lacks_thresholds(model.weights, model.read)
         # Routing heads look ahead whatever the selection of MoSA heads.
-        self.can_be_calibrated = self.looks_ahead and not looks_ahead(calibration_config(model.config))
+        can_be_calibrated = self.looks_ahead and not looks_ahead(calibration_config(model.config))
+        asked = settings.calibration_samples
+        self.calibration = self._samples(1, "train", asked) if can_be_calibrated else None
         self.ranges = position_ranges(self.length)
         self.longer: dict[int, ValidationSamples] = {}
         self.left_out: dict[int, str] = {}
@@ -105,8 +110,8 @@ class _Evaluation:
         """Return how many tokens all passes together will process, about."""
         tokens = len(self.samples) * self.length
         passes = tokens + sum(len(samples) * n * self.length for n, samples in self.longer.items())
-        if self.can_be_calibrated:
-            passes = 2 * passes + CALIBRATION_PASSES * self.settings.calibration_samples * self.length
+        if self.calibration is not None:
+            passes = 2 * passes + CALIBRATION_PASSES * len(self.calibration) * self.length
         if self.settings.prefixes:
             positions = chosen_positions(self.ranges, self.settings.prefixes)
             passes += len(self.samples) * sum(position + 1 for position in positions)
@@ -118,21 +123,22 @@ class _Evaluation:
             full = self._losses(model, self.samples)
             ranges, leak = self._by_range(model, full)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
-        is_causal = self.can_be_calibrated or not self.looks_ahead
+        is_causal = self.calibration is not None or not self.looks_ahead
         causal, causal_lengths, how = full, lengths, "the model itself"
-        if self.can_be_calibrated:
-            how = f"by thresholds, calibrated on {self.settings.calibration_samples} windows of the training split"
+        if self.calibration is not None:
+            how = f"by thresholds, calibrated on {len(self.calibration)} windows of the training split"
             with self._built(calibrates=True) as model:
-                calibrate(model.module, lambda: self._run_calibration_windows(model))
+                calibrate(model.module, partial(self._run_over, self.calibration, model))
                 causal = self._losses(model, self.samples)
                 causal_lengths = {n: self._losses(model, samples) for n, samples in self.longer.items()}
         for part, row in zip(self.ranges, ranges, strict=True):
             row["causal"] = causal[:, part.start : part.stop].mean().item() if is_causal else None
         return {
             "samples": len(self.samples),
+            "calibration_samples": len(self.calibration) if self.calibration is not None else None,
             "settings": {
-                "samples": self.settings.num_samples,  # of which a short split has fewer
-                "calibration_samples": self.settings.calibration_samples if self.can_be_calibrated else None,
+                "samples": self.settings.num_samples,  # short splits have fewer
+                "calibration_samples": self.settings.calibration_samples if self.calibration is not None else None,
             },
             "sequence_length": self.length,
             "full_sequence": _summary(full) | {"label": label},
@@ -196,8 +202,7 @@ class _Evaluation:
         overall = estimate(total)._asdict() if positions else None
         return rows, overall
 
-    def _run_calibration_windows(self, model: EvaluationModel) -> None:
-        samples = self._samples(1, "train", self.settings.calibration_samples)
+    def _run_over(self, samples: ValidationSamples, model: EvaluationModel) -> None:
         for batch in batches(samples, self.settings.tokens_at_once):
             model.forward(batch["tokens"], batch.get("document_starts"))
             self.tick(batch["tokens"].numel())
