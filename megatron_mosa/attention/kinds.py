@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from megatron_mosa.attention.functional import num_selected_tokens
 from megatron_mosa.attention.kind import CausalKind, HeadKind
 from megatron_mosa.config import Config
+from megatron_mosa.utils import counted
 
 if TYPE_CHECKING:
     from megatron_mosa.attention.heads import PartitionedHeads
@@ -79,7 +80,7 @@ class DenseKind(CausalKind):
         return sum(map(pairs, lengths))
 
     def describe(self, config: Config) -> str:
-        groups = f" in {config.model.num_query_groups} groups" if config.model.num_query_groups else ""
+        groups = f" in {counted(config.model.num_query_groups, 'group')}" if config.model.num_query_groups else ""
         return f"{self.count(config)} dense{groups}"
 
 

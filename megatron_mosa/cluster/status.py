@@ -16,6 +16,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
 from megatron_mosa.options import bounds
 from megatron_mosa.resilience import RUNNING, STATUS, read_status
+from megatron_mosa.utils import counted
 
 SILENT_SECONDS = 60.0
 """A run that has reported nothing for this long, or for ten of its steps if that is longer, may be dead."""
@@ -98,7 +99,7 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
     if content.get("loss") is not None:
         found["loss"] = f"{content['loss']:.4f}"
     if content.get("skipped_steps"):
-        found["skipped"] = f"{content['skipped_steps']} steps since this start"
+        found["skipped"] = f"{counted(content['skipped_steps'], 'step')} since this start"
     if content.get("tokens_per_second") and seconds:
         found["speed"] = f"{content['tokens_per_second']:,.0f} tokens/s, {seconds:.2f} s of wall-clock time per step"
     if content.get("checkpoint"):

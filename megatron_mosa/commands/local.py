@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from megatron_mosa.cluster import torchrun
 from megatron_mosa.entry import run
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import counted
 
 
 def number_of_processes(gpus: int, chosen: str) -> int:
@@ -46,8 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     config, *overrides = arguments
     if number % 2:  # the user's own overrides come last, so that they win
         overrides.insert(0, "parallel.tensor_model_parallel_size=1")
-    where = f"{gpus} visible GPU(s)" if gpus else "CPU (gloo)"
-    print(f"{number} process(es) on {where}, {threads} thread(s) each: {' '.join([config, *overrides])}", flush=True)
+    where = counted(gpus, "visible GPU") if gpus else "CPU (gloo)"
+    what = f"{counted(number, 'process')} on {where}, OMP_NUM_THREADS={threads}"
+    print(f"{what}: {' '.join([config, *overrides])}", flush=True)
     if number > 1:
         program = ["--module", "megatron_mosa", "pretrain", config, *overrides]
         return torchrun.main(["--standalone", "--nproc-per-node", str(number), *program])

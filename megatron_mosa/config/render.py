@@ -12,6 +12,7 @@ from megatron_mosa.config.heads import head_counts
 from megatron_mosa.config.keys import Key, default_of
 from megatron_mosa.config.load import config_to_dict
 from megatron_mosa.config.schema import Config
+from megatron_mosa.utils import counted
 
 _HEADER = """\
 # Every key with its default, meaning and bounds. A file must set the keys marked ??? and any others that differ.
@@ -59,10 +60,11 @@ def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
 def summary(config: Config) -> str:
     """Return the model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
     model = config.model
-    heads = " + ".join(f"{count} {kind}" for kind, (_, count) in head_counts(config).items() if count)
-    return (
-        f"{model.num_layers} layers of width {model.hidden_size}, {heads} heads, {config.data.sequence_length:,} tokens"
-    )
+    counts = {kind: count for kind, (_, count) in head_counts(config).items() if count}
+    heads = " + ".join(f"{count} {kind}" for kind, count in counts.items())
+    heads += " head" if sum(counts.values()) == 1 else " heads"
+    layers, tokens = counted(model.num_layers, "layer"), counted(config.data.sequence_length, "token")
+    return f"{layers} of width {model.hidden_size}, {heads}, {tokens}"
 
 
 def _yaml(line: Callable[[str, Field[Any]], tuple[Any, str]]) -> str:

@@ -45,7 +45,7 @@ from megatron_mosa.data.tokenizer import (
     vocabulary_size,
 )
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import free_megabytes, load_json, progress, replace_directory, sync, write_atomically
+from megatron_mosa.utils import counted, free_megabytes, load_json, progress, replace_directory, sync, write_atomically
 
 INDEX_CACHE = "index_cache"
 
@@ -133,7 +133,7 @@ def summary(name: str, manifest: Manifest) -> list[str]:
     counts = {key: sum(manifest.splits[split][key] for split in SPLITS) for key in ("documents", "tokens")}
     parts = ", ".join(f"{manifest.splits[split]['tokens']:,} {split}" for split in SPLITS)
     lines = [
-        f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens ({parts}), "
+        f"{name}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')} ({parts}), "
         f"vocabulary {manifest.vocab_size:,}"
     ]
     requested = manifest.request.get("vocab_size")
@@ -382,7 +382,7 @@ def _check_counts(data: DataSection, shards: Sequence[Shard]) -> None:
             change = "raise" if name == "validation" else "lower"
             raise UserError(
                 f"the {name} split is empty: data.validation_fraction={data.validation_fraction} leaves it none of "
-                f"{documents} document{'s' * (documents != 1)}; {change} data.validation_fraction or add "
+                f"{counted(documents, 'document')}; {change} data.validation_fraction or add "
                 "documents (a text file is one)"
             )
 

@@ -20,6 +20,7 @@ from megatron_mosa.data.manifest import (
 from megatron_mosa.data.mixture import dataset_parts
 from megatron_mosa.data.tokenizer import TOKENIZER_FILE
 from megatron_mosa.errors import RunError, UserError, nearest_path
+from megatron_mosa.utils import counted
 
 
 def dataset_folders(path: Path, overrides: list[str]) -> list[Path]:
@@ -92,12 +93,12 @@ def inspect(folder: Path) -> None:
         size = (counts["bin_bytes"] + counts["idx_bytes"]) / 2**20
         mean = counts["tokens"] / max(counts["documents"], 1)
         print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens ({mean:,.0f} per document), "
-            f"{size:,.1f} MiB"
+            f"  {split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')} "
+            f"({mean:,.0f} per document), {size:,.1f} MiB"
         )
     end = manifest.end_of_document_id
     print(f"  tokenizer: {manifest.tokenizer_source}, SHA-256 {manifest.tokenizer_hash[:16]}..., end of document {end}")
     print(f"  special tokens: {manifest.special_tokens or 'not recorded'}")
     for source in manifest.sources:
         size = "" if source["bytes"] is None else f", {source['bytes'] / 2**20:,.1f} MiB"
-        print(f"  source: {source['source']} ({source['kind']}, {source['files']:,} files{size})")
+        print(f"  source: {source['source']} ({source['kind']}, {counted(source['files'], 'file')}{size})")

@@ -21,7 +21,7 @@ from megatron_mosa.data.left_out import EMPTY, replace_surrogates
 from megatron_mosa.data.reach import asking_hub
 from megatron_mosa.data.tables import TextColumn
 from megatron_mosa.errors import UserError, nearest
-from megatron_mosa.utils import first_line
+from megatron_mosa.utils import counted, first_line
 
 HUB = "hf:"
 
@@ -151,8 +151,8 @@ class HubSource:
                 failures += 1
                 if failures >= _ATTEMPTS or not self._streaming:
                     raise SourceInterruptedError(
-                        f"data.sources: {self.name} stopped after {position['row']} documents: {first_line(error)}; "
-                        "run the same command again to continue from there"
+                        f"data.sources: {self.name} stopped after {counted(position['row'], 'document')}: "
+                        f"{first_line(error)}; run the same command again to continue from there"
                     ) from error
                 logging.getLogger(__name__).warning(f"{self.name}: {first_line(error)}; reopening the stream")
                 time.sleep(_PAUSE)

@@ -23,7 +23,7 @@ from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source, total_text_bytes
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import load_json, progress, sync, write_atomically
+from megatron_mosa.utils import counted, load_json, progress, sync, write_atomically
 
 _BATCH_CHARACTERS = 1 << 18  # encoded by a thread at once; encodings take about 100 bytes per token
 _COPY = 1 << 24  # bytes
@@ -194,7 +194,7 @@ class _ShardWriter:
     def _update_bar(self, documents: int, text_bytes: int) -> None:
         self._documents += documents
         rate = self._tokens / max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(f"{self._documents} documents, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"{counted(self._documents, 'document')}, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(text_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Helpers without a subject of their own: atomic files, JSON, versions, progress bars, first lines of errors."""
+"""Helpers without a subject of their own: atomic files, JSON, versions, progress bars, words, first lines of errors."""
 
 from megatron_mosa.utils.errors import file_problem, first_line
 from megatron_mosa.utils.files import (
@@ -16,8 +16,10 @@ from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_jso
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
+from megatron_mosa.utils.words import counted
 
 __all__ = [
+    "counted",
     "creation_problem",
     "drop_known_noise",
     "drop_warnings",

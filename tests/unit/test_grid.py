@@ -816,6 +816,8 @@ def test_the_fewest_heads_that_match_dense() -> None:
     assert "9.00 | 4.00 | -55.6 % | 9216 to 4640" in text
     worse = [one if one.member != "search" else replace(one, loss=2.5, perplexity=math.exp(2.5)) for one in MADE_UP]
     assert "none of 12, 16, 20 heads matches dense" in table(matched(worse))[0]
+    single = "\n".join(table(matched([*MADE_UP[:4], row("search", 1, 1.89, heads=1, **SEARCH)])))
+    assert "of 1 head, 1 is the fewest that matches dense." in single and "| dense | 1 head |" in single
     better = [one if one.member != "search" else replace(one, loss=1.0, causal=False) for one in MADE_UP]
     first = table(matched(better))[0]
     assert "fewer may match, too" in first and "NON-CAUSAL" in first

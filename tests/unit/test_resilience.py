@@ -271,6 +271,7 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     now = content["updated"]
     assert is_well(content, now + 59) and not is_well(content, now + 61)
     assert facts(content, now)["time left"] == "0:00:06"
+    assert facts(content | {"skipped_steps": 1}, now)["skipped"] == "1 step since this start"
     assert facts(content, now + 100)["state"].startswith("no update for 0:01:40; last: training")
     assert facts(content, now - 0.5)["updated"] == "0:00:00 ago"
     assert facts(content, now - 5)["updated"].startswith("0:00:05 in the future, by this host's clock")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.cluster.doctor.node import Finding, Report
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import counted, write_atomically
 
 _PACKAGES = ("python", "torch", "CUDA", "NCCL", "megatron-core", "deepspeed", "triton", "apex")
 _CLOCK_WARNING_SECONDS, _CLOCK_BAD_SECONDS = 1.0, 60.0
@@ -89,7 +89,7 @@ def compare_gpus(reports: list[Report]) -> list[Finding]:
     findings = [
         Finding(
             "GPUs",
-            f"{len(uuids[nodes[number]])} GPUs where most nodes have {usual}",
+            f"{counted(len(uuids[nodes[number]]), 'GPU')} where most nodes have {usual}",
             "see nvidia-smi and dmesg there, and what the job requested",
             nodes=(nodes[number],),
         )
@@ -213,13 +213,13 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
 
 def _summary(verdict: Verdict) -> str:
     nodes = len({report.node for report in verdict.reports})
-    size = f"{nodes} node{'s' * (nodes > 1)}, {len(verdict.reports)} rank{'s' * (len(verdict.reports) > 1)}"
+    size = f"{counted(nodes, 'node')}, {counted(len(verdict.reports), 'rank')}"
     warnings = sum(not finding.is_bad for finding in verdict.findings)
     if verdict.bad_nodes:
         return f"verdict: bad ({size}): {', '.join(verdict.bad_nodes)}"
     if verdict.is_bad:
         return f"verdict: bad ({size}), no single node is at fault"
-    return f"verdict: healthy ({size}, {warnings} warning{'s' * (warnings != 1)})"
+    return f"verdict: healthy ({size}, {counted(warnings, 'warning')})"
 
 
 def _print_table(verdict: Verdict) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_mosa.cluster.slurm.record import Record, checkpoint_step, outcome
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, GAVE_UP, STOPPED, TIME_LIMIT, USAGE_ERROR
+from megatron_mosa.utils import counted
 
 MAX_BACKOFF_SECONDS = 600.0
 
@@ -47,7 +48,7 @@ def judge_attempt(record: Record, code: int, reason: str, step: int, *, max_retr
         if record.failures > max_retries:
             record.verdict = "stop"
             record.reason = (
-                f"{record.failures} failures in a row without a checkpoint after step {step}; last: {reason}"
+                f"{counted(record.failures, 'failure')} in a row without a checkpoint after step {step}; last: {reason}"
             )
         return min(backoff * 2 ** (record.failures - 1), MAX_BACKOFF_SECONDS)
     return 0.0

@@ -29,6 +29,7 @@ from megatron_mosa.convert.logits import load_weights, single_process_groups
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import CALIBRATED, lacks_thresholds
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import counted
 
 if TYPE_CHECKING:
     from megatron_mosa.config import Config
@@ -83,8 +84,9 @@ def causalize(
         thresholds, losses = _calibrated(source, calibration_config(source.config, load_feedback), read, samples)
         _write(source, target, thresholds, load_feedback, force)
     print(
-        f"{target}: calibrated thresholds of {source.config.mosa.num_heads} heads per layer on {samples} training "
-        f"sequences; loss on them: {losses[0]:.4f} with expert choice (not causal), {losses[1]:.4f} with thresholds"
+        f"{target}: calibrated thresholds of {counted(source.config.mosa.num_heads, 'head')} per layer on "
+        f"{counted(samples, 'training sequence')}; loss on them: {losses[0]:.4f} with expert choice (not causal), "
+        f"{losses[1]:.4f} with thresholds"
     )
 
 

@@ -15,6 +15,7 @@ from megatron_mosa.convert.formats.zero import ZeroReader
 from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import counted
 
 
 def export_state_dict(path: Path, target: Path, *, force: bool = False) -> None:
@@ -59,4 +60,5 @@ def _write(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], targe
     with atomic_folder(target, force=force) as folder:
         records = write_shards([piece(name, info) for name, info in infos.items()], folder)
         write_manifest(folder, records)
-    print(f"{target}: exported {sum(info.elements for info in infos.values()):,} elements in {len(infos)} tensors")
+    elements = sum(info.elements for info in infos.values())
+    print(f"{target}: exported {counted(elements, 'element')} in {counted(len(infos), 'tensor')}")

@@ -11,7 +11,7 @@ from megatron_mosa.checkpoint import DamagedError, StateIndex, find_corruption, 
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, partition_keys, torch_dist_iteration
 from megatron_mosa.errors import RunError
-from megatron_mosa.utils import progress
+from megatron_mosa.utils import counted, progress
 
 _UNCHECKED = "not checked (--full verifies checksums)"
 
@@ -60,13 +60,15 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     gated = "; dense and local heads are gated" if model.get("attention_gate") else ""
     facts["format"] = str(metadata.format_version)
     facts["model"] = (
-        f"{model['num_layers']} layers of width {model['hidden_size']}; heads: {model['num_dense_heads']} dense, "
-        f"{model.get('num_local_heads', 0)} local, {fixed}{routing}{mosa['num_heads']} MoSA"
+        f"{counted(model['num_layers'], 'layer')} of width {model['hidden_size']}; heads: "
+        f"{model['num_dense_heads']} dense, {model.get('num_local_heads', 0)} local, {fixed}"
+        f"{routing}{mosa['num_heads']} MoSA"
         + {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
         + gated
     )
     facts["step"] = (
-        f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, {metadata.consumed_samples:,} samples)"
+        f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, "
+        f"{counted(metadata.consumed_samples, 'sample')})"
     )
     sizes = (f"{name.replace('_', ' ')} {size}" for name, size in metadata.layout.items())
     facts["written at"] = ", ".join(sizes) or "one process (import)"
@@ -135,7 +137,7 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     weights, optimizer = partition_keys(state.tensors)
     facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
     facts["types"] = ", ".join(sorted({state.tensors[key].dtype for key in weights}))
-    facts["optimizer state"] = f"{len(optimizer)} tensors" if optimizer else "none"
+    facts["optimizer state"] = counted(len(optimizer), "tensor") if optimizer else "none"
     if full:
         from megatron_mosa.checkpoint import StateReader  # imports torch
 
@@ -155,7 +157,7 @@ def _healthy(has_manifest: bool, full: bool) -> str:
 
 def _parameters(elements: Iterable[int]) -> str:
     counts = list(elements)
-    return f"{sum(counts):,} in {len(counts)} tensors"
+    return f"{sum(counts):,} in {counted(len(counts), 'tensor')}"
 
 
 def _bytes(size: float) -> str:

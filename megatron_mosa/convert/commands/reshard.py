@@ -26,6 +26,7 @@ from megatron_mosa.convert.locate import Kind, find_model_of
 from megatron_mosa.convert.logits import single_process_groups
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import counted
 
 
 def reshard(
@@ -107,5 +108,5 @@ def _write(
         layout = {"tensor_parallel_size": size, "data_parallel_size": 1}
         write_metadata(replace(source.metadata, layout=layout), writing)
         write_manifest(writing, records | hash_files(writing, [METADATA]))
-    content = "weights without optimizer state" if drop_optimizer else f"{len(tensors)} tensors"
+    content = "weights without optimizer state" if drop_optimizer else counted(len(tensors), "tensor")
     print(f"{target}: wrote {content}, sharded for tensor-parallel size {size}")

@@ -14,6 +14,7 @@ from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatr
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.convert.weights import CALIBRATED, Weight, lacks_thresholds
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.utils import counted
 
 _WEIGHT = "model."  # prefix of weight keys, but not of moments
 
@@ -92,7 +93,7 @@ def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
             tensor = _read(ours, key)
             found.append(Difference(_relative(tensor, _read(theirs, key)), key))
             bar.update(tensor.nbytes)
-    return max(found), f"{len(weights)} weights" + (f" and {len(moments)} moments" if moments else "")
+    return max(found), counted(len(weights), "weight") + (f" and {counted(len(moments), 'moment')}" if moments else "")
 
 
 def _has(model: ModelReader, weight: Weight) -> bool:

@@ -9,6 +9,7 @@ from megatron_mosa.attention import KINDS, looks_ahead
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import causality_label, read_journal
+from megatron_mosa.utils import counted
 
 
 def model_card(
@@ -31,7 +32,7 @@ def model_card(
         {"model": _model(config)}
         | facts
         | {
-            "training": f"step {metadata.step:,}, {metadata.consumed_samples:,} sequences of "
+            "training": f"step {metadata.step:,}, {counted(metadata.consumed_samples, 'sequence')} of "
             f"{config.data.sequence_length:,} tokens",
             "data": _data(metadata),
         }
@@ -47,7 +48,7 @@ def _model(config: Config) -> str:
     heads = [kind.describe(config) for kind in KINDS if kind.count(config)]
     gate = "; dense and local heads are gated" if model.attention_gate else ""
     return (
-        f"{model.num_layers} layers of width {model.hidden_size} with {', '.join(heads)} heads of width "
+        f"{counted(model.num_layers, 'layer')} of width {model.hidden_size} with {', '.join(heads)} heads of width "
         f"{model.head_dim}; {model.normalization}, {model.activation}, MLP of width {model.ffn_hidden_size}{gate}"
     )
 

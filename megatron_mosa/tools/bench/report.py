@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.loop import LoopTime
 from megatron_mosa.tools.bench.measurement import Measurement
+from megatron_mosa.utils import counted
 
 SLOWER = 0.05  # of a step, from where on it is reported
 
@@ -45,7 +46,8 @@ def _table(found: Measurement) -> list[str]:
     return [
         f"{'GPU time':18} {'ms':>9} {'of step':>8}",
         *rows,
-        f"{found.profile['kernels']:,} kernels, {found.profile['host_calls']:,} calls from the host a step",
+        f"{counted(found.profile['kernels'], 'kernel')}, "
+        f"{counted(found.profile['host_calls'], 'call')} from the host a step",
     ]
 
 

@@ -16,7 +16,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.tools.decoding.loading import check_thresholds, find_device, load_model, require_cache
 from megatron_mosa.tools.decoding.speed import DecodingSpeed, measure, random_tokens
-from megatron_mosa.utils import versions, write_atomically
+from megatron_mosa.utils import counted, versions, write_atomically
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def bench(options: BenchOptions, output: Path | None) -> None:
     require_cache(model, options.path)
     check_thresholds(model, options.path)
     name = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
-    print(f"Decoding {options.path} after {options.context:,} tokens, {dtype}, on {name}", flush=True)
+    print(f"Decoding {options.path} after {counted(options.context, 'token')}, {dtype}, on {name}", flush=True)
     rows: list[DecodingSpeed] = []
     for batch in options.batches:
         row = measure(model, *_tokens(model, batch, options))
-        what = f"{batch} sequence{'s' * (batch > 1)}"
+        what = counted(batch, "sequence")
         print(f"{what}: {row.milliseconds_per_step:.2f} ms a step, {row.tokens_per_second:,.0f} tokens/s")
         rows.append(row)
     if output is not None:

@@ -23,7 +23,7 @@ from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document, require_cache
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import counted, write_atomically
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -88,7 +88,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
         "model": str(options.path),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": f"from {options.text}" if options.text else "random",
-        "baseline": f"{heads} dense heads per layer ({reason}), keys and values of every token, computed",
+        "baseline": f"{counted(heads, 'dense head')} per layer ({reason}), keys and values of every token, computed",
         "sparsity": model.config.sparsity if model.config.num_mosa_heads else None,
     }
     content = facts | {"rows": [asdict(row) | {"total": row.total} for row in rows]}
@@ -133,8 +133,8 @@ def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> 
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     if ids.shape[1] < needed:
         raise UserError(
-            f"--text={options.text} has only {ids.shape[1]:,} tokens, but --lengths asks for {needed:,}; pass a longer "
-            "text or shorter lengths"
+            f"--text={options.text} has only {counted(ids.shape[1], 'token')}, but --lengths asks for {needed:,}; "
+            "pass a longer text or shorter lengths"
         )
     return ids[:, :needed]
 

@@ -26,6 +26,7 @@ from megatron_mosa.tools.evaluation.losses import (
     token_losses,
 )
 from megatron_mosa.tools.evaluation.model import EvaluationModel, evaluation_model
+from megatron_mosa.utils import counted
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class _Evaluation:
         is_causal = self.calibration is not None or not self.looks_ahead
         causal, causal_lengths, how = full, lengths, "the model itself"
         if self.calibration is not None:
-            how = f"by thresholds, calibrated on {len(self.calibration)} windows of the training split"
+            how = f"by thresholds, calibrated on {counted(len(self.calibration), 'window')} of the training split"
             with self._built(calibrates=True) as model:
                 calibrate(model.module, partial(self._run_over, self.calibration, model))
                 causal = self._losses(model, self.samples)

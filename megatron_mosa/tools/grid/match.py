@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.results import Row
+from megatron_mosa.utils import counted
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,22 @@ def _lines(search: Matched) -> list[str]:
     if reference is None:
         return [f"{where}: {search.place.relative_to} has no result to match yet."]
     counts = ", ".join(str(tried.row.heads) for tried in search.tried)
+    counts += " head" if counts == "1" else " heads"
     if model is None:
         best = max(search.tried, key=reference.above)
         reference, best = reference.beside(best), best.beside(reference)
         return [
-            f"{where}: none of {counts} heads matches {reference.name} (perplexity {reference.perplexity:.2f}); the "
-            f"best, {best.row.heads} heads, has {best.perplexity:.2f}. Add more heads to the grid."
+            f"{where}: none of {counts} matches {reference.name} (perplexity {reference.perplexity:.2f}); the "
+            f"best, {counted(best.row.heads, 'head')}, has {best.perplexity:.2f}. Add more heads to the grid."
         ]
     fewest = " This is the fewest that was tried: fewer may match, too." if model is search.tried[0] else ""
+    matches = "is the fewest that matches" if model.row.heads == 1 else "are the fewest that match"
     non_causal = "" if model.is_causal else " NON-CAUSAL: no decoder reaches this perplexity."
-    head = (
-        f"{where}: of {counts} heads, {model.row.heads} are the fewest that match {reference.name}.{fewest}{non_causal}"
-    )
+    head = f"{where}: of {counts}, {model.row.heads} {matches} {reference.name}.{fewest}{non_causal}"
+    paper = " | paper: ".join(_PAPER_SIZES)
     lines = [
         *(head, ""),
-        f"| | {reference.name} | {model.row.heads} heads | change | paper: {' | paper: '.join(_PAPER_SIZES)} |",
+        f"| | {reference.name} | {counted(model.row.heads, 'head')} | change | paper: {paper} |",
         "| --- |" + " ---: |" * (3 + len(_PAPER_SIZES)),
         _row("heads (sparsity)", reference.heads, model.heads, "", _PAPER_HEADS),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_mosa.tools.grid.results import Row
+from megatron_mosa.utils import counted
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        heads = f", {self.row.heads} heads" if self.row.heads_given else ""
+        heads = f", {counted(self.row.heads, 'head')}" if self.row.heads_given else ""
         return f"{self.row.label}{heads}"
 
     @property

@@ -16,7 +16,7 @@ from megatron_mosa.tools.grid.match import table as match_table
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.plots import plot_costs
 from megatron_mosa.tools.grid.results import DONE, Row
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import counted, load_json, write_atomically
 
 _EQUAL = {
     "paper_flops": "forward FLOPs by the paper's formulas",
@@ -104,7 +104,7 @@ def markdown(
         f"# Models at equal {_EQUAL[first.equal]}",
         "",
         f"Trained by `{command}`. The budget is the cost of {first.relative_to}. "
-        f"{counts[DONE]} of {len(rows)} runs are done"
+        f"{counts[DONE]} of {counted(len(rows), 'run')} {'is' if counts[DONE] == 1 else 'are'} done"
         + "".join(f", {count} {status}" for status, count in sorted(counts.items()) if status != DONE)
         + f". Trained on {_joined(row.device for row in rows if row.device) or 'nothing yet'}, "
         f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.{_measured_on(devices)}",
@@ -164,7 +164,8 @@ def _section(place: Place) -> list[str]:
     row = place.models[0].row
     lines += [
         "",
-        f"{row.steps:,} steps, {row.tokens / 1e6:,.4g}M tokens of {row.dataset} (hash {row.dataset_hash[:12]}) each.",
+        f"{counted(row.steps, 'step')}, {row.tokens / 1e6:,.4g}M tokens of {row.dataset} "
+        f"(hash {row.dataset_hash[:12]}) each.",
     ]
     noise = place.noise
     if noise is None:

@@ -27,7 +27,7 @@ from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, write_results
 from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
-from megatron_mosa.utils import load_json, write_atomically
+from megatron_mosa.utils import counted, load_json, write_atomically
 
 
 def run_grid(request: Request) -> list[Row]:
@@ -65,18 +65,22 @@ def _refuse_unfinished(work: Work, rows: Sequence[Row], stopped: str) -> None:
     again, later = "run the same command again to continue", work.later()
     missing = sum(row.status == results.MISSING for row in rows) + later
     if stopped and work.unmeasured:
-        raise RunError(f"{stopped} with {work.unmeasured} measurements left; {again}")
+        raise RunError(f"{stopped} with {counted(work.unmeasured, 'measurement')} left; {again}")
     if stopped:
-        raise RunError(f"{stopped} with {missing} of {len(rows) + later} cells left; {again}")
+        raise RunError(f"{stopped} with {missing} of {counted(len(rows) + later, 'cell')} left; {again}")
     if failed := [row for row in rows if row.status == results.FAILED]:
         first = failed[0]
-        raise RunError(f"{len(failed)} of {len(rows)} cells failed; {first.cell}: {first.reason}; fix it, and {again}")
+        raise RunError(
+            f"{len(failed)} of {counted(len(rows), 'cell')} failed; {first.cell}: {first.reason}; fix it, and {again}"
+        )
     if work.failures:
-        raise RunError(f"{len(work.failures)} measurements failed; the first: {work.failures[0]}; fix it, and {again}")
+        raise RunError(
+            f"{counted(len(work.failures), 'measurement')} failed; the first: {work.failures[0]}; fix it, and {again}"
+        )
     if without_a_rate := work.without_a_rate():
         raise RunError(f"all learning rates of {', '.join(without_a_rate)} diverged; add lower ones, and {again}")
     if missing and work.request.trains:
-        raise RunError(f"{missing} of {len(rows) + later} cells have no result; {again}")
+        raise RunError(f"no result of {missing} of {counted(len(rows) + later, 'cell')}; {again}")
 
 
 def prepare_output(folder: Path, grid: Grid) -> None:

@@ -25,6 +25,7 @@ from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Measurement, last_line, read_decoding
 from megatron_mosa.utils import (
+    counted,
     known_values,
     load_json,
     naming,
@@ -167,7 +168,7 @@ class Work:
         """Return how many cells there are, and how many are left."""
         cells, later = self.plan.all_cells(self.best)
         done = sum(map(self.is_settled, cells))
-        return f"{len(cells) + later} cells: {done} done, {len(cells) + later - done} to train"
+        return f"{counted(len(cells) + later, 'cell')}: {done} done, {len(cells) + later - done} to train"
 
     def rows(self) -> list[Row]:
         """Return the rows of all known cells, trained or not."""

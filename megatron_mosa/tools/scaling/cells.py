@@ -9,6 +9,7 @@ from typing import Any
 from megatron_mosa.config import Config, check_world_size
 from megatron_mosa.errors import UserError
 from megatron_mosa.tools.scaling.layouts import SweepLayout, check_layouts, default_layouts, objection_to
+from megatron_mosa.utils import counted
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Cell:
     """The reference in fp32, computed deterministically; all others have the configuration's precision."""
 
     def __str__(self) -> str:
-        text = f"{self.layout} on {self.processes} process{'es' * (self.processes > 1)}"
+        text = f"{self.layout} on {counted(self.processes, 'process')}"
         return f"{text} in fp32" if self.fp32 else text
 
     @property

@@ -15,6 +15,7 @@ from megatron_mosa.attention import num_selected_tokens
 from megatron_mosa.config import Config, check
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import paper_flops, parameter_count
+from megatron_mosa.utils import counted
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def solve_isoflop(baseline: Config, sparsity: float, num_dense_heads: int = 4) -
         check(config)
     except UserError as error:
         raise UserError(
-            f"a model with {num_dense_heads} dense heads (--dense-heads) and {heads} MoSA heads of sparsity "
-            f"{sparsity:g} cannot be trained: {error}"
+            f"a model with {counted(num_dense_heads, 'dense head')} (--dense-heads) and "
+            f"{counted(heads, 'MoSA head')} of sparsity {sparsity:g} cannot be trained: {error}"
         ) from None
     return IsoflopModel(
         config=config,
@@ -143,11 +144,14 @@ def _does_not_fit(baseline: Config, without: Config, fewest: Config) -> str:
     budget, spent, heads = paper_flops(baseline), paper_flops(without), fewest.mosa.num_heads
     price = paper_flops(fewest) - spent
     most = most_dense_heads(fewest, paper_flops, budget)
-    fix = "use a greater sparsity or a longer sequence" if most is None else f"use at most {most} dense heads"
+    fix = (
+        "use a greater sparsity or a longer sequence" if most is None else f"use at most {counted(most, 'dense head')}"
+    )
     remains = f"{(budget - spent) / 1e9:.4g} GFLOP" if budget > spent else "nothing"
     costs = "one costs" if heads == 1 else f"{heads} (parallel.tensor_model_parallel_size) cost"
     return (
-        f"no MoSA head of sparsity {fewest.mosa.sparsity:g} fits next to {fewest.model.num_dense_heads} dense heads in "
-        f"the budget of model.num_dense_heads={baseline.model.num_dense_heads}: {remains} is left, {costs} "
+        f"no MoSA head of sparsity {fewest.mosa.sparsity:g} fits next to "
+        f"{counted(fewest.model.num_dense_heads, 'dense head')} in the budget of "
+        f"model.num_dense_heads={baseline.model.num_dense_heads}: {remains} is left, {costs} "
         f"{price / 1e9:.4g} GFLOP; {fix}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_mosa.config import Config, check, check_world_size
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.options import MOST_PROCESSES
+from megatron_mosa.utils import counted
 
 _EXAMPLE = "--layout tp=2,sp=true,zero=1,micro=4"
 _KEYS = ("tp", "sp", "zero", "micro")
@@ -112,7 +113,7 @@ def check_layouts(config: Config, layouts: Sequence[SweepLayout], processes: int
             near = nearest_valid_layouts(config, layout, processes)
             fix = "nearest valid layouts: " + " | ".join(map(str, near)) if near else _what_fits(config, processes)
             reason = objection.partition("; ")[0]  # without its own advice, which is not about --layout
-            raise UserError(f"--layout {layout} on {processes} processes: {reason}; {fix}")
+            raise UserError(f"--layout {layout} on {counted(processes, 'process')}: {reason}; {fix}")
         if layout in seen:
             raise UserError(f"--layout {layout} is given twice (sp has no effect at tp=1); give it once")
         seen.add(layout)
@@ -178,7 +179,7 @@ def _what_fits(config: Config, processes: int) -> str:
     fixes = [f"--processes={fewer}"] if fewer else []
     if valid_layouts(replace(config, train=replace(config.train, global_batch_size=batch)), processes):
         fixes.append(f"train.global_batch_size={batch}")
-    return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {processes} processes"
+    return f"set {', or '.join(fixes)}" if fixes else f"no layout is valid on {counted(processes, 'process')}"
 
 
 def objection_to(config: Config, layout: SweepLayout, processes: int) -> str | None:

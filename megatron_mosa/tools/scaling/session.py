@@ -36,7 +36,7 @@ from megatron_mosa.tools.bench.measurement import check_measurement
 from megatron_mosa.tools.processes import end, end_with_parent
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.layouts import SweepLayout
-from megatron_mosa.utils import known_values, load_json, read_record, write_atomically
+from megatron_mosa.utils import counted, known_values, load_json, read_record, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
@@ -229,7 +229,7 @@ def supervise(session: Session, launch: Launch, watch: Watch) -> None:
             result_path(session.folder, cell.name).unlink(missing_ok=True)  # an earlier failure
         session = replace(session, cells=[cell.to_dict() for cell in left])
         session.write()
-        watch(Event(left[0].name, f"starting {session.processes} process{'es' * (session.processes > 1)}"))
+        watch(Event(left[0].name, f"starting {counted(session.processes, 'process')}"))
         code, last = _run_once(session, launch, number, tail, watch)
         left = [cell for cell in left if not is_measured(session.folder, cell.name)]
         if code is None or (last is not None and last.phase == NO_TIME):

@@ -8,15 +8,16 @@ from typing import Any
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.profile import COLLECTIVES
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
+from megatron_mosa.utils import counted
 
 _IDLE = "idle"
 
 
 def plot_scaling(sweep: Sweep, path: Path) -> None:
     """Plot tokens/s per rank as a share of the fewest processes', over ranks: a line per layout, one panel per mode."""
-    modes = [("strong", f"strong scaling: {sweep.global_batch} samples a step")]
+    modes = [("strong", f"strong scaling: {counted(sweep.global_batch, 'sample')} a step")]
     if sweep.weak:
-        modes.append(("weak", f"weak scaling: {sweep.weak} samples a step and process"))
+        modes.append(("weak", f"weak scaling: {counted(sweep.weak, 'sample')} a step and process"))
     plt = load_pyplot()
     figure, panels = plt.subplots(1, len(modes), figsize=(6.5 * len(modes), 4.5), layout="constrained", squeeze=False)
     for axes, (mode, title) in zip(panels[0], modes, strict=True):
@@ -83,7 +84,7 @@ def plot_breakdown(sweep: Sweep, path: Path) -> None:
 
 
 def _bar_name(row: Row) -> str:
-    ranks = f"{row.processes} rank{'s' * (row.processes > 1)}"
+    ranks = counted(row.processes, "rank")
     return f"{row.cell.layout}{', fp32' if row.fp32 else ''}\n{ranks}, batch {row.global_batch}"
 
 

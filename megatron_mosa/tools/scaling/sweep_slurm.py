@@ -15,7 +15,7 @@ from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import counted, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
@@ -178,7 +178,7 @@ class _Failures:
 
 def _size(session: Session) -> str:
     layouts, ranks = len(session.cells), session.processes
-    return f"{layouts} layout{'s' * (layouts > 1)} on {ranks} rank{'s' * (ranks > 1)}"
+    return f"{counted(layouts, 'layout')} on {counted(ranks, 'rank')}"
 
 
 def _names(session: Session) -> set[str]:
@@ -233,7 +233,7 @@ def check_partition(partition: str | None, gpus_per_node: int) -> None:
     name = min(names, key=lambda name: gpus[name])
     if gpus[name] >= gpus_per_node:
         return
-    has = f"at most {gpus[name]} GPUs per node" if gpus[name] else "no GPUs"
+    has = f"at most {counted(gpus[name], 'GPU')} per node" if gpus[name] else "no GPUs"
     fitting = [other for other, count in sorted(gpus.items()) if count >= gpus_per_node]
     fixes = ([f"--partition={' or '.join(fitting)}"] if fitting else []) + ["--gpus-per-node 0 to measure on CPUs"]
     raise UserError(f"partition {name} has {has}, but --gpus-per-node={gpus_per_node}; give {', or '.join(fixes)}")
