@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import io
 import json
-import lzma
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from megatron_mosa.errors import UserError
 from megatron_mosa.utils import json_integer, parse_json
 
 _CHUNK = 1 << 20  # bytes
 _MAX_LITERAL = 16  # an error in so many last characters of a chunk may be a literal or escape cut in two
-
-
-def open_decompressed(file: Path) -> BinaryIO:
-    """Open a file for reading; .gz, .bz2, .xz and .zst are decompressed."""
-    suffix = file.suffix.lower()
-    if suffix == ".zst":
-        import pyarrow  # slow to import
-
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd")))
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(suffix, open)(file, "rb")
 
 
 def json_rows(content: BinaryIO, name: str, *, is_lines: bool, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:

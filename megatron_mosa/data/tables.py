@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.data.json_rows import json_rows, open_decompressed
+from megatron_mosa.data.compressed import open_decompressed
+from megatron_mosa.data.json_rows import json_rows
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.utils import first_line
 

@@ -94,6 +94,34 @@ def test_zstd(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.jsonl.zst") == ["one", "two"]
 
 
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_nothing_behind_a_compressed_stream_is_ignored(suffix: str, tmp_path: Path) -> None:
+    compress: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    first, second = (
+        compress.get(suffix, lambda row: pa.compress(row, "zstd", asbytes=True))(b'{"text": "%s"}\n' % text)
+        for text in (b"one", b"two")
+    )
+    file = tmp_path / f"a.jsonl.{suffix}"
+    file.write_bytes(first + second)
+    assert documents(file) == ["one", "two"]
+    damaged = bytes([second[0] ^ 1]) + second[1:]
+    for content in (first + damaged, first + b"no stream", first + second[:-1], first + second[:2], damaged):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"could not read {file}: .*; repair or remove the file"):
+            documents(file)
+
+
+def test_padding_of_xz_streams_is_skipped(tmp_path: Path) -> None:
+    first, second = (lzma.compress(b'{"text": "%s"}\n' % text) for text in (b"one", b"two"))
+    file = tmp_path / "a.jsonl.xz"
+    for zeros in (4, 200_000):
+        file.write_bytes(first + bytes(zeros) + second + bytes(zeros))
+        assert documents(file) == ["one", "two"]
+    file.write_bytes(first + bytes(5) + second)
+    with pytest.raises(UserError, match="not a multiple of four bytes"):
+        documents(file)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
