@@ -111,7 +111,7 @@ def missing_column(source: str, text_field: str, columns: list[str]) -> UserErro
 def _parquet_rows(file: Path, text_field: str, skip: int) -> Iterator[str | None]:
     import pyarrow.parquet as parquet  # slow to import, and not needed in training
 
-    with parquet.ParquetFile(file) as table:
+    with parquet.ParquetFile(file, page_checksum_verification=True) as table:
         columns = table.schema_arrow.names
         if text_field not in columns:
             raise missing_column(str(file), text_field, columns)

@@ -60,6 +60,18 @@ def test_other_fields_may_contain_anything(form: str, tmp_path: Path) -> None:
     assert documents(file if form == "file" else f"hf:{file.parent}") == texts
 
 
+def test_checksums_of_parquet_pages_are_verified(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"text": f"document {number}"} for number in range(100)])
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(table, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    assert len(documents(file)) == 100
+    content = bytearray(file.read_bytes())
+    content[content.index(b"document 50")] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"could not read {file}: .*CRC.*; repair or remove the file"):
+        documents(file)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_number_too_long_for_python_is_no_obstacle(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"rows.{suffix}").write_text(f'{{"text": "a", "n": {"1" * 5000}}}\n{{"text": "b"}}\n')
