@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_mosa.checkpoint.file_slice import find_corruption
+    from megatron_mosa.checkpoint.file_slice import find_corrupt_file, find_corruption
     from megatron_mosa.checkpoint.format import load_initial_weights
     from megatron_mosa.checkpoint.index import StateIndex
     from megatron_mosa.checkpoint.manifest import (
@@ -46,6 +46,7 @@ __all__ = [
     "check_resumable",
     "check_same_model",
     "damage_as_run_error",
+    "find_corrupt_file",
     "find_corruption",
     "find_damage",
     "hash_files",

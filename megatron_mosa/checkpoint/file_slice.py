@@ -1,12 +1,15 @@
-"""Read a byte range of a file, and verify the checksums of a torch.save archive in it."""
+"""Read a byte range of a file, and verify the checksums of torch.save archives."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import IO, Any
+
+from megatron_mosa.utils import progress
 
 _BLOCK = 1 << 20
 
@@ -56,4 +59,19 @@ def find_corruption(file: IO[bytes], advance: Callable[[int], object] = lambda _
         return f"cannot be read ({error.strerror or error})"
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return f"is corrupt ({error})"
+    return None
+
+
+def find_corrupt_file(folder: Path, names: Collection[str]) -> str | None:
+    """Verify the checksums of files of torch.save; name the first that is damaged or cannot be read, or return None."""
+    sizes = (file.stat().st_size for name in names if (file := folder / name).is_file())
+    with progress(sum(sizes), "verifying checksums") as bar:
+        for name in names:
+            try:
+                with (folder / name).open("rb") as file:
+                    damage = find_corruption(file, bar.update)
+            except OSError as error:
+                damage = f"cannot be read ({error.strerror})"
+            if damage is not None:
+                return f"{name} {damage}"
     return None

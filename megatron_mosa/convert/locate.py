@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 
-from megatron_mosa.checkpoint import published_checkpoints
+from megatron_mosa.checkpoint import DamagedError, published_checkpoints
 from megatron_mosa.convert.formats.safetensors import INDEX
 from megatron_mosa.errors import UserError, nearest_path
 
@@ -45,6 +45,23 @@ def deepspeed_tags(path: Path) -> list[Path]:
     folders = [path, *sorted(entry for entry in path.iterdir() if entry.is_dir())] if path.is_dir() else []
     found = [folder for folder in folders if any(folder.glob("*_model_states.pt"))]
     return sorted(found, key=lambda folder: folder.stat().st_mtime)
+
+
+def deepspeed_tag(path: Path) -> Path:
+    """Return the tag folder of a DeepSpeed checkpoint: ``path`` itself, the one that ``latest`` names, or the newest.
+
+    Raises:
+        DamagedError: ``latest`` names a folder that is not there.
+    """
+    tags = deepspeed_tags(path)
+    latest = path / "latest"
+    if tags == [path] or not latest.is_file():
+        return tags[-1]
+    name = latest.read_text(errors="replace", encoding="utf-8").strip()
+    if path / name not in tags:
+        available = ", ".join(tag.name for tag in tags)
+        raise DamagedError(f"latest names {name!r}, which is not a tag folder; available: {available}")
+    return path / name
 
 
 def torch_dist_iteration(path: Path) -> Path | None:

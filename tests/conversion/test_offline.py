@@ -149,6 +149,34 @@ def test_inspect_never_unpickles_deepspeed_files(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "mark").exists()
 
 
+def test_inspect_verifies_the_deepspeed_tag_that_latest_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (5, 10, 15):
+        folder = tmp_path / f"global_step{step}"
+        folder.mkdir()
+        torch.save({"weight": torch.ones(100)}, folder / "mp_rank_00_model_states.pt")
+        os.utime(folder, (step, step))
+    latest, file = tmp_path / "latest", tmp_path / "global_step10" / "mp_rank_00_model_states.pt"
+    latest.write_text("global_step10")
+    inspect(tmp_path, full=True)
+    assert "all files of global_step10 match their checksums" in capsys.readouterr().out
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.ones(100).numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "global_step5" / "mp_rank_01_model_states.pt").symlink_to("nowhere")
+    cases = {
+        b"global_step10": "mp_rank_00_model_states.pt is corrupt",
+        b"global_step5": r"mp_rank_01_model_states.pt cannot be read \(No such file or directory\)",
+        b"global_step20": "latest names 'global_step20', which is not a tag folder",
+        b"\xff\n\xfe": r"latest names '\ufffd\\n\ufffd', which is not a tag folder",
+    }
+    for name, damage in cases.items():
+        latest.write_bytes(name)
+        with pytest.raises(RunError, match=f"is damaged: {damage}"):
+            inspect(tmp_path, full=True)
+
+
 def test_inspect_refuses_folders_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"does not contain a model; pass a checkpoint"):
         inspect(tmp_path)

@@ -7,9 +7,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
-from megatron_mosa.checkpoint import DamagedError, StateIndex, find_corruption, find_damage, is_recorded, read_metadata
+from megatron_mosa.checkpoint import (
+    DamagedError,
+    StateIndex,
+    find_corrupt_file,
+    find_damage,
+    is_recorded,
+    read_metadata,
+)
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
-from megatron_mosa.convert.locate import Kind, deepspeed_tags, find_model, partition_keys, torch_dist_iteration
+from megatron_mosa.convert.locate import (
+    Kind,
+    deepspeed_tag,
+    deepspeed_tags,
+    find_model,
+    partition_keys,
+    torch_dist_iteration,
+)
 from megatron_mosa.errors import RunError
 from megatron_mosa.utils import counted, progress
 
@@ -105,28 +119,18 @@ def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 
 def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
-    """Read file names only: the files are pickles, and are never unpickled."""
-    tags = deepspeed_tags(folder)
-    latest = folder / "latest"
-    facts["tags"] = ", ".join(tag.name for tag in tags)
-    if latest.is_file():
-        facts["latest"] = latest.read_text(encoding="utf-8").strip()
-    names = [file.name for file in tags[-1].glob("*.pt")]
+    """Describe the tag that an export reads, by file names: the files are pickles, and are never unpickled."""
+    facts["tags"] = ", ".join(tag.name for tag in deepspeed_tags(folder))
+    tag = deepspeed_tag(folder)
+    if (folder / "latest").is_file():
+        facts["latest"] = tag.name
+    names = sorted(file.name for file in tag.glob("*.pt"))
     for group, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
         facts[f"{group} ranks"] = str(len(ranks))
-    damage = _find_corrupt_file(tags[-1]) if full else None
-    facts["health"] = f"all files of {tags[-1].name} match their checksums" if full else _UNCHECKED
+    damage = find_corrupt_file(tag, names) if full else None
+    facts["health"] = f"all files of {tag.name} match their checksums" if full else _UNCHECKED
     return damage
-
-
-def _find_corrupt_file(folder: Path) -> str | None:
-    with progress(sum(file.stat().st_size for file in folder.glob("*.pt")), "verifying checksums") as bar:
-        for file in sorted(folder.glob("*.pt")):
-            with file.open("rb") as stream:
-                if change := find_corruption(stream, bar.update):
-                    return f"{file.name} {change}"
-    return None
 
 
 def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:

@@ -21,9 +21,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_mosa.checkpoint import DamagedError, TensorInfo, find_corruption
+from megatron_mosa.checkpoint import DamagedError, TensorInfo, find_corrupt_file
 from megatron_mosa.convert.formats.safe_load import safe_load
-from megatron_mosa.convert.locate import deepspeed_tags
+from megatron_mosa.convert.locate import deepspeed_tag
 from megatron_mosa.errors import UserError
 
 _HARMLESS = (
@@ -63,7 +63,7 @@ class ZeroReader:
             UserError: the checkpoint has several model-parallel ranks, experts, or pipeline stages.
             DamagedError: a file is missing, damaged, not written by ZeRO, or would run code.
         """
-        self.folder = _find_tag(path)
+        self.folder = deepspeed_tag(path)
         _check_single_model_parallel_rank(self.folder)
         self._mapped: dict[str, dict[str, Any]] = {}
         self._mapped_bytes = 0
@@ -105,8 +105,6 @@ class ZeroReader:
         return whole
 
     def _check_files(self, first: Path) -> None:
-        from megatron_mosa.utils import progress
-
         count = _get(_get(self._load(first.name), "optimizer_state_dict"), "partition_count")
         counts = set(count) if isinstance(count, list) else {count}
         if len(counts) > 1:
@@ -121,15 +119,8 @@ class ZeroReader:
         for name in names:
             if not (self.folder / name).is_file():
                 raise DamagedError(f"{name} is missing; {self.ranks} data-parallel ranks wrote this checkpoint")
-        with progress(sum((self.folder / name).stat().st_size for name in names), "verifying checksums") as bar:
-            for name in names:
-                try:
-                    with (self.folder / name).open("rb") as file:
-                        damage = find_corruption(file, bar.update)
-                except OSError as error:
-                    raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-                if damage is not None:
-                    raise DamagedError(f"{name} {damage}")
+        if damage := find_corrupt_file(self.folder, names):
+            raise DamagedError(damage)
 
     def _model_file(self, rank: int) -> str:
         return f"zero_pp_rank_{rank}_{_WHOLE_MODEL}" if self._is_partitioned else _WHOLE_MODEL
@@ -206,21 +197,6 @@ def _overlaps(name: str, start: int, stop: int, bounds: list[int]) -> Iterator[t
     for part, (low, high) in enumerate(pairwise(bounds)):
         if start < high and stop > low:
             yield part, (max(start, low) - low, min(stop, high) - low)
-
-
-def _find_tag(path: Path) -> Path:
-    """Return the tag folder for a path: the path itself, the folder that ``latest`` names, or the newest."""
-    tags = deepspeed_tags(path)
-    if tags == [path]:
-        return path
-    latest = path / "latest"
-    if not latest.is_file():
-        return tags[-1]
-    name = latest.read_text(errors="replace", encoding="utf-8").strip()
-    if path / name not in tags:
-        available = ", ".join(tag.name for tag in tags)
-        raise DamagedError(f"latest names '{name}', which is not a tag folder; available: {available}")
-    return path / name
 
 
 def _check_single_model_parallel_rank(folder: Path) -> None:
