@@ -19,7 +19,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing model 
 
 def inspect_checkpoint(
     path: CheckpointPath,
-    full: Annotated[bool, typer.Option("--full", help="Verify the hashes of all files, not just their sizes.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Verify hashes, not just sizes: of all files, or of an exported model's weights."),
+    ] = False,
 ) -> None:
     """Describe a checkpoint (ours or another program's) or an exported model, and check that it is intact."""
     from megatron_mosa.convert.commands.inspect import inspect  # slow to import, like those below

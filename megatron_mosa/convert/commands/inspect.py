@@ -34,7 +34,7 @@ def inspect(path: Path, *, full: bool = False) -> None:
     """Print a description of the model at ``path``; for a run directory or its ``checkpoints/``, the newest checkpoint.
 
     Args:
-        full: compare the hashes of all files with the manifest, not just their sizes.
+        full: compare the hashes of all files in the manifest, not just their sizes.
 
     Raises:
         UserError: ``path`` holds no known kind of model.
@@ -114,7 +114,7 @@ def _safetensors(folder: Path, facts: dict[str, str], full: bool) -> str | None:
         tensors = SafetensorsFolder(folder).tensors
         facts["parameters"] = _parameters(info.elements for info in tensors.values())
         facts["types"] = ", ".join(sorted({info.dtype for info in tensors.values()}))
-        facts["health"] = _healthy(has_manifest, full)
+        facts["health"] = _healthy(has_manifest, full, only_weights=True)
     return damage
 
 
@@ -153,10 +153,12 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     return None
 
 
-def _healthy(has_manifest: bool, full: bool) -> str:
+def _healthy(has_manifest: bool, full: bool, *, only_weights: bool = False) -> str:
     if not has_manifest:
         return "not checked: the checkpoint has no manifest"
-    return "all file hashes match" if full else "all file sizes match (--full also compares hashes)"
+    compared = "hashes" if full else "sizes"
+    match = f"all {compared} of the weights match" if only_weights else f"all file {compared} match"
+    return match if full else f"{match} (--full also compares hashes)"
 
 
 def _parameters(elements: Iterable[int]) -> str:
