@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from megatron_mosa.config import DataSection
 from megatron_mosa.data.encoder import Encoder
 from megatron_mosa.data.hub import SourceInterruptedError
+from megatron_mosa.data.left_out import describe_counts
 from megatron_mosa.data.manifest import (
     MANIFEST_FILE,
     NO_SPECIAL_TOKENS,
@@ -139,7 +140,7 @@ def summary(name: str, manifest: Manifest) -> list[str]:
     requested = manifest.request.get("vocab_size")
     if requested is not None and manifest.vocab_size < requested:
         lines.append(f"  vocabulary below data.vocab_size={requested}: the text has no more pairs to merge")
-    return lines + [f"  left out or changed: {count:,} {what}" for what, count in (manifest.left_out or {}).items()]
+    return lines + [f"  left out or changed: {count}" for count in describe_counts(manifest.left_out or {})]
 
 
 def _request(data: DataSection, sources: Sequence[Source]) -> dict[str, Any]:
@@ -208,7 +209,8 @@ def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], 
         if key != "sources":
             return str(request.get(key))
         return ", ".join(
-            f"{s['source']} ({s['files']} files" + (f", {s['bytes']} bytes)" if s["bytes"] is not None else ")")
+            f"{s['source']} ({s['files']} file{'s' * (s['files'] != 1)}"
+            + (f", {s['bytes']} bytes)" if s["bytes"] is not None else ")")
             for s in request.get(key, [])
         )
 
@@ -314,17 +316,17 @@ def _write(
     shards = write_shards(folder, sources, done, encoder, data.shard_bytes)
     while _holds_nothing_out(shards) and (share := next(shares, None)) is not None:
         shards = write_shards(folder, sources, [], replace(encoder, validation_fraction=share), data.shard_bytes)
+    left_out = dict(sorted(sum((Counter(shard.left_out) for shard in shards), Counter[str]()).items()))
     try:
-        _check_counts(data, shards)
+        _check_counts(data, shards, left_out)
     except UserError:
         _remove_files(folder, keep={_LOCK})  # other settings are needed, with which a build cannot continue from these
         raise
-    left_out = sum((Counter(shard.left_out) for shard in shards), Counter[str]())
     manifest = Manifest(
         tokenizer_hash=tokenizer_hash(file),
         encoding_hash=encoding_hash(tokenizer),
         special_tokens=NO_SPECIAL_TOKENS,
-        left_out=dict(sorted(left_out.items())),
+        left_out=left_out,
         tokenizer_source=data.tokenizer or "trained on the sources",
         vocab_size=vocab_size,
         end_of_document_id=end_id,
@@ -372,11 +374,14 @@ def _tokenizer_sample(sources: Sequence[Source], budget: int) -> Iterator[str]:
                         break
 
 
-def _check_counts(data: DataSection, shards: Sequence[Shard]) -> None:
+def _check_counts(data: DataSection, shards: Sequence[Shard], left_out: Mapping[str, int]) -> None:
     counts = {split: sum(shard.splits[split]["documents"] for shard in shards) for split in SPLITS}
     documents = sum(counts.values())
     if documents == 0:
-        raise UserError(f"data.sources={list(data.sources)} contain no text: every file or row is empty; use others")
+        found = f", only {', '.join(describe_counts(left_out))}" if left_out else ": they have no files or rows"
+        raise UserError(
+            f"data.sources={list(data.sources)} contain no text{found}; name UTF-8 text, JSON Lines or Parquet"
+        )
     for name, count in counts.items():
         if count == 0:
             change = "raise" if name == "validation" else "lower"

@@ -12,12 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from megatron_mosa.data.left_out import EARLY_ENDS, LOST, UNKNOWN
 from megatron_mosa.data.tokenizer import knows_every_character, unknown_id
-
-# Manifests record these names; see left_out.py.
-LOST = "characters that the tokenizer does not know, and which are lost"
-UNKNOWN = "unknown tokens, in place of text that the tokenizer does not know"
-EARLY_ENDS = "end-of-document tokens that the tokenizer found inside documents, which are left out"
 
 _IS_WHITE_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # False for all higher code points, too
 

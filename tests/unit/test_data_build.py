@@ -1,6 +1,7 @@
 """Builds: equal input gives equal bytes, tokens decode to their text, and every user error names its fix."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -210,8 +211,19 @@ def test_binary_files_in_a_folder_are_skipped(tmp_path: Path) -> None:
 
 
 def test_an_empty_corpus_or_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="contain no text"):
-        build_dataset(section(tmp_path, broken(tmp_path, "empty.txt", b"")))
+    def no_text(source: Path, found: str) -> None:
+        with pytest.raises(UserError, match=f"contain no text{found}; name UTF-8 text, JSON Lines or Parquet"):
+            build_dataset(section(tmp_path, source))
+
+    no_text(broken(tmp_path, "empty.txt", b""), ", only 1 document without text")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    no_text(folder, ": they have no files or rows")
+    broken(folder, "latin.txt", b"caf\xe9")
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    no_text(folder, ", only 1 file that is not UTF-8 text, 1 link to nothing")
+    broken(folder, "packed.txt.gz", gzip.compress(b"text"))
+    no_text(folder, ", only 2 files that are not UTF-8 text, 1 link to nothing")
     with pytest.raises(UserError, match=r"split is empty.*validation_fraction"):
         build_dataset(section(tmp_path, broken(tmp_path, "one.txt", b"one")))
 

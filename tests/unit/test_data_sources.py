@@ -21,8 +21,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
-from megatron_mosa.data.encoder import EARLY_ENDS, LOST, UNKNOWN, Encoder
-from megatron_mosa.data.left_out import ALREADY_READ, BROKEN_LINKS, EMPTY, HIDDEN, NOT_UTF8, SURROGATES
+from megatron_mosa.data.encoder import Encoder
+from megatron_mosa.data.left_out import (
+    ALREADY_READ,
+    BROKEN_LINKS,
+    EARLY_ENDS,
+    EMPTY,
+    HIDDEN,
+    LOST,
+    NOT_UTF8,
+    SURROGATES,
+    UNKNOWN,
+)
 from megatron_mosa.data.sources import open_source
 from megatron_mosa.data.tokenizer import knows_every_character
 from megatron_mosa.errors import UserError
