@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -119,6 +120,20 @@ def test_inspect_describes_a_checkpoint(trained: dict[str, Trained], capsys: pyt
         assert facts["parameters"].strip().startswith(f"{count:,} in {len(model.weights)} tensors")
         assert facts["optimizer state"].strip() == "Adam's moments"
         assert "sizes" in facts["health"]
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("dense", "0 MoSA\n"), ("pure", "6 MoSA with thresholds\n")])
+def test_inspect_names_the_selection_of_mosa_heads_that_exist(
+    kind: str, heads: str, trained: dict[str, Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "step-00000001"
+    shutil.copytree(trained[kind].checkpoint, path)
+    metadata = json.loads((path / "metadata.json").read_text())
+    metadata["config"]["mosa"]["selection"] = "threshold"
+    metadata["format_version"] = 1  # ignores the manifest, which has the hash of the original file
+    (path / "metadata.json").write_text(json.dumps(metadata))
+    inspect(path)
+    assert heads in capsys.readouterr().out
 
 
 def test_inspect_finds_a_flipped_bit_when_asked(trained: dict[str, Trained], tmp_path: Path) -> None:

@@ -71,14 +71,13 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     model, mosa = metadata.config["model"], metadata.config["mosa"]
     fixed = f"{model['num_fixed_heads']} fixed, " if model.get("num_fixed_heads") else ""
     routing = f"{model['num_routing_heads']} Routing, " if model.get("num_routing_heads") else ""
+    selection = {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
     gated = "; dense and local heads are gated" if model.get("attention_gate") else ""
     facts["format"] = str(metadata.format_version)
     facts["model"] = (
         f"{counted(model['num_layers'], 'layer')} of width {model['hidden_size']}; heads: "
         f"{model['num_dense_heads']} dense, {model.get('num_local_heads', 0)} local, {fixed}"
-        f"{routing}{mosa['num_heads']} MoSA"
-        + {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
-        + gated
+        f"{routing}{mosa['num_heads']} MoSA{selection if mosa['num_heads'] else ''}{gated}"
     )
     facts["step"] = (
         f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, "
