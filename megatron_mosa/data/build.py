@@ -209,7 +209,7 @@ def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], 
         if key != "sources":
             return str(request.get(key))
         return ", ".join(
-            f"{s['source']} ({s['files']} file{'s' * (s['files'] != 1)}"
+            f"{s['source']} ({counted(s['files'], 'file')}"
             + (f", {s['bytes']} bytes)" if s["bytes"] is not None else ")")
             for s in request.get(key, [])
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mosa.utils import naming, parse_json, write_atomically
+from megatron_mosa.utils import counted, finite, naming, parse_json, write_atomically
 
 NON_CAUSAL = "NON-CAUSAL: heads select tokens with the whole sequence in view"
 _TOO_LARGE = 1e18  # for what a run counts or measures
@@ -46,7 +46,7 @@ class Journal:
         Raises:
             OSError: it could not be written; none of it is in the file.
         """
-        content = json.dumps(_finite(line), allow_nan=False) + "\n"
+        content = json.dumps(finite(line), allow_nan=False) + "\n"
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with naming(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -57,15 +57,6 @@ class Journal:
             raise
         if kind(line) == "train":
             self.last_training_step = line["step"]
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON cannot hold, by None."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def kind(line: dict[str, Any]) -> str:
@@ -122,7 +113,7 @@ def _set_aside(path: Path) -> str | None:
     copy = next(copy for name in names if not (copy := path.with_name(name)).exists())
     with naming(copy):
         shutil.copyfile(path, copy)
-    return f"{path} has {damaged} damaged lines, which are left out from now on; the whole file is kept as {copy.name}"
+    return f"{path} has {counted(damaged, 'damaged line')}, left out from now on; the whole file is kept as {copy.name}"
 
 
 @dataclass(frozen=True)

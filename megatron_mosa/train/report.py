@@ -10,7 +10,7 @@ from typing import Any
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
 from megatron_mosa.resilience import read_status
-from megatron_mosa.utils import tolerating
+from megatron_mosa.utils import counted, tolerating
 
 
 def report(directory: Path) -> None:
@@ -30,8 +30,8 @@ def report(directory: Path) -> None:
     wall = f", {time.time() - status['started']:.0f} s of wall-clock time since this start" if is_own else ""
     print(
         f"Trained:          {totals.steps:,} steps, {totals.tokens:,} tokens in {totals.duration} of steps: "
-        f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; {restarts} "
-        f"restart{'s' * (restarts != 1)}, {skipped} skipped step{'s' * (skipped != 1)}{since}"
+        f"{totals.tokens_per_second:,.0f} tokens/s, MFU {totals.mfu:.1%}{wall}; "
+        f"{counted(restarts, 'restart')}, {counted(skipped, 'skipped step')}{since}"
     )
     folders = "".join(f", {name}/" for name in ("checkpoints", "tensorboard") if (directory / name).is_dir())
     print(f"Run directory:    {directory} (metrics.jsonl{drawn}{folders})")
