@@ -10,6 +10,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.parallel import on_main_rank
 from megatron_mosa.train.trainer import Callback, Trainer
 from megatron_mosa.train.writers import Writers
+from megatron_mosa.utils import counted
 
 
 class DataCheck(Callback):
@@ -26,7 +27,7 @@ class DataCheck(Callback):
         self.is_running = bool(files)
         self._process = HashingProcess(files) if files and writers.is_main else None
         if files:
-            writers.note(f"hashing {len(files)} files of the dataset in the background")
+            writers.note(f"hashing {counted(len(files), 'file')} of the dataset in the background")
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Check whether the comparison has finished. A collective until then.
