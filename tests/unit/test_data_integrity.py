@@ -233,7 +233,7 @@ def test_inspect_describes_a_dataset(dataset: Path, capsys: pytest.CaptureFixtur
     inspect(dataset)
     shown = capsys.readouterr().out
     tokens = sum(counts["tokens"] for counts in load_manifest(dataset).splits.values())
-    assert f"60 documents, {tokens:,} tokens" in shown and "a.jsonl (file, 1 files" in shown
+    assert f"60 documents, {tokens:,} tokens" in shown and "a.jsonl (file, 1 file," in shown
     assert "special tokens: none but the end-of-document token" in shown
     with pytest.raises(UserError, match="overrides such as data.path=x require a configuration file"):
         dataset_folders(dataset, ["data.path=x"])
