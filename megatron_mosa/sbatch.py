@@ -155,7 +155,7 @@ def _parse(option: str) -> tuple[str, str] | None:
 
 
 def seconds_of(time: str) -> float:
-    """Return the seconds of a time limit that ``check_sbatch_value`` takes; UNLIMITED: infinity."""
+    """Return the seconds of a time limit that ``check_sbatch_value`` takes; infinity for none, which 0 means, too."""
     if not time[0].isdigit():
         return math.inf
     days, dash, rest = time.rpartition("-")
@@ -164,7 +164,7 @@ def seconds_of(time: str) -> float:
         hours, minutes, seconds = [*parts, 0, 0][:3]
     else:
         hours, minutes, seconds = 0, *[*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or math.inf
 
 
 def unfit_for_a_line(text: str) -> str | None:

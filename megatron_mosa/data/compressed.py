@@ -30,7 +30,7 @@ def open_decompressed(file: Path) -> BinaryIO:
 class _Streams(io.RawIOBase):
     """The content of one or more .bz2 or .xz streams.
 
-    bz2.open and lzma.open end silently before anything that is no stream, such as a stream with a damaged header.
+    bz2.open and lzma.open stop silently at anything else, such as a stream whose header is damaged.
     """
 
     def __init__(self, file: BinaryIO, *, is_xz: bool) -> None:

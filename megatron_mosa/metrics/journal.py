@@ -141,16 +141,21 @@ def run_totals(lines: list[dict[str, Any]]) -> RunTotals:
     tokens, seconds, work, last = 0, 0.0, 0.0, 0
     for line, taken, share in timed_lines(lines):
         tokens, seconds, work = tokens + taken, seconds + share, work + share * (line.get("mfu") or 0.0)
-        last = line["step"]
+        last = line["step"] if "tokens_per_second" in line else last
     return RunTotals(last, tokens, seconds, tokens / seconds if seconds else 0.0, work / seconds if seconds else 0.0)
 
 
 def timed_lines(lines: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, float]]:
-    """Yield each training line, the tokens of the steps taken since the one before, and the seconds inside them."""
+    """Yield each line with the tokens of the steps taken since the training line before, and the seconds inside them.
+
+    Both are 0 for a validation line.
+    """
     before = 0
     for line in lines:
+        tokens, seconds = 0, 0.0
         if "tokens_per_second" in line and line.get("tokens") is not None:
             taken = max(line["tokens"] - before - (line.get("skipped_tokens") or 0), 0)
             before = line["tokens"]
-            speed = line["tokens_per_second"]
-            yield line, taken if speed else 0, taken / speed if speed else 0.0
+            if speed := line["tokens_per_second"]:
+                tokens, seconds = taken, taken / speed
+        yield line, tokens, seconds

@@ -150,6 +150,7 @@ def test_a_refused_chain_names_the_jobs_already_submitted(
         ([], {"tasks_per_node": None, "sbatch_argument": ["--gres=tmp:8"]}, "data.path=.* does not exist"),
         (["resilience.stop_before_limit=299"], {"time": "5:00"}, "data.path=.* does not exist"),
         (["resilience.stop_before_limit=9999"], {"time": "UNLIMITED"}, "data.path=.* does not exist"),
+        (["resilience.stop_before_limit=9999"], {"time": "0"}, "data.path=.* does not exist"),  # no limit, too
     ],
 )  # fmt: skip
 def test_a_job_that_could_not_do_its_work_is_refused(

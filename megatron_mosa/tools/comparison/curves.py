@@ -79,9 +79,8 @@ def read_run(run: Path) -> RunCurves:
         hint = f"; runs there: {', '.join(known)}" if known else ""
         raise UserError(f"'{run}' has no metrics.jsonl with finite losses; pass run directories{hint}")
     training, validation, seconds = [], [], 0.0
-    durations = {id(line): share for line, _, share in timed_lines(lines)}
-    for line in lines:
-        seconds += durations.get(id(line), 0.0)
+    for line, _, inside in timed_lines(lines):
+        seconds += inside
         for key, points in (("loss", training), ("validation_loss", validation)):
             if line.get("tokens") is not None and key in line:
                 loss = math.nan if line[key] is None else line[key]

@@ -103,7 +103,7 @@ def most_dense_heads(config: Config, cost: Callable[[Config], float], budget: fl
     Only numbers count that tensor parallelism and grouped queries allow.
 
     Returns:
-        None if there is no such number.
+        None if none fits the budget.
     """
     model, size = config.model, config.parallel.tensor_model_parallel_size
     groups = model.num_query_groups
