@@ -59,13 +59,20 @@ class StateIndex:
         Raises:
             DamagedError: as ``load_index``.
         """
-        entries = load_index(folder, _Unpickler).state_dict_metadata.items()
+        self.folder = folder
+        index = load_index(folder, _Unpickler)
         try:
             self.tensors = {
                 str(key): IndexEntry(tuple(entry.size), entry.properties.dtype.name)
-                for key, entry in entries
+                for key, entry in index.state_dict_metadata.items()
                 if isinstance(entry, _StandIn) and entry.kind == "TensorStorageMetadata"
             }
+            self.keys = {str(item.fqn) for item in index.storage_data}
+            """Of tensors and of anything else."""
+            self._ends: dict[str, int] = {}  # of the last entry in each file, in bytes
+            for info in index.storage_data.values():
+                end = int(info.offset) + int(info.length)
+                self._ends[info.relative_path] = max(end, self._ends.get(info.relative_path, 0))
         except (AttributeError, TypeError, ValueError) as error:
             raise DamagedError(f"{folder.name}/.metadata is damaged ({first_line(error)})") from None
 
@@ -78,6 +85,16 @@ class StateIndex:
     def has_optimizer_state(self) -> bool:
         """Whether the checkpoint contains Adam's moments."""
         return any(key.partition(".")[0] in MOMENTS for key in self.tensors)
+
+    def find_missing(self) -> str | None:
+        """Describe the first data file that is missing or too short for its entries, or return None."""
+        for name, end in sorted(self._ends.items()):
+            file = self.folder / name
+            if not file.is_file():
+                return f"{self.folder.name}/{name} is missing"
+            if (size := file.stat().st_size) < end:
+                return f"{self.folder.name}/{name} has {size:,} bytes; its entries need {end:,}"
+        return None
 
 
 def load_index(folder: Path, unpickler: Callable[[IO[bytes]], pickle.Unpickler]) -> Any:

@@ -12,6 +12,11 @@ from megatron_mosa.convert.formats.safetensors import INDEX
 from megatron_mosa.errors import UserError, nearest_path
 
 TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_FILE = "common.pt"
+"""In an iteration of Megatron-LM's: everything that is not a tensor; from megatron-core 0.19 on it may be stored under
+``COMMON_KEY`` instead."""
+
+COMMON_KEY = "common_state/shard_0_1"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 

@@ -249,8 +249,12 @@ def test_damaged_files_and_files_that_would_run_code_are_refused(theirs: tuple[P
     refused(r"sharded_backend_version in metadata\.json must be 1, got 2", UserError)
     shard = max(iteration.glob("*.distcp"), key=lambda file: file.stat().st_size)
     shard.unlink()
+    with pytest.raises(RunError, match=f"iter_0000007/{shard.name} is missing"):
+        inspect(folder)
     refused(rf"iter_0000007/{shard.name} cannot be read")
     os.truncate(shard, 1000)
+    with pytest.raises(RunError, match=f"iter_0000007/{shard.name} has 1,000 bytes; its entries need "):
+        inspect(folder)
     refused(rf"iter_0000007/{shard.name} is corrupt")
     index = StateReader(iteration, "")._metadata.storage_data
     stored = next(info for item, info in index.items() if item.fqn == "output_layer.weight")
@@ -280,6 +284,8 @@ def test_inspect_and_targets(
     (tmp_path / "out" / "iter_0000000" / "common.pt").unlink()
     with pytest.raises(RunError, match=r"common\.pt cannot be read"):
         import_model(Kind.TORCH_DIST, tmp_path / "out", tmp_path / "back")
+    with pytest.raises(RunError, match=r"is damaged: common\.pt is missing"):
+        inspect(tmp_path / "out")
     with pytest.raises(UserError, match="is a megatron_mosa checkpoint; pass a Megatron-LM torch_dist checkpoint"):
         import_model(Kind.TORCH_DIST, checkpoint, tmp_path / "back")
     done = CliRunner().invoke(app, ["checkpoint", "import", str(tmp_path), str(tmp_path / "x"), "--from", "torch"])

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_mosa.checkpoint import TensorInfo, damage_as_run_error, read_metadata, write_state_offline
 from megatron_mosa.convert.formats.megatron_args import to_megatron_args
 from megatron_mosa.convert.formats.mosa import CheckpointReader
-from megatron_mosa.convert.formats.torch_dist import COMMON_FILE, FORMAT
-from megatron_mosa.convert.locate import TRACKER, Kind, find_model_of
+from megatron_mosa.convert.formats.torch_dist import FORMAT
+from megatron_mosa.convert.locate import COMMON_FILE, TRACKER, Kind, find_model_of
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import Weight, num_parameters, stacked
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,8 @@ from megatron_mosa.checkpoint import (
 )
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.locate import (
+    COMMON_FILE,
+    COMMON_KEY,
     Kind,
     deepspeed_tag,
     deepspeed_tags,
@@ -28,6 +30,8 @@ from megatron_mosa.errors import RunError
 from megatron_mosa.utils import counted, progress
 
 _UNCHECKED = "not checked (--full verifies checksums)"
+_SIZES_ONLY = "no file is missing or too short (--full also verifies checksums)"
+_SHARD = re.compile(r"(.*zero_pp_rank_)(\d+)(_.*)")
 
 
 def inspect(path: Path, *, full: bool = False) -> None:
@@ -127,7 +131,9 @@ def _deepspeed(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     for group, pattern in (("model-parallel", r"mp_rank_(\d+)"), ("ZeRO", r"zero_pp_rank_(\d+)")):
         ranks = {match[1] for name in names if (match := re.search(pattern, name))}
         facts[f"{group} ranks"] = str(len(ranks))
-    damage = find_corrupt_file(tag, names) if full else None
+    damage = _missing_shard(names)
+    if damage is None and full:
+        damage = find_corrupt_file(tag, names)
     facts["health"] = f"all files of {tag.name} match their checksums" if full else _UNCHECKED
     return damage
 
@@ -141,6 +147,11 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     facts["parameters"] = _parameters(state.tensors[key].elements for key in weights)
     facts["types"] = ", ".join(sorted({state.tensors[key].dtype for key in weights}))
     facts["optimizer state"] = counted(len(optimizer), "tensor") if optimizer else "none"
+    damage = state.find_missing()
+    if damage is None and COMMON_KEY not in state.keys and not (iteration / COMMON_FILE).is_file():
+        damage = f"{COMMON_FILE} is missing, which describes the model"
+    if damage is not None:
+        return damage
     if full:
         from megatron_mosa.checkpoint import StateReader  # imports torch
 
@@ -148,8 +159,19 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
         with progress(None, "verifying checksums") as bar:
             if damage := tensors.find_corruption(tensors.tensors.keys(), bar.update):
                 return damage
-    facts["health"] = "all tensors match their checksums" if full else _UNCHECKED
+    facts["health"] = "all tensors match their checksums" if full else _SIZES_ONLY
     return None
+
+
+def _missing_shard(names: Sequence[str]) -> str | None:
+    """Name a file of DeepSpeed that a rank did not write although a rank after it did, by the files' names; or None."""
+    present: dict[str, set[int]] = {}  # ranks of each kind of file, by its name with "{}" for the rank
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            present.setdefault(f"{match[1]}{{}}{match[3]}", set()).add(int(match[2]))
+    ranks = range(1 + max((max(found) for found in present.values()), default=-1))
+    missing = (kind.format(rank) for kind, found in sorted(present.items()) for rank in ranks if rank not in found)
+    return next((f"{name} is missing" for name in missing), None)
 
 
 def _healthy(has_manifest: bool, full: bool, *, only_weights: bool = False) -> str:

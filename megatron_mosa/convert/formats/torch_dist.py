@@ -24,13 +24,11 @@ from megatron_mosa.config import Config
 from megatron_mosa.convert.formats.megatron_args import from_megatron_args
 from megatron_mosa.convert.formats.safe_load import safe_load
 from megatron_mosa.convert.formats.safetensors import read_json
-from megatron_mosa.convert.locate import partition_keys, torch_dist_iteration
+from megatron_mosa.convert.locate import COMMON_FILE, COMMON_KEY, partition_keys, torch_dist_iteration
 from megatron_mosa.convert.weights import Weight, model_weights, stacked
 from megatron_mosa.errors import UserError
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-COMMON_FILE = "common.pt"
-_COMMON_KEY = "common_state/shard_0_1"
 _HARMLESS = (
     "_io.BytesIO",
     "megatron.",
@@ -115,11 +113,11 @@ def _check_format(iteration: Path) -> None:
 
 
 def _read_args(iteration: Path, state: StateReader) -> Namespace:
-    content = state.read_bytes(_COMMON_KEY)
+    content = state.read_bytes(COMMON_KEY)
     if content is None or (iteration / COMMON_FILE).is_file():
         common = safe_load(iteration / COMMON_FILE, COMMON_FILE, _HARMLESS, (Namespace,))
     else:
-        found = safe_load(BytesIO(content), _COMMON_KEY, _HARMLESS, (Namespace,))
+        found = safe_load(BytesIO(content), COMMON_KEY, _HARMLESS, (Namespace,))
         common = found[0] if isinstance(found, list) and found else found
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
