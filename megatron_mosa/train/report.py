@@ -10,7 +10,7 @@ from typing import Any
 from megatron_mosa.errors import RunError
 from megatron_mosa.metrics import NON_CAUSAL, plot_losses, read_journal, run_totals
 from megatron_mosa.resilience import read_status
-from megatron_mosa.utils import counted, tolerating
+from megatron_mosa.utils import counted, decimals, tolerating
 
 
 def report(directory: Path) -> None:
@@ -47,6 +47,6 @@ def _report_validation(line: dict[str, Any]) -> None:
     if loss is None:
         print(f"Validation loss:  not finite: the training has diverged; try a lower optimizer.learning_rate{label}")
         return
-    print(f"Validation loss:  {loss:.4f} nats per token, perplexity {perplexity:.2f}{label}")
+    print(f"Validation loss:  {loss:.4f} nats per token, perplexity {decimals(perplexity)}{label}")
     gap = f"{abs(entropy - loss):.4f} {'below' if loss < entropy else 'above'}"
     print(f"Unigram entropy:  {entropy:.4f} nats per token of these samples: the model is {gap}")

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import NON_CAUSAL, Journal, kind, scalars
 from megatron_mosa.train.wandb_run import WandbRun
-from megatron_mosa.utils import file_problem, first_line, naming, tolerating
+from megatron_mosa.utils import decimals, file_problem, first_line, naming, tolerating
 
 _NO_TENSORBOARD = "TensorBoard gets no more events"
 _NO_OUTPUT = "the output lacks some lines"
@@ -144,7 +144,7 @@ class Writers:
         label = "" if line["causal"] else f"  ({NON_CAUSAL})"
         self.note(
             f"step {line['step']}/{self.last_step}  validation loss {line['validation_loss']:.4f}  "
-            f"perplexity {line['validation_perplexity']:.2f}{label}"
+            f"perplexity {decimals(line['validation_perplexity'])}{label}"
         )
 
     def close(self) -> None:

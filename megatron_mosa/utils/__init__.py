@@ -16,11 +16,12 @@ from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_jso
 from megatron_mosa.utils.progress import progress
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
-from megatron_mosa.utils.words import counted
+from megatron_mosa.utils.words import counted, decimals
 
 __all__ = [
     "counted",
     "creation_problem",
+    "decimals",
     "drop_known_noise",
     "drop_warnings",
     "file_problem",

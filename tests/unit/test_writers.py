@@ -322,6 +322,15 @@ def test_lines_open_the_outputs_if_nothing_did_before(tmp_path: Path) -> None:
     Writers(settings, tmp_path, is_main=True, resumed_step=2).close()
 
 
+def test_a_diverged_perplexity_fits_into_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writers = Writers(config(tmp_path, logging={"tensorboard": False}), tmp_path, is_main=True, resumed_step=0)
+    for perplexity, shown in ((math.exp(700), "1.01e+304"), (31415.926, "31415.93")):
+        loss = math.log(perplexity)
+        writers.validation({"step": 1, "validation_loss": loss, "validation_perplexity": perplexity, "causal": True})
+        assert f"perplexity {shown}\n" in capsys.readouterr().out
+    writers.close()
+
+
 def test_a_run_goes_on_without_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

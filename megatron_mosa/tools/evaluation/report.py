@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_mosa.utils import decimals
+
 
 def print_report(found: dict[str, Any], console: Console) -> None:
     """Print the result of ``evaluate``."""
@@ -29,8 +31,9 @@ def _losses(found: dict[str, Any]) -> Table:
         rows = rows[1:]
     for name, key in rows:
         entry = found[key]
-        perplexity = math.exp(min(entry["loss"], 700))
-        numbers = (_number(entry["loss"]), _number(entry["error"]), _number(perplexity, ".2f"))
+        loss = entry["loss"]
+        perplexity = decimals(math.exp(min(loss, 700))) if math.isfinite(loss) else "-"
+        numbers = (_number(loss), _number(entry["error"]), perplexity)
         table.add_row(f"{name} ({entry['label']})", *numbers)
     return table
 

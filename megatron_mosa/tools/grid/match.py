@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.results import Row
-from megatron_mosa.utils import counted
+from megatron_mosa.utils import counted, decimals
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def _lines(search: Matched) -> list[str]:
         best = max(search.tried, key=reference.above)
         reference, best = reference.beside(best), best.beside(reference)
         return [
-            f"{where}: none of {counts} matches {reference.name} (perplexity {reference.perplexity:.2f}); the "
-            f"best, {counted(best.row.heads, 'head')}, has {best.perplexity:.2f}. Add more heads to the grid."
+            f"{where}: none of {counts} matches {reference.name} (perplexity {decimals(reference.perplexity)}); the "
+            f"best, {counted(best.row.heads, 'head')}, has {decimals(best.perplexity)}. Add more heads to the grid."
         ]
     fewest = " This is the fewest that was tried: fewer may match, too." if model is search.tried[0] else ""
     matches = "is the fewest that matches" if model.row.heads == 1 else "are the fewest that match"

@@ -16,7 +16,7 @@ from megatron_mosa.tools.grid.match import table as match_table
 from megatron_mosa.tools.grid.models import Place, TrainedModel, places
 from megatron_mosa.tools.grid.plots import plot_costs
 from megatron_mosa.tools.grid.results import DONE, Row
-from megatron_mosa.utils import counted, load_json, write_atomically
+from megatron_mosa.utils import counted, decimals, load_json, write_atomically
 
 _EQUAL = {
     "paper_flops": "forward FLOPs by the paper's formulas",
@@ -189,7 +189,7 @@ def _cells(model: TrainedModel, reference: TrainedModel | None) -> list[str]:
         f"{row.learning_rate:g}",
         f"{model.loss:.4f}",
         "" if model.spread is None else f"{model.spread:.4f}",
-        f"{model.perplexity:.2f}",
+        decimals(model.perplexity),
         delta,
         f"{row.parameters / 1e6:,.1f} M",
         step,

@@ -26,6 +26,7 @@ from megatron_mosa.tools.grid.results import Row, planned_row, write_results
 from megatron_mosa.tools.grid.timing import Measurement, last_line, read_decoding
 from megatron_mosa.utils import (
     counted,
+    decimals,
     known_values,
     load_json,
     naming,
@@ -267,7 +268,7 @@ class Work:
         if found is not None and found["loss"] is not None:
             result = {"status": results.DONE, **found}
             label = "" if found["causal"] else ", NON-CAUSAL"
-            said = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}{label}"
+            said = f"loss {found['loss']:.4f}, perplexity {decimals(found['perplexity'])}{label}"
         elif code == GAVE_UP or found is not None:
             result = {"status": results.GAVE_UP, "reason": last_line(log)}
             said = f"diverged: {result['reason']}"
