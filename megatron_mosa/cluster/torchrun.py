@@ -7,8 +7,10 @@ interrupted. The ranks have then said why.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from megatron_mosa.entry import run
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         codes[:] = [handler.proc.returncode for handler in context.subprocess_handlers.values()]
 
     SubprocessContext._close = close_and_note  # type: ignore[method-assign]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        _keep_ignoring_sighup()
     try:
         torchrun(list(arguments))
     except ChildFailedError as error:
@@ -47,6 +51,19 @@ def main(arguments: Sequence[str]) -> int:
     except SignalException as error:
         return STOPPED if set(codes) == {STOPPED} else 128 + error.sigval  # as shells report it
     return 0
+
+
+def _keep_ignoring_sighup() -> None:
+    """Have torchrun go on when the terminal is closed, as under nohup; it would end the ranks."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    terminate = api._terminate_process_handler
+
+    def terminate_unless_sighup(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGHUP:
+            terminate(number, frame)
+
+    api._terminate_process_handler = terminate_unless_sighup
 
 
 def _says_more_than_the_rank(record: logging.LogRecord) -> bool:

@@ -107,7 +107,7 @@ def _ignore_job_signals(worker: int) -> None:
 
     SIGTERM cannot simply be ignored, because the trainer sends it to its loader processes on exit and waits for them.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handler inherited from the trainer
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

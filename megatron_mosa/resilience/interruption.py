@@ -16,8 +16,9 @@ from megatron_mosa.exit_codes import TIME_LIMIT
 if TYPE_CHECKING:
     from megatron_mosa.parallel import HostGroup
 
-# SIGUSR1 is an advance notice (Slurm's --signal). Where ranks have different reasons, the last in this order wins.
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# SIGUSR1 is an advance notice (Slurm's --signal), SIGHUP the end of a terminal or an SSH connection. Where ranks have
+# different reasons, the last in this order wins.
+SIGNALS = (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 UNWRITABLE = "a file could not be written"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT, UNWRITABLE)
 
@@ -42,8 +43,11 @@ class Signals:
         self._writing.setblocking(False)
 
     def listen(self) -> None:
-        """Install the handlers; must run in the main thread."""
-        for number in SIGNALS:  # None: a handler from C, which cannot be restored
+        """Install the handlers; must run in the main thread. Under nohup, SIGHUP stays ignored."""
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            # None: a handler from C, which cannot be restored
             self._before[number] = signal.signal(number, lambda *_: None) or signal.SIG_DFL
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_ignore_signals_in_child)  # loader processes receive the job's signals, too

@@ -34,7 +34,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def tolerating(what: str) -> Iterator[None]:
-    """Go on after an OSError, for files that a run can do without; warn on stderr the first time.
+    """Go on after an OSError, for files and output that a run can do without; warn on stderr the first time.
 
     Args:
         what: the files, and what is missing without them.
@@ -42,8 +42,6 @@ def tolerating(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # whoever reads the output has left
-            raise
         if what not in _warned:
             _warned.add(what)
             with suppress(OSError):

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_mosa.engine import Batch, StepResult
 from megatron_mosa.parallel import HostGroup, Layout
 from megatron_mosa.resilience.faults import FaultInjection
-from megatron_mosa.resilience.interruption import Interruption, Signals
+from megatron_mosa.resilience.interruption import SIGNALS, Interruption, Signals
 from megatron_mosa.resilience.peers import PeerMonitor
 from megatron_mosa.resilience.services import ResilienceServices
 from megatron_mosa.resilience.status import RunStatus
@@ -47,7 +47,7 @@ def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
     """Return the step after which a 6-step run stops, and why; ``reasons`` by rank occur in the third step."""
     config = tiny_config(train__steps=6)
     with parallel(config) as layout:
-        before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         signals = Signals()
         signals.listen()
         interruption = Interruption(signals, None)

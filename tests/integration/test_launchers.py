@@ -151,9 +151,17 @@ def test_a_meeting_that_fails_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+def _under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """While the ranks import, they have nothing to save; torchrun itself would exit with 1 after a traceback."""
+    """While the ranks import, they have nothing to save; torchrun itself would exit with 1 after a traceback.
+
+    Under nohup the end of the terminal ends nothing; torchrun itself would end the ranks.
+    """
     (tmp_path / "rank.py").write_text(
         "import pathlib, signal, time\nsignal.signal(2, signal.SIG_DFL)\npathlib.Path('up').touch()\ntime.sleep(60)\n"
     )
@@ -170,10 +178,12 @@ def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_under_nohup,
     ) as process:  # fmt: skip
         while process.poll() is None and not (tmp_path / "up").exists():
             time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors

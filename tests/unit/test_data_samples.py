@@ -224,6 +224,7 @@ def test_loader_process_outlives_a_signal_to_the_job(dataset: Path) -> None:
     # From another process, like a scheduler's signals.
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-HUP", str(worker.pid)], check=True)
     time.sleep(0.3)
     assert worker.is_alive()
     for _ in range(4):

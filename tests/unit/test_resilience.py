@@ -60,7 +60,7 @@ def start(program: str, *arguments: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_requests_a_stop(number: signal.Signals) -> None:
     process = start(LISTENER, "ends")
     process.send_signal(number)
