@@ -156,6 +156,8 @@ class MosaTransformerConfig(TransformerConfig):
         if sum(counts.values()) < 1:
             raise ValueError(f"{', '.join(counts)} are all 0 and leave no head; expected at least one of them above 0")
         for name, heads in (counts | {"num_query_groups": self.num_query_groups or 0}).items():
+            if heads < 0:
+                raise ValueError(f"{name} must be at least 0, got {heads}")
             if heads % size:
                 raise ValueError(f"{name}={heads} is not divisible by tensor_model_parallel_size={size}")
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:

@@ -59,7 +59,7 @@ def mosa_attention(
 
     With ``documents`` (not in the paper), a selected token attends only to selected tokens of its own document.
 
-    torch.vmap is not supported.
+    torch.vmap is not supported; torch.func.grad, vjp and jvp are, by the naive backend alone.
 
     Args:
         hidden_states: [B, T, h], any floating type.
@@ -157,6 +157,7 @@ def select(
         tokens were selected per document.
     """
     starts = None if documents is None else documents.starts
+    scores = scores.detach()  # torch.func cannot differentiate a selection
     if thresholds is not None:
         if capacity is None:
             counts = kernels.count_above(scores, thresholds, starts, feedback, share)
@@ -193,14 +194,14 @@ def _check_selection(
         dtype = accumulation_dtype(hidden_states.dtype)
         if thresholds.dtype != dtype:
             raise ValueError(f"thresholds are {thresholds.dtype}; expected {dtype}, as the scores")
-        if capacity is not None and (isinstance(capacity, bool | float) or not 1 <= capacity <= length):
+        if capacity is not None and (isinstance(capacity, bool | float | str) or not 1 <= capacity <= length):
             raise ValueError(f"capacity={capacity!r}; expected an integer from 1 to T={length}, or None")
     elif capacity is not None:
         raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; expected None")
     elif callable(num_selected):
         if documents is None:
             raise ValueError("num_selected is a rule for each document, but documents=None; expected an integer")
-    elif isinstance(num_selected, bool | float) or (num_selected is not None and not 1 <= num_selected <= length):
+    elif isinstance(num_selected, bool | float | str) or (num_selected is not None and not 1 <= num_selected <= length):
         raise ValueError(f"num_selected={num_selected!r}; expected an integer from 1 to T={length}")
 
 

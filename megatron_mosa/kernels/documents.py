@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from megatron_mosa.kernels.flash import flash_attention, has_flash
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """The documents of B packed sequences of T tokens.
 
@@ -58,7 +58,16 @@ class Documents:
 
     @staticmethod
     def from_lengths(lengths: Sequence[Sequence[int]], device: torch.device | None = None) -> Documents:
-        """Build from the lengths of each sequence's documents, which have the same sum in every sequence."""
+        """Build from the lengths of each sequence's documents, at least 1, which have the same sum in every sequence.
+
+        Raises:
+            ValueError: they are other than that, or there are none.
+        """
+        if len({sum(row) for row in lengths}) != 1 or min(chain.from_iterable(lengths), default=0) < 1:
+            raise ValueError(
+                f"document lengths are {str(lengths)[:80]}; expected lengths of 1 or more with the same sum in every "
+                "sequence"
+            )
         rows = [torch.tensor([0, *row]) for row in lengths]
         starts = torch.stack([row.cumsum(0)[:-1].repeat_interleave(row[1:]) for row in rows])
         return Documents(starts.to(device), tuple(map(tuple, lengths)))
@@ -97,15 +106,16 @@ class Documents:
         """Apply a rule that says how many of a document's L tokens to select, from 1 to L; results are cached.
 
         Raises:
-            ValueError: the rule returned a number outside 1 to L.
+            ValueError: the rule returned something other than an integer from 1 to L.
         """
         if rule not in self._selections:
             lengths = list(chain.from_iterable(self.lengths))
             counts = [[rule(length) for length in row] for row in self.lengths]
             for length, count in zip(lengths, chain.from_iterable(counts), strict=True):
-                if not 1 <= count <= length:
+                if isinstance(count, bool | float | str) or not 1 <= count <= length:
                     raise ValueError(
-                        f"{count} of {length} tokens of a document cannot be selected; expected 1 to {length}"
+                        f"{count!r} of {length} tokens of a document cannot be selected; expected an integer from 1 to "
+                        f"{length}"
                     )
             flat = torch.tensor(list(chain.from_iterable(counts)))
             quotas = flat.repeat_interleave(torch.tensor(lengths)).view(self.starts.shape)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import shutil
 import sys
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_mosa.__main__ import main
+from megatron_mosa.data.sources import open_source
+from megatron_mosa.errors import UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE
 from megatron_mosa.tools.decoding.cache_report import baseline_heads
 from megatron_mosa.tools.decoding.commands import parse_lengths
+from megatron_mosa.tools.decoding.generation import _Printer
+from megatron_mosa.tools.decoding.loading import read_document
 from tests.decode.models import build
 from tests.decode.test_generate import by_hand
 
@@ -66,6 +75,54 @@ def test_generate_prints_the_models_completion(mosa, folder: Path, tmp_path: Pat
     assert drawn[0] == drawn[1] != drawn[2]
     more = mosa("generate", folder, "--prompt", "abc d", "--seed", 1)[1]
     assert len(more) > 100 and more.startswith(drawn[0][1].removesuffix("\n"))
+
+
+def _llama() -> Tokenizer:
+    """Marks the space before a word, falls back to bytes, and drops the text's first space."""
+    marked = {piece: 256 + number for number, piece in enumerate(["▁", "▁a", "b", "▁▁▁c", "d\n"])}
+    found = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)} | marked, [], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    found.decoder = decoders.Sequence(parts)
+    return found
+
+
+def _word_pieces() -> Tokenizer:
+    found = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "c": 2, "##d": 3}, unk_token="a"))
+    found.decoder = decoders.WordPiece()
+    return found
+
+
+@pytest.mark.parametrize("build_tokenizer", [_llama, _word_pieces])
+def test_new_text_is_printed_as_it_stands_behind_the_prompt(
+    build_tokenizer: Callable[[], Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer())
+    draw = random.Random(0)
+    common = range(256, 261) if len(tokenizer) > 256 else range(len(tokenizer))
+    pieces = [[token] for token in common] + [list("é漢🙂".encode())] * (len(tokenizer) > 256)
+    for _ in range(50):
+        prompt, new = ([*chain(*draw.choices(pieces, k=count))] for count in (4, 30))
+        printer = _Printer(tokenizer)
+        printer.put(torch.tensor([prompt]))
+        for token in new:
+            printer.put(torch.tensor([token]))
+        printer.end()
+        assert tokenizer.decode(prompt) + capsys.readouterr().out == tokenizer.decode(prompt + new) + "\n"
+
+
+def test_prompts_are_read_like_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte-order mark is no text, line endings stay, and in the C locale, too, other encodings are refused."""
+    file = tmp_path / "prompt.txt"
+    for content in (b"\xef\xbb\xbfa = 1\r\nb = 2\r\n", b"caf\xe9"):
+        file.write_bytes(content)
+        for path in (file, Path("-")):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape"))
+            if content.isascii() or content.startswith(b"\xef"):
+                ((expected, _),) = open_source(str(file), "text").read()
+                assert read_document("--text", path) == expected
+            else:
+                with pytest.raises(UserError, match=f"could not read --text={path}: it is not UTF-8 text"):
+                    read_document("--text", path)
 
 
 def test_user_errors_of_generate(mosa, folder: Path, tmp_path: Path) -> None:

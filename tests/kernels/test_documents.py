@@ -169,6 +169,11 @@ def test_bad_arguments_are_named() -> None:
     inputs = make_inputs(1, 8, 2, 4, 4)
     with pytest.raises(ValueError, match="5 of 4 tokens of a document cannot be selected"):
         mosa_attention(*inputs, num_selected=lambda length: 5, documents=pack([[4, 4]]))
+    with pytest.raises(ValueError, match="2.0 of 4 tokens of a document .*; expected an integer from 1 to 4"):
+        mosa_attention(*inputs, num_selected=lambda length: length / 2, documents=pack([[4, 4]]))
+    for lengths in ([[4, 4], [7]], [[-4, 12]], [[0, 8]], []):
+        with pytest.raises(ValueError, match="expected lengths of 1 or more with the same sum in every sequence"):
+            Documents.from_lengths(lengths)
     with pytest.raises(ValueError, match="expected torch.int64"):
         Documents.from_starts(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"documents are of \(1, 7\) tokens"):

@@ -79,6 +79,29 @@ def test_selection_is_sorted_and_ties_go_to_the_earlier_token() -> None:
     assert naive.select_tokens(scores, 4).tolist() == [[[0, 1, 2, 3], [0, 1, 2, 3]]]
 
 
+def test_equal_tokens_have_equal_scores_wherever_they_stand() -> None:
+    """A product of matrices treats its last rows otherwise, so that equal tokens' scores differed by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, router = torch.randn(20, 64, generator=generator), torch.randn(8, 64, generator=generator) / 8
+    single = naive.router_scores(tokens[None], router)[0]  # [E, 20]
+    for length in (*range(1, 41), 127):
+        ids = torch.randint(20, (3, length), generator=generator)
+        states = tokens[ids]
+        assert torch.equal(naive.router_scores(states, router), single[:, ids].transpose(0, 1))
+        assert torch.equal(naive.router_scores(states[:1], router)[0], single[:, ids[0]])
+
+
+@pytest.mark.parametrize("options", [{"num_selected": 3}, {"thresholds": torch.full((2,), 0.5).double()}], ids=str)
+def test_torch_func_gives_the_gradient_of_backward(options: dict) -> None:
+    states, *weights = make_inputs(2, 7, 2, 4, 4)
+
+    def loss(states: torch.Tensor) -> torch.Tensor:
+        return mosa_attention(states, *weights, **options, backend="naive").square().sum()
+
+    expected = torch.autograd.grad(loss(states), states)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(states.detach()), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("include_first_token", [False, True])
 def test_selection_equals_a_plain_ranking_on_many_ties(include_first_token: bool) -> None:
     scores = torch.randint(0, 5, (3, 4, 101), generator=torch.Generator().manual_seed(0)) / 5

@@ -198,6 +198,7 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
     ("changes", "message"),
     [
         (dict(num_attention_heads=0, num_mosa_heads=0), "leave no head"),
+        (dict(num_mosa_heads=-1), "num_mosa_heads must be at least 0, got -1"),
         (dict(num_fixed_heads=2), "mosa_fixed_stride must be at least 1 with fixed heads, got 0"),
         (dict(num_routing_heads=2), "mosa_routing_clusters must be at least 2 with Routing heads, got 0"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def generate_text(
             calibrated, or it has no tokenizer.
         RunError: its logits are not finite.
     """
-    from transformers import LogitsProcessorList, TextStreamer
+    from transformers import LogitsProcessorList
 
     def check(_: Tensor, logits: Tensor) -> Tensor:  # the library samples from NaN with a traceback, or takes token 0
         if not logits.max().isfinite():  # NaN if any is
@@ -70,11 +71,46 @@ def generate_text(
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        streamer=TextStreamer(text_tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=_Printer(text_tokenizer),
         logits_processor=LogitsProcessorList([check]),
         causal_approximation=causal_approximation,
         **sampling.options(),
     )
+
+
+class _Printer:
+    """Prints the text of new tokens as they come, for ``generate(streamer=)``.
+
+    Tokens are decoded behind those before them: alone, those of some tokenizers lose the space in front.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] | None = None  # whole characters before the new tokens; None before the prompt
+        self._new: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, [1, T], then one new token after the other, [1]."""
+        ids = value.flatten().tolist()
+        if self._context is None:
+            self._context = ids
+            return
+        self._new += ids
+        text = self._text()
+        if text and not text.endswith("\ufffd"):  # else a character may lack bytes
+            print(text, end="", flush=True)
+            self._context, self._new = self._new, []
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        print(self._text())
+
+    def _text(self) -> str:
+        before, whole = (
+            self._tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self._context, (self._context or []) + self._new)
+        )
+        return whole[len(before) :]
 
 
 def _check_decodable(model: MosaForCausalLM, path: Path, approximation: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import tempfile
 from contextlib import nullcontext, redirect_stdout
@@ -17,7 +18,7 @@ from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.utils import first_line
 
-_LONGEST_TEXT = 2**28  # characters; more would only fill the memory
+_LONGEST_TEXT = 2**28  # bytes; more would only fill the memory
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -137,7 +138,7 @@ def require_cache(model: MosaForCausalLM, path: Path) -> None:
 
 
 def read_document(option: str, file: Path) -> str:
-    """Return the text of a file given by an option; "-": standard input.
+    """Return the text of a file given by an option, read like a source of training data; "-": standard input.
 
     Raises:
         UserError: it cannot be read, is not UTF-8 text, or never ends.
@@ -148,11 +149,11 @@ def read_document(option: str, file: Path) -> str:
     try:
         if str(file) != "-" and file.exists() and not (file.is_file() or file.is_dir() or is_pipe_of_shell):
             raise UserError(f"{option}={file} is not a file; pass a text file, or - for standard input")
-        with nullcontext(sys.stdin) if str(file) == "-" else file.open(encoding="utf-8") as content:
-            text = content.read(_LONGEST_TEXT + 1)
+        with nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb") as content:
+            found = content.read(_LONGEST_TEXT + 1)
+        if len(found) > _LONGEST_TEXT:
+            raise UserError(f"{option}={file} has more than {_LONGEST_TEXT:,} bytes; pass a shorter text")
+        return found.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"could not read {option}={file}: {reason}; pass a text file") from None
-    if len(text) > _LONGEST_TEXT:
-        raise UserError(f"{option}={file} has more than {_LONGEST_TEXT:,} characters; pass a shorter text")
-    return text
