@@ -258,10 +258,12 @@ def test_scores_of_a_device_that_knows_no_autocast() -> None:
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_is_one_graph_under_torch_compile(backend: str, enabled: bool) -> None:
-    def layer(*given: Tensor) -> Tensor:
+    def layer(base: float, *given: Tensor) -> Tensor:
         with autocast(enabled):
-            return mosa_attention(*given, num_selected=SELECTED, backend=backend)
+            return mosa_attention(*given, num_selected=SELECTED, rotary_base=base, backend=backend)
 
-    given = tensors()
+    states, *weights = tensors()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(*given), layer(*given))
+    for base, length in ((1e4, LENGTH), (2e4, LENGTH - 1)):  # from the second call on, both are symbols
+        given = (base, states[:, :length], *weights)
+        assert torch.equal(compiled(*given), layer(*given))
