@@ -7,21 +7,25 @@ import fcntl
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_mosa.errors import UserError
 
+Process = subprocess.Popen[bytes]
+
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
     """Treat SIGTERM as Ctrl-C, so that started processes are ended and results are written.
 
+    Likewise SIGHUP, the end of a terminal or an SSH connection, unless it is ignored, as under nohup.
+
     Yields:
-        A function that raises KeyboardInterrupt if SIGTERM has come. A loop that starts processes must call it, because
-        Python ignores what a signal's handler raises while it forks.
+        A function that raises KeyboardInterrupt if such a signal has come. A loop that starts processes must call it,
+        because Python ignores what a signal's handler raises while it forks.
     """
     has_come = False
 
@@ -34,11 +38,14 @@ def sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
         if has_come:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = (signal.SIGTERM,) if is_ignored else (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         yield
 
 
-def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
+def end(process: Process, seconds: float = 45.0) -> None:
     """Terminate a process and wait; torchrun needs up to 30 s to end its ranks, a run that saves may need longer."""
     if process.poll() is not None:
         return
@@ -74,7 +81,22 @@ def end(process: subprocess.Popen[bytes], seconds: float = 45.0) -> None:
         process.wait()
 
 
-def end_with_parent() -> None:
-    """Have this process terminated when its parent dies; for ``preexec_fn``."""
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path, *, append: bool = False) -> Process:
+    """Start a program whose output goes to a file.
+
+    It ends when this process dies. Signals of the terminal do not reach it: this process ends what it has started.
+    """
+    with log.open("a" if append else "w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+
+
+def _end_with_parent() -> None:
     with suppress(OSError, AttributeError):  # Linux alone
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -15,10 +15,9 @@ import numpy as np
 from megatron_mosa.config import Config
 from megatron_mosa.metrics import NON_CAUSAL, Journal, kind, scalars
 from megatron_mosa.train.wandb_run import WandbRun
-from megatron_mosa.utils import decimals, file_problem, first_line, naming, tolerating
+from megatron_mosa.utils import decimals, file_problem, first_line, naming, say, tolerating
 
 _NO_TENSORBOARD = "TensorBoard gets no more events"
-_NO_OUTPUT = "the output lacks some lines"
 
 
 class Writers:
@@ -114,8 +113,7 @@ class Writers:
     def note(self, text: str) -> None:
         """Print a line with the time."""
         if self.is_main:
-            with tolerating(_NO_OUTPUT):
-                print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+            say(f"[{time.strftime('%H:%M:%S')}] {text}")
 
     @property
     def last_training_step(self) -> int:

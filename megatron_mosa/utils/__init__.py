@@ -13,7 +13,7 @@ from megatron_mosa.utils.files import (
 from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
 from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_json, parse_json
-from megatron_mosa.utils.progress import progress
+from megatron_mosa.utils.progress import progress, say
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.versions import versions
 from megatron_mosa.utils.words import counted, decimals
@@ -39,6 +39,7 @@ __all__ = [
     "progress",
     "read_record",
     "replace_directory",
+    "say",
     "sync",
     "tolerating",
     "versions",

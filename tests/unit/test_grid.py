@@ -548,12 +548,13 @@ def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
         _refuse_unfinished(work, rows, "out of time")
 
 
-def test_sigterm_while_a_process_is_started_is_not_lost() -> None:
-    code = """
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_while_a_process_is_started_is_not_lost(number: str) -> None:
+    code = f"""
 import os, signal, subprocess
 from megatron_mosa.tools.processes import sigterm_as_interrupt
 
-os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{number}))
 with sigterm_as_interrupt() as check:
     try:
         subprocess.Popen(["true"], preexec_fn=lambda: None).wait()  # Python ignores what the handler raises here

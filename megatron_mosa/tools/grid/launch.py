@@ -16,9 +16,9 @@ from megatron_mosa.errors import RunError
 from megatron_mosa.exit_codes import FAILED
 from megatron_mosa.resilience import read_status
 from megatron_mosa.sbatch import as_pattern
-from megatron_mosa.tools.processes import end_with_parent
+from megatron_mosa.tools.processes import Process, start
 from megatron_mosa.tools.scaling.sweep_slurm import ROOT, call_slurm, running_jobs
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import say, write_atomically
 
 _SECONDS_TO_SAVE = 300.0  # that a run has for its last checkpoint
 _QUEUE_SECONDS = 2.0  # between two looks at Slurm's queue
@@ -69,7 +69,7 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class _Process:
-    process: subprocess.Popen[bytes]
+    process: Process
     slot: str
     run: Path
     started: float
@@ -125,10 +125,7 @@ class LocalLauncher:
         slot = min(self.slots, key=lambda slot: sum(one.slot == slot for one in self._running))
         begin = time.time()
         command, environment = self.command(arguments, slot, self.jobs, ranks)
-        with log.open("a", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-            )
+        process = start(command, environment, log, append=True)
         started = _Process(process, slot, run, begin, arguments[0] == "pretrain")
         self._running.append(started)
         return started
@@ -216,12 +213,12 @@ class SlurmLauncher:
         file = self.folder / "jobs" / f"{name}.job"
         number = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
         if number and running_jobs([number]):
-            print(f"job {number}, of an earlier call: {name}", flush=True)
+            say(f"job {number}, of an earlier call: {name}")
         else:
             number = self._submit(name, config, log)
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, f"{number}\n")
-            print(f"job {number}: {name}", flush=True)
+            say(f"job {number}: {name}")
         self._jobs.append(number)
         self._queue.add(number)
         return _Job(number, run, self)

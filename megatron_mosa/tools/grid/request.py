@@ -11,6 +11,7 @@ from megatron_mosa.tools.grid.grid import Grid
 from megatron_mosa.tools.grid.launch import LocalLauncher, SlurmLauncher
 from megatron_mosa.tools.grid.plan import Corpus, Plan, plan_models
 from megatron_mosa.tools.grid.timing import Timings
+from megatron_mosa.utils import say
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Request:
             known = self.timings.find(config, vocab_size)
             found = self.timings.measure(config, vocab_size, self.local.slots[0]).seconds
             if known is None:
-                print(f"{summary(config)}: {1000 * found:.1f} ms a step", flush=True)
+                say(f"{summary(config)}: {1000 * found:.1f} ms a step")
             return found
 
         def cost_of(equal: str, data: Corpus) -> Cost:

@@ -27,7 +27,7 @@ from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, write_results
 from megatron_mosa.tools.grid.work import Work
 from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
-from megatron_mosa.utils import counted, load_json, write_atomically
+from megatron_mosa.utils import counted, load_json, say, write_atomically
 
 
 def run_grid(request: Request) -> list[Row]:
@@ -46,8 +46,8 @@ def run_grid(request: Request) -> list[Row]:
         work.refuse_other_results()
         stopped = ""
         try:
-            print(table(work.plan))
-            print(work.summary(), flush=True)
+            say(table(work.plan))
+            say(work.summary())
             stopped = work.train()
             if request.measures and not stopped:
                 stopped = work.measure()
@@ -56,7 +56,7 @@ def run_grid(request: Request) -> list[Row]:
         finally:
             rows = work.rows()
             write_results(rows, request.output)
-    print(f"Wrote {results.RESULTS} and results.csv to {request.output}; mosa report {request.output} reports on them")
+    say(f"Wrote {results.RESULTS} and results.csv to {request.output}; mosa report {request.output} reports on them")
     _refuse_unfinished(work, rows, stopped)
     return rows
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from megatron_mosa.config import Config, config_to_dict, save_config
 from megatron_mosa.errors import RunError
 from megatron_mosa.tools.grid.grid import Evaluation
-from megatron_mosa.tools.processes import end, end_with_parent
+from megatron_mosa.tools.processes import Process, end, start
 from megatron_mosa.utils import load_json, read_record, write_atomically
 
 _TRAIN = ("micro_batch_size", "global_batch_size", "precision", "recompute", "acceleration", "apex", "deterministic")
@@ -53,7 +52,7 @@ class Measurement:
     """A measurement that runs."""
 
     program: str
-    process: subprocess.Popen[bytes]
+    process: Process
     new: Path
     """What the program writes."""
 
@@ -166,10 +165,7 @@ class Timings:
     def _start(self, arguments: Sequence[str], path: Path, slot: str, ranks: int | None) -> Measurement:
         new, log = path.with_name(f"new-{path.name}"), path.with_suffix(".log")
         command, environment = self.launch([*arguments, "--output", str(new)], slot, ranks)
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-            )
+        process = start(command, environment, log)
         return Measurement(arguments[0], process, new, path, log)
 
 

@@ -32,6 +32,7 @@ from megatron_mosa.utils import (
     naming,
     parse_json,
     read_record,
+    say,
     versions,
     write_atomically,
 )
@@ -258,7 +259,7 @@ class Work:
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
         self._running.append(_Running(cell, handle, self._settle_training))
-        print(f"{self._counter()} {cell.name}: training", flush=True)
+        say(f"{self._counter()} {cell.name}: training")
 
     def _settle_training(self, cell: Cell, code: int) -> None:
         """Write the result of a cell whose processes have ended, if they have ended for good."""
@@ -273,7 +274,7 @@ class Work:
             result = {"status": results.GAVE_UP, "reason": last_line(log)}
             said = f"diverged: {result['reason']}"
         elif self._is_stopping or code in (STOPPED, INTERRUPTED):
-            print(f"{cell.name}: stopped; the same command continues it", flush=True)
+            say(f"{cell.name}: stopped; the same command continues it")
             return
         else:
             result = {"status": results.FAILED, "reason": f"exit code {code}: {last_line(log)}"}
@@ -292,7 +293,7 @@ class Work:
         write_atomically(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
         self._results[cell.name] = result
         self._write()
-        print(f"{self._counter()} {cell.name}: {said}", flush=True)
+        say(f"{self._counter()} {cell.name}: {said}")
 
     def _is_to_evaluate(self, cell: Cell) -> bool:
         asked = self.request.grid.evaluation
@@ -312,7 +313,7 @@ class Work:
         arguments += ["--output", str(path.with_suffix(".new"))]
         handle = self.request.local.launch(arguments, run, self._log(cell), ranks=1)
         self._running.append(_Running(cell, handle, self._settle_evaluation))
-        print(f"{self._counter()} {cell.name}: evaluating", flush=True)
+        say(f"{self._counter()} {cell.name}: evaluating")
 
     def _settle_evaluation(self, cell: Cell, code: int) -> None:
         path = self._evaluation_path(cell)
@@ -352,7 +353,7 @@ class Work:
                 while waiting and free:
                     text, start = waiting.pop(0)
                     slot = free.pop(0)
-                    print(f"[{total - len(waiting)}/{total}] {text}", flush=True)
+                    say(f"[{total - len(waiting)}/{total}] {text}")
                     running[slot] = start(slot)
                 for slot, measurement in list(running.items()):
                     if not measurement.is_running():
@@ -429,7 +430,7 @@ class Work:
 
     def _fail(self, message: str) -> None:
         self.failures.append(message)
-        print(message, flush=True)
+        say(message)
 
     def _run(self, cell: Cell) -> Path:
         return self._config(cell).run.path
@@ -478,7 +479,7 @@ class Work:
             status = read_status(config.run.path) or {}
             loss = f", loss {status['loss']:.3f}" if isinstance(status.get("loss"), float) else ""
             parts.append(f"{one.cell.name} at step {status.get('step', 0)} of {config.train.steps}{loss}")
-        print(f"{self._counter()} {'; '.join(parts)}", flush=True)
+        say(f"{self._counter()} {'; '.join(parts)}")
 
 
 def _changes(path: Path, config: Config) -> dict[str, tuple[str, str]]:

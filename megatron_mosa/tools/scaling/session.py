@@ -20,10 +20,9 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,10 +32,10 @@ from megatron_mosa.entry import run as run_program
 from megatron_mosa.parallel import LOST_CONNECTION, job_port
 from megatron_mosa.resilience import job_end
 from megatron_mosa.tools.bench.measurement import check_measurement
-from megatron_mosa.tools.processes import end, end_with_parent
+from megatron_mosa.tools.processes import Process, end, start
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.layouts import SweepLayout
-from megatron_mosa.utils import counted, known_values, load_json, read_record, write_atomically
+from megatron_mosa.utils import counted, known_values, load_json, read_record, say, write_atomically
 
 WORKER = "megatron_mosa.tools.scaling.sweep_worker"
 NO_TIME = "not begun, for lack of time"
@@ -48,7 +47,7 @@ STALLED = 124  # timeout's exit code
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 60.0  # between the last moment for a result and the end of a Slurm job
 
-Launch = Callable[[Path, int, Path, int], "subprocess.Popen[bytes]"]
+Launch = Callable[[Path, int, Path, int], Process]
 """(session file, processes, log file, number of this start) -> the launcher of the worker processes."""
 
 
@@ -307,18 +306,18 @@ class LocalLaunch:
     threads: int
     """Threads per rank, unless OMP_NUM_THREADS is set."""
 
-    def __call__(self, file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+    def __call__(self, file: Path, processes: int, log: Path, number: int) -> Process:
         """Start torchrun; if this process dies, so does torchrun, and it ends the ranks."""
         environment = {"OMP_NUM_THREADS": str(self.threads)} | os.environ
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        return _start([*launcher, "-m", WORKER, str(file)], environment, log)
+        return start([*launcher, "-m", WORKER, str(file)], environment, log)
 
 
 @dataclass(frozen=True)
 class SrunLaunch:
     """A ``Launch`` in a Slurm job whose tasks are the ranks."""
 
-    def __call__(self, file: Path, processes: int, log: Path, number: int) -> subprocess.Popen[bytes]:
+    def __call__(self, file: Path, processes: int, log: Path, number: int) -> Process:
         """Start srun; each start has a port of its own, since the one before may still be in use."""
         environment = os.environ | {"MASTER_PORT": str(job_port(int(os.environ["SLURM_JOB_ID"]), number))}
         python = shlex.split(os.environ.get("MOSA_PYTHON", "python"))
@@ -326,14 +325,7 @@ class SrunLaunch:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # since Slurm 22.05 srun does not take it from sbatch
             more.insert(0, f"--cpus-per-task={cpus}")
         command = ["srun", f"--ntasks={processes}", "--kill-on-bad-exit=1", *more, *python, "-m", WORKER, str(file)]
-        return _start(command, environment, log)
-
-
-def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("w", encoding="utf-8") as file:
-        return subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=end_with_parent
-        )
+        return start(command, environment, log)
 
 
 def main() -> None:
@@ -341,7 +333,7 @@ def main() -> None:
     session = Session.read(Path(sys.argv[1]))
     if end := job_end():
         session = replace(session, deadline=end - _SECONDS_TO_END)
-    supervise(session, SrunLaunch(), lambda event: print(event, flush=True))
+    supervise(session, SrunLaunch(), lambda event: say(str(event)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import write_report
 from megatron_mosa.tools.scaling.sweep_request import Request
 from megatron_mosa.tools.scaling.sweep_work import Work
+from megatron_mosa.utils import say
 
 Run = Callable[[list[Session], Watch], None]
 """Has the sessions measured, one after the other or at once, and reports their events."""
@@ -65,7 +66,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
             error = caught
         sweep = replace(work.sweep(), beside=others)
         files = write_report(sweep, request.output)
-    print(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {request.output}")
+    say(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {request.output}")
     if isinstance(error, KeyboardInterrupt):
         raise RunError("stopped; run the same command again to measure what is missing") from None
     if error is not None:

@@ -6,6 +6,7 @@ import time
 
 from megatron_mosa.tools.scaling.session import Event
 from megatron_mosa.tools.scaling.sweep_work import Work
+from megatron_mosa.utils import say
 
 _LINE_SECONDS = 10.0  # between two lines within a phase
 
@@ -24,8 +25,8 @@ class Progress:
         """Print the cells that need not be run, and how many are left."""
         for row in self.work.rows():
             if row.is_measured or row.cell in self.work.too_large:
-                print(f"{row.line}{' (kept)' if row.is_measured else ''}")
-        print(f"{len(self.work.missing)} to measure", flush=True)
+                say(f"{row.line}{' (kept)' if row.is_measured else ''}")
+        say(f"{len(self.work.missing)} to measure")
 
     def watch(self, event: Event) -> None:
         """Print what a session is doing: each phase, and within a phase at most one line in ten seconds."""
@@ -38,11 +39,11 @@ class Progress:
             self._done += 1
             row = next(row for row in self.work.rows() if row.cell == cell)
             left = (time.monotonic() - self._started) / self._done * (len(missing) - self._done)
-            print(f"{counter} {row.line}; {left:.0f} s left", flush=True)
+            say(f"{counter} {row.line}; {left:.0f} s left")
             return
         key, now = (event.cell, event.phase), time.monotonic()
         if key == self._shown and now - self._shown_at < _LINE_SECONDS:
             return
         self._shown, self._shown_at = key, now
         step = f", step {event.step}/{event.of}" if event.of else ""
-        print(f"{counter} {cell}: {event.phase}{step}", flush=True)
+        say(f"{counter} {cell}: {event.phase}{step}")

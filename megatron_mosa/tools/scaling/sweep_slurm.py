@@ -15,7 +15,7 @@ from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
-from megatron_mosa.utils import counted, write_atomically
+from megatron_mosa.utils import counted, say, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = Path("launch", "slurm", "sweep.sbatch")
@@ -49,7 +49,7 @@ class SlurmRun:
         jobs = {job: session for job, session in self._earlier().items() if _names(session) & wanted}
         taken = {name for session in jobs.values() for name in _names(session)}
         for job, session in jobs.items():
-            print(f"job {job}, of an earlier call: {_size(session)}")
+            say(f"job {job}, of an earlier call: {_size(session)}")
         missing = []
         for session in sessions:
             cells = [tree for tree in session.cells if Cell.from_dict(tree).name not in taken]
@@ -141,7 +141,7 @@ class SlurmRun:
         job = done.stdout.strip().partition(";")[0]  # JOB, or JOB;CLUSTER
         write_atomically(session.file.with_suffix(".job"), f"{job}\n")
         jobs[job] = session
-        print(f"job {job}: {_size(session)}", flush=True)
+        say(f"job {job}: {_size(session)}")
 
     def _wait(self, jobs: dict[str, Session], watch: Watch) -> None:
         tails = {job: Tail(session.progress) for job, session in jobs.items()}
