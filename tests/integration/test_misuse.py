@@ -492,7 +492,7 @@ MISUSES: list[tuple[str, int, str]] = [
     ("isoflop match bad", 2, "bad has no results.jsonl"),
     ("report none --output /proc/x", 2, "--output=/proc/x cannot be written"),
     (f"isoflop run {GRIDS}/good.yaml --output bad/folder", 2, "its grid.json is damaged"),
-    ("sweep CONFIG --layout tp=1 --processes 1 --output bad/folder", 2, "its request.json is damaged"),
+    ("sweep CONFIG --layout tp=1 --processes 1 --output bad/folder", 2, "its request.json is damaged or not that of"),
     ("sweep CONFIG --layout tp=1 --processes 1 --output /proc/x", 2, "--output=/proc/x cannot be written"),
     ("sweep CONFIG --layout tp=1 --processes 1 --output s --beside s", 2, "--beside=s is --output itself"),
     ("sweep CONFIG --layout processes=0", 2, "processes must be at least 1 and at most"),
