@@ -57,8 +57,8 @@ def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Build a checked Config from a nested dictionary (the form that checkpoints keep)."""
-    return _build([tree])
+    """Build a checked Config from a nested dictionary (the form that checkpoints keep), whose texts are final."""
+    return _build([escaped(tree)])
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -68,7 +68,16 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(Path(path), OmegaConf.to_yaml(escaped(config_to_dict(config))))
+
+
+def escaped(value: Any) -> Any:
+    """Return a value with ``\\${`` for each ``${`` in its texts, which OmegaConf would replace by another value."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    return [escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def expanded(key: str, path: str) -> Path:

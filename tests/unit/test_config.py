@@ -127,11 +127,19 @@ def test_overrides_win_and_are_typed() -> None:
     assert config.model.hidden_size == 128
 
 
-def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART, ["mosa.sparsity=7.5"])
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
-    assert config_from_dict(config_to_dict(config)) == config
+def test_a_configuration_that_is_written_reads_back_as_the_same(tmp_path: Path) -> None:
+    """Also where a text looks like a number, a list or another value of the configuration."""
+    texts = ["4e12345", "1e5", "-1.e+3", ".5e3", "1:30", "0x1f", "on", "null", "a, b", "# c", "[1]", "é", "a\\${b}"]
+    texts += [r"\${x}", r"\\\${x}", r"\$\{", r"${run.name}\\"]
+    for text in texts:
+        overrides = ["mosa.sparsity=7.5", "optimizer.min_learning_rate=1e-5", f"data.tokenizer={text}"]
+        config = load_config(QUICKSTART, overrides)
+        config.data.sources = [text, config.data.tokenizer or "null"]
+        save_config(config, tmp_path / "saved.yaml")
+        (tmp_path / "shown.yaml").write_text(resolved(config, origins(QUICKSTART)), encoding="utf-8")
+        for name in ("saved", "shown"):
+            assert load_config(tmp_path / f"{name}.yaml") == config, text
+        assert config_from_dict(config_to_dict(config)) == config
 
 
 @pytest.mark.parametrize(
