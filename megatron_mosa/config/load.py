@@ -206,6 +206,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                     _refuse_other_bases(number)
             except ValueError as error:
                 raise UserError(f"override '{override}': {error}") from None
+        if value == MISSING:
+            raise UserError(f"override '{override}': {MISSING} marks a missing value; give one, or leave it out")
         tree.setdefault(section, {})[name] = value
     return tree
 

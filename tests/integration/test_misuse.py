@@ -214,6 +214,8 @@ MISUSES: list[tuple[str, int, str]] = [
     ("config show CONFIG data.path=~nobody9/x", 2, "unknown user"),
     ("config show CONFIG train.steps=010", 2, "override 'train.steps=010': 010 has a leading zero or colons"),
     ("config show CONFIG resilience.hang_timeout=1:30.5", 2, "1:30.5 has a leading zero or colons, so YAML takes it"),
+    ("config show CONFIG data.path=???", 2, "override 'data.path=???': ??? marks a missing value; give one"),
+    ("config show CONFIG train.steps=???", 2, "override 'train.steps=???': ??? marks a missing value; give one"),
     ("config show CONFIG train.steps=1,000", 2, "got '1,000'; a number has no commas between thousands, write 1000"),
     ("config show CONFIG train.skip_steps=[1:30]", 2, "1:30 has a leading zero or colons, so YAML takes it for"),
     (f"{BUILD} data.sources=[~nobody9/x]", 2, "data.sources=~nobody9/x refers to the home"),
