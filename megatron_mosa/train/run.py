@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
-from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
+from megatron_mosa.data import FileHash, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of, joined, report_error
 from megatron_mosa.errors import RunError, StorageError
@@ -40,7 +40,14 @@ from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.plan import refuse_impossible
 from megatron_mosa.train.report import report
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
-from megatron_mosa.train.start import ResumePoint, check_start, end_of_samples, mosa_backend, training_samples
+from megatron_mosa.train.start import (
+    ResumePoint,
+    check_start,
+    end_of_samples,
+    mosa_backend,
+    training_samples,
+    validation_samples,
+)
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 from megatron_mosa.utils import first_line, log_libraries, tolerating
@@ -166,12 +173,7 @@ def _train(
         return survival.faults.with_data_fault(batches, state.step, per_step)
 
     batches = batches_from(state)
-    validation = ValidationSamples(
-        start.data,
-        sequence_length=config.data.sequence_length,
-        num_samples=config.validation.num_samples,
-        mark_documents=config.model.attend_within_documents,
-    )
+    validation = validation_samples(config, start.data)
     engine = DeepSpeedEngine(config, vocab_size, layout)
     if layout.device.type == "cuda":
         writers.note(str(engine.acceleration))
@@ -180,7 +182,7 @@ def _train(
     callbacks = [
         Heartbeat(survival),
         StepMonitor(writers, config.resilience),
-        Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
+        Progress(writers, vocab_size, validation.document_lengths()),
         Validation(writers, validation, last_validated),
         Checkpointing(writers, store, start.data_identity),
         Faults(survival.faults),

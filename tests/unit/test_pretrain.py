@@ -56,7 +56,7 @@ class Run:
         monkeypatch.setattr(self.store, "load", lambda engine, path: self.loaded.append(path))
         monkeypatch.setattr(run, "CheckpointStore", SimpleNamespace(of=lambda *_: self.store))
         monkeypatch.setattr(run, "DeepSpeedEngine", self._engine)
-        monkeypatch.setattr(run, "ValidationSamples", lambda *_, **__: Samples())
+        monkeypatch.setattr(run, "validation_samples", lambda *_: Samples())
         monkeypatch.setattr(run, "training_samples", lambda *_: self)
         monkeypatch.setattr(run, "training_batches", self._batches)
         monkeypatch.setattr(run, "load_initial_weights", lambda engine, path: self.loaded.append(path))

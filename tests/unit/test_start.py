@@ -19,11 +19,14 @@ from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import build_dataset, read_manifest
 from megatron_mosa.errors import UserError
+from megatron_mosa.model import model_flops
 from megatron_mosa.parallel import Layout
 from megatron_mosa.train import check_start
 from megatron_mosa.train.directory import RunDirectory
+from megatron_mosa.train.plan import describe
 from megatron_mosa.train.run import _training_batches
 from megatron_mosa.train.sample import sample_text
+from megatron_mosa.train.start import validation_samples
 from megatron_mosa.train.trainer import TrainingState
 from tests.loaded import loaded_python
 
@@ -177,6 +180,21 @@ def test_a_checkpoint_older_than_a_key_means_its_default(overrides: list[str]) -
     assert check_start(config, 2).checkpoint == checkpoint
     config.model.attend_within_documents = True
     assert "another model: False, but the run asks for True" in refused(config)
+
+
+def test_a_plan_counts_flops_by_the_documents(overrides: list[str], tmp_path: Path) -> None:
+    """As the run does for its MFU; the dataset's documents are as long as their text, of ten tokens or so."""
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(400)))
+    within = [f"data.sources=[{source}]", f"data.path={tmp_path}/data", "model.attend_within_documents=true"]
+    flops = []
+    for config in (load_config(QUICKSTART, [*overrides, *within[:count]]) for count in (2, 3)):
+        build_dataset(config.data)
+        start = check_start(config, 2)
+        lengths = validation_samples(config, start.data).document_lengths()
+        flops.append(model_flops(config, start.manifest.vocab_size, lengths) * config.train.global_batch_size / 1e9)
+        assert f"tokens, {flops[-1]:.3g} GFLOP on 2 processes" in describe(config, start, 2)
+    assert [bool(lengths), max(map(max, lengths)) < 20] == [True, True] and flops[1] < flops[0]
 
 
 def test_kernels_that_this_machine_does_not_support(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
