@@ -94,7 +94,8 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
         state = f"{state}: {content['reason']}"
     found = {"state": state}
     if step is not None:
-        found["step"] = f"{step} of {last}" if last else str(step)
+        relation = " of" if step <= (last or step) else ", past the last one asked for,"
+        found["step"] = f"{step}{relation} {last}" if last else str(step)
     if content.get("loss") is not None:
         found["loss"] = f"{content['loss']:.4f}"
     if content.get("skipped_steps"):

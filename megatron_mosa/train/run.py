@@ -132,7 +132,11 @@ def _train_or_report(config: Config, start: ResumePoint, layout: Layout, surviva
     if step < config.train.steps or last_validated < step:
         stopped = _train(config, start, last_validated, layout, survival)
     elif layout.is_main:
-        print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
+        steps = config.train.steps
+        if step == steps:
+            print(f"The run is complete: step {step} of {steps} is in {start.checkpoint}")
+        else:
+            print(f"Nothing to do: step {step}, in {start.checkpoint}, is past train.steps={steps}")
     if layout.is_main:
         with tolerating("the report is not complete"):
             report(start.directory)
@@ -228,7 +232,8 @@ def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
         )
     if step >= last_step:
         key = "train.steps" if last_step == config.train.steps else "train.stop_after_step"
-        yield f"nothing to do: step {step} has already reached {key}={last_step}"
+        relation = "has already reached" if step == last_step else "is past"
+        yield f"nothing to do: step {step} {relation} {key}={last_step}"
 
 
 def _restore(

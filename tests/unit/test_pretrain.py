@@ -113,6 +113,13 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert losses == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 2.0), (6, None), (7, 2.0), (8, 2.0)]
 
 
+def test_a_start_past_its_last_step_says_so(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.train.stop_after_step, settings.optimizer.warmup_steps = 1, 0
+    assert list(run._surprises(settings, 2, 1)) == ["nothing to do: step 2 is past train.stop_after_step=1"]
+    assert list(run._surprises(settings, 1, 1)) == ["nothing to do: step 1 has already reached train.stop_after_step=1"]
+
+
 def test_a_validation_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, tmp_path)
     run.train(run.start(4), last_validated=4)
