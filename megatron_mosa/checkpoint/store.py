@@ -250,9 +250,9 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
     )
     if not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
         hashes = metadata.data["tokenizer_hash"], data["tokenizer_hash"]
-        _require_same("data.path", *hashes, path, fix, what="tokenizer hash ")
+        _require_same("data.path", *hashes, path, fix, what="tokenizer hash")
     fingerprints = metadata.data["fingerprint"], data["fingerprint"]
-    _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint ")
+    _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint")
 
 
 def check_resumable(path: Path) -> None:
@@ -287,6 +287,5 @@ def _require_same(
     key: str, theirs: object, ours: object, path: Path, fix: str, may_differ: bool = False, what: str = ""
 ) -> None:
     if theirs != ours and not may_differ:
-        raise UserError(
-            f"{key}: checkpoint '{path}' holds another model: {what}{theirs}, but the run asks for {ours}; {fix}"
-        )
+        asked = f"{key} has {what} {ours}" if what else f"{key}={ours}"
+        raise UserError(f"{asked}, but checkpoint '{path}' was written with {theirs}; {fix}")

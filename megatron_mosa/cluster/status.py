@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
 from megatron_mosa.options import bounds
 from megatron_mosa.resilience import RUNNING, STATUS, read_status
-from megatron_mosa.utils import counted
+from megatron_mosa.utils import counted, table_console
 
 SILENT_SECONDS = 60.0
 """A run that has reported nothing for this long, or for ten of its steps if that is longer, may be dead."""
@@ -33,7 +32,7 @@ def status(
 
     Exit code 0: running, done, or stopped and ready to resume; 1: failed, hung or silent.
     """
-    console = Console(markup=False)
+    console = table_console()
     content = _read(run)
     if watch:
         with Live(console=console, auto_refresh=False) as live:
@@ -95,7 +94,8 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
         state = f"{state}: {content['reason']}"
     found = {"state": state}
     if step is not None:
-        found["step"] = f"{step} of {last}" if last else str(step)
+        relation = " of" if step <= (last or step) else ", past the last one asked for,"
+        found["step"] = f"{step}{relation} {last}" if last else str(step)
     if content.get("loss") is not None:
         found["loss"] = f"{content['loss']:.4f}"
     if content.get("skipped_steps"):

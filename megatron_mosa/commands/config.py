@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def list_configurations(
         raise UserError(
             f"'{folder}' is not a directory; give one that contains YAML files, such as the project's configs/"
         )
-    found = {str(path): path for path in sorted(folder.rglob("*.yaml")) if path.name != REFERENCE_FILE}
+    found = {str(path): path for path in _yaml_files(folder) if path.name != REFERENCE_FILE}
     if not found:
         raise UserError(
             f"'{folder}' contains no YAML files; give a directory that does, such as the project's configs/"
@@ -66,6 +67,18 @@ def list_configurations(
     width = max(map(len, found))
     for name, path in found.items():
         print(f"{name:{width}}  {_summary(path)}")
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    """Return the YAML files below a folder. Links are followed, but each folder is read once, so that loops end."""
+    found, seen = list[Path](), set[str]()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            subfolders.clear()  # in place, because os.walk descends into what remains in it
+            continue
+        seen.add(real)
+        found += [Path(parent, name) for name in names if name.endswith((".yaml", ".yml"))]
+    return sorted(found)
 
 
 def _summary(path: Path) -> str:

@@ -12,7 +12,7 @@ from megatron_mosa.config.load import (
     read_yaml,
     save_config,
 )
-from megatron_mosa.config.render import REFERENCE_FILE, difference, reference, resolved, summary
+from megatron_mosa.config.render import REFERENCE_FILE, difference, inline_yaml, reference, resolved, summary
 from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
@@ -53,6 +53,7 @@ __all__ = [
     "difference",
     "expanded",
     "head_counts",
+    "inline_yaml",
     "keys_of",
     "load_config",
     "origins",

@@ -24,7 +24,8 @@ _PATHS = ("run.directory", "data.path", "data.index_path", "checkpoint.initializ
 _BASE = "base"  # beside the sections
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 _MOST_BASES = 20
-_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
+_THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?")
 _BROKEN = (
     yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, OverflowError, LookupError,
     AttributeError,
@@ -57,8 +58,8 @@ def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Build a checked Config from a nested dictionary (the form that checkpoints keep)."""
-    return _build([tree])
+    """Build a checked Config from a nested dictionary (the form that checkpoints keep), whose texts are final."""
+    return _build([escaped(tree)])
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -68,7 +69,16 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
-    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(Path(path), OmegaConf.to_yaml(escaped(config_to_dict(config))))
+
+
+def escaped(value: Any) -> Any:
+    """Return a value with ``\\${`` for each ``${`` in its texts, which OmegaConf would replace by another value."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    return [escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def expanded(key: str, path: str) -> Path:
@@ -151,7 +161,7 @@ def _refuse_expansion(path: Path) -> None:
             raise ValueError(f"line {node.start_mark.line + 1} contains an alias of itself")
         if id(node) not in sizes:
             sizes[id(node)] = 0  # until it is known
-            if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int"):
+            if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
                 _refuse_other_bases(node.value)
             parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 + (sum(map(size, parts)) if not isinstance(node, yaml.ScalarNode) else 0)
@@ -164,7 +174,7 @@ def _refuse_expansion(path: Path) -> None:
 
 
 def _refuse_other_bases(number: str) -> None:
-    """Raise a ValueError for 010, which is 8 in YAML 1.1, and for 1:30, which is 90."""
+    """Raise a ValueError for 010, which is 8 in YAML 1.1, and for 1:30 and 1:30.5, which are 90 and 90.5."""
     if _OTHER_BASES.fullmatch(number):
         raise ValueError(
             f"{number} has a leading zero or colons, so YAML takes it for a number to the base of 8 or 60; write it in "
@@ -191,10 +201,13 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             except _BROKEN:
                 raise UserError(f"override '{override}': the value is not valid YAML; quote it") from None
             try:
-                for number in [] if "str" in kind else re.split(r"[\[\],\s]+", text):
+                numbers = re.split(r"[\[\],\s]+", text) if isinstance(value, list) else [text.strip()]
+                for number in [] if "str" in kind else numbers:
                     _refuse_other_bases(number)
             except ValueError as error:
                 raise UserError(f"override '{override}': {error}") from None
+        if value == MISSING:
+            raise UserError(f"override '{override}': {MISSING} marks a missing value; give one, or leave it out")
         tree.setdefault(section, {})[name] = value
     return tree
 
@@ -255,6 +268,8 @@ def _set(config: Any, section: str, name: str, value: Any) -> None:
     except _BROKEN:
         pass
     hint = "; quote it" if kind.startswith("str") else ""
+    if kind.startswith(("int", "float")) and isinstance(value, str) and _THOUSANDS.fullmatch(value):
+        hint = f"; a number has no commas between thousands, write {value.replace(',', '')}"
     try:
         shown = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:100]}..."
     except ValueError:  # Python prints no integer of more than 4,300 digits

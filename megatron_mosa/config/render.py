@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 
 from megatron_mosa.config.heads import head_counts
 from megatron_mosa.config.keys import Key, default_of
-from megatron_mosa.config.load import config_to_dict
+from megatron_mosa.config.load import config_to_dict, escaped
 from megatron_mosa.config.schema import Config
 from megatron_mosa.utils import counted
 
@@ -79,4 +80,16 @@ def _yaml(line: Callable[[str, Field[Any]], tuple[Any, str]]) -> str:
 
 
 def _scalar(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return inline_yaml(escaped(value))
+
+
+def inline_yaml(value: Any) -> str:
+    """Return a value as YAML on one line, from which ``load_config`` reads the same value."""
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e5, too, which OmegaConf reads as a number, as YAML 1.2 does, though 1.1 does not."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9._]+[eE][-+]?[0-9]+$"), "-+.0123456789")

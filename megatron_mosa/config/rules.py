@@ -89,6 +89,7 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 _LONGEST_NAME = 200  # file systems allow 255, and some names are longer by a time or a number
+_LONGEST_PROJECT, _NOT_IN_PROJECT = 128, "/\\#?%:"  # as W&B's settings check them
 _INDEX_LIMIT = 2**31 - 1  # as at_most of data.index_samples
 
 
@@ -123,7 +124,7 @@ def check_plan(config: Config, origins: Mapping[str, str]) -> None:
 
     Raises:
         UserError: the learning rate would never reach its peak; the run would end before it stops early; its order of
-            samples is too long for one index.
+            samples is too long for one index; W&B allows no project of that name.
     """
     train, samples = config.train, config.train.steps * config.train.global_batch_size
     is_trial = origins["train.steps"] == COMMAND_LINE != origins["optimizer.warmup_steps"]
@@ -142,6 +143,12 @@ def check_plan(config: Config, origins: Mapping[str, str]) -> None:
             f"train.steps={train.steps} x train.global_batch_size={train.global_batch_size} are {samples:,} samples, "
             f"but one shuffled pass holds at most {_INDEX_LIMIT:,}; set data.index_samples, by which a run takes "
             "several passes"
+        )
+    project = config.logging.wandb_project or ""
+    if len(project) > _LONGEST_PROJECT or set(project) & set(_NOT_IN_PROJECT):
+        raise UserError(
+            f"logging.wandb_project must have at most {_LONGEST_PROJECT} characters and none of "
+            f"{' '.join(_NOT_IN_PROJECT)}, which Weights & Biases allows in none, got {project}; give another, or null"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_mosa.convert.locate import Kind, detect_kind
+from megatron_mosa.convert.locate import Kind, detect_kind, torch_dist_iteration
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.utils import creation_problem, is_plain, replace_directory, sync
 
@@ -20,7 +20,7 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
     """Refuse a target that exists or cannot be written to.
 
     Args:
-        force: allow replacing an existing model; nothing else may be replaced.
+        force: allow replacing an existing model; nothing else may be replaced, nor folders beside the model's own.
 
     Raises:
         UserError: names the target and the fix.
@@ -34,14 +34,25 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
         raise UserError(f"OUT={target}: {problem}; choose a new folder in a writable directory")
     if not os.path.lexists(target):
         return
-    is_model = detect_kind(target) in _REPLACEABLE
+    objection = _objection(target)
     if not force:
-        fix = "choose another folder, or pass --force to replace it" if is_model else "choose another folder"
+        fix = "choose another folder" + (", or pass --force to replace it" if objection is None else "")
         raise UserError(f"OUT={target} already exists; {fix}")
-    if target.is_symlink() or not is_model:
-        raise UserError(
-            f"OUT={target} is not a model folder, and --force replaces only model folders; choose another folder"
-        )
+    if objection is not None:
+        raise UserError(f"OUT={target} {objection}, and --force replaces only model folders; choose another folder")
+
+
+def _objection(target: Path) -> str | None:
+    """Return why what stands at a target is more or other than a model that a conversion has written; None: it is."""
+    kind = detect_kind(target)
+    has_weights = kind is not Kind.HUGGING_FACE or any(target.glob("*.safetensors"))  # others have a config.json, too
+    if target.is_symlink() or kind not in _REPLACEABLE or not has_weights:
+        return "is not a model folder"
+    own = {"state" if kind is Kind.MOSA else "", "__pycache__"}
+    if kind is Kind.TORCH_DIST and (iteration := torch_dist_iteration(target)) is not None:
+        own.add(iteration.name)
+    others = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in own)
+    return f"also holds other folders ({', '.join(others[:3])})" if others else None
 
 
 @contextmanager

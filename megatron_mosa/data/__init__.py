@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from megatron_mosa.data.loader import training_batches, validation_batches
     from megatron_mosa.data.manifest import MANIFEST_FILE, Manifest, end_of_document_id, load_manifest, read_manifest
     from megatron_mosa.data.mixture import Mixture, check_tokenizer, open_mixture
-    from megatron_mosa.data.samples import TrainingSamples, ValidationSamples, check_lengths, document_starts
+    from megatron_mosa.data.samples import (
+        TrainingSamples,
+        ValidationSamples,
+        check_lengths,
+        document_starts,
+        lengths_of_documents,
+    )
     from megatron_mosa.data.sources import iter_documents
     from megatron_mosa.data.tokenizer import (
         PROBE,
@@ -43,6 +49,7 @@ __all__ = [
     "end_of_document_id",
     "is_large",
     "iter_documents",
+    "lengths_of_documents",
     "load_manifest",
     "load_tokenizer",
     "open_mixture",

@@ -184,10 +184,9 @@ class ValidationSamples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return float(-(shares * np.log(shares)).sum())
 
     def document_lengths(self) -> list[list[int]]:
-        """Return the number of tokens of each document in each sample, as ``document_starts`` divides it."""
-        end = self.mixture.manifest.end_of_document_id
-        starts = [document_starts(torch.from_numpy(self._window(index)[:-1]), end) for index in range(len(self))]
-        return [row.unique_consecutive(return_counts=True)[1].tolist() for row in starts]
+        """Return the number of tokens of each document in each sample; nothing if documents are not marked."""
+        samples = (self[index] for index in range(len(self) if self.mark_documents else 0))
+        return [lengths_of_documents(sample["document_starts"]) for sample in samples]
 
     @cached_property
     def _indexed(self) -> list[IndexedDataset]:
@@ -210,6 +209,11 @@ def document_starts(tokens: Tensor, end_of_document_id: int) -> Tensor:
     """
     is_first = torch.cat((torch.ones(1, dtype=torch.bool), tokens[:-1] == end_of_document_id))
     return torch.where(is_first, torch.arange(len(tokens)), 0).cummax(0).values
+
+
+def lengths_of_documents(starts: Tensor) -> list[int]:
+    """Return the number of tokens of each document in a sequence, from what ``document_starts`` returns."""
+    return starts.unique_consecutive(return_counts=True)[1].tolist()
 
 
 def _apportion(weights: Sequence[float], available: Sequence[int], requested: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from megatron_mosa.config import Config
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import model_flops, parameter_count, state_bytes
-from megatron_mosa.train.start import ResumePoint
+from megatron_mosa.train.start import ResumePoint, validation_samples
 
 _MIB = 2**20
 
@@ -20,7 +20,8 @@ def describe(config: Config, start: ResumePoint, world_size: int) -> str:
     vocab_size = start.manifest.vocab_size
     memory = state_bytes(config, vocab_size, world_size)
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
-    flops = model_flops(config, vocab_size) * train.global_batch_size
+    documents = validation_samples(config, start.data).document_lengths()  # as the run itself counts
+    flops = model_flops(config, vocab_size, documents) * train.global_batch_size
     tokens = train.global_batch_size * length
     available = sum(manifest.splits["train"]["tokens"] for manifest in start.data.manifests)
     epoch = max(available // tokens, 1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from megatron_mosa.checkpoint import CheckpointStore, load_initial_weights
 from megatron_mosa.config import Config
-from megatron_mosa.data import FileHash, ValidationSamples, is_large, training_batches
+from megatron_mosa.data import FileHash, is_large, training_batches
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.entry import exit_code_of, joined, report_error
 from megatron_mosa.errors import RunError, StorageError
@@ -40,7 +40,14 @@ from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.plan import refuse_impossible
 from megatron_mosa.train.report import report
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
-from megatron_mosa.train.start import ResumePoint, check_start, end_of_samples, mosa_backend, training_samples
+from megatron_mosa.train.start import (
+    ResumePoint,
+    check_start,
+    end_of_samples,
+    mosa_backend,
+    training_samples,
+    validation_samples,
+)
 from megatron_mosa.train.trainer import Trainer, TrainingState
 from megatron_mosa.train.writers import Writers
 from megatron_mosa.utils import first_line, log_libraries, tolerating
@@ -125,7 +132,11 @@ def _train_or_report(config: Config, start: ResumePoint, layout: Layout, surviva
     if step < config.train.steps or last_validated < step:
         stopped = _train(config, start, last_validated, layout, survival)
     elif layout.is_main:
-        print(f"The run is complete: step {step} of {config.train.steps} is in {start.checkpoint}")
+        steps = config.train.steps
+        if step == steps:
+            print(f"The run is complete: step {step} of {steps} is in {start.checkpoint}")
+        else:
+            print(f"Nothing to do: step {step}, in {start.checkpoint}, is past train.steps={steps}")
     if layout.is_main:
         with tolerating("the report is not complete"):
             report(start.directory)
@@ -166,12 +177,7 @@ def _train(
         return survival.faults.with_data_fault(batches, state.step, per_step)
 
     batches = batches_from(state)
-    validation = ValidationSamples(
-        start.data,
-        sequence_length=config.data.sequence_length,
-        num_samples=config.validation.num_samples,
-        mark_documents=config.model.attend_within_documents,
-    )
+    validation = validation_samples(config, start.data)
     engine = DeepSpeedEngine(config, vocab_size, layout)
     if layout.device.type == "cuda":
         writers.note(str(engine.acceleration))
@@ -180,7 +186,7 @@ def _train(
     callbacks = [
         Heartbeat(survival),
         StepMonitor(writers, config.resilience),
-        Progress(writers, vocab_size, validation.document_lengths() if config.model.attend_within_documents else ()),
+        Progress(writers, vocab_size, validation.document_lengths()),
         Validation(writers, validation, last_validated),
         Checkpointing(writers, store, start.data_identity),
         Faults(survival.faults),
@@ -226,7 +232,8 @@ def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
         )
     if step >= last_step:
         key = "train.steps" if last_step == config.train.steps else "train.stop_after_step"
-        yield f"nothing to do: step {step} has already reached {key}={last_step}"
+        relation = "has already reached" if step == last_step else "is past"
+        yield f"nothing to do: step {step} {relation} {key}={last_step}"
 
 
 def _restore(

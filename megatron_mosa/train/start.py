@@ -172,6 +172,16 @@ def training_samples(config: Config, data: Mixture, index_samples: int) -> Train
     )
 
 
+def validation_samples(config: Config, data: Mixture) -> ValidationSamples:
+    """Return the samples that a run of this configuration validates on."""
+    return ValidationSamples(
+        data,
+        sequence_length=config.data.sequence_length,
+        num_samples=config.validation.num_samples,
+        mark_documents=config.model.attend_within_documents,
+    )
+
+
 def planned_samples(config: Config, data: Mixture) -> TrainingSamples:
     """Return the samples of the run that this configuration would start or resume."""
     return training_samples(config, data, _index_samples(config, data, _newest(config, False)[2]))

@@ -139,9 +139,10 @@ class Writers:
         if not self.is_main:
             return
         self._record(line)
+        of = f"/{self.last_step}" if line["step"] <= self.last_step else ""  # it may have resumed past its last step
         label = "" if line["causal"] else f"  ({NON_CAUSAL})"
         self.note(
-            f"step {line['step']}/{self.last_step}  validation loss {line['validation_loss']:.4f}  "
+            f"step {line['step']}{of}  validation loss {line['validation_loss']:.4f}  "
             f"perplexity {decimals(line['validation_perplexity'])}{label}"
         )
 

@@ -15,6 +15,7 @@ from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_l
 from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_json, parse_json
 from megatron_mosa.utils.progress import progress, say
 from megatron_mosa.utils.records import known_values, read_record
+from megatron_mosa.utils.tables import table_console
 from megatron_mosa.utils.versions import versions
 from megatron_mosa.utils.words import counted, decimals
 
@@ -41,6 +42,7 @@ __all__ = [
     "replace_directory",
     "say",
     "sync",
+    "table_console",
     "tolerating",
     "versions",
     "write_atomically",

@@ -354,6 +354,12 @@ def test_force_replaces_a_model(
     assert command(monkeypatch, *words, "--force") == 0
     assert json.loads((out / "config.json").read_text())["num_mosa_heads"] == 0
     assert file_names(tmp_path) == ["out"]
+    (out / "notes").mkdir()  # what no conversion has written stays
+    assert command(monkeypatch, *words, "--force") == 2
+    (tmp_path / "program").mkdir()
+    shutil.copy(out / "config.json", tmp_path / "program")
+    assert command(monkeypatch, *words[:2], tmp_path / "program", *words[3:], "--force") == 2
+    assert (out / "notes").is_dir() and file_names(tmp_path / "program") == ["config.json"]
 
 
 def test_weights_that_do_not_match_the_configuration(trained: dict[str, Trained], tmp_path: Path) -> None:

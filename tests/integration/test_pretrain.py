@@ -180,6 +180,7 @@ def test_a_complete_run_is_reported_and_can_be_extended(runner: Runner, whole_ru
     before = runner.losses(whole_run)
     output = runner.pretrain(whole_run)
     assert "The run is complete: step 10 of 10" in output
+    assert "is past train.steps=9" in runner.pretrain(whole_run, "train.steps=9")
     assert "Unigram entropy" in output
     assert runner.losses(whole_run) == before
     runner.pretrain(whole_run, "train.steps=11")

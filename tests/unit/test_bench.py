@@ -126,6 +126,21 @@ def test_thresholds_are_measured_after_their_warm_up(layout: Layout, monkeypatch
     assert built[0].mosa.threshold_warmup_steps == 1
 
 
+def test_flops_are_counted_by_the_documents_of_the_steps(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = StepResult(loss=1.0, grad_norm=1.0)
+    engine = SimpleNamespace(
+        accumulation_steps=1, acceleration=SimpleNamespace(compiles_layers=False), destroy=lambda: None,
+        train_step=lambda batches, learning_rate: result,
+    )  # fmt: skip
+    monkeypatch.setattr(measure, "DeepSpeedEngine", lambda *arguments: engine)
+    config = tiny_config(model__attend_within_documents=True, train__global_batch_size=2, train__micro_batch_size=2)
+    length = config.data.sequence_length
+    starts = torch.stack([torch.zeros(length, dtype=torch.int64), torch.arange(length) // 4 * 4])
+    found = measure.measure(config, layout, 1, 0, batches=lambda step: [{"document_starts": starts}], times_loop=False)
+    counted = model_flops(config, config.data.vocab_size, [[length], [4] * (length // 4)])
+    assert found.flops_per_step["executed"] == 2 * counted < 2 * model_flops(config, config.data.vocab_size)
+
+
 def measurement(**changes: object) -> Measurement:
     profile = {"busy": 80.0, "kinds": {"matrix products": 60.0, "MoSA": 20.0}, "kernels": 900, "host_calls": 40}
     found = Measurement(

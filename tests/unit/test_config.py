@@ -127,11 +127,19 @@ def test_overrides_win_and_are_typed() -> None:
     assert config.model.hidden_size == 128
 
 
-def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART, ["mosa.sparsity=7.5"])
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
-    assert config_from_dict(config_to_dict(config)) == config
+def test_a_configuration_that_is_written_reads_back_as_the_same(tmp_path: Path) -> None:
+    """Also where a text looks like a number, a list or another value of the configuration."""
+    texts = ["4e12345", "1e5", "-1.e+3", ".5e3", "1:30", "0x1f", "on", "null", "a, b", "# c", "[1]", "é", "a\\${b}"]
+    texts += [r"\${x}", r"\\\${x}", r"\$\{", r"${run.name}\\"]
+    for text in texts:
+        overrides = ["mosa.sparsity=7.5", "optimizer.min_learning_rate=1e-5", f"data.tokenizer={text}"]
+        config = load_config(QUICKSTART, overrides)
+        config.data.sources = [text, config.data.tokenizer or "null"]
+        save_config(config, tmp_path / "saved.yaml")
+        (tmp_path / "shown.yaml").write_text(resolved(config, origins(QUICKSTART)), encoding="utf-8")
+        for name in ("saved", "shown"):
+            assert load_config(tmp_path / f"{name}.yaml") == config, text
+        assert config_from_dict(config_to_dict(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -457,6 +465,9 @@ def test_bounds_without_a_lower_one_and_of_lists() -> None:
         (["train.steps=1000000000"], r"are 16,000,000,000 samples, but one shuffled pass holds at most 2,147,483,647"),
         (["train.steps=1000000000", "data.index_samples=1000"], None),
         (["train.steps=20", "train.stop_after_step=20"], None),
+        (["logging.wandb_project=team/llm"], "logging.wandb_project must have at most 128 characters and none of / "),
+        ([f"logging.wandb_project={'x' * 129}"], "logging.wandb_project must have at most 128 characters"),
+        ([f"logging.wandb_project={'x' * 128}"], None),
     ],
 )
 def test_plans_without_sense_are_refused_before_a_run(overrides: list[str], message: str | None) -> None:
@@ -474,4 +485,12 @@ def test_the_list_has_grids_and_what_cannot_be_used(tmp_path: Path, capsys: pyte
     broken, quick, grid = capsys.readouterr().out.splitlines()
     assert "cannot be used: unknown key 'train.stepz' (did you mean 'steps'?)" in broken
     assert "deep/quick.yaml  4 layers of width 128" in quick
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "again").symlink_to(tmp_path)  # a loop
+    (tmp_path / "linked" / "elsewhere").symlink_to(tmp_path / "deep")
+    (tmp_path / "deep" / "quick.yaml").rename(tmp_path / "deep" / "quick.yml")
+    list_configurations(tmp_path / "linked" / "elsewhere")
+    assert "elsewhere/quick.yml  4 layers of width 128" in capsys.readouterr().out
+    list_configurations(tmp_path / "linked")
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert grid == f"{tmp_path}/grid.yaml        grid of dense, other: mosa isoflop run {tmp_path}/grid.yaml"

@@ -51,6 +51,14 @@ def paper(name: str) -> Config:
     return load_config(PAPER / f"{name}.yaml")
 
 
+@pytest.mark.parametrize("columns", [None, "50"])
+def test_tables_are_whole_where_there_is_no_terminal(columns: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+    dense = ["mosa.num_heads=0", "model.num_dense_heads=32", "data.sequence_length=16384", "--sparsity", "4,64"]
+    done = CliRunner().invoke(app, ["isoflop", str(CONFIGS / "scale" / "7b_mosa.yaml"), *dense])
+    assert done.exit_code == 0 and "parameters" in done.output and "…" not in done.output, done.output
+
+
 def solved_heads(name: str, num_dense_heads: int, how_many: int) -> tuple[int, ...]:
     """Return the number of MoSA heads by the rule, at sparsity 2, 4, 8, ..."""
     return tuple(solve_isoflop(paper(name), 2 ** (i + 1), num_dense_heads).num_mosa_heads for i in range(how_many))

@@ -56,7 +56,7 @@ class Run:
         monkeypatch.setattr(self.store, "load", lambda engine, path: self.loaded.append(path))
         monkeypatch.setattr(run, "CheckpointStore", SimpleNamespace(of=lambda *_: self.store))
         monkeypatch.setattr(run, "DeepSpeedEngine", self._engine)
-        monkeypatch.setattr(run, "ValidationSamples", lambda *_, **__: Samples())
+        monkeypatch.setattr(run, "validation_samples", lambda *_: Samples())
         monkeypatch.setattr(run, "training_samples", lambda *_: self)
         monkeypatch.setattr(run, "training_batches", self._batches)
         monkeypatch.setattr(run, "load_initial_weights", lambda engine, path: self.loaded.append(path))
@@ -111,6 +111,13 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]  # step 4 had no validation line
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert losses == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 2.0), (6, None), (7, 2.0), (8, 2.0)]
+
+
+def test_a_start_past_its_last_step_says_so(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.train.stop_after_step, settings.optimizer.warmup_steps = 1, 0
+    assert list(run._surprises(settings, 2, 1)) == ["nothing to do: step 2 is past train.stop_after_step=1"]
+    assert list(run._surprises(settings, 1, 1)) == ["nothing to do: step 1 has already reached train.stop_after_step=1"]
 
 
 def test_a_validation_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,8 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     now = content["updated"]
     assert is_well(content, now + 59) and not is_well(content, now + 61)
     assert facts(content, now)["time left"] == "0:00:06"
+    assert facts(content, now)["step"] == "7 of 10"
+    assert facts(content | {"last_step": 5}, now)["step"] == "7, past the last one asked for, 5"
     assert facts(content | {"skipped_steps": 1}, now)["skipped"] == "1 step since this start"
     assert facts(content, now + 100)["state"].startswith("no update for 0:01:40; last: training")
     assert facts(content, now - 0.5)["updated"] == "0:00:00 ago"

@@ -457,6 +457,20 @@ def test_the_output_directory(tmp_path: Path) -> None:
         prepare_output(other / "mine.txt", identity, force=False)
 
 
+def test_force_removes_only_what_a_sweep_wrote(tmp_path: Path) -> None:
+    identity = {"request": {"steps": 6}, "model": {"num_layers": 2}}
+    for name in ("logs/rank-0.log", "jobs/job.sbatch", "results.csv", "request.json", "mine.txt"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text('{"request": "of something else"}')
+        if name != "mine.txt":
+            with pytest.raises(UserError, match=f"(holds|its) {name.partition('/')[0]}"):
+                prepare_output(folder, identity, force=True)
+        for _ in range(2 * (name == "mine.txt")):  # the second call removes what the first one wrote
+            prepare_output(folder, identity, force=True)
+        assert (folder / name).read_text() == '{"request": "of something else"}'
+
+
 @pytest.mark.parametrize("nvidia_smi", ["NVIDIA H100 80GB HBM3, 81559\\nNVIDIA H100 80GB HBM3, 81559", None])
 def test_the_card_of_this_machine(nvidia_smi: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -207,6 +207,9 @@ class Samples:
     def unigram_entropy(self) -> float:
         return 4.0
 
+    def document_lengths(self) -> list[list[int]]:
+        return []
+
 
 class RecordingWatchdog(Watchdog):
     """Never fires; records the longest time between beats, and all activities."""

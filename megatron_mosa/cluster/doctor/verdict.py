@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.cluster.doctor.node import Finding, Report
-from megatron_mosa.utils import counted, write_atomically
+from megatron_mosa.utils import counted, table_console, write_atomically
 
 _PACKAGES = ("python", "torch", "CUDA", "NCCL", "megatron-core", "deepspeed", "triton", "apex")
 _CLOCK_WARNING_SECONDS, _CLOCK_BAD_SECONDS = 1.0, 60.0
@@ -223,7 +223,6 @@ def _summary(verdict: Verdict) -> str:
 
 
 def _print_table(verdict: Verdict) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -237,10 +236,7 @@ def _print_table(verdict: Verdict) -> None:
             nodes = list(dict.fromkeys(node for finding in found for node in finding.nodes))
             state += f": {', '.join(nodes[:4])}{' ...' * (len(nodes) > 4)}" if nodes else ""
         table.add_row(check, value, state)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    table_console(highlight=False).print(table)
 
 
 def _rows(reports: list[Report]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_mosa.config import Config
+from megatron_mosa.data import lengths_of_documents
 from megatron_mosa.engine import Batch, DeepSpeedEngine
 from megatron_mosa.metrics import peak_flops, peak_memory_gib
 from megatron_mosa.model import model_flops, parameter_count, usual_flops
@@ -103,7 +104,8 @@ def measure(
         # Graphs before groups: NCCL would wait forever for a communicator that a graph still refers to.
         engine.destroy()
     global_batch = config.train.global_batch_size
-    flops = {"executed": model_flops(config, vocab_size), "usual": usual_flops(config, vocab_size)}
+    executed = _over_ranks(model_flops(config, vocab_size, take.documents), dist.ReduceOp.SUM, layout)
+    flops = {"executed": executed / layout.world_size, "usual": usual_flops(config, vocab_size)}
     share = None
     if profile is not None:
         share = _over_ranks(profile.communication_share, dist.ReduceOp.SUM, layout) / layout.world_size
@@ -142,11 +144,15 @@ class _Steps:
     is_gpu: bool
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    documents: list[list[int]] = field(default_factory=list)
+    """Lengths of the documents in each sequence, if attention stays within them."""
 
     def __call__(self, phase: str, number: int, of: int) -> float:
         """Return the seconds of a step, from the call until the device is done."""
         self.watch(phase, number, of)
         micro_batches = self.batches(len(self.losses))
+        starts = [row for batch in micro_batches for row in batch.get("document_starts", ())]
+        self.documents += map(lengths_of_documents, starts)
         rate = self.learning_rate(len(self.losses) + 1)
         wait = torch.cuda.synchronize if self.is_gpu else _nothing
         wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -14,6 +13,7 @@ import typer
 
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import table_console
 
 
 def compare(
@@ -27,13 +27,10 @@ def compare(
     if len(set(paths)) < len(runs):
         raise UserError("compare takes each run once; name different run directories")
     check_output("--output", output, suffix=".png")
-    from rich.console import Console  # slow to import, like matplotlib
-
     from megatron_mosa.tools.comparison.curves import plot, read_run, table
 
     found = [replace(read_run(run), name=name) for run, name in zip(runs, _names(paths), strict=True)]
-    width = None if sys.stdout.isatty() else 140  # a file has none
-    Console(markup=False, width=width).print(table(found))
+    table_console().print(table(found))
     output.parent.mkdir(parents=True, exist_ok=True)
     plot(found, output)
     print(f"Wrote {output}")

@@ -23,7 +23,7 @@ from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import CACHE, MosaForCausalLM
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document, require_cache
-from megatron_mosa.utils import counted, write_atomically
+from megatron_mosa.utils import counted, table_console, write_atomically
 
 _CHUNK = 1024  # tokens per forward pass
 _MIB = 2**20
@@ -95,9 +95,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     if as_json:
         print(json.dumps(content, indent=2))
     else:
-        print_report(
-            facts, rows, Console(markup=False, width=None if sys.stdout.isatty() else 140)
-        )  # a file has no width
+        print_report(facts, rows, table_console())
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "cache.json", json.dumps(content, indent=2) + "\n")
@@ -209,7 +207,7 @@ def print_report(facts: dict[str, Any], rows: list[CacheSize], console: Console)
     table = Table(title="MiB of one sequence", title_justify="left", caption_justify="left")
     names = [*(f"{kind} heads" for kind in kinds), "cache", "allocated", "dense model", "share", "selected"]
     for name in ("tokens", *names, "most / mean"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         sizes = [*(row.used[kind] for kind in kinds), row.total, row.allocated, row.dense_baseline]
         table.add_row(

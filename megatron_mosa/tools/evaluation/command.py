@@ -11,7 +11,7 @@ import typer
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_SAMPLES, bounds
-from megatron_mosa.utils import finite, write_atomically
+from megatron_mosa.utils import finite, table_console, write_atomically
 
 if TYPE_CHECKING:
     from megatron_mosa.convert import ModelReader
@@ -72,7 +72,6 @@ def evaluate(
 
     find_model(path)  # what does not exist is reported before the imports, which take seconds
     import torch
-    from rich.console import Console
 
     from megatron_mosa.checkpoint import damage_as_run_error
     from megatron_mosa.convert import open_model
@@ -89,7 +88,7 @@ def evaluate(
     )
     with progress(None, "evaluating", unit="token") as bar:
         found = {"model": str(model.path), "dtype": dtype} | measure(model, mixture, settings, bar.update, bar.reset)
-    print_report(found, Console(markup=False))
+    print_report(found, table_console())
     if output is not None:
         _write(found, output)
 

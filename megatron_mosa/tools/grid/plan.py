@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_mosa.config import (
     CheckpointSection,
     Config,
@@ -20,6 +18,7 @@ from megatron_mosa.config import (
     check_plan,
     check_world_size,
     config_to_dict,
+    inline_yaml,
     load_config,
 )
 from megatron_mosa.data import Mixture, check_lengths, check_tokenizer, open_mixture
@@ -330,13 +329,7 @@ def _value(config: Config, key: str) -> Any:
 
 def _as_texts(values: Overrides) -> list[str]:
     """Return overrides as the command line takes them."""
-    return [f"{key}={value if isinstance(value, str) else _inline(value)}" for key, value in values.items()]
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return [f"{key}={value if isinstance(value, str) else inline_yaml(value)}" for key, value in values.items()]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_HEADS, MOST_PROCESSES, MOST_STEPS, TimeLimit, bounds
 from megatron_mosa.sbatch import Account, GpusPerNode, Partition, SbatchArguments, Slurm, sbatch_options
+from megatron_mosa.utils import table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,12 +50,10 @@ def isoflop(
     """
     baseline = load_config(config, overrides or [])
     sparsities = parse_sparsities(sparsity)
-    from rich.console import Console  # slow to import, like the solver's torch
-
     from megatron_mosa.tools.scaling.isoflop import solve_isoflop
 
     models = [solve_isoflop(baseline, rho, dense_heads) for rho in sparsities]
-    Console(markup=False).print(_table(baseline, models, title=f"{baseline.run.name}: MoSA at equal FLOPs"))
+    table_console().print(_table(baseline, models, title=f"{baseline.run.name}: MoSA at equal FLOPs"))
     print(
         "FLOPs are of the forward pass of one sequence, without the vocabulary. To train a row, override\n"
         "model.num_dense_heads, mosa.num_heads and mosa.sparsity."
@@ -275,7 +274,7 @@ def _table(baseline: Config, models: list[IsoflopModel], title: str) -> Table:
 
     table = Table(title=title)
     for name in ("sparsity", "k", "dense heads", "MoSA heads", "GFLOP", "share", "parameters"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     parameters = parameter_count(baseline, baseline.data.vocab_size)
     flops = f"{paper_flops(baseline) / 1e9:.2f}"
     table.add_row("dense", "", str(baseline.model.num_dense_heads), "0", flops, "100.00 %", f"{parameters / 1e6:.1f} M")

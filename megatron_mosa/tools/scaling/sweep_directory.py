@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from megatron_mosa.tools.scaling.session import all_results
 from megatron_mosa.tools.scaling.sweep_request import Request
 from megatron_mosa.utils import load_json, write_atomically
 
-_OWN = (
-    "request.json", "results.csv", "results.md", "scaling.png", "breakdown.png", "jobs", "layouts", "logs",
-)  # fmt: skip
+_REQUEST = "request.json"
+_FOLDERS = ("jobs", "layouts", "logs")
+_OWN = (*_FOLDERS, "results.csv", "results.md", "scaling.png", "breakdown.png", _REQUEST)
+"""What a sweep writes; its request comes last, so that what a removal that was cut short has left is a sweep's."""
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
@@ -23,41 +25,69 @@ def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
 
     Args:
         identity: sections of keys, as returned by ``Request.identity``.
+        force: remove another sweep, or write next to files that no sweep wrote; these stay.
 
     Raises:
-        UserError: it holds something else and ``force`` is not given, or it is not writable.
+        UserError: it holds something else and ``force`` is not given, files that a sweep would overwrite though none
+            wrote them, or it is not writable.
     """
-    file = folder / "request.json"
+    file = folder / _REQUEST
     identity = json.loads(json.dumps(identity))
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output={folder} is a file; give a directory")
-        if folder.is_dir() and any(folder.iterdir()) and not force:
-            _refuse_another(folder, file, identity)
-        if force:  # remove only a sweep's own files: the directory may hold others
-            for path in map(folder.joinpath, _OWN):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for name in ("jobs", "layouts", "logs"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        earlier = _earlier(file)
+        if earlier is None:
+            _refuse_foreign_files(folder, force)
+        elif force:
+            _remove(folder)
+        elif difference := _difference(earlier, identity):
+            raise UserError(
+                f"--output={folder} holds another sweep: {difference}; give another --output, or --force to remove its "
+                "results"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_atomically(file, json.dumps(identity, indent=1, allow_nan=False) + "\n")
+        for name in _FOLDERS:
+            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"could not write to --output={folder} ({error.strerror}); give another directory") from None
 
 
-def _refuse_another(folder: Path, file: Path, identity: dict[str, Any]) -> None:
-    fix = "give another --output, or --force to remove its results"
-    if not file.is_file():
+def _earlier(file: Path) -> dict[str, Any] | None:
+    """Return what the sweep in a directory was asked for; None: no readable request shows that there was one."""
+    try:
+        found = load_json(file)
+    except (FileNotFoundError, ValueError):
+        return None
+    sections = found if isinstance(found, dict) else {}
+    return found if "request" in sections and all(isinstance(keys, dict) for keys in sections.values()) else None
+
+
+def _refuse_foreign_files(folder: Path, force: bool) -> None:
+    """Refuse a directory without a sweep if a sweep would overwrite its files, or without --force if it has any."""
+    if _REQUEST in (taken := [name for name in _OWN if os.path.lexists(folder / name)]):
+        raise UserError(
+            f"--output={folder}: its {_REQUEST} is damaged or not that of a sweep; give another --output, or remove "
+            "the directory"
+        )
+    if taken:
+        raise UserError(
+            f"--output={folder} holds {', '.join(taken)}, which no sweep wrote (there is no {_REQUEST}) and this one "
+            "would overwrite; give another directory"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not force:
         raise UserError(
             f"--output={folder} is not empty and does not hold a sweep; give another directory, or --force to write "
             "next to what is there"
         )
-    try:
-        difference = _difference(load_json(file), identity)
-    except (ValueError, AttributeError):
-        raise UserError(f"--output={folder}: its request.json is damaged; {fix}") from None
-    if difference:
-        raise UserError(f"--output={folder} holds another sweep: {difference}; {fix}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a sweep's own files: the directory may hold others."""
+    for path in map(folder.joinpath, _OWN):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -79,7 +109,7 @@ def read_sweep(folder: Path, request: Request, identity: dict[str, Any]) -> Swee
     """
     try:
         ours = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
-        theirs = load_json(folder / "request.json")
+        theirs = load_json(folder / _REQUEST)
         difference, their_versions = _difference(theirs, ours), theirs["versions"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--beside={folder} does not hold a sweep; give the --output of another one") from None
