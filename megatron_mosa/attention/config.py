@@ -101,9 +101,9 @@ class MosaTransformerConfig(TransformerConfig):
 
     mosa_selection: str = "expert_choice"
     """expert_choice: the k tokens with the largest scores; threshold: every token whose score is above its head's
-    threshold; token_choice: each token goes to the round(E / rho) heads of its largest scores. Both select the first
-    token (of each document), too, whatever ``mosa_include_first_token`` says; with both, call ``update_thresholds``
-    after each optimizer step."""
+    threshold; token_choice: each token goes to the round(E / rho) heads of its largest scores. The latter two also
+    select the first token (of each document), whatever ``mosa_include_first_token`` says; with them, call
+    ``update_thresholds`` after each optimizer step."""
 
     mosa_capacity_factor: float = 1.25
     """With thresholds or token choice, in training: a head selects at most this times k tokens of a sequence, and drops

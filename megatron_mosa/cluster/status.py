@@ -23,7 +23,13 @@ SILENT_SECONDS = 60.0
 
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh until the run ends; Ctrl-C to leave.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Refresh until the run ends, in a Slurm job also while it waits to start again; Ctrl-C to leave.",
+        ),
+    ] = False,
     interval: Annotated[
         float, typer.Option("--interval", callback=bounds(0.1, 86_400), help="Seconds between refreshes.")
     ] = 5.0,
@@ -40,7 +46,7 @@ def status(
                 while True:
                     content = _read(run)
                     live.update(_table(run, content), refresh=True)
-                    if content["state"] != RUNNING:
+                    if not goes_on(content):
                         break
                     time.sleep(interval)
             except KeyboardInterrupt:
@@ -56,6 +62,11 @@ def is_well(content: dict[str, Any], now: float) -> bool:
     if content["state"] == RUNNING:
         return silence(content, now) is None
     return content.get("exit_code") in (DONE, STOPPED)
+
+
+def goes_on(content: dict[str, Any]) -> bool:
+    """Whether a run is running, or has stopped in a Slurm job, which starts it again."""
+    return content["state"] == RUNNING or (content.get("exit_code") == STOPPED and bool(content.get("job")))
 
 
 def silence(content: dict[str, Any], now: float) -> float | None:

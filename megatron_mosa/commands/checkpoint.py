@@ -13,7 +13,7 @@ from megatron_mosa.options import MOST_HEADS, MOST_PROCESSES, MOST_SAMPLES, boun
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/ (the newest one).")
 ]
-Target = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write; it must not exist.")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="What to write, a new directory or file.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.")]
 
 
@@ -169,7 +169,12 @@ def causalize_checkpoint(
 
 
 def verify_checkpoint(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, a run directory or a Hugging Face model.")],
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", help="A checkpoint, a run directory, or a model of Hugging Face's or Megatron-LM's format."
+        ),
+    ],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same kind or not.")],
     tolerance: Annotated[
         float,

@@ -64,6 +64,8 @@ def summary(config: Config) -> str:
     counts = {kind: count for kind, (_, count) in head_counts(config).items() if count}
     heads = " + ".join(f"{count} {kind}" for kind, count in counts.items())
     heads += " head" if sum(counts.values()) == 1 else " heads"
+    if config.mosa.num_heads:
+        heads += {"threshold": " with thresholds", "token_choice": " by token choice"}.get(config.mosa.selection, "")
     layers, tokens = counted(model.num_layers, "layer"), counted(config.data.sequence_length, "token")
     return f"{layers} of width {model.hidden_size}, {heads}, {tokens}"
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
-from megatron_mosa.cluster.status import facts, is_well
+from megatron_mosa.cluster.status import facts, goes_on, is_well
 from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
 from megatron_mosa.errors import UserError
@@ -269,6 +269,9 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     content = read_status(tmp_path)
     assert content is not None and (content["state"], content["step"], content["starts"]) == ("running", 7, 1)
     now = content["updated"]
+    assert goes_on(content) and not goes_on(content | {"state": "stopped", "exit_code": 75})
+    assert goes_on(content | {"state": "stopped", "exit_code": 75, "job": "7"})  # which starts it again
+    assert not goes_on(content | {"state": "done", "exit_code": 0, "job": "7"})
     assert is_well(content, now + 59) and not is_well(content, now + 61)
     assert facts(content, now)["time left"] == "0:00:06"
     assert facts(content, now)["step"] == "7 of 10"

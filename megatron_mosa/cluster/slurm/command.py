@@ -30,7 +30,7 @@ _OURS = {
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml; its dataset is built")],
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/first_gpu_run.yaml; its data must exist")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
     ] = None,

@@ -61,7 +61,7 @@ def isoflop(
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml; its dataset is built")],
+    config: Annotated[Path, typer.Argument(help="YAML file, such as configs/quickstart.yaml")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="values that override the file's")
     ] = None,
@@ -69,8 +69,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--layout",
-            metavar="tp=N,sp=BOOL,zero=N,micro=N[,processes=N]",
-            help="A layout to measure; repeatable. Omitted keys are the file's. Default: every useful one.",
+            metavar="tp=N,sp=BOOL,zero=N,micro=N,overlap=BOOL,processes=N",
+            help="A layout, by any of these, the others as in CONFIG; repeatable. Default: every useful one.",
         ),
     ] = None,
     processes: Annotated[
