@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_mosa.convert.initial import find_initial_weights
     from megatron_mosa.convert.locate import Kind, find_model
     from megatron_mosa.convert.logits import load_weights, single_process_groups
-    from megatron_mosa.convert.model_config import from_transformers
+    from megatron_mosa.convert.model_config import from_transformers, stored_to_transformers
     from megatron_mosa.convert.model_reader import ModelReader, open_model
     from megatron_mosa.convert.weights import lacks_thresholds
 
@@ -33,6 +33,7 @@ __all__ = [
     "open_model",
     "read_json",
     "single_process_groups",
+    "stored_to_transformers",
 ]
 
 __getattr__, __dir__ = lazy_face(__name__, __file__)

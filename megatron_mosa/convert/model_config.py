@@ -65,6 +65,11 @@ def model_config(tree: dict[str, Any]) -> Config:
     )
 
 
+def stored_to_transformers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``MosaConfig``, vocabulary aside, for the configuration that a checkpoint keeps."""
+    return {key: value for key, value in to_transformers(model_config(tree), 0).items() if key != "vocab_size"}
+
+
 def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
     """Return the arguments of ``MosaConfig`` for a model whose embedding has ``vocab_rows`` rows."""
     ours = {"model": config.model, "mosa": config.mosa, "data": config.data}

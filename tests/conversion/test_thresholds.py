@@ -84,7 +84,7 @@ def test_thresholds_that_no_update_has_set_never_count_as_calibrated(
     assert load_file(file)["model.layers.1.self_attn.mosa_heads.thresholds"].isnan().all()
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "thresholds of MoSA heads are not set" in card and "All heads are causal" not in card
-    model, _ = load_model(unset.checkpoint, "cpu", "float32")  # as mosa generate does
+    model, _ = load_model(unset.checkpoint, "cpu", "float32", lambda *_: None)  # as mosa generate does
     with pytest.raises(UserError, match="thresholds of layers 0, 1 are NaN: they are not calibrated"):
         check_thresholds(model, unset.checkpoint)
     import_hf(tmp_path / "hf", tmp_path / "back")

@@ -131,7 +131,7 @@ def test_a_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -
         speed._now(device)
     synchronize.assert_called_once_with(device)
     functions: dict[str, Any] = dict(find_device=lambda _: device, load_model=lambda *_: (None, None))
-    functions |= dict(require_cache=mock.Mock(), check_thresholds=mock.Mock())
+    functions |= dict(check_thresholds=mock.Mock())
     with mock.patch.multiple(bench, **functions), mock.patch.object(torch.cuda, "get_device_name") as name:
         bench.bench(mock.Mock(batches=(), context=1), None)
     name.assert_called_once_with(device)

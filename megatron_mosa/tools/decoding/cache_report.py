@@ -78,8 +78,7 @@ def report(options: CacheReportOptions, output: Path | None, *, as_json: bool) -
     Raises:
         UserError: the model has no cache, its thresholds are not calibrated, or the text is too short.
     """
-    model, tokenizer = load_model(options.path, options.device, options.dtype, options.tokenizer)
-    require_cache(model, options.path)
+    model, tokenizer = load_model(options.path, options.device, options.dtype, require_cache, options.tokenizer)
     check_thresholds(model, options.path)
     heads, reason = baseline_heads(model.config, options.dense_heads)
     tokens = _tokens(options, model.config, tokenizer)

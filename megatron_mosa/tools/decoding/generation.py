@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_mosa.errors import RunError, UserError
-from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.tools.decoding.loading import check_thresholds, load_model, read_document
 from megatron_mosa.tools.decoding.sampling import Sampling
 
@@ -58,8 +59,10 @@ def generate_text(
             )
         return logits
 
-    model, text_tokenizer = load_model(path, device, dtype, tokenizer)
-    _check_decodable(model, path, causal_approximation)
+    require = partial(_require_decodable, approximation=causal_approximation)
+    model, text_tokenizer = load_model(path, device, dtype, require, tokenizer)
+    if model.config.can_decode:
+        check_thresholds(model, path)
     if text_tokenizer is None:
         raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
     ids = text_tokenizer(prompt, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids.to(
@@ -113,14 +116,13 @@ class _Printer:
         return whole[len(before) :]
 
 
-def _check_decodable(model: MosaForCausalLM, path: Path, approximation: str | None) -> None:
-    if model.config.can_decode:
+def _require_decodable(config: MosaConfig, path: Path, approximation: str | None) -> None:
+    if config.can_decode:
         if approximation is not None:
             raise UserError(
                 f"--causal-approximation={approximation}: '{path}' is already causal; omit --causal-approximation"
             )
-        check_thresholds(model, path)
-    elif approximation is None and model.config.num_routing_heads:
+    elif approximation is None and config.num_routing_heads:
         raise UserError(
             f"'{path}' has Routing heads, which look at the whole sequence, so no token can be decoded before the "
             "following ones are known; use a model without them, or pass --causal-approximation prefix (forms clusters "

@@ -5,16 +5,18 @@ from __future__ import annotations
 import codecs
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_mosa.checkpoint import damage_as_run_error
-from megatron_mosa.convert import Kind, check_hugging_face, find_model, read_json
+from megatron_mosa.checkpoint import damage_as_run_error, read_metadata
+from megatron_mosa.convert import Kind, check_hugging_face, find_model, read_json, stored_to_transformers
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
 from megatron_mosa.utils import first_line
 
@@ -43,7 +45,13 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_model(path: Path, device: str, dtype: str, tokenizer: Path | None = None) -> tuple[MosaForCausalLM, Any]:
+def load_model(
+    path: Path,
+    device: str,
+    dtype: str,
+    require: Callable[[MosaConfig, Path], None],
+    tokenizer: Path | None = None,
+) -> tuple[MosaForCausalLM, Any]:
     """Load a model and its tokenizer, without running any code from the folder.
 
     Args:
@@ -51,6 +59,7 @@ def load_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
             temporary folder, without comparing logits.
         device: see ``find_device``.
         dtype: "auto" (as stored), "float32" or "bfloat16".
+        require: raises a UserError for a model that its caller cannot use; called before a checkpoint is exported.
         tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists; an exported folder has its own.
 
     Returns:
@@ -66,12 +75,17 @@ def load_model(path: Path, device: str, dtype: str, tokenizer: Path | None = Non
     if kind is Kind.HUGGING_FACE:
         if tokenizer is not None:
             raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own tokenizer; omit --tokenizer")
-        return _load(folder, torch_device, dtype)
+        model, text_tokenizer = _load(folder, torch_device, dtype)
+        require(model.config, path)
+        return model, text_tokenizer
     if kind is not Kind.MOSA:
         raise UserError(
             f"'{path}' is a {kind.value}; pass a folder written by mosa checkpoint export --to hf, a megatron_mosa "
             "checkpoint, or a run directory"
         )
+    with damage_as_run_error(folder):
+        config = MosaConfig(**stored_to_transformers(read_metadata(folder).config))
+    require(config, path)
     with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
         exported = Path(temporary) / "exported"
         with redirect_stdout(sys.stderr):  # keep standard output for the generated text
@@ -122,14 +136,14 @@ def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
         raise UserError(f"'{path}': {error}") from None
 
 
-def require_cache(model: MosaForCausalLM, path: Path) -> None:
+def require_cache(config: MosaConfig, path: Path) -> None:
     """Refuse a model that looks ahead, so that nothing can be cached.
 
     Raises:
         UserError: it does.
     """
-    if not model.config.can_decode:
-        is_routing = model.config.num_routing_heads > 0
+    if not config.can_decode:
+        is_routing = config.num_routing_heads > 0
         heads = "has Routing heads" if is_routing else "selects by expert choice (mosa.selection)"
         fix = "without Routing heads" if is_routing else "with mosa.selection=threshold or without MoSA heads"
         raise UserError(
