@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,8 @@ class Signals:
 
     def _note(self, number: signal.Signals) -> None:
         if number in self.received:
-            os.write(2, f"received {number.name} a second time: exiting now\n".encode())
+            with suppress(OSError):  # its reader may have left, or its disk be full
+                os.write(2, f"received {number.name} a second time: exiting now\n".encode())
             os._exit(128 + number)
         if number in SIGNALS:
             self.received.append(number)

@@ -79,7 +79,8 @@ class Watchdog:
             with self.file.open("a", encoding="utf-8") as file:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {reason}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        print(f"watchdog: {reason}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # its reader may have left, or its disk be full
+            print(f"watchdog: {reason}; stacks in {self.file}; ending this process", file=sys.stderr, flush=True)
         if self._ended.wait(grace):
             return
         for last in (last_words, kill_stopped_ranks):

@@ -75,18 +75,21 @@ def test_sigusr1_is_held_until_the_imports_are_done() -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("how", ["stays", "blocked"])
+@pytest.mark.parametrize("how", ["stays", "blocked", "unread"])
 def test_a_second_signal_of_the_same_kind_ends_the_process_at_once(how: str) -> None:
-    process = start(LISTENER, how)
+    process = start(LISTENER, "stays" if how == "unread" else how)
+    assert process.stderr is not None
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGTERM)  # another kind of signal
     time.sleep(0.3)
     assert process.poll() is None
+    if how == "unread":
+        process.stderr.close()
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
-    errors = process.communicate(timeout=240)[1]
+    process.wait(timeout=240)
     assert (process.returncode, time.monotonic() - begun < 5) == (128 + signal.SIGTERM, True)
-    assert "received SIGTERM a second time" in errors
+    assert how == "unread" or "received SIGTERM a second time" in process.stderr.read()
 
 
 def test_signals_to_forked_processes_do_not_reach_the_parent() -> None:
@@ -170,6 +173,13 @@ def test_the_watchdog_dumps_stacks_and_ends_a_hanging_process(tmp_path: Path) ->
     assert output == "on_hang\n" and "no progress for 1 s while taking step 4" in errors
     stacks = (tmp_path / "stacks" / "rank-00003.txt").read_text()
     assert "hang_here" in stacks and "while taking step 4" in stacks
+
+
+def test_the_watchdog_ends_a_process_whose_messages_nobody_reads(tmp_path: Path) -> None:
+    process = start(WATCHED, str(tmp_path))
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=30) == HUNG
 
 
 def test_time_during_which_a_process_is_stopped_is_not_a_hang(tmp_path: Path) -> None:
