@@ -16,6 +16,7 @@ from megatron_mosa.kernels.backend import KernelBackend
 BACKENDS = ("naive", "triton")
 VARIABLE = "MOSA_BACKEND"  # environment variable that decides what "auto" means
 MAX_HEAD_DIM = 256  # of the Triton kernels
+_OLDEST_TRITON = (3, 4)  # earlier ones cannot compile all of them: 3.3 has no masked histogram
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -57,6 +58,13 @@ def _resolve_auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
 
 
 @functools.cache
+def _triton_version() -> tuple[int, ...]:
+    import triton  # optional
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+@functools.cache
 def _log_once(message: str) -> None:
     logging.getLogger(__name__).info(message)
 
@@ -66,6 +74,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     """Return the reason why the Triton kernels do not run on such states, or None if they do."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
+    if (version := _triton_version()) < _OLDEST_TRITON:
+        return f"triton is {'.'.join(map(str, version))}, older than {'.'.join(map(str, _OLDEST_TRITON))}"
     if dtype not in _DTYPES:
         return f"hidden_states is {dtype}, not fp16, bf16 or fp32"
     if head_dim > MAX_HEAD_DIM:

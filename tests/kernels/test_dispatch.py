@@ -34,6 +34,13 @@ def test_auto_is_triton_on_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPa
     assert dispatch._resolve_auto(gpu, torch.bfloat16, 257)[0] == "naive"
 
 
+def test_a_triton_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 3))
+    with pytest.raises(ValueError, match="backend='triton' does not run here: triton is 3.3, older than 3.4; use"):
+        get_backend("triton", STATES)
+
+
 def test_the_environment_decides_what_auto_is_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOSA_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -104,7 +104,7 @@ def _scattered_kernel(
     """
     number = tl.load(p_number + I_CHUNK) * COLUMN_TILES
     p_tiles += I_CHUNK * 4 * TILES
-    # Two loops, because Triton 3.2, which has no descriptors, cannot flatten either.
+    # Two loops: without descriptors, as before Hopper, flattening was not measured.
     if IS_DESCRIBED:
         for tile in tl.range(tl.program_id(0), number, tl.num_programs(0), flatten=True):
             _product_tile(
