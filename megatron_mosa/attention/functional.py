@@ -199,8 +199,9 @@ def _check_selection(
     elif capacity is not None:
         raise ValueError(f"capacity={capacity} is for thresholds, but thresholds=None; expected None")
     elif callable(num_selected):
-        if documents is None:
-            raise ValueError("num_selected is a rule for each document, but documents=None; expected an integer")
+        if not isinstance(documents, Documents):
+            given = "None" if documents is None else "PackedDocuments, whose lengths the host does not know"
+            raise ValueError(f"num_selected is a rule for each document, but documents={given}; expected an integer")
     elif isinstance(num_selected, bool | float | str) or (num_selected is not None and not 1 <= num_selected <= length):
         raise ValueError(f"num_selected={num_selected!r}; expected an integer from 1 to T={length}")
 
@@ -218,7 +219,7 @@ def _check_options(
     batch, length, _ = hidden_states.shape
     if documents is not None and not isinstance(documents, AnyDocuments):
         raise ValueError(
-            f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents or None"
+            f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents, PackedDocuments or None"
         )
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; expected {(batch, length)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from megatron_mosa.config import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
-from megatron_mosa.utils import sync
+from megatron_mosa.utils import replace_directory
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
@@ -93,19 +94,27 @@ class CheckpointStore:
         Raises:
             UserError: all checkpoints are damaged, or one has a newer format.
         """
-        damaged: list[tuple[Path, str]] = []
-        for path in reversed(self.published()):
-            damage = _damage(path, reads_all)
-            if damage is None:
-                return NewestCheckpoint(path, tuple(damaged))
-            damaged.append((path, damage))
-        if damaged:
-            path, damage = damaged[0]
+        newest = self._newest(self.published(), reads_all)
+        if newest.path is None and newest.damaged:
+            path, damage = newest.damaged[0]
             raise UserError(
                 f"all checkpoints in '{self.folder}' are damaged; the newest is '{path.name}': {damage}; restore it, "
                 "or move the folders away to start from step 0"
             )
-        return NewestCheckpoint(None, ())
+        return newest
+
+    def newest_before(self, step: int) -> NewestCheckpoint:
+        """Find the newest checkpoint before a step whose files have their sizes; path None: there is none."""
+        return self._newest([path for path in self.published() if _step(path) < step], reads_all=False)
+
+    def _newest(self, paths: Sequence[Path], reads_all: bool) -> NewestCheckpoint:
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(paths):
+            damage = _damage(path, reads_all)
+            if damage is None:
+                return NewestCheckpoint(path, tuple(damaged))
+            damaged.append((path, damage))
+        return NewestCheckpoint(None, tuple(damaged))
 
     def set_aside(self, path: Path) -> Path:
         """Rename a damaged checkpoint so that it is ignored from now on; call on the main rank only."""
@@ -170,10 +179,7 @@ class CheckpointStore:
 
         def publish() -> None:
             write_manifest(writing, {name: record for part in parts for name, record in part.items()})
-            if final.exists():
-                os.rename(final, self.folder / f"{_WRITING}replaced-{final.name}")
-            os.rename(writing, final)
-            sync(self.folder)
+            replace_directory(writing, final)
             self._prune()
 
         try:
@@ -193,7 +199,7 @@ class CheckpointStore:
 
     def _stays_permanent(self, path: Path) -> bool:
         """Whether a checkpoint is permanent by the present interval, or by that with which it was saved."""
-        step = int(path.name.removeprefix("step-"))
+        step = _step(path)
         if path not in self._saved_as_permanent:
             interval = None
             with suppress(DamagedError, UserError, OSError):
@@ -209,6 +215,10 @@ class CheckpointStore:
         surplus = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
         for path in [*surplus, *self.folder.glob(_WRITING + "*")]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:

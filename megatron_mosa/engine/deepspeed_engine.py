@@ -55,8 +55,7 @@ class DeepSpeedEngine:
             config.train.micro_batch_size * layout.data_parallel_size
         )
         self.acceleration = choose_acceleration(config, layout)
-        if self.acceleration.compiles_layers:
-            load_compiler()
+        compiler = load_compiler() if self.acceleration.compiles_layers else None
         if self.acceleration.uses_graphs:
             torch.cuda.set_stream(torch.cuda.Stream(layout.device))  # type: ignore[arg-type]  # see GraphedSteps
         settings = self._settings(config)
@@ -79,7 +78,8 @@ class DeepSpeedEngine:
         _move_buffers(model, layout.device)
         self._zero = zero_state(self._engine)
         self._graphed: GraphedSteps | None = None
-        if self.acceleration.compiles_layers:
+        if compiler is not None:
+            compiler.join()  # its modules import each other in circles, which two threads at once may not survive
             kernels = get_backend("triton", next(model.parameters()), config.model.head_dim)
             model.compile_layers(kernels, overlaps=self.acceleration.overlaps)
             if stage == 3:
@@ -306,7 +306,7 @@ def _sum(mask: Tensor) -> Tensor | float:
     return float(mask.numpy().sum(dtype="float64")) if mask.device.type == "cpu" else mask.sum(dtype=torch.float64)
 
 
-def load_compiler() -> None:
+def load_compiler() -> threading.Thread:
     """Load torch's compiler in a thread, while the model is built, and let it share Triton's cache with our kernels.
 
     Otherwise it sets TRITON_CACHE_DIR when it makes its first kernel. Ours are compiled before and after that, in an
@@ -314,7 +314,9 @@ def load_compiler() -> None:
     """
     home = os.environ.get("TRITON_HOME", os.path.expanduser("~"))
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(home, ".triton", "cache"))
-    threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
+    thread = threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True)
+    thread.start()
+    return thread
 
 
 def _partitioned_construction(settings: dict[str, Any]) -> AbstractContextManager[object]:

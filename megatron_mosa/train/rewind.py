@@ -59,16 +59,18 @@ class Rewinder:
         return state, self.batches_from(state)
 
     def _prepare(self, spike: int) -> Path | None:
-        """Record the skipped step, set aside checkpoints of the spike and later, and return the one to load."""
+        """Record the skipped step, set aside the checkpoints after the one to load, and return that."""
         steps = skipped_steps(self.directory)
-        before = [path for path in self.store.published() if read_metadata(path).step < spike]
-        if not before or len(steps) >= self.max_rewinds:
+        newest, damaged = self.store.newest_before(spike)
+        if newest is None or len(steps) >= self.max_rewinds:
             return None
+        for path, damage in damaged:
+            self.writers.note(f"checkpoint {path} is damaged: {damage}")
         for path in self.store.published():
-            if path not in before:
+            if path > newest:  # their names are in the order of their steps
                 self.store.set_aside(path)
         write_atomically(self.directory / SKIPPED, json.dumps([*steps, spike]) + "\n")
-        return before[-1]
+        return newest
 
 
 def skipped_steps(directory: Path) -> list[int]:

@@ -174,6 +174,8 @@ def test_bad_arguments_are_named() -> None:
     for lengths in ([[4, 4], [7]], [[-4, 12]], [[0, 8]], []):
         with pytest.raises(ValueError, match="expected lengths of 1 or more with the same sum in every sequence"):
             Documents.from_lengths(lengths)
+    with pytest.raises(ValueError, match="documents=PackedDocuments, whose lengths the host does not know"):
+        mosa_attention(*inputs, num_selected=lambda length: 2, documents=pack([[4, 4]]).packed(4))
     with pytest.raises(ValueError, match="expected torch.int64"):
         Documents.from_starts(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"documents are of \(1, 7\) tokens"):

@@ -298,8 +298,9 @@ def test_a_rewind_discards_the_spike_and_all_later_steps(tmp_path: Path) -> None
     engine = FakeEngine(Clock())
     resilience = {"spike_window": 3, "spike_sigmas": 6.0, "on_spike": "rewind", "max_rewinds": 1}
     settings = config(tmp_path, resilience=resilience)
-    for step in (2, 4, 6, 7):
+    for step in (2, 4, 5, 6, 7):
         publish(tmp_path / "checkpoints", step, consumed_samples=4 * step)
+    (tmp_path / "checkpoints" / "step-00000005" / "metadata.json").write_bytes(b"")  # so the one before it is loaded
     lines = writers(settings, tmp_path)
     store = Store(tmp_path / "checkpoints")
     rewinder = Rewinder(tmp_path, store, lines, lambda state: batches(state.consumed_samples), max_rewinds=1)
@@ -311,7 +312,7 @@ def test_a_rewind_discards_the_spike_and_all_later_steps(tmp_path: Path) -> None
     run.run(batches())
     assert store.loaded == ["step-00000004"]
     assert sorted(path.name for path in store.folder.iterdir()) == [
-        "damaged-step-00000006", "damaged-step-00000007", "step-00000002", "step-00000004",
+        "damaged-step-00000005", "damaged-step-00000006", "damaged-step-00000007", "step-00000002", "step-00000004",
     ]  # fmt: skip
     assert skipped_steps(tmp_path) == [6] and run.skip_steps == {6} and settings.train.skip_steps == []
     assert [first for first, _ in engine.samples] == [0, 4, 8, 12, 16, 20, 16, 24, 28]
