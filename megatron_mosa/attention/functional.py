@@ -219,7 +219,8 @@ def _check_options(
     batch, length, _ = hidden_states.shape
     if documents is not None and not isinstance(documents, AnyDocuments):
         raise ValueError(
-            f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents, PackedDocuments or None"
+            f"documents are a {type(documents).__name__}; expected megatron_mosa.kernels.Documents, PackedDocuments or "
+            "None"
         )
     if documents is not None and documents.starts.shape != (batch, length):
         raise ValueError(f"documents are of {tuple(documents.starts.shape)} tokens; expected {(batch, length)}")

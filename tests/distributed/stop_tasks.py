@@ -10,8 +10,10 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
+
 from megatron_mosa.engine import Batch, StepResult
-from megatron_mosa.parallel import HostGroup, Layout
+from megatron_mosa.parallel import HostGroup, Layout, on_every_rank, on_main_rank
 from megatron_mosa.resilience.faults import FaultInjection
 from megatron_mosa.resilience.interruption import SIGNALS, Interruption, Signals
 from megatron_mosa.resilience.peers import PeerMonitor
@@ -41,6 +43,23 @@ class _Engine:
             while not self.interruption.signals.received:
                 time.sleep(0.001)  # until the reader thread records it
         return StepResult(loss=1.0, grad_norm=1.0)
+
+
+def heard(failing: int) -> list[str]:
+    """Return what this rank hears of a bug on one rank, in an action for all ranks and in one on every rank."""
+
+    def fail() -> None:
+        if dist.get_rank() == failing:
+            raise ValueError("a bug")
+
+    told = []
+    with parallel(tiny_config()):
+        for action in (on_main_rank, on_every_rank):
+            try:
+                action(fail)
+            except Exception as error:
+                told.append(f"{type(error).__name__}: {error}")
+    return told
 
 
 def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:

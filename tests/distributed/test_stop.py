@@ -11,6 +11,13 @@ from tests.distributed import stop_tasks
 from tests.distributed.pool import WorkerPools
 
 
+def test_every_rank_hears_of_a_bug_of_one(workers: WorkerPools) -> None:
+    """Whatever it is, the others must not wait for that rank."""
+    own, told = "ValueError: a bug", "RunError: rank {} failed: ValueError: a bug"
+    assert workers(2).run(stop_tasks.heard, 0) == [[own] * 2, [told.format(0)] * 2]
+    assert workers(2).run(stop_tasks.heard, 1) == [[told.format(1)], [own]]
+
+
 @pytest.mark.parametrize(
     ("reasons", "why"),
     [

@@ -35,8 +35,6 @@ def main() -> int:
     def fail(*_: object) -> None:
         if os.environ["ERROR"] == "shared":
             on_main_rank(lambda: raise_(ERRORS["shared"]))
-        if os.environ["ERROR"] == "inside":
-            on_main_rank(lambda: raise_(ERRORS["bug"]))
         if os.environ["RANK"] in os.environ["RANKS"].split(","):
             if (name := os.environ["ERROR"]) == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

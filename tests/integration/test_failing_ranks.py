@@ -51,13 +51,6 @@ def test_a_bug_of_one_rank_is_one_traceback(runner: Runner) -> None:
     assert status["reason"].startswith("rank 1: ") and "a bug" in status["reason"]
 
 
-def test_a_bug_in_what_rank_0_does_for_all_ends_the_others_at_once(runner: Runner) -> None:
-    """They wait for its result; of gloo they would only hear that a connection is lost, or nothing until a timeout."""
-    found, errors = runner.all_ranks("failing-inside", module=PROGRAM, RANKS="0", ERROR="inside")
-    assert found[0] == 1 and errors.count("Traceback") == 1 and "ValueError: a bug" in errors, errors
-    assert LOST not in errors, errors
-
-
 def test_torchrun_adds_nothing(runner: Runner) -> None:
     launcher = ["-m", "megatron_mosa.cluster.torchrun", "--standalone", "--nproc-per-node", "2", "--module", PROGRAM]
     arguments = [*launcher, runner.config, *runner.overrides, "run.name=failing-torchrun"]
