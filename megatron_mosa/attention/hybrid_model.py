@@ -33,7 +33,7 @@ class MosaHybridStack(HybridStack):
 def get_mosa_hybrid_stack_spec(config: MosaTransformerConfig, backend: BackendSpecProvider | None = None) -> ModuleSpec:
     """Return what HybridModel takes as ``hybrid_stack_spec``.
 
-    In its ``hybrid_layer_pattern`` "*" is a layer of dense, local and MoSA heads and "-" an MLP: ``"*-" * 12`` makes 12
+    In its ``hybrid_layer_pattern`` "*" is a layer of the configured heads and "-" an MLP: ``"*-" * 12`` makes 12
     transformer layers (``config.num_layers`` counts the symbols). Other symbols have no layer here.
 
     Args:

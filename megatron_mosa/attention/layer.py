@@ -1,4 +1,4 @@
-"""The hybrid attention layer: dense, local and MoSA heads between one gather and one reduction."""
+"""The hybrid attention layer: heads of all kinds between one gather and one reduction."""
 
 from __future__ import annotations
 

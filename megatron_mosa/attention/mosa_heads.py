@@ -80,7 +80,7 @@ class MosaHeads(PartitionedHeads):
             kernels: the backend.
             counts: whether scores are added to the histogram, if the heads have thresholds.
             above: whether tokens are selected by thresholds, see ``selects_above``.
-            indices: the selection of an earlier call with the same states, without documents; None: select.
+            indices: the selection of an earlier call with the same states, never one per document; None: select.
             addend: [T, B, h], added to the output.
 
         Returns:

@@ -33,7 +33,7 @@ _CLASSES = {
     ("torch.distributed.checkpoint.planner", name)  # Megatron-LM stores the ranks' plans in the index
     for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
 }  # fmt: skip
-_DTYPE = re.compile(r"b?float\d+\w*|u?int\d+|q?u?int\d+x?\d*|complex\d+|bool|bits\d+\w*")
+_DTYPE = re.compile(r"b?float\d+\w*|q?u?int\d+x?\d*|complex\d+|bool|bits\d+\w*")
 
 
 @dataclass(frozen=True)

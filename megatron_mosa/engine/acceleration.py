@@ -50,7 +50,13 @@ def choose_acceleration(config: Config, layout: Layout) -> Acceleration:
     hindrance = next(_against_graphs(config), "")
     applies = config.parallel.tensor_model_parallel_size > 1 and config.parallel.tensor_parallel_overlap == "auto"
     no_overlap = next(_against_overlap(config), "") if applies else ""
-    return Acceleration(True, not hindrance, hindrance, applies and not no_overlap, no_overlap)
+    return Acceleration(
+        compiles_layers=True,
+        uses_graphs=not hindrance,
+        hindrance=hindrance,
+        overlaps=applies and not no_overlap,
+        no_overlap=no_overlap,
+    )
 
 
 def _against_compiled_layers(config: Config, layout: Layout) -> Iterator[str]:

@@ -39,10 +39,8 @@ class ZeroState(Protocol):
 
 def zero_state(engine: Any) -> ZeroState:
     """Return the accessor for the ZeRO stage of a DeepSpeed engine."""
-    stage = engine.zero_optimization_stage()
-    return (
-        ReplicatedState(engine) if stage == 0 else PartitionedWeightState(engine) if stage == 3 else FlatState(engine)
-    )
+    kinds = {0: ReplicatedState, 3: PartitionedWeightState}
+    return kinds.get(engine.zero_optimization_stage(), FlatState)(engine)
 
 
 class ReplicatedState:

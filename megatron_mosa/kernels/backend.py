@@ -10,7 +10,7 @@ from megatron_mosa.kernels.documents import Documents
 
 
 class KernelBackend(Protocol):
-    """An implementation of the attention heads; the modules ``naive`` and ``triton`` are the two.
+    """An implementation of MoSA heads and of what else a step needs kernels for: the module ``naive`` or ``triton``.
 
     ``naive`` is the reference: it documents arguments, shapes and results of each function.
     """

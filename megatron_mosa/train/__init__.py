@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from megatron_mosa.utils import lazy_face
 
 if TYPE_CHECKING:
+    from megatron_mosa.train.callbacks.monitoring import Heartbeat, StepMonitor
     from megatron_mosa.train.callbacks.progress import Progress
-    from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
     from megatron_mosa.train.plan import describe, refuse_impossible
     from megatron_mosa.train.run import pretrain
     from megatron_mosa.train.sample import sample_text

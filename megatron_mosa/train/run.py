@@ -32,9 +32,9 @@ from megatron_mosa.resilience import ResilienceServices
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
 from megatron_mosa.train.callbacks.data_check import DataCheck
 from megatron_mosa.train.callbacks.faults import Faults
+from megatron_mosa.train.callbacks.monitoring import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.profiling import Profiling
 from megatron_mosa.train.callbacks.progress import Progress
-from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.directory import RunDirectory
 from megatron_mosa.train.plan import refuse_impossible
@@ -71,32 +71,32 @@ def pretrain(config: Config) -> int:
     if config.train.deterministic:
         use_deterministic_algorithms()
     rank, world_size, _ = launch_environment()
-    survival = ResilienceServices.begin(config, config.run.path, rank)
+    services = ResilienceServices.begin(config, config.run.path, rank)
     try:
-        stopped = _pretrain(config, rank, world_size, survival)
-        survival.peers.leave()
+        stopped = _pretrain(config, rank, world_size, services)
+        services.peers.leave()
     except Exception as error:
         reason = str(error) or type(error).__name__
-        survival.status.end(exit_code_of(error), reason if reason.startswith("rank ") else f"rank {rank}: {reason}")
+        services.status.end(exit_code_of(error), reason if reason.startswith("rank ") else f"rank {rank}: {reason}")
         if getattr(error, "of_all_ranks", False):  # or this rank's end would end another that is still saving
-            survival.peers.leave()
+            services.peers.leave()
         raise
     finally:
         destroy_parallel()
-        survival.end()
+        services.end()
     return STOPPED if stopped else DONE
 
 
-def _pretrain(config: Config, rank: int, world_size: int, survival: ResilienceServices) -> str | None:
+def _pretrain(config: Config, rank: int, world_size: int, services: ResilienceServices) -> str | None:
     """Join the other ranks, train and report; return the reason for an early stop, if there was one."""
     start = check_start(config, world_size, reads_all=rank == 0)
     refuse_impossible(config, start.manifest.vocab_size)
-    survival.watchdog.beat("joining the other ranks")
+    services.watchdog.beat("joining the other ranks")
     store = join_store(config.resilience.rendezvous_timeout)
     with _failing_with_one_line(FirstFailure(store, rank, world_size)) if world_size > 1 else nullcontext():
         layout = initialize_parallel(config.parallel.tensor_model_parallel_size, config.run.seed, store=store)
-        survival.join(layout, HostGroup())
-        return _train_or_report(config, start, layout, survival)
+        services.join(layout, HostGroup())
+        return _train_or_report(config, start, layout, services)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _failing_with_one_line(first: FirstFailure) -> Iterator[None]:
             raise error from error.__cause__
 
 
-def _train_or_report(config: Config, start: ResumePoint, layout: Layout, survival: ResilienceServices) -> str | None:
+def _train_or_report(config: Config, start: ResumePoint, layout: Layout, services: ResilienceServices) -> str | None:
     """Train if there are steps left, and report; return the reason for an early stop, if there was one."""
     # On a shared file system, nodes may temporarily see different files: all ranks use what rank 0 has found.
     start, last_validated = on_main_rank(lambda: (start, _last_validated(start)))
@@ -130,7 +130,7 @@ def _train_or_report(config: Config, start: ResumePoint, layout: Layout, surviva
     step = start.metadata.step if start.metadata else 0
     stopped = None
     if step < config.train.steps or last_validated < step:
-        stopped = _train(config, start, last_validated, layout, survival)
+        stopped = _train(config, start, last_validated, layout, services)
     elif layout.is_main:
         steps = config.train.steps
         if step == steps:
@@ -140,7 +140,7 @@ def _train_or_report(config: Config, start: ResumePoint, layout: Layout, surviva
     if layout.is_main:
         with tolerating("the report is not complete"):
             report(start.directory)
-        survival.status.end(STOPPED if stopped else DONE, stopped or "")
+        services.status.end(STOPPED if stopped else DONE, stopped or "")
     return stopped
 
 
@@ -151,21 +151,21 @@ def _last_validated(start: ResumePoint) -> int:
 
 
 def _train(
-    config: Config, start: ResumePoint, last_validated: int, layout: Layout, survival: ResilienceServices
+    config: Config, start: ResumePoint, last_validated: int, layout: Layout, services: ResilienceServices
 ) -> str | None:
     """Train; return the reason for an early stop, if there was one."""
     directory = RunDirectory(start.directory)
     _write_on_main_rank(lambda: directory.prepare(config))
     log_libraries(start.directory / "libraries.log" if layout.is_main else None)
     skipped = on_main_rank(lambda: skipped_steps(start.directory))
-    survival.status.begin()
+    services.status.begin()
     state = TrainingState(start.metadata.step, start.metadata.consumed_samples) if start.metadata else TrainingState()
     writers = Writers(
         config,
         start.directory,
         is_main=layout.is_main,
         resumed_step=state.step,
-        on_failure=survival.interruption.stop_as_unwritable,
+        on_failure=services.interruption.stop_as_unwritable,
     )
     _write_on_main_rank(writers.start)
     vocab_size = start.manifest.vocab_size
@@ -174,7 +174,7 @@ def _train(
 
     def batches_from(state: TrainingState) -> Iterator[Batch]:
         batches = _training_batches(config, start, state, layout)
-        return survival.faults.with_data_fault(batches, state.step, per_step)
+        return services.faults.with_data_fault(batches, state.step, per_step)
 
     batches = batches_from(state)
     validation = validation_samples(config, start.data)
@@ -182,19 +182,19 @@ def _train(
     if layout.device.type == "cuda":
         writers.note(str(engine.acceleration))
     store = CheckpointStore.of(start.directory, config.checkpoint)
-    _restore(engine, start, store, writers, survival)
+    _restore(engine, start, store, writers, services)
     callbacks = [
-        Heartbeat(survival),
+        Heartbeat(services),
         StepMonitor(writers, config.resilience),
         Progress(writers, vocab_size, validation.document_lengths()),
         Validation(writers, validation, last_validated),
         Checkpointing(writers, store, start.data_identity),
-        Faults(survival.faults),
+        Faults(services.faults),
         Profiling(writers, start.directory),
         DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),
     ]
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
-    trainer = Trainer(config, engine, layout, state, callbacks, survival, rewinder.rewind, skipped)
+    trainer = Trainer(config, engine, layout, state, callbacks, services, rewinder.rewind, skipped)
     for surprise in _surprises(config, state.step, trainer.last_step):
         writers.note(surprise)
     with ExitStack() as cleanup:
@@ -237,14 +237,14 @@ def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
 
 
 def _restore(
-    engine: DeepSpeedEngine, start: ResumePoint, store: CheckpointStore, writers: Writers, survival: ResilienceServices
+    engine: DeepSpeedEngine, start: ResumePoint, store: CheckpointStore, writers: Writers, services: ResilienceServices
 ) -> None:
     """Set damaged checkpoints aside, and load the one to resume from or the weights to start with, if any."""
     for path, damage in start.damaged:
         aside = on_main_rank(functools.partial(store.set_aside, path))
         writers.note(f"checkpoint {path} is damaged: {damage}; renamed to {aside.name}")
     if start.checkpoint is not None:
-        survival.status.update("resuming", checkpoint=start.checkpoint.name)
+        services.status.update("resuming", checkpoint=start.checkpoint.name)
         store.load(engine, start.checkpoint)
         writers.note(f"resumed from {start.checkpoint}")
     elif start.initial is not None:

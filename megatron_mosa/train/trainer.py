@@ -60,7 +60,7 @@ class Trainer:
 
     Args:
         callbacks: called on every rank, in this order; they may communicate.
-        survival: signals, time limit, watchdog and status of this process.
+        services: signals, time limit, watchdog and status of this process.
         rewind: loads the checkpoint before a step and returns the state and the batches to continue with; None if there
             is no such checkpoint or no rewind left.
         skip_steps: steps whose batches are skipped, in addition to ``train.skip_steps``.
@@ -73,7 +73,7 @@ class Trainer:
         layout: Layout,
         state: TrainingState,
         callbacks: Sequence[Callback],
-        survival: ResilienceServices,
+        services: ResilienceServices,
         rewind: Rewind = lambda engine, step: None,
         skip_steps: Iterable[int] = (),
     ) -> None:
@@ -82,7 +82,7 @@ class Trainer:
         self.layout = layout
         self.state = state
         self.callbacks = callbacks
-        self.survival = survival
+        self.services = services
         self.rewind = rewind
         self.skip_steps = {*config.train.skip_steps, *skip_steps}
         self.stop_reason: str | None = None
@@ -135,13 +135,13 @@ class Trainer:
         Args:
             activity: what the run does next, for the watchdog.
         """
-        self.survival.watchdog.beat(activity)
-        self.stop_reason = self.stop_reason or self.survival.interruption.agreed_reason()
+        self.services.watchdog.beat(activity)
+        self.stop_reason = self.stop_reason or self.services.interruption.agreed_reason()
         return self.stop_reason is not None
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. A collective."""
-        hosts = self.survival.interruption.hosts
+        hosts = self.services.interruption.hosts
         return flag if hosts is None else bool(hosts.max(int(flag)))
 
     def _step(self, batches: Iterator[Batch]) -> StepResult:

@@ -82,7 +82,7 @@ def stopped(folder: Path, reasons: dict[int, str]) -> tuple[int, str | None]:
 
 
 def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interruption, reason: str | None) -> Trainer:
-    survival = ResilienceServices(
+    services = ResilienceServices(
         interruption,
         Watchdog(folder, layout.rank, 0, lambda: None),
         RunStatus(folder, is_main=False),
@@ -90,4 +90,4 @@ def _trainer(config: Any, layout: Layout, folder: Path, interruption: Interrupti
         PeerMonitor(lambda rank: None),
     )
     engine: Any = _Engine(interruption, reason)
-    return Trainer(config, engine, layout, TrainingState(), [], survival)
+    return Trainer(config, engine, layout, TrainingState(), [], services)

@@ -27,7 +27,7 @@ from tests.unit.test_trainer import (
     SlowStore,
     batches,
     config,
-    make_survival,
+    make_services,
 )
 
 
@@ -63,8 +63,8 @@ class Run:
 
     def train(self, start: ResumePoint, last_validated: int = 0) -> str | None:
         layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
-        survival = make_survival(self.directory, Clock(), self.settings)
-        return run._train(self.settings, start, last_validated, layout, survival)
+        services = make_services(self.directory, Clock(), self.settings)
+        return run._train(self.settings, start, last_validated, layout, services)
 
     def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(

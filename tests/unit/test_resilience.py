@@ -143,9 +143,9 @@ def test_rank_0_sets_the_deadline_before_the_end_of_the_job(
     assert end is not None
     monkeypatch.setattr(Signals, "listen", lambda self: None)
     config = Config(resilience=ResilienceSection(stop_before_limit=300.0, hang_timeout=0))
-    survival = ResilienceServices.begin(config, tmp_path, rank)
-    survival.end()
-    assert survival.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is called once for all ranks
+    services = ResilienceServices.begin(config, tmp_path, rank)
+    services.end()
+    assert services.interruption.deadline == (end - 300 if rank == 0 else None)  # squeue is called once for all ranks
 
 
 WATCHED = """

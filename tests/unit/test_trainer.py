@@ -29,7 +29,7 @@ from megatron_mosa.resilience.status import RunStatus
 from megatron_mosa.resilience.watchdog import Watchdog
 from megatron_mosa.train.callbacks import progress
 from megatron_mosa.train.callbacks.checkpointing import Checkpointing
-from megatron_mosa.train.callbacks.survival import Heartbeat, StepMonitor
+from megatron_mosa.train.callbacks.monitoring import Heartbeat, StepMonitor
 from megatron_mosa.train.callbacks.validation import Validation
 from megatron_mosa.train.rewind import Rewinder, skipped_steps
 from megatron_mosa.train.trainer import Callback, Trainer, TrainingState
@@ -111,11 +111,11 @@ def batches(first: int = 0) -> Iterator[Batch]:
 
 
 def trainer(
-    settings: Config, engine: Any, callbacks: list[Callback], survival: ResilienceServices | None = None, **state: Any
+    settings: Config, engine: Any, callbacks: list[Callback], services: ResilienceServices | None = None, **state: Any
 ) -> Trainer:
     layout = Layout(0, 2, 0, 1, 0, 2, torch.device("cpu"))
-    survival = survival or make_survival(Path(settings.run.directory), Clock(), settings)
-    return Trainer(settings, engine, layout, TrainingState(**state), callbacks, survival)
+    services = services or make_services(Path(settings.run.directory), Clock(), settings)
+    return Trainer(settings, engine, layout, TrainingState(**state), callbacks, services)
 
 
 def writers(settings: Config, folder: Path, resumed_step: int = 0) -> Writers:
@@ -226,7 +226,7 @@ class RecordingWatchdog(Watchdog):
         self.told.append(doing)
 
 
-def make_survival(folder: Path, clock: Clock, settings: Config) -> ResilienceServices:
+def make_services(folder: Path, clock: Clock, settings: Config) -> ResilienceServices:
     faults = FaultInjection(settings.fault_injection, folder, 0)
     status = RunStatus(folder, is_main=True)
     peers = PeerMonitor(lambda rank: None)
@@ -236,10 +236,10 @@ def make_survival(folder: Path, clock: Clock, settings: Config) -> ResilienceSer
 def test_every_step_and_validation_batch_sends_a_heartbeat(tmp_path: Path, engine: FakeEngine, clock: Clock) -> None:
     """A whole validation takes 30 times as long as the longest time between beats."""
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
-    survival = make_survival(tmp_path, clock, settings)
+    services = make_services(tmp_path, clock, settings)
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
-    trainer(settings, engine, [Heartbeat(survival), validation], survival).run(batches())
-    watchdog = survival.watchdog
+    trainer(settings, engine, [Heartbeat(services), validation], services).run(batches())
+    watchdog = services.watchdog
     assert isinstance(watchdog, RecordingWatchdog)
     assert watchdog.longest == 2 * SECONDS  # the longer of the steps
     assert clock.now == 8 * 1.5 * SECONDS + 2 * 30 * SECONDS
@@ -273,10 +273,10 @@ def test_a_run_stops_after_the_step_of_a_stop_request(
     tmp_path: Path, engine: FakeEngine, clock: Clock, in_step: bool
 ) -> None:
     settings = config(tmp_path, validation={"interval": 4, "num_samples": 60})
-    survival = make_survival(tmp_path, clock, settings)
-    request = Request(survival.interruption.signals, in_step)
+    services = make_services(tmp_path, clock, settings)
+    request = Request(services.interruption.signals, in_step)
     validation = Validation(writers(settings, tmp_path), Samples())  # type: ignore[arg-type]
-    run = trainer(settings, engine, [request, validation], survival)
+    run = trainer(settings, engine, [request, validation], services)
     run.run(batches())
     assert (run.state.step, run.stop_reason, run.last_step) == (4, "SIGTERM", 4)
     assert read_journal(tmp_path / "metrics.jsonl") == []  # validation was skipped or interrupted
@@ -414,11 +414,11 @@ def test_a_run_fails_if_its_last_checkpoint_fails(tmp_path: Path, engine: FakeEn
 
 def test_a_stop_request_saves_even_after_a_non_finite_step(tmp_path: Path, engine: FakeEngine, clock: Clock) -> None:
     settings = config(tmp_path, checkpoint={"interval": 100})
-    survival = make_survival(tmp_path, clock, settings)
+    services = make_services(tmp_path, clock, settings)
     engine.results = {3: StepResult(math.nan, math.nan)}
     store = SlowStore(tmp_path / "checkpoints")
-    request = Request(survival.interruption.signals, in_step=True)
-    trainer(settings, engine, [request, Checkpointing(writers(settings, tmp_path), store, {})], survival).run(batches())
+    request = Request(services.interruption.signals, in_step=True)
+    trainer(settings, engine, [request, Checkpointing(writers(settings, tmp_path), store, {})], services).run(batches())
     assert [saved.step for saved in store.saved] == [4]
 
 

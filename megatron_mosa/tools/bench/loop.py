@@ -98,23 +98,23 @@ def time_loop(config: Config, engine: TrainingEngine, layout: Layout, steps: int
     config = replace(config, train=train, logging=logging)
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        survival = ResilienceServices.begin(config, Path(folder), layout.rank)
-        survival.join(layout, HostGroup())
+        services = ResilienceServices.begin(config, Path(folder), layout.rank)
+        services.join(layout, HostGroup())
         try:
             writers = Writers(config, Path(folder), is_main=layout.is_main, resumed_step=0)
             writers.start()
             callbacks = [
-                Heartbeat(survival),
+                Heartbeat(services),
                 StepMonitor(writers, config.resilience),
                 Progress(writers, config.data.vocab_size),
                 clock,
             ]
-            trainer = Trainer(config, engine, layout, TrainingState(), callbacks, survival)
+            trainer = Trainer(config, engine, layout, TrainingState(), callbacks, services)
             trainer.run(clock.timed(random_batches(config, layout, config.data.num_workers)))
             writers.close()
-            survival.peers.leave()
+            services.peers.leave()
             if trainer.stop_reason:  # a signal, which the run's handlers have caught
                 raise KeyboardInterrupt
         finally:
-            survival.end()
+            services.end()
     return clock.result()

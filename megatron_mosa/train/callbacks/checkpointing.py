@@ -73,7 +73,7 @@ class Checkpointing(Callback):
         saving, self.saving = self.saving, None
         if saving is None:
             return
-        trainer.survival.watchdog.beat(f"waiting for the checkpoint of step {saving.step}")
+        trainer.services.watchdog.beat(f"waiting for the checkpoint of step {saving.step}")
         started = time.perf_counter()
         try:
             path = saving.path.result()
@@ -87,7 +87,7 @@ class Checkpointing(Callback):
             disk_seconds = time.perf_counter() - started
             waited = f"{saving.copy_seconds:.2f} s for the copy to memory, {disk_seconds:.2f} s for the disk"
             self.writers.note(f"saved checkpoint {path} (training waited {waited})")
-            trainer.survival.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
+            trainer.services.status.update("training", checkpoint=path.name, checkpoint_time=time.time())
 
     def _resumes_from(self) -> str:
         found = self.store.published()

@@ -18,9 +18,9 @@ from megatron_mosa.train.writers import Writers
 class Heartbeat(Callback):
     """Reports each activity to the watchdog and status.json. Put it before all other callbacks."""
 
-    def __init__(self, survival: ResilienceServices) -> None:
-        self.watchdog = survival.watchdog
-        self.status = survival.status
+    def __init__(self, services: ResilienceServices) -> None:
+        self.watchdog = services.watchdog
+        self.status = services.status
         self._seconds = deque[float](maxlen=20)  # per step, including validation and saves
 
     def on_start(self, trainer: Trainer) -> None:
