@@ -25,7 +25,6 @@ TILE = 256  # of gathered tokens, or of columns
 TESTED = "3.6."  # versions of Triton with which the kernels have run on a GPU; its Gluon may still change
 # For each multiprocessor. With fewer, Triton's smaller tiles may be faster.
 FEWEST_TILES = 0.95
-FEWEST_RAGGED_TILES = 2
 
 
 @functools.cache
@@ -115,7 +114,7 @@ def ragged_product(
         values.dtype not in (torch.bfloat16, torch.float16)
         or rest
         or (boxes, pairs is not None) not in kernels.CUT
-        or tiles < FEWEST_RAGGED_TILES * multiprocessors(values.device)
+        or tiles < FEWEST_TILES * multiprocessors(values.device)
         or any(tensor.dtype != values.dtype or not can_be_described(tensor) for tensor in tensors)
     ):
         return None
