@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
@@ -147,8 +148,10 @@ class MosaTransformerConfig(TransformerConfig):
     """Recomputed in backward instead of kept in memory: none, attention, or full (whole layers)."""
 
     def __post_init__(self) -> None:
-        if self.kv_channels is None:
-            raise ValueError("kv_channels is missing; set it to the width of a head, dense or MoSA")
+        if not self.kv_channels:
+            raise ValueError(
+                f"kv_channels={self.kv_channels}; set it to the width of a head, dense or MoSA, of at least 1"
+            )
         self._check_unsupported()
         super().__post_init__()
         size = self.tensor_model_parallel_size
@@ -181,6 +184,14 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError("MoSA layers have no biases; set add_bias_linear=False and add_qkv_bias=False")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; expected 0.0")
+        if self.hidden_dropout and self.mosa_recompute == "full":
+            raise ValueError(
+                f"mosa_recompute='full' would drop other units in the repetition; set hidden_dropout=0.0, got "
+                f"{self.hidden_dropout}"
+            )
+        if self.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"normalization must be LayerNorm or RMSNorm, got {self.normalization}")
+        self._check_initialization()
         self._check_values()
         self._check_selection()
         if not self.mosa_attend_within_documents and (
@@ -200,6 +211,17 @@ class MosaTransformerConfig(TransformerConfig):
             value = getattr(self, field.name)
             if field.name in _UNSUPPORTED and value != field.default:
                 raise ValueError(f"{field.name}={value!r} is not supported by MoSA layers; expected {field.default!r}")
+
+    def _check_initialization(self) -> None:
+        """Refuse a set-up in which Megatron's modules draw the same weights on every tensor-parallel rank."""
+        is_inference = getattr(get_cuda_rng_tracker(), "is_inference_rng_tracker", False)
+        draws_on_gpu = self.perform_initialization and not self.use_cpu_initialization
+        if self.tensor_model_parallel_size > 1 and draws_on_gpu and is_inference:
+            raise ValueError(
+                f"tensor_model_parallel_size={self.tensor_model_parallel_size} with Megatron's tracker of generators "
+                "for inference, as initialize_parallel sets it up, would give every rank the same weights; set "
+                "use_cpu_initialization=True, or perform_initialization=False if weights are loaded"
+            )
 
     def _check_values(self) -> None:
         for name, key in _KEYS.items():

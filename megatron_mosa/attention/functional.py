@@ -59,7 +59,8 @@ def mosa_attention(
 
     With ``documents`` (not in the paper), a selected token attends only to selected tokens of its own document.
 
-    torch.vmap is not supported; torch.func.grad, vjp and jvp are, by the naive backend alone.
+    torch.vmap is not supported; torch.func.grad and vjp are, by the naive backend alone. So are jvp and second
+    derivatives, unless ``num_selected`` is a function.
 
     Args:
         hidden_states: [B, T, h], any floating type.

@@ -40,6 +40,8 @@ def check_world_size(config: Config, world_size: int) -> int:
         UserError: the layout or the batch sizes do not divide among the ranks.
     """
     tensor_parallel = config.parallel.tensor_model_parallel_size
+    if world_size < 1:
+        raise UserError(f"the world size must be at least 1, got {world_size}; start one process or more")
     if world_size % tensor_parallel:
         raise UserError(
             f"world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor_parallel}; "

@@ -34,7 +34,7 @@ class StepResult:
     """Global norm before clipping."""
 
     skipped_by_config: bool = False
-    """The configuration skips this step: nothing was computed."""
+    """Whether the configuration skips this step, so that nothing was computed."""
 
     is_empty: bool = False
     """The loss mask of the whole global batch is zero, so the loss is undefined and the engine has skipped the step."""
@@ -49,6 +49,7 @@ class TrainingEngine(Protocol):
     """A model with its optimizer, distributed over ranks."""
 
     accumulation_steps: int
+    """Micro-batches of a step on this rank."""
 
     @property
     def module(self) -> torch.nn.Module:

@@ -63,7 +63,8 @@ class Documents:
         Raises:
             ValueError: they are other than that, or there are none.
         """
-        if len({sum(row) for row in lengths}) != 1 or min(chain.from_iterable(lengths), default=0) < 1:
+        numbers = list(chain.from_iterable(lengths))
+        if not numbers or len(set(map(sum, lengths))) > 1 or any(n < 1 or isinstance(n, float) for n in numbers):
             raise ValueError(
                 f"document lengths are {str(lengths)[:80]}; expected lengths of 1 or more with the same sum in every "
                 "sequence"

@@ -45,6 +45,8 @@ def initialize_parallel(
     """Join torch.distributed (NCCL on GPUs, gloo on CPU), build Megatron-core's groups and seed the generators.
 
     Tensor-parallel ranks are neighbors: rank = data_parallel_rank * tensor_parallel_size + tensor_parallel_rank.
+    Megatron's tracker of per-rank generators is that for inference, which draws nothing: at tensor-parallel sizes above
+    1, Megatron's modules need ``use_cpu_initialization=True``.
 
     Args:
         tensor_model_parallel_size: number of ranks that share one model.
@@ -72,8 +74,8 @@ def initialize_parallel(
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size)
     torch.manual_seed(seed)
-    # No layer draws random numbers in its forward pass, so Megatron's no-op tracker of per-rank generators suffices.
-    # The real one needs CUDA.
+    # No layer of a run draws random numbers in its forward pass, so Megatron's no-op tracker of per-rank generators
+    # suffices. The real one needs CUDA.
     model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
     return Layout(
         rank=rank,

@@ -361,6 +361,8 @@ def test_world_sizes() -> None:
     assert [check_world_size(config, world) for world in (2, 4)] == [1, 2]
     with pytest.raises(UserError, match="world size 3 is not divisible by parallel.tensor_model_parallel_size=2"):
         check_world_size(config, 3)
+    with pytest.raises(UserError, match="the world size must be at least 1, got 0"):
+        check_world_size(config, 0)
 
 
 @pytest.mark.parametrize(
