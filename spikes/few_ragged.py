@@ -7,7 +7,7 @@ rows = []
 # width, T, heads, d, k, batch
 for width, length, heads, size, k, batch in ((2048, 4096, 32, 128, 256, 4), (2048, 4096, 16, 128, 256, 4), (2048, 4096, 8, 128, 256, 8), (2048, 4096, 8, 128, 256, 4), (4096, 4096, 16, 128, 256, 2),
                                              (4096, 4096, 8, 128, 256, 2), (512, 1024, 17, 64, 32, 64), (1024, 1024, 12, 64, 32, 64)):
-    shape = types.SimpleNamespace(width=width, length=length, heads=heads, head_dim=size, selected=k, batch=batch)
+    shape = types.SimpleNamespace(width=width, length=length, heads=heads, head_dim=size, selected=k, batch=batch, sparsity=length / k)
     inputs = m.layer_inputs(shape, batch)
     layer = m.threshold_layer(shape, inputs)
     for fewest in (2, 0.95, 0.5, 2, 0.95):
