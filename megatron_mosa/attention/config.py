@@ -15,13 +15,13 @@ from megatron_mosa.config import ModelSection, MosaSection, TrainSection, defaul
 _KEYS = {
     name: key
     for section, names in (
-        (MosaSection, "sparsity selection selection_scope capacity_factor load_feedback"),
-        (MosaSection, "threshold_ema threshold_warmup_steps balance_rate"),
-        (ModelSection, "rotary_percent rotary_base routing_decay"),
-        (TrainSection, "recompute"),
+        (MosaSection, ("sparsity", "selection", "selection_scope", "capacity_factor", "load_feedback")),
+        (MosaSection, ("threshold_ema", "threshold_warmup_steps", "balance_rate")),
+        (ModelSection, ("rotary_percent", "rotary_base", "routing_decay")),
+        (TrainSection, ("recompute",)),
     )
     for name, key in keys_of(section).items()
-    if name in names.split()
+    if name in names
 }
 
 # Megatron-core's options for what MoSA layers do not have; they would be ignored.

@@ -1,4 +1,7 @@
-"""The training kernels for prompts of exported models: the output of MoSA heads, and what their cache stores."""
+"""The training kernels for prompts of exported models: the output of MoSA heads, and what their cache stores.
+
+Triton is optional, so its kernels are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Prompt(NamedTuple):
             table: int64 [B, E, n], which is to hold the numbers of these blocks.
             keys, values: [blocks, rows per block, h']. Rows of blocks beyond these are not stored.
         """
-        from megatron_mosa.kernels.triton.cached import store_rows  # imported here because triton is optional
+        from megatron_mosa.kernels.triton.cached import store_rows
 
         store_rows(self.qkv, self.cu_seqlens, first, table, keys, values)
 
@@ -53,7 +56,7 @@ def prompt_kernels(hidden_states: Tensor, head_dim: int) -> KernelBackend | None
 
 def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     """Compute ``naive.router_scores``."""
-    from megatron_mosa.kernels.triton.selection import launch_scores  # imported here because triton is optional
+    from megatron_mosa.kernels.triton.selection import launch_scores
 
     with torch.cuda.device_of(hidden_states):
         return launch_scores(hidden_states, router_weight)
@@ -61,7 +64,7 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
 
 def count_above(scores: Tensor, thresholds: Tensor, feedback: float, share: float) -> Tensor:
     """Compute ``naive.count_above``, int32 [B, E]."""
-    from megatron_mosa.kernels.triton.selection import launch_count_above  # imported here because triton is optional
+    from megatron_mosa.kernels.triton.selection import launch_count_above
 
     with torch.cuda.device_of(scores):
         return launch_count_above(scores, thresholds, feedback, share)
@@ -69,7 +72,7 @@ def count_above(scores: Tensor, thresholds: Tensor, feedback: float, share: floa
 
 def select_above(scores: Tensor, thresholds: Tensor, capacity: int, feedback: float, share: float) -> Tensor:
     """Compute ``naive.select_above``."""
-    from megatron_mosa.kernels.triton.selection import launch_select_above  # imported here because triton is optional
+    from megatron_mosa.kernels.triton.selection import launch_select_above
 
     with torch.cuda.device_of(scores):
         return launch_select_above(scores, thresholds, capacity, None, feedback, share)
@@ -87,7 +90,7 @@ def select_and_count(
 
 def lay_out(counts: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give blocks of a cache to counted rows; see ``triton.cached.lay_out``."""
-    from megatron_mosa.kernels.triton import cached  # imported here because triton is optional
+    from megatron_mosa.kernels.triton import cached
 
     return cached.lay_out(counts, block)
 
@@ -121,7 +124,7 @@ def read_prompt(
         rotary_percent: share of the head dimension that is rotated, 0 to 1.
         rotary_base: base of the rotary frequencies.
     """
-    from megatron_mosa.kernels.triton.ops import launch_prompt  # imported here because triton is optional
+    from megatron_mosa.kernels.triton.ops import launch_prompt
 
     rotation = rotary_percent, rotary_base
     with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
