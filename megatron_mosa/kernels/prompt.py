@@ -82,7 +82,7 @@ def select_and_count(
     scores: Tensor, thresholds: Tensor, capacity: int, feedback: float, share: float
 ) -> tuple[Tensor, Tensor]:
     """Compute ``naive.select_above``, and what ``naive.count_above`` returns, int32 [B, E], in one launch."""
-    from megatron_mosa.kernels.triton.selection import launch_select_and_count  # triton is optional
+    from megatron_mosa.kernels.triton.selection import launch_select_and_count
 
     with torch.cuda.device_of(scores):
         return launch_select_and_count(scores, thresholds, capacity, feedback, share)
