@@ -103,7 +103,7 @@ def _read_with_bases(path: Path) -> list[tuple[str, dict[str, Any]]]:
     while (base := tree.pop(_BASE, None)) is not None:
         if not (isinstance(base, str) and base and "\0" not in base):
             raise UserError(f"{path}: base must be the path of another YAML file, got {base!r}")
-        here, path = path, path.parent / base
+        here, path = path, path.parent / expanded(_BASE, base)
         try:
             tree = read_yaml(path)
         except UserError as error:

@@ -66,12 +66,14 @@ def test_origins_tell_file_command_line_and_default() -> None:
     assert re.search(r"(?m)^  steps: 7 +# command line$", text)
 
 
-def test_a_configuration_overrides_another_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["../second.yaml", "~/second.yaml"])
+def test_a_configuration_overrides_another_one(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "more").mkdir()
     (tmp_path / "first.yaml").write_text(QUICKSTART.read_text())
     (tmp_path / "second.yaml").write_text("base: first.yaml\nrun: {name: second}\ntrain: {steps: 7}\n")
     last = tmp_path / "more" / "last.yaml"
-    last.write_text("base: ../second.yaml\nrun: {name: last}\noptimizer: {warmup_steps: 3}\n")
+    last.write_text(f"base: {base}\nrun: {{name: last}}\noptimizer: {{warmup_steps: 3}}\n")
     found = load_config(last, ["optimizer.beta2=0.9"])
     assert (found.run.name, found.train.steps, found.optimizer.warmup_steps) == ("last", 7, 3)
     assert found.model == load_config(QUICKSTART).model
