@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mosa.attention.functional import num_selected_tokens
@@ -148,7 +148,7 @@ class MosaTransformerConfig(TransformerConfig):
     """Recomputed in backward instead of kept in memory: none, attention, or full (whole layers)."""
 
     def __post_init__(self) -> None:
-        if not self.kv_channels:
+        if self.kv_channels is None or self.kv_channels < 1:
             raise ValueError(
                 f"kv_channels={self.kv_channels}; set it to the width of a head, dense or MoSA, of at least 1"
             )
@@ -186,12 +186,11 @@ class MosaTransformerConfig(TransformerConfig):
             raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; expected 0.0")
         if self.hidden_dropout and self.mosa_recompute == "full":
             raise ValueError(
-                f"mosa_recompute='full' would drop other units in the repetition; set hidden_dropout=0.0, got "
-                f"{self.hidden_dropout}"
+                f"hidden_dropout must be 0.0 with mosa_recompute='full', got {self.hidden_dropout}; recomputation "
+                "would draw another mask"
             )
         if self.normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization must be LayerNorm or RMSNorm, got {self.normalization}")
-        self._check_initialization()
         self._check_values()
         self._check_selection()
         if not self.mosa_attend_within_documents and (
@@ -212,9 +211,9 @@ class MosaTransformerConfig(TransformerConfig):
             if field.name in _UNSUPPORTED and value != field.default:
                 raise ValueError(f"{field.name}={value!r} is not supported by MoSA layers; expected {field.default!r}")
 
-    def _check_initialization(self) -> None:
-        """Refuse a set-up in which Megatron's modules draw the same weights on every tensor-parallel rank."""
-        is_inference = getattr(get_cuda_rng_tracker(), "is_inference_rng_tracker", False)
+    def check_initialization(self) -> None:
+        """Refuse to draw the same weights on every tensor-parallel rank; to be called where weights are drawn."""
+        is_inference = getattr(random._CUDA_RNG_STATE_TRACKER, "is_inference_rng_tracker", False)
         draws_on_gpu = self.perform_initialization and not self.use_cpu_initialization
         if self.tensor_model_parallel_size > 1 and draws_on_gpu and is_inference:
             raise ValueError(

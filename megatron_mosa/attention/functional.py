@@ -59,7 +59,7 @@ def mosa_attention(
 
     With ``documents`` (not in the paper), a selected token attends only to selected tokens of its own document.
 
-    torch.vmap is not supported; torch.func.grad and vjp are, by the naive backend alone. So are jvp and second
+    torch.vmap is not supported. torch.func.grad and vjp work only with the naive backend; so do jvp and second
     derivatives, unless ``num_selected`` is a function.
 
     Args:

@@ -42,6 +42,7 @@ class MosaSelfAttention(MegatronModule):
         super().__init__(config=config)
         if not isinstance(config, MosaTransformerConfig):
             raise ValueError(f"config is a {type(config).__name__}; expected MosaTransformerConfig")
+        config.check_initialization()
         self.layer_number = layer_number
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
         self.tp_group = groups.tp

@@ -27,7 +27,7 @@ from megatron_mosa.config import CheckpointSection, ModelSection, MosaSection
 from megatron_mosa.data import TokenizerIdentity
 from megatron_mosa.errors import StorageError, UserError
 from megatron_mosa.parallel import on_every_rank, on_main_rank
-from megatron_mosa.utils import replace_directory
+from megatron_mosa.utils import REPLACED, replace_directory
 
 if TYPE_CHECKING:
     from megatron_mosa.engine import TrainingEngine
@@ -104,7 +104,7 @@ class CheckpointStore:
         return newest
 
     def newest_before(self, step: int) -> NewestCheckpoint:
-        """Find the newest checkpoint before a step whose files have their sizes; path None: there is none."""
+        """Find the newest intact checkpoint before a step, by file sizes alone; path None: there is none."""
         return self._newest([path for path in self.published() if _step(path) < step], reads_all=False)
 
     def _newest(self, paths: Sequence[Path], reads_all: bool) -> NewestCheckpoint:
@@ -213,7 +213,8 @@ class CheckpointStore:
         permanent = [path for path in published if self._stays_permanent(path)]
         others = [path for path in published if path not in permanent]
         surplus = others[: -self.keep_last] + (permanent[: -self.keep_permanent] if self.keep_permanent else [])
-        for path in [*surplus, *self.folder.glob(_WRITING + "*")]:
+        leftovers = [*self.folder.glob(_WRITING + "*"), *self.folder.glob(REPLACED + "*")]
+        for path in [*surplus, *leftovers]:
             shutil.rmtree(path, ignore_errors=True)
 
 

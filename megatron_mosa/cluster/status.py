@@ -11,6 +11,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from megatron_mosa.cluster.slurm.record import Record
 from megatron_mosa.errors import UserError
 from megatron_mosa.exit_codes import DONE, FAILED, STOPPED
 from megatron_mosa.options import bounds
@@ -46,7 +47,7 @@ def status(
                 while True:
                     content = _read(run)
                     live.update(_table(run, content), refresh=True)
-                    if not goes_on(content):
+                    if not goes_on(content, Record.read(run)):
                         break
                     time.sleep(interval)
             except KeyboardInterrupt:
@@ -64,9 +65,10 @@ def is_well(content: dict[str, Any], now: float) -> bool:
     return content.get("exit_code") in (DONE, STOPPED)
 
 
-def goes_on(content: dict[str, Any]) -> bool:
-    """Whether a run is running, or has stopped in a Slurm job, which starts it again."""
-    return content["state"] == RUNNING or (content.get("exit_code") == STOPPED and bool(content.get("job")))
+def goes_on(content: dict[str, Any], record: Record) -> bool:
+    """Whether a run is running, or its Slurm job starts it again or has not yet said whether it does."""
+    is_open = record.attempt is not None or record.verdict == "again"
+    return content["state"] == RUNNING or (bool(content.get("job")) and is_open)
 
 
 def silence(content: dict[str, Any], now: float) -> float | None:
@@ -105,8 +107,9 @@ def facts(content: dict[str, Any], now: float) -> dict[str, str]:
         state = f"{state}: {content['reason']}"
     found = {"state": state}
     if step is not None:
-        relation = " of" if step <= (last or step) else ", past the last one asked for,"
-        found["step"] = f"{step}{relation} {last}" if last else str(step)
+        found["step"] = str(step)
+        if last:
+            found["step"] += f" of {last}" if step <= last else f" (past the last one asked for, {last})"
     if content.get("loss") is not None:
         found["loss"] = f"{content['loss']:.4f}"
     if content.get("skipped_steps"):

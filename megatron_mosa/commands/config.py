@@ -77,6 +77,7 @@ def _yaml_files(folder: Path) -> list[Path]:
             subfolders.clear()  # in place, because os.walk descends into what remains in it
             continue
         seen.add(real)
+        subfolders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
         found += [Path(parent, name) for name in names if name.endswith((".yaml", ".yml"))]
     return sorted(found)
 

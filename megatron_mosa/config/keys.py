@@ -67,7 +67,7 @@ class Key:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
-            -math.inf < value < math.inf  # not math.isfinite: torch.compile has none for numbers that vary
+            -math.inf < value < math.inf  # torch.compile cannot trace math.isfinite on symbolic numbers
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)

@@ -86,7 +86,7 @@ def _scalar(value: Any) -> str:
 
 
 def inline_yaml(value: Any) -> str:
-    """Return a value as YAML on one line, from which ``load_config`` reads the same value."""
+    """Return a value as YAML on one line, from which ``load_config`` reads the same value, ``${NAME}`` aside."""
     return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 

@@ -150,7 +150,7 @@ def check_plan(config: Config, origins: Mapping[str, str]) -> None:
     if len(project) > _LONGEST_PROJECT or set(project) & set(_NOT_IN_PROJECT):
         raise UserError(
             f"logging.wandb_project must have at most {_LONGEST_PROJECT} characters and none of "
-            f"{' '.join(_NOT_IN_PROJECT)}, which Weights & Biases allows in none, got {project}; give another, or null"
+            f"{' '.join(_NOT_IN_PROJECT)} (a rule of W&B), got {project}; give another, or null"
         )
 
 

@@ -43,7 +43,7 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
 
 
 def _objection(target: Path) -> str | None:
-    """Return why what stands at a target is more or other than a model that a conversion has written; None: it is."""
+    """Return why ``--force`` must not replace what stands at a target, or None."""
     kind = detect_kind(target)
     has_weights = kind is not Kind.HUGGING_FACE or any(target.glob("*.safetensors"))  # others have a config.json, too
     if target.is_symlink() or kind not in _REPLACEABLE or not has_weights:

@@ -245,8 +245,7 @@ class MosaHeads(nn.Module):
         """Return the router's scores [B, E, T] in fp32, whatever the model's dtype, also under autocast."""
         device = hidden_states.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            # On CPUs the order of a sum depends on the place and the number of rows. Rounded from fp64, equal tokens
-            # have equal scores wherever they stand.
+            # On CPUs fp64, so that after rounding equal tokens have equal scores wherever they stand.
             dtype = torch.float64 if device == "cpu" else torch.float32
             logits = torch.einsum("bth,eh->bet", hidden_states.to(dtype), self.router_weight.to(dtype))
             return torch.sigmoid(logits).float()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -63,15 +64,18 @@ class Documents:
         Raises:
             ValueError: they are other than that, or there are none.
         """
-        numbers = list(chain.from_iterable(lengths))
-        if not numbers or len(set(map(sum, lengths))) > 1 or any(n < 1 or isinstance(n, float) for n in numbers):
+        try:
+            rows = [[index(length) for length in row] for row in lengths]
+        except TypeError:
+            rows = []
+        if not rows or len(set(map(sum, rows))) > 1 or min(chain.from_iterable(rows), default=0) < 1:
             raise ValueError(
                 f"document lengths are {str(lengths)[:80]}; expected lengths of 1 or more with the same sum in every "
                 "sequence"
             )
-        rows = [torch.tensor([0, *row]) for row in lengths]
-        starts = torch.stack([row.cumsum(0)[:-1].repeat_interleave(row[1:]) for row in rows])
-        return Documents(starts.to(device), tuple(map(tuple, lengths)))
+        bounds = [torch.tensor([0, *row]) for row in rows]
+        starts = torch.stack([row.cumsum(0)[:-1].repeat_interleave(row[1:]) for row in bounds])
+        return Documents(starts.to(device), tuple(map(tuple, rows)))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -113,7 +117,7 @@ class Documents:
             lengths = list(chain.from_iterable(self.lengths))
             counts = [[rule(length) for length in row] for row in self.lengths]
             for length, count in zip(lengths, chain.from_iterable(counts), strict=True):
-                if isinstance(count, bool | float | str) or not 1 <= count <= length:
+                if count is None or isinstance(count, bool | float | str) or not 1 <= count <= length:
                     raise ValueError(
                         f"{count!r} of {length} tokens of a document cannot be selected; expected an integer from 1 to "
                         f"{length}"

@@ -34,8 +34,8 @@ def router_scores(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
         [B, E, T], fp32 (fp64 for fp64 inputs).
     """
     dtype = accumulation_dtype(hidden_states.dtype)
-    # On CPUs the order of a sum depends on the place and the number of rows. Rounded from fp64, equal tokens have equal
-    # scores wherever they stand.
+    # On CPUs the order of a sum depends on the place and the number of rows. Rounded from fp64 to fp32, equal tokens
+    # have equal scores wherever they stand, unless a sum lies within 1e-16 or so of where rounding changes.
     exact = torch.float64 if hidden_states.device.type == "cpu" else dtype
     logits = torch.einsum("bth,eh->bet", hidden_states.to(exact), router_weight.to(exact))
     return torch.sigmoid(logits).to(dtype)

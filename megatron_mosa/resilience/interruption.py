@@ -30,7 +30,7 @@ def block_sigusr1() -> None:
 
 
 class Signals:
-    """Records signals that ask this process to stop; a second one of the same kind ends it at once.
+    """Records signals that ask this process to stop; a second one of the same kind, but SIGHUP, ends it at once.
 
     A Python handler runs between two instructions of the main thread, which may be waiting for another rank inside a
     collective. So a thread reads the bytes that the C handler writes to a socket (``signal.set_wakeup_fd``), and the
@@ -73,6 +73,8 @@ class Signals:
                     self._note(signal.Signals(byte))
 
     def _note(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP and number in self.received:
+            return  # a terminal that is closed sends it twice: by its shell and by the kernel
         if number in self.received:
             with suppress(OSError):  # its reader may have left, or its disk be full
                 os.write(2, f"received {number.name} a second time: exiting now\n".encode())

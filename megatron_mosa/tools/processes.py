@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_mosa.errors import UserError
 
@@ -18,7 +17,7 @@ Process = subprocess.Popen[bytes]
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
+def signals_as_interrupt() -> Iterator[Callable[[], None]]:
     """Treat SIGTERM as Ctrl-C, so that started processes are ended and results are written.
 
     Likewise SIGHUP, the end of a terminal or an SSH connection, unless it is ignored, as under nohup.
@@ -29,8 +28,10 @@ def sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
     """
     has_come = False
 
-    def interrupt(number: int, frame: object) -> NoReturn:
+    def interrupt(number: int, frame: object) -> None:
         nonlocal has_come
+        if number == signal.SIGHUP and has_come:  # a terminal that is closed sends it twice
+            return
         has_come = True
         raise KeyboardInterrupt
 

@@ -62,13 +62,13 @@ class Rewinder:
         """Record the skipped step, set aside the checkpoints after the one to load, and return that."""
         steps = skipped_steps(self.directory)
         newest, damaged = self.store.newest_before(spike)
+        for path, damage in damaged:
+            self.writers.note(f"checkpoint {path} is damaged: {damage}; an earlier one is taken")
         if newest is None or len(steps) >= self.max_rewinds:
             return None
-        for path, damage in damaged:
-            self.writers.note(f"checkpoint {path} is damaged: {damage}")
-        for path in self.store.published():
-            if path > newest:  # their names are in the order of their steps
-                self.store.set_aside(path)
+        published = self.store.published()
+        for path in published[published.index(newest) + 1 :]:
+            self.store.set_aside(path)
         write_atomically(self.directory / SKIPPED, json.dumps([*steps, spike]) + "\n")
         return newest
 

@@ -2,6 +2,7 @@
 
 from megatron_mosa.utils.errors import file_problem, first_line
 from megatron_mosa.utils.files import (
+    REPLACED,
     creation_problem,
     free_megabytes,
     naming,
@@ -20,6 +21,7 @@ from megatron_mosa.utils.versions import versions
 from megatron_mosa.utils.words import counted, decimals
 
 __all__ = [
+    "REPLACED",
     "counted",
     "creation_problem",
     "decimals",

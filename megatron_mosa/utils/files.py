@@ -17,6 +17,9 @@ from megatron_mosa.utils.parsing import is_plain
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, on Linux; some room is left for what will be below the path
 
 
+REPLACED = ".replaced-"
+"""Prefix of what ``replace_directory`` is about to remove; a process that dies meanwhile leaves it."""
+
 _warned = set[str]()
 """Subjects of ``tolerating`` that it has warned of."""
 
@@ -94,7 +97,7 @@ def replace_directory(new: Path, target: Path) -> None:
     Raises:
         OSError: a rename failed; what stood at ``target`` is there again.
     """
-    old = target.with_name(f".replaced-{target.name}")
+    old = target.with_name(REPLACED + target.name)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)

@@ -162,10 +162,12 @@ def test_inspect_never_unpickles_deepspeed_files(tmp_path: Path, capsys: pytest.
     assert facts["kind"].strip() == "DeepSpeed checkpoint" and facts["latest"].strip() == "global_step10"
     assert (facts["model-parallel ranks"].strip(), facts["ZeRO ranks"].strip()) == ("2", "4")
     assert not (tmp_path / "mark").exists()
-    lost = folder / "bf16_zero_pp_rank_2_mp_rank_01_optim_states.pt"
-    lost.unlink()
-    with pytest.raises(RunError, match=f"is damaged: {lost.name} is missing"):
-        inspect(tmp_path)
+    for name in ("bf16_zero_pp_rank_3_mp_rank_01_optim_states.pt", "mp_rank_01_model_states.pt"):
+        content = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(RunError, match=f"is damaged: {name} is missing"):
+            inspect(tmp_path)
+        (folder / name).write_bytes(content)
 
 
 def test_inspect_verifies_the_deepspeed_tag_that_latest_names(

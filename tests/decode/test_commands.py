@@ -104,10 +104,14 @@ def test_new_text_is_printed_as_it_stands_behind_the_prompt(
         prompt, new = ([*chain(*draw.choices(pieces, k=count))] for count in (4, 30))
         printer = _Printer(tokenizer)
         printer.put(torch.tensor([prompt]))
-        for token in new:
+        printed = tokenizer.decode(prompt)
+        for count, token in enumerate(new, start=1):
             printer.put(torch.tensor([token]))
+            printed += capsys.readouterr().out
+            if not (whole := tokenizer.decode(prompt + new[:count])).endswith("\ufffd"):
+                assert printed == whole
         printer.end()
-        assert tokenizer.decode(prompt) + capsys.readouterr().out == tokenizer.decode(prompt + new) + "\n"
+        assert printed + capsys.readouterr().out == tokenizer.decode(prompt + new) + "\n"
 
 
 def test_prompts_are_read_like_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

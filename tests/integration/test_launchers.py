@@ -156,8 +156,13 @@ def _under_nohup() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "nohup"),
+    [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, True), (signal.SIGHUP, 129, False)],
+)
+def test_torchrun_ends_with_the_code_of_its_signal(
+    number: signal.Signals, code: int, nohup: bool, tmp_path: Path
+) -> None:
     """While the ranks import, they have nothing to save; torchrun itself would exit with 1 after a traceback.
 
     Under nohup the end of the terminal ends nothing; torchrun itself would end the ranks.
@@ -178,12 +183,13 @@ def test_torchrun_ends_with_the_code_of_its_signal(number: signal.Signals, code:
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=_under_nohup,
+        preexec_fn=_under_nohup if nohup else None,
     ) as process:  # fmt: skip
         while process.poll() is None and not (tmp_path / "up").exists():
             time.sleep(0.1)
-        process.send_signal(signal.SIGHUP)
-        time.sleep(0.5)
+        if nohup:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors

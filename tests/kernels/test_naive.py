@@ -100,6 +100,9 @@ def test_torch_func_gives_the_gradient_of_backward(options: dict) -> None:
 
     expected = torch.autograd.grad(loss(states), states)[0]
     torch.testing.assert_close(torch.func.grad(loss)(states.detach()), expected, rtol=0, atol=0)
+    direction = torch.randn(states.shape, dtype=states.dtype, generator=torch.Generator().manual_seed(1))
+    _, change = torch.func.jvp(loss, (states.detach(),), (direction,))
+    torch.testing.assert_close(change, (expected * direction).sum())
 
 
 @pytest.mark.parametrize("include_first_token", [False, True])

@@ -552,10 +552,10 @@ def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:
 def test_a_signal_while_a_process_is_started_is_not_lost(number: str) -> None:
     code = f"""
 import os, signal, subprocess
-from megatron_mosa.tools.processes import sigterm_as_interrupt
+from megatron_mosa.tools.processes import signals_as_interrupt
 
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.{number}))
-with sigterm_as_interrupt() as check:
+with signals_as_interrupt() as check:
     try:
         subprocess.Popen(["true"], preexec_fn=lambda: None).wait()  # Python ignores what the handler raises here
         print("started")

@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
+from megatron_mosa.cluster.slurm.record import Record
 from megatron_mosa.cluster.status import facts, goes_on, is_well
 from megatron_mosa.config import Config
 from megatron_mosa.config.schema import FaultInjectionSection, ResilienceSection
@@ -73,6 +74,19 @@ def test_sigusr1_is_held_until_the_imports_are_done() -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=240)[0] == "ready\nSIGUSR1\n"
     assert process.returncode == 0
+
+
+def test_a_second_sighup_ends_nothing() -> None:
+    """When a terminal is closed, its shell and the kernel send one each."""
+    process = start(LISTENER, "stays")
+    assert process.stdout is not None
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "SIGHUP\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.parametrize("how", ["stays", "blocked", "unread"])
@@ -279,13 +293,15 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     content = read_status(tmp_path)
     assert content is not None and (content["state"], content["step"], content["starts"]) == ("running", 7, 1)
     now = content["updated"]
-    assert goes_on(content) and not goes_on(content | {"state": "stopped", "exit_code": 75})
-    assert goes_on(content | {"state": "stopped", "exit_code": 75, "job": "7"})  # which starts it again
-    assert not goes_on(content | {"state": "done", "exit_code": 0, "job": "7"})
+    ended = content | {"state": "failed", "exit_code": 1}
+    assert goes_on(content, Record()) and not goes_on(ended, Record())
+    ended["job"] = "7"
+    assert goes_on(ended, Record(attempt="7-0-1")) and goes_on(ended, Record(verdict="again"))
+    assert not goes_on(ended, Record(verdict="stop"))
     assert is_well(content, now + 59) and not is_well(content, now + 61)
     assert facts(content, now)["time left"] == "0:00:06"
     assert facts(content, now)["step"] == "7 of 10"
-    assert facts(content | {"last_step": 5}, now)["step"] == "7, past the last one asked for, 5"
+    assert facts(content | {"last_step": 5}, now)["step"] == "7 (past the last one asked for, 5)"
     assert facts(content | {"skipped_steps": 1}, now)["skipped"] == "1 step since this start"
     assert facts(content, now + 100)["state"].startswith("no update for 0:01:40; last: training")
     assert facts(content, now - 0.5)["updated"] == "0:00:00 ago"

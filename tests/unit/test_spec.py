@@ -199,9 +199,9 @@ def test_unsupported_arguments_of_the_layer(layout: Layout) -> None:
     [
         (dict(num_attention_heads=0, num_mosa_heads=0), "leave no head"),
         (dict(num_mosa_heads=-1), "num_mosa_heads must be at least 0, got -1"),
-        (dict(kv_channels=0), "kv_channels=0; set it to the width of a head"),
+        (dict(kv_channels=-8), "kv_channels=-8; set it to the width of a head"),
         (dict(normalization="rmsnorm"), "normalization must be LayerNorm or RMSNorm, got rmsnorm"),
-        (dict(mosa_recompute="full", hidden_dropout=0.1), "would drop other units in the repetition; set hidden_dropo"),
+        (dict(mosa_recompute="full", hidden_dropout=0.1), "must be 0.0 with mosa_recompute='full', got 0.1"),
         (dict(num_fixed_heads=2), "mosa_fixed_stride must be at least 1 with fixed heads, got 0"),
         (dict(num_routing_heads=2), "mosa_routing_clusters must be at least 2 with Routing heads, got 0"),
         (
@@ -243,9 +243,12 @@ def test_bad_configurations_are_named(changes: dict, message: str) -> None:
 
 
 def test_equal_weights_on_all_ranks_are_refused(layout: Layout) -> None:
+    config = make_config(tensor_model_parallel_size=2, use_cpu_initialization=False)
     with pytest.raises(ValueError, match="would give every rank the same weights; set use_cpu_initialization=True"):
-        make_config(tensor_model_parallel_size=2, use_cpu_initialization=False)
-    make_config(tensor_model_parallel_size=2, use_cpu_initialization=False, perform_initialization=False)
+        MosaSelfAttention(config)
+    make_config(
+        tensor_model_parallel_size=2, use_cpu_initialization=False, perform_initialization=False
+    ).check_initialization()
 
 
 def test_process_groups_can_be_given(layout: Layout) -> None:

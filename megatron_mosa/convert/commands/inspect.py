@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -31,7 +32,7 @@ from megatron_mosa.utils import counted, progress
 
 _UNCHECKED = "not checked (--full verifies checksums)"
 _SIZES_ONLY = "no file is missing or too short (--full also verifies checksums)"
-_SHARD = re.compile(r"(.*zero_pp_rank_)(\d+)(_.*)")
+_SHARD = re.compile(r"(.*?)(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)(.*)")
 
 
 def inspect(path: Path, *, full: bool = False) -> None:
@@ -164,14 +165,22 @@ def _torch_dist(folder: Path, facts: dict[str, str], full: bool) -> str | None:
 
 
 def _missing_shard(names: Sequence[str]) -> str | None:
-    """Name a file of DeepSpeed that a rank did not write although a rank after it did, by the files' names; or None."""
-    present: dict[str, set[int]] = {}  # ranks of each kind of file, by its name with "{}" for the rank
-    for name in names:
-        if match := _SHARD.fullmatch(name):
-            present.setdefault(f"{match[1]}{{}}{match[3]}", set()).add(int(match[2]))
-    ranks = range(1 + max((max(found) for found in present.values()), default=-1))
-    missing = (kind.format(rank) for kind, found in sorted(present.items()) for rank in ranks if rank not in found)
-    return next((f"{name} is missing" for name in missing), None)
+    """Name a file that a rank of DeepSpeed did not write although others wrote theirs, by the files' names; or None.
+
+    Of the ranks' numbers only the largest that any file has is known.
+    """
+    present: dict[tuple[str, bool, str], set[tuple[int, int]]] = {}  # ranks by what else is in a file's name
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        before, part, model, after = match.groups()
+        present.setdefault((before, part is not None, after), set()).add((int(part or 0), int(model)))
+    every = [ranks for found in present.values() for ranks in found]
+    parts, models = (range(1 + max((ranks[place] for ranks in every), default=-1)) for place in (0, 1))
+    for (before, is_partitioned, after), found in sorted(present.items()):
+        for part, model in product(parts if is_partitioned else (0,), models):
+            if (part, model) not in found:
+                rank = f"zero_pp_rank_{part}_" if is_partitioned else ""
+                return f"{before}{rank}mp_rank_{model:02}{after} is missing"
+    return None
 
 
 def _healthy(has_manifest: bool, full: bool, *, only_weights: bool = False) -> str:

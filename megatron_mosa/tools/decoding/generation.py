@@ -89,14 +89,15 @@ class _Printer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] | None = None  # whole characters before the new tokens; None before the prompt
+        self._has_prompt = False
+        self._context: list[int] = []  # the tokens before the new ones; they end with a whole character
         self._new: list[int] = []
 
     def put(self, value: Tensor) -> None:
         """Take the prompt first, [1, T], then one new token after the other, [1]."""
         ids = value.flatten().tolist()
-        if self._context is None:
-            self._context = ids
+        if not self._has_prompt:
+            self._has_prompt, self._context = True, ids
             return
         self._new += ids
         text = self._text()
@@ -110,8 +111,7 @@ class _Printer:
 
     def _text(self) -> str:
         before, whole = (
-            self._tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self._context, (self._context or []) + self._new)
+            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._context, self._context + self._new)
         )
         return whole[len(before) :]
 

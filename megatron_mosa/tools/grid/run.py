@@ -26,7 +26,7 @@ from megatron_mosa.tools.grid.plan import Plan
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, write_results
 from megatron_mosa.tools.grid.work import Work
-from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
+from megatron_mosa.tools.processes import alone_in, signals_as_interrupt
 from megatron_mosa.utils import counted, load_json, say, write_atomically
 
 
@@ -40,7 +40,7 @@ def run_grid(request: Request) -> list[Row]:
         RunError: it was stopped, or cells, evaluations or measurements failed.
     """
     plan = None if request.measures_first else request.plan()  # mistakes come before anything is written
-    with alone_in(request.output, "mosa isoflop run"), sigterm_as_interrupt() as check_interruption:
+    with alone_in(request.output, "mosa isoflop run"), signals_as_interrupt() as check_interruption:
         prepare_output(request.output, request.grid)
         work = Work(request, plan or request.plan(), check_interruption)
         work.refuse_other_results()

@@ -71,7 +71,7 @@ class Work:
         """Begin without reading anything.
 
         Args:
-            check_interruption: of ``sigterm_as_interrupt``.
+            check_interruption: of ``signals_as_interrupt``.
         """
         self.request, self.plan, self.folder = request, plan, request.output
         self.check_interruption = check_interruption

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_mosa.config import Config
 from megatron_mosa.errors import RunError
-from megatron_mosa.tools.processes import alone_in, sigterm_as_interrupt
+from megatron_mosa.tools.processes import alone_in, signals_as_interrupt
 from megatron_mosa.tools.scaling.cells import Cell
 from megatron_mosa.tools.scaling.memory import card
 from megatron_mosa.tools.scaling.rows import Sweep
@@ -59,7 +59,7 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
         progress.print_known()
         error: BaseException | None = None
         try:
-            with sigterm_as_interrupt():
+            with signals_as_interrupt():
                 if sessions := work.sessions():
                     (run or _run_here(sessions))(sessions, progress.watch)
         except (KeyboardInterrupt, RunError) as caught:

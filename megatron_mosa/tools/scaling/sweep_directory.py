@@ -17,7 +17,7 @@ from megatron_mosa.utils import load_json, write_atomically
 _REQUEST = "request.json"
 _FOLDERS = ("jobs", "layouts", "logs")
 _OWN = (*_FOLDERS, "results.csv", "results.md", "scaling.png", "breakdown.png", _REQUEST)
-"""What a sweep writes; its request comes last, so that what a removal that was cut short has left is a sweep's."""
+"""What a sweep writes. The request is removed last, so an interrupted removal still looks like a sweep."""
 
 
 def prepare_output(folder: Path, identity: dict[str, Any], force: bool) -> None:
@@ -68,10 +68,7 @@ def _earlier(file: Path) -> dict[str, Any] | None:
 def _refuse_foreign_files(folder: Path, force: bool) -> None:
     """Refuse a directory without a sweep if a sweep would overwrite its files, or without --force if it has any."""
     if _REQUEST in (taken := [name for name in _OWN if os.path.lexists(folder / name)]):
-        raise UserError(
-            f"--output={folder}: its {_REQUEST} is damaged or not that of a sweep; give another --output, or remove "
-            "the directory"
-        )
+        raise UserError(f"--output={folder}: its {_REQUEST} is damaged or not that of a sweep; give another --output")
     if taken:
         raise UserError(
             f"--output={folder} holds {', '.join(taken)}, which no sweep wrote (there is no {_REQUEST}) and this one "
