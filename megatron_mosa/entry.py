@@ -116,8 +116,9 @@ def _interrupts_noted() -> list[int]:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a frame is inside an import; a look at a package's version also runs code of importlib."""
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False

@@ -143,8 +143,8 @@ def ragged(
         ({"inner": 96}, False),
         ({"dtype": torch.float32}, False),
         ({"columns": 324}, False),
-        ({"heads": 65}, False),
-        ({"heads": 66}, True),
+        ({"heads": 31}, False),
+        ({"heads": 32}, True),
     ],
 )
 @pytest.mark.usefixtures("described")

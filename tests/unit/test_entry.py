@@ -149,6 +149,20 @@ with tempfile.TemporaryDirectory() as folder:
 }
 
 
+def test_an_interrupted_look_at_a_version_can_be_caught() -> None:
+    """Programs that write their results when they are interrupted ask for versions all the time."""
+    code = """
+import importlib.metadata, os, signal, sys
+from megatron_mosa.entry import run
+importlib.metadata.MetadataPathFinder.find_distributions = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+def program():
+    try: importlib.metadata.version("torch")
+    except KeyboardInterrupt: return 5
+sys.exit(run(program))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (5, "")
+
+
 @pytest.mark.parametrize("place", INTERRUPTIONS)
 def test_an_interruption_ends_in_one_line(place: str) -> None:
     setup = "import os, signal, sys\nfrom megatron_mosa.entry import run\n"
