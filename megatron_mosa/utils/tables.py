@@ -13,8 +13,9 @@ _COLUMNS_OF_A_FILE = 140
 
 
 def table_console(*, highlight: bool = True) -> Console:
-    """Return a console for tables on stdout. Without COLUMNS, a file or a pipe has no width, and gets one with room."""
+    """Return a console for tables on stdout. A file or a pipe has no width of its own, and gets one with room."""
     from rich.console import Console  # slow to import
 
-    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(markup=False, highlight=highlight, width=None if has_width else _COLUMNS_OF_A_FILE)
+    asked = os.environ.get("COLUMNS", "")
+    wanted = max(_COLUMNS_OF_A_FILE, int(asked) if asked.isdecimal() else 0)
+    return Console(markup=False, highlight=highlight, width=None if sys.stdout.isatty() else wanted)

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config, padded_vocab_size
 from megatron_mosa.errors import UserError
 from megatron_mosa.model import mosa_head_flops, paper_flops, parameter_count
+from megatron_mosa.tools.scaling import commands
 from megatron_mosa.tools.scaling.isoflop import IsoflopModel, solve_isoflop
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -51,9 +53,13 @@ def paper(name: str) -> Config:
     return load_config(PAPER / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("columns", [None, "50"])
-def test_tables_are_whole_where_there_is_no_terminal(columns: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns) if columns else monkeypatch.delenv("COLUMNS", raising=False)
+@pytest.mark.parametrize("columns", [None, 50])
+def test_tables_are_whole_in_a_pipe_and_fold_where_they_are_narrow(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    if columns:  # of a terminal
+        monkeypatch.setattr(commands, "table_console", lambda: Console(markup=False, width=columns))
     dense = ["mosa.num_heads=0", "model.num_dense_heads=32", "data.sequence_length=16384", "--sparsity", "4,64"]
     done = CliRunner().invoke(app, ["isoflop", str(CONFIGS / "scale" / "7b_mosa.yaml"), *dense])
     assert done.exit_code == 0 and "…" not in done.output, done.output
