@@ -12,7 +12,15 @@ from megatron_mosa.config.load import (
     read_yaml,
     save_config,
 )
-from megatron_mosa.config.render import REFERENCE_FILE, difference, inline_yaml, reference, resolved, summary
+from megatron_mosa.config.render import (
+    REFERENCE_FILE,
+    difference,
+    inline_yaml,
+    reference,
+    resolved,
+    selection_in_words,
+    summary,
+)
 from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
@@ -62,5 +70,6 @@ __all__ = [
     "reference",
     "resolved",
     "save_config",
+    "selection_in_words",
     "summary",
 ]

@@ -58,6 +58,11 @@ def difference(first: Config, second: Config) -> Iterable[tuple[str, str, str]]:
                 yield f"{section}.{name}", _scalar(value), _scalar(theirs[section][name])
 
 
+def selection_in_words(selection: str) -> str:
+    """Return how MoSA heads select, to stand behind their number; "" for expert choice."""
+    return {"threshold": " with thresholds", "token_choice": " by token choice"}.get(selection, "")
+
+
 def summary(config: Config) -> str:
     """Return the model in a few words, such as "6 layers of width 512, 4 dense + 17 MoSA heads, 1,024 tokens"."""
     model = config.model
@@ -65,7 +70,7 @@ def summary(config: Config) -> str:
     heads = " + ".join(f"{count} {kind}" for kind, count in counts.items())
     heads += " head" if sum(counts.values()) == 1 else " heads"
     if config.mosa.num_heads:
-        heads += {"threshold": " with thresholds", "token_choice": " by token choice"}.get(config.mosa.selection, "")
+        heads += selection_in_words(config.mosa.selection)
     layers, tokens = counted(model.num_layers, "layer"), counted(config.data.sequence_length, "token")
     return f"{layers} of width {model.hidden_size}, {heads}, {tokens}"
 

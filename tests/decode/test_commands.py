@@ -115,7 +115,7 @@ def test_new_text_is_printed_as_it_stands_behind_the_prompt(
 
 
 def test_prompts_are_read_like_training_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte-order mark is no text, line endings stay, and in the C locale, too, other encodings are refused."""
+    """Without a byte-order mark and with the line endings of the file; text that is not UTF-8 is refused."""
     file = tmp_path / "prompt.txt"
     for content in (b"\xef\xbb\xbfa = 1\r\nb = 2\r\n", b"caf\xe9"):
         file.write_bytes(content)

@@ -183,7 +183,7 @@ def test_a_checkpoint_older_than_a_key_means_its_default(overrides: list[str]) -
 
 
 def test_a_plan_counts_flops_by_the_documents(overrides: list[str], tmp_path: Path) -> None:
-    """As the run does for its MFU; the dataset's documents are as long as their text, of ten tokens or so."""
+    """The plan counts attention within documents, here of about ten tokens, as the MFU of a run does."""
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(400)))
     within = [f"data.sources=[{source}]", f"data.path={tmp_path}/data", "model.attend_within_documents=true"]

@@ -16,6 +16,7 @@ from megatron_mosa.checkpoint import (
     is_recorded,
     read_metadata,
 )
+from megatron_mosa.config import selection_in_words
 from megatron_mosa.convert.formats.safetensors import SafetensorsFolder, read_json, shard_names
 from megatron_mosa.convert.locate import (
     COMMON_FILE,
@@ -76,13 +77,13 @@ def _ours(folder: Path, facts: dict[str, str], full: bool) -> str | None:
     model, mosa = metadata.config["model"], metadata.config["mosa"]
     fixed = f"{model['num_fixed_heads']} fixed, " if model.get("num_fixed_heads") else ""
     routing = f"{model['num_routing_heads']} Routing, " if model.get("num_routing_heads") else ""
-    selection = {"threshold": " with thresholds", "token_choice": " by token choice"}.get(mosa.get("selection", ""), "")
+    selection = selection_in_words(mosa.get("selection", "")) if mosa["num_heads"] else ""
     gated = "; dense and local heads are gated" if model.get("attention_gate") else ""
     facts["format"] = str(metadata.format_version)
     facts["model"] = (
         f"{counted(model['num_layers'], 'layer')} of width {model['hidden_size']}; heads: "
         f"{model['num_dense_heads']} dense, {model.get('num_local_heads', 0)} local, {fixed}"
-        f"{routing}{mosa['num_heads']} MoSA{selection if mosa['num_heads'] else ''}{gated}"
+        f"{routing}{mosa['num_heads']} MoSA{selection}{gated}"
     )
     facts["step"] = (
         f"{metadata.step:,} (optimizer step {metadata.optimizer_step:,}, "
