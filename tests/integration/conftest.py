@@ -94,16 +94,24 @@ class Runner:
                 for rank in range(processes)
             ]  # fmt: skip
 
+    def codes(self, name: str, *overrides: str, **options: Any) -> list[int]:
+        """``start`` a run and wait for its end; return the exit codes by rank."""
+        try:
+            return wait_for_ranks(self.start(name, *overrides, **options))
+        except TimeoutError as error:
+            error.add_note(self.printed(name, "out") + self.printed(name, "err"))  # with all stacks
+            raise
+
     def run(self, name: str, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """``start`` a run and wait for its end; the exit code is the largest of all ranks in absolute value."""
         before = {stream: self.printed(name, stream) for stream in ("out", "err")}
-        codes = wait_for_ranks(self.start(name, *overrides, **options))
+        codes = self.codes(name, *overrides, **options)
         output, errors = (self.printed(name, stream)[len(before[stream]) :] for stream in before)
         return subprocess.CompletedProcess([name, *overrides], max(codes, key=abs), output, errors)
 
     def all_ranks(self, name: str, *overrides: str, **options: Any) -> tuple[list[int], str]:
         """``start`` a run and wait for its end; return the exit codes by rank, and what all have written to stderr."""
-        codes = wait_for_ranks(self.start(name, *overrides, **options))
+        codes = self.codes(name, *overrides, **options)
         return codes, self.printed(name, "err")
 
     def pretrain(self, name: str, *overrides: str, **options: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 SHARED, REAL = "MOSA_LOADED_PYTHON", "MOSA_REAL_PYTHON"
@@ -82,6 +85,17 @@ def first_on_path(path: str | None = None) -> str:
     return f"{Path(loaded_python()).parent}:{path or os.environ['PATH']}"
 
 
+def show_stacks(arguments: list[str]) -> None:
+    """Have all processes of a program, its loaders included, write their stacks to their standard error."""
+    command = " ".join(arguments)
+    for process in psutil.process_iter(["cmdline"]):
+        shown = " ".join(process.info["cmdline"] or ()).rstrip()
+        if shown and command.startswith(shown):  # it is cut where it is long
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGQUIT)
+                time.sleep(0.5)  # one after the other
+
+
 def wait_for_ranks(ranks: list[subprocess.Popen[bytes]], seconds: float = 240) -> list[int]:
     """Return the exit codes of a run's ranks. If one fails, terminate the others, as torchrun does."""
     deadline, are_asked = time.monotonic() + seconds, False
@@ -94,6 +108,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen[bytes]], seconds: float = 240) -
             with suppress(subprocess.TimeoutExpired):
                 running[0].wait(0.1)
             if time.monotonic() > deadline:
+                show_stacks(ranks[0].args)
                 raise TimeoutError(f"{ranks[0].args} did not end within {seconds} s")
     finally:
         for rank in ranks:

@@ -10,6 +10,7 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import io
@@ -214,6 +215,7 @@ def run(job: dict, program: str) -> int:
     sys.stdin, sys.stdout = (io.TextIOWrapper(os.fdopen(n, mode, closefd=False)) for n, mode in ((0, "rb"), (1, "wb")))
     errors = os.fdopen(2, "wb", closefd=False)
     sys.stderr = io.TextIOWrapper(errors, errors="backslashreplace", line_buffering=True)
+    faulthandler.register(signal.SIGQUIT, file=2)  # see show_stacks
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))

@@ -99,3 +99,12 @@ def test_ranks_are_terminated_once_if_one_fails(tmp_path: Path) -> None:
         subprocess.Popen([loaded_python(), "-c", text]) for text in (stubborn, fails, "import time; time.sleep(60)")
     ]
     assert wait_for_ranks(ranks) == [4, 2, -signal.SIGTERM]
+
+
+def test_ranks_that_hang_show_their_stacks(tmp_path: Path) -> None:
+    code = f"import os, time\ndef waits(): time.sleep(60)\nos.fork()\nwaits()  # {tmp_path}"
+    with (tmp_path / "err").open("w") as errors:
+        ranks = [subprocess.Popen([loaded_python(), "-c", code], stderr=errors)]
+        with pytest.raises(TimeoutError, match=r"did not end within 0\.5 s"):
+            wait_for_ranks(ranks, 0.5)
+    assert (tmp_path / "err").read_text().count("in waits\n") == 2  # with the loader's
