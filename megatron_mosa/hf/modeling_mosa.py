@@ -8,10 +8,7 @@ cannot decode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from difflib import get_close_matches
-from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +21,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 
+from .arguments_mosa import (
+    TOKENIZERS,
+    UNSUPPORTED,
+    UNSUPPORTED_OPTIONS,
+    check_inputs,
+    check_others,
+    did_you_mean,
+    parameters,
+    unsupported,
+)
 from .cache_mosa import CACHE, MosaCache, MosaCacheLayer, cache_entry, check_cache
 from .configuration_mosa import MosaConfig
 from .graph_mosa import can_capture, captured_step
@@ -39,80 +46,6 @@ logger = logging.get_logger(__name__)
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 IGNORED_LABEL = -100
-# Arguments that transformers and PEFT may pass to any model, but this one does not support.
-UNSUPPORTED = {
-    "position_ids": "positions follow from attention_mask and the cache",
-    "output_attentions": "the kernels do not keep attention weights",
-    "token_type_ids": "all tokens are of one kind",
-}
-IGNORED = ("cache_position",)  # the cache knows it
-TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # generate reads them itself, but passes them on to forward, too
-NO_DRAFTS = "a MosaCache cannot remove the tokens of a rejected draft"
-# Options of generate that this model does not support.
-UNSUPPORTED_OPTIONS = {
-    "cache_implementation": "heads that select tokens store them in a MosaCache, which generate creates itself",
-    "assistant_model": NO_DRAFTS,
-    "assistant_early_exit": NO_DRAFTS,
-    "prompt_lookup_num_tokens": NO_DRAFTS,
-    "use_mtp": NO_DRAFTS,
-}
-
-
-def parameters(function: Callable[..., Any]) -> list[str]:
-    """Return the names of a method's arguments."""
-    return [name for name in signature(function).parameters if name not in ("self", "others", "args", "kwargs")]
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """Return "did you mean 'x'?" for the known name most similar to ``name``, or an empty string."""
-    similar = get_close_matches(name, known, n=1)
-    return f"did you mean '{similar[0]}'?" if similar else ""
-
-
-def unsupported(name: str) -> str:
-    """Return why an argument of ``UNSUPPORTED`` is refused, and what to do."""
-    return f"{name} is not supported: {UNSUPPORTED[name]}; omit {name}"
-
-
-def has_effect(name: str, value: Any) -> bool:
-    """Return whether the value of an unsupported argument would have an effect if it were supported."""
-    if name == "token_type_ids" and isinstance(value, Tensor):
-        return bool(value.any())
-    return value is not None and value is not False
-
-
-def check_others(forward: Callable[..., Any], others: dict[str, Any], config: MosaConfig) -> None:
-    """Check the arguments that ``forward`` does not name, so that a mistyped one is not ignored.
-
-    Raises:
-        TypeError: an argument does not exist.
-        ValueError: an argument exists in transformers, but this model does not support it.
-    """
-    for name in UNSUPPORTED:
-        value = others.get(name)
-        if has_effect(name, getattr(config, name, None) if value is None else value):
-            raise ValueError(unsupported(name))
-    for name in others:
-        if name not in UNSUPPORTED and name not in IGNORED:
-            names = [*parameters(forward), "return_dict"]
-            hint = did_you_mean(name, names) or f"it takes {', '.join(names)}"
-            raise TypeError(f"forward() got an unexpected keyword argument '{name}'; {hint}")
-
-
-def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Check that ids [B, T] or embeddings [B, T, h] are given, of one token or more.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("pass either input_ids or inputs_embeds, and not both")
-    for name, inputs, sizes in (("input_ids", input_ids, "BT"), ("inputs_embeds", inputs_embeds, "BTh")):
-        if inputs is not None and (inputs.dim() != len(sizes) or 0 in inputs.shape):
-            raise ValueError(
-                f"{name} must be of shape [{', '.join(sizes)}], with one sequence and one token or more, got "
-                f"{list(inputs.shape)}"
-            )
 
 
 def select_positions(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -421,6 +354,13 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         if cache is not None or uses_cache:
             kwargs[CACHE] = self.new_cache() if cache is None else cache
         return super().generate(inputs, *args, **kwargs)  # pyright: ignore
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse ``generate_batch`` and what else transformers builds on this."""
+        raise ValueError(
+            "continuous batching is not supported: it pages keys and values, and heads that select tokens keep them in "
+            "a MosaCache; pass the prompts to generate as one batch, padded on the left"
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any

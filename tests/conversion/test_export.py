@@ -137,11 +137,11 @@ def test_it_works_without_this_project(trained: dict[str, Trained], exported: di
 def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: dict[str, Path]) -> None:
     folder = exported["hybrid"]
     names = [
-        "README.md", "cache_mosa.py", "config.json", "configuration_mosa.py", "dense_kernels_mosa.py", "dense_mosa.py",
-        "fixed_mosa.py", "graph_mosa.py", "heads_mosa.py", "kernels_mosa.py", "manifest.json",
-        "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_mosa.py", "room_mosa.py",
-        "routing_mosa.py", "rows_mosa.py", "sparse_mosa.py", "tokenizer.json", "tokenizer_config.json",
-        "tokens_mosa.py",
+        "README.md", "arguments_mosa.py", "cache_mosa.py", "config.json", "configuration_mosa.py",
+        "dense_kernels_mosa.py", "dense_mosa.py", "fixed_mosa.py", "graph_mosa.py", "heads_mosa.py", "kernels_mosa.py",
+        "manifest.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "modeling_mosa.py",
+        "room_mosa.py", "routing_mosa.py", "rows_mosa.py", "sparse_mosa.py", "tokenizer.json",
+        "tokenizer_config.json", "tokens_mosa.py",
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all(

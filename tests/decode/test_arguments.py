@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from tests.decode.models import build, random_tokens
 
@@ -174,10 +174,13 @@ def test_unsupported_generate_options_are_refused_by_name(name: str, value: Any)
 
 
 @torch.no_grad()
-def test_assistant_models_are_refused() -> None:
+def test_assistant_models_and_continuous_batching_are_refused() -> None:
     model, ids = build("hybrid"), random_tokens(1, 9)
     with pytest.raises(ValueError, match=r"^assistant_model is not supported: a MosaCache cannot remove"):
         model.generate(ids, max_new_tokens=2, assistant_model=build("dense"))
+    if hasattr(GenerationMixin, "generate_batch"):  # not in all supported versions
+        with pytest.raises(ValueError, match=r"^continuous batching is not supported: .* as one batch, padded"):
+            model.generate_batch(ids.tolist(), generation_config=GenerationConfig(max_new_tokens=2))
 
 
 # Modes of torch.

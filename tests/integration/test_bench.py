@@ -32,3 +32,4 @@ def test_bench_measures_writes_and_compares(runner: Runner) -> None:
     ):
         done = runner.mosa(*command, *words)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not done.stdout  # refused before anything is measured

@@ -45,13 +45,17 @@ def bench(
     before = None if compare is None else read(compare)
     from megatron_mosa.parallel import destroy_parallel, initialize_parallel, launch_environment  # slow to import
     from megatron_mosa.tools.bench import report
-    from megatron_mosa.tools.bench.measure import measure
+    from megatron_mosa.tools.bench.measure import difference, measure
     from megatron_mosa.train import refuse_impossible
 
     check_world_size(settings, launch_environment()[1])
     refuse_impossible(settings, settings.data.vocab_size)
     layout = initialize_parallel(settings.parallel.tensor_model_parallel_size, settings.run.seed)
     try:
+        if before is not None and (differs := difference(before, settings, layout)):
+            raise UserError(
+                f"{compare} was measured with {differs}; compare the same model, batch and layout on one device"
+            )
         found = measure(settings, layout, steps, warmup)
     finally:
         destroy_parallel()
@@ -85,8 +89,6 @@ def read(path: Path) -> Measurement:
 def _compare(found: Measurement, before: Measurement, path: Path | None) -> None:
     from megatron_mosa.tools.bench import report
 
-    if differs := report.difference(found, before):
-        raise UserError(f"{path} was measured with {differs}; compare the same model, batch and layout on one device")
     lines = report.slower(found, before)
     print(f"\nagainst {path}: {before.median:.1f} ms then, {found.median:.1f} ms now")
     print("\n".join(f"slower: {line}" for line in lines) or "nothing is slower by more than 5 % of a step")

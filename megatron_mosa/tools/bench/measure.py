@@ -112,7 +112,7 @@ def measure(
     return Measurement(
         name=config.run.name,
         layout=describe(config, layout),
-        device=torch.cuda.get_device_name() if is_gpu else "cpu",
+        device=_device_name(layout),
         versions=versions("torch", "triton", "megatron-core", "deepspeed"),
         acceleration=str(engine.acceleration),
         milliseconds=times,
@@ -129,8 +129,36 @@ def measure(
         loop=loop,
         grad_norms=take.grad_norms[:kept],
         communication_share=share,
-        model={"model": asdict(config.model), "mosa": asdict(config.mosa)},
+        model=_model(config),
     )
+
+
+def difference(before: Measurement, config: Config, layout: Layout) -> str:
+    """Say in what an earlier measurement is not of the step that ``measure`` would take; "" if it is.
+
+    Acceleration, precision, recomputation and versions of libraries may differ: their times are worth comparing.
+    """
+    vocab_size = config.data.vocab_size
+    pairs: dict[str, tuple[Any, Any]] = {
+        "device": (before.device, _device_name(layout)),
+        "layout": (before.layout, describe(config, layout)),
+    }
+    for section, ours in _model(config).items():
+        theirs = (before.model or {}).get(section, {})
+        pairs |= {f"{section}.{key}": (theirs[key], value) for key, value in ours.items() if key in theirs}
+    pairs["parameters"] = (before.parameters, parameter_count(config, vocab_size))
+    if before.model is None:  # with the model known, other FLOPs would only be counted in another way
+        flops = model_flops(config, vocab_size) * config.train.global_batch_size / layout.world_size
+        pairs["FLOPs"] = (before.flops_per_step["executed"], flops)
+    return "; ".join(f"{what}={theirs} (now {ours})" for what, (theirs, ours) in pairs.items() if theirs != ours)
+
+
+def _device_name(layout: Layout) -> str:
+    return torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu"
+
+
+def _model(config: Config) -> dict[str, dict[str, Any]]:
+    return {"model": asdict(config.model), "mosa": asdict(config.mosa)}
 
 
 @dataclass

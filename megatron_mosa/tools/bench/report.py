@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_mosa.metrics import load_pyplot, save_figure
 from megatron_mosa.tools.bench.loop import LoopTime
@@ -73,24 +72,6 @@ def plot(found: Measurement, path: Path) -> None:
     axes.set_title(f"{found.name}, {found.layout}, {found.device}: {found.median:.1f} ms", fontsize=9)
     axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     save_figure(figure, path, dpi=150)
-
-
-def difference(found: Measurement, before: Measurement) -> str:
-    """Say in what an earlier measurement is not of the same step on the same device; "" if it is.
-
-    Acceleration, precision, recomputation and versions of libraries may differ: their times are worth comparing.
-    """
-    pairs: dict[str, tuple[Any, Any]] = {
-        "device": (before.device, found.device),
-        "layout": (before.layout, found.layout),
-    }
-    for section, values in (before.model or {}).items():
-        ours = (found.model or {}).get(section, {})
-        pairs |= {f"{section}.{key}": (value, ours[key]) for key, value in values.items() if key in ours}
-    pairs["parameters"] = (before.parameters, found.parameters)
-    if before.model is None:  # with the model known, other FLOPs would only be counted in another way
-        pairs["FLOPs"] = (before.flops_per_step["executed"], found.flops_per_step["executed"])
-    return "; ".join(f"{what}={theirs} (now {ours})" for what, (theirs, ours) in pairs.items() if theirs != ours)
 
 
 def slower(found: Measurement, before: Measurement) -> list[str]:
