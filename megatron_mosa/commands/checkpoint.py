@@ -14,6 +14,7 @@ CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/ (the newest one).")
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="What to write, a new directory or file.")]
+_SPARSITY = 16.0
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.")]
 
 
@@ -92,7 +93,7 @@ def import_checkpoint(
     sparsity: Annotated[
         float,
         typer.Option("--sparsity", callback=bounds(1, 2**24), help="Sparsity rho of the added heads; k = T / rho."),
-    ] = 16.0,
+    ] = _SPARSITY,
     other_heads: Annotated[
         str, typer.Option("--other-heads", metavar="dense|local", help="mosa-pytorch: the kind of the other heads.")
     ] = "dense",
@@ -111,6 +112,14 @@ def import_checkpoint(
     from megatron_mosa.convert.commands.import_model import import_model
 
     kinds = {"hf": Kind.HUGGING_FACE, "torch-dist": Kind.TORCH_DIST}
+    if source in kinds and (other_heads, prefix) != ("dense", ""):
+        raise UserError(f"--other-heads and --prefix apply only to --from mosa-pytorch, got --from {source}; omit them")
+    if source == "mosa-pytorch" and add_mosa_heads:
+        raise UserError("--add-mosa-heads applies only to --from hf and torch-dist, got --from mosa-pytorch; omit it")
+    if not add_mosa_heads and sparsity != _SPARSITY:
+        raise UserError(
+            f"--sparsity={sparsity:g} is of the heads that --add-mosa-heads adds; set it, or omit --sparsity"
+        )
     if source in kinds:
         import_model(kinds[source], path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)
     elif source == "mosa-pytorch":

@@ -1,7 +1,7 @@
 """Configuration: typed dataclasses behind YAML files and ``section.key=value`` overrides."""
 
 from megatron_mosa.config.blend import blend_parts
-from megatron_mosa.config.heads import HeadCount, head_counts
+from megatron_mosa.config.heads import HeadCount, divisible_counts, head_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.load import (
     config_from_dict,
@@ -59,6 +59,7 @@ __all__ = [
     "config_to_dict",
     "default_load_feedback",
     "difference",
+    "divisible_counts",
     "expanded",
     "head_counts",
     "inline_yaml",

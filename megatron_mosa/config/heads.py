@@ -30,3 +30,10 @@ def head_counts(config: Config) -> dict[str, HeadCount]:
         for name, key in keys_of(type(getattr(config, section.name))).items()
         if key.counts
     }
+
+
+def divisible_counts(config: Config) -> dict[str, int]:
+    """Return the counts that the tensor-parallel size must divide, by key: of heads, 0 included, and query groups."""
+    counts = dict(head_counts(config).values())
+    groups = config.model.num_query_groups
+    return counts if groups is None else counts | {"model.num_query_groups": groups}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from megatron_mosa.config.blend import blend_parts
-from megatron_mosa.config.heads import head_counts
+from megatron_mosa.config.heads import divisible_counts
 from megatron_mosa.config.keys import keys_of
 from megatron_mosa.config.mosa_rules import documents, threshold
 from megatron_mosa.config.schema import Config
@@ -46,7 +46,7 @@ def check_world_size(config: Config, world_size: int) -> int:
         raise UserError(
             f"world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor_parallel}; "
             f"start a multiple of {tensor_parallel} processes (torchrun --nproc-per-node {tensor_parallel}) or set it "
-            f"to one of {divisors(world_size, *_head_counts(config).values())}"
+            f"to one of {divisors(world_size, *divisible_counts(config).values())}"
         )
     data_parallel = world_size // tensor_parallel
     _check_batches(config, data_parallel)
@@ -200,15 +200,8 @@ def _listed(number: int) -> str:
     return "".join(f", {divisor}" for divisor in divisors(number)) if number else ""
 
 
-def _head_counts(config: Config) -> dict[str, int]:
-    """Return the counts that the tensor-parallel size must divide, by key."""
-    counts = dict(head_counts(config).values())
-    groups = config.model.num_query_groups
-    return counts if groups is None else counts | {"model.num_query_groups": groups}
-
-
 def _heads(config: Config) -> None:
-    model, size, heads = config.model, config.parallel.tensor_model_parallel_size, _head_counts(config)
+    model, size, heads = config.model, config.parallel.tensor_model_parallel_size, divisible_counts(config)
     if not any(heads.values()):
         raise UserError(f"{', '.join(heads)} are all 0, so the model has no heads; set at least one of them above 0")
     groups = model.num_query_groups

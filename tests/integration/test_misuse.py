@@ -476,6 +476,13 @@ MISUSES: list[tuple[str, int, str]] = [
     ("checkpoint causalize runs/a out --samples 100000000000", 2, "--samples must be"),
     ("checkpoint verify runs/a hf --tolerance inf", 2, "--tolerance must be"),
     ("checkpoint import hf out --from hf --add-mosa-heads 100000000", 2, "--add-mosa-heads must be"),
+    ("checkpoint import hf out --from hf --prefix a.", 2, "--prefix apply only to --from mosa-pytorch, got --from hf"),
+    ("checkpoint import a out --from mosa-pytorch --add-mosa-heads 8", 2, "--add-mosa-heads applies only to --from hf"),
+    (
+        "checkpoint import hf out --from hf --sparsity 8",
+        2,
+        "--sparsity=8 is of the heads that --add-mosa-heads adds; set it",
+    ),
     (f"{CHECK} --world-size 100000000", 2, "--world-size must be"),
     ("sweep CONFIG --layout tp=x", 2, "tp"),
     ("sweep CONFIG --layout pp=2", 2, "pp"),

@@ -178,23 +178,30 @@ def test_what_became_slower_by_over_5_percent_of_a_step_is_named() -> None:
         "MoSA: 20.0 -> 26.0 ms",
         "idle: 20.0 -> 30.0 ms",
     ]
+    for one, other in ((slower, replace(before, profile=None)), (replace(slower, profile=None), before)):
+        assert report.slower(one, other) == ["step: 100.0 -> 110.0 ms (+10.0%)"]  # nobody knows what else
 
 
-def test_only_the_same_step_on_the_same_device_is_compared() -> None:
-    known = measurement(model={"model": {"num_layers": 2, "head_dim": 64}, "mosa": {"selection": "threshold"}})
-    other = {"model": {"num_layers": 1, "head_dim": 64}, "mosa": {"selection": "expert_choice"}}
+def test_only_the_same_step_on_the_same_device_is_compared(layout: Layout) -> None:
+    config, count = tiny_config(data__vocab_size=100), measure.parameter_count(tiny_config(), 100)
+    model = {"model": asdict(config.model), "mosa": asdict(config.mosa)}
+    here = measure.describe(config, layout)
+    known = measurement(device="cpu", layout=here, parameters=count, model=model)
+    other = {"model": model["model"] | {"num_layers": 7}, "mosa": {"selection": "threshold", "of_later": 1}}
     for changes, differs in (
         ({}, ""),
         ({"acceleration": "acceleration: compiled", "versions": {"torch": "2.13.0"}, "name": "other"}, ""),
-        ({"device": "cpu"}, "device=GPU (now cpu)"),
-        ({"layout": "TP 2 x DP 1"}, "layout=TP 1 x DP 1 (now TP 2 x DP 1)"),
-        ({"model": other}, "model.num_layers=2 (now 1); mosa.selection=threshold (now expert_choice)"),
-        ({"parameters": 7}, "parameters=1500000 (now 7)"),
+        ({"device": "GPU"}, "device=GPU (now cpu)"),
+        ({"layout": "TP 2 x DP 1"}, f"layout=TP 2 x DP 1 (now {here})"),
+        ({"model": other}, "model.num_layers=7 (now 2); mosa.selection=threshold (now expert_choice)"),
+        ({"parameters": 7}, f"parameters=7 (now {count})"),
     ):
-        assert report.difference(replace(known, **changes), known) == differs
-    assert report.difference(known, measurement()) == ""  # an earlier version wrote no model
-    fewer = measurement(flops_per_step={"executed": 1e12, "usual": 5e12})
-    assert report.difference(known, fewer) == "FLOPs=1000000000000.0 (now 4000000000000.0)"
+        assert measure.difference(replace(known, **changes), config, layout) == differs
+    flops = model_flops(config, 100) * config.train.global_batch_size
+    earlier = replace(known, model=None, flops_per_step={"executed": flops, "usual": flops})  # it wrote no model
+    assert measure.difference(earlier, config, layout) == ""
+    fewer = replace(earlier, flops_per_step={"executed": 1.0, "usual": 1.0})
+    assert measure.difference(fewer, config, layout) == f"FLOPs=1.0 (now {float(flops)})"
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:

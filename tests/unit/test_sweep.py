@@ -153,6 +153,10 @@ def test_default_layouts(config: Config) -> None:
     check_layouts(config, default_layouts(config, 2), 2)
     fitting = replace(config, train=replace(config.train, global_batch_size=15))
     check_layouts(fitting, default_layouts(fitting, 3), 3)
+    fixed = {"num_dense_heads": 0, "num_fixed_heads": 8, "fixed_stride": 4}
+    others = replace(config, model=replace(config.model, **fixed), mosa=replace(config.mosa, num_heads=0))
+    with pytest.raises(UserError, match=r"heads \(model\.num_fixed_heads=8\), .*; set --processes=8, or train"):
+        default_layouts(others, 9)
 
 
 LAYOUT = SweepLayout(1, False, 1, 4)
@@ -344,8 +348,8 @@ def test_a_bar_is_as_long_as_the_step_also_where_kernels_overlap() -> None:
     )  # fmt: skip
     parts = bar_of(row)  # of 100 tokens
     assert parts == pytest.approx({"MoSA": 150.0, "matrix products": 450.0, "collectives": 200.0, "idle": 200.0})
-    apart = bar_of(replace(row, kinds=row.kinds | {"matrix products": 30.0}))
-    assert apart["matrix products"] == pytest.approx(300.0)
+    slowed = bar_of(replace(row, kinds=row.kinds | {"matrix products": 20.0}))  # by the profiler, between kernels
+    assert sum(slowed.values()) == pytest.approx(1000.0)
 
 
 def test_another_cell_takes_the_place_of_a_reference_that_failed() -> None:

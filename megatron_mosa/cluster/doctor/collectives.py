@@ -62,14 +62,14 @@ def check_collectives(
 
 
 def _pattern(rank: int, elements: int, device: torch.device) -> torch.Tensor:
-    """Small integers that fp32 sums exactly and that differ by rank and position; shape [elements]."""
-    return (torch.arange(elements, device=device) % 1021 + rank).float()
+    """Small integers that differ by rank and position; fp32 sums those of 65,536 ranks exactly; shape [elements]."""
+    return (torch.arange(elements, device=device) % 199 + rank % 53).float()
 
 
 def _all_reduce(rank: int, world_size: int, elements: int, device: torch.device) -> tuple[bool, float]:
     x = _pattern(rank, elements, device)
     dist.all_reduce(x)
-    expected = world_size * _pattern(0, elements, device) + world_size * (world_size - 1) / 2
+    expected = world_size * _pattern(0, elements, device) + sum(other % 53 for other in range(world_size))
     is_correct = torch.equal(x, expected)
     x.zero_()  # or repeated sums would overflow
     return is_correct, _median_seconds(lambda: dist.all_reduce(x), device)

@@ -21,6 +21,7 @@ from megatron_mosa.cluster.doctor.node import Finding, Report, import_quietly, n
 from megatron_mosa.cluster.doctor.options import DoctorOptions
 from megatron_mosa.cluster.doctor.verdict import Verdict, judge, print_errors, print_verdict, write_json
 from megatron_mosa.parallel import launch_environment
+from megatron_mosa.utils import first_line
 
 
 def check_job(settings: DoctorOptions) -> int:
@@ -193,7 +194,7 @@ def _within(seconds: float, action: Callable[[], None]) -> str | None:
         try:
             action()
         except Exception as error:
-            failures.append(f"failed ({(str(error).splitlines() or [type(error).__name__])[0]})")
+            failures.append(f"failed ({first_line(error)})")
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mosa.cluster.doctor.node import Finding, node_name
 from megatron_mosa.errors import RunError
 from megatron_mosa.parallel import slurm_nodes
+from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -59,7 +60,7 @@ class Job:
             )
         except (RuntimeError, ValueError) as error:
             if opens_it:
-                problem = f"rank 0 cannot listen at {self.address} ({str(error).splitlines()[0]})"
+                problem = f"rank 0 cannot listen at {self.address} ({first_line(error)})"
                 fix = "MASTER_ADDR must be rank 0's node and MASTER_PORT free"
             else:
                 problem = f"node {node_name()}: rank {self.rank} of {self.world_size} cannot reach {self.address}"

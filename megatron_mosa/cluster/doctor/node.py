@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from megatron_mosa.errors import UserError
+from megatron_mosa.utils import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def run_check(report: Report, check: str, action: Callable[..., None], *args: An
     try:
         action(report, *args)
     except Exception as error:
-        report.add(check, f"{check}: the check failed ({_first_line(error)})", "make sure that this node is healthy")
+        report.add(check, f"{check}: the check failed ({first_line(error)})", "make sure that this node is healthy")
 
 
 def check_versions(report: Report) -> None:
@@ -103,7 +104,7 @@ def check_versions(report: Report) -> None:
             is_absent = isinstance(error, ModuleNotFoundError) and (error.name or "") in (module, module.split(".")[0])
             if name in _OPTIONAL and is_absent:
                 continue
-            what = f"{name} is not installed" if is_absent else f"{name} cannot be imported ({_first_line(error)})"
+            what = f"{name} is not installed" if is_absent else f"{name} cannot be imported ({first_line(error)})"
             fix = f"pip install -c constraints.txt {name}, in the environment of this node"
             report.add(name, what, fix, is_bad=name not in _OPTIONAL)
     report.facts["driver"] = driver_version()
@@ -190,7 +191,7 @@ def _check_hidden_gpus(report: Report) -> None:
             torch.cuda.init()
             reason = "torch.cuda.is_available() is false"
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     report.add("GPUs", f"the node has NVIDIA GPUs, but torch sees none ({reason})", fix)
 
 
@@ -274,8 +275,3 @@ def _appears(file: Path, seconds: float = 3.0) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -51,10 +51,11 @@ def _table(found: Measurement) -> list[str]:
 
 
 def time_by_kind(found: Measurement) -> dict[str, float]:
-    """Milliseconds of a step by kind of kernel, largest first, then what is left: idle."""
-    profile = found.profile or {"kinds": {}, "busy": 0.0}
-    kinds = dict(sorted(profile["kinds"].items(), key=lambda item: -item[1]))
-    return kinds | {"idle": max(0.0, found.median - profile["busy"])}
+    """Milliseconds of a step by kind of kernel, largest first, then what is left: idle. Empty without a profile."""
+    if found.profile is None:
+        return {}
+    kinds = dict(sorted(found.profile["kinds"].items(), key=lambda item: -item[1]))
+    return kinds | {"idle": max(0.0, found.median - found.profile["busy"])}
 
 
 def plot(found: Measurement, path: Path) -> None:
@@ -80,7 +81,7 @@ def slower(found: Measurement, before: Measurement) -> list[str]:
     if found.median > (1 + SLOWER) * before.median:
         lines.append(f"step: {before.median:.1f} -> {found.median:.1f} ms ({found.median / before.median - 1:+.1%})")
     ours, theirs = time_by_kind(found), time_by_kind(before)
-    for kind in ours:
+    for kind in ours if theirs else ():
         grown = ours[kind] - theirs.get(kind, 0.0)
         if grown > SLOWER * before.median:
             lines.append(f"{kind}: {theirs.get(kind, 0.0):.1f} -> {ours[kind]:.1f} ms")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_mosa.config import Config, check, check_world_size
+from megatron_mosa.config import Config, check, check_world_size, divisible_counts
 from megatron_mosa.errors import UserError, nearest
 from megatron_mosa.options import MOST_PROCESSES
 from megatron_mosa.utils import counted
@@ -161,9 +161,10 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
         if wanted and layout.micro <= config.train.micro_batch_size:
             layouts[layout.tp, layout.sp, layout.zero] = layout
     if not layouts:
+        heads = ", ".join(f"{key}={count}" for key, count in divisible_counts(config).items() if count)
         raise UserError(
             f"no layout of this configuration fits --processes={processes}: the tensor-parallel size must divide the "
-            f"heads ({config.model.num_dense_heads} dense, {config.mosa.num_heads} MoSA), and the data-parallel size "
+            f"heads ({heads}), and the data-parallel size "
             f"train.global_batch_size={config.train.global_batch_size}; {_what_fits(config, processes)}"
         )
     return list(layouts.values())
@@ -171,7 +172,7 @@ def default_layouts(config: Config, processes: int) -> list[SweepLayout]:
 
 def _what_fits(config: Config, processes: int) -> str:
     """Return the advice for when no layout fits ``processes``: the nearest numbers for which one does."""
-    heads = math.gcd(config.model.num_dense_heads, config.mosa.num_heads)
+    heads = math.gcd(*divisible_counts(config).values())
     batches = _divisors(config.train.global_batch_size)
     candidates = {tp * dp for tp in _divisors(heads) for dp in batches if tp * dp < processes}
     fewer = next((count for count in sorted(candidates, reverse=True) if valid_layouts(config, count)), None)

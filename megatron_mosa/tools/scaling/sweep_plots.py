@@ -96,7 +96,7 @@ def bar_of(row: Row) -> dict[str, float]:
         kinds = [kind for kind in parts if kind not in (COLLECTIVES, _IDLE)]
         total = sum(parts[kind] for kind in kinds)
         room = 1000 * seconds - parts[COLLECTIVES] - parts.get(_IDLE, 0.0)
-        parts |= {kind: parts[kind] * min(1.0, room / total) for kind in kinds if total}
+        parts |= {kind: parts[kind] * room / total for kind in kinds if total}
     thousands = (row.tokens_per_second_per_rank or 0.0) * seconds / 1000  # of a rank in a step
     return {kind: milliseconds / thousands for kind, milliseconds in parts.items()}
 
