@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -88,10 +90,16 @@ def expanded(key: str, path: str) -> Path:
         key: of the configuration, for the error.
 
     Raises:
-        UserError: the user does not exist.
+        UserError: the user does not exist, or the locale's encoding cannot spell the path.
     """
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{key}={path} cannot be the path of a file in this locale, whose encoding is "
+            f"{sys.getfilesystemencoding()}; set LC_ALL=C.UTF-8 (or PYTHONUTF8=1) and start again"
+        ) from None
     except RuntimeError:
         raise UserError(f"{key}={path} refers to the home directory of an unknown user; give a full path") from None
 

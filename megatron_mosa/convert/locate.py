@@ -108,6 +108,11 @@ def find_model(path: Path) -> tuple[Path, Kind]:
         raise UserError(
             f"'{path}' is a run without a checkpoint yet; wait for its first one (checkpoint.interval), or pass another"
         )
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"'{path}' is a PEFT adapter, not a model; merge it first (merge_and_unload, then save_pretrained) and "
+            "pass that folder"
+        )
     raise UserError(
         f"'{path}' does not contain a model; pass a checkpoint (metadata.json, state/), a run directory or its "
         "checkpoints/, a Hugging Face folder (config.json), a DeepSpeed checkpoint (*_model_states.pt), a Megatron-LM "

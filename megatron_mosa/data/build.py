@@ -37,6 +37,7 @@ from megatron_mosa.data.shards import Shard, has_shards, join_shards, read_shard
 from megatron_mosa.data.sources import STDLIB, FileSource, Source, open_source, total_text_bytes
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
+    downloaded_tokenizer,
     encoding_hash,
     load_tokenizer,
     named_end_of_document,
@@ -103,6 +104,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
                 f"data.path={data.path} is inside the source '{source.name}', and the next build would read the "
                 "dataset's own files; set it to a folder outside of all sources"
             )
+    _note_overlaps([source for source in sources if isinstance(source, FileSource)])
     request = _request(data, sources)
     if _has_dataset(target) and not force and _recorded_request(partial, request) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"
@@ -127,6 +129,18 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         )
     print("\n".join([f"Built {first}, in {time.monotonic() - started:.1f} s", *others]), file=sys.stderr)
     return manifest
+
+
+def _note_overlaps(sources: Sequence[FileSource]) -> None:
+    """Say which sources are read twice, which may be meant."""
+    for number, source in enumerate(sources):
+        for other in sources[:number]:
+            if inner := source if other.contains(source) else other if source.contains(other) else None:
+                outer = other if inner is source else source
+                print(
+                    f"data.sources: all of '{inner.name}' is in '{outer.name}', too, so its documents are read twice",
+                    file=sys.stderr,
+                )
 
 
 def summary(name: str, manifest: Manifest) -> list[str]:
@@ -214,11 +228,11 @@ def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], 
             for s in request.get(key, [])
         )
 
-    changes = [
-        f"{key}: {described(key, old)} -> {described(key, new)}"
-        for key in sorted(new)
-        if old.get(key, new[key]) != new[key]
-    ]
+    def change(key: str) -> str:
+        before, after = described(key, old), described(key, new)
+        return f"{key}: {before} -> {after if after != before else 'as many, with other names or sizes'}"
+
+    changes = [change(key) for key in sorted(new) if old.get(key, new[key]) != new[key]]
     if changes:
         raise UserError(f"{subject} other settings ({'; '.join(changes)}); {fix}")
 
@@ -307,7 +321,8 @@ def _write(
             tokenizer = load_tokenizer(data.tokenizer)
         write_atomically(file, tokenizer.to_str(pretty=True), durable=True)
     tokenizer = load_tokenizer(str(file))
-    end_id = end_of_document_id(tokenizer, tokenizer_path(data.tokenizer) if data.tokenizer else None)
+    path = data.tokenizer and (tokenizer_path(data.tokenizer) or downloaded_tokenizer(data.tokenizer))
+    end_id = end_of_document_id(tokenizer, path or None)
     vocab_size = vocabulary_size(tokenizer)
     dtype = DType.optimal_dtype(vocab_size)
     os.environ[_PARALLELISM] = "false"  # each core encodes its own batches

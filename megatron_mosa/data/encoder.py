@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_mosa.data.left_out import EARLY_ENDS, LOST, UNKNOWN
-from megatron_mosa.data.tokenizer import knows_every_character, unknown_id
+from megatron_mosa.data.tokenizer import PROBE, knows_every_character, unknown_id
 
+_PLAIN = "".join(filter(str.isascii, PROBE)) + string.printable
 _IS_WHITE_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # False for all higher code points, too
 
 
@@ -38,7 +40,10 @@ class Encoder:
 
     @cached_property
     def _loses_text(self) -> bool:
-        return not knows_every_character(self.tokenizer)
+        if not knows_every_character(self.tokenizer):
+            return True
+        # What removes characters that it knows, removes some of these; normalizers that join accents leave all.
+        return bool(self._count_lost(_PLAIN, self.tokenizer.encode(_PLAIN, add_special_tokens=False)))
 
     @cached_property
     def _unknown_id(self) -> int | None:

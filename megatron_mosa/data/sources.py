@@ -109,11 +109,16 @@ class FileSource:
         self.left_out = Counter(self.left_out_at_open)
 
     def would_read(self, folder: Path) -> bool:
-        """Return whether files in a folder, given without links, would be documents of this source."""
+        """Return whether a file or those in a folder, given without links, would be documents of this source."""
         root = Path(os.path.realpath(self._root))
         if self.name == STDLIB or folder == root or not folder.is_relative_to(root):
             return False
         return not any(part.startswith(".") for part in folder.relative_to(root).parts)
+
+    def contains(self, other: FileSource) -> bool:
+        """Return whether all documents of another source are also documents of this one."""
+        theirs = Path(os.path.realpath(other._root))
+        return theirs == Path(os.path.realpath(self._root)) or self.would_read(theirs)
 
     def describe(self) -> dict[str, Any]:
         """Return kind, number of files, bytes, and a hash of names and sizes."""
@@ -122,7 +127,7 @@ class FileSource:
         for file in self._files:
             size = file.stat().st_size
             name = file.name if file == self._root else file.relative_to(self._root).as_posix()
-            listing.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+            listing.update(os.fsencode(name) + f"\0{size}\n".encode())
             total += size
         kind = STDLIB if self.name == STDLIB else "file" if self._root.is_file() else "folder"
         counts = {"files": len(self._files), "bytes": total}
@@ -183,12 +188,12 @@ def _find(source: str, left_out: Counter[str]) -> tuple[Path, list[Path]]:
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in root.rglob("*.py") if not _STDLIB_EXCLUDED.intersection(f.relative_to(root).parts)]
-        return root, sorted(files)
+        return root, sorted(files, key=_in_order)
     root = expanded("data.sources", source)
     try:
         refuse_saved_dataset(source, root)
         if root.is_dir():
-            return root, sorted(_files_below(root, left_out))
+            return root, sorted(_files_below(root, left_out), key=_in_order)
         if root.exists() and not root.is_file():
             raise UserError(f"data.sources: '{source}' is neither a file nor a folder; name files of text")
         if root.exists():
@@ -226,6 +231,11 @@ def _files_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
                 yield file
             elif file.is_symlink() and not file.exists():
                 left_out[BROKEN_LINKS] += 1
+
+
+def _in_order(file: Path) -> list[bytes]:
+    """Return what sorts files alike in every locale, which decides how names are read."""
+    return [os.fsencode(part) for part in file.parts]
 
 
 def _inode(folder: Path) -> tuple[int, int]:

@@ -53,8 +53,10 @@ def table_rows(file: Path, text_field: str, skip: int = 0) -> Iterator[str | Non
         raise
     # pyarrow and the decompressors each raise their own; all mean a file that cannot be read.
     except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"data.sources: could not read {file}: {reason}; repair or remove the file") from error
+        reason, fix = first_line(error), "repair or remove the file"
+        if "too much memory" in reason:  # of a .zst file with a window above 128 MiB
+            fix = "decompress it (zstd -d --long=31), or compress it again without --long"
+        raise UserError(f"data.sources: could not read {file}: {reason}; {fix}") from error
 
 
 class TextColumn:
@@ -102,9 +104,10 @@ class TextColumn:
 def missing_column(source: str, text_field: str, columns: list[str]) -> UserError:
     """Return the error for a source without the text column."""
     shown = columns[:8] + ([f"and {len(columns) - 8} more"] if len(columns) > 8 else [])
+    fix = f"its columns: {', '.join(shown)}; name one of them, or keep" if shown else "it has no columns; keep"
     return UserError(
-        f"data.text_field='{text_field}' is not a column of {source}{nearest(text_field, columns)}; "
-        f"its columns: {', '.join(shown)}; name one of them, or keep the file out of the source"
+        f"data.text_field='{text_field}' is not a column of {source}{nearest(text_field, columns)}; {fix} the file out "
+        "of the source"
     )
 
 

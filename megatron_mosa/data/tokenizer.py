@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from megatron_mosa.utils import first_line, load_json
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 _END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
 # From scripts and planes that no character vocabulary covers completely, with the last character of each UTF-8 length.
@@ -101,24 +104,53 @@ def tokenizer_path(name_or_path: str) -> Path | None:
     return None
 
 
+def downloaded_tokenizer(name: str) -> Path:
+    """Return the tokenizer.json of a name on the Hugging Face hub, in its cache.
+
+    Beside it is then the tokenizer_config.json, which may name the end-of-document token, if the tokenizer has one.
+
+    Raises:
+        Exception: what the hub's library raises for a file that neither the hub nor the cache has.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with asking_hub(f"the tokenizer '{name}'"):
+        path = Path(hf_hub_download(name, TOKENIZER_FILE))
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, TOKENIZER_CONFIG)
+    if try_to_load_from_cache(name, TOKENIZER_CONFIG) is None:
+        print(
+            f"the cache of the Hugging Face hub has no {TOKENIZER_CONFIG} of '{name}', which may name another "
+            "end-of-document token than the usual one of its vocabulary",
+            file=sys.stderr,
+        )
+    return path
+
+
 def named_end_of_document(tokenizer: Tokenizer, path: Path | None = None) -> int:
     """Return the id of the token that ends a document.
 
-    It is the eos_token of the tokenizer_config.json beside ``path``, the tokenizer's file, if there is one; otherwise
-    the first of several usual names that is in the vocabulary.
+    It is the eos_token of the tokenizer_config.json (or the older special_tokens_map.json) beside ``path``, the
+    tokenizer's file, if there is one; otherwise the first of several usual names that is in the vocabulary.
 
     Raises:
-        UserError: the vocabulary has none of them.
+        UserError: the vocabulary does not have that eos_token, or has none of the usual names.
     """
-    configured = _configured_end_token(path)
-    names = ([configured] if configured else []) + list(_END_TOKENS)
-    for name in names:
-        token_id = tokenizer.token_to_id(name)
-        if token_id is not None:
-            return token_id
+    for file in (path.with_name(name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json") if path):
+        if (configured := _end_token_in(file)) is not None:
+            if (token_id := tokenizer.token_to_id(configured)) is not None:
+                return token_id
+            raise UserError(
+                f"data.tokenizer: {file} names {configured!r} as eos_token, which the vocabulary of {TOKENIZER_FILE} "
+                "does not have; name one that it has, or save the tokenizer with that token added"
+            )
+    found = (tokenizer.token_to_id(name) for name in _END_TOKENS)
+    if (usual := next((token_id for token_id in found if token_id is not None), None)) is not None:
+        return usual
     raise UserError(
-        f"data.tokenizer: the vocabulary has none of the end-of-document tokens {', '.join(names)}; add one of them as "
-        "a special token, or name its own as eos_token in a tokenizer_config.json beside it"
+        f"data.tokenizer: the vocabulary has none of the end-of-document tokens {', '.join(_END_TOKENS)}; add one of "
+        f"them as a special token, or name its own as eos_token in a {TOKENIZER_CONFIG} beside it"
     )
 
 
@@ -198,10 +230,7 @@ def tokenizer_hash(path: str | Path) -> str:
 def _read_tokenizer(name_or_path: str) -> Tokenizer:
     path = tokenizer_path(name_or_path)
     try:
-        if path is not None:
-            return Tokenizer.from_file(str(path))
-        with asking_hub(f"the tokenizer '{name_or_path}'"):
-            return Tokenizer.from_pretrained(name_or_path)
+        return Tokenizer.from_file(str(path or downloaded_tokenizer(name_or_path)))
     except UserError as error:
         raise UserError(
             f"data.tokenizer='{name_or_path}' is not a file or folder: {error}, or set null to train one"
@@ -220,9 +249,11 @@ def _read_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Make the tokenizer encode whole texts as they are: no truncation, padding or added tokens, and the name of a
-    special token in a text is text.
+    """Make the tokenizer encode whole texts as they are: no truncation, padding, dropout or added tokens, and the name
+    of a special token in a text is text.
     """
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None  # of merges, by which a text would have other ids each time
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]  # templates add special tokens
@@ -230,13 +261,12 @@ def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _configured_end_token(path: Path | None) -> str | None:
-    config = path.with_name("tokenizer_config.json") if path else None
-    if config is None or not config.is_file():
+def _end_token_in(file: Path) -> str | None:
+    if not file.is_file():
         return None
     try:
-        token = load_json(config).get("eos_token")
+        token = load_json(file).get("eos_token")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"data.tokenizer: could not read {config}: {error}; repair or remove it") from error
+        raise UserError(f"data.tokenizer: could not read {file}: {error}; repair or remove it") from error
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None

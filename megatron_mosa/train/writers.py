@@ -181,7 +181,10 @@ class Writers:
             yield
         except Exception as error:
             self.wandb = None
-            self.note(f"W&B gets no more rows until the next start, which adds them: {first_line(error)}")
+            # Of settings that wandb refuses, such as WANDB_MODE, the first line says only how many there are.
+            lines = [line.strip() for line in str(error).splitlines()]
+            reason = ": ".join(lines[1:3]) if type(error).__name__ == "ValidationError" else first_line(error)
+            self.note(f"W&B gets no more rows until the next start, which adds them: {reason}")
 
     def _write_journal(self) -> None:
         """Write the lines that are not written yet, of earlier failures too."""

@@ -206,6 +206,9 @@ def test_inspect_refuses_folders_without_a_model(tmp_path: Path, monkeypatch: py
     for folder in (tmp_path, Path(tmp_path.name)):  # a suggestion can be pasted
         with pytest.raises(UserError, match=rf"does not exist \(did you mean '{folder}/checkpoints-of-mine'"):
             inspect(folder / "checkpoint-of-mine")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a PEFT adapter, not a model; merge it first"):
+        inspect(tmp_path)
 
 
 def test_reading_offline_does_not_import_deepspeed() -> None:

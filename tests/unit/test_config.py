@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import fields
@@ -448,6 +449,12 @@ def test_a_duplicate_key_in_a_file_is_rejected(tmp_path: Path) -> None:
 def test_the_home_directory_is_expanded() -> None:
     config = load_config(QUICKSTART, ["data.path=~/text", "run.directory=~/runs"])
     assert config.data.path == str(Path.home() / "text") and config.run.directory == str(Path.home() / "runs")
+
+
+def test_paths_that_the_locale_cannot_spell_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1"))
+    with pytest.raises(UserError, match=r"^data\.path=/天地 cannot be the path of a file in this locale"):
+        load_config(QUICKSTART, ["data.path=/天地"])
 
 
 def test_bounds_without_a_lower_one_and_of_lists() -> None:

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from megatron_mosa.data import (
     read_manifest,
     train_tokenizer,
 )
-from megatron_mosa.data.sources import open_source
+from megatron_mosa.data.sources import FileSource, _in_order, open_source
 from megatron_mosa.errors import UserError
 
 TEXTS = [f"Document {i}: " + " ".join(f"wörd{i * j % 23}\r\n" for j in range(40)) for i in range(60)]
@@ -178,6 +180,36 @@ def broken(tmp_path: Path, name: str, text: bytes) -> Path:
     return tmp_path / name
 
 
+def test_a_renamed_file_is_another_setting_and_what_is_read_twice_is_said(tmp_path: Path, capsys) -> None:
+    source = write_texts(tmp_path / "texts")
+    data = section(tmp_path, source)
+    build_dataset(data)
+    first = sorted(source.iterdir())[0]
+    first.rename(first.with_name("zz.txt"))
+    with pytest.raises(UserError, match=r"bytes\) -> as many, with other names or sizes\); choose"):
+        build_dataset(data)
+    (tmp_path / "link").symlink_to(source)
+    capsys.readouterr()
+    build_dataset(replace(data, sources=[str(source / "zz.txt"), str(tmp_path / "link")]), force=True)
+    assert f"all of '{source / 'zz.txt'}' is in '{tmp_path / 'link'}', too, so its" in capsys.readouterr().err
+
+
+class Listed(PurePosixPath):
+    def stat(self) -> Any:
+        return SimpleNamespace(st_size=1)
+
+
+def test_names_are_hashed_and_sorted_alike_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listing(encoding: str) -> str:
+        monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode(encoding))
+        source = FileSource(str(tmp_path), "text")
+        names = (name.encode().decode(encoding) for name in ("größe", "größer", "a-b", "世", "𝒇"))
+        source._files = sorted((Listed(tmp_path, name) for name in names), key=_in_order)  # type: ignore[arg-type]
+        return source.describe()["listing"]
+
+    assert listing("utf-8") == listing("latin-1")
+
+
 def test_errors_of_sources_say_what_to_do(tmp_path: Path) -> None:
     lines = broken(tmp_path, "good.jsonl", b'{"text": "a", "title": "b"}\n')
     cases = [
@@ -326,3 +358,33 @@ def test_errors_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:
         load_tokenizer(str(broken(tmp_path, "tokenizer.json", b"{}")))
     with pytest.raises(UserError, match="has none of the end-of-document tokens"):
         end_of_document_id(Tokenizer.from_str(train_tokenizer(TEXTS, 300).to_str().replace("<|endoftext|>", "<x>")))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json names '<\|eot_id\|>' as eos_token, which the vocabulary"
+    ):
+        end_of_document_id(train_tokenizer(TEXTS, 300), tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_has_one_encoding_and_one_end_token_by_path_and_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache is one of a machine without network; dropout of merges would give other ids each time."""
+    snapshot = tmp_path / "hub" / "models--org--tok" / "snapshots" / ("0" * 40)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.model.dropout = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    for folder in (snapshot, tmp_path / "folder"):
+        folder.mkdir(parents=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+    (snapshot / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    (tmp_path / "folder" / "special_tokens_map.json").write_text('{"eos_token": "<stop>"}')  # of older versions
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = write_texts(tmp_path / "texts")
+    built = []
+    for name in ("org/tok", str(tmp_path / "folder")):
+        manifest = build_dataset(section(tmp_path, source, tokenizer=name), force=True)
+        built.append((manifest.end_of_document_id, manifest.encoding_hash, (tmp_path / "set/train.bin").read_bytes()))
+    assert built[0] == built[1] and built[0][0] == 300

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
@@ -174,6 +174,7 @@ def test_json_in_any_layout(
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"line 2 of .*a.jsonl is \[1, 2\], not an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"line 2 of .*a.jsonl is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', r"line 2 of .*a.jsonl has type dict in this column"),
+        ("a.json", b"{}", r"'text' is not a column of .*; it has no columns; keep the file out of the source"),
         ("a.jsonl", b'{"txt": "a"}\n{"title": "b"}\n', r"'text' is not a column of .*did you mean 'txt'.*: txt, title"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"line 2 of .*a.jsonl is not JSON"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}\n{"text": "c"}]', r"line 3 of .*a.json is not JSON .*comma"),
@@ -314,6 +315,24 @@ def test_lost_characters_are_those_that_no_token_covers(splitter: Any) -> None:
         covered = {index for start, end in tokenizer.encode(text).offsets for index in range(start, end)}
         lost = [character for index, character in enumerate(text) if index not in covered and not character.isspace()]
         assert encoded.lost == (Counter({LOST: len(lost)}) if lost else Counter()), text
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "splitter", "lost"),
+    [
+        (None, pre_tokenizers.Split(Regex(r"\d+"), "removed"), 4),
+        (normalizers.Replace(",", ""), None, 1),
+        (normalizers.NFC(), None, 0),  # it joins the accent with its letter
+    ],
+)
+def test_what_a_byte_level_tokenizer_removes_is_counted(normalizer: Any, splitter: Any, lost: int) -> None:
+    tokenizer = train_tokenizer(["words"], 257)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if splitter is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter, tokenizer.pre_tokenizer])  # pyright: ignore
+    (encoded,) = Encoder(tokenizer, 0, int, 0.0).encode(["cafe\u0301 1,234"])  # type: ignore[arg-type]
+    assert encoded.lost[LOST] == lost
 
 
 WORDS = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}

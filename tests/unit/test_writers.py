@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -132,6 +133,14 @@ def check_agreement(directory: Path, file: Path, steps: int) -> None:
             histogram = rows[step][f"train/load_of_heads/layer_{layer}"]
             assert sum(histogram["values"]) == heads
             assert histogram["bins"][0] <= NEW <= histogram["bins"][-1] < OLD
+
+
+def test_settings_that_wandb_refuses_are_named(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    closed(opened(settings))
+    assert re.search(r"W&B gets no more rows .*: mode: .*'offline'.*'offlin'", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("how", ["rewind", "crash"])
