@@ -273,6 +273,10 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             ["members.x.overrides must not set model.num_fixed_heads", "heads: N"],
         ),
         (
+            {"members": members(x={"kind": "fixed", "sparsity": 8, "overrides": {"mosa.num_heads": 3}})},
+            ["members.x.overrides must not set mosa.num_heads: a member has heads of its kind alone; remove it there"],
+        ),
+        (
             {"members": members(x={"kind": "fixed", "sparsity": 8, "overrides": {"model.fixed_stride": 8}})},
             ["members.x.overrides must not set model.fixed_stride", "kind fixed sets it"],
         ),

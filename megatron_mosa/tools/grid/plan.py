@@ -254,6 +254,7 @@ class _Place:
         }
         own: dict[str, str] = dict.fromkeys(_OWN, "the grid sets it for each cell")
         self._refuse(places, own)
+        own |= dict.fromkeys(other_counts(kind), "a member has heads of its kind alone")
         own |= {kind.counts: "it is the number to solve for; to fix it, give the member heads: N"}
         own |= dict.fromkeys(kind.sets, f"kind {member.kind} sets it")
         if not kind.is_dense:
