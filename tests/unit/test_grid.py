@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -539,6 +540,28 @@ def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(t
     path.write_text('{"rows": []}')
     work._write()
     assert not any(path.is_dir() for path in kept.values())
+
+
+def test_why_a_program_failed_is_taken_from_its_own_output(tmp_path: Path) -> None:
+    """And not from that of an earlier start, which is in the same log."""
+
+    class Killed(LocalLauncher):
+        def launch(self, arguments: Sequence[str], run: Path, log: Path, ranks: int | None = None) -> Any:
+            with log.open("a") as file:
+                file.write(f"{arguments[0]} begins\n")
+            return SimpleNamespace(poll=lambda: -9)
+
+    wanted = replace(request(tmp_path, evaluate={}), local=Killed("cpu", 1, 1, ()))
+    prepare_output(wanted.output, wanted.grid)
+    work = Work(wanted, wanted.plan())
+    cell = work.cells()[0]
+    (wanted.output / "logs" / f"{cell.name}.log").write_text("error: data/text does not exist\n")
+    work._start_training(cell)
+    work._reap()
+    assert work.result(cell)["reason"] == "exit code -9: pretrain begins"
+    work._start_evaluation(cell)
+    work._reap()
+    assert work.failures == [f"{cell.name}: mosa evaluate failed with exit code -9: evaluate begins"]
 
 
 def test_measuring_ends_in_time_and_says_what_is_left(tmp_path: Path) -> None:

@@ -219,8 +219,13 @@ def _model_hash(config: Config, vocab_size: int, processes: int = 1) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def last_line(log: Path) -> str:
-    """Return the line of a log that says why a program failed: its last error, or its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_line(log: Path, begin: int = 0) -> str:
+    """Return the line of a log that says why a program failed: its last error, or its last line.
+
+    Args:
+        begin: bytes of the log that were there before the program was started.
+    """
+    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:500]

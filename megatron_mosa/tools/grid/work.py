@@ -47,8 +47,17 @@ OUT_OF_TIME = "out of time"
 class _Running:
     cell: Cell
     handle: Handle
-    settle: Callable[[Cell, int], None]
+    settle: Callable[[_Running, int], None]
     """Takes the exit code."""
+
+    log: Path
+    log_begin: int
+    """Bytes of the log that were there before, since each start of a cell appends to it."""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed."""
+        return last_line(self.log, self.log_begin)
 
 
 @dataclass(frozen=True)
@@ -250,7 +259,7 @@ class Work:
             self._remove(cell)
         config, path = cell.config(self.folder), self.folder / "configs" / f"{cell.name}.yaml"
         save_config(config, path)
-        launcher = self.launcher
+        launcher, log_begin = self.launcher, self._log_size(cell)
         handle = launcher.start(cell.name, path, config.run.path, self._log(cell))
         start = _Start(
             cell.name, time.time(), launcher.is_alone, launcher.device, versions(*_PACKAGES), launcher.processes
@@ -258,12 +267,12 @@ class Work:
         path = self._starts_path
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(start)) + "\n")
-        self._running.append(_Running(cell, handle, self._settle_training))
+        self._running.append(_Running(cell, handle, self._settle_training, self._log(cell), log_begin))
         say(f"{self._counter()} {cell.name}: training")
 
-    def _settle_training(self, cell: Cell, code: int) -> None:
+    def _settle_training(self, ended: _Running, code: int) -> None:
         """Write the result of a cell whose processes have ended, if they have ended for good."""
-        config, log = cell.config(self.folder), self._log(cell)
+        cell, config = ended.cell, ended.cell.config(self.folder)
         tokens = config.train.global_batch_size * config.data.sequence_length
         found = results.measured(config.run.path, config.train.steps, tokens) if code == DONE else None
         if found is not None and found["loss"] is not None:
@@ -271,13 +280,13 @@ class Work:
             label = "" if found["causal"] else ", NON-CAUSAL"
             said = f"loss {found['loss']:.4f}, perplexity {decimals(found['perplexity'])}{label}"
         elif code == GAVE_UP or found is not None:
-            result = {"status": results.GAVE_UP, "reason": last_line(log)}
+            result = {"status": results.GAVE_UP, "reason": ended.reason}
             said = f"diverged: {result['reason']}"
         elif self._is_stopping or code in (STOPPED, INTERRUPTED):
             say(f"{cell.name}: stopped; the same command continues it")
             return
         else:
-            result = {"status": results.FAILED, "reason": f"exit code {code}: {last_line(log)}"}
+            result = {"status": results.FAILED, "reason": f"exit code {code}: {ended.reason}"}
             said = f"failed: {result['reason']}"
         starts = [start for start in self._starts() if start.cell == cell.name]
         result |= {
@@ -311,23 +320,24 @@ class Work:
         arguments = ["evaluate", str(run), "--lengths", "", "--samples", str(asked.samples)]
         arguments += ["--calibration-samples", str(asked.calibration_samples)]
         arguments += ["--output", str(path.with_suffix(".new"))]
+        log_begin = self._log_size(cell)
         handle = self.request.local.launch(arguments, run, self._log(cell), ranks=1)
-        self._running.append(_Running(cell, handle, self._settle_evaluation))
+        self._running.append(_Running(cell, handle, self._settle_evaluation, self._log(cell), log_begin))
         say(f"{self._counter()} {cell.name}: evaluating")
 
-    def _settle_evaluation(self, cell: Cell, code: int) -> None:
-        path = self._evaluation_path(cell)
+    def _settle_evaluation(self, ended: _Running, code: int) -> None:
+        cell, path = ended.cell, self._evaluation_path(ended.cell)
         if code == DONE:
             path.with_suffix(".new").replace(path)
             self._write()
         elif not self._is_stopping:
-            self._fail(f"{cell.name}: mosa evaluate failed with exit code {code}: {last_line(self._log(cell))}")
+            self._fail(f"{cell.name}: mosa evaluate failed with exit code {code}: {ended.reason}")
 
     def _reap(self) -> None:
         for one in list(self._running):
             if (code := one.handle.poll()) is not None:
                 self._running.remove(one)
-                one.settle(one.cell, code)
+                one.settle(one, code)
 
     def _stop(self) -> None:
         """Have all that runs save and end."""
@@ -446,6 +456,9 @@ class Work:
 
     def _log(self, cell: Cell) -> Path:
         return self.folder / "logs" / f"{cell.name}.log"
+
+    def _log_size(self, cell: Cell) -> int:
+        return log.stat().st_size if (log := self._log(cell)).is_file() else 0
 
     @property
     def _starts_path(self) -> Path:
