@@ -134,6 +134,7 @@ def test_a_grid_is_interrupted_gone_on_with_measured_and_reported(grid: Grid) ->
 
     code, printed, errors = grid.finish("--no-train", "--measure", "--remove-checkpoints")
     assert code == 0 and "measuring" not in printed and "evaluating" not in printed, printed + errors
+    assert not list(grid.output.glob("runs/*/checkpoints"))  # of the calls before
 
     done_again = grid.runner.mosa("report", str(grid.output))
     assert done_again.returncode == 0, done_again.stderr

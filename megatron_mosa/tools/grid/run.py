@@ -48,6 +48,7 @@ def run_grid(request: Request) -> list[Row]:
         try:
             say(table(work.plan))
             say(work.summary())
+            work.remove_checkpoints()  # of an earlier call, which may have kept them
             stopped = work.train()
             if request.measures and not stopped:
                 stopped = work.measure()

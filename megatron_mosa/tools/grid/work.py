@@ -420,8 +420,11 @@ class Work:
     # --- files
 
     def _write(self) -> None:
-        """Write all rows; with ``removes_checkpoints``, also remove the checkpoints that nothing needs any more."""
         write_results(self.rows(), self.folder)
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        """With ``removes_checkpoints``, remove the checkpoints that nothing needs any more."""
         if not self.request.removes_checkpoints:
             return
         kept = {cell.name for cell in self._to_decode()} | {one.cell.name for one in self._running}
