@@ -8,12 +8,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -23,6 +25,8 @@ from megatron_mosa.config import Config, config_to_dict, load_config, save_confi
 from megatron_mosa.data import Manifest, Mixture
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.model import model_flops, paper_flops
+from megatron_mosa.tools.decoding import bench
+from megatron_mosa.tools.decoding.lengths import STEPS
 from megatron_mosa.tools.grid import plan as plan_module
 from megatron_mosa.tools.grid import report, results
 from megatron_mosa.tools.grid.budget import Cost, _closest
@@ -62,7 +66,9 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         if data.path == "missing":
             raise UserError("data.path=missing does not exist; build it with: mosa data build CONFIG")
         splits = {"train": {"tokens": 100_000_000}, "validation": {"tokens": 1_000_000}}
-        return Mixture((Path(data.path),), (1.0,), (Manifest("hash", "bpe", 8000, 0, splits, {"tokenizer": None}),))
+        return Mixture(
+            (Path(data.path or "blended"),), (1.0,), (Manifest("hash", "bpe", 8000, 0, splits, {"tokenizer": None}),)
+        )
 
     monkeypatch.setattr(plan_module, "open_mixture", open_mixture)
 
@@ -298,8 +304,8 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             ["corpora.text: text has 100,000,000 training tokens", "at most 1,525", "passes: 1.97"],
         ),
         (
-            {"evaluate": {"decode_context": 1_000_000}},
-            ["evaluate.decode_context must be below 1,000,000, the tokens in the validation split of text"],
+            {"evaluate": {"decode_context": 999_904}},
+            ["evaluate.decode_context=999,904 needs 1,000,001 tokens", "has 1,000,000; lower it to at most 999,903"],
         ),
         (
             {"overrides": GRID["overrides"] | {"train.stop_after_step": 1000}},
@@ -338,6 +344,25 @@ def test_a_file_that_is_no_grid(tmp_path: Path, text: str) -> None:
 
 def test_more_passes_over_a_small_corpus_when_asked_for(tmp_path: Path) -> None:
     assert models(tmp_path, overrides={"train.steps": 5000}, passes=4, members=members())[0].config.train.steps == 5000
+
+
+def test_the_context_of_decoding_is_one_that_decode_bench_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blend has any: mosa decode-bench takes one dataset, so that random tokens are decoded."""
+    data: Any = SimpleNamespace(path="text")
+    opened = plan_module.open_mixture(data)
+    monkeypatch.setattr(bench, "open_given_dataset", lambda _: opened)
+    monkeypatch.setattr(bench, "ValidationSamples", lambda *_, **__: [{"tokens": torch.zeros(1_000_000)}])
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=8000))
+    for context, fits in ((999_903, True), (999_904, False)):
+        raises = nullcontext() if fits else pytest.raises(UserError, match="at most 999,?903, or")
+        with raises:
+            models(tmp_path, evaluate={"decode_context": context})
+        with raises:
+            bench._tokens(model, 1, bench.BenchOptions(tmp_path, [1], context, STEPS, Path("text")))
+    blend = {"data.path": None, "data.blend": ["1.0 text"]}
+    assert models(tmp_path, corpora={"text": blend}, evaluate={"decode_context": 999_904})
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "grids").glob("*.yaml")), ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ from megatron_mosa.convert import open_given_dataset
 from megatron_mosa.data import ValidationSamples
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
+from megatron_mosa.tools.decoding.lengths import tokens_needed
 from megatron_mosa.tools.decoding.loading import check_thresholds, find_device, load_model, require_cache
 from megatron_mosa.tools.decoding.speed import DecodingSpeed, measure, random_tokens
 from megatron_mosa.utils import counted, versions, write_atomically
@@ -79,10 +80,12 @@ def _tokens(model: MosaForCausalLM, batch: int, options: BenchOptions) -> tuple[
             f"{model.config.vocab_size} tokens; pass a dataset built with the model's tokenizer"
         )
     available = min(manifest.splits["validation"]["tokens"] for manifest in mixture.manifests)
-    if available <= context + each:
+    if (needed := tokens_needed(context, options.steps)) > available:
+        most = available - needed + context
+        lower = f"lower it to at most {most}, or " if most > 0 else ""
         raise UserError(
-            f"--context must be at most {available - each - 1}, what the validation split of --data={options.data} "
-            f"has beside the decoded tokens, got {context}; lower it, or omit --data for random tokens"
+            f"--context={context} needs {needed} tokens with those that are decoded, but the validation split of "
+            f"--data={options.data} has {available}; {lower}omit --data for random tokens"
         )
     window = ValidationSamples(mixture, sequence_length=context + each, num_samples=batch)
     texts = torch.stack([window[number % len(window)]["tokens"] for number in range(batch)])

@@ -10,6 +10,7 @@ import typer
 from megatron_mosa.entry import check_output
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_HEADS, MOST_STEPS, bounds
+from megatron_mosa.tools.decoding.lengths import STEPS
 from megatron_mosa.tools.decoding.sampling import Sampling
 
 _LONGEST = 2**26  # tokens
@@ -127,7 +128,7 @@ def decode_bench(
         typer.Option(
             "--steps", metavar="N", callback=bounds(1, MOST_STEPS), help="Timed steps of each of two repetitions."
         ),
-    ] = 32,
+    ] = STEPS,
     data: Annotated[
         Path | None,
         typer.Option(

@@ -24,6 +24,7 @@ from megatron_mosa.config import (
 from megatron_mosa.data import Mixture, check_lengths, check_tokenizer, open_mixture
 from megatron_mosa.errors import UserError
 from megatron_mosa.resilience import DATA_FAULTS
+from megatron_mosa.tools.decoding.lengths import tokens_needed
 from megatron_mosa.tools.grid.budget import Cost, flops_cost, solve_heads
 from megatron_mosa.tools.grid.grid import Grid, Member, Overrides
 from megatron_mosa.tools.grid.kinds import KINDS, other_counts
@@ -306,15 +307,21 @@ class _Place:
                 f"train.steps={train.steps} of {a_step:,} tokens are {asked:,}; set train.steps to at most "
                 f"{int(allowed // a_step):,}, or passes: {passes:g} to read the corpus that often"
             )
-        self._check_decoding(path, min(manifest.splits["validation"]["tokens"] for manifest in data.manifests))
+        if config.data.path:  # with a blend, random tokens are decoded
+            self._check_decoding(path, data.manifest.splits["validation"]["tokens"])
         return found
 
     def _check_decoding(self, path: str, available: int) -> None:
         evaluation = self.grid.evaluation
-        if evaluation is not None and evaluation.decode and evaluation.decode_context >= available:
+        if evaluation is None or not evaluation.decode:
+            return
+        context = evaluation.decode_context
+        if (needed := tokens_needed(context)) > available:
+            most = available - needed + context
+            lower = f"lower it to at most {most:,}, or " if most > 0 else ""
             raise UserError(
-                f"{self.grid.path}: evaluate.decode_context must be below {available:,}, the tokens in the validation "
-                f"split of {path}, got {evaluation.decode_context:,}; lower it, or set evaluate.decode: []"
+                f"{self.grid.path}: evaluate.decode_context={context:,} needs {needed:,} tokens with those that are "
+                f"decoded, but the validation split of {path} has {available:,}; {lower}set evaluate.decode: []"
             )
 
 
