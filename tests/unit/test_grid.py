@@ -497,7 +497,7 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
     for cell, text in zip(cells, (evaluation(2.0, None), evaluation(2.5, 0.25), evaluation(None, None)), strict=False):
         (folder / "evaluations" / f"{cell.name}.json").write_text(text)
     dense = cells[0].model
-    path = work.timings.decoding_path(dense.config, dense.dataset.vocab_size, evaluate)
+    path = work.timings.decoding_path(dense, evaluate)
     path.parent.mkdir(parents=True)
     times = [{"batch": n, "milliseconds_per_step": n / 2} for n in (1, 4)]
     path.write_text(json.dumps({"rows": times, "device": "NVIDIA H100"}))
@@ -525,6 +525,22 @@ def test_what_is_measured_of_trained_models_and_why_the_rest_is_not(tmp_path: Pa
         "- leak of late rho 32: not measured yet",
     ):
         assert part in text, part
+
+
+def test_decoding_is_measured_on_each_corpus(tmp_path: Path) -> None:
+    corpora = {name: {"data.path": name} for name in ("books", "code")}
+    found = models(tmp_path, members=members(), corpora=corpora)
+    books, code = (replace(one, dataset=replace(one.dataset, fingerprint=one.corpus)) for one in found)
+    asked, timings = Evaluation(decode=(1,)), request(tmp_path).timings
+    path = timings.decoding_path(books, asked)
+    path.parent.mkdir(parents=True)
+    times = {"rows": [{"batch": 1, "milliseconds_per_step": 0.5}], "model": "out/runs/tiny-books-dense-seed1"}
+    path.write_text(json.dumps(times))
+    assert timings.find_decoding(books, asked) and not timings.find_decoding(code, asked)
+    path.rename(timings._decoding_path(books, asked, ""))  # as earlier versions named it
+    for elsewhere in (True, False):
+        measured_on = [one for one in (books, code) if timings.find_decoding(one, asked, elsewhere=elsewhere)]
+        assert measured_on == [books]
 
 
 def test_evaluations_of_other_samples_are_repeated(tmp_path: Path) -> None:
@@ -560,7 +576,7 @@ def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(t
     work._write()
     assert [path.is_dir() for path in kept.values()] == [True, False]  # dense has not been decoded yet
     assert next(work._measurements())[0] == "tiny-text-dense: measuring decoding alone"
-    path = work.timings.decoding_path(dense.model.config, 8000, Evaluation())
+    path = work.timings.decoding_path(dense.model, Evaluation())
     path.parent.mkdir(parents=True)
     path.write_text('{"rows": []}')
     work._write()

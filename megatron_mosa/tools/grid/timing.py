@@ -17,6 +17,7 @@ from typing import Any
 from megatron_mosa.config import Config, config_to_dict, save_config
 from megatron_mosa.errors import RunError
 from megatron_mosa.tools.grid.grid import Evaluation
+from megatron_mosa.tools.grid.plan import Model
 from megatron_mosa.tools.processes import Process, end, start
 from megatron_mosa.utils import load_json, read_record, write_atomically
 
@@ -136,30 +137,42 @@ class Timings:
         length = ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         return self._start(["bench", str(path.with_suffix(".yaml")), *length], path, slot, None)
 
-    def decoding_path(self, config: Config, vocab_size: int, evaluation: Evaluation) -> Path:
+    def decoding_path(self, model: Model, evaluation: Evaluation) -> Path:
         """Return where the measured decoding of a model on this device belongs; the same for all runs of a model."""
-        wanted = f"{_model_hash(config, vocab_size)} {evaluation.decode_context} {evaluation.decode}"
+        return self._decoding_path(model, evaluation, f" {model.dataset.fingerprint}")
+
+    def _decoding_path(self, model: Model, evaluation: Evaluation, dataset: str) -> Path:
+        wanted = _model_hash(model.config, model.dataset.vocab_size)
+        wanted += f" {evaluation.decode_context} {evaluation.decode}{dataset}"
         name = hashlib.sha256(wanted.encode()).hexdigest()[:16]
         return self.folder / "timings" / "decoding" / f"{name}-{_file_name(self.device)}.json"
 
-    def find_decoding(self, config: Config, vocab_size: int, evaluation: Evaluation) -> Decoding | None:
-        """Return the measured decoding of a model on this device, or else on the only other one that has one."""
-        path = _here_or_elsewhere(self.decoding_path(config, vocab_size, evaluation))
-        return None if path is None else read_decoding(path, evaluation)
+    def find_decoding(self, model: Model, evaluation: Evaluation, *, elsewhere: bool = True) -> Decoding | None:
+        """Return the measured decoding of a model on this device.
 
-    def start_decoding(
-        self, config: Config, vocab_size: int, evaluation: Evaluation, run: Path, slot: str
-    ) -> Measurement:
+        Args:
+            elsewhere: or else on the only other device that has one.
+        """
+        # Earlier versions gave all corpora one file, which says whose model was measured.
+        for dataset in (f" {model.dataset.fingerprint}", ""):
+            path = self._decoding_path(model, evaluation, dataset)
+            path = _here_or_elsewhere(path) if elsewhere else path
+            found = None if path is None else _read_decoding(path, evaluation, None if dataset else model.corpus)
+            if found is not None:
+                return found
+        return None
+
+    def start_decoding(self, model: Model, evaluation: Evaluation, run: Path, slot: str) -> Measurement:
         """Begin to measure the decoding of a trained model.
 
         Args:
             run: its run directory, with a checkpoint.
         """
-        path = self.decoding_path(config, vocab_size, evaluation)
+        path, data = self.decoding_path(model, evaluation), model.config.data.path
         path.parent.mkdir(parents=True, exist_ok=True)
         arguments = ["decode-bench", str(run), "--context", str(evaluation.decode_context)]
         arguments += ["--batch", ",".join(map(str, evaluation.decode))]
-        arguments += ["--data", config.data.path] if config.data.path else []
+        arguments += ["--data", data] if data else []
         return self._start(arguments, path, slot, 1)
 
     def _start(self, arguments: Sequence[str], path: Path, slot: str, ranks: int | None) -> Measurement:
@@ -193,14 +206,16 @@ def _read(path: Path) -> Timing | None:
         return None
 
 
-def read_decoding(path: Path, evaluation: Evaluation) -> Decoding | None:
-    """Return what ``mosa decode-bench`` measured, or None as ``_read``."""
+def _read_decoding(path: Path, evaluation: Evaluation, corpus: str | None = None) -> Decoding | None:
+    """Return what ``mosa decode-bench`` measured, or None as ``_read``, or if it is not of a model on that corpus."""
     try:
         found = load_json(path)
+        if corpus is not None and Path(found["model"]).name.split("-")[1] != corpus:  # SIZE-CORPUS-MEMBER...
+            return None
         times = {str(row["batch"]): row["milliseconds_per_step"] for row in found["rows"]}
         values = {"milliseconds": times, "context": evaluation.decode_context, "device": _device(path, found)}
         return read_record(Decoding, values)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 

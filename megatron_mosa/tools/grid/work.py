@@ -23,7 +23,7 @@ from megatron_mosa.tools.grid.launch import Handle, Launcher
 from megatron_mosa.tools.grid.plan import Cell, Plan, config_hash, what_determines_the_result
 from megatron_mosa.tools.grid.request import Request
 from megatron_mosa.tools.grid.results import Row, planned_row, write_results
-from megatron_mosa.tools.grid.timing import Measurement, last_line, read_decoding
+from megatron_mosa.tools.grid.timing import Measurement, last_line
 from megatron_mosa.utils import (
     counted,
     decimals,
@@ -211,7 +211,7 @@ class Work:
         if (found := results.evaluated(self._evaluation_path(cell), asked)) is not None:
             values, reasons = found
             row = replace(row, **values)
-        decoding = self.timings.find_decoding(cell.model.config, cell.model.dataset.vocab_size, asked)
+        decoding = self.timings.find_decoding(cell.model, asked)
         if decoding is not None:
             times, context = dict(decoding.milliseconds), decoding.context
             row = replace(row, decode_ms=times, decode_context=context, decode_device=decoding.device)
@@ -385,7 +385,7 @@ class Work:
         for cell in self._to_decode():
             model, asked = cell.model, self.request.grid.evaluation
             assert asked is not None
-            start = partial(self.timings.start_decoding, model.config, model.dataset.vocab_size, asked, self._run(cell))
+            start = partial(self.timings.start_decoding, model, asked, self._run(cell))
             yield f"{model.name}: measuring decoding alone", start
         seen = set[Path]()
         for cell in filter(self.is_settled, self.cells()):
@@ -405,9 +405,8 @@ class Work:
                 is_causal = result.get("causal", not looks_ahead(model.config))
                 if result.get("status") != results.DONE or not is_causal or not self._has_checkpoint(cell):
                     continue
-                path = self.timings.decoding_path(model.config, model.dataset.vocab_size, asked)
-                if read_decoding(path, asked) is None:
-                    found.setdefault(path, cell)
+                if self.timings.find_decoding(model, asked, elsewhere=False) is None:
+                    found.setdefault(self.timings.decoding_path(model, asked), cell)
         return list(found.values())
 
     def _finish(self, measurement: Measurement) -> None:
