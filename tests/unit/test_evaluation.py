@@ -249,7 +249,11 @@ def test_routing_heads_have_no_causal_counterpart(
     parts = [(row["last"] - row["first"] + 1, row["leak"]) for row in found["by_position"]]
     assert found["leak"]["mean"] == pytest.approx(sum(size * leak for size, leak in parts) / LENGTH)
     assert found["leak"]["error"] > 0 and found["by_position"][-2]["last"] == 15
-    assert found["flip_rate"] == found["by_position"][-2]["flip_rate"] > 0  # of tokens that 8 others follow
+    windows = Texts(None, sequence_length=LENGTH, num_samples=6, mark_documents=False, split="validation")
+    with as_trained(None, None, None, calibrates=False) as model:
+        half, sixteen = flip_rates(model, windows, [LENGTH // 2 - 1, 15], 2 * LENGTH, ignore).tolist()
+    assert found["by_position"][-2]["flip_rate"] == sixteen and found["flip_rate"] == half > 0
+    assert half != sixteen
     assert found["full_sequence"]["label"].startswith("NON-CAUSAL: heads select tokens with the whole sequence")
     summary = {"length": 8, "full_sequence": found["full_sequence"], "causal": None}
     print_report(found | {"by_length": [summary], "left_out": {}}, Console(width=200))

@@ -116,13 +116,14 @@ class _Evaluation:
         if self.settings.prefixes:
             positions = chosen_positions(self.ranges, self.settings.prefixes)
             passes += len(self.samples) * sum(position + 1 for position in positions)
-        return passes + (tokens * len(self.ranges) if self.model.config.mosa.num_heads else 0)
+        return passes + (tokens * (1 + len(self._flip_positions())) if self.model.config.mosa.num_heads else 0)
 
     def run(self) -> dict[str, Any]:
         label = causality_label(not self.looks_ahead)
         with self._built() as model:
             full = self._losses(model, self.samples)
-            ranges, leak = self._by_range(model, full)
+            flips = self._flip_rates(model)
+            ranges, leak = self._by_range(model, full, flips)
             lengths = {multiple: self._losses(model, samples) for multiple, samples in self.longer.items()}
         is_causal = self.calibration is not None or not self.looks_ahead
         causal, causal_lengths, how = full, lengths, "the model itself"
@@ -146,7 +147,7 @@ class _Evaluation:
             "causal": _summary(causal) | {"label": f"causal, {how}"} if is_causal else None,
             "by_position": ranges,
             "leak": leak,
-            "flip_rate": next((row["flip_rate"] for row in reversed(ranges) if row["flip_rate"] is not None), None),
+            "flip_rate": flips.get(self._half),
             "by_length": [
                 {
                     "length": multiple * self.length,
@@ -174,24 +175,41 @@ class _Evaluation:
     def _losses(self, model: EvaluationModel, samples: ValidationSamples) -> Tensor:
         return token_losses(model, samples, self.settings.tokens_at_once, self.tick)
 
-    def _by_range(self, model: EvaluationModel, full: Tensor) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
+    @property
+    def _half(self) -> int:
+        """The last position of the first half."""
+        return self.length // 2 - 1
+
+    def _flip_positions(self) -> list[int]:
+        """Return the positions up to which flips are counted: the ends of ranges and of the first half."""
+        ends = [part.stop - 1 for part in self.ranges[:-1]]  # no tokens follow the last range that could change
+        return sorted({*ends, self._half})
+
+    def _flip_rates(self, model: EvaluationModel) -> dict[int, float]:
+        """Return the flip rate up to each position; none without MoSA heads."""
+        if not self.model.config.mosa.num_heads:
+            return {}
+        positions = self._flip_positions()
+        rates = flip_rates(model, self.samples, positions, self.settings.tokens_at_once, self.tick)
+        return dict(zip(positions, rates.tolist(), strict=True))
+
+    def _by_range(
+        self, model: EvaluationModel, full: Tensor, flips: dict[int, float]
+    ) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
         """Measure each range of positions; also return the leak over all of them, each range by its length."""
         positions = chosen_positions(self.ranges, self.settings.prefixes) if self.settings.prefixes else []
         at_once = self.settings.tokens_at_once
         prefix = prefix_losses(model, self.samples, positions, at_once, self.tick) if positions else full[:, :0]
-        has_heads = self.model.config.mosa.num_heads > 0
-        ends = [part.stop - 1 for part in self.ranges[:-1]]  # no tokens follow the last range that could change
-        flips = flip_rates(model, self.samples, ends, at_once, self.tick).tolist() if has_heads else []
         rows = []
         total = torch.zeros(len(full), dtype=torch.float64)  # [N], each sample's leak
-        for number, part in enumerate(self.ranges):
+        for part in self.ranges:
             columns = [i for i, position in enumerate(positions) if position in part]
             here = [positions[i] for i in columns]
             row: dict[str, Any] = {
                 "first": part.start,
                 "last": part.stop - 1,
                 "full_sequence": full[:, part.start : part.stop].mean().item(),
-                "flip_rate": flips[number] if number < len(flips) else None,
+                "flip_rate": flips.get(part.stop - 1),
             }
             if columns:
                 leaks = (prefix[:, columns] - full[:, here]).double().mean(dim=1)
