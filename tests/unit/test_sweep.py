@@ -691,6 +691,20 @@ def test_failures_in_jobs_are_shown_while_waiting(
     assert printed.count(f"{OTHER}: ") == 1 and printed.count(f"{BROKEN}: failed: OutOfMemoryError: no room") == 1
 
 
+def test_a_job_that_measures_nothing_is_an_error_also_after_an_earlier_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("jobs", "layouts", "logs"):
+        (tmp_path / name).mkdir()
+    write_result(tmp_path, ALONE, {"reason": "of an earlier call"})
+    answer = lambda *command: subprocess.CompletedProcess(command, 0, "7\n" if command[0] == "sbatch" else "", "")  # noqa: E731
+    monkeypatch.setattr(sweep_slurm, "call_slurm", answer)
+    monkeypatch.setattr(sweep_slurm, "_POLL_SECONDS", 0.0)
+    one = Session("one", str(tmp_path), {}, [ALONE.to_dict()], 1, 1, 1, True, False)
+    with pytest.raises(RunError, match=r"job 7 \(logs/slurm-7.out\) ended before all its layouts were measured"):
+        sweep_slurm.SlurmRun(tmp_path, 0)([one], lambda event: None)
+
+
 def test_a_job_is_submitted_from_paths_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "my sweep"
     for name in ("jobs", "logs"):
@@ -799,6 +813,23 @@ def test_a_partition_without_gpus_is_rejected(
     with pytest.raises(UserError) as caught:
         sweep_slurm.check_partition(partition, gpus)
     assert one_line(caught).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("resources", "count"),
+    [
+        ("(null)", 0),
+        ("gpu:4", 4),
+        ("gpu:h100", 1),
+        ("gpu:h100:4(S:0-1)", 4),
+        ("gpu:a100:4(S:0,2),gpu:v100:2(S:1)", 6),
+        ("gpu:3090:4", 4),
+        ("gpu:2080ti:8(S:0-1)", 8),
+        ("gpu:1g.10gb:7,shard:2", 7),
+    ],
+)
+def test_the_gpus_of_a_node_are_read_whatever_their_type(resources: str, count: int) -> None:
+    assert sweep_slurm._gpus_in(resources) == count
 
 
 def test_counts_are_parsed() -> None:

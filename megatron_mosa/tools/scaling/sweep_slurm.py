@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.scaling.cells import Cell
-from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, read_result
+from megatron_mosa.tools.scaling.session import Event, Session, Tail, Watch, is_measured, read_result, result_path
 from megatron_mosa.utils import counted, say, write_atomically
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,6 +132,9 @@ class SlurmRun:
     def _submit(self, session: Session, command: list[str], jobs: dict[str, Session]) -> None:
         """Submit a session by its batch script, and add its job to ``jobs``."""
         session.write()
+        for name in _names(session):  # their failures in earlier calls, or the job would count as having settled them
+            if not is_measured(self.folder, name):
+                result_path(self.folder, name).unlink(missing_ok=True)
         write_atomically(session.file.with_suffix(".sbatch"), self.script(session, command))
         done = call_slurm(*command)
         if done.returncode:
@@ -240,8 +243,12 @@ def check_partition(partition: str | None, gpus_per_node: int) -> None:
 
 
 def _gpus_in(resources: str) -> int:
-    """Return the number of GPUs in Slurm's notation of generic resources, such as ``gpu:h100:4(S:0-1)``."""
-    return sum(int(count or 1) for count in re.findall(r"gpu(?::[A-Za-z][^:,()]*)?(?::(\d+))?", resources))
+    """Return the number of GPUs in Slurm's notation of generic resources, such as ``gpu:h100:4(S:0-1)``.
+
+    A type may begin with a digit, as in ``gpu:3090:4``; what comes last is the count, if it is a number.
+    """
+    entries = [entry.split(":") for entry in re.sub(r"\([^()]*\)", "", resources).split(",")]
+    return sum(int(parts[-1]) if parts[-1].isdecimal() else 1 for parts in entries if parts[0] == "gpu")
 
 
 def call_slurm(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
