@@ -30,7 +30,7 @@ from megatron_mosa.exit_codes import DONE, FAILED, HUNG, STOPPED
 from megatron_mosa.metrics import read_journal
 from megatron_mosa.resilience import read_status
 from megatron_mosa.tools.scaling.memory import card
-from megatron_mosa.utils import versions
+from megatron_mosa.utils import usable_processors, versions
 
 ROOT = Path(__file__).parents[1]
 STEPS, INTERVAL, FAULT_STEP = 30, 10, 16
@@ -270,7 +270,7 @@ class Bench:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.processes))}
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_processors() // self.processes))}
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         return threads | os.environ | hidden | {"PYTHONPATH": path}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron_mosa.cluster import torchrun
 from megatron_mosa.entry import run
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import counted
+from megatron_mosa.utils import counted, usable_processors
 
 
 def number_of_processes(gpus: int, chosen: str) -> int:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
     gpus = torch.cuda.device_count()
     number = number_of_processes(gpus, chosen)
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_processors() // number)))
     config, *overrides = arguments
     if number % 2:  # the user's own overrides come last, so that they win
         overrides.insert(0, "parallel.tensor_model_parallel_size=1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import struct
 import time
 from collections import Counter, deque
@@ -23,7 +22,7 @@ from megatron_mosa.data.hashing import file_sha256
 from megatron_mosa.data.manifest import SPLITS
 from megatron_mosa.data.sources import Position, Source, total_text_bytes
 from megatron_mosa.errors import UserError
-from megatron_mosa.utils import counted, load_json, progress, sync, write_atomically
+from megatron_mosa.utils import counted, load_json, progress, sync, usable_processors, write_atomically
 
 _BATCH_CHARACTERS = 1 << 18  # encoded by a thread at once; encodings take about 100 bytes per token
 _COPY = 1 << 24  # bytes
@@ -204,7 +203,7 @@ def _encode(source: Source, position: Position | None, encoder: Encoder, charact
     Every core encodes whole batches, some ahead of the writer: cores that share a batch would wait for the longest
     document in it. The last batch, which may be empty, counts what was left out behind the last document.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_processors()
     pending = deque[_Pending]()
 
     def next_batch() -> _Batch:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_mosa.attention import PartitionedHeads
 from megatron_mosa.parallel import partition_of
+from megatron_mosa.utils import usable_processors
 
 Initializer = Callable[..., object]
 """Fills a tensor in place, with numbers of the ``generator`` it is given."""
@@ -113,8 +114,7 @@ def draw(seed: int, name: str, shape: tuple[int, ...], initialize: Initializer) 
 
 def _threads() -> int:
     """Return how many weights a rank draws at once: its share of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, usable_processors() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Helpers without a subject of their own: atomic files, JSON, versions, progress bars, words, first lines of errors."""
+"""Helpers without a subject of their own: atomic files, JSON, versions, processors, progress, words, first lines."""
 
 from megatron_mosa.utils.errors import file_problem, first_line
 from megatron_mosa.utils.files import (
@@ -14,6 +14,7 @@ from megatron_mosa.utils.files import (
 from megatron_mosa.utils.lazy import lazy_face
 from megatron_mosa.utils.libraries import drop_known_noise, drop_warnings, log_libraries
 from megatron_mosa.utils.parsing import finite, is_plain, json_integer, load_json, parse_json
+from megatron_mosa.utils.processors import usable_processors
 from megatron_mosa.utils.progress import progress, say
 from megatron_mosa.utils.records import known_values, read_record
 from megatron_mosa.utils.tables import table_console
@@ -46,6 +47,7 @@ __all__ = [
     "sync",
     "table_console",
     "tolerating",
+    "usable_processors",
     "versions",
     "write_atomically",
 ]

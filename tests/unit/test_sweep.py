@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from megatron_mosa.cli import app
 from megatron_mosa.config import Config, load_config
 from megatron_mosa.errors import RunError, UserError
+from megatron_mosa.tools.grid.launch import LocalLauncher
 from megatron_mosa.tools.processes import alone_in
 from megatron_mosa.tools.scaling import session, sweep, sweep_slurm, sweep_work
 from megatron_mosa.tools.scaling.cells import Cell, fp32_reference, plan_cells, reference_cell
@@ -590,6 +592,43 @@ def test_a_session_that_cannot_start_is_the_failure_of_all_its_cells(tmp_path: P
     supervise(broken, launch, lambda event: None)
     assert starts == [1]
     assert {(read_result(tmp_path, cell.name) or {})["reason"] for cell in cells} == {"exit code 7; see logs/x-1.log"}
+
+
+def test_a_signal_that_was_lost_while_a_session_was_started_stops_the_sweep(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def launch(*_: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[0]
+
+    @contextmanager
+    def signals() -> Iterator[Callable[[], None]]:
+        def check() -> None:
+            if started:
+                raise KeyboardInterrupt
+
+        yield check
+
+    monkeypatch.setattr(session.LocalLaunch, "__call__", launch)
+    monkeypatch.setattr(sweep, "signals_as_interrupt", signals)
+    begin = time.monotonic()
+    with pytest.raises(RunError, match="stopped; run the same command again to measure what is missing"):
+        sweep.run_sweep(request(config, [ALONE], tmp_path / "sweep", random_tokens=True))
+    assert started[0].poll() is not None and time.monotonic() - begin < 30
+
+
+def test_threads_are_for_the_processors_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In grids and sweeps; a Slurm job or taskset leaves fewer than the machine has."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    environment = LocalLauncher("cpu", 2, 1, ()).command(["pretrain"], "", 1)[1]
+    threads: list[int] = []
+    monkeypatch.setattr(sweep, "LocalLaunch", threads.append)
+    sweep._run_here([Session("two", "", {}, [], 2, 1, 1, True, False)])
+    assert (environment["OMP_NUM_THREADS"], threads) == ("2", [2])
 
 
 def test_events_are_read_once_and_whole(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_mosa.resilience import read_status
 from megatron_mosa.sbatch import as_pattern
 from megatron_mosa.tools.processes import Process, start
 from megatron_mosa.tools.scaling.sweep_slurm import ROOT, call_slurm, running_jobs
-from megatron_mosa.utils import say, write_atomically
+from megatron_mosa.utils import say, usable_processors, write_atomically
 
 _SECONDS_TO_SAVE = 300.0  # that a run has for its last checkpoint
 _QUEUE_SECONDS = 2.0  # between two looks at Slurm's queue
@@ -141,7 +141,7 @@ class LocalLauncher:
             ranks: None: those of a cell.
         """
         ranks = ranks or self.processes
-        threads = max(1, (os.cpu_count() or 1) // (jobs * self.processes))
+        threads = max(1, usable_processors() // (jobs * self.processes))
         left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a launcher of this command
         environment = {"OMP_NUM_THREADS": str(threads)} | {k: v for k, v in os.environ.items() if k not in left_out}
         if visible:

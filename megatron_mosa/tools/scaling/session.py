@@ -210,10 +210,15 @@ class Tail:
         return []
 
 
-def supervise(session: Session, launch: Launch, watch: Watch) -> None:
+def supervise(
+    session: Session, launch: Launch, watch: Watch, check_interruption: Callable[[], None] = lambda: None
+) -> None:
     """Run a session until each of its cells has a result or a failure, or its time is up.
 
     The worker processes are ended, if they still run, however this function ends.
+
+    Args:
+        check_interruption: of ``signals_as_interrupt``.
     """
     cells = map(Cell.from_dict, session.cells)
     left = [cell for cell in cells if not is_measured(session.folder, cell.name)]  # a job may have been requeued
@@ -229,7 +234,7 @@ def supervise(session: Session, launch: Launch, watch: Watch) -> None:
         session = replace(session, cells=[cell.to_dict() for cell in left])
         session.write()
         watch(Event(left[0].name, f"starting {counted(session.processes, 'process')}"))
-        code, last = _run_once(session, launch, number, tail, watch)
+        code, last = _run_once(session, launch, number, tail, watch, check_interruption)
         left = [cell for cell in left if not is_measured(session.folder, cell.name)]
         if code is None or (last is not None and last.phase == NO_TIME):
             return
@@ -251,7 +256,7 @@ def _is_over(session: Session) -> bool:
 
 
 def _run_once(
-    session: Session, launch: Launch, number: int, tail: Tail, watch: Watch
+    session: Session, launch: Launch, number: int, tail: Tail, watch: Watch, check_interruption: Callable[[], None]
 ) -> tuple[int | None, Event | None]:
     """Start the workers and wait; return the exit code and the last event.
 
@@ -261,6 +266,7 @@ def _run_once(
     last, heard = None, time.monotonic()
     try:
         while True:
+            check_interruption()
             code = process.poll()
             for last in tail.events():
                 heard = time.monotonic()

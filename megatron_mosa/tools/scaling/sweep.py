@@ -5,7 +5,6 @@ The weights are a function of ``run.seed`` alone (``model.initial_weights``), so
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from megatron_mosa.tools.scaling.sweep_progress import Progress
 from megatron_mosa.tools.scaling.sweep_report import write_report
 from megatron_mosa.tools.scaling.sweep_request import Request
 from megatron_mosa.tools.scaling.sweep_work import Work
-from megatron_mosa.utils import say
+from megatron_mosa.utils import say, usable_processors
 
 Run = Callable[[list[Session], Watch], None]
 """Has the sessions measured, one after the other or at once, and reports their events."""
@@ -59,9 +58,9 @@ def run_sweep(request: Request, run: Run | None = None, force: bool = False) -> 
         progress.print_known()
         error: BaseException | None = None
         try:
-            with signals_as_interrupt():
+            with signals_as_interrupt() as check_interruption:
                 if sessions := work.sessions():
-                    (run or _run_here(sessions))(sessions, progress.watch)
+                    (run or _run_here(sessions, check_interruption))(sessions, progress.watch)
         except (KeyboardInterrupt, RunError) as caught:
             error = caught
         sweep = replace(work.sweep(), beside=others)
@@ -95,13 +94,13 @@ def _dataset(request: Request, base: Config) -> tuple[dict[str, Any], int]:
     return start.data_identity, start.manifest.vocab_size
 
 
-def _run_here(sessions: Sequence[Session]) -> Run:
+def _run_here(sessions: Sequence[Session], check_interruption: Callable[[], None] = lambda: None) -> Run:
     # A session of one process uses as few threads per rank as the largest: with one per core, a busy machine slows it
     # down twenty-fold.
-    launch = LocalLaunch(max(1, (os.cpu_count() or 1) // max(session.processes for session in sessions)))
+    launch = LocalLaunch(max(1, usable_processors() // max(session.processes for session in sessions)))
 
     def run(sessions: list[Session], watch: Watch) -> None:
         for session in sessions:
-            supervise(session, launch, watch)
+            supervise(session, launch, watch, check_interruption)
 
     return run

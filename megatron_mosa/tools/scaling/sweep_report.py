@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,7 +12,7 @@ from pathlib import Path
 from megatron_mosa.tools.scaling.rows import NOT_PERFORMANCE, Row, Sweep
 from megatron_mosa.tools.scaling.sweep_checks import NORM_TOLERANCE, TOLERANCE
 from megatron_mosa.tools.scaling.sweep_plots import plot_breakdown, plot_scaling
-from megatron_mosa.utils import write_atomically
+from megatron_mosa.utils import usable_processors, write_atomically
 
 
 def write_report(sweep: Sweep, folder: Path) -> list[str]:
@@ -48,7 +47,7 @@ def setting(sweep: Sweep) -> str:
     counts = sorted({row.processes for row in sweep.rows})
     count = ", ".join(map(str, counts[:-1])) + (" and " if counts[1:] else "") + str(counts[-1])
     if sweep.device == "cpu":
-        return f"{count} x CPU (gloo); **{NOT_PERFORMANCE}: ranks share {os.cpu_count()} cores**"
+        return f"{count} x CPU (gloo); **{NOT_PERFORMANCE}: ranks share {usable_processors()} cores**"
     return f"{count} x {sweep.cards} (nccl)"
 
 
