@@ -21,7 +21,7 @@ from megatron_mosa.config.render import (
     selection_in_words,
     summary,
 )
-from megatron_mosa.config.rules import check, check_plan, check_world_size, padded_vocab_size
+from megatron_mosa.config.rules import LONGEST_NAME, check, check_plan, check_world_size, padded_vocab_size
 from megatron_mosa.config.schema import (
     CheckpointSection,
     Config,
@@ -38,6 +38,7 @@ from megatron_mosa.config.schema import (
 )
 
 __all__ = [
+    "LONGEST_NAME",
     "REFERENCE_FILE",
     "CheckpointSection",
     "Config",

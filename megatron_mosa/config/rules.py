@@ -90,7 +90,7 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-_LONGEST_NAME = 200  # file systems allow 255, and some names are longer by a time or a number
+LONGEST_NAME = 200  # file systems allow 255, and some names are longer by a time or a number
 _LONGEST_PROJECT, _NOT_IN_PROJECT = 128, "/\\#?%:"  # as W&B's settings check them
 _INDEX_LIMIT = 2**31 - 1  # as at_most of data.index_samples
 
@@ -312,9 +312,9 @@ def _dataset(config: Config) -> None:
 
 
 def _run_name(config: Config) -> None:
-    if len(config.run.name) > _LONGEST_NAME:
+    if len(config.run.name) > LONGEST_NAME:
         raise UserError(
-            f"run.name must have at most {_LONGEST_NAME} characters, got {len(config.run.name)}: it names a directory"
+            f"run.name must have at most {LONGEST_NAME} characters, got {len(config.run.name)}: it names a directory"
         )
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.run.name):
         raise UserError(

@@ -250,6 +250,13 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "sead": 1})}, ["unknown key 'members.x.sead'"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "tune_at": 4})}, ["members.x.tune_at", "got 4"]),
         ({"members": members(x={"kind": "fixed", "sparsity": 8, "seeds": {4: [1]}})}, ["4 is not a sparsity"]),
+        ({"seeds": []}, ["members.dense.seeds must be at least one integer, such as [1], got []"]),
+        ({"members": members(x={"kind": "fixed", "sparsity": 8, "seeds": {8: []}})}, ["members.x.seeds must be at"]),
+        (
+            {"sizes": {64 * "s": {}}, "corpora": {64 * "c": {"data.path": "text"}},
+             "members": {64 * "d": {"kind": "dense"}}, "relative_to": 64 * "d", "learning_rates": [0.001, 0.00025]},
+            ["name of a run must have at most 200 characters, got 210 of sss", "d-seed1-lr0.00025; shorten the name"],
+        ),
         (
             {"members": members(x={"kind": "dense", "learning_rate_of": "dense"})},
             ["members.x.learning_rate_of must be a member with learning_rates, got 'dense'"],
@@ -829,6 +836,7 @@ def test_a_report_says_what_came_out(tmp_path: Path) -> None:
         "out of memory",
         "missing",
         "8 of 11 runs are done",
+        "means over the seeds that both have, or over all seeds if they have none in common",
         "`mosa pretrain out/configs/mosa.yaml`",
         "NVIDIA H100",
         "data/text (hash dddddddddddd) each",

@@ -236,7 +236,7 @@ class _Reader:
                 raise self._wrong(
                     f"{where}.seeds: {unknown[0]} is not a sparsity of this member; it has {_listed(sparsities)}"
                 )
-            seeds_at = {rho: self._numbers(f"{where}.seeds", given, _is_whole, 0) for rho, given in seeds.items()}
+            seeds_at = {rho: self._seeds(f"{where}.seeds", given) for rho, given in seeds.items()}
             seeds = tree.get("seeds", [1])
         rates, source = values.get("learning_rates", tree.get("learning_rates", [])), values.get("learning_rate_of")
         if source is not None:
@@ -259,7 +259,7 @@ class _Reader:
             sparsities=tuple(map(float, sparsities)),
             heads=self._numbers(f"{where}.heads", values.get("heads", []), _is_whole, 1),
             dense_heads=dense_heads,
-            seeds=self._numbers(f"{where}.seeds", seeds, _is_whole, 0) or (1,),
+            seeds=self._seeds(f"{where}.seeds", seeds),
             seeds_at={float(rho): given for rho, given in seeds_at.items()},
             learning_rates=self._numbers(f"{where}.learning_rates", rates, _is_number, 1e-12),
             tune_at=None if tune_at is None else float(tune_at),
@@ -319,6 +319,10 @@ class _Reader:
             f"different {what} of at least {least:.3g} and at most {_MOST}{',' * bool(example)}{example}",
         )
         return tuple(values)
+
+    def _seeds(self, key: str, value: Any) -> tuple[int, ...]:
+        self._expect(key, value, value != [], "at least one integer, such as [1]")
+        return self._numbers(key, value, _is_whole, 0)
 
     def _known(self, where: str, values: dict[str, Any], keys: tuple[str, ...]) -> None:
         for key in values:

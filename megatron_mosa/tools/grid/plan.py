@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mosa.config import (
+    LONGEST_NAME,
     CheckpointSection,
     Config,
     FaultInjectionSection,
@@ -153,7 +154,7 @@ def plan_models(grid: Grid, cost_of: CostOf | None = None) -> list[Model]:
         UserError: a configuration is wrong, members differ in what they must share, a corpus is missing or too small,
             or the budget holds no head of a member.
     """
-    return [
+    found = [
         model
         for size in grid.sizes
         for corpus in grid.corpora
@@ -161,6 +162,20 @@ def plan_models(grid: Grid, cost_of: CostOf | None = None) -> list[Model]:
             cost_of or (lambda equal, data: flops_cost(equal, data.vocab_size))
         )
     ]
+    _check_names(grid, Plan(found))
+    return found
+
+
+def _check_names(grid: Grid, plan: Plan) -> None:
+    for model in plan.models:
+        rates = [trial.learning_rate for trial in plan.trials(model)]
+        seeds = model.member.seeds_of(model.sparsity)
+        name = max((Cell(model, seed, rate).name for seed in seeds for rate in rates), key=len)
+        if len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{grid.path}: the name of a run must have at most {LONGEST_NAME} characters, got {len(name)} of "
+                f"{name}; shorten the name of its size, corpus or member"
+            )
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def markdown(
         f"with {_joined(_versions(row) for row in rows if row.versions) or 'nothing yet'}.{_measured_on(devices)}",
         "",
         "- Loss (nats per token) and perplexity are of validation, after the last step; the mean over seeds. *spread* "
-        "is the largest difference of losses between seeds, and *loss - reference* the mean over seeds that both have.",
+        "is the largest difference of losses between seeds, and *loss - reference* compares means over the "
+        "seeds that both have, or over all seeds if they have none in common.",
         "- **NON-CAUSAL**: heads look ahead, so no decoder reaches this loss. Keys and values are then those of causal "
         "heads of the same sparsity.",
         "- Step times with ~ were measured while other runs shared the device, and say little; `mosa isoflop run` with "
