@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from megatron_mosa.config import Config, config_to_dict, load_config, save_confi
 from megatron_mosa.data import Manifest, Mixture
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.model import model_flops, paper_flops
+from megatron_mosa.parallel import launch_environment
 from megatron_mosa.tools.decoding import bench
 from megatron_mosa.tools.decoding.lengths import STEPS
 from megatron_mosa.tools.grid import plan as plan_module
@@ -588,6 +590,14 @@ def test_checkpoints_are_removed_when_nothing_is_left_to_be_measured_with_them(t
     path.write_text('{"rows": []}')
     work._write()
     assert not any(path.is_dir() for path in kept.values())
+
+
+def test_a_program_of_a_grid_is_no_rank_of_the_job_that_runs_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "3"), ("WORLD_SIZE", "8"), ("RANK", "3")):
+        monkeypatch.setenv(name, value)
+    environment = LocalLauncher("cpu", 1, 1, ()).command(["pretrain"], "", 1)[1]
+    monkeypatch.setattr(os, "environ", environment)
+    assert launch_environment() == (0, 1, 0)
 
 
 def test_why_a_program_failed_is_taken_from_its_own_output(tmp_path: Path) -> None:

@@ -142,7 +142,8 @@ class LocalLauncher:
         """
         ranks = ranks or self.processes
         threads = max(1, usable_processors() // (jobs * self.processes))
-        left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a launcher of this command
+        # Of a launcher of this command, srun included: a program of one rank would take itself for one of several.
+        left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
         environment = {"OMP_NUM_THREADS": str(threads)} | {k: v for k, v in os.environ.items() if k not in left_out}
         if visible:
             environment["CUDA_VISIBLE_DEVICES"] = visible
