@@ -1,7 +1,8 @@
 """Hash files. ``python hashing.py`` compares files with their hashes beside a run; it needs only the standard library.
 
 It reads a JSON list of [path, SHA-256] from standard input. If a file differs or cannot be read, it prints one line
-about the first such file and exits with 1, otherwise with 0. It also exits when its parent process does.
+about the first such file and exits with 1, otherwise with 0. It ignores the signals that end a job, and exits when its
+parent process does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def damage_message(file: Path, expected: str, found: str, fix: str = REBUILD) ->
 
 def main() -> int:
     """Compare the files named on standard input; return the exit code."""
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole job; the trainer kills this process when it ends
     parent = os.getppid()
     os.nice(19)
     for name, expected in json.load(sys.stdin):

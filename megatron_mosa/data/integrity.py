@@ -179,11 +179,14 @@ class HashingProcess:
         return self._process.poll() is not None
 
     def damage(self) -> str | None:
-        """Return one line about the first damaged file; None: all are intact. Valid once the process is over."""
-        if not self._process.returncode:
-            return None
+        """Return one line about the first damaged file; None: none was found. Valid once the process is over."""
         assert self._process.stdout is not None
-        return self._process.stdout.read().strip() or "the process that hashes the dataset failed"
+        return self._process.stdout.read().strip() or None
+
+    @property
+    def exit_code(self) -> int | None:
+        """0: all files are intact. Without damage, any other one means that not all were hashed."""
+        return self._process.returncode
 
     def close(self) -> None:
         """Kill the process if it still runs."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +200,22 @@ def test_a_large_dataset_is_hashed_during_the_run(dataset: Path, monkeypatch: py
     wait_for(process)
     assert process.damage() == f"could not read {dataset}/train.idx: No such file or directory"
     process.close()
+
+
+def test_the_end_of_the_hashing_process_is_not_damage(tmp_path: Path) -> None:
+    """Signals to the whole job do not end it: until the run has saved and exits, there may be damage to find."""
+    pipe, nothing = tmp_path / "pipe", hashlib.sha256().hexdigest()
+    os.mkfifo(pipe)
+    notes, files = Notes(), [integrity.FileHash(pipe, nothing)]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL):
+        check = DataCheck(notes, files, lambda: "")  # type: ignore[arg-type]
+        assert check._process is not None
+        with pipe.open("wb"):  # once the process has opened it, too
+            check._process._process.send_signal(number)
+        wait_for(check._process)
+        check.after_step(trainer(1), None)  # type: ignore[arg-type]
+        outcome = "not verified: hashing it ended with exit code -9" if number == signal.SIGKILL else "intact"
+        assert outcome in notes[-1], number
 
 
 def test_hashes_are_not_compared_if_switched_off(dataset: Path) -> None:

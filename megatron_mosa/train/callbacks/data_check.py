@@ -38,18 +38,20 @@ class DataCheck(Callback):
         if not self.is_running or not trainer.any_rank(self._process is not None and self._process.is_over):
             return
         self.is_running = False
-        on_main_rank(lambda: self._refuse_damage(trainer.state.step))
-        self.writers.note("the dataset is intact: all hashes match its manifest")
+        self.writers.note(on_main_rank(lambda: self._outcome(trainer.state.step)))
 
     def on_end(self, trainer: Trainer) -> None:
         """End the hashing process."""
         if self._process is not None:
             self._process.close()
 
-    def _refuse_damage(self, step: int) -> None:
+    def _outcome(self, step: int) -> str:
         assert self._process is not None
-        damage = self._process.damage()
+        damage, code = self._process.damage(), self._process.exit_code
         self._process.close()
         self._process = None
         if damage is not None:
             raise UserError(f"{damage}; the run stopped at step {step}, {self.newest()}")
+        if code != 0:  # killed, for instance for want of memory
+            return f"the dataset was not verified: hashing it ended with exit code {code}; use mosa data verify FOLDER"
+        return "the dataset is intact: all hashes match its manifest"
