@@ -46,7 +46,7 @@ class Metadata:
     """The resolved configuration."""
 
     data: dict[str, Any]
-    """index_samples, tokenizer_hash, encoding_hash, vocab_size and fingerprint of the dataset."""
+    """index_samples, tokenizer_hash, encoding_hash, vocab_size, fingerprint and sources of the dataset."""
 
     versions: dict[str, str]
     """Versions of the software that wrote the checkpoint."""

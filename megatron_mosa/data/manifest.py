@@ -60,6 +60,11 @@ class Manifest:
         return self.request["sources"]
 
     @property
+    def source_names(self) -> list[str]:
+        """The sources as given in ``data.sources`` of the build."""
+        return [source["source"] for source in self.sources]
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest, which covers tokenizer and tokens because the manifest contains their hashes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()

@@ -38,6 +38,11 @@ class Mixture:
         return hashlib.sha256(json.dumps([self.weights, fingerprints]).encode()).hexdigest()
 
     @property
+    def source_names(self) -> list[str]:
+        """The sources of all datasets."""
+        return [name for manifest in self.manifests for name in manifest.source_names]
+
+    @property
     def fewest_index_samples(self) -> int:
         """The fewest samples of a pass that keep every share to within 1 %, or a million.
 

@@ -188,7 +188,7 @@ def _train(
         StepMonitor(writers, config.resilience),
         Progress(writers, vocab_size, validation.document_lengths()),
         Validation(writers, validation, last_validated),
-        Checkpointing(writers, store, start.data_identity),
+        Checkpointing(writers, store, start.data_record),
         Faults(services.faults),
         Profiling(writers, start.directory),
         DataCheck(writers, on_main_rank(lambda: _large_files(config, start)), lambda: _newest(store)),

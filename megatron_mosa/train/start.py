@@ -64,7 +64,7 @@ class ResumePoint:
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """What a checkpoint records about its data."""
+        """What the data of a run depends on."""
         return {
             "index_samples": self.index_samples,
             "tokenizer_hash": self.manifest.tokenizer_hash,
@@ -72,6 +72,11 @@ class ResumePoint:
             "vocab_size": self.manifest.vocab_size,
             "fingerprint": self.data.fingerprint,
         }
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        """What a checkpoint records about its data."""
+        return self.data_identity | {"sources": self.data.source_names}
 
 
 def check_start(

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,18 @@ from transformers import AutoTokenizer
 
 from megatron_mosa.__main__ import main
 from megatron_mosa.attention import looks_ahead
+from megatron_mosa.checkpoint import read_metadata
 from megatron_mosa.checkpoint.manifest import files_below, hash_files
+from megatron_mosa.config import DataSection
 from megatron_mosa.convert.commands import export_hf as export_module
 from megatron_mosa.convert.commands.export_fp32 import export_state_dict
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
 from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.formats import safetensors as safetensors_folder
+from megatron_mosa.convert.formats.hf_card import _data
 from megatron_mosa.convert.logits import largest_divergence
+from megatron_mosa.data import build_dataset
 from megatron_mosa.errors import RunError, StorageError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
@@ -159,6 +164,23 @@ def test_the_folder_contains_all_files(trained: dict[str, Trained], exported: di
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["eos_token_id"]) == (384, 0)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|endoftext|>"
+
+
+def test_the_card_names_what_the_dataset_was_built_from(trained: dict[str, Trained], tmp_path: Path) -> None:
+    """data.sources of the run's configuration may be others: training does not read them."""
+    texts, data = tmp_path / "texts.jsonl", tmp_path / "data"
+    texts.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)))
+    manifest = build_dataset(DataSection(path=str(data), sources=[str(texts)], vocab_size=300, validation_fraction=0.3))
+    metadata = read_metadata(trained["dense"].checkpoint)
+
+    def row(path: str, **recorded: object) -> str:
+        config = metadata.config | {"data": metadata.config["data"] | {"path": path, "sources": ["stdlib"]}}
+        return _data(replace(metadata, config=config, data=metadata.data | recorded))
+
+    fingerprint = manifest.fingerprint
+    assert row("gone", sources=["novels"], fingerprint="0123") == "novels (fingerprint 0123)"
+    assert row(str(data), fingerprint=fingerprint) == f"{texts} (fingerprint {fingerprint})"
+    assert row(str(data), fingerprint="0123") == row("gone", fingerprint="0123") == "fingerprint 0123"
 
 
 def test_bfloat16_and_shards(

@@ -68,7 +68,7 @@ class Run:
 
     def start(self, step: int, **changes: Any) -> ResumePoint:
         manifest = SimpleNamespace(
-            vocab_size=50, tokenizer_hash="t", encoding_hash="e", fingerprint="f", splits=NOTHING
+            vocab_size=50, tokenizer_hash="t", encoding_hash="e", fingerprint="f", splits=NOTHING, source_names=["s"]
         )
         data = Mixture((Path("unused"),), (1.0,), (cast(Any, manifest),))
         found = ResumePoint(self.directory, data, None, None, (), None, index_samples=32)
@@ -106,7 +106,7 @@ def test_a_run_resumes_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     assert engine.rates == pytest.approx([RATES[4], RATES[6], RATES[7]])
     assert (run.store.folder / "damaged-step-00000008").is_dir()
     assert [saved.step for saved in run.store.saved] == [8]
-    assert run.store.saved[0].data == start.data_identity
+    assert run.store.saved[0].data == start.data_identity | {"sources": ["s"]}
     lines = read_journal(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]  # step 4 had no validation line
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]

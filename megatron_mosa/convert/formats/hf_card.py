@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_mosa.attention import KINDS, looks_ahead
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import Config
+from megatron_mosa.errors import UserError
 from megatron_mosa.metrics import causality_label, read_journal
 from megatron_mosa.utils import counted
 
@@ -54,10 +56,21 @@ def _model(config: Config) -> str:
 
 
 def _data(metadata: Metadata) -> str:
-    data = metadata.config.get("data", {})
-    sources = ", ".join(data.get("blend") or data.get("sources") or []) if metadata.data.get("fingerprint") else ""
-    fingerprint = metadata.data.get("fingerprint")
-    return f"{sources} (fingerprint {fingerprint})" if fingerprint else "unknown: not recorded in the checkpoint"
+    data, fingerprint = metadata.config.get("data", {}), metadata.data.get("fingerprint")
+    if not fingerprint:
+        return "unknown: not recorded in the checkpoint"
+    names = data.get("blend") or metadata.data.get("sources") or _sources_of(data.get("path"), fingerprint)
+    return f"{', '.join(names)} (fingerprint {fingerprint})" if names else f"fingerprint {fingerprint}"
+
+
+def _sources_of(path: str | None, fingerprint: str) -> list[str]:
+    """Return the sources of a dataset, which earlier checkpoints do not record, if it is still the one of the run."""
+    from megatron_mosa.data import load_manifest
+
+    with suppress(UserError):
+        manifest = load_manifest(Path(path or "").expanduser())
+        return manifest.source_names if manifest.fingerprint == fingerprint else []
+    return []
 
 
 def _losses(step: int, checkpoint: Path, is_looking_ahead: bool) -> dict[str, str]:
