@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import DataSection
+from megatron_mosa.convert.model_config import check_vocabulary
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,17 +32,21 @@ def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
     """Open the built dataset at ``path``, or the one recorded in the checkpoint if ``path`` is None.
 
     Raises:
-        UserError: the dataset does not exist, or was built with another tokenizer.
+        UserError: the dataset does not exist, or was built with another tokenizer, or, if the model came without one,
+            with one that has more tokens than its embedding.
     """
     from megatron_mosa.data import open_mixture
 
     recorded = metadata.config["data"]
     section = DataSection(path=recorded.get("path"), blend=list(recorded.get("blend") or []))
     mixture = open_mixture(section) if path is None else open_given_dataset(path)
-    if not mixture.manifest.tokenizer.is_same(metadata.tokenizer):
+    fix = "pass a dataset built with the model's tokenizer: --data FOLDER"
+    if metadata.tokenizer.file_hash is None:
+        tokens, rows = mixture.manifest.vocab_size, metadata.data["vocab_size"]
+        check_vocabulary(f"the tokenizer of '{mixture.paths[0]}'", tokens, rows, fix)
+    elif not mixture.manifest.tokenizer.is_same(metadata.tokenizer):
         raise UserError(
             f"'{mixture.paths[0]}' was built with another tokenizer ({mixture.manifest.tokenizer_hash}) than the model "
-            f"was trained with ({metadata.data['tokenizer_hash']}); pass a dataset built with the model's tokenizer: "
-            "--data FOLDER"
+            f"was trained with ({metadata.data['tokenizer_hash']}); {fix}"
         )
     return mixture

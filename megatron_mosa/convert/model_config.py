@@ -65,6 +65,22 @@ def model_config(tree: dict[str, Any]) -> Config:
     )
 
 
+def check_vocabulary(subject: str, tokens: int, rows: int, fix: str) -> None:
+    """Check that the embedding has a row for every token.
+
+    Args:
+        subject: what has so many tokens.
+        tokens: one more than its highest token id.
+        rows: of the embedding.
+        fix: what the error tells the user to do.
+
+    Raises:
+        UserError: it has too few.
+    """
+    if tokens > rows:
+        raise UserError(f"{subject} has {tokens:,} tokens, but the embedding only {rows:,} rows; {fix}")
+
+
 def stored_to_transformers(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``MosaConfig``, vocabulary aside, for the configuration that a checkpoint keeps."""
     return {key: value for key, value in to_transformers(model_config(tree), 0).items() if key != "vocab_size"}

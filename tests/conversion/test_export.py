@@ -27,7 +27,7 @@ from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.export_torch_dist import export_torch_dist
 from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.formats import safetensors as safetensors_folder
-from megatron_mosa.convert.formats.hf_card import _data
+from megatron_mosa.convert.formats.hf_card import _data, _losses
 from megatron_mosa.convert.logits import largest_divergence
 from megatron_mosa.data import build_dataset
 from megatron_mosa.errors import RunError, StorageError, UserError
@@ -181,6 +181,7 @@ def test_the_card_names_what_the_dataset_was_built_from(trained: dict[str, Train
     assert row("gone", sources=["novels"], fingerprint="0123") == "novels (fingerprint 0123)"
     assert row(str(data), fingerprint=fingerprint) == f"{texts} (fingerprint {fingerprint})"
     assert row(str(data), fingerprint="0123") == row("gone", fingerprint="0123") == "fingerprint 0123"
+    assert list(_losses(12, Path("/step"), False)) == ["losses"]  # a checkpoint need not be in a run
 
 
 def test_bfloat16_and_shards(

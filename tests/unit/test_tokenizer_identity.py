@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config.schema import DataSection
+from megatron_mosa.convert import open_dataset
 from megatron_mosa.convert.formats.hf_tokenizer import find_tokenizer
 from megatron_mosa.data import build_dataset, load_manifest, open_mixture, train_tokenizer
 from megatron_mosa.data.tokenizer import TokenizerIdentity, tokenizer_identity
@@ -96,9 +97,10 @@ def test_files_are_compared_if_ids_were_not_recorded() -> None:
     assert not TokenizerIdentity("a", "ids").is_same(TokenizerIdentity("b", None))
 
 
-def metadata(identity: TokenizerIdentity) -> Metadata:
-    data = {"tokenizer_hash": identity.file_hash, "encoding_hash": identity.encoding_hash}
-    return Metadata(step=0, consumed_samples=0, optimizer_step=0, config={}, data=data, versions={}, layout={})
+def metadata(identity: TokenizerIdentity, vocab_size: int = 300) -> Metadata:
+    data = {"tokenizer_hash": identity.file_hash, "encoding_hash": identity.encoding_hash, "vocab_size": vocab_size}
+    config = {"data": {"path": "none"}}
+    return Metadata(step=0, consumed_samples=0, optimizer_step=0, config=config, data=data, versions={}, layout={})
 
 
 def test_an_export_accepts_a_tokenizer_that_produces_the_same_ids(file: Path, tmp_path: Path) -> None:
@@ -106,6 +108,20 @@ def test_an_export_accepts_a_tokenizer_that_produces_the_same_ids(file: Path, tm
     assert find_tokenizer(trained, changed(file, tmp_path, template)).end_of_document_id == 0
     with pytest.raises(UserError, match=r"is not the model's tokenizer: .*, and it encodes text differently"):
         find_tokenizer(trained, changed(file, tmp_path, swap_two_ids))
+
+
+def test_a_model_without_a_tokenizer_takes_any_that_its_embedding_has_rows_for(file: Path, tmp_path: Path) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    build_dataset(DataSection(path=str(tmp_path / "data"), sources=[str(source)], tokenizer=str(file)))
+    for rows in (300, 299):
+        imported = metadata(TokenizerIdentity(None, None), rows)
+        for take, option in ((find_tokenizer, "--tokenizer PATH"), (open_dataset, "--data FOLDER")):
+            if rows == 300:
+                take(imported, tmp_path / "data")
+            else:
+                with pytest.raises(UserError, match=f"300 tokens, but the embedding only 299 rows; pass .*: {option}"):
+                    take(imported, tmp_path / "data")
 
 
 def test_the_tokenizer_of_a_dataset_keeps_its_end_of_document_token(file: Path, tmp_path: Path) -> None:

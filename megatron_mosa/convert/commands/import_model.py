@@ -21,10 +21,10 @@ from megatron_mosa.checkpoint import (
 from megatron_mosa.config import Config, config_to_dict
 from megatron_mosa.convert.added_heads import ModelWithAddedHeads
 from megatron_mosa.convert.locate import Kind, find_model_of
+from megatron_mosa.convert.model_config import check_vocabulary
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.convert.target import atomic_folder, check_target
 from megatron_mosa.convert.weights import num_parameters
-from megatron_mosa.errors import UserError
 from megatron_mosa.utils import versions
 
 
@@ -102,11 +102,8 @@ def _metadata(config: Config, vocab_rows: int, folder: Path) -> Metadata:
     if file.is_file():
         tokenizer = load_tokenizer(str(file))
         identity, size = tokenizer_identity(file, tokenizer), vocabulary_size(tokenizer)
-    if size > vocab_rows:
-        raise UserError(
-            f"'{folder}': {TOKENIZER_FILE} has {size:,} tokens, but the embedding only {vocab_rows:,} rows; resize the "
-            f"embedding to at least {size:,} rows, or remove {TOKENIZER_FILE} if it is not the model's"
-        )
+    fix = f"resize the embedding to at least {size:,} rows, or remove {TOKENIZER_FILE} if it is not the model's"
+    check_vocabulary(f"'{folder}': {TOKENIZER_FILE}", size, vocab_rows, fix)
     return Metadata(
         step=0,
         consumed_samples=0,

@@ -74,7 +74,9 @@ def _sources_of(path: str | None, fingerprint: str) -> list[str]:
 
 
 def _losses(step: int, checkpoint: Path, is_looking_ahead: bool) -> dict[str, str]:
-    lines = [line for line in read_journal(checkpoint.resolve().parents[1] / "metrics.jsonl") if line["step"] <= step]
+    lines = [
+        line for line in read_journal(checkpoint.resolve().parent.parent / "metrics.jsonl") if line["step"] <= step
+    ]
     found = {}
     for name, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
         line = next((line for line in reversed(lines) if isinstance(line.get(key), float)), None)

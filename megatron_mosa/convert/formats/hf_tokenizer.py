@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import blend_parts
-from megatron_mosa.convert.model_config import NO_DATASET
+from megatron_mosa.convert.model_config import NO_DATASET, check_vocabulary
 from megatron_mosa.errors import RunError, UserError
 
 
@@ -28,13 +28,14 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
         given: a tokenizer.json, or a folder that contains one; None: use the dataset's.
 
     Raises:
-        UserError: the tokenizer does not exist, or is not the model's.
+        UserError: the tokenizer does not exist, or is not the model's, or has more tokens than the model.
     """
     from megatron_mosa.data import (
         TOKENIZER_FILE,
         end_of_document_id,
         load_tokenizer,
         tokenizer_identity,
+        vocabulary_size,
     )
 
     folder = given or _dataset(metadata)
@@ -44,7 +45,10 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
         raise UserError(f"could not find the model's tokenizer: {reason}; pass its tokenizer.json: --tokenizer PATH")
     tokenizer = load_tokenizer(str(file))
     recorded, found = metadata.tokenizer, tokenizer_identity(file, tokenizer)
-    if recorded.file_hash is not None and not recorded.is_same(found):
+    if recorded.file_hash is None:  # the size recorded instead is that of the embedding
+        fix = "pass the model's own: --tokenizer PATH"
+        check_vocabulary(f"'{file}'", vocabulary_size(tokenizer), metadata.data["vocab_size"], fix)
+    elif not recorded.is_same(found):
         raise UserError(
             f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash} instead of "
             f"{recorded.file_hash}, and it encodes text differently; pass the right one: --tokenizer PATH"
