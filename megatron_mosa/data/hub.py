@@ -134,10 +134,11 @@ class HubSource:
         """
         self.left_out = Counter[str]()
         position = start or {"row": 0}
+        column = TextColumn(self.text_field, self.name, is_found=start is not None)  # documents end at rows with text
         failures = 0
         while True:
             try:
-                with closing(_with_timeout(partial(self._rows, position), self._timeout)) as rows:
+                with closing(_with_timeout(partial(self._rows, position, column), self._timeout)) as rows:
                     for text, position in rows:
                         failures = 0
                         if text:
@@ -161,10 +162,9 @@ class HubSource:
         """Return the revision of the whole dataset."""
         return self._description["listing"]
 
-    def _rows(self, position: dict[str, Any]) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    def _rows(self, position: dict[str, Any], column: TextColumn) -> Iterator[tuple[str | None, dict[str, Any]]]:
         """Yield rows after ``position``. Its "state" lets a stream resume without reading up to it."""
         dataset, is_json_lines = self._open()
-        column = TextColumn(self.text_field, self.name)
         rows: Any
         read = position["row"]
         if not self._streaming:

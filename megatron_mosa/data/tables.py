@@ -44,7 +44,7 @@ def table_rows(file: Path, text_field: str, skip: int = 0) -> Iterator[str | Non
         if file_format == _PARQUET:
             yield from _parquet_rows(file, text_field, skip)
             return
-        column = TextColumn(text_field, str(file))
+        column = TextColumn(text_field, str(file), is_found=skip > 0)  # documents end at rows with text
         with open_decompressed(file) as content:
             for location, row in json_rows(content, str(file), is_lines=file_format in _LINES, skip=skip):
                 yield column.text(row, location)
@@ -60,12 +60,18 @@ def table_rows(file: Path, text_field: str, skip: int = 0) -> Iterator[str | Non
 
 
 class TextColumn:
-    """Extracts the text of rows, which are dictionaries, and notices if none of them has the text column."""
+    """Extracts the text of rows, which are dictionaries, and notices if none of them has the text column.
 
-    def __init__(self, text_field: str, source: str) -> None:
+    Args:
+        text_field: the name of the column.
+        source: what has the rows, for error messages.
+        is_found: a row that was read earlier had the column.
+    """
+
+    def __init__(self, text_field: str, source: str, *, is_found: bool = False) -> None:
         self._text_field = text_field
         self._source = source
-        self._is_found = False
+        self._is_found = is_found
         self._columns: dict[str, None] = {}  # seen so far, in order, until one is the text
         self._rows = 0
 

@@ -216,11 +216,13 @@ def test_rows_without_text_are_counted_wherever_they_are(tmp_path: Path) -> None
         {"text": ""},
         {"id": 3},
         {"text": "b"},
+        {"id": 4},
     ]
     for source in (write_rows(tmp_path / "hub" / "a.jsonl", rows), f"hf:{tmp_path / 'hub'}"):
         opened = open_source(str(source), "text")
-        assert [text for text, _ in opened.read()] == ["a", "b"]
-        assert opened.left_out == {EMPTY: 4}
+        texts, positions = zip(*opened.read(), strict=True)
+        assert texts == ("a", "b") and opened.left_out == {EMPTY: 5}
+        assert [[text for text, _ in opened.read(position)] for position in positions] == [["b"], []]
 
 
 def test_half_of_a_surrogate_pair_becomes_the_replacement_character(tmp_path: Path) -> None:
