@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_mosa.checkpoint import damage_as_run_error
 from megatron_mosa.convert.formats.mosa import CheckpointReader
 from megatron_mosa.convert.logits import fixed_batch, largest_divergence, megatron_logits
+from megatron_mosa.convert.model_config import to_transformers
 from megatron_mosa.convert.model_reader import ModelReader, open_model
 from megatron_mosa.convert.weights import CALIBRATED, Weight, lacks_thresholds
 from megatron_mosa.errors import RunError, UserError
@@ -34,7 +35,8 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
     Args:
         first: a checkpoint, a run directory (its newest checkpoint), a Hugging Face folder or a torch_dist checkpoint.
         second: likewise.
-        tolerance: the largest permitted relative difference of a tensor; 0: bitwise equality.
+        tolerance: the largest permitted relative difference of a tensor; 0: bitwise equality. Logits of bitwise equal
+            weights must always be equal.
         compares_logits: also build both models, one after the other, in fp32 on the CPU, and compare their logits.
 
     Raises:
@@ -50,9 +52,11 @@ def verify(first: Path, second: Path, *, tolerance: float = 0.0, compares_logits
     ours, theirs = models
     _check_shapes(ours, theirs)
     _check_thresholds(ours, theirs)
-    _report(*_compare(ours, theirs), tolerance)
+    differences, compared = _compare(ours, theirs)
+    _report(max(differences), compared, tolerance)
     if compares_logits:
-        _compare_logits(ours, theirs, tolerance)
+        has_equal_weights = not any(relative for relative, key in differences if key.startswith(_WEIGHT))
+        _compare_logits(ours, theirs, must_be_equal=has_equal_weights)
 
 
 def _check_shapes(ours: ModelReader, theirs: ModelReader) -> None:
@@ -79,8 +83,8 @@ def _check_thresholds(ours: ModelReader, theirs: ModelReader) -> None:
         )
 
 
-def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
-    """Return the largest difference, and a description of what was compared."""
+def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[list[Difference], str]:
+    """Return the difference of each tensor, and a description of what was compared."""
     from megatron_mosa.utils import progress
 
     weights = [f"{_WEIGHT}{weight.name}" for weight in ours.weights if _has(ours, weight) and _has(theirs, weight)]
@@ -93,7 +97,7 @@ def _compare(ours: ModelReader, theirs: ModelReader) -> tuple[Difference, str]:
             tensor = _read(ours, key)
             found.append(Difference(_relative(tensor, _read(theirs, key)), key))
             bar.update(tensor.nbytes)
-    return max(found), counted(len(weights), "weight") + (f" and {counted(len(moments), 'moment')}" if moments else "")
+    return found, counted(len(weights), "weight") + (f" and {counted(len(moments), 'moment')}" if moments else "")
 
 
 def _has(model: ModelReader, weight: Weight) -> bool:
@@ -136,13 +140,15 @@ def _report(worst: Difference, compared: str, tolerance: float) -> None:
     print(f"{compared}: " + ("bitwise equal" if worst.relative == 0 else f"equal within {worst.relative:.1e}"))
 
 
-def _compare_logits(ours: ModelReader, theirs: ModelReader, tolerance: float) -> None:
+def _compare_logits(ours: ModelReader, theirs: ModelReader, *, must_be_equal: bool) -> None:
     tokens = fixed_batch(ours.config, ours.vocab_rows)
     expected, found = (megatron_logits(model.config, model.vocab_rows, model.read, tokens) for model in (ours, theirs))
     divergence = largest_divergence(expected, found)
     print(f"logits of {tokens.numel()} fixed tokens: largest KL divergence {divergence:.1e} nats")
-    if tolerance == 0 and not torch.equal(expected, found):
+    if must_be_equal and not torch.equal(expected, found):
+        first, second = (to_transformers(model.config, model.vocab_rows) for model in (ours, theirs))
+        differing = [f"{key} ({first[key]} and {second[key]})" for key in first if first[key] != second[key]]
         raise RunError(
             f"the models differ: their weights are equal, but their logits are not (KL divergence {divergence:.1e} "
-            "nats), so their configurations differ; compare them with mosa checkpoint inspect"
+            f"nats); what differs in their configurations: {', '.join(differing) or 'nothing'}"
         )
