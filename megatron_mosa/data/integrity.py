@@ -75,13 +75,13 @@ def is_large(files: Iterable[FileHash]) -> bool:
     return sum(file.path.stat().st_size for file in files) > FOREGROUND_BYTES
 
 
-def refuse_damage(files: Sequence[FileHash], fix: str = REBUILD) -> None:
+def refuse_damage(files: Sequence[FileHash]) -> None:
     """Verify the hashes of the files, unless they are too large for that.
 
     Raises:
         DamagedDatasetError: a file is damaged.
     """
-    if not is_large(files) and (found := find_damage(files, fix)) is not None:
+    if not is_large(files) and (found := find_damage(files)) is not None:
         raise DamagedDatasetError(found)
 
 
