@@ -119,6 +119,11 @@ def test_invalid_files_and_arguments_are_refused(tmp_path: Path) -> None:
         import_layer(file, out)
     import_layer(file, out, force=True)
     torch.save({"mosa_heads.O.W": ForeignCode()}, file)
+    for text in ("<html>\n", "Entry not found", "G\n", "import torch\n"):  # read as a pickle, each fails in its own way
+        (tmp_path / "text.pt").write_text(text)
+        with pytest.raises(RunError, match=r"text.pt' cannot be read as tensors \(.*torch.save did not write it\)$"):
+            import_layer(tmp_path / "text.pt", tmp_path / "new.safetensors")
+    (tmp_path / "text.pt").unlink()
     with pytest.raises(RunError, match="cannot be read as tensors"):
         import_layer(file, tmp_path / "new.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layer.pt", "ours.safetensors"]
