@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ from megatron_mosa.utils import json_integer, parse_json
 
 _CHUNK = 1 << 20  # bytes
 _MAX_LITERAL = 16  # an error in so many last characters of a chunk may be a literal or escape cut in two
+_SPACE = re.compile(r"\s*")
 
 
 def json_rows(content: BinaryIO, name: str, *, is_lines: bool, skip: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,27 +104,34 @@ class _Reader:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._parser = json.JSONDecoder(parse_int=json_integer)
         self._text = ""
+        self._start = 0  # of what is not consumed yet: dropping every value from the text would copy the rest each time
         self._at_end = False
 
     def _read(self, size: int) -> None:
         data = self._content.read(size)
         self._at_end = not data
         try:
-            self._text += self._decoder.decode(data, final=self._at_end)
+            self._text = self._text[self._start :] + self._decoder.decode(data, final=self._at_end)
+            self._start = 0
         except UnicodeDecodeError as error:
-            line = self.line + self._text.count("\n") + data[: error.start].count(b"\n")
+            line = self.line + self._text.count("\n", self._start) + data[: error.start].count(b"\n")
             raise _line_error(self._name, line, f"is not UTF-8 ({error.reason})") from None
 
     def advance(self, characters: int) -> None:
-        self.line += self._text.count("\n", 0, characters)
-        self._text = self._text[characters:]
+        self._advance_to(self._start + characters)
+
+    def _advance_to(self, end: int) -> None:
+        self.line += self._text.count("\n", self._start, end)
+        self._start = end
 
     def next_character(self) -> str:
         """Skip white space and return the next character without consuming it; '' at the end."""
         while True:
-            self.advance(len(self._text) - len(self._text.lstrip()))
-            if self._text or self._at_end:
-                return self._text[:1]
+            space = _SPACE.match(self._text, self._start)
+            assert space is not None  # it matches everywhere
+            self._advance_to(space.end())
+            if self._start < len(self._text) or self._at_end:
+                return self._text[self._start : self._start + 1]
             self._read(_CHUNK)
 
     def value(self) -> tuple[int, Any]:
@@ -130,15 +139,16 @@ class _Reader:
         line = self.line
         while True:
             try:
-                value, end = self._parser.raw_decode(self._text)
+                value, end = self._parser.raw_decode(self._text, self._start)
             except RecursionError:
                 raise _line_error(self._name, line, "is not JSON that can be read (nested too deeply)") from None
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos + _MAX_LITERAL > len(self._text)
                 if self._at_end or not is_cut:
-                    raise _line_error(self._name, line + error.lineno - 1, f"is not JSON ({error.msg})") from None
+                    line += self._text.count("\n", self._start, error.pos)
+                    raise _line_error(self._name, line, f"is not JSON ({error.msg})") from None
             else:
                 if end < len(self._text) or self._at_end:  # a number at the end of a chunk may continue in the next
-                    self.advance(end)
+                    self._advance_to(end)
                     return line, value
-            self._read(max(_CHUNK, len(self._text)))  # twice as much each time, so that long values take linear time
+            self._read(max(_CHUNK, len(self._text) - self._start))  # twice as much each time, for linear time

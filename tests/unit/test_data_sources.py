@@ -5,9 +5,11 @@ from __future__ import annotations
 import bz2
 import errno
 import gzip
+import io
 import json
 import lzma
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import build_dataset, iter_documents, load_tokenizer, shards, train_tokenizer
 from megatron_mosa.data.encoder import Encoder
+from megatron_mosa.data.json_rows import json_rows
 from megatron_mosa.data.left_out import (
     ALREADY_READ,
     BROKEN_LINKS,
@@ -165,6 +168,16 @@ def test_json_in_any_layout(
     assert documents(tmp_path / "a.json") == [text for text in texts if text]
     position = list(open_source(str(tmp_path / "a.json"), "text").read())[1][1]
     assert [text for text, _ in open_source(str(tmp_path / "a.json"), "text").read(position)] == texts[2:3] + texts[4:]
+
+
+def test_an_array_takes_about_the_time_of_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_mosa.data.json_rows._CHUNK", 1 << 30)  # a copy of the rest for every value is noticed
+    rows, seconds = [json.dumps({"text": "x" * 60, "id": number}) for number in range(30000)], []
+    for text, is_lines in (("\n".join(rows), True), (f"[{','.join(rows)}]", False)):
+        start = time.process_time()
+        assert sum(1 for _ in json_rows(io.BytesIO(text.encode()), "rows", is_lines=is_lines)) == len(rows)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 10 * seconds[0]
 
 
 @pytest.mark.parametrize(
