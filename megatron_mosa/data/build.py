@@ -109,6 +109,7 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
     if _has_dataset(target) and not force and _recorded_request(partial, request) != request:
         fix = f"choose another data.path, or replace it: {_FORCE}"
         _check_same_request(f"data.path={data.path} was built from", _built_request(target, request), request, fix)
+        _remove_lock(target)
         print(f"{data.path} is up to date", file=sys.stderr)
         return read_manifest(target)
     os.environ[_PARALLELISM] = "true"  # the library turns it off once the process has forked
@@ -117,9 +118,10 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
         if not (partial / MANIFEST_FILE).is_file():
             _write(data, request, sources, shards, partial)
         holds_more = (partial / _SHARE_FILE).is_file()
-        _remove_files(partial, keep=_FILES)
+        _remove_files(partial, keep=_FILES | {_LOCK})  # which stays until another build would not find the folder
         sync(partial)
         replace_directory(partial, target)
+        _remove_lock(target)
     manifest = read_manifest(target)
     first, *others = summary(data.path, manifest)
     if holds_more:
@@ -205,7 +207,7 @@ def _has_dataset(target: Path) -> bool:
     if not target.is_dir():
         raise UserError(f"data.path={target} is a file; set it to a new folder")
     names = {entry.name for entry in target.iterdir()}
-    foreign = sorted(names - _FILES)
+    foreign = sorted(names - _FILES - {_LOCK})
     if foreign or (names and MANIFEST_FILE not in names):
         problem = f"contains other files ({', '.join(foreign[:3])})" if foreign else f"has no {MANIFEST_FILE}"
         raise UserError(f"data.path={target} is not a dataset: it {problem}; choose another path or empty the folder")
@@ -232,7 +234,10 @@ def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], 
         before, after = described(key, old), described(key, new)
         return f"{key}: {before} -> {after if after != before else 'as many, with other names or sizes'}"
 
-    changes = [change(key) for key in sorted(new) if old.get(key, new[key]) != new[key]]
+    differing = {key for key in new if old.get(key, new[key]) != new[key]}
+    if new["tokenizer_file_hash"] is not None and old.get("tokenizer_file_hash") == new["tokenizer_file_hash"]:
+        differing.discard("tokenizer")  # the same file, by another spelling of its path
+    changes = [change(key) for key in sorted(differing)]
     if changes:
         raise UserError(f"{subject} other settings ({'; '.join(changes)}); {fix}")
 
@@ -264,6 +269,8 @@ def _locked_folder(partial: Path) -> Iterator[None]:
     with open(partial / _LOCK, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_nlink == 0:  # the other build has just finished
+                raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"another process is building in {partial}; wait for it, or stop it") from None
         except OSError:
@@ -274,6 +281,12 @@ def _locked_folder(partial: Path) -> Iterator[None]:
             if not has_shards(partial) and not isinstance(error, SourceInterruptedError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _remove_lock(target: Path) -> None:
+    """Remove the lock of the build that wrote a dataset; one that was killed at its very end left it."""
+    with contextlib.suppress(OSError):
+        (target / _LOCK).unlink()
 
 
 def _recorded_request(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,13 @@ from pathlib import Path
 from megatron_mosa.config import DataSection, blend_parts, expanded
 from megatron_mosa.data.integrity import FileHash, recorded_hashes, refuse_damage
 from megatron_mosa.data.manifest import Manifest, read_manifest
-from megatron_mosa.data.tokenizer import TOKENIZER_FILE, encoding_hash, load_tokenizer
+from megatron_mosa.data.tokenizer import (
+    TOKENIZER_FILE,
+    encoding_hash,
+    load_tokenizer,
+    tokenizer_identity,
+    tokenizer_path,
+)
 from megatron_mosa.errors import UserError
 
 
@@ -98,11 +104,17 @@ def check_tokenizer(data: DataSection, mixture: Mixture) -> None:
     if data.path is None:
         return  # a blend: one dataset's tokenizer is usually given to the others by its path
     built, wanted = mixture.manifest.request["tokenizer"], data.tokenizer
-    if built != wanted:
+    if built != wanted and not _is_file_of(wanted, mixture.manifest):
         raise UserError(
             f"data.tokenizer={wanted or 'null'}, but the dataset {data.path} was built with another tokenizer: "
             f"{built or 'null (trained on its data)'}; rebuild it (mosa data build CONFIG --force) or restore the key"
         )
+
+
+def _is_file_of(wanted: str | None, manifest: Manifest) -> bool:
+    """Return whether a path means the tokenizer of a dataset, under whatever name."""
+    path = None if wanted is None or manifest.request["tokenizer"] is None else tokenizer_path(wanted)
+    return path is not None and manifest.tokenizer.is_same(tokenizer_identity(path))
 
 
 def _has_same_tokenizer(path: str, manifest: Manifest, other_path: str, other: Manifest) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,9 +23,12 @@ from tokenizers import Tokenizer, models
 
 from megatron_mosa.config.schema import DataSection
 from megatron_mosa.data import (
+    build,
     build_dataset,
+    check_tokenizer,
     end_of_document_id,
     load_tokenizer,
+    open_mixture,
     read_manifest,
     train_tokenizer,
 )
@@ -69,6 +73,24 @@ def decoded(folder: Path, split: str) -> list[str]:
 
 def held_out(text: str) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < FRACTION * 2**64
+
+
+def test_a_build_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does another one that starts while the folder gets its name."""
+    data, others = section(tmp_path, write_texts(tmp_path / "texts")), []
+
+    def start_another(path: Path) -> None:
+        with pytest.raises(UserError, match="another process is building"):
+            build_dataset(data)
+        others.append(path)
+
+    monkeypatch.setattr(build, "sync", start_another)
+    build_dataset(data)
+    assert len(others) == 1 and ".lock" not in contents(tmp_path / "set")
+    (tmp_path / "set" / ".lock").touch()  # as a build that is killed then, or an earlier version
+    build_dataset(data)
+    build_dataset(data, force=True)
+    assert ".lock" not in contents(tmp_path / "set")
 
 
 def test_same_input_gives_same_bytes_in_another_process(tmp_path: Path) -> None:
@@ -345,6 +367,23 @@ def test_a_tokenizer_that_fails_at_unknown_characters_is_refused(model: Any, tmp
         build_dataset(data)
     assert "\n" not in str(caught.value)
     assert {entry.name for entry in tmp_path.iterdir()} == {"tokenizer.json", "a.txt"}
+
+
+def test_a_tokenizer_is_the_same_under_any_spelling_of_its_path(tmp_path: Path, capsys) -> None:
+    source = write_texts(tmp_path / "texts")
+    build_dataset(section(tmp_path, source, "first"))
+    file = tmp_path / "given" / "tokenizer.json"
+    file.parent.mkdir()
+    shutil.copy(tmp_path / "first" / "tokenizer.json", file)
+    build_dataset(section(tmp_path, source, tokenizer=str(file)))
+    for spelling in (file.parent, f"{tmp_path}/./given/tokenizer.json"):
+        data = section(tmp_path, source, tokenizer=str(spelling))
+        build_dataset(data)
+        assert "up to date" in capsys.readouterr().err
+        check_tokenizer(data, open_mixture(data))
+    train_tokenizer(TEXTS, 290).save(str(file))
+    with pytest.raises(UserError, match="was built with another tokenizer: .*; rebuild it"):
+        check_tokenizer(data, open_mixture(data))
 
 
 def test_errors_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:
