@@ -259,11 +259,15 @@ def check_same_model(metadata: Metadata, path: Path, config: dict, data: dict) -
     _require_same(
         "data.sequence_length", metadata.config["data"]["sequence_length"], config["data"]["sequence_length"], path, fix
     )
+    key = "data.blend" if config["data"].get("blend") else "data.path"
     if not metadata.tokenizer.is_same(TokenizerIdentity.recorded(data)):
         hashes = metadata.data["tokenizer_hash"], data["tokenizer_hash"]
-        _require_same("data.path", *hashes, path, fix, what="tokenizer hash")
+        _require_same(key, *hashes, path, fix, what="tokenizer hash")
     fingerprints = metadata.data["fingerprint"], data["fingerprint"]
-    _require_same("data.path", *fingerprints, path, fix, what="dataset fingerprint")
+    if fingerprints[0] != fingerprints[1]:  # by another name, or else built anew under the same one
+        name = key.removeprefix("data.")
+        _require_same(key, metadata.config["data"].get(name), config["data"][name], path, fix)
+    _require_same(key, *fingerprints, path, fix, what="dataset fingerprint")
 
 
 def check_resumable(path: Path) -> None:

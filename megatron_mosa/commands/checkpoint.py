@@ -10,11 +10,11 @@ import typer
 from megatron_mosa.errors import UserError
 from megatron_mosa.options import MOST_HEADS, MOST_PROCESSES, MOST_SAMPLES, bounds
 
+_SPARSITY = 16.0
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run directory or its checkpoints/ (the newest one).")
 ]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="What to write, a new directory or file.")]
-_SPARSITY = 16.0
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing model at OUT.")]
 
 
@@ -118,7 +118,7 @@ def import_checkpoint(
         raise UserError("--add-mosa-heads applies only to --from hf and torch-dist, got --from mosa-pytorch; omit it")
     if not add_mosa_heads and sparsity != _SPARSITY:
         raise UserError(
-            f"--sparsity={sparsity:g} is of the heads that --add-mosa-heads adds; set it, or omit --sparsity"
+            f"--sparsity={sparsity:g} applies only with --add-mosa-heads; add that option, or omit --sparsity"
         )
     if source in kinds:
         import_model(kinds[source], path, target, add_mosa_heads=add_mosa_heads, sparsity=sparsity, force=force)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_mosa.convert.initial import find_initial_weights
     from megatron_mosa.convert.locate import Kind, find_model
     from megatron_mosa.convert.logits import load_weights, single_process_groups
-    from megatron_mosa.convert.model_config import from_transformers, stored_to_transformers
+    from megatron_mosa.convert.model_config import changed_settings, from_transformers, stored_to_transformers
     from megatron_mosa.convert.model_reader import ModelReader, open_model
     from megatron_mosa.convert.weights import lacks_thresholds
 
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointReader",
     "Kind",
     "ModelReader",
+    "changed_settings",
     "check_hugging_face",
     "find_initial_weights",
     "find_model",

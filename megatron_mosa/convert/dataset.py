@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_mosa.checkpoint import Metadata
 from megatron_mosa.config import DataSection
-from megatron_mosa.convert.model_config import check_vocabulary
+from megatron_mosa.convert.model_config import NO_DATASET, check_vocabulary
 from megatron_mosa.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +38,16 @@ def open_dataset(metadata: Metadata, path: Path | None) -> Mixture:
     from megatron_mosa.data import open_mixture
 
     recorded = metadata.config["data"]
-    section = DataSection(path=recorded.get("path"), blend=list(recorded.get("blend") or []))
-    mixture = open_mixture(section) if path is None else open_given_dataset(path)
     fix = "pass a dataset built with the model's tokenizer: --data FOLDER"
+    if path is not None:
+        mixture = open_given_dataset(path)
+    elif recorded.get("path") == NO_DATASET:
+        raise UserError(f"the model came without a dataset; {fix}")
+    else:
+        try:
+            mixture = open_mixture(DataSection(path=recorded.get("path"), blend=list(recorded.get("blend") or [])))
+        except UserError as error:
+            raise type(error)(f"the model's own dataset cannot be used: {error}; or {fix}") from None
     if metadata.tokenizer.file_hash is None:
         tokens, rows = mixture.manifest.vocab_size, metadata.data["vocab_size"]
         check_vocabulary(f"the tokenizer of '{mixture.paths[0]}'", tokens, rows, fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron_mosa.attention import KINDS
@@ -99,17 +100,35 @@ def to_transformers(config: Config, vocab_rows: int) -> dict[str, Any]:
     }
 
 
+def changed_settings(tree: dict[str, Any], config: Config) -> tuple[str, ...]:
+    """Return what a model computes otherwise than that of a checkpoint with equal weights, each with both values.
+
+    Args:
+        tree: the configuration that the checkpoint keeps.
+        config: of the model.
+    """
+    theirs, ours = stored_to_transformers(tree), to_transformers(config, 0)
+    names = {key: ".".join(place) for key, place in (_SAME | _OPTIONAL).items()}
+    names["hidden_act"] = "model.activation"
+    without_effect = {"max_position_embeddings", "initializer_range"}
+    return tuple(
+        f"{names.get(key, key)}={ours[key]} (not {value})"
+        for key, value in theirs.items()
+        if key not in without_effect and ours[key] != value
+    )
+
+
 def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
     """Return the configuration and the number of embedding rows for the content of a ``config.json``.
 
     Raises:
         UserError: a key is missing or not supported, or the model type is neither "mosa" nor "llama".
     """
-    kind = content.get("model_type")
-    if kind not in _READERS:
-        raise UserError(f"config.json: model_type must be {' or '.join(_READERS)}, got {kind}")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _READERS:
+        raise UserError(f"config.json: model_type must be {' or '.join(_READERS)}, got {model_type}")
     try:
-        theirs = _READERS[kind](content)
+        theirs = _READERS[model_type](content)
         tree: dict[str, dict[str, Any]] = {"model": {}, "mosa": {}, "data": {}}
         for key, (section, name) in _SAME.items():
             tree[section][name] = theirs[key]
@@ -127,16 +146,35 @@ def from_transformers(content: dict[str, Any]) -> tuple[Config, int]:
                 section, _, name = key.partition(".")
                 tree[section][name] = value
     except KeyError as error:
-        raise UserError(f"config.json: {error.args[0]} is missing; importing a {kind} model requires it") from None
+        raise UserError(
+            f"config.json: {error.args[0]} is missing; importing a {model_type} model requires it"
+        ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"config.json: a value has another type than expected ({first_line(error)})") from None
-    return model_config(tree), theirs["vocab_size"]
+    try:
+        return model_config(tree), theirs["vocab_size"]
+    except UserError as error:
+        raise UserError(f"config.json: {_in_their_words(str(error), model_type)}") from None
+
+
+def _in_their_words(message: str, model_type: str) -> str:
+    """Name the keys of ``config.json`` in place of ours, from which no user of an import has heard."""
+    names = {".".join(place): key for key, place in (_SAME | _OPTIONAL).items()}
+    names |= {"model.vocab_size_multiple": "vocab_size", "model.num_query_groups": "num_key_value_heads"}
+    if model_type == "llama":
+        names = {place: _OF_LLAMA.get(key, key) for place, key in names.items()}
+    return re.sub(r"\b(model|mosa|data)\.\w+", lambda found: names.get(found[0], found[0]), message)
+
+
+_OF_LLAMA = {"num_dense_heads": "num_attention_heads", "norm_eps": "rms_norm_eps", "rotary_base": "rope_theta"}
 
 
 def _llama(content: dict[str, Any]) -> dict[str, Any]:
     """Describe a Llama with MosaConfig's keys: only dense heads, rotary on all channels, RMSNorm, SwiGLU."""
     heads = content["num_attention_heads"]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_parameters (or rope_scaling) must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for key, value, required in (
         ("attention_bias", content.get("attention_bias", False), False),

@@ -37,9 +37,9 @@ from megatron_mosa.data.shards import Shard, has_shards, join_shards, read_shard
 from megatron_mosa.data.sources import STDLIB, FileSource, Source, open_source, total_text_bytes
 from megatron_mosa.data.tokenizer import (
     TOKENIZER_FILE,
-    downloaded_tokenizer,
     encoding_hash,
     load_tokenizer,
+    load_tokenizer_and_path,
     named_end_of_document,
     tokenizer_hash,
     tokenizer_path,
@@ -55,6 +55,7 @@ _FILES = {TOKENIZER_FILE, MANIFEST_FILE, INDEX_CACHE, *(f"{s}.{suffix}" for s in
 _LOCK = ".lock"
 _REQUEST_FILE = "request.json"
 _SHARE_FILE = "held_out_share"
+_END_FILE = "end_of_document_id"
 _END_OF_DOCUMENT = "end_of_document_token"
 _LEAST_RAISED_SHARE = 1e-4  # each share reads all documents once more
 _FORCE = "mosa data build CONFIG --force"
@@ -106,7 +107,8 @@ def build_dataset(data: DataSection, *, force: bool = False) -> Manifest:
             )
     _note_overlaps([source for source in sources if isinstance(source, FileSource)])
     request = _request(data, sources)
-    if _has_dataset(target) and not force and _recorded_request(partial, request) != request:
+    unfinished = _recorded_request(partial, request)
+    if _has_dataset(target) and not force and (unfinished is None or _differing(unfinished, request)):
         fix = f"choose another data.path, or replace it: {_FORCE}"
         _check_same_request(f"data.path={data.path} was built from", _built_request(target, request), request, fix)
         _remove_lock(target)
@@ -139,10 +141,8 @@ def _note_overlaps(sources: Sequence[FileSource]) -> None:
         for other in sources[:number]:
             if inner := source if other.contains(source) else other if source.contains(other) else None:
                 outer = other if inner is source else source
-                print(
-                    f"data.sources: all of '{inner.name}' is in '{outer.name}', too, so its documents are read twice",
-                    file=sys.stderr,
-                )
+                where = "named twice" if inner.name == outer.name else f"inside '{outer.name}'"
+                print(f"data.sources: '{inner.name}' is {where}, so its documents are read twice", file=sys.stderr)
 
 
 def summary(name: str, manifest: Manifest) -> list[str]:
@@ -214,6 +214,14 @@ def _has_dataset(target: Path) -> bool:
     return bool(names)
 
 
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Return the keys of a request whose values differ from an earlier one's, which may lack some."""
+    differing = {key for key in new if old.get(key, new[key]) != new[key]}
+    if new["tokenizer_file_hash"] is not None and old.get("tokenizer_file_hash") == new["tokenizer_file_hash"]:
+        differing.discard("tokenizer")  # the same file, by another spelling of its path
+    return differing
+
+
 def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], fix: str) -> None:
     """Check that the settings recorded earlier equal the new ones; settings that were not recorded are ignored.
 
@@ -234,10 +242,7 @@ def _check_same_request(subject: str, old: dict[str, Any], new: dict[str, Any], 
         before, after = described(key, old), described(key, new)
         return f"{key}: {before} -> {after if after != before else 'as many, with other names or sizes'}"
 
-    differing = {key for key in new if old.get(key, new[key]) != new[key]}
-    if new["tokenizer_file_hash"] is not None and old.get("tokenizer_file_hash") == new["tokenizer_file_hash"]:
-        differing.discard("tokenizer")  # the same file, by another spelling of its path
-    changes = [change(key) for key in sorted(differing)]
+    changes = [change(key) for key in sorted(_differing(old, new))]
     if changes:
         raise UserError(f"{subject} other settings ({'; '.join(changes)}); {fix}")
 
@@ -294,7 +299,8 @@ def _recorded_request(partial: Path, request: dict[str, Any]) -> dict[str, Any] 
     try:
         if (partial / MANIFEST_FILE).is_file():
             return _built_request(partial, request)
-        return load_json(partial / _REQUEST_FILE)
+        recorded = load_json(partial / _REQUEST_FILE)
+        return recorded if isinstance(recorded, dict) else None
     except (OSError, ValueError, UserError):
         return None
 
@@ -306,7 +312,7 @@ def _shards_to_resume(partial: Path, request: dict[str, Any], sources: Sequence[
         UserError: the settings or sources have changed, and ``force`` is not given.
     """
     recorded = _recorded_request(partial, request)
-    if recorded is not None and (recorded == request or has_shards(partial)):
+    if recorded is not None and (not _differing(recorded, request) or has_shards(partial)):
         try:
             shards = read_shards(partial, sources)
             fix = f"restore them, or start over: {_FORCE}"
@@ -328,14 +334,9 @@ def _write(
 
     file = folder / TOKENIZER_FILE
     if not file.is_file():
-        if data.tokenizer is None:
-            tokenizer = train_tokenizer(_tokenizer_sample(sources, data.tokenizer_bytes), data.vocab_size)
-        else:
-            tokenizer = load_tokenizer(data.tokenizer)
-        write_atomically(file, tokenizer.to_str(pretty=True), durable=True)
+        _write_tokenizer(data, sources, file)
     tokenizer = load_tokenizer(str(file))
-    path = data.tokenizer and (tokenizer_path(data.tokenizer) or downloaded_tokenizer(data.tokenizer))
-    end_id = end_of_document_id(tokenizer, path or None)
+    end_id = _end_id(data, tokenizer, folder)
     vocab_size = vocabulary_size(tokenizer)
     dtype = DType.optimal_dtype(vocab_size)
     os.environ[_PARALLELISM] = "false"  # each core encodes its own batches
@@ -364,6 +365,24 @@ def _write(
     write_atomically(folder / MANIFEST_FILE, manifest.sealed().to_json(), durable=True)
 
 
+def _write_tokenizer(data: DataSection, sources: Sequence[Source], file: Path) -> None:
+    """Write the tokenizer, and before a given one the id of its end-of-document token, which later calls keep."""
+    if data.tokenizer is None:
+        tokenizer = train_tokenizer(_tokenizer_sample(sources, data.tokenizer_bytes), data.vocab_size)
+    else:
+        tokenizer, path = load_tokenizer_and_path(data.tokenizer)
+        write_atomically(file.with_name(_END_FILE), str(end_of_document_id(tokenizer, path)), durable=True)
+    write_atomically(file, tokenizer.to_str(pretty=True), durable=True)
+
+
+def _end_id(data: DataSection, tokenizer: Tokenizer, folder: Path) -> int:
+    record = folder / _END_FILE
+    if record.is_file():
+        return int(record.read_text(encoding="utf-8"))
+    # A trained tokenizer, or a build begun by an earlier version, which took the usual name for those of the hub.
+    return end_of_document_id(tokenizer, tokenizer_path(data.tokenizer) if data.tokenizer else None)
+
+
 def _held_out_shares(folder: Path, wanted: float) -> Iterator[float]:
     """Yield the share of documents to hold out, then twice as much each time, up to a half.
 
@@ -375,7 +394,7 @@ def _held_out_shares(folder: Path, wanted: float) -> Iterator[float]:
     yield share
     while share < 0.5:
         share = min(max(2 * share, _LEAST_RAISED_SHARE), 0.5)
-        _remove_files(folder, keep={_LOCK, _REQUEST_FILE, TOKENIZER_FILE})
+        _remove_files(folder, keep={_LOCK, _REQUEST_FILE, TOKENIZER_FILE, _END_FILE})
         write_atomically(record, str(share), durable=True)
         yield share
 

@@ -106,19 +106,19 @@ class FileSource:
         self.text_field = text_field
         self.left_out_at_open = Counter[str]()
         self._root, self._files = _find(source, self.left_out_at_open)
+        self._real_root = Path(os.path.realpath(self._root))
         self.left_out = Counter(self.left_out_at_open)
 
-    def would_read(self, folder: Path) -> bool:
+    def would_read(self, path: Path) -> bool:
         """Return whether a file or those in a folder, given without links, would be documents of this source."""
-        root = Path(os.path.realpath(self._root))
-        if self.name == STDLIB or folder == root or not folder.is_relative_to(root):
+        root = self._real_root
+        if self.name == STDLIB or path == root or not path.is_relative_to(root):
             return False
-        return not any(part.startswith(".") for part in folder.relative_to(root).parts)
+        return not any(part.startswith(".") for part in path.relative_to(root).parts)
 
     def contains(self, other: FileSource) -> bool:
         """Return whether all documents of another source are also documents of this one."""
-        theirs = Path(os.path.realpath(other._root))
-        return theirs == Path(os.path.realpath(self._root)) or self.would_read(theirs)
+        return other._real_root == self._real_root or self.would_read(other._real_root)
 
     def describe(self) -> dict[str, Any]:
         """Return kind, number of files, bytes, and a hash of names and sizes."""

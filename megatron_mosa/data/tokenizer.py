@@ -20,6 +20,7 @@ from megatron_mosa.utils import first_line, load_json
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_NAMING_THE_END = (TOKENIZER_CONFIG, "special_tokens_map.json")
 
 _END_TOKENS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|end▁of▁sentence|>", "[EOS]", "[SEP]")
 # From scripts and planes that no character vocabulary covers completely, with the last character of each UTF-8 length.
@@ -67,7 +68,16 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         UserError: the file does not exist or is not a tokenizer, the hub cannot be reached or does not have it, or it
             fails at characters that it does not know.
     """
-    tokenizer = _for_plain_text(_read_tokenizer(name_or_path))
+    return load_tokenizer_and_path(name_or_path)[0]
+
+
+def load_tokenizer_and_path(name_or_path: str) -> tuple[Tokenizer, Path]:
+    """``load_tokenizer``; also return its tokenizer.json, for a name on the hub in the hub's cache.
+
+    Beside it lie the files that may name the end-of-document token, if the tokenizer has them.
+    """
+    tokenizer, path = _read_tokenizer(name_or_path)
+    _for_plain_text(tokenizer)
     try:
         for text in (PROBE, *_RARE_CHARACTERS):
             tokenizer.encode(text, add_special_tokens=False)
@@ -76,7 +86,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
             f"data.tokenizer='{name_or_path}' fails at characters that it does not know: {first_line(error)}; name a "
             "token of its vocabulary as unk_token (unk_id of Unigram models), pass another, or null to train one"
         ) from error
-    return tokenizer
+    return tokenizer, path
 
 
 def tokenizer_path(name_or_path: str) -> Path | None:
@@ -104,30 +114,6 @@ def tokenizer_path(name_or_path: str) -> Path | None:
     return None
 
 
-def downloaded_tokenizer(name: str) -> Path:
-    """Return the tokenizer.json of a name on the Hugging Face hub, in its cache.
-
-    Beside it is then the tokenizer_config.json, which may name the end-of-document token, if the tokenizer has one.
-
-    Raises:
-        Exception: what the hub's library raises for a file that neither the hub nor the cache has.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
-    from huggingface_hub.errors import EntryNotFoundError
-
-    with asking_hub(f"the tokenizer '{name}'"):
-        path = Path(hf_hub_download(name, TOKENIZER_FILE))
-        with suppress(EntryNotFoundError):
-            hf_hub_download(name, TOKENIZER_CONFIG)
-    if try_to_load_from_cache(name, TOKENIZER_CONFIG) is None:
-        print(
-            f"the cache of the Hugging Face hub has no {TOKENIZER_CONFIG} of '{name}', which may name another "
-            "end-of-document token than the usual one of its vocabulary",
-            file=sys.stderr,
-        )
-    return path
-
-
 def named_end_of_document(tokenizer: Tokenizer, path: Path | None = None) -> int:
     """Return the id of the token that ends a document.
 
@@ -137,7 +123,7 @@ def named_end_of_document(tokenizer: Tokenizer, path: Path | None = None) -> int
     Raises:
         UserError: the vocabulary does not have that eos_token, or has none of the usual names.
     """
-    for file in (path.with_name(name) for name in (TOKENIZER_CONFIG, "special_tokens_map.json") if path):
+    for file in (path.with_name(name) for name in _NAMING_THE_END if path):
         if (configured := _end_token_in(file)) is not None:
             if (token_id := tokenizer.token_to_id(configured)) is not None:
                 return token_id
@@ -227,10 +213,11 @@ def tokenizer_hash(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _read_tokenizer(name_or_path: str) -> Tokenizer:
+def _read_tokenizer(name_or_path: str) -> tuple[Tokenizer, Path]:
     path = tokenizer_path(name_or_path)
     try:
-        return Tokenizer.from_file(str(path or downloaded_tokenizer(name_or_path)))
+        file = path or _downloaded(name_or_path)
+        return Tokenizer.from_file(str(file)), file
     except UserError as error:
         raise UserError(
             f"data.tokenizer='{name_or_path}' is not a file or folder: {error}, or set null to train one"
@@ -246,6 +233,25 @@ def _read_tokenizer(name_or_path: str) -> Tokenizer:
             f"data.tokenizer='{name_or_path}' is not a file or folder, and could not be loaded from the Hugging Face "
             f"hub: {reason}; pass the path of a tokenizer.json, or null to train one"
         ) from error
+
+
+def _downloaded(name: str) -> Path:
+    """Return the tokenizer.json of a name on the hub, in its cache, with the files that may name its end token."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # slow to import
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with asking_hub(f"the tokenizer '{name}'"):
+        path = Path(hf_hub_download(name, TOKENIZER_FILE))
+        for file in _NAMING_THE_END:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(name, file)
+    if try_to_load_from_cache(name, TOKENIZER_CONFIG) is None:
+        print(
+            f"the cache of the Hugging Face hub has no {TOKENIZER_CONFIG} of '{name}', which may name another "
+            "end-of-document token than the usual one of its vocabulary",
+            file=sys.stderr,
+        )
+    return path
 
 
 def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -195,7 +195,8 @@ def _train(
     ]
     rewinder = Rewinder(start.directory, store, writers, batches_from, config.resilience.max_rewinds)
     trainer = Trainer(config, engine, layout, state, callbacks, services, rewinder.rewind, skipped)
-    for surprise in _surprises(config, state.step, trainer.last_step):
+    recorded = start.metadata.config.get("train", {}).get("skip_steps", []) if start.metadata else []
+    for surprise in _surprises(config, state.step, trainer.last_step, recorded):
         writers.note(surprise)
     with ExitStack() as cleanup:
         cleanup.callback(engine.destroy)
@@ -223,8 +224,22 @@ def _describe(config: Config, vocab_size: int, layout: Layout) -> str:
     )
 
 
-def _surprises(config: Config, step: int, last_step: int) -> Iterator[str]:
-    """Yield what a user may not expect of this start."""
+def _surprises(config: Config, step: int, last_step: int, skipped: Sequence[int] = ()) -> Iterator[str]:
+    """Yield what a user may not expect of this start.
+
+    Args:
+        step: after which the run continues.
+        last_step: of this start.
+        skipped: ``train.skip_steps`` of the checkpoint.
+    """
+    skips = config.train.skip_steps
+    if too_late := sorted({number for number in skips if number <= step}.difference(skipped)):
+        yield (
+            f"steps {too_late} of train.skip_steps were trained before step {step}, after which this run continues; to "
+            "skip them, move the checkpoints behind them away and start again"
+        )
+    if beyond := sorted({number for number in skips if number > config.train.steps}):
+        yield f"steps {beyond} of train.skip_steps are above train.steps={config.train.steps}"
     if config.optimizer.warmup_steps > config.train.steps:
         yield (
             "the learning rate will not reach its peak: "
@@ -250,6 +265,8 @@ def _restore(
     elif start.initial is not None:
         load_initial_weights(engine, start.initial)
         writers.note(f"initialized the weights from {start.initial}; the optimizer state is new")
+        if start.unlike_initial:
+            writers.note(f"unlike the model of these weights, this run has {', '.join(start.unlike_initial)}")
 
 
 def _write_on_main_rank(action: Callable[[], None]) -> None:

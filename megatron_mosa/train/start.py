@@ -57,6 +57,9 @@ class ResumePoint:
     index_samples: int
     """Samples in one shuffled pass, recorded by the run's first start because the data order depends on it."""
 
+    unlike_initial: tuple[str, ...] = ()
+    """Settings in which the model differs from that of the initial weights, though their shapes are the same."""
+
     @property
     def manifest(self) -> Manifest:
         """The manifest of the first dataset; all datasets share its tokenizer and vocabulary."""
@@ -115,11 +118,14 @@ def check_start(
         if metadata.has_manifest:  # those without are older than checkpoints of weights alone
             check_resumable(checkpoint)
     elif config.checkpoint.initialize_from is not None:
-        from megatron_mosa.convert import find_initial_weights  # a start without it loads no conversion code
+        from megatron_mosa.convert import (  # a start without it loads no conversion code
+            changed_settings,
+            find_initial_weights,
+        )
 
         path = Path(config.checkpoint.initialize_from)
         initial = find_initial_weights(path, config, start.data_identity, reads_all=reads_all)
-        return replace(start, initial=initial)
+        return replace(start, initial=initial, unlike_initial=changed_settings(read_metadata(initial).config, config))
     return start
 
 

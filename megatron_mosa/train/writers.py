@@ -181,10 +181,7 @@ class Writers:
             yield
         except Exception as error:
             self.wandb = None
-            # Of settings that wandb refuses, such as WANDB_MODE, the first line says only how many there are.
-            lines = [line.strip() for line in str(error).splitlines()]
-            reason = ": ".join(lines[1:3]) if type(error).__name__ == "ValidationError" else first_line(error)
-            self.note(f"W&B gets no more rows until the next start, which adds them: {reason}")
+            self.note(f"W&B gets no more rows until the next start, which adds them: {_reason(error)}")
 
     def _write_journal(self) -> None:
         """Write the lines that are not written yet, of earlier failures too."""
@@ -222,3 +219,10 @@ def _silence_tensorboard() -> None:
 def _is_per_head(value: list[Any]) -> bool:
     """Whether a list has a list for each layer instead of a number."""
     return bool(value) and isinstance(value[0], list)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of wandb in one line; the first line of one about its settings says only how many there are."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    is_of_settings = type(error).__name__ == "ValidationError"  # pydantic's, on which wandb alone depends
+    return ": ".join(lines[1:3]) if is_of_settings else first_line(error)

@@ -16,7 +16,7 @@ from megatron_mosa.checkpoint import load_initial_weights, read_metadata
 from megatron_mosa.checkpoint.manifest import files_below, find_damage, hash_files
 from megatron_mosa.checkpoint.reader import StateReader
 from megatron_mosa.config import load_config
-from megatron_mosa.convert import find_initial_weights
+from megatron_mosa.convert import changed_settings, find_initial_weights
 from megatron_mosa.convert.commands.export_hf import export_hf
 from megatron_mosa.convert.commands.import_model import import_hf
 from megatron_mosa.convert.formats.mosa import CheckpointReader
@@ -96,6 +96,11 @@ def test_unsupported_llamas_are_refused(tmp_path: Path) -> None:
         ({"attention_bias": True}, r"attention_bias=True is not supported; for a Llama it must be False"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type=llama3 is not supported"),
         ({"model_type": "gpt2"}, r"model_type must be mosa or llama, got gpt2"),
+        ({"model_type": ["llama"]}, r"model_type must be mosa or llama, got \['llama'\]"),
+        ({"rope_parameters": "x"}, r"config.json: rope_parameters \(or rope_scaling\) must be an object, got 'x'"),
+        ({"rms_norm_eps": "1e-5"}, r"^config.json: rms_norm_eps must be of type float, got '1e-5'"),
+        ({"vocab_size": "300"}, r"^config.json: vocab_size must be of type int, got '300'"),
+        ({"num_key_value_heads": 8}, r"^config.json: num_key_value_heads=8 does not divide num_attention_heads=4"),
         ({}, r"contains neither model.safetensors.index.json nor model.safetensors; save the model with safetensors"),
         ({"VARIANT": "fp16"}, r"nor model.safetensors; save the model without a variant"),
     ):
@@ -161,6 +166,9 @@ def test_a_run_starts_from_imported_weights(trained: dict[str, Trained], tmp_pat
     import_hf(tmp_path / "out", tmp_path / "back")
     config, identity = model.config, read_metadata(model.checkpoint).data
     longer = load_config(QUICKSTART, [*TINY, *KINDS["hybrid"], "mosa.sparsity=8", "data.sequence_length=80"])
+    changes = changed_settings(read_metadata(tmp_path / "back").config, longer)
+    assert changes == (f"mosa.sparsity=8.0 (not {config.mosa.sparsity})",)
+    assert not changed_settings(read_metadata(tmp_path / "back").config, config)
     for asked in (config, longer):
         assert find_initial_weights(tmp_path / "back", asked, identity, reads_all=True) == tmp_path / "back"
     layout = initialize_parallel(1, seed=1)

@@ -481,7 +481,7 @@ MISUSES: list[tuple[str, int, str]] = [
     (
         "checkpoint import hf out --from hf --sparsity 8",
         2,
-        "--sparsity=8 is of the heads that --add-mosa-heads adds; set it",
+        "--sparsity=8 applies only with --add-mosa-heads; add",
     ),
     (f"{CHECK} --world-size 100000000", 2, "--world-size must be"),
     ("sweep CONFIG --layout tp=x", 2, "tp"),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ from megatron_mosa.data import (
     read_manifest,
     train_tokenizer,
 )
+from megatron_mosa.data.hub import SourceInterruptedError
 from megatron_mosa.data.sources import FileSource, _in_order, open_source
 from megatron_mosa.errors import UserError
 
@@ -213,7 +215,7 @@ def test_a_renamed_file_is_another_setting_and_what_is_read_twice_is_said(tmp_pa
     (tmp_path / "link").symlink_to(source)
     capsys.readouterr()
     build_dataset(replace(data, sources=[str(source / "zz.txt"), str(tmp_path / "link")]), force=True)
-    assert f"all of '{source / 'zz.txt'}' is in '{tmp_path / 'link'}', too, so its" in capsys.readouterr().err
+    assert f"'{source / 'zz.txt'}' is inside '{tmp_path / 'link'}', so its documents" in capsys.readouterr().err
 
 
 class Listed(PurePosixPath):
@@ -404,10 +406,14 @@ def test_errors_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:
         end_of_document_id(train_tokenizer(TEXTS, 300), tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize("naming", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_has_one_encoding_and_one_end_token_by_path_and_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    naming: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's cache is one of a machine without network; dropout of merges would give other ids each time."""
+    """The hub's cache is that of a machine without network; dropout of merges would give other ids each time.
+
+    A build that was interrupted continues without the cache.
+    """
     snapshot = tmp_path / "hub" / "models--org--tok" / "snapshots" / ("0" * 40)
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.add_special_tokens(["<stop>"])
@@ -415,15 +421,25 @@ def test_a_tokenizer_has_one_encoding_and_one_end_token_by_path_and_by_name(
     for folder in (snapshot, tmp_path / "folder"):
         folder.mkdir(parents=True)
         tokenizer.save(str(folder / "tokenizer.json"))
-    (snapshot / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
-    (tmp_path / "folder" / "special_tokens_map.json").write_text('{"eos_token": "<stop>"}')  # of older versions
+        (folder / naming).write_text('{"eos_token": "<stop>"}')
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     source = write_texts(tmp_path / "texts")
-    built = []
-    for name in ("org/tok", str(tmp_path / "folder")):
-        manifest = build_dataset(section(tmp_path, source, tokenizer=name), force=True)
-        built.append((manifest.end_of_document_id, manifest.encoding_hash, (tmp_path / "set/train.bin").read_bytes()))
-    assert built[0] == built[1] and built[0][0] == 300
+    by_name, by_path = (section(tmp_path, source, tokenizer=name) for name in ("org/tok", str(tmp_path / "folder")))
+
+    def built(data: DataSection) -> tuple[Any, ...]:
+        manifest = build_dataset(data, force=True)
+        return manifest.end_of_document_id, manifest.encoding_hash, (tmp_path / "set" / "train.bin").read_bytes()
+
+    expected = built(by_path)
+    assert expected[0] == 300 and built(by_name) == expected
+    shutil.rmtree(tmp_path / "set")
+    with monkeypatch.context() as patch, pytest.raises(SourceInterruptedError):
+        patch.setattr(build, "write_shards", Mock(side_effect=SourceInterruptedError("stopped")))
+        build_dataset(by_name)
+    shutil.rmtree(tmp_path / "hub")
+    manifest = build_dataset(by_name)
+    assert (manifest.end_of_document_id, manifest.encoding_hash) == expected[:2]
+    assert (tmp_path / "set" / "train.bin").read_bytes() == expected[2]

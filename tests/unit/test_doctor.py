@@ -17,7 +17,7 @@ import torch
 from megatron_mosa.cli import app
 from megatron_mosa.cluster.doctor import job as doctor_job
 from megatron_mosa.cluster.doctor import node as doctor_node
-from megatron_mosa.cluster.doctor.collectives import _pattern, bus_bandwidth
+from megatron_mosa.cluster.doctor.collectives import _summand, bus_bandwidth
 from megatron_mosa.cluster.doctor.meeting import absent_nodes
 from megatron_mosa.cluster.doctor.node import Finding, Report, check_gpus, check_versions, driver_version
 from megatron_mosa.cluster.doctor.options import DoctorOptions
@@ -100,12 +100,8 @@ def test_a_fault_of_all_nodes_blames_none() -> None:
     assert judge(found[:1], 1.5).bad_nodes == ["n0"]
 
 
-def test_the_pattern_of_65536_ranks_is_summed_exactly() -> None:
-    total = torch.zeros(199)
-    for rank in range(2**16):
-        total += _pattern(rank, 199, torch.device("cpu"))
-    exact = sum(_pattern(rank, 199, torch.device("cpu")).long() for rank in range(2**16))
-    assert torch.equal(total.long(), exact)
+def test_what_65536_ranks_sum_stays_below_the_integers_of_fp32() -> None:
+    assert max(_summand(rank, 1000, torch.device("cpu")).max() for rank in range(60)) * 2**16 < 2**24
 
 
 def test_failed_collectives_blame_only_the_nodes_that_failed() -> None:

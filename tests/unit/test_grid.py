@@ -290,7 +290,11 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
         ),
         (
             {"members": members(x={"kind": "fixed", "sparsity": 8, "overrides": {"mosa.num_heads": 3}})},
-            ["members.x.overrides must not set mosa.num_heads: a member has heads of its kind alone; remove it there"],
+            ["members.x.overrides must not set mosa.num_heads: kind fixed has no such heads; remove it there"],
+        ),
+        (
+            {"overrides": GRID["overrides"] | {"model.num_fixed_heads": 4}},
+            ["overrides must not set model.num_fixed_heads: kind and heads of each member set it; remove it there"],
         ),
         (
             {"members": members(x={"kind": "fixed", "sparsity": 8, "overrides": {"model.fixed_stride": 8}})},

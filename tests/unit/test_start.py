@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_mosa.attention.kinds import local_window
-from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata
+from megatron_mosa.checkpoint import FORMAT_VERSION, Metadata, check_same_model, read_metadata
 from megatron_mosa.config import Config, config_to_dict, load_config
 from megatron_mosa.data import build_dataset, read_manifest
 from megatron_mosa.errors import UserError
@@ -295,6 +295,20 @@ def test_another_tokenizer_or_dataset(overrides: list[str]) -> None:
             check_start(config, 2)
         else:
             assert f"was written with {'0' * 64};" in refused(config)
+
+
+def test_another_blend_is_named(overrides: list[str]) -> None:
+    config = load_config(QUICKSTART, [*overrides, "run.name=blended"])
+    folder, ours = write_checkpoint(config), config_to_dict(config)
+    ours["data"] |= {"path": None, "blend": ["1 a", "2 b"]}
+    metadata = read_metadata(folder)
+    for recorded, message in (
+        (["2 a", "1 b"], r"=\['1 a', '2 b'\], but .* with \['2 a', '1 b'\];"),
+        (["1 a", "2 b"], " has dataset fingerprint 222"),
+    ):
+        written = replace(metadata, config=ours | {"data": ours["data"] | {"blend": recorded}})
+        with pytest.raises(UserError, match=f"^data.blend{message}"):
+            check_same_model(written, folder, ours, metadata.data | {"fingerprint": "2" * 64})
 
 
 def test_a_dataset_built_with_another_tokenizer(overrides: list[str]) -> None:

@@ -62,14 +62,19 @@ def check_collectives(
 
 
 def _pattern(rank: int, elements: int, device: torch.device) -> torch.Tensor:
-    """Small integers that differ by rank and position; fp32 sums those of 65,536 ranks exactly; shape [elements]."""
+    """Integers that differ by rank and position; shape [elements]."""
+    return (torch.arange(elements, device=device) % 1021 + rank).float()
+
+
+def _summand(rank: int, elements: int, device: torch.device) -> torch.Tensor:
+    """Integers so small that fp32 sums those of 65,536 ranks exactly, in any order; shape [elements]."""
     return (torch.arange(elements, device=device) % 199 + rank % 53).float()
 
 
 def _all_reduce(rank: int, world_size: int, elements: int, device: torch.device) -> tuple[bool, float]:
-    x = _pattern(rank, elements, device)
+    x = _summand(rank, elements, device)
     dist.all_reduce(x)
-    expected = world_size * _pattern(0, elements, device) + sum(other % 53 for other in range(world_size))
+    expected = world_size * _summand(0, elements, device) + sum(other % 53 for other in range(world_size))
     is_correct = torch.equal(x, expected)
     x.zero_()  # or repeated sums would overflow
     return is_correct, _median_seconds(lambda: dist.all_reduce(x), device)

@@ -43,6 +43,7 @@ def export_hf(
     *,
     dtype: str = "float32",
     tokenizer: Path | None = None,
+    has_tokenizer: bool = True,
     checks_logits: bool = True,
     force: bool = False,
 ) -> None:
@@ -55,6 +56,7 @@ def export_hf(
         target: the folder to create.
         dtype: "float32" or "bfloat16", for all weights (thresholds stay fp32).
         tokenizer: tokenizer.json or its folder; None: the tokenizer of the dataset recorded in the checkpoint.
+        has_tokenizer: False: write none, for a caller that has tokens; not with ``checks_logits``.
         checks_logits: compare logits on a fixed batch; the Megatron model uses the weights rounded to ``dtype``, too.
         force: replace an existing model at ``target``.
 
@@ -70,13 +72,13 @@ def export_hf(
     check_target(target, checkpoint, force=force)
     with damage_as_run_error(checkpoint):
         metadata = read_metadata(checkpoint)
-        found = find_tokenizer(metadata, tokenizer)
+        found = find_tokenizer(metadata, tokenizer) if has_tokenizer else None
         source = CheckpointReader.open(checkpoint, metadata)
         _export(source, target, dtype, found, checks_logits, force)
 
 
 def _export(
-    source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer, checks_logits: bool, force: bool
+    source: CheckpointReader, target: Path, dtype: str, found: FoundTokenizer | None, checks_logits: bool, force: bool
 ) -> None:
     parameters = num_parameters(source.weights)
     is_unset = lacks_thresholds(source.weights, source.read)
@@ -87,12 +89,13 @@ def _export(
             "--no-check to export NaN as thresholds"
         )
     with atomic_folder(target, force=force) as folder:
-        end_of_document_id = write_tokenizer(found, source.config.data.sequence_length, folder)
-        _write_config(source, dtype, end_of_document_id, folder)
+        if found is not None:
+            write_tokenizer(found, source.config.data.sequence_length, folder)
+        _write_config(source, dtype, None if found is None else found.end_of_document_id, folder)
         records = write_shards(_pieces(source, DTYPES[dtype]), folder)
         for file in MODELING_FILES:
             shutil.copyfile(file, folder / file.name)
-        if checks_logits:
+        if checks_logits and found is not None:
             check_exported_tokenizer(found, folder)
         divergence = _check(source, DTYPES[dtype], folder) if checks_logits else None
         verdict = (
@@ -123,7 +126,7 @@ def _export_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
     return dtype if weight.is_trained else torch.float32
 
 
-def _write_config(source: CheckpointReader, dtype: str, end_of_document_id: int, folder: Path) -> None:
+def _write_config(source: CheckpointReader, dtype: str, end_of_document_id: int | None, folder: Path) -> None:
     from megatron_mosa.hf.configuration_mosa import MosaConfig
 
     arguments: dict[str, Any] = to_transformers(source.config, source.vocab_rows) | {

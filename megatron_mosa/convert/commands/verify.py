@@ -150,5 +150,5 @@ def _compare_logits(ours: ModelReader, theirs: ModelReader, *, must_be_equal: bo
         differing = [f"{key} ({first[key]} and {second[key]})" for key in first if first[key] != second[key]]
         raise RunError(
             f"the models differ: their weights are equal, but their logits are not (KL divergence {divergence:.1e} "
-            f"nats); what differs in their configurations: {', '.join(differing) or 'nothing'}"
+            f"nats); what differs in their configurations: {', '.join(differing) or 'nothing; please report this'}"
         )

@@ -67,8 +67,10 @@ def _sources_of(path: str | None, fingerprint: str) -> list[str]:
     """Return the sources of a dataset, which earlier checkpoints do not record, if it is still the one of the run."""
     from megatron_mosa.data import load_manifest
 
+    if path is None:
+        return []
     with suppress(UserError):
-        manifest = load_manifest(Path(path or "").expanduser())
+        manifest = load_manifest(Path(path).expanduser())
         return manifest.source_names if manifest.fingerprint == fingerprint else []
     return []
 

@@ -53,11 +53,14 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
             f"'{file}' is not the model's tokenizer: its SHA-256 is {found.file_hash} instead of "
             f"{recorded.file_hash}, and it encodes text differently; pass the right one: --tokenizer PATH"
         )
-    return FoundTokenizer(file, end_of_document_id(tokenizer, file))
+    try:
+        return FoundTokenizer(file, end_of_document_id(tokenizer, file))
+    except UserError as error:
+        raise type(error)(str(error).replace("data.tokenizer", "--tokenizer", 1)) from None
 
 
-def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -> int:
-    """Write tokenizer.json and tokenizer_config.json; return the id of the end-of-document token.
+def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
 
     A template that adds special tokens, such as Llama's leading <s>, is removed: training never saw them there.
     Otherwise the file is copied unchanged.
@@ -81,7 +84,6 @@ def write_tokenizer(found: FoundTokenizer, sequence_length: int, folder: Path) -
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    return found.end_of_document_id
 
 
 def check_exported_tokenizer(found: FoundTokenizer, folder: Path) -> None:

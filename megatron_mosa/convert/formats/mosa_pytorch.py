@@ -67,6 +67,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"'{path}' is not a file; pass a state dict (torch.save or safetensors)")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a file that is no pickle can raise anything
         # What the unpickler says means nothing to a reader, or advises to run the file's code.
         is_told = isinstance(error, SafetensorError | RuntimeError | OSError)

@@ -147,7 +147,8 @@ def difference(before: Measurement, config: Config, layout: Layout) -> str:
         theirs = (before.model or {}).get(section, {})
         pairs |= {f"{section}.{key}": (theirs[key], value) for key, value in ours.items() if key in theirs}
     pairs["parameters"] = (before.parameters, parameter_count(config, vocab_size))
-    if before.model is None:  # with the model known, other FLOPs would only be counted in another way
+    # With the model known, other FLOPs would only be counted in another way. Those within documents depend on tokens.
+    if before.model is None and not config.model.attend_within_documents:
         flops = model_flops(config, vocab_size) * config.train.global_batch_size / layout.world_size
         pairs["FLOPs"] = (before.flops_per_step["executed"], flops)
     return "; ".join(f"{what}={theirs} (now {ours})" for what, (theirs, ours) in pairs.items() if theirs != ours)

@@ -51,7 +51,7 @@ def bench(options: BenchOptions, output: Path | None) -> None:
     device = find_device(options.device)
     is_gpu = device.type == "cuda"
     dtype = ("bfloat16" if is_gpu else "float32") if options.dtype == "auto" else options.dtype
-    model, _ = load_model(options.path, options.device, dtype, require_cache)
+    model, _ = load_model(options.path, options.device, dtype, require_cache, needs_tokenizer=False)
     check_thresholds(model, options.path)
     name = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
     print(f"Decoding {options.path} after {counted(options.context, 'token')}, {dtype}, on {name}", flush=True)

@@ -51,6 +51,8 @@ def load_model(
     dtype: str,
     require: Callable[[MosaConfig, Path], None],
     tokenizer: Path | None = None,
+    *,
+    needs_tokenizer: bool = True,
 ) -> tuple[MosaForCausalLM, Any]:
     """Load a model and its tokenizer, without running any code from the folder.
 
@@ -61,6 +63,7 @@ def load_model(
         dtype: "auto" (as stored), "float32" or "bfloat16".
         require: raises a UserError for a model that its caller cannot use; called before a checkpoint is exported.
         tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists; an exported folder has its own.
+        needs_tokenizer: False: a checkpoint may be without one.
 
     Returns:
         The model, and its tokenizer or None.
@@ -89,7 +92,7 @@ def load_model(
     with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
         exported = Path(temporary) / "exported"
         with redirect_stdout(sys.stderr):  # keep standard output for the generated text
-            export_hf(folder, exported, tokenizer=tokenizer, checks_logits=False)
+            export_hf(folder, exported, tokenizer=tokenizer, has_tokenizer=needs_tokenizer, checks_logits=False)
         return _load(exported, torch_device, dtype)
 
 

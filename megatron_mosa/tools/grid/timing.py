@@ -240,7 +240,8 @@ def last_line(log: Path, begin: int = 0) -> str:
     Args:
         begin: bytes of the log that were there before the program was started.
     """
-    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    content = log.read_bytes()[begin:] if log.is_file() else b""  # a job that was cancelled in its queue has none
+    text = content.decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:500]
