@@ -274,7 +274,7 @@ def _locked_folder(partial: Path) -> Iterator[None]:
     with open(partial / _LOCK, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_nlink == 0:  # the other build has just finished
+            if not (partial / _LOCK).exists():  # the other build has just finished
                 raise BlockingIOError
         except BlockingIOError:
             raise UserError(f"another process is building in {partial}; wait for it, or stop it") from None

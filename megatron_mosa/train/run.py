@@ -235,7 +235,7 @@ def _surprises(config: Config, step: int, last_step: int, skipped: Sequence[int]
     skips = config.train.skip_steps
     if too_late := sorted({number for number in skips if number <= step}.difference(skipped)):
         yield (
-            f"steps {too_late} of train.skip_steps were trained before step {step}, after which this run continues; to "
+            f"steps {too_late} of train.skip_steps have been trained, since this run continues after step {step}; to "
             "skip them, move the checkpoints behind them away and start again"
         )
     if beyond := sorted({number for number in skips if number > config.train.steps}):

@@ -119,8 +119,8 @@ def test_a_start_past_its_last_step_says_so(tmp_path: Path) -> None:
     assert list(run._surprises(settings, 2, 1)) == ["nothing to do: step 2 is past train.stop_after_step=1"]
     assert list(run._surprises(settings, 1, 1)) == ["nothing to do: step 1 has already reached train.stop_after_step=1"]
     settings.train.skip_steps, settings.train.steps = [2, 5, 3, 99], 8
-    late, beyond = run._surprises(settings, 4, 8, skipped=[3])
-    assert late.startswith("steps [2] of train.skip_steps were trained before step 4")
+    late, beyond = run._surprises(settings, 5, 8, skipped=[3])
+    assert late.startswith("steps [2, 5] of train.skip_steps have been trained, since this run continues after step 5;")
     assert beyond == "steps [99] of train.skip_steps are above train.steps=8"
 
 
