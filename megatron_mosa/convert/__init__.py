@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from megatron_mosa.convert.initial import find_initial_weights
     from megatron_mosa.convert.locate import Kind, find_model
     from megatron_mosa.convert.logits import load_weights, single_process_groups
-    from megatron_mosa.convert.model_config import changed_settings, from_transformers, stored_to_transformers
+    from megatron_mosa.convert.model_config import (
+        changed_settings,
+        check_vocabulary,
+        from_transformers,
+        stored_to_transformers,
+    )
     from megatron_mosa.convert.model_reader import ModelReader, open_model
     from megatron_mosa.convert.weights import lacks_thresholds
 
@@ -23,6 +28,7 @@ __all__ = [
     "ModelReader",
     "changed_settings",
     "check_hugging_face",
+    "check_vocabulary",
     "find_initial_weights",
     "find_model",
     "from_transformers",

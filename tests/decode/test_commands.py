@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mosa.__main__ import main
+from megatron_mosa.data import train_tokenizer
 from megatron_mosa.data.sources import open_source
 from megatron_mosa.errors import UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
@@ -176,6 +177,19 @@ def test_unset_thresholds_are_refused(mosa, tmp_path: Path) -> None:
     for words in (["generate", tmp_path / "model", "--prompt", "a"], ["cache-report", tmp_path / "model"]):
         code, _, errors = mosa(*words)
         assert code == 2 and "mosa_heads.thresholds of layers 1 are NaN: they are not calibrated" in errors
+
+
+def test_a_folder_without_a_tokenizer_takes_a_given_one(mosa, folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "tokenizer.json").unlink()
+    words = ["--prompt", "abc", "--max-new-tokens", "4", "--seed", "1"]
+    code, _, errors = mosa("generate", bare, *words)
+    assert code == 2 and "has no tokenizer.json; pass the model's: --tokenizer PATH" in errors
+    assert mosa("generate", bare, *words, "--tokenizer", folder / "tokenizer.json") == mosa("generate", folder, *words)
+    train_tokenizer(["words"], 300).save(str(bare / "larger.json"))
+    code, _, errors = mosa("generate", bare, *words, "--tokenizer", bare / "larger.json")
+    assert code == 2 and "tokens, but the embedding only" in errors
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -41,7 +41,7 @@ def find_tokenizer(metadata: Metadata, given: Path | None) -> FoundTokenizer:
     folder = given or _dataset(metadata)
     file = folder / TOKENIZER_FILE if folder is not None and folder.is_dir() else folder
     if file is None or not file.is_file():
-        reason = f"'{file}' does not exist" if file is not None else "its checkpoint came without one"
+        reason = f"'{file}' does not exist" if file is not None else "its checkpoint holds none"
         raise UserError(f"could not find the model's tokenizer: {reason}; pass its tokenizer.json: --tokenizer PATH")
     tokenizer = load_tokenizer(str(file))
     recorded, found = metadata.tokenizer, tokenizer_identity(file, tokenizer)

@@ -125,7 +125,9 @@ def _tokens(options: CacheReportOptions, config: MosaConfig, tokenizer: Any) -> 
     if options.text is None:
         return torch.randint(config.vocab_size, (1, needed), generator=torch.Generator().manual_seed(0))
     if tokenizer is None:
-        raise UserError(f"--text={options.text}: '{options.path}' has no tokenizer.json; omit --text")
+        raise UserError(
+            f"--text={options.text}: '{options.path}' has no tokenizer.json; pass --tokenizer PATH, or omit --text"
+        )
     text = read_document("--text", options.text)
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids
     if ids.shape[1] < needed:

@@ -26,7 +26,7 @@ Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="
 Dtype = Annotated[str, typer.Option("--dtype", metavar="auto|float32|bfloat16", help="auto: the stored dtype.")]
 TokenizerPath = Annotated[
     Path | None,
-    typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json of a checkpoint; default: its dataset's."),
+    typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json, if the model has none; default: its dataset's."),
 ]
 
 

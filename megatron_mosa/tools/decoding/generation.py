@@ -64,7 +64,7 @@ def generate_text(
     if model.config.can_decode:
         check_thresholds(model, path)
     if text_tokenizer is None:
-        raise UserError(f"'{path}' has no tokenizer.json; export it again with its tokenizer")
+        raise UserError(f"'{path}' has no tokenizer.json; pass the model's: --tokenizer PATH")
     ids = text_tokenizer(prompt, return_tensors="pt", verbose=False, add_special_tokens=False).input_ids.to(
         model.device
     )  # [1, T]

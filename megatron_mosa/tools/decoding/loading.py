@@ -13,8 +13,16 @@ from typing import Any
 import torch
 
 from megatron_mosa.checkpoint import damage_as_run_error, read_metadata
-from megatron_mosa.convert import Kind, check_hugging_face, find_model, read_json, stored_to_transformers
+from megatron_mosa.convert import (
+    Kind,
+    check_hugging_face,
+    check_vocabulary,
+    find_model,
+    read_json,
+    stored_to_transformers,
+)
 from megatron_mosa.convert.commands.export_hf import export_hf
+from megatron_mosa.data import TOKENIZER_FILE, load_tokenizer, vocabulary_size
 from megatron_mosa.errors import RunError, UserError
 from megatron_mosa.hf.configuration_mosa import MosaConfig
 from megatron_mosa.hf.modeling_mosa import MosaForCausalLM
@@ -62,7 +70,7 @@ def load_model(
         device: see ``find_device``.
         dtype: "auto" (as stored), "float32" or "bfloat16".
         require: raises a UserError for a model that its caller cannot use; called before a checkpoint is exported.
-        tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists; an exported folder has its own.
+        tokenizer: tokenizer.json for a checkpoint whose dataset no longer exists, or for a folder without one.
         needs_tokenizer: False: a checkpoint may be without one.
 
     Returns:
@@ -76,11 +84,11 @@ def load_model(
     torch_device = find_device(device)
     folder, kind = find_model(path)
     if kind is Kind.HUGGING_FACE:
-        if tokenizer is not None:
+        if tokenizer is not None and (folder / TOKENIZER_FILE).is_file():
             raise UserError(f"--tokenizer={tokenizer}: '{folder}' has its own tokenizer; omit --tokenizer")
         model, text_tokenizer = _load(folder, torch_device, dtype)
         require(model.config, path)
-        return model, text_tokenizer
+        return model, text_tokenizer if tokenizer is None else _given(tokenizer, model.config)
     if kind is not Kind.MOSA:
         raise UserError(
             f"'{path}' is a {kind.value}; pass a folder written by mosa checkpoint export --to hf, a megatron_mosa "
@@ -118,13 +126,25 @@ def _load(folder: Path, device: torch.device, dtype: str) -> tuple[MosaForCausal
             f"'{folder}' is damaged: its weights cannot be read ({first_line(error)}); export the model again"
         ) from None
     tokenizer = None
-    if (file := folder / "tokenizer.json").is_file():
+    if (file := folder / TOKENIZER_FILE).is_file():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             tokenizer("a", verbose=False)  # some damage shows only now
         except Exception as error:  # the library raises a bare Exception for most damage
             raise RunError(f"'{file}' is damaged ({first_line(error)}); export the model again") from None
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _given(path: Path, config: MosaConfig) -> Any:
+    """Return the tokenizer of the option ``--tokenizer``, for a folder without one."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = load_tokenizer(str(path))
+    except UserError as error:
+        raise type(error)(str(error).replace("data.tokenizer", "--tokenizer", 1)) from None
+    check_vocabulary(f"--tokenizer={path}", vocabulary_size(tokenizer), config.vocab_size, "pass the model's own")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def check_thresholds(model: MosaForCausalLM, path: Path) -> None:
