@@ -130,7 +130,7 @@ def test_a_device_that_is_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -
     with mock.patch.object(torch.cuda, "synchronize") as synchronize:
         speed._now(device)
     synchronize.assert_called_once_with(device)
-    functions: dict[str, Any] = dict(find_device=lambda _: device, load_model=lambda *_: (None, None))
+    functions: dict[str, Any] = dict(find_device=lambda _: device, load_model=lambda *_, **__: (None, None))
     functions |= dict(check_thresholds=mock.Mock())
     with mock.patch.multiple(bench, **functions), mock.patch.object(torch.cuda, "get_device_name") as name:
         bench.bench(mock.Mock(batches=(), context=1), None)
