@@ -293,7 +293,7 @@ def test_kv_bytes_at_8k_against_counts_by_hand() -> None:
             ["members.x.overrides must not set mosa.num_heads: kind fixed has no such heads; remove it there"],
         ),
         (
-            {"overrides": GRID["overrides"] | {"model.num_fixed_heads": 4}},
+            {"overrides": GRID["overrides"] | {"model.num_fixed_heads": 4, "mosa.num_heads": 0}},
             ["overrides must not set model.num_fixed_heads: kind and heads of each member set it; remove it there"],
         ),
         (

@@ -269,7 +269,9 @@ class _Place:
             f"corpora.{self.corpus}": grid.corpora[self.corpus],
         }
         own: dict[str, str] = dict.fromkeys(_OWN, "the grid sets it for each cell")
-        self._refuse(places, own | dict.fromkeys(other_counts(KINDS["dense"]), "kind and heads of each member set it"))
+        self._refuse(places, own)
+        given = {place: {key: value for key, value in values.items() if value} for place, values in places.items()}
+        self._refuse(given, dict.fromkeys(other_counts(KINDS["dense"]), "kind and heads of each member set it"))
         own |= dict.fromkeys(other_counts(kind), f"kind {member.kind} has no such heads")
         own |= {kind.counts: "it is the number to solve for; to fix it, give the member heads: N"}
         own |= dict.fromkeys(kind.sets, f"kind {member.kind} sets it")
