@@ -43,7 +43,7 @@ def export_hf(
     *,
     dtype: str = "float32",
     tokenizer: Path | None = None,
-    has_tokenizer: bool = True,
+    writes_tokenizer: bool = True,
     checks_logits: bool = True,
     force: bool = False,
 ) -> None:
@@ -56,7 +56,7 @@ def export_hf(
         target: the folder to create.
         dtype: "float32" or "bfloat16", for all weights (thresholds stay fp32).
         tokenizer: tokenizer.json or its folder; None: the tokenizer of the dataset recorded in the checkpoint.
-        has_tokenizer: False: write none, for a caller that has tokens; not with ``checks_logits``.
+        writes_tokenizer: False: for a caller that has tokens instead of text; not with ``checks_logits``.
         checks_logits: compare logits on a fixed batch; the Megatron model uses the weights rounded to ``dtype``, too.
         force: replace an existing model at ``target``.
 
@@ -72,7 +72,7 @@ def export_hf(
     check_target(target, checkpoint, force=force)
     with damage_as_run_error(checkpoint):
         metadata = read_metadata(checkpoint)
-        found = find_tokenizer(metadata, tokenizer) if has_tokenizer else None
+        found = find_tokenizer(metadata, tokenizer) if writes_tokenizer else None
         source = CheckpointReader.open(checkpoint, metadata)
         _export(source, target, dtype, found, checks_logits, force)
 

@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a file that is no pickle can raise anything
+    except Exception as error:  # unpickling an arbitrary file can raise anything
         # What the unpickler says means nothing to a reader, or advises to run the file's code.
         is_told = isinstance(error, SafetensorError | RuntimeError | OSError)
         reason = first_line(error) if is_told else "it holds more than tensors, or torch.save did not write it"

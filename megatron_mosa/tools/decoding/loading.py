@@ -100,7 +100,7 @@ def load_model(
     with tempfile.TemporaryDirectory(prefix="mosa-") as temporary:
         exported = Path(temporary) / "exported"
         with redirect_stdout(sys.stderr):  # keep standard output for the generated text
-            export_hf(folder, exported, tokenizer=tokenizer, has_tokenizer=needs_tokenizer, checks_logits=False)
+            export_hf(folder, exported, tokenizer=tokenizer, writes_tokenizer=needs_tokenizer, checks_logits=False)
         return _load(exported, torch_device, dtype)
 
 
